@@ -1,0 +1,1 @@
+"""Hydra presets and studies, each with the command that made its results."""

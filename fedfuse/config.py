@@ -1,0 +1,107 @@
+"""The configuration of a run: one dataclass per Hydra group, checked before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class DataConfig:
+    """Where the examples come from (`data=<name>`)."""
+
+    name: str = "digits"
+    root: str | None = None  # directory; else $FEDFUSE_DATA/<name>, else the user's cache
+    limit: int | None = None  # use at most this many training examples
+    test_limit: int | None = None  # use at most this many global test examples
+    validation: float = 0.1  # share of each client's examples kept for early stop and tuning
+    personal_test: float = 0.2  # share of each client's examples kept for its own test
+    download: bool = False  # allow the Hugging Face hub, through flwr-datasets
+    hub: str | None = None  # name of the data set on the hub
+    layout: str = "builtin"  # builtin | parquet | npz | images | jsonl | pfllib | leaf | custom
+    inputs: str | None = None  # column or array of the inputs
+    targets: str | None = None  # column or array of the labels
+    groups: str | None = None  # column or array of natural client ids or domains
+    test_fraction: float = 0.2  # global test share where a directory brings no test split
+    load: str | None = None  # `data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PartitionConfig:
+    """How examples are dealt to clients (`partition=<name>`)."""
+
+    name: str = "dirichlet"
+    alpha: float = 0.5  # Dirichlet concentration; smaller is more skewed
+    min_size: int = 10  # least examples per client
+    examples: int | None = None  # `prior`, `clustered`: examples per client
+    shards_per_client: int = 2
+    classes_per_client: int = 2
+    groups: int = 3  # `clustered`: groups of clients that share a class prior
+
+
+@dataclass
+class TransferConfig:
+    """The shared set on which clients exchange soft labels."""
+
+    source: str = "holdout"  # holdout | noise | <name of a data set> (out of domain)
+    size: int | None = None  # default min(1000, 10 % of the training split)
+    labelled: bool = False  # strategies that must not see labels never get them
+    subset: int | None = None  # rows used per round; default all
+    redraw: bool = True  # draw that subset anew each round
+
+
+@dataclass
+class ModelConfig:
+    """Architecture(s) of the clients (`model=<name>` or `model.pool=[a,b,c]`, round-robin)."""
+
+    name: str = "auto"  # mlp for feature vectors and 8×8 images, cnn for images
+    pool: list[str] | None = None
+    feature_dim: int | None = None  # common size of `features(x)` across a pool
+    width: float = 1.0  # scales the number of channels
+    build: str | None = None  # `model=custom`: dotted path pkg.mod:fn returning an nn.Module
+    checkpoint: str | None = None  # weights to start from
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """Local training."""
+
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    optimizer: str = "sgd"  # sgd | adam | adamw
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    optimizer_state: str = "fresh"  # fresh | keep (only for strategies with private state)
+
+
+@dataclass
+class EvaluateConfig:
+    """When clients and server models are scored. It never changes a result."""
+
+    every: int = 1
+    batch_size: int = 512
+
+
+@dataclass
+class RuntimeConfig:
+    """Where clients run (`runtime=inline|ray|flower`)."""
+
+    name: str = "ray"
+    workers: int | None = None  # default min(cores, clients)
+    device: str = "auto"  # auto | cpu | cuda
+    address: str | None = None  # join this Ray cluster
+    retries: int = 2
+    client_timeout: float | None = None  # seconds; off by default
+    reverse: bool = False  # run clients in reversed order (a check: the digest must not change)
+    state_dir: str | None = None
+
+
+@dataclass
+class LossConfig:
+    """Distillation objective (`loss=<name>`); null leaves each strategy its paper's own."""
+
+    name: str | None = None
+    temperature: float = 1.0
