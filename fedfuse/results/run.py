@@ -1,0 +1,328 @@
+"""A run directory, read back: its configuration, its summary and its rows as polars frames."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedfuse.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMAT = 1  # of summary.json; another one is refused
+LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
+RECENT = 60.0  # seconds; where there is no lock file, a younger checkpoint counts as a run that goes on
+
+Status = Literal["finished", "interrupted", "running"]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "metrics": ("round", "scope", "client", "split", "metric", "value"),
+    "traffic": ("round", "client", "direction", "message", "record", "bytes"),
+    "timing": ("round", "scope", "what", "seconds"),
+    "partition": ("client", "split", "label", "examples"),
+}
+_INTEGERS = {"round", "client", "bytes", "examples"}
+_FLOATS = {"value", "seconds"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Parameters
+    ----------
+    dir
+        The directory.
+    config
+        `config.yaml`, resolved.
+    summary
+        `summary.json`, or None while the run goes on or after it was interrupted.
+    status
+        `finished`, `interrupted` or `running`.
+    rounds_done
+        Committed rounds.
+    rounds
+        Rounds asked for.
+    """
+
+    dir: Path
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    status: Status
+    rounds_done: int = 0
+    rounds: int = 0
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        value = self.config.get("strategy")
+        return str(value.get("name", "?")) if isinstance(value, Mapping) else str(value)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def metrics(self) -> pl.LazyFrame:
+        """Rows (round, scope, client, split, metric, value); client is -1 for the server."""
+        return self._rows("metrics")
+
+    @property
+    def traffic(self) -> pl.LazyFrame:
+        """Rows (round, client, direction, message, record, bytes)."""
+        return self._rows("traffic")
+
+    @property
+    def timing(self) -> pl.LazyFrame:
+        """Rows (round, scope, what, seconds)."""
+        return self._rows("timing")
+
+    @property
+    def partition(self) -> pl.LazyFrame:
+        """Rows (client, split, label, examples)."""
+        return self._rows("partition")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """`environment.json`; empty where there is none that can be read."""
+        try:
+            value = json.loads((self.dir / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def final(self) -> dict[str, float]:
+        """Headline values of the last committed round, NaN where there is none: `accuracy/global`, …"""
+        if self.summary is not None:
+            return _numbers(self.summary.get("final"))
+        import polars as pl
+
+        rows = self.metrics.filter(pl.col("scope") == "server").collect()
+        last = rows.filter(pl.col("round") == pl.col("round").max().over("metric"))
+        return {row["metric"]: row["value"] for row in last.iter_rows(named=True)}
+
+    @cached_property
+    def best(self) -> dict[str, float]:
+        """The largest value over evaluated rounds, per metric. Never the result."""
+        return _numbers((self.summary or {}).get("best"))
+
+    def _rows(self, kind: str) -> pl.LazyFrame:
+        """Scan `kind`: the merged file, else the pieces of the committed rounds, else no rows."""
+        import polars as pl
+
+        merged = self.dir / f"{kind}.parquet"
+        if merged.is_file():
+            return pl.scan_parquet(merged, glob=False)
+        pieces = [path for round, path in _pieces(self.dir, kind) if round <= self.rounds_done]
+        if pieces:
+            return pl.scan_parquet(pieces, glob=False)
+        types = {name: _type(name) for name in COLUMNS[kind]}
+        return pl.LazyFrame(schema=types)
+
+
+def load(directory: str | os.PathLike[str]) -> Run:
+    """Read a run directory, finished or not.
+
+    Raises
+    ------
+    UserError
+        The directory is missing, is not a run directory, is corrupt or half-written, or has another format.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    config = _config(path)
+    summary_file = path / "summary.json"
+    if not summary_file.exists():
+        return _unfinished(path, config)
+    summary = _json(summary_file)
+    if summary.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: summary.json has format {summary.get('format')!r}; this is for format {FORMAT}"
+        )
+    for kind in COLUMNS:
+        if kind != "partition" or (path / "partition.parquet").exists():
+            _check_parquet(path / f"{kind}.parquet", kind)
+    done, rounds = _count(path, summary, "rounds_done"), _count(path, summary, "rounds")
+    return Run(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
+
+
+def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+    """Load every run at or below `directories`, in path order.
+
+    Returns
+    -------
+    runs
+        What could be read.
+    skipped
+        One line per directory that could not be, naming it and why.
+    """
+    runs: list[Run] = []
+    skipped: list[str] = []
+    seen: set[Path] = set()
+    for directory in directories:
+        root = Path(directory)
+        candidates = list(_candidates(root)) if root.is_dir() else [root]
+        if not candidates:
+            skipped.append(f"{root}: no run directory in it")
+        for path in candidates:
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            try:
+                runs.append(load(path))
+            except UserError as error:
+                skipped.append(str(error))
+    return runs, skipped
+
+
+def _candidates(root: Path) -> Iterator[Path]:
+    """Yield directories that are, or once were to be, run directories; never look inside one."""
+    marks = {"config.yaml", "summary.json", "metrics.parquet"}
+    for current, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))  # .hydra has a config.yaml too
+        if marks & set(files):
+            below.clear()
+            yield Path(current)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{path}: not a run directory, it has no config.yaml")
+    try:
+        if file.stat().st_size > 1 << 20:
+            raise UserError(f"{file}: larger than 1 MiB, not a configuration of fedfuse")
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        config = yaml.load(file.read_bytes(), Loader=loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict) or "strategy" not in config:
+        raise UserError(f"{path}: not a run of fedfuse, its config.yaml names no strategy")
+    seed = config.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"{file}: seed is {seed!r}, not a whole number")
+    if _nodes(config, 10_000) > 10_000:  # aliases of YAML can hide billions of entries in a few lines
+        raise UserError(f"{file}: more than 10000 entries, not a configuration of fedfuse")
+    return config
+
+
+def _nodes(value: object, limit: int) -> int:
+    """Count the entries of nested containers, giving up beyond `limit`."""
+    below = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    count = 1
+    for part in below:
+        if count > limit:
+            break
+        count += _nodes(part, limit - count)
+    return count
+
+
+def _unfinished(path: Path, config: dict[str, Any]) -> Run:
+    """Read a run that goes on or was interrupted, up to its last committed round."""
+    file = path / "checkpoint" / "round.json"
+    locked = _locked(path)
+    if not file.exists():
+        if locked:
+            return Run(path, config, None, "running", 0, int(config.get("rounds") or 0))
+        raise UserError(f"{path}: half-written, it has neither summary.json nor checkpoint/round.json")
+    state = _json(file)
+    done, rounds = _count(path, state, "round"), _count(path, state, "rounds")
+    for kind in ("metrics", "traffic", "timing"):
+        for round, piece in _pieces(path, kind):
+            if round <= done:
+                _check_parquet(piece, kind)
+    running = locked if locked is not None else time.time() - file.stat().st_mtime < RECENT
+    return Run(path, config, None, "running" if running else "interrupted", done, rounds)
+
+
+def _locked(path: Path) -> bool | None:
+    """Return whether a living process holds the run's lock; None where there is no lock file."""
+    import fcntl
+
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _pieces(path: Path, kind: str) -> list[tuple[int, Path]]:
+    found = []
+    for piece in sorted((path / "checkpoint" / "rows").glob(f"{kind}-*.parquet")):
+        number = piece.stem.rpartition("-")[2]
+        if number.isdigit():
+            found.append((int(number), piece))
+    return found
+
+
+def _check_parquet(file: Path, kind: str) -> None:
+    import polars as pl
+
+    if not file.is_file():
+        raise UserError(f"{file.parent}: half-written, it has no {file.name}")
+    try:
+        schema = pl.read_parquet_schema(file)
+    except Exception as error:  # polars raises several unrelated types for a damaged file
+        raise UserError(f"{file}: corrupt: {' '.join(str(error).split())[:200]}") from error
+    for name in COLUMNS[kind]:
+        if name not in schema:
+            raise UserError(f"{file}: corrupt: it has no column {name!r}")
+        kind_of = schema[name]
+        if name == "label":  # classes may be numbers or names
+            continue
+        numeric = name in _INTEGERS | _FLOATS
+        if numeric != kind_of.is_numeric() or (name in _INTEGERS and not kind_of.is_integer()):
+            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}, expected {_type(name)}")
+
+
+def _type(name: str) -> Any:
+    import polars as pl
+
+    return pl.Int64 if name in _INTEGERS else pl.Float64 if name in _FLOATS else pl.String
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: corrupt: not a JSON object")
+    return value
+
+
+def _count(path: Path, values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{path}: corrupt: {key} is {value!r}, not a number of rounds")
+    return value
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """Keep what is a number; null (a metric the data cannot give) becomes NaN."""
+    if not isinstance(values, Mapping):
+        return {}
+    found = {}
+    for key, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        found[str(key)] = float(value) if number else math.nan
+    return found

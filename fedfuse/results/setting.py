@@ -1,0 +1,169 @@
+"""What distinguishes runs: repeats of one configuration, strategies, and differences that are not theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedfuse.results.run import Run
+
+# Keys that by the platform's promises cannot change a result, or only name places.
+WITHOUT_EFFECT = (
+    "seed",
+    "out",
+    "overwrite",
+    "runtime",
+    "tracking",
+    "hydra",
+    "data.root",
+    "data.download",
+    "evaluate.batch_size",
+    "evaluate.every",
+)
+# Of those, the ones that still change how long a run takes or at which rounds it is scored.
+ON_THE_CLOCK = ("runtime.name", "runtime.workers", "runtime.device", "runtime.address", "evaluate.every")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Parameters
+    ----------
+    label
+        The strategy's name, with the hyper-parameters that set it apart where the name alone does not.
+    setting
+        Everything else in which the compared groups differ, as `key=value, …`; empty where nothing does.
+    runs
+        One finished run per seed, in seed order.
+    unfinished
+        Runs that go on or were interrupted. They enter no mean.
+    """
+
+    label: str
+    setting: str
+    strategy: str
+    runs: tuple[Run, ...]
+    unfinished: tuple[Run, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the finished runs."""
+        return tuple(run.seed for run in self.runs)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested groups into dotted keys; lists stay values. `strategy: x` reads as `strategy.name: x`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        elif name == "strategy":
+            flat["strategy.name"] = value
+        else:
+            flat[name] = value
+    return flat
+
+
+def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+    """Gather repeats of one configuration.
+
+    Returns
+    -------
+    groups
+        In the order of setting, then strategy name.
+    notes
+        One line per run left out because another has the same configuration and seed.
+    """
+    notes: list[str] = []
+    by_config: dict[str, dict[int, Run]] = {}
+    flats: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        flat = {key: value for key, value in flatten(run.config).items() if not _within(key, WITHOUT_EFFECT)}
+        key = repr(sorted((name, repr(value)) for name, value in flat.items()))
+        flats[key] = flat
+        seeds = by_config.setdefault(key, {})
+        other = seeds.get(run.seed)
+        if other is None:
+            seeds[run.seed] = run
+            continue
+        kept, dropped = (run, other) if run.summary and not other.summary else (other, run)
+        seeds[run.seed] = kept
+        notes.append(f"{dropped.dir} left out: same configuration and seed as {kept.dir}")
+
+    distinct = _differing(flats.values())
+    outside = [name for name in distinct if not name.startswith("strategy.")]
+    settings = {key: _say(flat, outside) for key, flat in flats.items()}
+    groups = []
+    for key, flat in flats.items():
+        name = str(flat.get("strategy.name", "?"))
+        peers = [
+            other
+            for place, other in flats.items()
+            if settings[place] == settings[key] and str(other.get("strategy.name", "?")) == name
+        ]
+        hyper = [part for part in _differing(peers) if part.startswith("strategy.")]
+        label = " ".join([name, *(f"{part.removeprefix('strategy.')}={flat.get(part)}" for part in hyper)])
+        ordered = [run for _, run in sorted(by_config[key].items())]
+        groups.append(
+            Group(
+                label,
+                settings[key],
+                name,
+                tuple(run for run in ordered if run.status == "finished"),
+                tuple(run for run in ordered if run.status != "finished"),
+            )
+        )
+    return sorted(groups, key=lambda one: (one.setting, one.label)), notes
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Name every key, other than strategy, its hyper-parameters and the seed, in which `runs` differ.
+
+    Returns
+    -------
+    list of str
+        One line per key: its values, with the number of runs that have each.
+    """
+    flats = [flatten(run.config) for run in runs]
+    lines = []
+    for name in _differing(flats):
+        clock = _within(name, ON_THE_CLOCK)
+        if name.startswith("strategy.") or (_within(name, WITHOUT_EFFECT) and not clock):
+            continue
+        counts: dict[str, int] = {}
+        for flat in flats:
+            value = _value(flat[name]) if name in flat else "absent"
+            counts[value] = counts.get(value, 0) + 1
+        shown = sorted(counts.items())
+        listed = ", ".join(f"{value} ({count} runs)" for value, count in shown[:8])
+        more = f", … {len(shown) - 8} more values" if len(shown) > 8 else ""
+        effect = " (changes times or scored rounds, not results)" if clock else ""
+        lines.append(f"{_key(name)}: {listed}{more}{effect}".replace("(1 runs)", "(1 run)"))
+    return lines
+
+
+def _differing(flats: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose value is not the same everywhere; a missing key differs from a present one."""
+    flats = list(flats)
+    names = dict.fromkeys(name for flat in flats for name in flat)
+    return [name for name in names if len({repr(flat.get(name, ...)) for flat in flats}) > 1]
+
+
+def _within(name: str, keys: Iterable[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
+def _say(flat: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{_key(name)}={_value(flat[name]) if name in flat else 'absent'}" for name in names)
+
+
+def _key(name: str) -> str:
+    return name.removesuffix(".name")
+
+
+def _value(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

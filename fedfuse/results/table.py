@@ -1,0 +1,260 @@
+"""Strategies side by side, with intervals over seeds: on screen and as CSV, Markdown or LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedfuse.results.run import Run
+from fedfuse.results.setting import Group, differences, group
+from fedfuse.results.statistics import Interval, few_seeds_note, mean_interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS = {
+    "accuracy/global": "global %",
+    "accuracy/personal": "personal %",
+    "accuracy/personal_worst10": "worst 10 %",
+}
+BEST = ("accuracy/global", "accuracy/personal")
+FOOT = (
+    "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds. global: official "
+    "test split, class-averaged; personal: mean over clients on their own test examples; worst 10 %: mean of "
+    "the lowest ⌈N/10⌉ clients. MB: 10⁶ bytes of training payload."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy in one setting.
+
+    Parameters
+    ----------
+    final
+        Per metric, mean and t interval over seeds after the last round.
+    bootstrap
+        The same with a bootstrap interval.
+    best
+        Per metric, mean over seeds of the best evaluated round. Never the result.
+    up_mb, down_mb
+        Mean training payload per run in 10⁶ bytes.
+    seconds
+        Mean wall-clock time per run.
+    failures
+        Replies that failed or were rejected, over all seeds.
+    unfinished
+        Runs without a last round; they enter no figure of this row.
+    """
+
+    strategy: str
+    setting: str
+    seeds: tuple[int, ...]
+    final: dict[str, Interval]
+    bootstrap: dict[str, Interval]
+    best: dict[str, Interval]
+    up_mb: float
+    down_mb: float
+    seconds: float
+    failures: int
+    cohort_complete: bool
+    unfinished: int
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.seeds)
+
+
+def compare(runs: Sequence[Run]) -> list[Row]:
+    """Return one row per strategy (and setting, where runs differ in more than strategy and seed)."""
+    return [row(one) for one in group(runs)[0]]
+
+
+def row(one: Group) -> Row:
+    """Summarise the repeats of one configuration."""
+    final = {name: [run.final.get(name, math.nan) for run in one.runs] for name in METRICS}
+    return Row(
+        strategy=one.label,
+        setting=one.setting,
+        seeds=one.seeds,
+        final={name: mean_interval(values) for name, values in final.items()},
+        bootstrap={name: mean_interval(values, "bootstrap") for name, values in final.items()},
+        best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]) for name in BEST},
+        up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
+        down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
+        seconds=_mean(one.runs, "seconds", "total"),
+        failures=int(
+            sum(_number(run, "failures", what) for run in one.runs for what in ("replies", "rejected"))
+        ),
+        cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
+        unfinished=len(one.unfinished),
+    )
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """Return what a reader of the table has to know: differences, doubles, unfinished runs, how few seeds."""
+    groups, lines = group(runs)
+    lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + lines
+    for one in groups:
+        lines += [
+            f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}"
+            for run in one.unfinished
+        ]
+    counts = {len(one.runs) for one in groups if one.runs}
+    if len(counts) > 1:
+        lines.append(
+            f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only."
+        )
+    few = few_seeds_note(max(counts)) if counts else ""
+    return [*lines, few] if few else lines
+
+
+def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print the comparison of `runs` as plain text, the best rounds apart from the result.
+
+    Parameters
+    ----------
+    runs
+        Finished or not; unfinished ones are named below the table.
+    console
+        Where to; standard output by default.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    rows = compare(runs)
+    headers, cells = grid(rows, decimals=1)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in headers:
+        words = name in ("strategy", "setting")
+        table.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for line in cells:
+        table.add_row(*(Text(printable(cell)) for cell in line))
+    console.print(table)
+    console.print(Text(FOOT), style="dim")
+    bests = [
+        f"{one.strategy} {' / '.join(percent(one.best[name], 1) for name in BEST)}" for one in rows if one.n
+    ]
+    if bests:
+        listed = "; ".join(printable(best) for best in bests)
+        console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
+    for note in notes(runs):
+        console.print(Text(printable(note)))
+
+
+def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[str]]]:
+    """Return headers and cells of the comparison, as text; a setting column only where settings differ."""
+    settings = any(row.setting for row in rows)
+    headers = ["strategy", *(["setting"] if settings else []), "n", *METRICS.values()]
+    headers += ["up MB", "down MB", "seconds", "failed"]
+    cells = []
+    for one in rows:
+        line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
+        line += [percent(one.final[name], decimals) for name in METRICS]
+        line += [_amount(one.up_mb), _amount(one.down_mb), _amount(one.seconds)]
+        cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
+    return headers, cells
+
+
+def percent(value: Interval, decimals: int = 2) -> str:
+    """Write a share as per cent with its half-width; the mean alone where there is no interval."""
+    if math.isnan(value.mean):
+        return "–"
+    half = value.half_width
+    return f"{100 * value.mean:.{decimals}f}" + ("" if half is None else f" ± {100 * half:.{decimals}f}")
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Write full precision, one line per strategy, both intervals."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [
+        f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")
+    ]
+    best = [f"best:{name}" for name in BEST]
+    ends = ["up_mb", "down_mb", "seconds", "failures", "cohort_complete", "unfinished"]
+    writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
+    for one in rows:
+        values: list[object] = []
+        for name in METRICS:
+            t, boot = one.final[name], one.bootstrap[name]
+            values += [t.mean, t.low, t.high, boot.low, boot.high]
+        values += [one.best[name].mean for name in BEST]
+        values += [one.up_mb, one.down_mb, one.seconds, one.failures, one.cohort_complete, one.unfinished]
+        seeds = " ".join(map(str, one.seeds))
+        writer.writerow(
+            [_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)]
+        )
+    return out.getvalue()
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Write a Markdown table with its foot."""
+    headers, cells = grid(rows)
+    marks = [":--" if name in ("strategy", "setting") else "--:" for name in headers]
+    lines = [f"| {' | '.join(line)} |" for line in (headers, marks)]
+    lines += [f"| {' | '.join(_markdown(cell) for cell in line)} |" for line in cells]
+    return "\n".join(lines) + f"\n\n{FOOT}\n"
+
+
+def to_latex(rows: Sequence[Row]) -> str:
+    r"""Write a LaTeX table; needs `\usepackage{booktabs}`."""
+    headers, cells = grid(rows)
+    columns = "".join("l" if name in ("strategy", "setting") else "r" for name in headers)
+    body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in (headers, *cells)]
+    head = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule"]
+    return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}", f"% {FOOT}", ""])
+
+
+def printable(text: str) -> str:
+    """Replace control characters (terminal escapes among them) by the replacement character."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _number(run: Run, part: str, key: str) -> float:
+    values = (run.summary or {}).get(part)
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, int | float) else 0
+
+
+def _mean(runs: Sequence[Run], part: str, key: str) -> float:
+    return sum(_number(run, part, key) for run in runs) / len(runs) if runs else math.nan
+
+
+def _amount(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
+def _plain(value: object) -> object:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _no_formula(text: str) -> str:
+    """Keep spreadsheets from reading a name as a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _markdown(text: str) -> str:
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()#!|~" else letter for letter in text)
+
+
+def _latex(text: str) -> str:
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        "…": r"\dots{}",
+    } | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in printable(text))

@@ -1,0 +1,122 @@
+"""Reading run directories: good ones, unfinished ones, and everything that is not one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+
+import polars as pl
+import pytest
+import yaml
+from synthetic import write_run
+
+from fedfuse.errors import UserError
+from fedfuse.results.run import find, load
+
+
+def test_finished(tmp_path):
+    run = load(write_run(tmp_path / "a", "knfu", 3, rounds=4, clients=5))
+    assert (run.status, run.strategy, run.seed, run.rounds_done, run.rounds) == ("finished", "knfu", 3, 4, 4)
+    assert run.metrics.filter(scope="client", split="personal").collect().height == 20
+    assert run.final["accuracy/global"] == run.summary["final"]["accuracy/global"]
+    assert set(run.partition.collect()["client"]) == set(range(5))
+    assert run.environment["cores"] == 2
+
+
+def test_interrupted_reads_committed_rounds_only(tmp_path):
+    path = write_run(tmp_path / "a", rounds=9, done=3)
+    extra = path / "checkpoint" / "rows" / "metrics-000004.parquet"
+    pl.read_parquet(path / "checkpoint/rows/metrics-000003.parquet").with_columns(round=4).write_parquet(
+        extra
+    )
+    run = load(path)
+    assert (run.status, run.summary, run.rounds_done, run.rounds) == ("interrupted", None, 3, 9)
+    assert run.metrics.select(pl.col("round").max()).collect().item() == 3
+    assert "accuracy/global" in run.final
+
+
+def test_running_while_the_lock_is_held(tmp_path):
+    path = write_run(tmp_path / "a", rounds=9, done=3)
+    with open(path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load(path).status == "running"
+    assert load(path).status == "interrupted"
+
+
+def test_null_metric_is_nan(tmp_path):
+    path = write_run(tmp_path / "a")
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"]["accuracy/global"] = None
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert load(path).final["accuracy/global"] != load(path).final["accuracy/global"]
+
+
+def _truncate(path, name):
+    file = path / name
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+BROKEN = {
+    "no summary.json": lambda path: (path / "summary.json").unlink(),
+    "cannot be read": lambda path: (path / "summary.json").write_text("{"),
+    "format 2": lambda path: (path / "summary.json").write_text('{"format": 2}'),
+    "metrics.parquet: corrupt": lambda path: _truncate(path, "metrics.parquet"),
+    "no traffic.parquet": lambda path: (path / "traffic.parquet").unlink(),
+    "no column 'value'": lambda path: (
+        pl.read_parquet(path / "metrics.parquet").drop("value").write_parquet(path / "metrics.parquet")
+    ),
+    "column 'seconds' is String": lambda path: (
+        pl.read_parquet(path / "timing.parquet")
+        .with_columns(pl.col("seconds").cast(pl.String))
+        .write_parquet(path / "timing.parquet")
+    ),
+    "not a run directory": lambda path: (path / "config.yaml").unlink(),
+    "names no strategy": lambda path: (path / "config.yaml").write_text("a: 1"),
+    "seed is 'x'": lambda path: (path / "config.yaml").write_text("{strategy: a, seed: x}"),
+    "could not": lambda path: (path / "config.yaml").write_text("strategy: !!python/object:os.system {}"),
+    "more than 10000": lambda path: (path / "config.yaml").write_text(
+        "strategy: a\na: &a [x,x,x,x,x,x,x,x,x,x]\n"
+        + "".join(
+            f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("why", BROKEN)
+def test_broken_directory_is_named_and_skipped(tmp_path, why):
+    path = write_run(tmp_path / "broken")
+    BROKEN[why](path)
+    with pytest.raises(UserError, match="broken") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    write_run(tmp_path / "good")
+    runs, skipped = find([tmp_path])
+    assert [run.dir.name for run in runs] == ["good"]
+    assert len(skipped) == 1
+    assert "broken" in skipped[0]
+    if why not in ("no summary.json", "could not"):
+        assert why in skipped[0]
+
+
+def test_find(tmp_path):
+    write_run(tmp_path / "sweep" / "b")
+    write_run(tmp_path / "sweep" / "deep" / "a")
+    hydra = tmp_path / "sweep" / "b" / ".hydra"
+    hydra.mkdir()
+    (hydra / "config.yaml").write_text("strategy: x")
+    (tmp_path / "empty").mkdir()
+    runs, skipped = find(
+        [tmp_path / "sweep", tmp_path / "sweep" / "b", tmp_path / "empty", tmp_path / "gone"]
+    )
+    assert [run.dir.name for run in runs] == ["b", "a"]
+    assert skipped == [
+        f"{tmp_path / 'empty'}: no run directory in it",
+        f"{tmp_path / 'gone'}: no such directory",
+    ]
+
+
+def test_strategy_as_a_word(tmp_path):
+    path = write_run(tmp_path / "a")
+    (path / "config.yaml").write_text(yaml.safe_dump({"strategy": "fedavg"}))
+    assert (load(path).strategy, load(path).seed) == ("fedavg", 0)

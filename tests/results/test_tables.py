@@ -1,0 +1,130 @@
+"""The comparison: grouping, flags, and the four formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+from synthetic import write_run, write_sweep
+
+from fedfuse.results.run import find, load
+from fedfuse.results.setting import differences, flatten, group
+from fedfuse.results.statistics import mean_interval
+from fedfuse.results.table import compare, notes, print_table, to_csv, to_latex, to_markdown
+
+EVIL = 'x</script><img src=x onerror=alert(1)>|$\\write18{id}$"\x1b[31m'
+
+
+def _printed(runs):
+    out = io.StringIO()
+    print_table(runs, Console(file=out, width=120))
+    return out.getvalue()
+
+
+def test_rows(tmp_path):
+    runs, _ = find([write_sweep(tmp_path, ["local", "knfu"], 3)])
+    knfu, local = compare(runs)
+    assert (knfu.strategy, knfu.seeds, knfu.n, knfu.setting, local.strategy) == (
+        "knfu",
+        (0, 1, 2),
+        3,
+        "",
+        "local",
+    )
+    values = [run.final["accuracy/global"] for run in runs if run.strategy == "knfu"]
+    assert knfu.final["accuracy/global"] == mean_interval(values)
+    assert knfu.up_mb == pytest.approx(40_000 * 5 * 4 / 1e6)
+    text = _printed(runs)
+    assert "±" in text
+    assert "Best round, not the result" in text
+    assert "cannot reach p < 0.05" in text
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    text = _printed([load(write_run(tmp_path / "a"))])
+    assert "One seed: no interval" in text
+    assert " ± " not in text.split("Accuracy after")[0]
+
+
+def test_differences_are_named(tmp_path):
+    runs = [
+        load(write_run(tmp_path / "a", "fedavg", 0)),
+        load(write_run(tmp_path / "b", "knfu", 1, hyper={"beta": 2.0})),
+        load(write_run(tmp_path / "c", "knfu", 1, hyper={"beta": 1.0}, config={"partition": {"alpha": 0.1}})),
+        load(
+            write_run(
+                tmp_path / "d", "knfu", 1, config={"data": {"root": "/elsewhere"}, "runtime": {"workers": 9}}
+            )
+        ),
+    ]
+    lines = differences(runs)
+    assert lines == [
+        "partition.alpha: 0.1 (1 run), 0.3 (3 runs)",
+        "runtime.workers: 1 (3 runs), 9 (1 run) (changes times or scored rounds, not results)",
+    ]
+    assert [one.setting for one in compare(runs)] == ["partition.alpha=0.1"] + ["partition.alpha=0.3"] * 3
+    assert {one.strategy for one in compare(runs)} == {"fedavg", "knfu", "knfu beta=2.0", "knfu beta=None"}
+    assert any("partition.alpha" in line for line in notes(runs))
+
+
+def test_same_configuration_twice_counts_once(tmp_path):
+    runs = [load(write_run(tmp_path / name, "fedavg", 0)) for name in "ab"]
+    groups, lines = group(runs)
+    assert [one.seeds for one in groups] == [(0,)]
+    assert "b left out: same configuration and seed" in lines[0]
+
+
+def test_unfinished_runs_enter_no_mean(tmp_path):
+    runs = [load(write_run(tmp_path / "a")), load(write_run(tmp_path / "b", seed=1, rounds=5, done=2))]
+    (row,) = compare(runs)
+    assert (row.n, row.unfinished) == (1, 1)
+    assert any("interrupted after round 2 of 5" in line for line in notes(runs))
+
+
+def test_nothing_finished(tmp_path):
+    run = load(write_run(tmp_path / "a", rounds=5, done=2))
+    (row,) = compare([run])
+    assert row.n == 0
+    assert "–" in _printed([run])
+    assert compare([]) == []
+    _printed([])
+
+
+def test_formats(tmp_path):
+    runs, _ = find([write_sweep(tmp_path, ["local", "fedavg"], 2)])
+    rows = compare(runs)
+    table = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [line["strategy"] for line in table] == ["fedavg", "local"]
+    assert float(table[0]["accuracy/global"]) == rows[0].final["accuracy/global"].mean
+    assert float(table[0]["accuracy/global/t_low"]) < float(table[0]["accuracy/global/boot_low"])
+    markdown = to_markdown(rows).splitlines()
+    assert markdown[0].count("|") == markdown[1].count("|") == markdown[2].count("|")
+    latex = to_latex(rows)
+    assert r"\toprule" in latex
+    assert r"$\pm$" in latex
+    assert latex.count(r"\\") == 3
+
+
+def test_hostile_names_stay_text(tmp_path):
+    runs = [load(write_run(tmp_path / "a", EVIL)), load(write_run(tmp_path / "b", "=cmd()|[red]x[/red]"))]
+    rows = compare(runs)
+    text = _printed(runs)
+    assert "\x1b" not in text
+    assert "[red]x[/red]" in text
+    markdown = to_markdown(rows)
+    assert "<img" not in markdown
+    assert all(line.replace("\\|", "").count("|") == 9 + 1 for line in markdown.splitlines()[:4])
+    latex = to_latex(rows)
+    assert r"\write18" not in latex
+    assert r"\textbackslash{}write18\{id\}\$" in latex
+    assert [line["strategy"][:5] for line in csv.DictReader(io.StringIO(to_csv(rows)))] == ["'=cmd", "x</sc"]
+
+
+def test_flatten():
+    assert flatten({"strategy": "a", "data": {"name": "digits", "extra": {"x": [1]}}}) == {
+        "strategy.name": "a",
+        "data.name": "digits",
+        "data.extra.x": [1],
+    }
