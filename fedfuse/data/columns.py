@@ -1,0 +1,85 @@
+"""Columns of tables: which one holds what, and numbers or text in them as arrays."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedfuse.errors import UserError
+
+INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence")
+TARGETS = ("label", "labels", "targets", "target", "y", "fine_label")
+
+
+def column_of(
+    named: str | None, guesses: Sequence[str], present: Sequence[str], key: str, where: object
+) -> str:
+    """Return the column to use: the one the user named, else the first usual name.
+
+    Raises
+    ------
+    UserError
+        Where there is none.
+    """
+    candidates = [named] if named else [name for name in guesses if name in present]
+    if not candidates or candidates[0] not in present:
+        wanted = f"no column {named!r}" if named else "no column of a usual name"
+        raise UserError(f"{where}: {wanted}; set data.{key}=<one of {', '.join(present)}>")
+    return candidates[0]
+
+
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.ndarray:
+    """Turn texts into numbers without a vocabulary file: words are hashed (CRC-32), so any machine agrees.
+
+    Parameters
+    ----------
+    form : {"counts", "tokens"}
+        Unit-length word counts, float32 (n, size), or word ids, int64 (n, length), 0 past the text's end.
+    size : int
+        Number of hash buckets.
+    length : int
+        Words kept, for tokens.
+    """
+    if form not in ("counts", "tokens"):
+        raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
+    hashed = [
+        [1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts
+    ]
+    if form == "tokens":
+        tokens = np.zeros((len(hashed), length), dtype=np.int64)
+        for row, words in enumerate(hashed):
+            tokens[row, : min(length, len(words))] = words[:length]
+        return tokens
+    counts = np.zeros((len(hashed), size), dtype=np.float32)
+    for row, words in enumerate(hashed):
+        np.add.at(counts[row], words, 1.0)
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
+
+
+TEXT_OPTIONS = {"text": "counts", "buckets": 1024, "length": 64}
+
+
+def column_inputs(values: Sequence[Any], extra: Mapping[str, Any], where: str) -> np.ndarray:
+    """Turn a column of numbers, lists of numbers or texts into an array of inputs.
+
+    Raises
+    ------
+    UserError
+        Where rows differ in length or are neither numbers nor text.
+    """
+    if len(values) and all(isinstance(value, str) for value in values):
+        return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]))
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "iufb" or array.ndim < 1:
+        raise UserError(f"{where}: expected text, numbers or lists of numbers of one length")
+    return array[:, None].astype(np.float32) if array.ndim == 1 else array

@@ -1,0 +1,165 @@
+"""A data set: plain arrays plus what is needed to turn a row into a model's input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedfuse.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SPLITS = ("train", "validation", "personal")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled rows; plain contiguous NumPy arrays (possibly memory-mapped), so they pickle without copying.
+
+    Attributes
+    ----------
+    inputs : ndarray, shape (n, ...)
+        uint8 or float32 images (n, channels, height, width), float32 features, or int64 tokens.
+    targets : ndarray of int64, shape (n,)
+        Class ids; -1 where unlabelled.
+    groups : ndarray of int64, shape (n,), optional
+        Natural client or domain id of each row.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        # This also strips np.memmap: a subclass would be copied into a pickle, not travel beside it.
+        set_field = object.__setattr__
+        set_field(self, "inputs", np.ascontiguousarray(self.inputs))
+        set_field(self, "targets", np.ascontiguousarray(self.targets, dtype=np.int64))
+        if self.groups is not None:
+            set_field(self, "groups", np.ascontiguousarray(self.groups, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """Return a copy of the given rows, in the given order."""
+        groups = None if self.groups is None else self.groups[rows]
+        return Examples(self.inputs[rows], self.targets[rows], groups)
+
+
+@dataclass(frozen=True)
+class Provided:
+    """Per-client splits that came with the data (PFLlib, LEAF): never cut again.
+
+    Attributes
+    ----------
+    offsets : ndarray of int64, shape (clients, 4)
+        Start, end of train, end of validation and end of personal test, as row ids into `Dataset.train`.
+    names : tuple of str
+        The clients' names in the files.
+    """
+
+    offsets: np.ndarray
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training rows, the official test split and how both become tensors.
+
+    Attributes
+    ----------
+    train : Examples
+        With `provided`, the rows of all clients and all their splits, client after client.
+    test : Examples or None
+        The global test set.
+    kind : str
+        "image", "features" or "tokens". Images that came as floats (PFLlib) are used as given.
+    mean, std : tuple of float, optional
+        Per channel, of `inputs / 255`; only for uint8 images.
+    """
+
+    name: str
+    train: Examples
+    test: Examples | None
+    classes: tuple[str, ...]
+    kind: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    group_names: tuple[str, ...] | None = None
+    provided: Provided | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train.inputs.shape[1:])
+
+    def tensor(self, inputs: np.ndarray) -> torch.Tensor:
+        """Turn rows of inputs into a new tensor: float32 (images normalised) or int64 tokens."""
+        import torch
+
+        if self.kind == "tokens":
+            return torch.from_numpy(np.array(inputs, dtype=np.int64))
+        x = torch.from_numpy(np.array(inputs, dtype=np.float32))
+        if self.kind == "image" and inputs.dtype == np.uint8:
+            channels = (1, -1, 1, 1)
+            x.div_(255.0)
+            if self.mean is not None and self.std is not None:
+                x.sub_(torch.tensor(self.mean, dtype=torch.float32).view(channels))
+                x.div_(torch.tensor(self.std, dtype=torch.float32).view(channels))
+        return x
+
+    def preprocessing(self) -> str:
+        """Describe canonically how raw inputs become tensors; nodes compare its hash."""
+        inputs = self.train.inputs
+        return json.dumps(
+            {
+                "kind": self.kind,
+                "shape": list(self.shape),
+                "dtype": inputs.dtype.newbyteorder("<").str,
+                "scale": 255 if self.kind == "image" and inputs.dtype == np.uint8 else 1,
+                "mean": None if self.mean is None else [float(value) for value in self.mean],
+                "std": None if self.std is None else [float(value) for value in self.std],
+            },
+            sort_keys=True,
+        )
+
+
+def check(dataset: Dataset) -> Dataset:
+    """Return `dataset` if it is consistent.
+
+    Raises
+    ------
+    UserError
+        Where lengths, shapes, labels or values do not fit together.
+    """
+    name = f"data={dataset.name}"
+    if not len(dataset.train):
+        raise UserError(f"{name}: no training examples; expected at least one")
+    if dataset.kind not in ("image", "features", "tokens"):
+        raise UserError(f"{name}: kind {dataset.kind!r}; allowed: image, features, tokens")
+    for split, examples in (("train", dataset.train), ("test", dataset.test)):
+        if examples is None:
+            continue
+        if len(examples.inputs) != len(examples.targets):
+            raise UserError(
+                f"{name}: {split} has {len(examples.inputs)} inputs but {len(examples.targets)} labels"
+            )
+        if examples.groups is not None and len(examples.groups) != len(examples):
+            raise UserError(f"{name}: {split} has {len(examples)} rows but {len(examples.groups)} group ids")
+        if tuple(examples.inputs.shape[1:]) != dataset.shape:
+            raise UserError(
+                f"{name}: {split} inputs have shape {examples.inputs.shape[1:]}, expected {dataset.shape}"
+            )
+        if len(examples) and not 0 <= examples.targets.min() <= examples.targets.max() < len(dataset.classes):
+            raise UserError(
+                f"{name}: {split} labels lie in {examples.targets.min()}..{examples.targets.max()}, "
+                f"expected 0..{len(dataset.classes) - 1}"
+            )
+        if examples.inputs.dtype.kind == "f" and not np.isfinite(examples.inputs).all():
+            raise UserError(f"{name}: {split} inputs hold NaN or infinite values; expected finite numbers")
+    return dataset

@@ -1,0 +1,64 @@
+"""From a configuration to a checked data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+from fedfuse.config import DataConfig
+from fedfuse.data.assemble import strata_of, stratified
+from fedfuse.data.catalog import LAYOUTS, SOURCES
+from fedfuse.data.dataset import Dataset, Examples, check
+from fedfuse.data.places import root_of
+from fedfuse.errors import UserError, nearest
+
+ROOTLESS = ("digits", "custom", "mixed")
+
+
+def load(config: DataConfig) -> Dataset:
+    """Read the data set that `config` names, limited as it says.
+
+    Raises
+    ------
+    UserError
+        For an unknown name or layout, an impossible limit, or files that are missing or damaged.
+    """
+    if config.layout == "builtin":
+        if config.name not in SOURCES:
+            raise UserError(f"data={config.name} is unknown; {nearest(config.name, SOURCES)}")
+        layout = SOURCES[config.name].layout
+    elif config.layout in LAYOUTS:
+        layout = config.layout
+    else:
+        raise UserError(
+            f"data.layout={config.layout} is unknown; {nearest(config.layout, ('builtin', *LAYOUTS))}"
+        )
+    if not 0 <= config.test_fraction < 1:
+        raise UserError(f"data.test_fraction={config.test_fraction}; allowed: 0 ≤ share < 1")
+    for key in ("limit", "test_limit"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"data.{key}={value}; allowed: null or a positive number of examples")
+    reader = importlib.import_module(f"fedfuse.data.read_{layout}")
+    root = None if layout in ROOTLESS else root_of(config)
+    dataset = check(reader.read(config, root))
+    if dataset.provided is not None:
+        if config.limit is not None or config.test_limit is not None:
+            raise UserError(
+                f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null"
+            )
+        return dataset
+    return dataclasses.replace(
+        dataset,
+        train=limited(dataset.train, config.limit, config.name, "limit"),
+        test=None
+        if dataset.test is None
+        else limited(dataset.test, config.test_limit, config.name, "test_limit"),
+    )
+
+
+def limited(examples: Examples, count: int | None, *purpose: object) -> Examples:
+    """Keep at most `count` rows, classes and groups in proportion; the same rows whatever the run's seed."""
+    if count is None or count >= len(examples):
+        return examples
+    return examples.take(stratified(strata_of(examples.targets, examples.groups), count, *purpose))

@@ -1,0 +1,82 @@
+"""JSON lines, compressed or not: one example per line, with numbers, lists of numbers or text as input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfuse.config import DataConfig
+from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
+from fedfuse.data.dataset import Dataset
+from fedfuse.data.places import split_files
+from fedfuse.errors import UserError
+
+
+def read(config: DataConfig, root: Path) -> Dataset:
+    """Return the data set of `*.jsonl` or `*.jsonl.gz`; text becomes hashed word counts (`data.extra.text`).
+
+    Raises
+    ------
+    UserError
+        Where a file, a line or a key is missing or damaged.
+    """
+    extra = options(config, {"train": None, "test": None, **TEXT_OPTIONS})
+    files = split_files(root, config.name, (".jsonl", ".jsonl.gz", ".json.gz"), extra)
+    train = _table(config, files["train"] or files["other"], extra)
+    test = _table(config, files["test"], extra) if files["test"] else None
+    return assemble(config, train, test)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read one object per line; empty lines are skipped."""
+    rows = []
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}: line {number} is no JSON object")
+                    rows.append(row)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {number} is not JSON ({error.msg}); expected one object per line"
+        ) from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected JSON lines") from None
+    if not rows:
+        raise UserError(f"{path} is empty; expected one JSON object per line")
+    return rows
+
+
+def _table(config: DataConfig, paths: list[Path], extra: dict[str, Any]) -> Table:
+    values: list[Any] = []
+    labels: list[Any] = []
+    groups: list[Any] = []
+    for path in paths:
+        rows = lines(path)
+        present = list(rows[0])
+        names = {
+            "inputs": column_of(config.inputs, INPUTS, present, "inputs", path),
+            "targets": column_of(config.targets, TARGETS, present, "targets", path),
+        }
+        if config.groups:
+            names["groups"] = column_of(config.groups, (), present, "groups", path)
+        columns = {"inputs": values, "targets": labels, "groups": groups}
+        for number, row in enumerate(rows, start=1):
+            for role, name in names.items():
+                if row.get(name) is None:
+                    raise UserError(f"{path}: example {number} has no {name!r}")
+                columns[role].append(row[name])
+    inputs = column_inputs(values, extra, f"data={config.name}")
+    return Table(inputs, np.asarray(labels), np.asarray(groups) if groups else None)

@@ -1,0 +1,125 @@
+"""The user's cache directory: decoded data sets and partition indices, paid for once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fedfuse.data.dataset import Dataset, Examples
+
+FORMAT = 1  # part of every key: old entries are never misread
+
+
+def cache_directory() -> Path:
+    """Return `$FEDFUSE_CACHE`, else `~/.cache/fedfuse`; not created here."""
+    named = os.environ.get("FEDFUSE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedfuse"
+
+
+def key_of(*parts: object) -> str:
+    """Return a file name that depends on `parts` alone."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def stored_dataset(key: str, build: Callable[[], Dataset]) -> Dataset:
+    """Return the data set kept under `key`, memory-mapped; build and keep it where there is none.
+
+    A cache that cannot be written is not an error: the built data set is returned from memory.
+    """
+    folder = cache_directory() / "decoded" / key
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+        return _open(folder)
+    dataset = build()
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
+        try:
+            _write(dataset, staging)
+            if folder.exists():  # an entry that could not be read
+                shutil.rmtree(folder, ignore_errors=True)
+            # Whole directory at once: a reader, or a second writer, never sees half an entry.
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(ValueError, KeyError):
+            return _open(folder)
+    return dataset
+
+
+def _write(dataset: Dataset, folder: Path) -> None:
+    for split, examples in (("train", dataset.train), ("test", dataset.test)):
+        if examples is not None:
+            for part in ("inputs", "targets", "groups"):
+                array = getattr(examples, part)
+                if array is not None:
+                    np.save(folder / f"{split}_{part}.npy", array, allow_pickle=False)
+    meta = {
+        "name": dataset.name,
+        "classes": dataset.classes,
+        "kind": dataset.kind,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "group_names": dataset.group_names,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _open(folder: Path) -> Dataset:
+    meta = json.loads((folder / "meta.json").read_text())
+
+    def examples(split: str) -> Examples | None:
+        arrays = {}
+        for part in ("inputs", "targets", "groups"):
+            path = folder / f"{split}_{part}.npy"
+            if path.exists():
+                arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return Examples(**arrays) if arrays else None
+
+    def values(name: str) -> tuple | None:
+        return None if meta[name] is None else tuple(meta[name])
+
+    train = examples("train")
+    if train is None:
+        raise KeyError("train")
+    return Dataset(
+        name=meta["name"],
+        train=train,
+        test=examples("test"),
+        classes=tuple(meta["classes"]),
+        kind=meta["kind"],
+        mean=values("mean"),
+        std=values("std"),
+        group_names=values("group_names"),
+    )
+
+
+def stored_arrays(kind: str, key: str) -> dict[str, np.ndarray] | None:
+    """Return the arrays kept under `kind`/`key`, or None where there are none that can be read."""
+    try:
+        with np.load(cache_directory() / kind / f"{key}.npz", allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception:  # a damaged entry is as good as none: it is computed again
+        return None
+
+
+def store_arrays(kind: str, key: str, arrays: dict[str, np.ndarray]) -> None:
+    """Keep `arrays` under `kind`/`key`, atomically; a cache that cannot be written is left alone."""
+    folder = cache_directory() / kind
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, staging = tempfile.mkstemp(suffix=".npz", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            Path(staging).replace(folder / f"{key}.npz")
+        finally:
+            Path(staging).unlink(missing_ok=True)
