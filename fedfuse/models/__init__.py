@@ -1,0 +1,152 @@
+"""Architectures of the clients: built by name, scaled by width, dealt from a pool.
+
+Every built-in model has `features(x)` of shape (B, feature_dim), `head(z)` giving logits, and `feature_dim`;
+`forward(x)` is `head(features(x))`. Importing this package costs nothing: torch comes with the first model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedfuse.errors import UserError, nearest
+from fedfuse.seeding import seed_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedfuse.config import ModelConfig
+
+_NAMES = {
+    "mlp": "two hidden layers (128, 64); any input",
+    "mlp_small": "one hidden layer (32); any input",
+    "mlp_wide": "two hidden layers (512, 128); any input",
+    "cnn": "two 3×3 convolutions (8, 16) and a layer of 64; images",
+    "cnn_large": "McMahan et al. 2017: two 5×5 convolutions (32, 64) and a layer of 512; images",
+    "lenet": "LeCun et al. 1998: two 5×5 convolutions (6, 16) and layers of 120 and 84; images",
+    "resnet8": "He et al. 2016 for CIFAR, 1 block per stage, GroupNorm; images",
+    "resnet8_bn": "He et al. 2016 for CIFAR, 1 block per stage, BatchNorm; images",
+    "resnet20": "He et al. 2016 for CIFAR, 3 blocks per stage, GroupNorm; images",
+    "resnet20_bn": "He et al. 2016 for CIFAR, 3 blocks per stage, BatchNorm; images",
+}
+
+
+def names() -> dict[str, str]:
+    """Return the built-in architectures: name to one line."""
+    return dict(_NAMES)
+
+
+def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int) -> list[str]:
+    """Name the architecture of each client.
+
+    Parameters
+    ----------
+    config
+        One name, or a pool dealt round-robin.
+    kind
+        What the data are: `features` always makes `auto` an mlp.
+    shape
+        Shape of one example; `auto` is a cnn for images larger than 8×8.
+    clients
+        Number of clients.
+
+    Raises
+    ------
+    UserError
+        If a name is not known, or `model.extra`, `model.checkpoint` or `model.checkpoints` would go unused.
+    """
+    if config.pool is not None and not config.pool:
+        raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
+    pool = [_resolve(name, config, kind, shape) for name in config.pool or [config.name]]
+    if config.extra and not any(":" in name for name in pool):
+        raise UserError(
+            f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}"
+        )
+    if config.checkpoint and len(set(pool)) > 1:
+        raise UserError(
+            f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
+            "use model.checkpoints={architecture: path}"
+        )
+    for name in config.checkpoints:
+        if name not in pool:
+            raise UserError(
+                f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}"
+            )
+    return [pool[i % len(pool)] for i in range(clients)]
+
+
+def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfig, seed: int) -> nn.Module:
+    """Build a model in float32 on the CPU; equal (seed, name) give equal weights.
+
+    Parameters
+    ----------
+    name
+        A built-in name, `name@width`, `auto`, `custom`, or a dotted path `pkg.mod:fn` (own machine only).
+    shape
+        Shape of one example, (features,) or (channels, height, width).
+    classes
+        Number of logits.
+    config
+        Width, feature size, checkpoint, and what a dotted path is called with.
+    seed
+        The run's seed. The global generators are left as they were.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown, the images are too small, or a checkpoint or dotted path does not fit.
+    """
+    import torch
+
+    from fedfuse.models import checkpoint, outside, plain, residual
+
+    shape = tuple(int(side) for side in shape)
+    name = _resolve(name, config, "features" if len(shape) == 1 else "images", shape)
+    if classes < 2:
+        raise UserError(f"model={name} needs at least 2 classes, got {classes}")
+    feature_dim = config.feature_dim
+    if feature_dim is not None and feature_dim < 1:
+        raise UserError(f"model.feature_dim={feature_dim} must be at least 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, "model", name))
+        if ":" in name:
+            model = outside.model(name, shape, classes, config)
+        else:
+            base, width = _split(name)
+            builders = {**plain.ARCHITECTURES, **residual.ARCHITECTURES}
+            model = builders[base](shape, classes, width * config.width, feature_dim)
+    model.float()
+    path = config.checkpoints.get(name, config.checkpoint)
+    if path:
+        checkpoint.load(model, path, head=config.checkpoint_head)
+    return model
+
+
+def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) -> str:
+    """Turn `auto` and `custom` into what they stand for and check the name."""
+    if name == "custom":
+        if not config.build:
+            raise UserError("model=custom needs model.build=pkg.mod:fn, a function returning an nn.Module")
+        name = config.build
+        if ":" not in name:
+            raise UserError(f"model.build={name!r} must be written pkg.mod:fn")
+    if ":" in name:
+        return name
+    if name == "auto":
+        return "mlp" if kind == "features" or len(shape) != 3 or max(shape[1:]) <= 8 else "cnn"
+    base, width = _split(name)
+    if base not in _NAMES:
+        raise UserError(
+            f"model={name!r} is not known: {nearest(base, [*_NAMES, 'auto', 'custom'])}, or pkg.mod:fn"
+        )
+    for key, value in (("model.width", config.width), (f"the width in model={name!r}", width)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{key} is {value}: it must be positive")
+    return name
+
+
+def _split(name: str) -> tuple[str, float]:
+    base, at, width = name.partition("@")
+    try:
+        return base, float(width) if at else 1.0
+    except ValueError:
+        raise UserError(f"model={name!r}: what follows @ must be a width, as in cnn@0.5") from None
