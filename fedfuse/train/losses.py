@@ -1,0 +1,79 @@
+"""Distillation objectives by name. Listing them costs nothing: torch comes with the first one built."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fedfuse.train.objective import Loss
+
+_NAMES = {
+    "kl": "forward Kullback-Leibler divergence, T² scaled (Hinton et al. 2015)",
+    "reverse_kl": "reverse Kullback-Leibler divergence, T² scaled; mode seeking",
+    "js": "Jensen-Shannon divergence; symmetric, at most log 2",
+    "mse": "mean squared difference of logits",
+    "mae": "mean absolute difference of logits (FedMD's digest)",
+    "soft_ce": "cross-entropy with soft labels (DS-FL)",
+    "taid": "KL to a teacher interpolated from the student, adaptively (TAID, ICLR 2025)",
+    "sinkhorn": "entropic transport between the batch's predictions (SinKD, LREC-COLING 2024)",
+    "bdkd": "forward and reverse KL weighted per sample by the entropy gap (BD-KD; constants ours)",
+    "rkd": "distances and angles between samples (RKD, CVPR 2019)",
+    "dkd": "target and non-target parts of KL weighed apart; needs labels (DKD, CVPR 2022)",
+}
+
+
+def names() -> dict[str, str]:
+    """Return the registered losses: name to one line."""
+    return dict(_NAMES)
+
+
+def loss(name: str, *, build: str | None = None, **options: Any) -> Loss:
+    """Return a distillation objective.
+
+    Parameters
+    ----------
+    name
+        A registered name, `custom` with `build`, or a dotted path `pkg.mod:Class` itself.
+    build
+        Dotted path of a `torch.nn.Module`, on one's own machine only.
+    **options
+        The loss's options (its fields, such as `temperature` and `weight`); None stands for its default.
+        For a dotted path, the keyword arguments of its class.
+
+    Raises
+    ------
+    UserError
+        If the name or an option is unknown, or a value is out of range.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if build or ":" in name:
+        from fedfuse.train.objective import Outside
+
+        if build and name != "custom":
+            raise UserError(f"loss.build={build} goes with loss=custom, not with loss={name}")
+        return Outside(build or name, options)
+    if name == "custom":
+        raise UserError("loss=custom needs loss.build=pkg.mod:Class, a torch.nn.Module")
+    if name not in _NAMES:
+        raise UserError(f"loss={name!r} is not known: {nearest(name, [*_NAMES, 'custom'])}, or pkg.mod:Class")
+
+    from fedfuse.train import divergences, relations
+
+    kind: type[Loss] = {**divergences.LOSSES, **relations.LOSSES}[name]
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    for key in options:
+        if key not in allowed:
+            raise UserError(f"loss={name} has no option {key!r}: {nearest(key, allowed)}")
+    return kind(**options)
+
+
+def __getattr__(name: str) -> Any:
+    # Lets callers that have torch anyway import the class from here.
+    if name == "Loss":
+        from fedfuse.train.objective import Loss
+
+        return Loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

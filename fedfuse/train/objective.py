@@ -1,0 +1,195 @@
+"""What a distillation objective is: the class that all of them extend, and those brought by dotted path."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.errors import UserError
+
+
+@dataclass(eq=False)
+class Loss:
+    """A distillation objective: a scalar from a student's and a teacher's outputs on one batch.
+
+    The teacher is always detached. A batch smaller than `min_batch` adds nothing: 0, with a zero gradient.
+
+    Parameters
+    ----------
+    temperature
+        T; both outputs are softened by it where the form has a T.
+    weight
+        Factor on the result.
+    """
+
+    temperature: float = 1.0
+    weight: float = 1.0
+
+    needs_labels: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
+    min_batch: ClassVar[int] = 1
+    same_width: ClassVar[bool] = True  # False: student and teacher may have different numbers of columns
+    positive: ClassVar[tuple[str, ...]] = ("temperature",)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"loss option {field.name}={value!r} must be a number")
+            least = "positive" if field.name in self.positive else "non-negative"
+            if not math.isfinite(value) or value < 0 or (value == 0 and least == "positive"):
+                raise UserError(f"loss option {field.name}={value} must be {least} and finite")
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compare logits.
+
+        Parameters
+        ----------
+        student_logits, teacher
+            Logits of shape (B, C); an entry of -inf in the teacher is a class it excludes.
+        labels
+            Classes of shape (B,), for a loss with `needs_labels`.
+        state
+            For a stateful loss: what `state_dict` gave, taken up before the comparison.
+
+        Returns
+        -------
+        Tensor
+            A scalar.
+
+        Raises
+        ------
+        UserError
+            If the loss needs labels and there are none.
+        ValueError
+            If the shapes differ.
+        """
+        self._prepare(student_logits, teacher, labels, state)
+        if len(student_logits) < self.min_batch:
+            return 0.0 * student_logits.sum()
+        return self.weight * self.value(student_logits, teacher.detach().clamp_min(_FLOOR), labels)
+
+    def from_probabilities(
+        self,
+        student_logits: Tensor,
+        probabilities: Tensor,
+        labels: Tensor | None = None,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compare with a teacher given by its class probabilities, of shape (B, C); zeros are allowed.
+
+        The teacher is softened as softmax(log p / T). Losses on raw logits (mse, mae, rkd) compare
+        probabilities instead, since p fixes logits only up to a shift.
+        """
+        self._prepare(student_logits, probabilities, labels, state)
+        if len(student_logits) < self.min_batch:
+            return 0.0 * student_logits.sum()
+        logits = probabilities.detach().log().clamp_min(_FLOOR)
+        return self.weight * self.value_of_probabilities(student_logits, logits, labels)
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss of checked logits, the teacher's detached and finite."""
+        raise NotImplementedError
+
+    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss where the teacher's logits are logarithms of given probabilities."""
+        return self.value(student, teacher, labels)
+
+    def after_step(self, loss_value: Tensor | float, progress: float) -> None:
+        """Tell a stateful loss its value after a step, and the share of training done, in [0, 1]."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the loss has learnt, as float64 scalars; it belongs to the client's private state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` gave."""
+
+    def _prepare(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, state: Mapping[str, Tensor] | None
+    ) -> None:
+        same = student.shape == teacher.shape if self.same_width else len(student) == len(teacher)
+        if not same:  # broadcasting would hide it
+            raise ValueError(
+                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
+            )
+        if self.needs_labels and labels is None:
+            name = type(self).__name__.lower()
+            raise UserError(
+                f"loss={name} needs labels, the transfer set has none: set transfer.labelled=true"
+            )
+        if state is not None:
+            self.load_state_dict(state)
+
+
+_FLOOR = -1e4  # stands for log 0: exp of it is 0 at every temperature used, yet 0 · _FLOOR is 0 and not NaN
+
+
+class Outside(Loss):
+    """A `torch.nn.Module` by dotted path, called as module(student, teacher[, labels]) on logits.
+
+    torchdistill's losses, which take dictionaries of outputs, get logits under the paths they were built with
+    (`.` and `output` unless they say otherwise). Parameters of the module are frozen.
+
+    Parameters
+    ----------
+    path
+        `pkg.mod:Class`.
+    options
+        Keyword arguments of the class; `weight` and `temperature` are kept here unless the class takes them.
+    """
+
+    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
+        from fedfuse.models.outside import resolve
+
+        kind = resolve(path, "loss.build")
+        options = dict(options)
+        try:
+            takes: Mapping[str, Any] = inspect.signature(kind).parameters
+        except (TypeError, ValueError):
+            takes = {}
+        own = {
+            key: options.pop(key) for key in ("weight", "temperature") if key in options and key not in takes
+        }
+        super().__init__(**own)
+        try:
+            self.module = kind(**options)
+        except Exception as error:
+            raise UserError(f"loss.build={path} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(self.module, nn.Module):
+            raise UserError(f"loss.build={path} gives {type(self.module).__name__}, not a torch.nn.Module")
+        self.module.requires_grad_(False)
+        names = list(inspect.signature(self.module.forward).parameters)
+        self._dictionaries = names[:1] == ["student_io_dict"]
+        self._labels = len(names) > 2
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return what the module makes of the logits."""
+        inputs: list[Any] = [student, teacher]
+        if self._dictionaries:
+            for i, who in enumerate(("student", "teacher")):
+                path = getattr(self.module, f"{who}_module_path", ".")
+                inputs[i] = {path: {getattr(self.module, f"{who}_module_io", "output"): inputs[i]}}
+        return self.module(*inputs, labels) if self._labels else self.module(*inputs)
+
+
+def log_softened(logits: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / T), never below the logarithm of the smallest normal number.
+
+    Without that floor a class the teacher excludes would make the reverse divergence infinite.
+    """
+    return (logits / temperature).log_softmax(1).clamp_min(math.log(torch.finfo(logits.dtype).tiny))
