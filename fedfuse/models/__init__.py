@@ -64,7 +64,7 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
     if config.checkpoint and len(set(pool)) > 1:
         raise UserError(
             f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
-            "use model.checkpoints={architecture: path}"
+            "use +model.checkpoints={architecture: path}"
         )
     for name in config.checkpoints:
         if name not in pool:

@@ -128,6 +128,6 @@ def _checked(built: nn.Module, path: str, shape: tuple[int, ...], classes: int) 
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise UserError(
             f"model.build={path} gives {got} for a batch of 2, expected logits (2, {classes}): "
-            "set its number of classes under model.extra"
+            "set its number of classes by +model.extra.<argument>=…"
         )
     return built.train(training)
