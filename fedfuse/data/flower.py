@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedfuse.config import PartitionConfig
+from fedfuse.data.places import reason_of
 from fedfuse.data.store import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError
 from fedfuse.seeding import numpy_generator, seed_of
@@ -97,7 +98,9 @@ def _deal(
                     for client in range(clients)
                 ]
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
+            if "max number of attempts" in reason:  # its advice to try again is what this loop does
+                reason = f"each leaves a client fewer than {least}"
             continue
         sizes = np.array([len(part) for part in rows])
         if sizes.min() < max(least, 1):

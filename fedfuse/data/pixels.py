@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedfuse.data.places import reason_of
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, wh
                 frame = frame.resize(wanted, Image.Resampling.BILINEAR)
         except Exception as error:  # Pillow raises whatever its decoders do
             name = f"image {index}" if isinstance(source, bytes) else str(source)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{where}: {name} cannot be decoded ({reason}); expected an image file") from None
+            raise UserError(
+                f"{where}: {name} cannot be decoded ({reason_of(error)}); expected an image file"
+            ) from None
         if frame.size != wanted:
             raise UserError(f"{where}: images of {wanted} and {frame.size}; set data.extra.size=<pixels>")
         if not array.size:

@@ -70,9 +70,13 @@ def fetch(config: DataConfig, folder: Path) -> Path:
             test.to_parquet(str(staging / "test.parquet"))
         staging.rename(folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"data.hub={hub}: could not be downloaded ({reason})") from error
+        raise UserError(f"data.hub={hub}: could not be downloaded ({reason_of(error)})") from error
     return folder
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line why a library gave up."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def split_files(root: Path, name: str, suffixes: tuple[str, ...], extra: dict) -> dict[str, list[Path]]:

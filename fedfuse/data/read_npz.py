@@ -12,7 +12,7 @@ from fedfuse.config import DataConfig
 from fedfuse.data.assemble import Table, assemble, options
 from fedfuse.data.columns import TARGETS, column_of
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.places import split_files
+from fedfuse.data.places import reason_of, split_files
 from fedfuse.errors import UserError
 
 INPUTS = ("inputs", "x", "X", "data", "features", "images", "x_train")
@@ -70,8 +70,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
         AttributeError,
         MemoryError,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}); expected an .npz of plain arrays") from None
+        raise UserError(
+            f"{path} cannot be read ({reason_of(error)}); expected an .npz of plain arrays"
+        ) from None
 
 
 def _labels(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:

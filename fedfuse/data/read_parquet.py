@@ -13,7 +13,7 @@ from fedfuse.data.assemble import Table, assemble, options
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.pixels import decode
-from fedfuse.data.places import split_files
+from fedfuse.data.places import reason_of, split_files
 from fedfuse.data.store import key_of, stored_dataset
 from fedfuse.errors import UserError
 
@@ -57,11 +57,7 @@ def _open(path: Path) -> pyarrow.Table:
     try:
         return pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({_first(error)}); expected a parquet file") from None
-
-
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); expected a parquet file") from None
 
 
 def _table(

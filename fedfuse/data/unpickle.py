@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fedfuse.data.places import reason_of
 from fedfuse.errors import UserError
 
 PLAIN = "biufcSU"
@@ -172,9 +173,10 @@ def read_client(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a PFLlib client file") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: {error}; expected a dict of plain arrays x and y") from None
-    except Exception as error:  # hostile content can fail in any way; none of it may look like our own fault
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} cannot be read ({reason}); expected a dict of plain arrays x and y"
+            f"{path} is refused: {reason_of(error)}; expected a dict of plain arrays x and y"
+        ) from None
+    except Exception as error:  # hostile content can fail in any way; none of it may look like our own fault
+        raise UserError(
+            f"{path} cannot be read ({reason_of(error)}); expected a dict of plain arrays x and y"
         ) from None

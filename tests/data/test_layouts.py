@@ -1,0 +1,298 @@
+"""Every layout on tiny files made here, and what is said when files are missing or damaged."""
+
+import gzip
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.data import prepare
+from fedfuse.data.load import load
+from fedfuse.errors import UserError
+
+
+def pixels(count, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def config(layout, root, **settings):
+    return DataConfig(name=layout, layout=layout, root=str(root), **settings)
+
+
+def write_idx(root, packed=True):
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 30), ("t10k", 10)):
+        images, labels = pixels(count, 28, 28), (np.arange(count) % 10).astype(np.uint8)
+        parts = {
+            f"{split}-images-idx3-ubyte": struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes(),
+            f"{split}-labels-idx1-ubyte": struct.pack(">II", 2049, count) + labels.tobytes(),
+        }
+        for name, content in parts.items():
+            path = folder / (name + ".gz" if packed else name)
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx(tmp_path, packed):
+    write_idx(tmp_path, packed)
+    dataset = load(DataConfig(name="mnist", root=str(tmp_path)))
+    assert dataset.shape == (1, 28, 28)
+    assert (len(dataset.train), len(dataset.test)) == (30, 10)
+    assert (dataset.train.inputs[:, 0] == pixels(30, 28, 28)).all()
+    assert dataset.mean == (0.1307,)
+
+
+def test_idx_missing_or_damaged(tmp_path):
+    with pytest.raises(UserError, match=r"data.root=.*does not exist"):
+        load(DataConfig(name="mnist", root=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.* is missing"):
+        load(DataConfig(name="mnist", root=str(tmp_path)))
+    folder = write_idx(tmp_path)
+    path = folder / "train-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    for content in (whole[:-12], b"junk", gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc"), gzip.compress(b"")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"train-labels-idx1-ubyte.gz.*expected"):
+            load(DataConfig(name="mnist", root=str(tmp_path)))
+
+
+def write_parquet(path, images, labels, names=None, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {"img": [{"bytes": png(image), "path": None} for image in images], "label": labels, **columns}
+    )
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        meta = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = table.replace_schema_metadata(meta)
+    pq.write_table(table, path)
+
+
+def test_parquet_images_and_their_cache(tmp_path, monkeypatch):
+    train, test = pixels(12, 5, 4, 3), pixels(6, 5, 4, 3, seed=1)
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", train, np.arange(12) % 3, ["a", "b", "c"])
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", test, np.arange(6) % 3)
+    dataset = load(config("parquet", tmp_path))
+    assert dataset.classes == ("a", "b", "c")
+    assert dataset.kind == "image"
+    assert (dataset.train.inputs == train.transpose(0, 3, 1, 2)).all()
+    assert (dataset.test.inputs == test.transpose(0, 3, 1, 2)).all()
+    assert np.allclose(dataset.mean, train.mean(axis=(0, 1, 2)) / 255, atol=1e-5)
+    assert np.allclose(dataset.std, train.std(axis=(0, 1, 2)) / 255, atol=1e-5)
+    # The second time nothing is decoded, and arrays are mapped rather than read.
+    monkeypatch.setattr("fedfuse.data.read_parquet.decode", lambda *_: pytest.fail("decoded again"))
+    again = load(config("parquet", tmp_path))
+    assert again.preprocessing() == dataset.preprocessing()
+    assert type(again.train.inputs) is np.ndarray
+    assert isinstance(again.train.inputs.base, np.memmap)
+    # An unwritable cache is no error.
+    monkeypatch.undo()
+    monkeypatch.setenv("FEDFUSE_CACHE", "/proc/nowhere")
+    assert (load(config("parquet", tmp_path)).train.inputs == dataset.train.inputs).all()
+
+
+def test_parquet_per_domain(tmp_path):
+    write_parquet(tmp_path / "amazon.parquet", pixels(20, 4, 4, 3), np.arange(20) % 2)
+    write_parquet(tmp_path / "dslr.parquet", pixels(10, 4, 4), np.arange(10) % 2)
+    data = DataConfig(name="office_caltech10", root=str(tmp_path))
+    f = prepare(data, PartitionConfig(name="domain"), TransferConfig(size=0), None, 0)
+    assert f.dataset.group_names == ("amazon", "dslr")
+    assert f.sizes().sum(axis=1).tolist() == [16, 8]
+    assert f.dataset.shape == (3, 4, 4)
+    assert len(f.dataset.test) == 6
+    for client in range(2):
+        assert (f.split(client, "train").groups == client).all()
+
+
+def test_parquet_numbers_and_groups(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"a": np.arange(20.0), "b": np.ones(20), "who": [f"u{i % 4}" for i in range(20)]}
+    pq.write_table(pa.table({**columns, "y": ["no", "yes"] * 10}), tmp_path / "all.parquet")
+    dataset = load(config("parquet", tmp_path, inputs="a,b", groups="who", test_fraction=0))
+    assert dataset.kind == "features"
+    assert dataset.shape == (2,)
+    assert dataset.classes == ("no", "yes")
+    assert dataset.group_names == ("u0", "u1", "u2", "u3")
+    assert dataset.test is None
+    with pytest.raises(UserError, match=r"all.parquet: no column 'z'; set data.inputs=<one of a, b, who, y>"):
+        load(config("parquet", tmp_path, inputs="z"))
+
+
+def test_parquet_damaged(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"train.parquet cannot be read.*expected a parquet file"):
+        load(config("parquet", tmp_path))
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(UserError, match=r"expected \*\.parquet"):
+        load(config("parquet", tmp_path))
+    write_parquet(tmp_path / "train.parquet", [pixels(1, 4, 4)[0], pixels(1, 5, 5)[0]], [0, 1])
+    with pytest.raises(UserError, match=r"set data.extra.size"):
+        load(config("parquet", tmp_path))
+    assert load(config("parquet", tmp_path, extra={"size": 6}, test_fraction=0)).shape == (1, 6, 6)
+
+
+def test_npz(tmp_path):
+    keras = tmp_path / "keras"
+    keras.mkdir()
+    np.savez(
+        keras / "mnist.npz",
+        x_train=pixels(9, 6, 6),
+        y_train=np.arange(9) % 3,
+        x_test=pixels(3, 6, 6),
+        y_test=np.arange(3),
+    )
+    dataset = load(config("npz", keras))
+    assert (dataset.shape, len(dataset.test), dataset.kind) == ((1, 6, 6), 3, "image")
+    surf = tmp_path / "surf"
+    surf.mkdir()
+    for name, count in (("amazon", 20), ("webcam", 10)):
+        np.savez(surf / f"{name}.npz", features=pixels(count, 7), labels=np.arange(count) % 2)
+    dataset = load(config("npz", surf))
+    assert dataset.kind == "features"
+    assert dataset.train.inputs.dtype == np.float32
+    assert dataset.group_names == ("amazon", "webcam")
+    single = tmp_path / "one.npz"
+    np.savez(single, tokens=np.arange(40).reshape(10, 4), cls=np.arange(10) % 2, site=np.arange(10) // 5)
+    dataset = load(config("npz", single, inputs="tokens", targets="cls", groups="site"))
+    assert dataset.kind == "tokens"
+    assert dataset.tensor(dataset.train.inputs).dtype.is_floating_point is False
+    np.savez(single, x=np.full((4, 2), np.nan), y=np.arange(4) % 2)
+    with pytest.raises(UserError, match="NaN"):
+        load(config("npz", single, test_fraction=0))
+    single.write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"one.npz cannot be read"):
+        load(config("npz", single))
+    np.savez(single, x=np.array([{}], dtype=object), y=np.arange(1))
+    with pytest.raises(UserError, match=r"one.npz cannot be read"):
+        load(config("npz", single))
+
+
+def test_image_folder(tmp_path):
+    for split, count in (("train", 3), ("test", 1)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(pixels(1, 6, 6, seed=index)[0]).save(folder / f"{index}.png")
+    dataset = load(config("images", tmp_path))
+    assert (dataset.classes, dataset.shape) == (("cat", "dog"), (1, 6, 6))
+    assert (len(dataset.train), len(dataset.test)) == (6, 2)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1.png cannot be decoded"):
+        load(config("images", tmp_path))
+    with pytest.raises(UserError, match=r"no images under"):
+        load(config("images", tmp_path / "train" / "cat"))
+
+
+def test_image_folder_of_domains(tmp_path):
+    for domain in ("photo", "sketch"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / domain / name
+            folder.mkdir(parents=True)
+            for index in range(5):
+                Image.fromarray(pixels(1, 6, 6, 3, seed=index)[0]).save(folder / f"{index}.png")
+    dataset = load(config("images", tmp_path, groups="domain"))
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.group_names == ("photo", "sketch")
+    assert np.bincount(dataset.train.groups).tolist() == [8, 8]
+
+
+def test_json_lines(tmp_path):
+    rows = [{"text": f"word{i % 2} and more", "label": i % 2, "domain": "ab"[i % 2]} for i in range(20)]
+    lines = "\n".join(json.dumps(row) for row in rows) + "\n"
+    (tmp_path / "reviews.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    dataset = load(config("jsonl", tmp_path, groups="domain", extra={"buckets": 128}))
+    assert (dataset.kind, dataset.shape, dataset.group_names) == ("features", (128,), ("a", "b"))
+    assert np.allclose(np.linalg.norm(dataset.train.inputs, axis=1), 1)
+    dataset = load(config("jsonl", tmp_path, extra={"text": "tokens", "length": 5}))
+    assert (dataset.kind, dataset.shape) == ("tokens", (5,))
+    assert (dataset.train.inputs[:, 3:] == 0).all()
+    assert (dataset.train.inputs[:, :3] > 0).all()
+    (tmp_path / "reviews.jsonl.gz").unlink()
+    (tmp_path / "train.jsonl").write_text('{"x": [1, 2], "y": 0}\n{"x": [1, 2]}\n')
+    with pytest.raises(UserError, match="example 2 has no 'y'"):
+        load(config("jsonl", tmp_path))
+    (tmp_path / "train.jsonl").write_text('{"x": [1, 2], "y": 0}\n{"x": [')
+    with pytest.raises(UserError, match=r"train.jsonl: line 2 is not JSON"):
+        load(config("jsonl", tmp_path))
+    (tmp_path / "train.jsonl").write_text('{"x": [1, 2], "y": 0}\n{"x": [1], "y": 1}\n')
+    with pytest.raises(UserError, match="lists of numbers of one length"):
+        load(config("jsonl", tmp_path))
+
+
+def write_leaf(root, test_users):
+    for split, users in (("train", ["u1", "u0"]), ("test", test_users)):
+        folder = root / "data" / split
+        folder.mkdir(parents=True)
+        data = {name: {"x": np.ones((4, 6)).tolist(), "y": [0, 1, 2, 0]} for name in users}
+        content = {"users": users, "num_samples": [4] * len(users), "user_data": data}
+        (folder / "part.json").write_text(json.dumps(content))
+
+
+def test_leaf(tmp_path):
+    write_leaf(tmp_path / "sample", ["u0", "u1"])
+    f = prepare(config("leaf", tmp_path / "sample"), PartitionConfig(), TransferConfig(), None, 0)
+    assert f.dataset.provided.names == ("u0", "u1")
+    assert f.sizes().tolist() == [[4, 0, 4], [4, 0, 4]]
+    assert f.transfer is None
+    assert f.dataset.test is None
+    assert f.tensors(0, "validation")[0].shape == (0, 6)
+    write_leaf(tmp_path / "user", ["u7"])
+    dataset = load(config("leaf", tmp_path / "user", extra={"shape": [1, 2, 3]}))
+    assert dataset.kind == "image"
+    assert dataset.shape == (1, 2, 3)
+    assert len(dataset.test) == 4
+    (tmp_path / "user" / "data" / "test" / "part.json").write_text("{")
+    with pytest.raises(UserError, match=r"part.json cannot be read"):
+        load(config("leaf", tmp_path / "user"))
+
+
+def test_leaf_text(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        data = {"u": {"x": ["abc", "bca"], "y": ["a", "b"]}}
+        (tmp_path / split / "all.json").write_text(json.dumps({"users": ["u"], "user_data": data}))
+    dataset = load(config("leaf", tmp_path))
+    assert (dataset.kind, dataset.classes) == ("tokens", ("0", "1"))
+    assert dataset.train.inputs[:2].tolist() == [[0, 1, 2], [1, 2, 0]]
+
+
+def test_mixed_sources_become_domains(tmp_path):
+    for name, side, channels in (("usps", 4, ()), ("mnist_m", 6, (3,))):
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name / "train.parquet", pixels(20, side, side, *channels), np.arange(20) % 2)
+    data = DataConfig(
+        name="mixed", root=str(tmp_path), extra={"sources": ["usps", "mnist_m"], "per_source": 10}
+    )
+    dataset = load(data)
+    assert dataset.shape == (3, 6, 6)
+    assert dataset.group_names == ("usps", "mnist_m")
+    assert np.bincount(dataset.train.groups).tolist() == [10, 10]
+    with pytest.raises(UserError, match="two or more"):
+        load(DataConfig(name="mixed"))
+
+
+def test_places(tmp_path, monkeypatch):
+    write_idx(tmp_path / "mnist")
+    monkeypatch.setenv("FEDFUSE_DATA", str(tmp_path))
+    assert len(load(DataConfig(name="mnist")).train) == 30
+    with pytest.raises(UserError, match=r"data=cifar10: no files; looked in .*data.download=true"):
+        load(DataConfig(name="cifar10"))
+    with pytest.raises(UserError, match=r"set data.hub"):
+        load(DataConfig(name="parquet", download=True))
