@@ -18,13 +18,13 @@ class DataConfig:
     personal_test: float = 0.2  # share of each client's examples kept for its own test
     download: bool = False  # allow the Hugging Face hub, through flwr-datasets
     hub: str | None = None  # name of the data set on the hub
-    layout: str = "builtin"  # builtin | parquet | npz | images | jsonl | pfllib | leaf | custom
+    layout: str = "builtin"  # builtin | parquet | npz | images | jsonl | pfllib | leaf | custom | mixed
     inputs: str | None = None  # column or array of the inputs
     targets: str | None = None  # column or array of the labels
     groups: str | None = None  # column or array of natural client ids or domains
     test_fraction: float = 0.2  # global test share where a directory brings no test split
     load: str | None = None  # `data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what only one layout knows
 
 
 @dataclass
@@ -33,11 +33,13 @@ class PartitionConfig:
 
     name: str = "dirichlet"
     alpha: float = 0.5  # Dirichlet concentration; smaller is more skewed
-    min_size: int = 10  # least examples per client
-    examples: int | None = None  # `prior`, `clustered`: examples per client
+    min_size: int = 10  # `dirichlet`, `size`: least examples per client
+    sizes: str = "dirichlet"  # `size`: dirichlet | linear
+    examples: int | None = None  # `prior`, `clustered`: examples per client; null: half of an equal share
     shards_per_client: int = 2
     classes_per_client: int = 2
     groups: int = 3  # `clustered`: groups of clients that share a class prior
+    clients_per_domain: int = 1  # `domain`: clients among whom each domain is dealt evenly
 
 
 @dataclass
@@ -45,6 +47,7 @@ class TransferConfig:
     """The shared set on which clients exchange soft labels."""
 
     source: str = "holdout"  # holdout | noise | <name of a data set> (out of domain)
+    root: str | None = None  # directory of that data set; else found as data sets are
     size: int | None = None  # default min(1000, 10 % of the training split)
     labelled: bool = False  # strategies that must not see labels never get them
     subset: int | None = None  # rows used per round; default all
