@@ -63,8 +63,10 @@ class ModelConfig:
     feature_dim: int | None = None  # common size of `features(x)` across a pool
     width: float = 1.0  # scales the number of channels
     build: str | None = None  # `model=custom`: dotted path pkg.mod:fn returning an nn.Module
-    checkpoint: str | None = None  # weights to start from
-    extra: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None  # weights to start from: torch (weights only) or safetensors
+    checkpoints: dict[str, str] = field(default_factory=dict)  # in a pool: architecture to checkpoint
+    checkpoint_head: bool = True  # false: `head` keeps its initial weights (data with other classes)
+    extra: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `build`
 
 
 @dataclass
@@ -86,6 +88,7 @@ class EvaluateConfig:
 
     every: int = 1
     batch_size: int = 512
+    validation: bool = False  # also score the clients' validation split (early stop and tuning turn it on)
 
 
 @dataclass
@@ -107,4 +110,36 @@ class LossConfig:
     """Distillation objective (`loss=<name>`); null leaves each strategy its paper's own."""
 
     name: str | None = None
-    temperature: float = 1.0
+    temperature: float | None = None  # T; null: the loss's own default
+    options: dict[str, Any] = field(default_factory=dict)  # the loss's other options, by name
+    build: str | None = None  # `loss=custom`: dotted path pkg.mod:Class of a torch.nn.Module
+
+
+@dataclass
+class StopConfig:
+    """Early stop on the clients' validation split (never on test)."""
+
+    patience: int | None = None  # rounds without improvement; null: off
+    metric: str = "accuracy"
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    strategy: Any = None  # name and hyper-parameters, from the strategy's own dataclass
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    clients: int | None = None  # default 10, or what the data says where it comes partitioned
+    participation: float = 1.0
+    rounds: int = 10
+    seed: int = 0
+    out: str | None = None
+    overwrite: bool = False

@@ -6,8 +6,8 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from fedfuse.results.run import Run
 from fedfuse.results.setting import Group, differences, group
@@ -131,16 +131,23 @@ def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
     console = console or Console()
     rows = compare(runs)
     headers, cells = grid(rows, decimals=1)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for name in headers:
         words = name in ("strategy", "setting")
-        table.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        justify: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(
+            Text(name), justify=justify, no_wrap=not words, overflow="fold", min_width=9 if words else None
+        )
     for line in cells:
         table.add_row(*(Text(printable(cell)) for cell in line))
-    console.print(table)
+    needed = console.measure(table, options=console.options.update(max_width=200)).maximum
+    width = console.width if console.is_terminal else max(console.width, needed)  # a file has no right edge
+    console.print(table, width=width, crop=False)
     console.print(Text(FOOT), style="dim")
     bests = [
-        f"{one.strategy} {' / '.join(percent(one.best[name], 1) for name in BEST)}" for one in rows if one.n
+        f"{one.strategy} {' / '.join(percent(replace(one.best[name], low=None), 1) for name in BEST)}"
+        for one in rows
+        if one.n
     ]
     if bests:
         listed = "; ".join(printable(best) for best in bests)
@@ -158,7 +165,7 @@ def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[s
     for one in rows:
         line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
         line += [percent(one.final[name], decimals) for name in METRICS]
-        line += [_amount(one.up_mb), _amount(one.down_mb), _amount(one.seconds)]
+        line += [amount(one.up_mb), amount(one.down_mb), amount(one.seconds)]
         cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
     return headers, cells
 
@@ -228,7 +235,8 @@ def _mean(runs: Sequence[Run], part: str, key: str) -> float:
     return sum(_number(run, part, key) for run in runs) / len(runs) if runs else math.nan
 
 
-def _amount(value: float) -> str:
+def amount(value: float) -> str:
+    """Write a quantity with about three digits; NaN as a dash."""
     if math.isnan(value):
         return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"

@@ -58,13 +58,15 @@ def write_run(
     rates = 1 - np.exp(-np.arange(1, last + 1) / max(2.0, rounds / 5))
     luck = random.normal(0, 0.012)
     level = 0.1 + (ceiling + luck - 0.1) * rates + random.normal(0, 0.006, last)
-    own = np.clip(level[:, None] + random.normal(0.05, 0.08, clients)[None, :], 0, 1)
+    offsets = random.normal(0, 0.08, clients)
+    own = np.clip(level[:, None] + 0.04 + (offsets - offsets.mean())[None, :], 0, 1)
     metrics = _metrics(level, own, random)
     if similarity:
         metrics = pl.concat([metrics, _similarity(last, clients, random)])
     traffic = _traffic(strategy, last, clients, random)
     timing = _timing(last, random)
-    counts = random.multinomial(100, random.dirichlet([0.3] * classes), size=clients)
+    deal = np.random.default_rng(seed)  # strategies share partitions
+    counts = deal.multinomial(100, deal.dirichlet([0.3] * classes, size=clients))
     partition = pl.DataFrame(
         {
             "client": np.repeat(np.arange(clients), classes * 2),
@@ -160,7 +162,8 @@ def _metrics(level: np.ndarray, own: np.ndarray, random: np.random.Generator) ->
         }
         for number in numbers
         for name, value in (
-            _headline(level[number - 1], own[number - 1]) | {"loss/train": float(random.uniform(0.1, 1))}
+            _headline(level[number - 1], own[number - 1])
+            | {"loss/train": float(2.3 - 2 * level[number - 1] + random.normal(0, 0.02))}
         ).items()
     ]
     return pl.concat([*parts, pl.DataFrame(server)])

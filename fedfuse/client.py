@@ -1,0 +1,252 @@
+"""The client half every algorithm extends: receive, fit, share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedfuse.knowledge import Item
+from fedfuse.records import Arrays
+from fedfuse.scenario import Residents, Scenario
+from fedfuse.seeding import generator, seed_everything
+from fedfuse.train import local
+from fedfuse.train.losses import Loss, loss as loss_named
+from fedfuse.train.scores import scores
+
+Metrics = dict[str, float | int]
+Records = dict[str, Arrays]
+
+
+class FusionClient:
+    """One client for the length of one message.
+
+    The platform builds it from committed state, calls `receive` with the knowledge that is new to it, then
+    `fit` and `share` for a `train` message (or the method named like the phase), or `evaluate`. Everything that
+    must survive goes into `state`; for a `personal` client the whole model is kept there by the platform.
+
+    Attributes
+    ----------
+    hyper
+        The strategy's hyper-parameters.
+    model : nn.Module
+        The architecture's resident model, holding initial weights overlaid with the client's private state.
+    state : dict
+        Private state: nested dicts of tensors and plain values.
+    client, round, version : int
+        This client, the current round, and the newest version of a lesson in this message.
+    x, y : Tensor
+        Private training examples and labels, in index order.
+    """
+
+    personal: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        hyper: Any,
+        model: nn.Module,
+        residents: Residents,
+        client: int,
+        state: dict[str, Any],
+        round: int,
+        phase: str,
+        splits: tuple[str, ...] = ("personal",),
+        pooled: bool = False,
+    ) -> None:
+        self.hyper, self.model, self.residents, self.client = hyper, model, residents, client
+        self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
+        self.version = -1
+        self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
+        self._purpose = "receive"
+
+    # -- what an algorithm writes --------------------------------------------------------------------------
+
+    @staticmethod
+    def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
+        """Add what the algorithm needs to every client's model (adapters, a second network); default nothing."""
+        return model
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Take in what the server sent. Depends on state, knowledge and seed only, never on the round."""
+        if "model" in knowledge:
+            self.load(knowledge["model"].arrays)
+
+    def fit(self) -> Metrics:
+        """Train on private data; must return `num-examples`."""
+        return self.train()
+
+    def share(self) -> Records:
+        """Say what was learned: records of arrays. Per-sample rows stand in index order."""
+        return {"model": self.weights()}
+
+    def evaluate(self) -> tuple[Records, Metrics]:
+        """Score the model this client would use. Never changes the client."""
+        metrics: Metrics = {}
+        for split in self.splits:
+            examples = self.examples(split)
+            if examples is not None:
+                for name, value in scores(self.predict(examples[0]), examples[1], self.classes).items():
+                    metrics[f"{split}/{name}"] = value
+        return {}, metrics
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B × C) of the model this client would use."""
+        return local.predict(self.model, x, self.scenario.config.evaluate.batch_size)
+
+    # -- what it uses --------------------------------------------------------------------------------------
+
+    @property
+    def scenario(self) -> Scenario:
+        """The experiment this client lives in."""
+        return self.residents.scenario
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.scenario.classes
+
+    @property
+    def architecture(self) -> str:
+        """Name of this client's architecture."""
+        return self.scenario.architectures[self.client]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.scenario.seed
+
+    @property
+    def x(self) -> Tensor:
+        """Private training inputs."""
+        return self.examples("train")[0]
+
+    @property
+    def y(self) -> Tensor:
+        """Private training labels."""
+        return self.examples("train")[1]
+
+    @property
+    def transfer(self) -> Tensor:
+        """Inputs of the transfer set D_t."""
+        return self.residents.tensors("transfer")[0]
+
+    @property
+    def transfer_labels(self) -> Tensor | None:
+        """Labels of the transfer set, or None where it is unlabelled."""
+        return self.residents.tensors("transfer")[1]
+
+    def examples(self, split: str) -> Any:
+        """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
+        if split == "global":
+            return self.residents.tensors("test")
+        if split == "train" and self.pooled:
+            return self.residents.tensors("pooled")
+        return self.residents.tensors(self.client, split)
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator seeded by (run seed, purpose, client, round or lesson version)."""
+        return generator(self.seed, *purpose, self.client, self._moment)
+
+    @property
+    def _moment(self) -> int:
+        # what is received depends on the lesson's version, not on the round that happened to bring it
+        return self.version if self._purpose == "receive" else self.round
+
+    def begin(self, purpose: str) -> None:
+        """Enter a verb: global generators restart, so what came before does not matter (platform use)."""
+        self._purpose = purpose
+        seed_everything(self.seed, purpose, self.client, self._moment)
+
+    def load(self, arrays: Arrays) -> None:
+        """Overwrite the model's parameters and buffers in place."""
+        self.model.load_state_dict(arrays)
+
+    def weights(self) -> Arrays:
+        """A copy of the model's parameters and buffers."""
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def subset(self, size: int | None, version: int | None = None) -> Tensor:
+        """Rows of the transfer set used in a round: all, or `size` redrawn by that round's number.
+
+        A lesson uses its own version's rows: pass `version=item.version` when taking one in.
+        """
+        return transfer_rows(self.scenario, size, self.round if version is None else version)
+
+    def loss(self, default: str = "kl", **options: Any) -> Loss:
+        """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
+        chosen = self.scenario.config.loss
+        if chosen.build is not None or chosen.name is not None:
+            return loss_named(chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options)
+        return loss_named(default, **options)
+
+    def train(
+        self,
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        purpose: str | None = None,
+        **options: Any,
+    ) -> Metrics:
+        """Minimise a loss by mini-batches; rows are named by index, never by batch order.
+
+        Parameters
+        ----------
+        loss : callable, optional
+            `loss(logits, labels, rows) -> scalar`; default cross-entropy.
+        x, y : Tensor, optional
+            Examples and labels; default the private training set.
+        purpose : str, optional
+            Names the random stream that orders the batches; default the verb's name.
+        **options
+            Passed to `fedfuse.train.local.train`: epochs, batch_size, lr, params, after_backward, forward.
+
+        Returns
+        -------
+        dict
+            num-examples, steps, loss (mean over steps).
+        """
+        own = x is None
+        inputs, labels = (self.x, self.y) if x is None else (x, y)
+        moment = (self.seed, purpose or self._purpose, self.client, self._moment)
+        keep = own and self.scenario.config.train.optimizer_state == "keep" and self.personal
+        if keep:
+            options["optimizer"] = self._kept_optimizer(options)
+        result = local.train(
+            self.model, inputs, labels, loss or _cross_entropy, self.scenario.config.train, moment, **options
+        )
+        if keep:
+            slots = options["optimizer"].state_dict()["state"]
+            self.state["optimizer"] = {str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()}
+        return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
+
+    def _kept_optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
+        params = options.get("params") or [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = local.optimizer(params, self.scenario.config.train)
+        if "optimizer" in self.state:
+            whole = optimizer.state_dict()
+            whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}
+            optimizer.load_state_dict(whole)
+        return optimizer
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+def transfer_rows(scenario: Scenario, size: int | None, version: int) -> Tensor:
+    """Rows of the transfer set that version `version` of a lesson stands on, in ascending order.
+
+    The user's `transfer.subset` goes before the strategy's own size; `transfer.redraw=false` keeps one subset.
+    """
+    data, config = scenario.data, scenario.config.transfer
+    total = 0 if data.transfer is None else len(data.transfer)
+    size = config.subset or size
+    if size is None or size >= total:
+        return torch.arange(total)
+    draw = generator(scenario.seed, "transfer subset", version if config.redraw else 0)
+    return torch.randperm(total, generator=draw)[:size].sort().values

@@ -1,0 +1,225 @@
+"""From words on a command line to a checked `Config`, by Hydra; every mistake is one line."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from fedfuse import registry
+from fedfuse.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PartitionConfig,
+    RuntimeConfig,
+)
+from fedfuse.errors import UserError, nearest
+
+GROUPS = {
+    "data": DataConfig,
+    "partition": PartitionConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "runtime": RuntimeConfig,
+}
+
+
+def options(group: str) -> list[str]:
+    """Names that a group's word may be, from the files that are shipped."""
+    from importlib import resources
+
+    folder = resources.files("fedfuse.conf") / group
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def presets() -> list[str]:
+    """Names of the experiment presets."""
+    from importlib import resources
+
+    folder = resources.files("fedfuse.experiments")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand a sweep (`seed=0,1 strategy=a,b`) into the overrides of its runs, as Hydra's basic sweeper does.
+
+    Raises
+    ------
+    UserError
+        If an override cannot be parsed.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser, choices = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except Exception as error:
+            raise UserError(f"{text!r}: not of the form key=value ({_first_line(error)})") from error
+        if parsed.is_sweep_override():
+            key = parsed.get_key_element()
+            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        else:
+            choices.append([text])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def strategy_of(overrides: Sequence[str]) -> str | None:
+    """The strategy that overrides name, if they do."""
+    for text in reversed(overrides):
+        if text.startswith("strategy="):
+            return text.split("=", 1)[1].strip("'\"")
+    return None
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and check the configuration of one run.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        As typed: `key=value`.
+
+    Raises
+    ------
+    UserError
+        For an unknown key or name (with the nearest valid one) and for an impossible value.
+    """
+    from hydra import compose as hydra_compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
+
+    overrides = list(overrides)
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r}: not of the form key=value")
+    _check_keys(overrides)
+    chosen = strategy_of(overrides) or _preset_strategy(overrides) or "fedavg"
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, node in GROUPS.items():
+        store.store(group=group, name="schema", node=node)
+    store.store(group="strategy", name=chosen, node=registry.schema(chosen))
+    GlobalHydra.instance().clear()
+    del Plugins
+    try:
+        with initialize_config_module("fedfuse.conf", version_base="1.3"):
+            extra = [f"strategy={chosen}"] if strategy_of(overrides) is None else []
+            found = hydra_compose("config", overrides=[*overrides, *extra, *_searchpath(overrides)])
+        config: Config = OmegaConf.to_object(found)  # type: ignore[assignment]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error, overrides, chosen)) from error
+    check(config)
+    return config
+
+
+def _searchpath(overrides: Sequence[str]) -> list[str]:
+    return ["hydra.searchpath=[pkg://fedfuse.experiments.groups]"] if any(o.startswith("experiment=") for o in overrides) else []
+
+
+def _preset_strategy(overrides: Sequence[str]) -> str | None:
+    return None
+
+
+def _check_keys(overrides: Sequence[str]) -> None:
+    """Find an unknown key or group word before anything heavy is imported."""
+    known = keys(Config, "")
+    for text in overrides:
+        key, value = re.split("=", text.lstrip("+~"), maxsplit=1)
+        value = value.strip("'\"")
+        key = key.split("@")[0]
+        if key.startswith(("hydra.", "strategy.")) or key in ("hydra", "experiment"):
+            continue
+        if key == "strategy":
+            names = registry.listed()
+            if value not in names:
+                raise UserError(f"strategy={value}: unknown; {nearest(value, names)}")
+            continue
+        if key in GROUPS:
+            allowed = [name for name in options(key) if name != "schema"]
+            if value not in allowed and not value.startswith(("{", "[", "${")):
+                raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
+            continue
+        if key not in known and not any(key.startswith(open_ + ".") for open_ in _OPEN):
+            raise UserError(f"{key}: no such key; {nearest(key, [*known, *GROUPS, 'strategy'])}")
+
+
+_OPEN = ("data.extra", "model.extra", "loss.options")
+
+
+def keys(node: Any, prefix: str) -> list[str]:
+    """All dotted keys of a configuration dataclass."""
+    import typing
+
+    hints = typing.get_type_hints(node)
+    out = []
+    for field in fields(node):
+        name = f"{prefix}{field.name}"
+        if is_dataclass(hints[field.name]):
+            out += keys(hints[field.name], name + ".")
+        else:
+            out.append(name)
+    return out
+
+
+def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
+    text = " ".join(str(part) for part in (error, error.__cause__) if part)
+    known = [f"strategy.{field.name}" for field in fields(registry.schema(strategy))]
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if match:
+        key = match.group(1)
+        return f"{key}: no such key; {nearest(key, known if key.startswith('strategy.') else keys(Config, ''))}"
+    match = re.search(r"full_key: (\S+)", text)
+    if match:
+        key = match.group(1)
+        given = next((o for o in overrides if o.split("=")[0] == key), key)
+        return f"{given}: {_first_line(error)}"
+    return _first_line(error) or type(error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check(config: Config) -> None:
+    """Refuse impossible values.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value and what is allowed.
+    """
+    registry.check(config.strategy.name, config.strategy)
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("clients", config.clients, config.clients is None or config.clients >= 1, "at least 1"),
+        ("participation", config.participation, 0 < config.participation <= 1, "more than 0 and at most 1"),
+        ("rounds", config.rounds, config.rounds >= 1, "at least 1"),
+        ("train.epochs", config.train.epochs, config.train.epochs >= 0, "at least 0"),
+        ("train.batch_size", config.train.batch_size, config.train.batch_size >= 1, "at least 1"),
+        ("train.lr", config.train.lr, 0 < config.train.lr < float("inf"), "more than 0"),
+        ("train.momentum", config.train.momentum, 0 <= config.train.momentum < 1, "at least 0 and below 1"),
+        ("train.weight_decay", config.train.weight_decay, config.train.weight_decay >= 0, "at least 0"),
+        ("train.optimizer", config.train.optimizer, config.train.optimizer in ("sgd", "adam", "adamw"), "sgd, adam or adamw"),
+        ("train.optimizer_state", config.train.optimizer_state, config.train.optimizer_state in ("fresh", "keep"), "fresh or keep"),
+        ("evaluate.every", config.evaluate.every, config.evaluate.every >= 1, "at least 1"),
+        ("evaluate.batch_size", config.evaluate.batch_size, config.evaluate.batch_size >= 1, "at least 1"),
+        ("runtime.workers", config.runtime.workers, config.runtime.workers is None or config.runtime.workers >= 1, "at least 1"),
+        ("runtime.retries", config.runtime.retries, config.runtime.retries >= 0, "at least 0"),
+        ("runtime.device", config.runtime.device, config.runtime.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        ("stop.patience", config.stop.patience, config.stop.patience is None or config.stop.patience >= 1, "at least 1"),
+        ("transfer.size", config.transfer.size, config.transfer.size is None or config.transfer.size >= 1, "at least 1"),
+        ("transfer.subset", config.transfer.subset, config.transfer.subset is None or config.transfer.subset >= 1, "at least 1"),
+        ("loss.temperature", config.loss.temperature, config.loss.temperature is None or config.loss.temperature > 0, "more than 0"),
+        ("seed", config.seed, config.seed >= 0, "at least 0"),
+    ]  # fmt: skip
+    for key, value, good, allowed in rules:
+        if not good:
+            raise UserError(f"{key}={value}: allowed is {allowed}")

@@ -1,0 +1,351 @@
+"""The run directory: a round commits at once, by one atomic rename; a killed run goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import torch
+
+from fedfuse.errors import UserError
+from fedfuse.federation import Callback, Federation
+from fedfuse.knowledge import Item, Parcel
+from fedfuse.store import ClientStore, read_tree, write_tree
+from fedfuse.traffic import Traffic
+
+FORMAT = 1
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "metrics": {"round": pl.Int64, "scope": pl.String, "client": pl.Int64, "split": pl.String, "metric": pl.String, "value": pl.Float64},
+    "traffic": {"round": pl.Int64, "client": pl.Int64, "direction": pl.String, "message": pl.String, "record": pl.String, "bytes": pl.Int64},
+    "timing": {"round": pl.Int64, "scope": pl.String, "what": pl.String, "seconds": pl.Float64},
+    "partition": {"client": pl.Int64, "split": pl.String, "label": pl.String, "examples": pl.Int64},
+}  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path: Path, kind: str, rows: list[Any]) -> None:
+    """Write rows as parquet, atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    frame = pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False)
+    try:
+        frame.write_parquet(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class RunDirectory(Callback):
+    """Keeps a run: rows and checkpoint every round, summary and final models at the end.
+
+    Parameters
+    ----------
+    path : Path
+    config : str
+        The resolved configuration as YAML.
+    started : float
+        `time.time()` when the command started, for `seconds.startup`.
+
+    Attributes
+    ----------
+    clients : ClientStore
+        Committed client state, below the checkpoint.
+    """
+
+    def __init__(self, path: Path, config: str, started: float) -> None:
+        self.path, self.config, self.started = Path(path), config, started
+        self.seconds = {"startup": 0.0, "rounds": 0.0, "before": 0.0}
+        self._lock: IO[str] | None = None
+        self.clients: ClientStore
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the last complete round lies."""
+        return self.path / "checkpoint"
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    def create(self, overwrite: bool) -> None:
+        """Make the directory and take its lock.
+
+        Raises
+        ------
+        UserError
+            If it holds another run, or cannot be written.
+        """
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"out={self.path}: is a file; a directory is needed")
+            if self.path.exists() and any(self.path.iterdir()):
+                if not overwrite:
+                    raise UserError(f"out={self.path}: holds something already; choose another or say overwrite=true")
+                if not (self.path / "config.yaml").exists():
+                    raise UserError(f"out={self.path}: holds something that is not a run; it is not overwritten")
+                self._hold()
+                for child in self.path.iterdir():
+                    if child.name != "lock":
+                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", self.config)
+            write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            self.clients = ClientStore(self.checkpoint / "clients")
+        except OSError as error:
+            raise UserError(f"out={self.path}: cannot be written ({error.strerror or error})") from error
+
+    def reopen(self) -> None:
+        """Take the lock of a run that shall go on."""
+        self._hold()
+        self.clients = ClientStore(self.checkpoint / "clients")
+
+    def _hold(self) -> None:
+        if self._lock is not None:
+            return
+        lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(f"out={self.path}: another process is writing this run") from error
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- the loop's hooks ----------------------------------------------------------------------------------
+
+    def start(self, federation: Federation) -> None:
+        """Write what is known before the first round."""
+        if not (self.path / "partition.parquet").exists():
+            rows = federation.scenario.data.histogram()
+            write_rows(self.path / "partition.parquet", "partition", [(r["client"], r["split"], str(r["label"]), r["examples"]) for r in rows])
+            from fedfuse.data.picture import draw_partition
+
+            draw_partition(rows, self.path / "partition.svg")
+        self.seconds["startup"] += time.time() - self.started
+        self._clock = time.perf_counter()
+
+    def round(self, federation: Federation) -> None:
+        """Commit: rows first, then the checkpoint that makes them count."""
+        strategy = federation.strategy
+        round = federation.done
+        if federation.evaluated == round and (round == federation.rounds or federation.stop):
+            strategy.traffic.settle()
+        rows = {"metrics": federation.rows, "traffic": strategy.traffic.take_rows(), "timing": federation.timing}
+        for kind, values in rows.items():
+            write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
+        federation.rows, federation.timing = [], []
+        self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
+        write_tree(self.checkpoint / "state.safetensors", self._snapshot(federation))
+        progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
+        write_text(self.checkpoint / "round.json", json.dumps(progress))
+
+    def end(self, federation: Federation) -> None:
+        """Merge the rows, write the final models, and last the summary."""
+        self._final_models(federation)
+        for kind in ("metrics", "traffic", "timing"):
+            pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
+            partial = self.path / f".{kind}.partial"
+            pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
+            os.replace(partial, self.path / f"{kind}.parquet")
+        write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
+        shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
+
+    def summary(self, federation: Federation) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        strategy, config = federation.strategy, federation.scenario.config
+        keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
+        final = {**{k: math.nan for k in keys}, **federation.headline}
+        best = {}
+        for key in ("accuracy/global", "accuracy/personal"):
+            values = [h[key] for h in federation.history if h.get(key) == h.get(key) and key in h]
+            best[key] = max(values, default=math.nan)
+        total = self.seconds["startup"] + self.seconds["rounds"]
+        return {
+            "format": FORMAT,
+            "run_id": strategy.run_id,
+            "strategy": strategy.name,
+            "data": config.data.name,
+            "seed": config.seed,
+            "clients": federation.scenario.clients,
+            "rounds": federation.rounds,
+            "rounds_done": federation.done,
+            "stopped": federation.stop,
+            "final": _numbers(final),
+            "best": _numbers(best),
+            "traffic": strategy.traffic.summary(),
+            "failures": dict(strategy.failures),
+            "cohort_complete": not strategy.ever_left_out,
+            "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
+            "digest": federation.digest,
+            "digest_missing": federation.digest_missing,
+            "notes": list(federation.scenario.data.notes),
+        }
+
+    def _final_models(self, federation: Federation) -> None:
+        from safetensors.torch import save_file
+
+        final = self.path / "final"
+        final.mkdir(exist_ok=True)
+        for name, (architecture, arrays) in federation.strategy.server_models().items():
+            about = {"architecture": architecture, "server": name}
+            save_file({k: v.contiguous().clone() for k, v in arrays.items()}, final / f"server-{name}.safetensors", metadata=about)
+        for client in range(federation.scenario.clients):
+            kept = self.clients.staged(client, "final")
+            if kept is not None:
+                about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
+                save_file(named(kept["model"]), final / f"client-{client}.safetensors", metadata=about)
+
+    # -- checkpoint ----------------------------------------------------------------------------------------
+
+    def _snapshot(self, federation: Federation) -> dict[str, Any]:
+        strategy = federation.strategy
+        board = {}
+        for i, ((topic, to), item) in enumerate(sorted(strategy.board.items.items())):
+            chain = strategy.board.chains.get((topic, to), [])
+            board[str(i)] = {
+                "about": json.dumps([topic, to, item.version, item.sha]),
+                "value": _listed(item.arrays),
+                "chain": {
+                    str(j): {"about": json.dumps([p.version, p.since, p.sha]), "value": _listed(p.arrays)}
+                    for j, p in enumerate(chain)
+                },
+            }
+        plain = {
+            "format": FORMAT,
+            "run_id": strategy.run_id,
+            "done": federation.done,
+            "evaluated": federation.evaluated,
+            "set_up": federation.set_up,
+            "stop": federation.stop,
+            "headline": federation.headline,
+            "history": federation.history,
+            "digest": federation.digest,
+            "digest_missing": federation.digest_missing,
+            "tags": {str(c): tag for c, tag in strategy.tags.items()},
+            "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
+            "traffic": strategy.traffic.saved(),
+            "failures": strategy.failures,
+            "left_out": strategy.ever_left_out,
+            "seconds": self.seconds,
+        }
+        return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
+
+    def restore(self, federation: Federation) -> None:
+        """Put a federation back to the last complete round, and drop rows of rounds that were not completed.
+
+        Raises
+        ------
+        UserError
+            If the checkpoint is of another format or cannot be read.
+        """
+        strategy = federation.strategy
+        path = self.checkpoint / "state.safetensors"
+        done = -1
+        if path.exists():
+            try:
+                tree, _ = read_tree(path)
+                plain = json.loads(tree["plain"])
+            except Exception as error:
+                raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
+            if plain["format"] != FORMAT:
+                raise UserError(f"{path}: has format {plain['format']}, this fedfuse resumes format {FORMAT}")
+            items, chains = {}, {}
+            for slot in tree.get("board", {}).values():
+                topic, to, version, hashed = json.loads(slot["about"])
+                items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
+                chains[topic, to] = [
+                    Parcel(topic, to, *json.loads(p["about"])[:2], _unlisted(p["value"]), json.loads(p["about"])[2])
+                    for _, p in sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
+                ]
+            strategy.board.restore(items, chains)
+            strategy.state = tree.get("state", {})
+            strategy.begun = True
+            strategy.run_id = plain["run_id"]
+            strategy.tags = {int(c): tag for c, tag in plain["tags"].items()}
+            strategy.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
+            strategy.traffic = Traffic.restored(plain["traffic"])
+            strategy.failures, strategy.ever_left_out = plain["failures"], plain["left_out"]
+            strategy.round = plain["done"]
+            for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
+                setattr(federation, name, plain[name])
+            self.seconds = plain["seconds"]
+            self.seconds["before"] = self.seconds["rounds"]
+            done = plain["done"]
+        rows = self.checkpoint / "rows"
+        rows.mkdir(parents=True, exist_ok=True)
+        for piece in rows.glob("*.parquet"):
+            if int(piece.stem.rsplit("-", 1)[1]) > done:
+                piece.unlink()
+
+
+def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Undo the nesting of names that hold a slash."""
+    out: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= named(value, f"{prefix}{key}/")
+        else:
+            out[prefix + key] = value.contiguous().clone()
+    return out
+
+
+def _listed(arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
+    names = sorted(arrays)
+    return {"names": names, "arrays": {str(i): arrays[name] for i, name in enumerate(names)}}
+
+
+def _unlisted(slot: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: slot["arrays"][str(i)] for i, name in enumerate(slot["names"])}
+
+
+def _numbers(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: (None if v != v else v) for k, v in values.items()}
+
+
+def environment() -> dict[str, Any]:
+    """What equal digests depend on beside the configuration, and the command that was typed."""
+    flags = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_flags": flags,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "command": " ".join(sys.argv),
+    }

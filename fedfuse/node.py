@@ -1,0 +1,337 @@
+"""A client's place: takes one message, wakes the client from committed state, and answers.
+
+The same code serves every runtime; what differs is where the cache of knowledge comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from fedfuse import registry
+from fedfuse.client import FusionClient
+from fedfuse.errors import UserError
+from fedfuse.knowledge import Cache, Item, Parcel, Stale
+from fedfuse.records import InvalidArrays, LiveArray, flatten, nbytes, record, sha, tensors, validate
+from fedfuse.registry import Entry
+from fedfuse.scenario import Residents, Scenario
+from fedfuse.store import INITIAL, ClientStore
+from fedfuse.strategy import FAILED, INVALID, REFUSED, STALE, check_share
+from fedfuse.sums import Sum
+
+
+class Refused(Exception):
+    """The message asks for something this node does not do."""
+
+
+class Node:
+    """Runs clients of one strategy, one after another, in this process.
+
+    Parameters
+    ----------
+    entry : Entry
+        The strategy it runs; a message that names another is refused.
+    scenario : Scenario
+    store : ClientStore
+        Where committed client state lies.
+    device : torch.device or str
+    retries : int
+        How often a client that fails is tried again from committed state.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        scenario: Scenario,
+        store: ClientStore,
+        device: torch.device | str = "cpu",
+        retries: int = 0,
+    ) -> None:
+        self.entry, self.store, self.retries = entry, store, retries
+        self._hyper: tuple[Any, Any] | None = None
+        self._default = entry.hyper()
+        self.residents = Residents(scenario, self._equip, device)
+
+    def _equip(self, model: Any, build: Any) -> Any:
+        return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
+
+    # -- messages in, messages out -------------------------------------------------------------------------
+
+    def handle(self, message: Message, cache: Cache) -> Message:
+        """Answer one message; every failure becomes an error reply that names the client and the cause."""
+        who = self._client(message)
+        for attempt in range(self.retries + 1):
+            try:
+                reply = self._handle(message, cache, who)
+                if attempt:
+                    reply.content["config"]["retried"] = attempt
+                return reply
+            except Stale as error:
+                return self._error(STALE, who, str(error), message)
+            except Refused as error:
+                return self._error(REFUSED, who, str(error), message)
+            except InvalidArrays as error:
+                return self._error(INVALID, who, f"received {error}", message)
+            except Exception as error:
+                if attempt == self.retries:
+                    where = traceback.extract_tb(error.__traceback__)[-1]
+                    place = f" ({where.name}, {where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    return self._error(FAILED, who, text[:500] + place, message)
+        raise AssertionError("unreachable")
+
+    def handle_group(self, messages: Sequence[Message], caches: Sequence[Cache]) -> list[Message]:
+        """Answer a group of messages in client order, adding up what the strategy only needs the sum of.
+
+        The arrays of summed records leave with the group's last valid member; every reply says their bytes.
+        """
+        replies = [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
+        sums = json.loads(str(messages[0].content["run"]["sums"])) if "run" in messages[0].content else {}
+        if not sums or messages[0].metadata.message_type.startswith("evaluate"):
+            return replies
+        totals = {name: Sum() for name in sums}
+        last: Message | None = None
+        for i, (message, reply) in enumerate(zip(messages, replies, strict=True)):
+            if reply.has_error():
+                continue
+            try:
+                self._sum(reply, totals, sums, self._client(message))
+                last = reply
+            except InvalidArrays as error:
+                replies[i] = self._error(INVALID, self._client(message), str(error), message)
+        for name, total in totals.items():
+            arrays, weight = total.group()
+            if last is not None and arrays:
+                last.content[f"sum:{name}"] = record(arrays)
+                config = last.content["config"]
+                config[f"weight:{name}"] = weight
+                dtypes = {k: str(v).removeprefix("torch.") for k, v in total.dtypes.items()}
+                config[f"dtypes:{name}"] = json.dumps(dtypes)
+        return replies
+
+    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
+        content, config = reply.content, reply.content["config"]
+        metrics = dict(content["metrics"])
+        records = {("model" if k == "arrays" else k): tensors(v) for k, v in content.array_records.items()}
+        hyper = self._hyper[1] if self._hyper else self._default
+        check_share(self.entry.server, hyper, self.residents, client, str(config["phase"]), records, metrics)
+        names, sizes = [], []
+        for name, total in totals.items():
+            if name in records:
+                weight = float(metrics[sums[name]]) if sums[name] else 1.0
+                total.add(0, records[name], weight)
+                names.append(name)
+                sizes.append(nbytes(records[name]))
+                del content["arrays" if name == "model" else name]
+        if names:
+            config["summed.record"], config["summed.bytes"] = names, sizes
+
+    def _client(self, message: Message) -> int:
+        config = message.content.config_records.get("config") if message.has_content() else None
+        if config is not None and "client" in config:
+            return int(config["client"])
+        return message.metadata.dst_node_id - 1
+
+    def _error(self, code: int, client: int, reason: str, message: Message) -> Message:
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+    # -- one message ---------------------------------------------------------------------------------------
+
+    def _handle(self, message: Message, cache: Cache, who: int) -> Message:
+        started = time.perf_counter()
+        content = message.content
+        kind, _, suffix = message.metadata.message_type.partition(".")
+        phase = suffix or "train"
+        config = content.config_records.get("config", ConfigRecord())
+        run = content.config_records.get("run", ConfigRecord())
+        if not 0 <= who < self.residents.scenario.clients:
+            raise Refused(f"client {who} does not live here")
+        if kind not in ("train", "evaluate"):
+            raise Refused(f"message type {message.metadata.message_type!r} is not known")
+        if run.get("strategy", self.entry.name) != self.entry.name:
+            raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
+        hyper = self._hyper_of(run)
+        foreign = "run" not in content  # one of Flower's own strategies, driven by Flower's own loop
+        round = int(run.get("round", config.get("server-round", 0)))
+        self._take(content, config, cache, who, round, foreign, hyper)
+
+        client_type, topics = self.entry.client, self.entry.server.topics
+        architecture = self.residents.scenario.architectures[who]
+        tag = str(config.get("tag", INITIAL))
+        knowledge = cache.for_client(who, architecture, topics)
+        state = self.store.load(who, tag)
+        seen = state.pop("seen", {})
+        lessons = {}
+        for topic, item in list(knowledge.items()):
+            if topics[topic].kind == "lesson":
+                if item.version > int(seen.get(topic, -1)):
+                    lessons[topic] = item.version
+                else:
+                    del knowledge[topic]
+        new_seen = {**seen, **lessons}
+        key = json.dumps([str(run.get("run", "")), tag, sorted(lessons.items())])
+        # an evaluation may have taken these lessons in already: same bits, no second distillation
+        memo = client_type.personal and bool(lessons) and len(lessons) == len(knowledge)
+        staged = self.store.staged(who, key) if memo else None
+        if staged is not None:
+            state, knowledge = staged, {}
+            state.pop("seen", None)
+
+        model = self.residents.fresh(architecture)
+        extra = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
+        if foreign:
+            extra = {k: v for k, v in config.items() if k != "server-round"}
+        client = client_type(
+            hyper=hyper,
+            model=model,
+            residents=self.residents,
+            client=who,
+            state=state,
+            round=round,
+            phase=phase,
+            splits=tuple(map(str, run.get("splits", ["personal"]))),
+            pooled=bool(run.get("pooled", False)),
+        )
+        client.config = extra
+        if client.personal and "model" in state:
+            client.load(state["model"])
+        client.version = max(lessons.values(), default=-1)
+        if knowledge:
+            client.begin("receive")
+            client.receive(knowledge)
+
+        def kept() -> dict[str, Any]:
+            private = {k: v for k, v in client.state.items() if k != "model"}
+            if client.personal:
+                private["model"] = client.weights()
+            return private
+
+        if memo and staged is None and kind == "evaluate":
+            self.store.stage(who, key, {**kept(), "seen": new_seen})
+        client.begin(kind if kind == "evaluate" else phase)
+        answer: dict[str, Any] = {"client": who, "phase": phase}
+        if kind == "evaluate":
+            before = kept()
+            records, metrics = client.evaluate()
+            answer["sha"] = state_sha(before)
+            if extra.get("final") and before:  # the model this client ends with, for `final/` and export
+                self.store.stage(who, "final", {"model": client.weights()})
+        else:
+            if phase == "train":
+                metrics = client.fit()
+                records = client.share()
+            else:
+                records = getattr(client, phase)()
+                metrics = {"num-examples": len(client.x)}
+            private = kept()
+            kept_state = {**private, **({"seen": new_seen} if new_seen else {})}
+            answer["tag"] = (str(config.get("new-tag", "")) or f"{round}.1") if kept_state else INITIAL
+            if kept_state:
+                self.store.save(who, answer["tag"], kept_state, tag)
+        out = RecordDict()
+        for name, arrays in records.items():
+            out["arrays" if name == "model" else name] = _detached(arrays, client.model)
+        metrics.setdefault("num-examples", self.residents.scenario.examples(who))
+        metrics["seconds"] = time.perf_counter() - started
+        out["metrics"] = MetricRecord(metrics)
+        if not foreign:
+            out["config"] = ConfigRecord(answer)
+        return Message(out, reply_to=message)
+
+    def _take(
+        self,
+        content: RecordDict,
+        config: Mapping[str, Any],
+        cache: Cache,
+        who: int,
+        round: int,
+        foreign: bool,
+        hyper: Any,
+    ) -> None:
+        """Bring the cache up to date with the message, and make sure that it holds what the server believes."""
+        topics = self.entry.server.topics
+        if foreign:
+            if "arrays" in content.array_records:
+                cache["model", ""] = Item(tensors(content.array_records["arrays"]), round)
+            return
+        if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
+            raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
+        scope = self.residents.scope(who, hyper)
+        for parcel in parcels(content, config):
+            held = cache.get(parcel.address)
+            if held is not None and held.version >= parcel.version:
+                continue
+            spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
+            validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
+            cache.take(parcel, topics)
+        for topic, to, version in zip(
+            config.get("needs.topic", []), config.get("needs.to", []), config.get("needs.version", []), strict=True
+        ):
+            item = cache.get((topic, to))
+            if item is None or item.version != version:
+                have = "nothing" if item is None else f"version {item.version}"
+                raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
+
+    def _hyper_of(self, run: Mapping[str, Any]) -> Any:
+        given = {k.removeprefix("hyper."): v for k, v in run.items() if k.startswith("hyper.")}
+        if not given:
+            return self._default
+        key = repr(sorted(given.items()))
+        if self._hyper is None or self._hyper[0] != key:
+            unset = json.loads(str(given.pop("unset", "[]")))
+            known = {field.name for field in fields(self.entry.hyper)}
+            if unknown := sorted((set(given) | set(unset)) - known):
+                raise Refused(f"hyper-parameter {unknown[0]!r} is not one of {self.entry.name}'s")
+            try:
+                hyper = self.entry.hyper(**given, **dict.fromkeys(unset))
+                registry.check(self.entry.name, hyper)
+            except (TypeError, ValueError, UserError) as error:
+                raise Refused(str(error)) from error
+            self._hyper = (key, hyper)
+            self.residents = Residents(self.residents.scenario, self._equip, self.residents.device)
+        return self._hyper[1]
+
+
+def parcels(content: RecordDict, config: Mapping[str, Any]) -> list[Parcel]:
+    """Read the knowledge a message carries."""
+    columns = ("record", "topic", "to", "version", "since", "sha")
+    lists = [config.get(f"parcel.{name}", []) for name in columns]
+    out = []
+    for name, topic, to, version, since, hashed in zip(*lists, strict=True):
+        if name not in content.array_records:
+            raise InvalidArrays(f"record {name!r} is announced but not there")
+        out.append(Parcel(topic, to, int(version), int(since), tensors(content.array_records[name]), hashed))
+    return out
+
+
+def state_sha(private: dict[str, Any]) -> str:
+    """Hash a client's private state; an empty one hashes the empty record."""
+    flat, rest = flatten(private)
+    plain = {f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items() if v != {}}
+    return sha({"state": {**flat, **plain}})
+
+
+def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> ArrayRecord:
+    # what shares memory with the resident model is copied: the next client overwrites it in place
+    resident = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+    out = ArrayRecord()
+    for name, value in arrays.items():
+        value = value.detach()
+        if value.untyped_storage().data_ptr() in resident:
+            value = value.clone()
+        out[name] = LiveArray(value.cpu().contiguous().numpy())
+    return out
+
+
+def place(entry: Entry, scenario: Scenario, store: ClientStore, **options: Any) -> Node:
+    """Build a node after making sure the two halves fit together."""
+    if not issubclass(entry.client, FusionClient):
+        raise TypeError(f"{entry.name}: the client half does not extend FusionClient")
+    return Node(entry, scenario, store, **options)

@@ -1,0 +1,280 @@
+"""Arrays on the wire: Flower records to tensors and back, what they must look like, their size and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+
+# tensors made of a message's memory are read, never written
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+Arrays = dict[str, torch.Tensor]
+Shape = tuple[int, ...]
+Layout = dict[str, tuple[str, Shape]]  # array name -> (dtype, shape); a negative size -n means "at most n"
+
+
+class InvalidArrays(ValueError):
+    """Arrays that are not what the contract says: wrong names, shapes, dtypes, or not finite."""
+
+
+class LiveArray(Array):
+    """A Flower array that has not left the machine: it holds the ndarray and is serialised only if asked to.
+
+    Everything that reads `.data` sees Flower's own encoding; `.numpy()` costs nothing. `Array.data` is
+    computed, never set.
+    """
+
+    def __init__(self, ndarray: np.ndarray) -> None:
+        self.__dict__.update(
+            dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray
+        )
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The `.npy` bytes Flower would have made."""
+        buffer = BytesIO()
+        np.save(buffer, self.__dict__["live"], allow_pickle=False)
+        return buffer.getvalue()
+
+    def numpy(self) -> np.ndarray:
+        """Return the ndarray itself (not a copy)."""
+        return self.__dict__["live"]
+
+    def settled(self) -> Array:
+        """Return a plain Flower `Array` for transports that serialise by class name."""
+        return Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=self.data)
+
+
+def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
+    out = ArrayRecord()
+    for name, tensor in arrays.items():
+        out[name] = LiveArray(tensor.detach().cpu().numpy())
+    return out
+
+
+def settled(content: ArrayRecord) -> ArrayRecord:
+    """Return the record with every live array serialised, for Flower's own transports."""
+    out = ArrayRecord()
+    for name, array in content.items():
+        out[name] = array.settled() if isinstance(array, LiveArray) else array
+    return out
+
+
+def tensors(content: ArrayRecord) -> Arrays:
+    """Return the record's arrays as tensors; they may share memory with the message and must not be written to."""
+    out: Arrays = {}
+    for name, array in content.items():
+        if array.stype != "numpy.ndarray":
+            raise InvalidArrays(f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken")
+        try:
+            value = array.numpy()
+        except Exception as error:
+            raise InvalidArrays(f"array {name!r} cannot be read: {error}") from error
+        if value.dtype.kind not in "fiub":
+            raise InvalidArrays(f"array {name!r} has dtype {value.dtype}; only numbers are taken")
+        if not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        try:
+            out[name] = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+        except TypeError as error:
+            raise InvalidArrays(f"array {name!r} has dtype {value.dtype}; torch has no such type") from error
+    return out
+
+
+def nbytes(arrays: Mapping[str, Any]) -> int:
+    """Payload of tensors or Flower arrays in bytes, without framing."""
+    total = 0
+    for value in arrays.values():
+        if isinstance(value, torch.Tensor):
+            total += value.numel() * value.element_size()
+        else:
+            total += int(np.prod(value.shape, dtype=np.int64)) * np.dtype(value.dtype).itemsize
+    return total
+
+
+# --- what arrays must look like ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The sizes a symbolic shape may name, for one client."""
+
+    dims: Mapping[str, int]  # classes, transfer, examples, features
+    model: Layout  # layout of the client's architecture
+    hyper: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+Spec = Callable[[Scope], Layout]
+
+
+def dimension(scope: Scope, size: int | str) -> int:
+    """Resolve one size: a number, the name of a scope dimension, or `<=name` (returned negative)."""
+    if isinstance(size, int):
+        return size
+    if size.startswith("<="):
+        return -abs(dimension(scope, size[2:]))
+    if size in scope.dims:
+        return scope.dims[size]
+    return int(getattr(scope.hyper, size))
+
+
+def arrays(**shapes: tuple[int | str, ...]) -> Spec:
+    """Spec of named arrays. Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `examples` (the
+    client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
+    a leading dtype name such as `"int64"` replaces float32.
+
+    Example: ``arrays(p=("transfer", "classes"))``.
+    """
+
+    def spec(scope: Scope) -> Layout:
+        layout: Layout = {}
+        for name, shape in shapes.items():
+            dtype = "float32"
+            if shape and isinstance(shape[0], str) and shape[0] in _DTYPES:
+                dtype, shape = shape[0], shape[1:]
+            layout[name] = (dtype, tuple(dimension(scope, size) for size in shape))
+        return layout
+
+    return spec
+
+
+_DTYPES = {"float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+
+def model_arrays(scope: Scope) -> Layout:
+    """Spec of a whole model: the architecture's own names, dtypes and shapes."""
+    return scope.model
+
+
+def layout_of(arrays: Mapping[str, torch.Tensor]) -> Layout:
+    """Return the layout of given tensors."""
+    return {name: (_dtype(t), tuple(t.shape)) for name, t in arrays.items()}
+
+
+def layout_nbytes(layout: Layout) -> int:
+    """Payload of a layout in bytes (its upper bound where a size is open)."""
+    return sum(
+        int(np.prod([abs(n) for n in shape], dtype=np.int64)) * np.dtype(dtype).itemsize
+        for dtype, shape in layout.values()
+    )
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) -> None:
+    """Raise `InvalidArrays` unless `got` has exactly the names, dtypes and shapes of `layout` and is finite."""
+    if layout is not None:
+        if missing := sorted(set(layout) - set(got)):
+            raise InvalidArrays(f"{name}: missing {', '.join(missing[:3])}")
+        if extra := sorted(set(got) - set(layout)):
+            raise InvalidArrays(f"{name}: unexpected {', '.join(extra[:3])}")
+        for key, (dtype, shape) in layout.items():
+            tensor = got[key]
+            if _dtype(tensor) != dtype:
+                raise InvalidArrays(f"{name}/{key}: dtype {_dtype(tensor)}, expected {dtype}")
+            fits = len(shape) == tensor.ndim and all(
+                have <= -want if want < 0 else have == want
+                for have, want in zip(tensor.shape, shape, strict=True)
+            )
+            if not fits:
+                raise InvalidArrays(f"{name}/{key}: shape {tuple(tensor.shape)}, expected {_pretty(shape)}")
+    for key, tensor in got.items():
+        # one reduction instead of an elementwise mask: a sum is finite only if every term is (or it overflows,
+        # which the exact check below then settles)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())) and not bool(
+            torch.isfinite(tensor).all()
+        ):
+            raise InvalidArrays(f"{name}/{key}: not finite")
+
+
+def _pretty(shape: Shape) -> str:
+    return "(" + ", ".join(f"at most {-n}" if n < 0 else str(n) for n in shape) + ")"
+
+
+# --- hashes -----------------------------------------------------------------------------------------------
+
+
+def _feed(digest: Any, data: bytes) -> None:
+    digest.update(struct.pack("<Q", len(data)))
+    digest.update(data)
+
+
+def sha(records: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """Hash named records of arrays: sorted names, dtype, shape and C-order bytes, each length-prefixed.
+
+    Source: semantics.md, "Same bits, exactly".
+    """
+    digest = hashlib.sha256()
+    for record_name in sorted(records):
+        _feed(digest, record_name.encode())
+        content = records[record_name]
+        for name in sorted(content):
+            value = np.ascontiguousarray(content[name].detach().cpu().numpy())
+            little = value.astype(value.dtype.newbyteorder("<"), copy=False)
+            _feed(digest, name.encode())
+            _feed(digest, little.dtype.str.encode())
+            _feed(digest, np.asarray(content[name].shape, dtype="<i8").tobytes())
+            _feed(digest, little.tobytes())
+    return digest.hexdigest()
+
+
+def sha_arrays(content: Mapping[str, torch.Tensor]) -> str:
+    """Hash one record of arrays."""
+    return sha({"": content})
+
+
+def digest_of(server: str, clients: Iterable[str]) -> str:
+    """Hash the server's sha and the clients' shas in client order: the digest of a run."""
+    digest = hashlib.sha256(server.encode())
+    for value in clients:
+        digest.update(value.encode())
+    return digest.hexdigest()
+
+
+# --- nested state as flat arrays --------------------------------------------------------------------------
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str, Any]]:
+    """Split nested dicts of tensors and plain values into flat tensors and a JSON-able rest (keys joined by `/`)."""
+    flat: Arrays = {}
+    rest: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            flat[path] = value
+        elif isinstance(value, Mapping):
+            inner_flat, inner_rest = flatten(value, path + "/")
+            flat |= inner_flat
+            rest |= inner_rest
+            if not value:
+                rest[path] = {}
+        elif isinstance(value, bool | int | float | str | None | list):
+            rest[path] = value
+        else:
+            raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
+    return flat, rest
+
+
+def unflatten(flat: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`. Keys that hold a `/` of their own come back nested."""
+    tree: dict[str, Any] = {}
+    for path, value in [*flat.items(), *rest.items()]:
+        node = tree
+        *parents, leaf = path.split("/")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,152 @@
+"""Curves of a report: a metric over rounds and over bytes; evidence in, SVG out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedfuse.results import svg
+from fedfuse.results.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is drawn in one colour: a strategy in one setting.
+
+    Parameters
+    ----------
+    index
+        Number of its colour, the same in every figure of the page.
+    label
+        Its name.
+    finished, unfinished
+        Evidence per run.
+    """
+
+    index: int
+    label: str
+    finished: tuple[Evidence, ...]
+    unfinished: tuple[Evidence, ...] = ()
+
+    @property
+    def colour(self) -> str:
+        """Stand-in for the page's colour of this series."""
+        return svg.series_colour(self.index)
+
+    @property
+    def everything(self) -> tuple[Evidence, ...]:
+        """Evidence of all runs."""
+        return self.finished + self.unfinished
+
+
+def by_round(series: Sequence[Series], metric: str, prefix: str) -> str | None:
+    """Draw `metric` over rounds: mean over seeds, the band from the lowest to the highest seed."""
+    return _curves(series, metric, prefix, lambda one, rounds: rounds.astype(float), "round")
+
+
+def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
+    """Draw `metric` over cumulative bytes, with the Pareto front of the last rounds.
+
+    Notes
+    -----
+    A series that sends nothing has no place on a logarithmic axis: a dotted line marks its level.
+    """
+
+    def megabytes(one: Evidence, rounds: np.ndarray) -> np.ndarray:
+        return one.cumulative_bytes[np.clip(rounds, 0, len(one.cumulative_bytes) - 1)] / 1e6
+
+    ends: list[tuple[float, float]] = []
+
+    def finish(axes: Axes) -> None:
+        for one in series:
+            last = [(run.cumulative_bytes[-1] / 1e6, run.curves[metric][1][-1]) for run in _with(one, metric)]
+            if not last:
+                continue
+            moved, level = np.mean(last, axis=0)
+            if moved > 0:
+                ends.append((moved, level))
+                axes.plot([moved], [100 * level], "o", ms=4, color=one.colour, gid=f"series-{one.index}.end")
+            else:
+                axes.axhline(100 * level, color=one.colour, ls=":", lw=1.2, gid=f"series-{one.index}.level")
+        front: list[tuple[float, float]] = []
+        for moved, level in sorted(ends, key=lambda end: (end[0], -end[1])):
+            if not front or level > front[-1][1]:
+                front.append((moved, level))
+        if ends:
+            from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        if len(front) > 1:
+            x, y = np.array(front).T
+            axes.step(x, 100 * y, where="post", color=svg.MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
+
+    return _curves(series, metric, prefix, megabytes, "MB up and down until then (log)", finish)
+
+
+def _with(one: Series, metric: str) -> list[Evidence]:
+    return [run for run in one.finished if metric in run.curves and len(run.cumulative_bytes)]
+
+
+def _curves(
+    series: Sequence[Series],
+    metric: str,
+    prefix: str,
+    place: Callable[[Evidence, np.ndarray], np.ndarray],
+    xlabel: str,
+    finish: Callable[[Axes], None] | None = None,
+) -> str | None:
+    """Draw one line per series; None where nobody has the metric."""
+    if not any(
+        np.isfinite(run.curves[metric][1]).any()
+        for one in series
+        for run in one.everything
+        if metric in run.curves
+    ):
+        return None
+    scale = 100 if metric.startswith("accuracy") else 1
+    with svg.figure() as drawn:
+        axes = drawn.add_subplot()
+        for one in series:
+            look: dict[str, Any] = {"color": one.colour, "linestyle": svg.series_dash(one.index)}
+            runs = [run for run in one.finished if metric in run.curves]
+            rounds = sorted({int(r) for run in runs for r in run.curves[metric][0]})
+            if rounds:
+                grid = np.full((len(runs), len(rounds)), np.nan)
+                x = np.full_like(grid, np.nan)
+                for row, run in enumerate(runs):
+                    columns = np.searchsorted(rounds, run.curves[metric][0])
+                    grid[row, columns] = scale * run.curves[metric][1]
+                    x[row, columns] = place(run, run.curves[metric][0])
+                seen = np.isfinite(grid).all(axis=0)  # a mean over changing seeds would jump
+                grid, middle = grid[:, seen], x[:, seen].mean(axis=0)
+                if middle.size and (xlabel == "round" or middle[-1] > 0):
+                    if len(runs) > 1:
+                        low, high = grid.min(axis=0), grid.max(axis=0)
+                        gid = f"series-{one.index}.band"
+                        axes.fill_between(middle, low, high, color=one.colour, alpha=0.15, lw=0, gid=gid)
+                    marker = "o" if len(middle) == 1 else None
+                    mean = grid.mean(axis=0)
+                    axes.plot(middle, mean, marker=marker, ms=4, gid=f"series-{one.index}.mean", **look)
+            for run in one.unfinished:
+                if metric in run.curves:
+                    numbers, values = run.curves[metric]
+                    gid = f"series-{one.index}.unfinished"
+                    axes.plot(place(run, numbers), scale * values, lw=0.8, ls="--", color=one.colour, gid=gid)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(f"{metric.replace('/', ', ')}{' (%)' if scale == 100 else ''}")
+        if xlabel == "round":
+            from matplotlib.ticker import MaxNLocator
+
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if finish:
+            finish(axes)
+        return svg.to_svg(drawn, prefix)

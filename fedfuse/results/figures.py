@@ -1,0 +1,135 @@
+"""Bars and maps of a report: clients, time, label counts, similarity; evidence in, SVG out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedfuse.results import svg
+from fedfuse.results.curves import Series
+
+
+def client_spread(series: Sequence[Series], prefix: str) -> str | None:
+    """Draw each series' clients: range, 10–90 %, quartiles, median of personal accuracy, all seeds pooled."""
+    pooled = []
+    for one in series:
+        runs = one.finished or one.unfinished
+        values = np.array([value for run in runs for value in run.clients.values() if value is not None])
+        values = values[np.isfinite(values)]
+        if len(values):
+            pooled.append((one, 100 * values))
+    if not pooled:
+        return None
+    with svg.figure(height=max(1.4, 0.7 + 0.26 * len(pooled))) as drawn:
+        axes = drawn.add_subplot()
+        for y, (one, values) in enumerate(pooled):
+            q = np.percentile(values, [0, 10, 25, 50, 75, 90, 100])
+            gid = f"series-{one.index}.clients"
+            axes.hlines(y, q[0], q[6], color=one.colour, lw=1, gid=gid)
+            axes.barh(y, q[5] - q[1], left=q[1], height=0.3, color=one.colour, alpha=0.35, gid=gid + "1")
+            axes.barh(y, q[4] - q[2], left=q[2], height=0.56, color=one.colour, alpha=0.6, gid=gid + "2")
+            axes.vlines(q[3], y - 0.36, y + 0.36, color=svg.INK, lw=1.6)
+            worst = np.sort(values)[: math.ceil(len(values) / 10)].mean()
+            axes.plot([worst], [y], "|", ms=8, mew=1.4, color=one.colour, gid=gid + "3")
+        axes.set_yticks(range(len(pooled)), [short(one.label) for one, _ in pooled])
+        axes.set_ylim(len(pooled) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("accuracy on the client's own test examples (%)")
+        return svg.to_svg(drawn, prefix)
+
+
+def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, list[str]]:
+    """Draw where the time went, as stacked bars, mean over runs; also return the phases in colour order."""
+    rows = [(one, one.finished or one.unfinished) for one in series]
+    rows = [(one, runs) for one, runs in rows if any(run.phases for run in runs)]
+    totals: dict[str, float] = {}
+    for _, runs in rows:
+        for run in runs:
+            for name, seconds in run.phases.items():
+                totals[name] = totals.get(name, 0.0) + seconds
+    names = sorted(totals, key=lambda name: -totals[name])
+    if not rows:
+        return None, []
+    shown, rest = names[: svg.PHASES - 1], names[svg.PHASES - 1 :]
+    with svg.figure(height=max(1.4, 0.7 + 0.26 * len(rows))) as drawn:
+        axes = drawn.add_subplot()
+        for y, (_, runs) in enumerate(rows):
+            left = 0.0
+            for k, group in enumerate([*([name] for name in shown), *([rest] if rest else [])]):
+                mean = sum(run.phases.get(name, 0.0) for run in runs for name in group) / len(runs)
+                axes.barh(
+                    y, mean, left=left, height=0.6, color=svg.phase_colour(k), edgecolor=svg.PAPER, lw=0.6
+                )
+                left += mean
+        axes.set_yticks(range(len(rows)), [short(one.label) for one, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("seconds per run")
+        return svg.to_svg(drawn, prefix), [*shown, *(["the rest"] if rest else [])]
+
+
+def label_map(clients: Sequence[int], labels: Sequence[Any], counts: np.ndarray, prefix: str) -> str:
+    """Draw the number of training examples of each label (columns) at each client (rows)."""
+    height = min(4.2, max(1.6, 0.9 + 0.13 * len(clients)))
+    with svg.figure(height=height) as drawn:
+        axes = drawn.add_subplot()
+        image = axes.imshow(
+            np.where(counts > 0, counts, np.nan), aspect="auto", cmap="viridis", vmin=0, interpolation="none"
+        )
+        axes.grid(False)
+        _few_ticks(axes.yaxis, [str(client) for client in clients])
+        _few_ticks(axes.xaxis, [short(str(label), 12) for label in labels])
+        axes.set_xlabel("label")
+        axes.set_ylabel("client")
+        _scale(drawn, image, axes, "training examples")
+        return svg.to_svg(drawn, prefix)
+
+
+def similarity_maps(matrices: Sequence[tuple[int, np.ndarray]], prefix: str) -> str:
+    """Draw logged client-similarity matrices side by side, on one scale."""
+    columns = 2 if len(matrices) > 1 else 1
+    rows = math.ceil(len(matrices) / columns)
+    finite = np.concatenate([matrix[np.isfinite(matrix)] for _, matrix in matrices])
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    with svg.figure(height=0.4 + 1.55 * rows) as drawn:
+        grid = drawn.subplots(rows, columns, squeeze=False)
+        image = None
+        for axes, (number, matrix) in zip(grid.flat, matrices, strict=False):
+            image = axes.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="none")
+            axes.set_title(f"round {number}", fontsize=8)
+            axes.grid(False)
+            _few_ticks(axes.xaxis, [str(i) for i in range(len(matrix))], 5)
+            _few_ticks(axes.yaxis, [str(i) for i in range(len(matrix))], 5)
+        for axes in list(grid.flat)[len(matrices) :]:
+            axes.remove()
+        if image is not None:
+            _scale(drawn, image, list(grid.flat)[: len(matrices)], "similarity")
+        return svg.to_svg(drawn, prefix)
+
+
+def _scale(drawn: Any, image: Any, axes: Any, label: str) -> None:
+    bar = drawn.colorbar(image, ax=axes, shrink=0.9, aspect=30)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    bar.ax.grid(False)
+    for solid in (bar.solids,):
+        if solid is not None:
+            solid.set_edgecolor("face")
+
+
+def _few_ticks(axis: Any, names: Sequence[str], most: int = 11) -> None:
+    """Label at most `most` evenly spaced places."""
+    step = max(1, math.ceil(len(names) / most))
+    axis.set_ticks(range(0, len(names), step), names[::step])
+    axis.set_tick_params(length=0)
+
+
+def short(text: str, most: int = 22) -> str:
+    """Cut a name to what fits beside a bar."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,36 @@
+"""What the page says under its tables and figures."""
+
+from __future__ import annotations
+
+COMPARISON = (
+    "Spread: standard deviation over clients of personal accuracy, in points, mean over seeds. Rank: 1 "
+    "is highest, averaged over the {seeds} that every strategy has. Failed: replies that raised, timed "
+    "out or were refused; * marks runs where a client was left out of a round."
+)
+INTERVALS = (
+    "95 % intervals of the mean over seeds, in per cent. t: Student, n − 1 degrees of freedom; what ± "
+    "means elsewhere. Bootstrap: percentiles of 9,999 resampled means; with few seeds it is too narrow,"
+    " since it cannot reach beyond the lowest and the highest seed."
+)
+BEST = "The largest value over evaluated rounds, chosen by looking at test data: not the result."
+TARGETS = (
+    "The first evaluated round at or above the target. Targets are 80, 90 and 95 % of the best run's "
+    "last value, in whole per cent. Means are over the runs that reached it, so read them beside how "
+    "many did. MB: set-up and training, up and down."
+)
+TESTS = (
+    "Differences in points with the 95 % t interval of the paired differences; n counts seeds that both"
+    " have. Holm's correction counts all pairs on one test set."
+)
+RUNS = "MB: set-up and training, up and down. Seconds: the rounds. Equal digests mean equal bits."
+BAND = "Line: mean over seeds; band: lowest to highest seed; thin and dashed: an unfinished run."
+BYTES = (
+    "Payload of set-up and training, up and down, all clients. Dot: last round; grey steps: the Pareto "
+    "front of last rounds; dotted line: sends nothing."
+)
+CLIENTS = (
+    "All clients of all seeds. Thin: their range; bar: 10 to 90 %; dark: quartiles; ink: median; tick: "
+    "mean of the lowest tenth."
+)
+TIME = "Mean over runs, on the machines named below."
+SIMILARITY = "Row i, column j: how much client i is given of client j."

@@ -1,0 +1,161 @@
+"""What every strategy sees alike: the data and its split, each client's architecture, training settings, the seed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfuse import models
+from fedfuse.config import Config
+from fedfuse.data import FederatedData, prepare
+from fedfuse.records import Arrays, Layout, Scope, layout_of
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One experiment without its strategy; plain data, sent to every worker once.
+
+    Equal scenarios make a comparison fair: partitions, initial weights, transfer set and client samples depend
+    on nothing else.
+    """
+
+    config: Config
+    data: FederatedData
+    architectures: tuple[str, ...]  # of client i
+
+    @property
+    def clients(self) -> int:
+        """Number of clients."""
+        return len(self.architectures)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.data.dataset.classes)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.seed
+
+    def examples(self, client: int) -> int:
+        """Training examples of a client."""
+        return int(self.data.offsets[client, 1] - self.data.offsets[client, 0])
+
+
+def prepare_scenario(config: Config) -> Scenario:
+    """Load the data, deal it to clients and choose their architectures."""
+    data = prepare(config.data, config.partition, config.transfer, config.clients, config.seed)
+    dataset = data.dataset
+    names = models.architectures(config.model, dataset.kind, dataset.shape, data.clients)
+    return Scenario(config, data, tuple(names))
+
+
+Equip = Callable[[nn.Module, Callable[[str], nn.Module]], nn.Module]
+
+
+class Residents:
+    """One built model per architecture, resident in this process; parameters are overwritten in place.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    equip : callable, optional
+        `equip(model, build) -> model`: what a strategy adds to every client's model (adapters, a second head).
+    device : torch.device
+    """
+
+    def __init__(self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu") -> None:
+        self.scenario, self.equip, self.device = scenario, equip, torch.device(device)
+        self._models: dict[str, nn.Module] = {}
+        self._initial: dict[str, Arrays] = {}
+        self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._cached = 0
+
+    def build(self, architecture: str) -> nn.Module:
+        """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
+        dataset, config = self.scenario.data.dataset, self.scenario.config
+        return models.build(
+            architecture, shape=dataset.shape, classes=self.scenario.classes, config=config.model, seed=config.seed
+        )
+
+    def model(self, architecture: str) -> nn.Module:
+        """The resident model of an architecture, in whatever state it was left."""
+        if architecture not in self._models:
+            model = self.build(architecture)
+            if self.equip is not None:
+                model = self.equip(model, self.build)
+            self._models[architecture] = model.to(self.device)
+            self._initial[architecture] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        return self._models[architecture]
+
+    def initial(self, architecture: str) -> Arrays:
+        """The initial weights, equal for all clients of an architecture."""
+        self.model(architecture)
+        return self._initial[architecture]
+
+    def fresh(self, architecture: str) -> nn.Module:
+        """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
+        model = self.model(architecture)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+                parameter.grad = None
+        model.load_state_dict(self._initial[architecture])
+        return model
+
+    def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:
+        """The resident model holding these weights."""
+        model = self.fresh(architecture)
+        model.load_state_dict(arrays)
+        return model
+
+    def scope(self, client: int, hyper: Any) -> Scope:
+        """The sizes a spec may name, for one client."""
+        architecture = self.scenario.architectures[client]
+        model = self.model(architecture)
+        transfer = self.scenario.data.transfer
+        dims = {
+            "classes": self.scenario.classes,
+            "transfer": 0 if transfer is None else len(transfer),
+            "examples": self.scenario.examples(client),
+            "features": int(getattr(model, "feature_dim", 0) or 0),
+        }
+        return Scope(dims, self.layout(architecture), hyper)
+
+    def layout(self, architecture: str) -> Layout:
+        """Names, dtypes and shapes of an architecture's arrays."""
+        return layout_of(self.initial(architecture))
+
+    # -- data as tensors, kept while there is room ---------------------------------------------------------
+
+    def tensors(self, *key: Any) -> Any:
+        """Tensors of (client, split), of "transfer" or of "test", cached up to 512 MB a process."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        data = self.scenario.data
+        if key == ("transfer",):
+            value = data.transfer_tensors()
+        elif key == ("test",):
+            value = data.test_tensors()
+        elif key[0] == "pooled":
+            parts = [data.tensors(c, "train") for c in range(self.scenario.clients)]
+            value = (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        else:
+            value = data.tensors(*key)
+        value = tuple(None if t is None else t.to(self.device) for t in value) if value is not None else None
+        self._tensors[key] = value
+        self._cached += _size(value)
+        while self._cached > 512 * 2**20 and len(self._tensors) > 1:
+            self._cached -= _size(self._tensors.popitem(last=False)[1])
+        return value
+
+
+def _size(value: Any) -> int:
+    return 0 if value is None else sum(0 if t is None else t.numel() * t.element_size() for t in value)

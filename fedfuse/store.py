@@ -1,0 +1,100 @@
+"""Client state on disk: transactional, outside Flower's `Context.state`, the last two versions of each client."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fedfuse.knowledge import Stale
+from fedfuse.records import Arrays, flatten, unflatten
+
+INITIAL = "0"  # the tag of a client that has committed nothing yet
+
+
+def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
+    """Write nested tensors and plain values as one safetensors file, atomically."""
+    flat, rest = flatten(tree)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"tree": json.dumps(rest), **notes}
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}, partial, metadata=metadata)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read back what `write_tree` wrote, and its notes."""
+    flat: Arrays = {}
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata() or {}
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            flat[name] = file.get_tensor(name)
+    return unflatten(flat, json.loads(notes.pop("tree", "{}"))), notes
+
+
+class ClientStore:
+    """States of many clients in one directory, one file a version.
+
+    A state is found by the tag the server believes in, so a retry, a rejected or lost reply, or a crash starts
+    from committed state. `save` keeps the version it started from and drops older ones. Clients whose state is
+    empty leave no file.
+
+    Parameters
+    ----------
+    directory : Path
+        Created if missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _folder(self, client: int) -> Path:
+        return self.directory / f"{client % 256:02x}" / str(client)
+
+    def load(self, client: int, tag: str) -> dict[str, Any]:
+        """Return the state of a client under a tag; empty for the initial tag.
+
+        Raises
+        ------
+        Stale
+            If there is no such version: the client cannot go back that far.
+        """
+        if tag == INITIAL:
+            return {}
+        path = self._folder(client) / f"{tag}.state"
+        if not path.exists():
+            raise Stale(f"client {client}: state {tag} is not here")
+        return read_tree(path)[0]
+
+    def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:
+        """Write a new version beside the one it started from, then drop all others."""
+        folder = self._folder(client)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tree(folder / f"{tag}.state", state)
+        for old in folder.glob("*.state"):
+            if old.stem not in (tag, previous):
+                old.unlink(missing_ok=True)
+
+    def stage(self, client: int, key: str, state: dict[str, Any]) -> None:
+        """Remember, without committing, the state after taking in knowledge (so nothing is distilled twice)."""
+        folder = self._folder(client)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tree(folder / "staged", state, key=key)
+
+    def staged(self, client: int, key: str) -> dict[str, Any] | None:
+        """Return the remembered state if it was made from the same start and the same knowledge."""
+        path = self._folder(client) / "staged"
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+        return read_tree(path)[0]

@@ -1,0 +1,538 @@
+"""The server half every algorithm extends: Flower's `Strategy`, with knowledge instead of one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedfuse.errors import WorldError
+from fedfuse.knowledge import Board, Topic, address_of, model_topic
+from fedfuse.records import (
+    Arrays,
+    InvalidArrays,
+    Spec,
+    model_arrays,
+    nbytes,
+    record,
+    sha,
+    flatten,
+    tensors,
+    validate,
+)
+from fedfuse.scenario import Residents, Scenario
+from fedfuse.seeding import generator, seed_everything
+from fedfuse.store import INITIAL
+from fedfuse.sums import GROUP, Sum
+from fedfuse.traffic import Traffic
+from fedfuse.train import local
+
+Metrics = dict[str, float | int]
+Records = dict[str, Arrays]
+
+STALE, REFUSED, FAILED, INVALID = 1001, 1002, 1003, 1004  # codes of error replies
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one client shared in a phase: valid records and metrics. Records that `sums` declares are not here."""
+
+    client: int
+    records: Records
+    metrics: Mapping[str, Any]
+
+    @property
+    def examples(self) -> int:
+        """The client's training examples, as it says."""
+        return int(self.metrics["num-examples"])
+
+
+class Shares(Iterable[Share]):
+    """A round's shares, in client order, streamed as they arrive; and the weighted sums that `sums` declares."""
+
+    def __init__(self, stream: Iterator[Share], sums: Mapping[str, Sum]) -> None:
+        self._stream, self._sums = stream, sums
+
+    def __iter__(self) -> Iterator[Share]:
+        return self._stream
+
+    def mean(self, record: str) -> Arrays:
+        """Weighted mean Σ wᵢ·xᵢ / Σ wᵢ of a record declared in `sums`, summed in float64 in fixed groups."""
+        for _ in self._stream:
+            pass
+        return self._sums[record].mean()
+
+    def total(self, record: str) -> tuple[Arrays, float]:
+        """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
+        for _ in self._stream:
+            pass
+        return self._sums[record].total()
+
+
+class FusionStrategy(Strategy):
+    """One federated knowledge-fusion algorithm, server half.
+
+    A subclass declares what travels and overrides `fuse`; often nothing else. It runs on any Flower `Grid`.
+
+    Class attributes
+    ----------------
+    topics : dict of str to Topic
+        Knowledge the server publishes.
+    records : dict of str to Spec
+        Layout of what clients share; a reply of another layout is rejected. None checks finiteness only.
+    sums : dict of str to (str or None)
+        Records of which `fuse` needs only the weighted sum, and the metric that weighs them (None: 1).
+    setup : tuple of str
+        Phases before round 1; phase p pairs the client's method p with `fuse_p`.
+    transfer : {"none", "server", "clients", "both"}
+        Who needs the transfer set.
+    heterogeneous : bool
+        Whether clients may have different architectures.
+    pooled : bool
+        The clients' training data is joined at client 0: an upper bound, not a federation.
+    needs_features : bool
+        Whether models must have `features(x)`, `head(z)` and `feature_dim`.
+
+    Attributes
+    ----------
+    hyper
+        Hyper-parameters (an instance of the registered dataclass).
+    state : dict
+        Server-side tensors and plain values; with the board, all that is checkpointed.
+    round : int
+        Current round, 0 before the first.
+    """
+
+    topics: ClassVar[dict[str, Topic]] = {"model": model_topic()}
+    records: ClassVar[dict[str, Spec | None]] = {"model": model_arrays}
+    sums: Mapping[str, str | None] = {}
+    setup: ClassVar[tuple[str, ...]] = ()
+    transfer: ClassVar[Literal["none", "server", "clients", "both"]] = "none"
+    heterogeneous: ClassVar[bool] = True
+    pooled: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
+    name: str = ""
+
+    def __init__(self, hyper: Any, residents: Residents) -> None:
+        self.hyper, self.residents = hyper, residents
+        self.state: dict[str, Any] = {}
+        self.round, self.phase = 0, "train"
+        self.board, self.traffic = Board(self.topics), Traffic()
+        self.tags: dict[int, str] = {}  # state last accepted from each client
+        self.held: dict[int, dict[tuple[str, str], int]] = {}  # versions each node holds
+        self.failures = {"replies": 0, "rejected": 0, "retried": 0}
+        self.left_out: list[str] = []  # this round's failures, in words
+        self.ever_left_out = False
+        self.logged: list[tuple[str, int, str, str, float]] = []  # rows of this round: scope, client, split, metric, value
+        self.timed: list[tuple[str, str, float]] = []  # rows of this round: scope, what, seconds
+        self.losses: list[tuple[float, float]] = []  # of this round's clients: examples, training loss
+        self.run_id = ""
+        self.nodes: Mapping[int, int] | None = None  # client -> node id, where the grid's ids are not ours
+        self.splits: tuple[str, ...] = ()
+        self.begun = False
+
+    # -- what an algorithm writes --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Publish version 0: by default each architecture's initial model, if there is a topic `model`."""
+        if "model" in self.topics:
+            names = sorted(set(self.scenario.architectures))
+            if len(names) == 1:
+                self.publish("model", self.residents.initial(names[0]))
+            else:
+                for name in names:
+                    self.publish("model", self.residents.initial(name), to=name)
+
+    def phases(self, round: int) -> tuple[str, ...]:
+        """Phases of a round."""
+        return ("train",)
+
+    def cohort(self, round: int, sampled: list[int]) -> list[int]:
+        """Clients of this round; may only add to the platform's sample."""
+        return sampled
+
+    def fuse(self, shares: Shares) -> None:
+        """Turn what all shared into what each gets: publish it."""
+        raise NotImplementedError
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """Models the server can score on the global test set: name to (architecture, arrays)."""
+        return {}
+
+    def predict(self, model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Logits of a server model."""
+        return local.predict(model, x, batch_size)
+
+    def judge(self, shares: Iterable[Share]) -> list[tuple[int, Metrics]]:
+        """Metrics per client, where predicting needs both halves (split learning)."""
+        return []
+
+    # -- what it uses --------------------------------------------------------------------------------------
+
+    @property
+    def scenario(self) -> Scenario:
+        """The experiment."""
+        return self.residents.scenario
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.scenario.classes
+
+    @property
+    def architecture(self) -> str:
+        """The architecture, where there is only one."""
+        return self.scenario.architectures[0]
+
+    @property
+    def model(self) -> Arrays:
+        """The published model common to all."""
+        return self.board.items["model", ""].arrays
+
+    def publish(self, topic: str, arrays: Arrays, to: int | str | None = None) -> None:
+        """Put knowledge on the board for everyone, one client (int) or one architecture (str)."""
+        self.board.publish(topic, arrays, to, self.round)
+
+    def published(self, topic: str, to: int | str | None = None) -> Arrays:
+        """The newest value of a topic."""
+        return self.board.items[topic, address_of(to)].arrays
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator seeded by (run seed, purpose, round)."""
+        return generator(self.scenario.seed, "server", *purpose, self.round)
+
+    def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
+        """Keep a figure of this round in `metrics.parquet`."""
+        self.logged.append((scope, client, split, metric, float(value)))
+
+    def log_matrix(self, name: str, clients: list[int], matrix: torch.Tensor) -> None:
+        """Keep a client-by-client matrix of this round (similarities, fusion weights)."""
+        for i, row in zip(clients, matrix.tolist(), strict=True):
+            for j, value in zip(clients, row, strict=True):
+                self.log(f"{name}/{i}/{j}", value, scope="matrix")
+
+    # -- the platform's part: who takes part ---------------------------------------------------------------
+
+    def plan(self, round: int) -> list[int]:
+        """This round's clients: the platform's seeded sample, alike for every strategy, plus what `cohort` adds."""
+        if self.pooled:
+            return [0]
+        n = self.scenario.clients
+        size = max(1, round_half_up(n * self.scenario.config.participation))
+        draw = generator(self.scenario.seed, "cohort", round)
+        sampled = sorted(torch.randperm(n, generator=draw)[:size].tolist()) if size < n else list(range(n))
+        chosen = sorted(set(self.cohort(round, sampled)))
+        if not set(sampled) <= set(chosen):
+            raise ValueError("cohort() may only add clients to the sample")
+        return chosen
+
+    # -- Flower's four hooks -------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages of this phase, one a client, each with just the knowledge its node lacks."""
+        self.ensure_begun()
+        self.round = server_round
+        return self.messages(self.plan(server_round), "train", dict(config))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check every reply, let the algorithm fuse what is valid, and count the rest.
+
+        Raises
+        ------
+        WorldError
+            If no client succeeded.
+        """
+        sums = {name: Sum() for name in self.sums}
+        stream = self._accepted(replies, sums)
+        first = next(stream, None)
+        if first is None:
+            cause = f": {self.left_out[0]}" if self.left_out else ""
+            raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{cause}")
+        shares = Shares(_chain(first, stream), sums)
+        seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
+        getattr(self, "fuse" if self.phase == "train" else f"fuse_{self.phase}")(shares)
+        for _ in stream:  # what fuse did not look at is still accepted and counted
+            pass
+        item = self.board.items.get(("model", ""))
+        return (record(item.arrays) if item is not None else ArrayRecord()), MetricRecord()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages to every client; evaluation works on what a client would use and commits nothing."""
+        self.round = server_round
+        return self.messages(list(range(self.scenario.clients)), "evaluate", dict(config))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Collect the clients' scores into `self.scored` (client -> metrics) and `self.client_shas`."""
+        self.scored: dict[int, Metrics] = {}
+        self.client_shas: dict[int, str] = {}
+        for share in (shares := list(self._accepted(replies, {}, evaluate=True))):
+            self.scored[share.client] = {k: v for k, v in share.metrics.items() if "/" in k}
+        for client, metrics in self.judge(shares):
+            self.scored.setdefault(client, {}).update(metrics)
+        values = [m["personal/accuracy"] for m in self.scored.values() if "personal/accuracy" in m]
+        return MetricRecord({"accuracy": sum(values) / len(values)}) if values else MetricRecord()
+
+    def summary(self) -> None:
+        """Flower asks for a log line; the run directory says it all."""
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
+        """Run under Flower's own loop, if the algorithm has one phase a round and no set-up.
+
+        Raises
+        ------
+        ValueError
+            If it needs several phases: Flower's loop has one.
+        """
+        if self.setup or self.phases(1) != ("train",):
+            raise ValueError(f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()")
+        return super().start(grid, initial_arrays, *args, **kwargs)
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def ensure_begun(self) -> None:
+        """Publish version 0 once."""
+        if not self.begun:
+            self.begun = True
+            self.begin()
+
+    @property
+    def label(self) -> str:
+        """How this phase's bytes are counted."""
+        return "setup" if self.phase in self.setup else "train"
+
+    def tag(self) -> str:
+        """Name of the client state that this phase makes."""
+        order = self.setup if self.phase in self.setup else self.phases(self.round)
+        return f"{self.round}.{order.index(self.phase) + 1}"
+
+    def common(self, kind: str, extra: Mapping[str, Any]) -> ConfigRecord:
+        """What every message of a phase says alike."""
+        values: dict[str, Any] = {
+            "run": self.run_id,
+            "strategy": self.name,
+            "round": self.round,
+            "phase": self.phase,
+            "pooled": self.pooled,
+            "splits": list(self.splits) or ["personal"],
+            "sums": json.dumps(dict(self.sums)) if kind == "train" else "{}",
+        }
+        hypers = {k: v for k, v in asdict(self.hyper).items() if k != "name"}
+        values |= {f"hyper.{k}": v for k, v in hypers.items() if v is not None}
+        values["hyper.unset"] = json.dumps(sorted(k for k, v in hypers.items() if v is None))
+        values |= {f"server.{k}": v for k, v in extra.items()}
+        return ConfigRecord(values)
+
+    def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
+        """Build the messages of one phase, in client order."""
+        clients = sorted(clients)
+        self.groups = {client: i // GROUP for i, client in enumerate(clients)}
+        self._common, self._kind = self.common(kind, extra), kind
+        self.left_out = []
+        self.awaited = set(clients)
+        suffix = "" if kind == "evaluate" or self.phase == "train" else f".{self.phase}"
+        self._type = kind + suffix
+        self._wire: dict[Any, ArrayRecord] = {}
+        return [self._message(client) for client in clients]
+
+    def _message(self, client: int, again: bool = False) -> Message:
+        held = self.held.get(client, {})
+        needed = list(self.board.addresses(client, self.scenario.architectures[client]))
+        parcels = [p for address in needed for p in self.board.path(address, held.get(address, -1))]
+        content = RecordDict()
+        names = []
+        for parcel in parcels:
+            name = "arrays" if parcel.topic == "model" else parcel.topic
+            if name in content:
+                name = f"{name}@{parcel.version}{parcel.to}"
+            key = (parcel.address, parcel.version, parcel.since)
+            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
+                self._wire[key] = record(parcel.arrays)
+            content[name] = self._wire[key]
+            names.append(name)
+        config: dict[str, Any] = {
+            "client": client,
+            "group": self.groups[client],
+            "tag": self.tags.get(client, INITIAL),
+            "new-tag": self.tag() if self._kind == "train" else "",
+        }
+        if parcels:
+            config["parcel.record"] = names
+            config["parcel.topic"] = [p.topic for p in parcels]
+            config["parcel.to"] = [p.to for p in parcels]
+            config["parcel.version"] = [p.version for p in parcels]
+            config["parcel.since"] = [p.since for p in parcels]
+            config["parcel.sha"] = [p.sha for p in parcels]
+        if needed:
+            config["needs.topic"] = [topic for topic, _ in needed]
+            config["needs.to"] = [to for _, to in needed]
+            config["needs.version"] = [self.board.items[address].version for address in needed]
+        content["config"], content["run"] = ConfigRecord(config), self._common
+        if again:
+            self.traffic.resent(self.round, client, parcels)
+        else:
+            label = "evaluate" if self._kind == "evaluate" else self.label
+            self.traffic.down(label, self.round, client, needed, parcels, self.board)
+        node = client + 1 if self.nodes is None else self.nodes[client]
+        return Message(content, dst_node_id=node, message_type=self._type)
+
+    def message_again(self, client: int) -> Message:
+        """Build a client's message anew, with whole values, after its node said that it could not follow."""
+        self.held.pop(client, None)
+        return self._message(client, again=True)
+
+    # -- replies -------------------------------------------------------------------------------------------
+
+    def _accepted(self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False) -> Iterator[Share]:
+        expected = set(self.awaited)
+        for reply in replies:
+            client = self.sender(reply)
+            if client not in expected:
+                self._reject(f"a reply from {client}, who was not asked or has answered already")
+                continue
+            if reply.has_error():
+                expected.discard(client)
+                self._leave_out(client, reply.error.reason or "failed", reply.error.code)
+                continue
+            expected.discard(client)
+            try:
+                share = self._checked(reply, client, evaluate)
+            except InvalidArrays as error:
+                self._leave_out(client, str(error), INVALID)
+                continue
+            config = reply.content["config"]
+            self.failures["retried"] += int(config.get("retried", 0))
+            label = "evaluate" if evaluate else self.label
+            for name, size in zip(config.get("summed.record", []), config.get("summed.bytes", []), strict=True):
+                self.traffic.up(label, self.round, client, name, int(size))
+            for name, content in share.records.items():
+                self.traffic.up(label, self.round, client, name, nbytes(content))
+            self.held[client] = {
+                address: self.board.items[address].version
+                for address in self.board.addresses(client, self.scenario.architectures[client])
+            }
+            if evaluate:
+                self.client_shas[client] = str(config.get("sha", ""))
+            else:
+                self._note(share)
+                self.tags[client] = self.tag() if config.get("tag") == self.tag() else INITIAL
+                for name, total in sums.items():
+                    if name in share.records:
+                        key = self.sums[name]
+                        weight = float(share.metrics[key]) if key else 1.0
+                        total.add(self.groups[client], share.records.pop(name), weight)
+                    elif f"sum:{name}" in reply.content.array_records:
+                        group = tensors(reply.content.array_records[f"sum:{name}"])
+                        dtypes = json.loads(str(config[f"dtypes:{name}"]))
+                        total.add_group(self.groups[client], group, float(config[f"weight:{name}"]), dtypes)
+            yield share
+        for client in sorted(expected):
+            self._leave_out(client, "did not answer", FAILED)
+
+    def _note(self, share: Share) -> None:
+        """Keep a client's own figures; seconds are timing, not a result."""
+        for key, value in share.metrics.items():
+            if key == "seconds":
+                self.timed.append((f"client:{share.client}", self.phase, float(value)))
+            elif not isinstance(value, list) and key != "num-examples":
+                self.log(key, float(value), client=share.client, scope="client")
+        loss = share.metrics.get("loss")
+        if isinstance(loss, int | float) and loss == loss:
+            self.losses.append((float(share.examples), float(loss)))
+
+    def sender(self, reply: Message) -> int:
+        """The client a reply comes from; -1 if it is nobody we know."""
+        node = reply.metadata.src_node_id
+        if self.nodes is None:
+            return node - 1
+        return next((client for client, known in self.nodes.items() if known == node), -1)
+
+    def _checked(self, reply: Message, client: int, evaluate: bool) -> Share:
+        content = reply.content
+        if "config" not in content.config_records or "metrics" not in content.metric_records:
+            raise InvalidArrays("a reply needs a config and a metrics record")
+        records: Records = {}
+        for name, value in content.array_records.items():
+            if not name.startswith("sum:"):
+                records["model" if name == "arrays" else name] = tensors(value)
+        metrics = dict(content.metric_records["metrics"])
+        if not evaluate:
+            summed = set(map(str, content.config_records["config"].get("summed.record", [])))
+            check_share(type(self), self.hyper, self.residents, client, self.phase, records, metrics, summed)
+        return Share(client, records, metrics)
+
+    def _leave_out(self, client: int, reason: str, code: int) -> None:
+        self.failures["rejected" if code == INVALID else "replies"] += 1
+        self.ever_left_out = True
+        self.left_out.append(f"client {client}: {reason}")
+
+    def _reject(self, reason: str) -> None:
+        self.failures["rejected"] += 1
+        self.left_out.append(reason)
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def server_sha(self) -> str:
+        """Hash of the board's current values and `state`."""
+        flat, rest = flatten(self.state)
+        records = {f"{topic}|{to}": item.arrays for (topic, to), item in self.board.items.items()}
+        plain = {k: torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items()}
+        return sha({**records, "state|": {**flat, **{f"{k}=": v for k, v in plain.items()}}})
+
+
+def check_share(
+    server: type[FusionStrategy],
+    hyper: Any,
+    residents: Residents,
+    client: int,
+    phase: str,
+    records: Records,
+    metrics: Mapping[str, Any],
+    summed: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    """Check what a client shared against what its strategy declares; run beside the client or at the server.
+
+    Raises
+    ------
+    InvalidArrays
+        Naming the record and what is wrong.
+    """
+    wanted = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
+    scope = residents.scope(client, hyper)
+    if missing := sorted(set(wanted) - set(records) - summed):
+        raise InvalidArrays(f"missing record {', '.join(missing)}")
+    if extra := sorted(set(records) - set(wanted)):
+        raise InvalidArrays(f"unexpected record {', '.join(extra)}")
+    for name, content in records.items():
+        spec = wanted[name]
+        validate(name, content, spec(scope) if spec is not None else None)
+    examples = metrics.get("num-examples")
+    if not isinstance(examples, int | float) or not 0 <= examples < 2**53:
+        raise InvalidArrays(f"num-examples is {examples!r}; a count is needed")
+    for key, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            if key != "loss" and number != number:
+                raise InvalidArrays(f"metric {key} is not a number")
+
+
+def round_half_up(value: float) -> int:
+    """Round to the nearest integer, halves up (so that 0.25 of 10 clients is 3)."""
+    return int(value + 0.5)
+
+
+def _chain(first: Share, rest: Iterator[Share]) -> Iterator[Share]:
+    yield first
+    yield from rest
+

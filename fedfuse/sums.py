@@ -1,0 +1,86 @@
+"""Weighted sums over a cohort: float64, in client order within groups fixed by the cohort, groups in order.
+
+The same groups are used everywhere, so one worker, many workers and a network server give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedfuse.records import Arrays
+
+GROUP = 8  # clients summed together, in one actor where there are actors
+
+
+class Sum:
+    """Σ wᵢ·xᵢ and Σ wᵢ of one record over a cohort, holding one group and the groups before it, added up.
+
+    Clients and groups must come in order: they do, since replies are streamed in client order.
+    """
+
+    def __init__(self) -> None:
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
+        self._total: Arrays = {}
+        self._weights = 0.0
+
+    def add(self, group: int, arrays: Arrays, weight: float) -> None:
+        """Add one client's arrays."""
+        if group != self._group:
+            self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
+            self._current = {name: value.double() * weight for name, value in arrays.items()}
+            self._weight = weight
+            return
+        for name, value in arrays.items():
+            self._current[name].add_(value.double() * weight)
+        self._weight += weight
+
+    def add_group(self, group: int, arrays: Arrays, weight: float, dtypes: Mapping[str, str]) -> None:
+        """Add a whole group that was summed beside its clients."""
+        self._open(group, dtypes)
+        self._current, self._weight = arrays, weight
+
+    def _open(self, group: int, dtypes: Mapping[str, str]) -> None:
+        if group < self._group:
+            raise ValueError(f"group {group} after group {self._group}: sums need client order")
+        self.dtypes.update({name: getattr(torch, text) for name, text in dtypes.items()})
+        self._close()
+        self._group = group
+
+    def _close(self) -> None:
+        for name, value in self._current.items():
+            if name in self._total:
+                self._total[name].add_(value)
+            else:
+                self._total[name] = value.clone()
+        self._weights += self._weight
+        self._current, self._weight = {}, 0.0
+
+    def group(self) -> tuple[Arrays, float]:
+        """The open group's sum and weight, to be sent in place of its members' arrays."""
+        return self._current, self._weight
+
+    def total(self) -> tuple[Arrays, float]:
+        """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
+        self._close()
+        return self._total, self._weights
+
+    def mean(self) -> Arrays:
+        """Divide once and cast once; integer buffers keep their dtype, rounded.
+
+        Raises
+        ------
+        ValueError
+            If all weights are 0.
+        """
+        total, weight = self.total()
+        if weight <= 0:
+            raise ValueError("a weighted mean needs a positive total weight")
+        out: Arrays = {}
+        for name, value in total.items():
+            dtype = self.dtypes[name]
+            quotient = value / weight
+            out[name] = (quotient if dtype.is_floating_point else quotient.round()).to(dtype)
+        return out

@@ -1,0 +1,80 @@
+"""FedMD: clients agree on the logits of a shared set, each with its own architecture.
+
+Box (Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019, arXiv 1910.03581). Before
+round 1 each party trains on the labelled public data (if it is labelled), then on its own. In round t, with D_t ⊂ D_pub
+redrawn each round:
+
+    client k:  sends the logits f_k(x), x ∈ D_t
+    server:    f̃(x) = (1/m) Σ_k f_k(x)
+    client k:  *digest*: fits f_k to f̃ on D_t with mean absolute error; *revisit*: a few epochs on its own data
+
+Travels: |D_t|·C·B_f bytes each way, a client and round. What the paper leaves open, and the reading here: the consensus
+of round t is digested at the start of the client's next round (the same order of steps, shifted by half a round), and
+stands on its own round's rows; an absent client digests only the newest consensus. Architectures may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.knowledge import Item, Topic
+from fedfuse.records import arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import FusionStrategy, Records, Shares
+
+
+@dataclass(frozen=True)
+class FedMDHyper:
+    """Hyper-parameters of FedMD."""
+
+    subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1)
+    digest_epochs: int = hyper(1, "epochs of the digest", low=0)
+    digest_batch: int = hyper(128, "batch size of the digest", low=1)
+    public_epochs: int = hyper(0, "epochs on the labelled transfer set before round 1 (0: none)", low=0)
+
+
+class FedMDClient(FusionClient):
+    """Keeps its own model; digests the consensus, then revisits its own data."""
+
+    personal = True
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Digest: min over own weights of mean |f_k(x) − f̃(x)|, x ∈ the consensus' own rows."""
+        item = knowledge["consensus"]
+        consensus, rows = item.arrays["logits"], self.subset(self.hyper.subset, item.version)
+        loss = self.loss("mae")
+
+        def digest(logits: Tensor, _: Tensor, i: Tensor) -> Tensor:
+            return loss(logits, consensus[i])
+
+        self.train(digest, self.transfer[rows], epochs=self.hyper.digest_epochs, batch_size=self.hyper.digest_batch)
+
+    def fit(self) -> Metrics:
+        """Revisit: cross-entropy on private data."""
+        labels = self.transfer_labels
+        if self.hyper.public_epochs and labels is not None and "public" not in self.state:
+            self.state["public"] = True
+            self.train(x=self.transfer, y=labels, purpose="public", epochs=self.hyper.public_epochs)
+        return self.train()
+
+    def share(self) -> Records:
+        """Logits on this round's rows, in ascending row order."""
+        return {"logits": {"logits": self.predict(self.transfer[self.subset(self.hyper.subset)])}}
+
+
+@strategy("fedmd", client=FedMDClient, hyper=FedMDHyper, paper="Li and Wang 2019, arXiv 1910.03581")
+class FedMD(FusionStrategy):
+    """Mean logits on a shared set; clients digest them with mean absolute error."""
+
+    topics = {"consensus": Topic("lesson", arrays(logits=("<=transfer", "classes")))}
+    records = {"logits": arrays(logits=("<=transfer", "classes"))}
+    sums = {"logits": None}
+    transfer = "clients"
+
+    def fuse(self, shares: Shares) -> None:
+        """f̃ = (1/m) Σ_k f_k."""
+        self.publish("consensus", shares.mean("logits"))

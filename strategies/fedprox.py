@@ -1,0 +1,64 @@
+"""FedProx: FedAvg with a proximal term that keeps local models near the common one.
+
+Box (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv 1812.06127):
+
+    client k:  w_k ← argmin_w F_k(w) + (μ/2)·‖w − w_t‖²     (E epochs, from w_t)
+    server:    as FedAvg
+
+Travels: P·B_f bytes each way. The term enters as its gradient, μ·(w − w_t), before each step; μ = 0 is FedAvg bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.knowledge import Item
+from fedfuse.records import Arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import FusionStrategy, Shares
+
+
+@dataclass(frozen=True)
+class FedProxHyper:
+    """Hyper-parameters of FedProx."""
+
+    mu: float = hyper(0.01, "μ, weight of the proximal term (paper: 0.001, 0.01, 0.1, 1)", low=0)
+
+
+class FedProxClient(FusionClient):
+    """Trains with the proximal term."""
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """w ← w_t, and remember w_t."""
+        self.anchor = knowledge["model"].arrays
+        self.load(self.anchor)
+
+    def fit(self) -> Metrics:
+        """min F_k(w) + (μ/2)‖w − w_t‖²."""
+
+        def pull(model: nn.Module) -> None:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - self.anchor[name], alpha=self.hyper.mu)
+
+        return self.train(after_backward=pull)
+
+
+@strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")
+class FedProx(FusionStrategy):
+    """FedAvg with a proximal term at the clients."""
+
+    heterogeneous = False
+    sums = {"model": "num-examples"}
+
+    def fuse(self, shares: Shares) -> None:
+        """w_{t+1} = Σ n_k w_k / Σ n_k."""
+        self.publish("model", shares.mean("model"))
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}

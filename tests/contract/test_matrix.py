@@ -1,0 +1,166 @@
+"""Every registered strategy through the same contract. A new strategy enters by being registered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from fedfuse import registry
+from fedfuse.federation import Callback
+from fedfuse.records import nbytes, record, tensors
+from tests.federations import federation, play
+
+NAMES = sorted(registry.listed())
+
+
+class Crash(Callback):
+    """Ends the process' work in the middle of a round."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def round(self, federation) -> None:
+        if federation.done == self.after:
+            phase = federation.strategy.phases(self.after + 1)[0]
+            federation._phase(self.after + 1, phase)  # the clients have worked and the server has fused …
+            raise KeyboardInterrupt  # … but nothing of it was committed
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The digest of each strategy's plain inline run, made once."""
+    made: dict[str, object] = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = play(name)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_and_order_free(name: str, undisturbed) -> None:
+    assert play(name, reverse=True).digest == undisturbed(name).digest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_is_another_run(name: str, undisturbed) -> None:
+    assert play(name, "seed=1").digest != undisturbed(name).digest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_changes_nothing(name: str, undisturbed) -> None:
+    seldom = play(name, "evaluate.every=2")
+    assert seldom.digest == undisturbed(name).digest
+    for key in ("up_bytes", "down_bytes", "down_unique_bytes", "setup_bytes"):
+        assert seldom.totals[key] == undisturbed(name).totals[key], key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_equals_undisturbed(name: str, undisturbed, tmp_path: Path) -> None:
+    where = tmp_path / "run"
+    with federation(name, path=where, callbacks=(Crash(1),)) as (built, _), pytest.raises(KeyboardInterrupt):
+        built.run()
+    resumed = play(name, path=where)
+    assert resumed.federation.done == 2
+    assert resumed.digest == undisturbed(name).digest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_network_equals_simulation(name: str, undisturbed) -> None:
+    if registry.entry(name).server.pooled:
+        pytest.skip("pools data at one place: an upper bound that no network of sites can run")
+    assert play(name, grid="serial").digest == undisturbed(name).digest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workers_equal_inline(name: str, undisturbed, ray_session) -> None:
+    many = play(name, grid="ray", workers=2)
+    assert many.digest == undisturbed(name).digest
+    assert many.totals == undisturbed(name).totals
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_true(name: str) -> None:
+    """The rows of traffic.parquet add up to the arrays really put into messages."""
+    sent: Counter[str] = Counter()
+    with federation(name) as (built, _):
+        carry = built.grid.send_and_receive
+
+        def counted(messages, **options):
+            messages = list(messages)
+            for message in messages:
+                sent["down"] += sum(nbytes(r) for r in message.content.array_records.values())
+            for reply in carry(messages, **options):
+                if reply.has_content():
+                    sent["up"] += sum(nbytes(r) for r in reply.content.array_records.values())
+                yield reply
+
+        built.grid.send_and_receive = counted
+        built.run()
+        totals = built.strategy.traffic.summary()
+        names = ("down_bytes", "up_bytes", "setup_bytes", "evaluate_up_bytes", "evaluate_down_bytes", "resent_bytes")
+        assert sum(totals[key] for key in names) == sent["down"] + sent["up"]
+        assert totals["resent_bytes"] == 0
+
+
+def _nan(content: ArrayRecord) -> ArrayRecord:
+    arrays = {k: v.clone() for k, v in tensors(content).items()}
+    key = next(k for k, v in arrays.items() if v.is_floating_point())
+    arrays[key].view(-1)[0] = float("nan")
+    return record(arrays)
+
+
+def _renamed(content: ArrayRecord) -> ArrayRecord:
+    return record({f"{k}x": v for k, v in tensors(content).items()})
+
+
+def _larger(content: ArrayRecord) -> ArrayRecord:
+    return record({k: torch.cat([v.reshape(-1)] * 101) for k, v in tensors(content).items()})
+
+
+def _double(content: ArrayRecord) -> ArrayRecord:
+    return record({k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()})
+
+
+@pytest.mark.parametrize("spoil", [_nan, _renamed, _larger, _double])
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_replies_are_refused(name: str, spoil) -> None:
+    """Client 1 sends nonsense in round 2: it is rejected, counted, and nothing of it is averaged in."""
+    server = registry.entry(name).server
+    if not server.records:
+        pytest.skip("shares no arrays, so there is nothing to spoil")
+    with federation(name) as (built, _):
+        carry = built.grid.send_and_receive
+        spoilt = 0
+
+        def tampered(messages, **options):
+            nonlocal spoilt
+            for reply in carry(messages, **options):
+                training = reply.metadata.message_type.startswith("train") and built.strategy.round == 2
+                if training and reply.metadata.src_node_id == 2 and reply.has_content():
+                    content = RecordDict(dict(reply.content.items()))
+                    for key, value in list(content.array_records.items()):
+                        if any(getattr(a, "dtype", "").startswith("float") for a in value.values()) or spoil is not _nan:
+                            content[key] = spoil(value)
+                            spoilt += 1
+                    reply = Message(content, reply_to=_to(reply))
+                yield reply
+
+        built.grid.send_and_receive = tampered
+        built.run()
+        if not spoilt:
+            pytest.skip("this strategy's second round carries no array that can be spoilt so")
+        assert built.strategy.failures["rejected"] >= 1
+        for item in built.strategy.board.items.values():
+            assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())
+
+
+def _to(reply: Message) -> Message:
+    """A message that a reply with this sender would answer."""
+    return Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)

@@ -1,0 +1,109 @@
+"""Small federations for tests: any strategy, any grid, in a fraction of a second."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedfuse import registry
+from fedfuse.compose import compose
+from fedfuse.config import Config
+from fedfuse.directory import RunDirectory
+from fedfuse.experiment import as_yaml, build_strategy
+from fedfuse.federation import Callback, Evaluation, Federation
+from fedfuse.node import place
+from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity, single_thread
+from fedfuse.runtime.serial import SerialGrid
+from fedfuse.scenario import Scenario, prepare_scenario
+from fedfuse.store import ClientStore
+from fedfuse.strategy import FusionStrategy
+
+single_thread()
+claim_identity()
+
+TINY = (
+    "data=digits", "data.limit=240", "data.test_limit=60", "partition=iid", "clients=3", "rounds=2",
+    "model=mlp_small", "transfer.size=24", "train.batch_size=16", "runtime=inline",
+)  # fmt: skip
+
+
+@dataclass
+class Played:
+    """A run that is over."""
+
+    federation: Federation
+    strategy: FusionStrategy
+    directory: RunDirectory
+
+    @property
+    def digest(self) -> str:
+        assert self.federation.digest is not None, self.strategy.left_out
+        return self.federation.digest
+
+    @property
+    def totals(self) -> dict[str, int]:
+        return self.strategy.traffic.summary()
+
+
+@cache
+def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
+    config = compose(list(overrides))
+    return config, prepare_scenario(config)
+
+
+@contextlib.contextmanager
+def federation(
+    name: str,
+    *overrides: str,
+    grid: str = "inline",
+    path: Path | None = None,
+    reverse: bool = False,
+    drop: Callable[[Any, Any], bool] | None = None,
+    callbacks: tuple[Callback, ...] = (),
+    base: tuple[str, ...] = TINY,
+    workers: int = 2,
+) -> Iterator[tuple[Federation, RunDirectory]]:
+    """A federation ready to run, in a run directory of its own (resumed if `path` holds one)."""
+    config, scenario = scenario_of((*base, f"strategy={name}", *overrides))
+    entry = registry.entry(name)
+    strategy = build_strategy(entry, scenario)
+    with tempfile.TemporaryDirectory() as folder:
+        where = path or Path(folder) / "run"
+        directory = RunDirectory(where, as_yaml(config), 0.0)
+        resumed = (where / "checkpoint").exists()
+        if resumed:
+            directory.reopen()
+        else:
+            directory.create(False)
+        if grid == "serial":
+            transport: LocalGrid = SerialGrid(
+                lambda site: place(entry, scenario, ClientStore(site)), where / "sites", scenario.clients, drop
+            )
+        elif grid == "ray":
+            from fedfuse.runtime.ray import RayGrid
+
+            transport = RayGrid(entry, scenario, directory.clients.directory, workers)
+        else:
+            transport = InlineGrid(place(entry, scenario, directory.clients), reverse)
+        try:
+            whole = [Evaluation(config.evaluate.every), directory, *callbacks]
+            built = Federation(strategy, transport, config.rounds, whole)
+            if resumed:
+                directory.restore(built)
+                transport.cache.update(strategy.board.items)
+            yield built, directory
+        finally:
+            transport.close()
+            directory.close()
+
+
+def play(name: str, *overrides: str, **options: Any) -> Played:
+    """Run a small federation to its end."""
+    with federation(name, *overrides, **options) as (built, directory):
+        built.run()
+        return Played(built, built.strategy, directory)
