@@ -129,10 +129,12 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
         shown.append(
             (f"{name} accuracy by bytes", curves.by_bytes(series, metric, f"f{k}b{tag}"), wording.BYTES, [])
         )
+        if name == "Global":
+            spread = figures.client_spread(series, f"f{k}c")
+            shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
     shown.append(
         ("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, [])
     )
-    shown.append(("Clients, one by one", figures.client_spread(series, f"f{k}c"), wording.CLIENTS, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]
     shown.append(("Where the time went", bars, wording.TIME, legend))
@@ -162,7 +164,7 @@ def _maps(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, Any]]:
             clients, labels, counts = label_counts(run.run)
             drawing = figures.label_map(clients, labels, counts, f"p{len(shown)}")
             total, least = int(counts.sum()), int(counts.sum(axis=1).min()) if len(clients) else 0
-            caption = f"Seed {run.run.seed}: {total} training examples, the smallest client has {least}."
+            caption = f"Seed {run.run.seed}: {total} training examples, the smallest client has {least}. Blank: none."
             shown[key] = _shown(one.setting or "Training examples by client and label", drawing, caption)
     return list(shown.values())
 

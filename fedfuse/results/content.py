@@ -191,7 +191,9 @@ def tests(groups: Sequence[Group]) -> Table | None:
                 continue
             most = max(most, one.n)
             half = one.difference.half_width
-            shown = f"{100 * one.difference.mean:+.2f}" + (f" ± {100 * half:.2f}" if half is not None else "")
+            shown = f"{100 * one.difference.mean:+.2f}".replace("-", "−") + (
+                f" ± {100 * half:.2f}" if half is not None else ""
+            )
             unused = f"unpaired seeds {', '.join(map(str, one.unpaired))}" if one.unpaired else ""
             lines.append(
                 (
