@@ -92,7 +92,6 @@ def compose(overrides: Sequence[str]) -> Config:
     from hydra import compose as hydra_compose, initialize_config_module
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
     overrides = list(overrides)
@@ -100,33 +99,25 @@ def compose(overrides: Sequence[str]) -> Config:
         if "=" not in text:
             raise UserError(f"{text!r}: not of the form key=value")
     _check_keys(overrides)
-    chosen = strategy_of(overrides) or _preset_strategy(overrides) or "fedavg"
+    chosen = strategy_of(overrides) or "fedavg"
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, node in GROUPS.items():
         store.store(group=group, name="schema", node=node)
     store.store(group="strategy", name=chosen, node=registry.schema(chosen))
     GlobalHydra.instance().clear()
-    del Plugins
     try:
         with initialize_config_module("fedfuse.conf", version_base="1.3"):
             extra = [f"strategy={chosen}"] if strategy_of(overrides) is None else []
-            found = hydra_compose("config", overrides=[*overrides, *extra, *_searchpath(overrides)])
+            found = hydra_compose("config", overrides=[*overrides, *extra])
         config: Config = OmegaConf.to_object(found)  # type: ignore[assignment]
+        config.strategy = registry.typed(config.strategy)
     except UserError:
         raise
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
     check(config)
     return config
-
-
-def _searchpath(overrides: Sequence[str]) -> list[str]:
-    return ["hydra.searchpath=[pkg://fedfuse.experiments.groups]"] if any(o.startswith("experiment=") for o in overrides) else []
-
-
-def _preset_strategy(overrides: Sequence[str]) -> str | None:
-    return None
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
@@ -177,15 +168,13 @@ def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
     if match:
         key = match.group(1)
         return f"{key}: no such key; {nearest(key, known if key.startswith('strategy.') else keys(Config, ''))}"
-    match = re.search(r"full_key: (\S+)", text)
-    if match:
-        key = match.group(1)
-        given = next((o for o in overrides if o.split("=")[0] == key), key)
-        return f"{given}: {_first_line(error)}"
-    return _first_line(error) or type(error).__name__
+    match = re.search(r"Error merging override (.+)", _first_line(error))
+    if match and error.__cause__ is not None:
+        return f"{match.group(1)}: {_first_line(error.__cause__)}"
+    return _first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -197,7 +186,6 @@ def check(config: Config) -> None:
     UserError
         Naming the key, the value and what is allowed.
     """
-    registry.check(config.strategy.name, config.strategy)
     rules: list[tuple[str, Any, bool, str]] = [
         ("clients", config.clients, config.clients is None or config.clients >= 1, "at least 1"),
         ("participation", config.participation, 0 < config.participation <= 1, "more than 0 and at most 1"),

@@ -169,7 +169,7 @@ def load_config(path: Path) -> Config:
         values = {k: v for k, v in raw.items() if k != "strategy"}
         config: Config = OmegaConf.to_object(OmegaConf.merge(base, values))  # type: ignore[assignment]
         schema = OmegaConf.structured(registry.schema(name))
-        config.strategy = OmegaConf.to_object(OmegaConf.merge(schema, raw["strategy"]))
+        config.strategy = registry.typed(OmegaConf.to_object(OmegaConf.merge(schema, raw["strategy"])))
     except UserError:
         raise
     except Exception as error:

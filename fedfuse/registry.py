@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -206,8 +207,38 @@ def check(name: str, values: Any) -> None:
 
 
 def schema(name: str) -> type[Any]:
-    """Return the strategy's dataclass with its `name` as a field: the schema of Hydra's group `strategy`."""
-    chosen = entry(name)
-    return dataclasses.make_dataclass(
-        chosen.hyper.__name__, [("name", str, dataclasses.field(default=name))], bases=(chosen.hyper,), frozen=True
+    """Return the schema of Hydra's group `strategy`: the strategy's fields and its `name`.
+
+    OmegaConf makes frozen dataclasses read-only, so this is an open copy; `typed` makes the real thing of it.
+    """
+    hints = typing.get_type_hints(entry(name).hyper)
+    columns: list[Any] = [("name", str, dataclasses.field(default=name))]
+    for field in dataclasses.fields(entry(name).hyper):
+        missing = field.default_factory is dataclasses.MISSING
+        default = {"default": field.default} if missing else {"default_factory": field.default_factory}
+        columns.append((field.name, hints[field.name], dataclasses.field(**default)))
+    return dataclasses.make_dataclass(f"{entry(name).hyper.__name__}Schema", columns)
+
+
+def typed(values: Any) -> Any:
+    """Return hyper-parameters as the strategy's own dataclass, with the strategy's `name` beside them.
+
+    Raises
+    ------
+    UserError
+        If a value is not allowed.
+    """
+    chosen = entry(values.name)
+    named = dataclasses.make_dataclass(
+        chosen.hyper.__name__,
+        [("name", str, dataclasses.field(default=chosen.name))],
+        bases=(chosen.hyper,),
+        frozen=chosen.hyper.__dataclass_params__.frozen,  # type: ignore[attr-defined]
     )
+    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(named)}
+    try:
+        made = named(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"strategy={chosen.name}: {error}") from error
+    check(chosen.name, made)
+    return made

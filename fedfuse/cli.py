@@ -1,0 +1,279 @@
+"""The command `fedfuse`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedfuse.errors import UserError, WorldError, nearest
+
+USAGE = """\
+fedfuse: simulate, deploy and compare federated knowledge fusion
+
+  fedfuse run [key=value …]                one experiment; -m sweeps over key=a,b; --dry-run only says what it would do
+  fedfuse compare strategy=a,b seed=0,1 …  a sweep, then the table and the report; out=<dir> holds everything
+  fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
+  fedfuse watch DIR [--port N]             the same page, live on localhost
+  fedfuse resume RUN_DIR                   go on after the last complete round
+  fedfuse list [strategies|datasets|partitions|models|losses|experiments]
+  fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
+  fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
+  fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
+  fedfuse bench …                          the performance suite
+
+Keys: strategy= data= partition= model= loss= runtime= experiment= choose by one word; then strategy.<hyper>=,
+clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5 evaluate.every=1 out=<dir>
+For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 the world failed (resumable), 2 the command was wrong, 130 interrupted."""
+    started = time.time()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("fedfuse"))
+        return 0
+    command = COMMANDS.get(words[0])
+    try:
+        if command is None:
+            raise UserError(f"fedfuse {words[0]}: no such command; {nearest(words[0], COMMANDS)}")
+        if words[0] not in FOREIGN_HELP and any(w in ("-h", "--help") for w in words[1:]):
+            print(USAGE, end="")
+            return 0
+        return command(words[1:], started)
+    except UserError as error:
+        print(f"fedfuse: {error}", file=sys.stderr)
+        return 2
+    except WorldError as error:
+        print(f"fedfuse: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedfuse: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    finally:
+        _end_ray()
+
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+def _end_ray() -> None:
+    if "fedfuse.runtime.ray" in sys.modules:
+        from fedfuse.runtime.ray import disconnect
+
+        disconnect()
+
+
+def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
+    """Split `--flag value` (or a bare flag) from the other words."""
+    rest, found, i = [], {}, 0
+    while i < len(words):
+        word = words[i]
+        name, _, value = word.partition("=")
+        if word.startswith("-"):
+            if name not in flags:
+                raise UserError(f"{name}: no such option; {nearest(name, flags)}")
+            if name in BARE:
+                found[name] = "yes"
+            elif "=" in word:
+                found[name] = value
+            elif i + 1 < len(words):
+                i += 1
+                found[name] = words[i]
+            else:
+                raise UserError(f"{name}: needs a value")
+        else:
+            rest.append(word)
+        i += 1
+    return rest, found
+
+
+BARE = ("-m", "--multirun", "--dry-run")
+
+
+# --- run, compare, resume ---------------------------------------------------------------------------------
+
+
+def _run(words: list[str], started: float) -> int:
+    overrides, flags = _flags(words, "-m", "--multirun", "--dry-run")
+    sweep = "-m" in flags or "--multirun" in flags
+    if sweep:
+        from fedfuse.sweep import sweep as run_sweep
+
+        run_sweep(overrides, started)
+        return 0
+    from fedfuse.compose import compose, expand
+
+    jobs = expand(overrides)
+    if len(jobs) > 1:
+        raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
+    config = compose(overrides)
+    if "--dry-run" in flags:
+        from fedfuse.preview import preview
+
+        preview(config)
+        return 0
+    from fedfuse.experiment import run
+
+    return _show(run(config, started))
+
+
+def _show(path: Path) -> int:
+    from rich.console import Console
+
+    from fedfuse.results.run import load
+    from fedfuse.results.table import print_table
+
+    console = Console(highlight=False)
+    run = load(path)
+    print_table([run], console)
+    console.print(f"digest {(run.summary or {}).get('digest')}", markup=False, soft_wrap=True)
+    console.print(f"run directory: {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _compare(words: list[str], started: float) -> int:
+    overrides, _ = _flags(words)
+    from fedfuse.sweep import sweep as run_sweep
+
+    run_sweep(overrides, started, report=True)
+    return 0
+
+
+def _resume(words: list[str], started: float) -> int:
+    rest, _ = _flags(words)
+    if len(rest) != 1:
+        raise UserError("fedfuse resume: needs one run directory")
+    path = Path(rest[0])
+    if (path / "summary.json").exists():
+        from fedfuse.results.run import load
+
+        load(path)
+        print(f"{path}: finished already")
+        return _show(path)
+    from fedfuse.experiment import resume
+
+    return _show(resume(path))
+
+
+def _report(words: list[str], started: float) -> int:
+    dirs, flags = _flags(words, "--out")
+    if not dirs:
+        raise UserError("fedfuse report: needs at least one run or sweep directory")
+    from fedfuse.results.report import report
+
+    page = report(dirs, flags.get("--out", dirs[0]))
+    print(f"report: {page}")
+    return 0
+
+
+def _watch(words: list[str], started: float) -> int:
+    from fedfuse.results.watch import command
+
+    return command(words)
+
+
+# --- list, export -----------------------------------------------------------------------------------------
+
+
+def _list(words: list[str], started: float) -> int:
+    from fedfuse.compose import options, presets
+
+    rest, _ = _flags(words)
+    kinds = ("strategies", "datasets", "partitions", "models", "losses", "experiments")
+    if unknown := [w for w in rest if w not in kinds]:
+        raise UserError(f"fedfuse list {unknown[0]}: unknown; {nearest(unknown[0], kinds)}")
+    for kind in rest or kinds:
+        if len(rest) != 1:
+            print(f"{kind}:")
+        for name, text in _lines(kind, options, presets):
+            print(f"  {name:<18} {text}".rstrip())
+    return 0
+
+
+def _lines(kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]) -> list[tuple[str, str]]:
+    if kind == "strategies":
+        from fedfuse.registry import listed
+
+        return [(s.name, f"{s.summary} [{s.paper}]" if s.paper else s.summary) for s in listed().values()]
+    if kind == "datasets":
+        from fedfuse.data import names
+
+        return sorted(names().items())
+    if kind == "partitions":
+        from fedfuse.data import partition_names
+
+        return sorted(partition_names().items())
+    if kind == "models":
+        from fedfuse.models import names as model_names
+
+        return sorted(model_names().items())
+    if kind == "losses":
+        from fedfuse.train.losses import names as loss_names
+
+        return sorted(loss_names().items())
+    return [(name, "") for name in presets()]
+
+
+def _export(words: list[str], started: float) -> int:
+    rest, flags = _flags(words, "--client", "--out")
+    if len(rest) != 1:
+        raise UserError("fedfuse export: needs one run directory")
+    from fedfuse.export import export
+
+    client = flags.get("--client")
+    if client is not None and not client.isdigit():
+        raise UserError(f"--client={client}: a client's number is needed")
+    path = export(Path(rest[0]), None if client is None else int(client), flags.get("--out"))
+    print(path)
+    return 0
+
+
+def _deploy(words: list[str], started: float) -> int:
+    from fedfuse.deploy import command
+
+    return command(words)
+
+
+def _flower(words: list[str], started: float) -> int:
+    from fedfuse.runtime.app import command
+
+    return command(words)
+
+
+def _bench(words: list[str], started: float) -> int:
+    from fedfuse.bench import command
+
+    return command(words)
+
+
+COMMANDS: dict[str, Callable[[list[str], float], int]] = {
+    "run": _run,
+    "compare": _compare,
+    "report": _report,
+    "watch": _watch,
+    "resume": _resume,
+    "list": _list,
+    "export": _export,
+    "deploy": _deploy,
+    "flower": _flower,
+    "bench": _bench,
+}
+FOREIGN_HELP = ("deploy", "flower", "bench", "watch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
