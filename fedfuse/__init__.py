@@ -14,8 +14,6 @@ _HOMES = {
     "Item": "fedfuse.knowledge",
     "arrays": "fedfuse.records",
     "model_arrays": "fedfuse.records",
-    "hyper": "fedfuse.registry",
-    "strategy": "fedfuse.registry",
     "UserError": "fedfuse.errors",
     "WorldError": "fedfuse.errors",
     "Run": "fedfuse.api",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from fedfuse.results.run import Run as Kept, load as load_kept
+from fedfuse.results.run import Run as Kept
+from fedfuse.results.run import load as load_kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

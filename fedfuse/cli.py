@@ -119,7 +119,9 @@ def _run(words: list[str], started: float) -> int:
 
     jobs = expand(overrides)
     if len(jobs) > 1:
-        raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
+        raise UserError(
+            f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`"
+        )
     config = compose(overrides)
     if "--dry-run" in flags:
         from fedfuse.preview import preview
@@ -175,8 +177,10 @@ def _report(words: list[str], started: float) -> int:
         raise UserError("fedfuse report: needs at least one run or sweep directory")
     from fedfuse.results.report import report
 
-    page = report(dirs, flags.get("--out", dirs[0]))
-    print(f"report: {page}")
+    written = report(dirs, flags.get("--out", dirs[0]))
+    for line in written.skipped:
+        print(f"skipped: {line}")
+    print(f"report: {written.path}")
     return 0
 
 
@@ -204,7 +208,9 @@ def _list(words: list[str], started: float) -> int:
     return 0
 
 
-def _lines(kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]) -> list[tuple[str, str]]:
+def _lines(
+    kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]
+) -> list[tuple[str, str]]:
     if kind == "strategies":
         from fedfuse.registry import listed
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
-from fedfuse.scenario import Residents, Scenario
+from fedfuse.scenario import Residents, Scenario, overlay, variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import local
-from fedfuse.train.losses import Loss, loss as loss_named
+from fedfuse.train.losses import Loss
+from fedfuse.train.losses import loss as loss_named
 from fedfuse.train.scores import scores
 
 Metrics = dict[str, float | int]
@@ -161,13 +162,13 @@ class FusionClient:
         self._purpose = purpose
         seed_everything(self.seed, purpose, self.client, self._moment)
 
-    def load(self, arrays: Arrays) -> None:
-        """Overwrite the model's parameters and buffers in place."""
-        self.model.load_state_dict(arrays)
+    def load(self, arrays: Arrays, strict: bool = True) -> None:
+        """Overwrite the model's parameters and buffers in place; if not strict, some of them."""
+        overlay(self.model, arrays, strict)
 
     def weights(self) -> Arrays:
-        """A copy of the model's parameters and buffers."""
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        """A copy of the model's parameters and buffers, without a frozen base."""
+        return {name: value.detach().clone() for name, value in variable(self.model).items()}
 
     def subset(self, size: int | None, version: int | None = None) -> Tensor:
         """Rows of the transfer set used in a round: all, or `size` redrawn by that round's number.
@@ -180,7 +181,9 @@ class FusionClient:
         """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
         chosen = self.scenario.config.loss
         if chosen.build is not None or chosen.name is not None:
-            return loss_named(chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options)
+            return loss_named(
+                chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options
+            )
         return loss_named(default, **options)
 
     def train(
@@ -221,7 +224,10 @@ class FusionClient:
         )
         if keep:
             slots = options["optimizer"].state_dict()["state"]
-            self.state["optimizer"] = {str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()}
+            self.state["optimizer"] = {
+                str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None}
+                for i, s in slots.items()
+            }
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
 
     def _kept_optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -245,8 +251,8 @@ def transfer_rows(scenario: Scenario, size: int | None, version: int) -> Tensor:
     """
     data, config = scenario.data, scenario.config.transfer
     total = 0 if data.transfer is None else len(data.transfer)
-    size = config.subset or size
-    if size is None or size >= total:
+    size = scenario.rows_of(size)
+    if size == total:
         return torch.arange(total)
     draw = generator(scenario.seed, "transfer subset", version if config.redraw else 0)
     return torch.randperm(total, generator=draw)[:size].sort().values

@@ -98,9 +98,13 @@ class RunDirectory(Callback):
                 raise UserError(f"out={self.path}: is a file; a directory is needed")
             if self.path.exists() and any(self.path.iterdir()):
                 if not overwrite:
-                    raise UserError(f"out={self.path}: holds something already; choose another or say overwrite=true")
+                    raise UserError(
+                        f"out={self.path}: holds something already; choose another or say overwrite=true"
+                    )
                 if not (self.path / "config.yaml").exists():
-                    raise UserError(f"out={self.path}: holds something that is not a run; it is not overwritten")
+                    raise UserError(
+                        f"out={self.path}: holds something that is not a run; it is not overwritten"
+                    )
                 self._hold()
                 for child in self.path.iterdir():
                     if child.name != "lock":
@@ -142,7 +146,11 @@ class RunDirectory(Callback):
         """Write what is known before the first round."""
         if not (self.path / "partition.parquet").exists():
             rows = federation.scenario.data.histogram()
-            write_rows(self.path / "partition.parquet", "partition", [(r["client"], r["split"], str(r["label"]), r["examples"]) for r in rows])
+            write_rows(
+                self.path / "partition.parquet",
+                "partition",
+                [(r["client"], r["split"], str(r["label"]), r["examples"]) for r in rows],
+            )
             from fedfuse.data.picture import draw_partition
 
             draw_partition(rows, self.path / "partition.svg")
@@ -155,7 +163,11 @@ class RunDirectory(Callback):
         round = federation.done
         if federation.evaluated == round and (round == federation.rounds or federation.stop):
             strategy.traffic.settle()
-        rows = {"metrics": federation.rows, "traffic": strategy.traffic.take_rows(), "timing": federation.timing}
+        rows = {
+            "metrics": federation.rows,
+            "traffic": strategy.traffic.take_rows(),
+            "timing": federation.timing,
+        }
         for kind, values in rows.items():
             write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
         federation.rows, federation.timing = [], []
@@ -179,7 +191,7 @@ class RunDirectory(Callback):
         """The content of `summary.json`."""
         strategy, config = federation.strategy, federation.scenario.config
         keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
-        final = {**{k: math.nan for k in keys}, **federation.headline}
+        final = {**dict.fromkeys(keys, math.nan), **federation.headline}
         best = {}
         for key in ("accuracy/global", "accuracy/personal"):
             values = [h[key] for h in federation.history if h.get(key) == h.get(key) and key in h]
@@ -213,7 +225,11 @@ class RunDirectory(Callback):
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
-            save_file({k: v.contiguous().clone() for k, v in arrays.items()}, final / f"server-{name}.safetensors", metadata=about)
+            save_file(
+                {k: v.contiguous().clone() for k, v in arrays.items()},
+                final / f"server-{name}.safetensors",
+                metadata=about,
+            )
         for client in range(federation.scenario.clients):
             kept = self.clients.staged(client, "final")
             if kept is not None:
@@ -247,7 +263,9 @@ class RunDirectory(Callback):
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,
             "tags": {str(c): tag for c, tag in strategy.tags.items()},
-            "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
+            "held": {
+                str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()
+            },
             "traffic": strategy.traffic.saved(),
             "failures": strategy.failures,
             "left_out": strategy.ever_left_out,
@@ -279,7 +297,13 @@ class RunDirectory(Callback):
                 topic, to, version, hashed = json.loads(slot["about"])
                 items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
                 chains[topic, to] = [
-                    Parcel(topic, to, *json.loads(p["about"])[:2], _unlisted(p["value"]), json.loads(p["about"])[2])
+                    Parcel(
+                        topic,
+                        to,
+                        *json.loads(p["about"])[:2],
+                        _unlisted(p["value"]),
+                        json.loads(p["about"])[2],
+                    )
                     for _, p in sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
                 ]
             strategy.board.restore(items, chains)
@@ -291,7 +315,16 @@ class RunDirectory(Callback):
             strategy.traffic = Traffic.restored(plain["traffic"])
             strategy.failures, strategy.ever_left_out = plain["failures"], plain["left_out"]
             strategy.round = plain["done"]
-            for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
+            for name in (
+                "done",
+                "evaluated",
+                "set_up",
+                "stop",
+                "headline",
+                "history",
+                "digest",
+                "digest_missing",
+            ):
                 setattr(federation, name, plain[name])
             self.seconds = plain["seconds"]
             self.seconds["before"] = self.seconds["rounds"]

@@ -55,7 +55,9 @@ class Federation:
         Why the loop shall end early; empty if it shall not.
     """
 
-    def __init__(self, strategy: FusionStrategy, grid: Grid, rounds: int, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, strategy: FusionStrategy, grid: Grid, rounds: int, callbacks: Sequence[Callback] = ()
+    ) -> None:
         self.strategy, self.grid, self.rounds, self.callbacks = strategy, grid, rounds, list(callbacks)
         self.done = 0
         self.evaluated = -1
@@ -208,7 +210,9 @@ class Federation:
             for key in ("accuracy_macro", "accuracy"):
                 total[key] = total.get(key, 0.0) + count * found[key]
             if len(models) > 1:
-                self.rows.append((round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"]))
+                self.rows.append(
+                    (round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"])
+                )
         return {
             "accuracy/global": total["accuracy_macro"] / weights,
             "accuracy/global_plain": total["accuracy"] / weights,
@@ -246,13 +250,19 @@ class EarlyStop(Callback):
 
     def round(self, federation: Federation) -> None:
         """Look at the validation scores so far; the round that stops is evaluated as the last."""
-        scored = [(h["accuracy/validation"], -i) for i, h in enumerate(federation.history) if "accuracy/validation" in h]
+        scored = [
+            (h["accuracy/validation"], -i)
+            for i, h in enumerate(federation.history)
+            if "accuracy/validation" in h
+        ]
         if not scored or federation.done == federation.rounds:
             return
         best = -max(scored)[1]
         if len(scored) - 1 - best >= self.patience:
             federation.stop = f"no better validation accuracy for {self.patience} evaluations"
-            federation.rows = [r for r in federation.rows if not (r[0] == federation.done and r[3] != "train")]
+            federation.rows = [
+                r for r in federation.rows if not (r[0] == federation.done and r[3] != "train")
+            ]
             federation.history.pop()
             federation.evaluate(final=True)
 
@@ -288,5 +298,14 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
     if strategy.needs_features:
         for name in pool:
             if not hasattr(strategy.residents.model(name), "features"):
-                raise UserError(f"strategy={strategy.name} needs models with features(x), head(z), feature_dim; {name} has none")
-
+                raise UserError(
+                    f"strategy={strategy.name} needs models with features(x), head(z), feature_dim; {name} has none"
+                )
+    if strategy.same_features:
+        sizes = {name: int(strategy.residents.model(name).feature_dim) for name in pool}  # type: ignore[arg-type]
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+            raise UserError(
+                f"strategy={strategy.name} compares features across clients, which must be of one size; {told}: "
+                f"set model.feature_dim={min(sizes.values())}"
+            )

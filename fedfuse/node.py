@@ -116,7 +116,9 @@ class Node:
                 config[f"dtypes:{name}"] = json.dumps(dtypes)
         return replies
 
-    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
+    def _sum(
+        self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int
+    ) -> None:
         content, config = reply.content, reply.content["config"]
         metrics = dict(content["metrics"])
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in content.array_records.items()}
@@ -272,7 +274,10 @@ class Node:
             validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
             cache.take(parcel, topics)
         for topic, to, version in zip(
-            config.get("needs.topic", []), config.get("needs.to", []), config.get("needs.version", []), strict=True
+            config.get("needs.topic", []),
+            config.get("needs.to", []),
+            config.get("needs.version", []),
+            strict=True,
         ):
             item = cache.get((topic, to))
             if item is None or item.version != version:
@@ -314,7 +319,11 @@ def parcels(content: RecordDict, config: Mapping[str, Any]) -> list[Parcel]:
 def state_sha(private: dict[str, Any]) -> str:
     """Hash a client's private state; an empty one hashes the empty record."""
     flat, rest = flatten(private)
-    plain = {f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items() if v != {}}
+    plain = {
+        f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8)
+        for k, v in rest.items()
+        if v != {}
+    }
     return sha({"state": {**flat, **plain}})
 
 

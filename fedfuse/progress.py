@@ -13,7 +13,7 @@ class Progress(Callback):
     """Prints a line per round: scores, loss, bytes so far, seconds, and whoever was left out."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, soft_wrap=True)
 
     def start(self, federation: Federation) -> None:
         """Say what begins."""
@@ -21,7 +21,8 @@ class Progress(Callback):
         models = ", ".join(sorted(set(scenario.architectures)))
         self.console.print(
             f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {scenario.clients} clients, "
-            f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
+            f"{models}, seed {scenario.seed}"
+            + (f", from round {federation.done + 1}" if federation.done else "")
         )
         for note in scenario.data.notes:
             self.console.print(f"  note: {note}", markup=False)
@@ -40,7 +41,7 @@ class Progress(Callback):
                 parts.append(f"{label} {100 * value:5.2f} %" if value == value else f"{label}     –  ")
         loss = head.get("loss/train", float("nan"))
         parts.append(f"loss {loss:.4f}" if loss == loss else "loss –")
-        parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB  down {traffic['down_bytes'] / 1e6:.3g} MB")
+        parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")
         parts.append(f"{now - self._clock:.2f} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)

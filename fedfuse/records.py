@@ -75,7 +75,9 @@ def tensors(content: ArrayRecord) -> Arrays:
     out: Arrays = {}
     for name, array in content.items():
         if array.stype != "numpy.ndarray":
-            raise InvalidArrays(f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken")
+            raise InvalidArrays(
+                f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken"
+            )
         try:
             value = array.numpy()
         except Exception as error:
@@ -130,8 +132,8 @@ def dimension(scope: Scope, size: int | str) -> int:
 
 
 def arrays(**shapes: tuple[int | str, ...]) -> Spec:
-    """Spec of named arrays. Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `examples` (the
-    client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
+    """Spec of named arrays. Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `subset` (those
+    of a lesson), `examples` (the client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
     a leading dtype name such as `"int64"` replaces float32.
 
     Example: ``arrays(p=("transfer", "classes"))``.
@@ -194,10 +196,19 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
     for key, tensor in got.items():
         # one reduction instead of an elementwise mask: a sum is finite only if every term is (or it overflows,
         # which the exact check below then settles)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())) and not bool(
-            torch.isfinite(tensor).all()
+        if (
+            tensor.is_floating_point()
+            and not bool(torch.isfinite(tensor.sum()))
+            and not bool(torch.isfinite(tensor).all())
         ):
             raise InvalidArrays(f"{name}/{key}: not finite")
+
+
+def distributions(name: str, rows: torch.Tensor) -> None:
+    """Raise `InvalidArrays` unless every row of `rows` (…, C) is a distribution: non-negative, with sum 1 ± 10⁻³."""
+    off = (rows.sum(-1, dtype=torch.float64) - 1).abs() > 1e-3
+    if bool((rows < 0).any()) or bool(off.any()):
+        raise InvalidArrays(f"{name}: {int(((rows < 0).any(-1) | off).sum())} rows are no distributions")
 
 
 def _pretty(shape: Shape) -> str:
@@ -264,7 +275,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
         elif isinstance(value, bool | int | float | str | None | list):
             rest[path] = value
         else:
-            raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
+            raise TypeError(
+                f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept"
+            )
     return flat, rest
 
 

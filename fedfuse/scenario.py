@@ -14,6 +14,7 @@ from fedfuse import models
 from fedfuse.config import Config
 from fedfuse.data import FederatedData, prepare
 from fedfuse.records import Arrays, Layout, Scope, layout_of
+from fedfuse.seeding import seed_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Scenario:
         """The run's seed."""
         return self.config.seed
 
+    def rows_of(self, subset: int | None) -> int:
+        """Rows of the transfer set a lesson stands on: the user's `transfer.subset`, else the strategy's, else all."""
+        total = 0 if self.data.transfer is None else len(self.data.transfer)
+        return min(total, self.config.transfer.subset or subset or total)
+
     def examples(self, client: int) -> int:
         """Training examples of a client."""
         return int(self.data.offsets[client, 1] - self.data.offsets[client, 0])
@@ -70,7 +76,9 @@ class Residents:
     device : torch.device
     """
 
-    def __init__(self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.scenario, self.equip, self.device = scenario, equip, torch.device(device)
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
@@ -81,7 +89,11 @@ class Residents:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
         dataset, config = self.scenario.data.dataset, self.scenario.config
         return models.build(
-            architecture, shape=dataset.shape, classes=self.scenario.classes, config=config.model, seed=config.seed
+            architecture,
+            shape=dataset.shape,
+            classes=self.scenario.classes,
+            config=config.model,
+            seed=config.seed,
         )
 
     def model(self, architecture: str) -> nn.Module:
@@ -89,9 +101,13 @@ class Residents:
         if architecture not in self._models:
             model = self.build(architecture)
             if self.equip is not None:
-                model = self.equip(model, self.build)
+                with torch.random.fork_rng(
+                    devices=[]
+                ):  # what is added is as equal everywhere as the model itself
+                    torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
+                    model = self.equip(model, self.build)
             self._models[architecture] = model.to(self.device)
-            self._initial[architecture] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
 
     def initial(self, architecture: str) -> Arrays:
@@ -102,17 +118,19 @@ class Residents:
     def fresh(self, architecture: str) -> nn.Module:
         """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
         model = self.model(architecture)
+        fixed = frozen(model)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
+            for name, parameter in model.named_parameters():
+                if name not in fixed:
+                    parameter.fill_(float("nan"))
                 parameter.grad = None
-        model.load_state_dict(self._initial[architecture])
+        overlay(model, self._initial[architecture])
         return model
 
     def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:
         """The resident model holding these weights."""
         model = self.fresh(architecture)
-        model.load_state_dict(arrays)
+        overlay(model, arrays)
         return model
 
     def scope(self, client: int, hyper: Any) -> Scope:
@@ -123,6 +141,7 @@ class Residents:
         dims = {
             "classes": self.scenario.classes,
             "transfer": 0 if transfer is None else len(transfer),
+            "subset": self.scenario.rows_of(getattr(hyper, "subset", None)),
             "examples": self.scenario.examples(client),
             "features": int(getattr(model, "feature_dim", 0) or 0),
         }
@@ -155,6 +174,33 @@ class Residents:
         while self._cached > 512 * 2**20 and len(self._tensors) > 1:
             self._cached -= _size(self._tensors.popitem(last=False)[1])
         return value
+
+
+def frozen(model: nn.Module) -> frozenset[str]:
+    """Names of parameters that never change and never travel: `model.frozen`, which adapters set; default none."""
+    return getattr(model, "frozen", frozenset())
+
+
+def variable(model: nn.Module) -> Arrays:
+    """The model's parameters and buffers but the frozen ones, not copied."""
+    fixed = frozen(model)
+    return {name: value for name, value in model.state_dict().items() if name not in fixed}
+
+
+def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
+    """Overwrite parameters and buffers in place.
+
+    Raises
+    ------
+    RuntimeError
+        If `arrays` has a name or shape the model has not, or, if strict, lacks one that is not frozen.
+    """
+    found = model.load_state_dict(arrays, strict=False)
+    missing = sorted(set(found.missing_keys) - frozen(model)) if strict else []
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f"state does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}"
+        )
 
 
 def _size(value: Any) -> int:

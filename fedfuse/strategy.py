@@ -18,12 +18,13 @@ from fedfuse.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.records import (
     Arrays,
     InvalidArrays,
+    Scope,
     Spec,
+    flatten,
     model_arrays,
     nbytes,
     record,
     sha,
-    flatten,
     tensors,
     validate,
 )
@@ -99,6 +100,8 @@ class FusionStrategy(Strategy):
         The clients' training data is joined at client 0: an upper bound, not a federation.
     needs_features : bool
         Whether models must have `features(x)`, `head(z)` and `feature_dim`.
+    same_features : bool
+        Whether `feature_dim` must be the same in all architectures.
 
     Attributes
     ----------
@@ -118,6 +121,7 @@ class FusionStrategy(Strategy):
     heterogeneous: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    same_features: ClassVar[bool] = False
     name: str = ""
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -130,7 +134,9 @@ class FusionStrategy(Strategy):
         self.failures = {"replies": 0, "rejected": 0, "retried": 0}
         self.left_out: list[str] = []  # this round's failures, in words
         self.ever_left_out = False
-        self.logged: list[tuple[str, int, str, str, float]] = []  # rows of this round: scope, client, split, metric, value
+        self.logged: list[
+            tuple[str, int, str, str, float]
+        ] = []  # rows of this round: scope, client, split, metric, value
         self.timed: list[tuple[str, str, float]] = []  # rows of this round: scope, what, seconds
         self.losses: list[tuple[float, float]] = []  # of this round's clients: examples, training loss
         self.run_id = ""
@@ -174,6 +180,13 @@ class FusionStrategy(Strategy):
         """Metrics per client, where predicting needs both halves (split learning)."""
         return []
 
+    @classmethod
+    def examine(cls, scope: Scope, records: Records) -> None:
+        """Refuse a share whose layout is right and whose values make no sense: raise `InvalidArrays`.
+
+        Runs beside the client or at the server, on what is there of a share's records, before `fuse` or any sum.
+        """
+
     # -- what it uses --------------------------------------------------------------------------------------
 
     @property
@@ -208,7 +221,9 @@ class FusionStrategy(Strategy):
         """A generator seeded by (run seed, purpose, round)."""
         return generator(self.scenario.seed, "server", *purpose, self.round)
 
-    def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
+    def log(
+        self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train"
+    ) -> None:
         """Keep a figure of this round in `metrics.parquet`."""
         self.logged.append((scope, client, split, metric, float(value)))
 
@@ -297,7 +312,9 @@ class FusionStrategy(Strategy):
             If it needs several phases: Flower's loop has one.
         """
         if self.setup or self.phases(1) != ("train",):
-            raise ValueError(f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()")
+            raise ValueError(
+                f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()"
+            )
         return super().start(grid, initial_arrays, *args, **kwargs)
 
     # -- messages ------------------------------------------------------------------------------------------
@@ -358,7 +375,9 @@ class FusionStrategy(Strategy):
             if name in content:
                 name = f"{name}@{parcel.version}{parcel.to}"
             key = (parcel.address, parcel.version, parcel.since)
-            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
+            if (
+                key not in self._wire
+            ):  # one record object per distinct array and phase: grids broadcast it once
                 self._wire[key] = record(parcel.arrays)
             content[name] = self._wire[key]
             names.append(name)
@@ -395,7 +414,9 @@ class FusionStrategy(Strategy):
 
     # -- replies -------------------------------------------------------------------------------------------
 
-    def _accepted(self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False) -> Iterator[Share]:
+    def _accepted(
+        self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False
+    ) -> Iterator[Share]:
         expected = set(self.awaited)
         for reply in replies:
             client = self.sender(reply)
@@ -415,7 +436,9 @@ class FusionStrategy(Strategy):
             config = reply.content["config"]
             self.failures["retried"] += int(config.get("retried", 0))
             label = "evaluate" if evaluate else self.label
-            for name, size in zip(config.get("summed.record", []), config.get("summed.bytes", []), strict=True):
+            for name, size in zip(
+                config.get("summed.record", []), config.get("summed.bytes", []), strict=True
+            ):
                 self.traffic.up(label, self.round, client, name, int(size))
             for name, content in share.records.items():
                 self.traffic.up(label, self.round, client, name, nbytes(content))
@@ -518,6 +541,7 @@ def check_share(
     for name, content in records.items():
         spec = wanted[name]
         validate(name, content, spec(scope) if spec is not None else None)
+    server.examine(scope, records)
     examples = metrics.get("num-examples")
     if not isinstance(examples, int | float) or not 0 <= examples < 2**53:
         raise InvalidArrays(f"num-examples is {examples!r}; a count is needed")
@@ -535,4 +559,3 @@ def round_half_up(value: float) -> int:
 def _chain(first: Share, rest: Iterator[Share]) -> Iterator[Share]:
     yield first
     yield from rest
-

@@ -41,8 +41,14 @@ def sweep(overrides: Sequence[str], started: float | None = None, report: bool =
         config.out = str(path)
         plans.append((path, config))
     for path, config in plans:
-        if (path / "config.yaml").exists() and as_yaml(load_config(path)) != as_yaml(config) and not config.overwrite:
-            raise UserError(f"out={path}: holds a run of another configuration; choose another or say overwrite=true")
+        if (
+            (path / "config.yaml").exists()
+            and as_yaml(load_config(path)) != as_yaml(config)
+            and not config.overwrite
+        ):
+            raise UserError(
+                f"out={path}: holds a run of another configuration; choose another or say overwrite=true"
+            )
     console, failed = Console(highlight=False), []
     for path, config in plans:
         try:
@@ -63,10 +69,12 @@ def sweep(overrides: Sequence[str], started: float | None = None, report: bool =
     if report:
         from fedfuse.results.report import report as write_report
 
-        console.print(f"report: {write_report([root], root)}", markup=False, soft_wrap=True)
+        console.print(f"report: {write_report([root], root).path}", markup=False, soft_wrap=True)
     console.print(f"runs: {root}", markup=False, soft_wrap=True)
     if failed:
-        raise WorldError(f"{len(failed)} of {len(plans)} runs failed: {', '.join(failed)}; the same command resumes them")
+        raise WorldError(
+            f"{len(failed)} of {len(plans)} runs failed: {', '.join(failed)}; the same command resumes them"
+        )
     return root
 
 

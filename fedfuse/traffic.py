@@ -34,7 +34,13 @@ class Traffic:
             self.totals[key.get(message, f"evaluate_{direction}_bytes")] += size
 
     def down(
-        self, message: str, round: int, client: int, needed: Iterable[Address], parcels: list[Parcel], board: Board
+        self,
+        message: str,
+        round: int,
+        client: int,
+        needed: Iterable[Address],
+        parcels: list[Parcel],
+        board: Board,
     ) -> None:
         """Charge one message to a client; `needed` is everything on the board that is meant for it."""
         sent: Counter[Address] = Counter()
@@ -103,7 +109,9 @@ class Traffic:
         return {
             "totals": dict(self.totals),
             "used": [[c, t, to, v] for (c, (t, to)), v in self.used.items()],
-            "pending": [[c, t, to, [list(p) for p in pieces]] for (c, (t, to)), pieces in self.pending.items()],
+            "pending": [
+                [c, t, to, [list(p) for p in pieces]] for (c, (t, to)), pieces in self.pending.items()
+            ],
             "distinct": [[t, to, whole, v] for ((t, to), whole), v in self.distinct.items()],
         }
 

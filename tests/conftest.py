@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 os.environ.update(
-    FLWR_TELEMETRY_ENABLED="0", RAY_USAGE_STATS_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1"
+    FLWR_TELEMETRY_ENABLED="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    OMP_NUM_THREADS="1",
 )
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

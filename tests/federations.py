@@ -82,7 +82,10 @@ def federation(
             directory.create(False)
         if grid == "serial":
             transport: LocalGrid = SerialGrid(
-                lambda site: place(entry, scenario, ClientStore(site)), where / "sites", scenario.clients, drop
+                lambda site: place(entry, scenario, ClientStore(site)),
+                where / "sites",
+                scenario.clients,
+                drop,
             )
         elif grid == "ray":
             from fedfuse.runtime.ray import RayGrid

@@ -58,7 +58,12 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message (Flower's older spelling)."""
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
@@ -81,7 +86,9 @@ class LocalGrid(Grid):
         found = [self._pushed.pop(key) for key in message_ids if key in self._pushed]
         return list(self.send_and_receive(found))
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Run messages; replies are streamed in client order."""
         ordered = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         return self.exchange(grouped(ordered))

@@ -104,7 +104,14 @@ def test_bytes_are_true(name: str) -> None:
         built.grid.send_and_receive = counted
         built.run()
         totals = built.strategy.traffic.summary()
-        names = ("down_bytes", "up_bytes", "setup_bytes", "evaluate_up_bytes", "evaluate_down_bytes", "resent_bytes")
+        names = (
+            "down_bytes",
+            "up_bytes",
+            "setup_bytes",
+            "evaluate_up_bytes",
+            "evaluate_down_bytes",
+            "resent_bytes",
+        )
         assert sum(totals[key] for key in names) == sent["down"] + sent["up"]
         assert totals["resent_bytes"] == 0
 
@@ -125,7 +132,9 @@ def _larger(content: ArrayRecord) -> ArrayRecord:
 
 
 def _double(content: ArrayRecord) -> ArrayRecord:
-    return record({k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()})
+    return record(
+        {k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()}
+    )
 
 
 @pytest.mark.parametrize("spoil", [_nan, _renamed, _larger, _double])
@@ -146,7 +155,10 @@ def test_hostile_replies_are_refused(name: str, spoil) -> None:
                 if training and reply.metadata.src_node_id == 2 and reply.has_content():
                     content = RecordDict(dict(reply.content.items()))
                     for key, value in list(content.array_records.items()):
-                        if any(getattr(a, "dtype", "").startswith("float") for a in value.values()) or spoil is not _nan:
+                        if (
+                            any(getattr(a, "dtype", "").startswith("float") for a in value.values())
+                            or spoil is not _nan
+                        ):
                             content[key] = spoil(value)
                             spoilt += 1
                     reply = Message(content, reply_to=_to(reply))
@@ -163,4 +175,6 @@ def test_hostile_replies_are_refused(name: str, spoil) -> None:
 
 def _to(reply: Message) -> Message:
     """A message that a reply with this sender would answer."""
-    return Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)
+    return Message(
+        RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type
+    )

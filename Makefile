@@ -1,0 +1,48 @@
+# The habits. Needs nothing but Python >= 3.11 and make; everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export OMP_NUM_THREADS := 1
+
+.PHONY: setup demo test test-deploy check format bench clean
+
+setup: $(VENV)/ready
+
+# torch goes first and exactly: an open range would fetch a CUDA build of several gigabytes
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# local, FedAvg, FedMD and KnFu on digits: 10 clients, Dirichlet 0.3, two seeds, on the Ray runtime
+demo: setup
+	$(BIN)/fedfuse compare strategy=local,fedavg,fedmd,knfu seed=0,1 data=digits clients=10 partition.alpha=0.3 \
+		rounds=10 train.epochs=5 evaluate.every=5 out=runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# real processes, real kills: minutes, so not in CI
+test-deploy: setup
+	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" -v
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/fedfuse bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
