@@ -88,17 +88,22 @@ class Loss:
         probabilities: Tensor,
         labels: Tensor | None = None,
         *,
+        softened: float = 1.0,
         state: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Compare with a teacher given by its class probabilities, of shape (B, C); zeros are allowed.
 
         The teacher is softened as softmax(log p / T). Losses on raw logits (mse, mae, rkd) compare
-        probabilities instead, since p fixes logits only up to a shift.
+        probabilities instead, since p fixes logits only up to a shift. `softened` is the temperature that
+        p was softened with already: at T = softened the teacher is p itself.
         """
         self._prepare(student_logits, probabilities, labels, state)
         if len(student_logits) < self.min_batch:
             return 0.0 * student_logits.sum()
-        logits = probabilities.detach().log().clamp_min(_FLOOR)
+        logits = probabilities.detach().log()
+        if softened != 1:
+            logits = (softened * logits).log_softmax(1)
+        logits = logits.clamp_min(_FLOOR)
         return self.weight * self.value_of_probabilities(student_logits, logits, labels)
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
