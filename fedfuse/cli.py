@@ -119,9 +119,7 @@ def _run(words: list[str], started: float) -> int:
 
     jobs = expand(overrides)
     if len(jobs) > 1:
-        raise UserError(
-            f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`"
-        )
+        raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
     config = compose(overrides)
     if "--dry-run" in flags:
         from fedfuse.preview import preview
@@ -208,9 +206,7 @@ def _list(words: list[str], started: float) -> int:
     return 0
 
 
-def _lines(
-    kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]
-) -> list[tuple[str, str]]:
+def _lines(kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]) -> list[tuple[str, str]]:
     if kind == "strategies":
         from fedfuse.registry import listed
 

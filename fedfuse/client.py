@@ -225,8 +225,7 @@ class FusionClient:
         if keep:
             slots = options["optimizer"].state_dict()["state"]
             self.state["optimizer"] = {
-                str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None}
-                for i, s in slots.items()
+                str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()
             }
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
 

@@ -165,14 +165,10 @@ def keys(node: Any, prefix: str) -> list[str]:
 def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
     text = " ".join(str(part) for part in (error, error.__cause__) if part)
     known = [f"strategy.{field.name}" for field in fields(registry.schema(strategy))]
-    match = re.search(r"Could not override '([^']+)'", text) or re.search(
-        r"Key '([^']+)' (?:is )?not in", text
-    )
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
     if match:
         key = match.group(1)
-        return (
-            f"{key}: no such key; {nearest(key, known if key.startswith('strategy.') else keys(Config, ''))}"
-        )
+        return f"{key}: no such key; {nearest(key, known if key.startswith('strategy.') else keys(Config, ''))}"
     match = re.search(r"Error merging override (.+)", _first_line(error))
     if match and error.__cause__ is not None:
         return f"{match.group(1)}: {_first_line(error.__cause__)}"

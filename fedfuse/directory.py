@@ -98,13 +98,9 @@ class RunDirectory(Callback):
                 raise UserError(f"out={self.path}: is a file; a directory is needed")
             if self.path.exists() and any(self.path.iterdir()):
                 if not overwrite:
-                    raise UserError(
-                        f"out={self.path}: holds something already; choose another or say overwrite=true"
-                    )
+                    raise UserError(f"out={self.path}: holds something already; choose another or say overwrite=true")
                 if not (self.path / "config.yaml").exists():
-                    raise UserError(
-                        f"out={self.path}: holds something that is not a run; it is not overwritten"
-                    )
+                    raise UserError(f"out={self.path}: holds something that is not a run; it is not overwritten")
                 self._hold()
                 for child in self.path.iterdir():
                     if child.name != "lock":
@@ -163,7 +159,7 @@ class RunDirectory(Callback):
         round = federation.done
         if federation.evaluated == round and (round == federation.rounds or federation.stop):
             strategy.traffic.settle()
-        rows = {
+        rows: dict[str, list[Any]] = {
             "metrics": federation.rows,
             "traffic": strategy.traffic.take_rows(),
             "timing": federation.timing,
@@ -263,9 +259,7 @@ class RunDirectory(Callback):
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,
             "tags": {str(c): tag for c, tag in strategy.tags.items()},
-            "held": {
-                str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()
-            },
+            "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
             "traffic": strategy.traffic.saved(),
             "failures": strategy.failures,
             "left_out": strategy.ever_left_out,
@@ -296,16 +290,11 @@ class RunDirectory(Callback):
             for slot in tree.get("board", {}).values():
                 topic, to, version, hashed = json.loads(slot["about"])
                 items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
-                chains[topic, to] = [
-                    Parcel(
-                        topic,
-                        to,
-                        *json.loads(p["about"])[:2],
-                        _unlisted(p["value"]),
-                        json.loads(p["about"])[2],
-                    )
-                    for _, p in sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
-                ]
+                steps = sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
+                chains[topic, to] = []
+                for _, step in steps:
+                    reached, since, folded = json.loads(step["about"])
+                    chains[topic, to].append(Parcel(topic, to, reached, since, _unlisted(step["value"]), folded))
             strategy.board.restore(items, chains)
             strategy.state = tree.get("state", {})
             strategy.begun = True

@@ -75,9 +75,7 @@ def build_grid(entry: Entry, scenario: Scenario, directory: RunDirectory) -> Loc
         from fedfuse.runtime.ray import RayGrid
 
         workers = workers_of(scenario.config, scenario.clients)
-        return RayGrid(
-            entry, scenario, directory.clients.directory, workers, device, runtime.retries, runtime.address
-        )
+        return RayGrid(entry, scenario, directory.clients.directory, workers, device, runtime.retries, runtime.address)
     raise UserError(f"runtime={runtime.name}: unknown; allowed: inline, ray, flower")
 
 
@@ -118,17 +116,13 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     return play(entry, strategy, directory, quiet)
 
 
-def play(
-    entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet: bool, resumed: bool = False
-) -> Path:
+def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet: bool, resumed: bool = False) -> Path:
     """Put the grid and the callbacks together, run what is left of the rounds, and end what was started."""
     scenario = strategy.scenario
     grid: LocalGrid | None = None
     try:
         grid = build_grid(entry, scenario, directory)
-        federation = Federation(
-            strategy, grid, scenario.config.rounds, callbacks(scenario.config, directory, quiet)
-        )
+        federation = Federation(strategy, grid, scenario.config.rounds, callbacks(scenario.config, directory, quiet))
         if resumed:
             directory.restore(federation)
             grid.cache.update(strategy.board.items)
@@ -177,9 +171,7 @@ def load_config(path: Path) -> Config:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
     check(config)
     return config
 

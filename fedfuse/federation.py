@@ -55,9 +55,7 @@ class Federation:
         Why the loop shall end early; empty if it shall not.
     """
 
-    def __init__(
-        self, strategy: FusionStrategy, grid: Grid, rounds: int, callbacks: Sequence[Callback] = ()
-    ) -> None:
+    def __init__(self, strategy: FusionStrategy, grid: Grid, rounds: int, callbacks: Sequence[Callback] = ()) -> None:
         self.strategy, self.grid, self.rounds, self.callbacks = strategy, grid, rounds, list(callbacks)
         self.done = 0
         self.evaluated = -1
@@ -210,9 +208,7 @@ class Federation:
             for key in ("accuracy_macro", "accuracy"):
                 total[key] = total.get(key, 0.0) + count * found[key]
             if len(models) > 1:
-                self.rows.append(
-                    (round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"])
-                )
+                self.rows.append((round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"]))
         return {
             "accuracy/global": total["accuracy_macro"] / weights,
             "accuracy/global_plain": total["accuracy"] / weights,
@@ -251,18 +247,14 @@ class EarlyStop(Callback):
     def round(self, federation: Federation) -> None:
         """Look at the validation scores so far; the round that stops is evaluated as the last."""
         scored = [
-            (h["accuracy/validation"], -i)
-            for i, h in enumerate(federation.history)
-            if "accuracy/validation" in h
+            (h["accuracy/validation"], -i) for i, h in enumerate(federation.history) if "accuracy/validation" in h
         ]
         if not scored or federation.done == federation.rounds:
             return
         best = -max(scored)[1]
         if len(scored) - 1 - best >= self.patience:
             federation.stop = f"no better validation accuracy for {self.patience} evaluations"
-            federation.rows = [
-                r for r in federation.rows if not (r[0] == federation.done and r[3] != "train")
-            ]
+            federation.rows = [r for r in federation.rows if not (r[0] == federation.done and r[3] != "train")]
             federation.history.pop()
             federation.evaluate(final=True)
 

@@ -8,9 +8,7 @@ from typing import Literal
 
 from fedfuse.records import Arrays, Spec, model_arrays, nbytes, sha_arrays
 
-Address = tuple[
-    str, str
-]  # (topic, to); to is "" for all, "client:3" for one, "model:cnn" for an architecture
+Address = tuple[str, str]  # (topic, to); to is "" for all, "client:3" for one, "model:cnn" for an architecture
 
 
 class Stale(Exception):
@@ -116,9 +114,7 @@ class Board:
         kind, address = self.topics[topic], (topic, address_of(to))
         old = self.items.get(address)
         if old is not None and old.version >= version:
-            raise ValueError(
-                f"topic {topic!r} was published for {address[1] or 'all'} in round {version} already"
-            )
+            raise ValueError(f"topic {topic!r} was published for {address[1] or 'all'} in round {version} already")
         arrays = {name: value.detach().clone().contiguous() for name, value in arrays.items()}
         if kind.fold is not None and old is not None:
             value = kind.fold(old.arrays, arrays)

@@ -71,7 +71,7 @@ class Node:
             try:
                 reply = self._handle(message, cache, who)
                 if attempt:
-                    reply.content["config"]["retried"] = attempt
+                    reply.content.config_records["config"]["retried"] = attempt
                 return reply
             except Stale as error:
                 return self._error(STALE, who, str(error), message)
@@ -110,24 +110,24 @@ class Node:
             arrays, weight = total.group()
             if last is not None and arrays:
                 last.content[f"sum:{name}"] = record(arrays)
-                config = last.content["config"]
+                config = last.content.config_records["config"]
                 config[f"weight:{name}"] = weight
                 dtypes = {k: str(v).removeprefix("torch.") for k, v in total.dtypes.items()}
                 config[f"dtypes:{name}"] = json.dumps(dtypes)
         return replies
 
-    def _sum(
-        self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int
-    ) -> None:
-        content, config = reply.content, reply.content["config"]
-        metrics = dict(content["metrics"])
+    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
+        content: RecordDict = reply.content
+        config: Any = content["config"]
+        metrics: dict[str, Any] = dict(content.metric_records["metrics"])
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in content.array_records.items()}
         hyper = self._hyper[1] if self._hyper else self._default
         check_share(self.entry.server, hyper, self.residents, client, str(config["phase"]), records, metrics)
         names, sizes = [], []
         for name, total in totals.items():
             if name in records:
-                weight = float(metrics[sums[name]]) if sums[name] else 1.0
+                key = sums[name]
+                weight = float(metrics[key]) if key else 1.0
                 total.add(0, records[name], weight)
                 names.append(name)
                 sizes.append(nbytes(records[name]))
@@ -136,7 +136,7 @@ class Node:
             config["summed.record"], config["summed.bytes"] = names, sizes
 
     def _client(self, message: Message) -> int:
-        config = message.content.config_records.get("config") if message.has_content() else None
+        config: Any = message.content.config_records.get("config") if message.has_content() else None
         if config is not None and "client" in config:
             return int(config["client"])
         return message.metadata.dst_node_id - 1
@@ -151,8 +151,8 @@ class Node:
         content = message.content
         kind, _, suffix = message.metadata.message_type.partition(".")
         phase = suffix or "train"
-        config = content.config_records.get("config", ConfigRecord())
-        run = content.config_records.get("run", ConfigRecord())
+        config: Any = content.config_records.get("config", ConfigRecord())
+        run: Any = content.config_records.get("run", ConfigRecord())
         if not 0 <= who < self.residents.scenario.clients:
             raise Refused(f"client {who} does not live here")
         if kind not in ("train", "evaluate"):
@@ -242,7 +242,7 @@ class Node:
             out["arrays" if name == "model" else name] = _detached(arrays, client.model)
         metrics.setdefault("num-examples", self.residents.scenario.examples(who))
         metrics["seconds"] = time.perf_counter() - started
-        out["metrics"] = MetricRecord(metrics)
+        out["metrics"] = MetricRecord({**metrics})
         if not foreign:
             out["config"] = ConfigRecord(answer)
         return Message(out, reply_to=message)
@@ -319,11 +319,7 @@ def parcels(content: RecordDict, config: Mapping[str, Any]) -> list[Parcel]:
 def state_sha(private: dict[str, Any]) -> str:
     """Hash a client's private state; an empty one hashes the empty record."""
     flat, rest = flatten(private)
-    plain = {
-        f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8)
-        for k, v in rest.items()
-        if v != {}
-    }
+    plain = {f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items() if v != {}}
     return sha({"state": {**flat, **plain}})
 
 

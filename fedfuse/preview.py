@@ -24,9 +24,7 @@ def preview(config: Config, console: Console | None = None) -> None:
     strategy = build_strategy(entry, scenario, device_of(config))
     console.print(as_yaml(config), markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
-    console.print(
-        f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes"
-    )
+    console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")
     for i, split in enumerate(("train", "validation", "personal test")):
         column = sizes[:, i]
         console.print(f"  {split}: {column.sum()} examples, {column.min()} to {column.max()} a client")
@@ -49,9 +47,7 @@ def preview(config: Config, console: Console | None = None) -> None:
             spec = topic.increment or topic.arrays
             down += layout_nbytes(spec(scope)) if spec is not None and not topic.once else 0
     share = cohort / scenario.clients
-    console.print(
-        f"round: {cohort} clients, up {up * share:,.0f} bytes, down {down * share:,.0f} bytes (at most)"
-    )
+    console.print(f"round: {cohort} clients, up {up * share:,.0f} bytes, down {down * share:,.0f} bytes (at most)")
     data = scenario.data.dataset.train.inputs.nbytes
     workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
     console.print(

@@ -21,8 +21,7 @@ class Progress(Callback):
         models = ", ".join(sorted(set(scenario.architectures)))
         self.console.print(
             f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {scenario.clients} clients, "
-            f"{models}, seed {scenario.seed}"
-            + (f", from round {federation.done + 1}" if federation.done else "")
+            f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
         )
         for note in scenario.data.notes:
             self.console.print(f"  note: {note}", markup=False)

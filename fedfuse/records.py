@@ -34,9 +34,7 @@ class LiveArray(Array):
     """
 
     def __init__(self, ndarray: np.ndarray) -> None:
-        self.__dict__.update(
-            dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray
-        )
+        self.__dict__.update(dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -75,9 +73,7 @@ def tensors(content: ArrayRecord) -> Arrays:
     out: Arrays = {}
     for name, array in content.items():
         if array.stype != "numpy.ndarray":
-            raise InvalidArrays(
-                f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken"
-            )
+            raise InvalidArrays(f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken")
         try:
             value = array.numpy()
         except Exception as error:
@@ -132,8 +128,10 @@ def dimension(scope: Scope, size: int | str) -> int:
 
 
 def arrays(**shapes: tuple[int | str, ...]) -> Spec:
-    """Spec of named arrays. Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `subset` (those
-    of a lesson), `examples` (the client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
+    """Spec of named arrays.
+
+    Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `subset` (those of a lesson), `examples` (the
+    client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
     a leading dtype name such as `"int64"` replaces float32.
 
     Example: ``arrays(p=("transfer", "classes"))``.
@@ -188,8 +186,7 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
             if _dtype(tensor) != dtype:
                 raise InvalidArrays(f"{name}/{key}: dtype {_dtype(tensor)}, expected {dtype}")
             fits = len(shape) == tensor.ndim and all(
-                have <= -want if want < 0 else have == want
-                for have, want in zip(tensor.shape, shape, strict=True)
+                have <= -want if want < 0 else have == want for have, want in zip(tensor.shape, shape, strict=True)
             )
             if not fits:
                 raise InvalidArrays(f"{name}/{key}: shape {tuple(tensor.shape)}, expected {_pretty(shape)}")
@@ -275,9 +272,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
         elif isinstance(value, bool | int | float | str | None | list):
             rest[path] = value
         else:
-            raise TypeError(
-                f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept"
-            )
+            raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
     return flat, rest
 
 

@@ -155,10 +155,7 @@ def _read(path: Path, module: str) -> list[Listed]:
         if not isinstance(node, ast.ClassDef):
             continue
         for call in node.decorator_list:
-            if (
-                isinstance(call, ast.Call)
-                and getattr(call.func, "id", getattr(call.func, "attr", "")) == "strategy"
-            ):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")) == "strategy":
                 words = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
                 first = call.args[0] if call.args else None
                 name = first.value if isinstance(first, ast.Constant) else words.get("name")

@@ -76,9 +76,7 @@ class Residents:
     device : torch.device
     """
 
-    def __init__(
-        self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu") -> None:
         self.scenario, self.equip, self.device = scenario, equip, torch.device(device)
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
@@ -101,9 +99,7 @@ class Residents:
         if architecture not in self._models:
             model = self.build(architecture)
             if self.equip is not None:
-                with torch.random.fork_rng(
-                    devices=[]
-                ):  # what is added is as equal everywhere as the model itself
+                with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
                     torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
                     model = self.equip(model, self.build)
             self._models[architecture] = model.to(self.device)
@@ -198,9 +194,7 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
     found = model.load_state_dict(arrays, strict=False)
     missing = sorted(set(found.missing_keys) - frozen(model)) if strict else []
     if missing or found.unexpected_keys:
-        raise RuntimeError(
-            f"state does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}"
-        )
+        raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
 
 
 def _size(value: Any) -> int:

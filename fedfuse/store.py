@@ -22,9 +22,7 @@ def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"tree": json.dumps(rest), **notes}
     try:
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}, partial, metadata=metadata
-        )
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}, partial, metadata=metadata)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -115,7 +115,6 @@ class FusionStrategy(Strategy):
 
     topics: ClassVar[dict[str, Topic]] = {"model": model_topic()}
     records: ClassVar[dict[str, Spec | None]] = {"model": model_arrays}
-    sums: Mapping[str, str | None] = {}
     setup: ClassVar[tuple[str, ...]] = ()
     transfer: ClassVar[Literal["none", "server", "clients", "both"]] = "none"
     heterogeneous: ClassVar[bool] = True
@@ -145,6 +144,11 @@ class FusionStrategy(Strategy):
         self.begun = False
 
     # -- what an algorithm writes --------------------------------------------------------------------------
+
+    @property
+    def sums(self) -> Mapping[str, str | None]:
+        """Records of which `fuse` needs only the weighted sum; a class attribute where nothing depends on hyper."""
+        return {}
 
     def begin(self) -> None:
         """Publish version 0: by default each architecture's initial model, if there is a topic `model`."""
@@ -221,9 +225,7 @@ class FusionStrategy(Strategy):
         """A generator seeded by (run seed, purpose, round)."""
         return generator(self.scenario.seed, "server", *purpose, self.round)
 
-    def log(
-        self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train"
-    ) -> None:
+    def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
         """Keep a figure of this round in `metrics.parquet`."""
         self.logged.append((scope, client, split, metric, float(value)))
 
@@ -312,9 +314,7 @@ class FusionStrategy(Strategy):
             If it needs several phases: Flower's loop has one.
         """
         if self.setup or self.phases(1) != ("train",):
-            raise ValueError(
-                f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()"
-            )
+            raise ValueError(f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()")
         return super().start(grid, initial_arrays, *args, **kwargs)
 
     # -- messages ------------------------------------------------------------------------------------------
@@ -375,9 +375,7 @@ class FusionStrategy(Strategy):
             if name in content:
                 name = f"{name}@{parcel.version}{parcel.to}"
             key = (parcel.address, parcel.version, parcel.since)
-            if (
-                key not in self._wire
-            ):  # one record object per distinct array and phase: grids broadcast it once
+            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
                 self._wire[key] = record(parcel.arrays)
             content[name] = self._wire[key]
             names.append(name)
@@ -414,9 +412,7 @@ class FusionStrategy(Strategy):
 
     # -- replies -------------------------------------------------------------------------------------------
 
-    def _accepted(
-        self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False
-    ) -> Iterator[Share]:
+    def _accepted(self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False) -> Iterator[Share]:
         expected = set(self.awaited)
         for reply in replies:
             client = self.sender(reply)
@@ -433,12 +429,10 @@ class FusionStrategy(Strategy):
             except InvalidArrays as error:
                 self._leave_out(client, str(error), INVALID)
                 continue
-            config = reply.content["config"]
+            config: Any = reply.content["config"]
             self.failures["retried"] += int(config.get("retried", 0))
             label = "evaluate" if evaluate else self.label
-            for name, size in zip(
-                config.get("summed.record", []), config.get("summed.bytes", []), strict=True
-            ):
+            for name, size in zip(config.get("summed.record", []), config.get("summed.bytes", []), strict=True):
                 self.traffic.up(label, self.round, client, name, int(size))
             for name, content in share.records.items():
                 self.traffic.up(label, self.round, client, name, nbytes(content))
@@ -490,9 +484,10 @@ class FusionStrategy(Strategy):
         for name, value in content.array_records.items():
             if not name.startswith("sum:"):
                 records["model" if name == "arrays" else name] = tensors(value)
-        metrics = dict(content.metric_records["metrics"])
+        metrics: dict[str, Any] = dict(content.metric_records["metrics"])
         if not evaluate:
-            summed = set(map(str, content.config_records["config"].get("summed.record", [])))
+            config: Any = content["config"]
+            summed = set(map(str, config.get("summed.record", [])))
             check_share(type(self), self.hyper, self.residents, client, self.phase, records, metrics, summed)
         return Share(client, records, metrics)
 

@@ -29,9 +29,7 @@ class Sum:
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
         """Add one client's arrays."""
         if group != self._group:
-            self._open(
-                group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()}
-            )
+            self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
             self._current = {name: value.double() * weight for name, value in arrays.items()}
             self._weight = weight
             return

@@ -41,14 +41,8 @@ def sweep(overrides: Sequence[str], started: float | None = None, report: bool =
         config.out = str(path)
         plans.append((path, config))
     for path, config in plans:
-        if (
-            (path / "config.yaml").exists()
-            and as_yaml(load_config(path)) != as_yaml(config)
-            and not config.overwrite
-        ):
-            raise UserError(
-                f"out={path}: holds a run of another configuration; choose another or say overwrite=true"
-            )
+        if (path / "config.yaml").exists() and as_yaml(load_config(path)) != as_yaml(config) and not config.overwrite:
+            raise UserError(f"out={path}: holds a run of another configuration; choose another or say overwrite=true")
     console, failed = Console(highlight=False), []
     for path, config in plans:
         try:

@@ -109,9 +109,7 @@ class Traffic:
         return {
             "totals": dict(self.totals),
             "used": [[c, t, to, v] for (c, (t, to)), v in self.used.items()],
-            "pending": [
-                [c, t, to, [list(p) for p in pieces]] for (c, (t, to)), pieces in self.pending.items()
-            ],
+            "pending": [[c, t, to, [list(p) for p in pieces]] for (c, (t, to)), pieces in self.pending.items()],
             "distinct": [[t, to, whole, v] for ((t, to), whole), v in self.distinct.items()],
         }
 

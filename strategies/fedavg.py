@@ -12,6 +12,7 @@ Choice: `weighting=uniform` takes every client alike. Buffers are averaged as pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedfuse.client import FusionClient
@@ -34,7 +35,7 @@ class FedAvg(FusionStrategy):
     heterogeneous = False
 
     @property
-    def sums(self) -> dict[str, str | None]:
+    def sums(self) -> Mapping[str, str | None]:
         """The mean is all that `fuse` needs."""
         return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
 

@@ -31,7 +31,9 @@ from fedfuse.strategy import FusionStrategy, Records, Shares
 class FedMDHyper:
     """Hyper-parameters of FedMD."""
 
-    subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1)
+    subset: int | None = hyper(
+        None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1
+    )
     digest_epochs: int = hyper(1, "epochs of the digest", low=0)
     digest_batch: int = hyper(128, "batch size of the digest", low=1)
     public_epochs: int = hyper(0, "epochs on the labelled transfer set before round 1 (0: none)", low=0)

@@ -33,12 +33,12 @@ class FedProxClient(FusionClient):
     """Trains with the proximal term."""
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """w ← w_t, and remember w_t."""
+        """W ← w_t, and remember w_t."""
         self.anchor = knowledge["model"].arrays
         self.load(self.anchor)
 
     def fit(self) -> Metrics:
-        """min F_k(w) + (μ/2)‖w − w_t‖²."""
+        """Min F_k(w) + (μ/2)‖w − w_t‖²."""
 
         def pull(model: nn.Module) -> None:
             for name, parameter in model.named_parameters():

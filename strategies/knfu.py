@@ -39,7 +39,9 @@ class KnFuHyper:
 
     beta: float = hyper(10.0, "β, inverse temperature of the fusion weights (paper: 10)", low=0)
     epd_source: str = hyper(
-        "mean_soft", "how p_n is estimated", choices=("mean_soft", "argmax_histogram", "oracle_label_histogram")
+        "mean_soft",
+        "how p_n is estimated",
+        choices=("mean_soft", "argmax_histogram", "oracle_label_histogram"),
     )
     distance: str = hyper("kl_nm", "d_nm", choices=("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine"))
     include_self: bool = hyper(True, "whether client n is in its own mixture")
@@ -152,7 +154,7 @@ class KnFuClient(FusionClient):
         return out
 
 
-def shared_arrays(scope):  # noqa: ANN001, ANN201 - a Spec
+def shared_arrays(scope):
     """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD is asked for."""
     layout = arrays(p=("<=transfer", "classes"))(scope)
     if scope.hyper.epd_source == "oracle_label_histogram":
@@ -160,7 +162,12 @@ def shared_arrays(scope):  # noqa: ANN001, ANN201 - a Spec
     return layout
 
 
-@strategy("knfu", client=KnFuClient, hyper=KnFuHyper, paper="Seyedmohammadi et al. 2024, arXiv 2403.11892 (reconstruction)")
+@strategy(
+    "knfu",
+    client=KnFuClient,
+    hyper=KnFuHyper,
+    paper="Seyedmohammadi et al. 2024, arXiv 2403.11892 (reconstruction)",
+)
 class KnFu(FusionStrategy):
     """Personal mixtures of soft labels, weighted by similarity of estimated class distributions (reconstruction)."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -64,6 +65,7 @@ def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[
     runs = [run for run in runs if run.dir in evidence]
     if not runs:
         raise UserError("no run to report on: " + ("; ".join(skipped[:3]) or "no directory was given"))
+    places = run_names(runs)
     groups, _ = group(runs)
     names = list(dict.fromkeys(one.label for one in groups))
     everywhere: list[tuple[Group, Series]] = []
@@ -75,11 +77,9 @@ def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[
     for k, setting in enumerate(settings):
         part = [(one, series) for one, series in everywhere if one.setting == setting]
         sections.append(_section(k, setting, part, drawn=k < MOST_SETTINGS))
-    lines = notes(runs) + _unequal_partitions(evidence.values())
+    lines = notes(runs) + _unequal_partitions(evidence.values(), places)
     if len(settings) > MOST_SETTINGS:
-        lines.append(
-            f"{len(settings)} settings: figures are drawn for the first {MOST_SETTINGS}, tables for all."
-        )
+        lines.append(f"{len(settings)} settings: figures are drawn for the first {MOST_SETTINGS}, tables for all.")
     shared, own = _configurations(runs)
     page = Page(
         title=_title(names),
@@ -90,12 +90,16 @@ def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[
         settings=sections,
         maps=_maps(everywhere),
         similarity=_similarity(everywhere),
-        runs=content.runs([(series, one.setting) for one, series in everywhere], list(evidence.values())),
+        runs=content.runs([(series, one.setting) for one, series in everywhere], list(evidence.values()), places),
         skipped=[printable(line) for line in skipped],
         shared=shared,
         environment=_environment(runs),
         details=[
-            {"name": _name(run), "command": printable(reproduce(run)), "config": own[k]}
+            {
+                "name": printable(f"{places[run.dir]}: {run.strategy}, seed {run.seed}, {run.status}"),
+                "command": printable(reproduce(run)),
+                "config": own[k],
+            }
             for k, run in enumerate(runs)
         ],
     )
@@ -123,18 +127,12 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
     shown: list[tuple[str, str | None, str, list[dict[str, Any]]]] = []
     for name, metric in (("Global", "accuracy/global"), ("Personal", "accuracy/personal")):
         tag = metric.partition("/")[2]
-        shown.append(
-            (f"{name} accuracy by round", curves.by_round(series, metric, f"f{k}r{tag}"), wording.BAND, [])
-        )
-        shown.append(
-            (f"{name} accuracy by bytes", curves.by_bytes(series, metric, f"f{k}b{tag}"), wording.BYTES, [])
-        )
+        shown.append((f"{name} accuracy by round", curves.by_round(series, metric, f"f{k}r{tag}"), wording.BAND, []))
+        shown.append((f"{name} accuracy by bytes", curves.by_bytes(series, metric, f"f{k}b{tag}"), wording.BYTES, []))
         if name == "Global":
             spread = figures.client_spread(series, f"f{k}c")
             shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
-    shown.append(
-        ("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, [])
-    )
+    shown.append(("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]
     shown.append(("Where the time went", bars, wording.TIME, legend))
@@ -164,7 +162,7 @@ def _maps(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, Any]]:
             clients, labels, counts = label_counts(run.run)
             drawing = figures.label_map(clients, labels, counts, f"p{len(shown)}")
             total, least = int(counts.sum()), int(counts.sum(axis=1).min()) if len(clients) else 0
-            caption = f"Seed {run.run.seed}: {total} training examples, the smallest client has {least}. Blank: none."
+            caption = f"Seed {run.run.seed}: {total} examples, the smallest client has {least}. Blank: none."
             shown[key] = _shown(one.setting or "Training examples by client and label", drawing, caption)
     return list(shown.values())
 
@@ -185,7 +183,7 @@ def _similarity(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, An
     return shown
 
 
-def _unequal_partitions(evidence: Iterable[Evidence]) -> list[str]:
+def _unequal_partitions(evidence: Iterable[Evidence], places: Mapping[Path, str]) -> list[str]:
     """Say where runs of one configuration of data and one seed did not see the same partition."""
     seen: dict[str, dict[int, str]] = {}
     for one in evidence:
@@ -193,14 +191,10 @@ def _unequal_partitions(evidence: Iterable[Evidence]) -> list[str]:
             continue
         flat = flatten(one.run.config)
         key = repr(
-            [
-                (name, flat[name])
-                for name in sorted(flat)
-                if name.startswith(("data.", "partition.", "transfer."))
-            ]
+            [(name, flat[name]) for name in sorted(flat) if name.startswith(("data.", "partition.", "transfer."))]
         )
         key += f"{flat.get('clients')} {one.run.seed}"
-        seen.setdefault(key, {})[one.partition_hash] = one.run.dir.name
+        seen.setdefault(key, {})[one.partition_hash] = places[one.run.dir]
     return [
         f"Not the same partition although seed and data agree: {', '.join(sorted(runs.values()))}"
         for runs in seen.values()
@@ -219,6 +213,8 @@ def _configurations(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[li
 def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return each entry's values over all runs."""
     flats = [flatten(run.environment) for run in runs]
+    for flat in flats:
+        flat.pop("command", None)  # what was typed for a whole sweep; each run's own command stands below
     keys = dict.fromkeys(key for flat in flats for key in flat)
     found = []
     for key in keys:
@@ -237,8 +233,12 @@ def _text(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:499]}…"
 
 
-def _name(run: Run) -> str:
-    return printable(f"{run.dir.name}: {run.strategy}, seed {run.seed}, {run.status}")
+def run_names(runs: Sequence[Run]) -> dict[Path, str]:
+    """Name each run by its directory below the last one that holds them all."""
+    if len(runs) < 2:
+        return {run.dir: run.dir.name for run in runs}
+    shared = os.path.commonpath([run.dir.absolute() for run in runs])
+    return {run.dir: os.path.relpath(run.dir.absolute(), shared) for run in runs}
 
 
 def _title(names: Sequence[str]) -> str:
@@ -262,9 +262,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     ):
         values = list(dict.fromkeys(_text(flat[key]) for flat in flats if flat.get(key) is not None))
         if values:
-            parts.append(
-                f"{key.removesuffix('.name')} {' / '.join(values[:4])}{' / …' if len(values) > 4 else ''}"
-            )
+            parts.append(f"{key.removesuffix('.name')} {' / '.join(values[:4])}{' / …' if len(values) > 4 else ''}")
     return ", ".join(parts)
 
 

@@ -25,7 +25,8 @@ def reproduce(run: Run) -> str:
     """
     defaults = flatten(dataclasses.asdict(Config()))
     words = ["fedfuse", "run"]
-    for key, value in flatten(run.config).items():
+    flat = flatten(run.config)
+    for key, value in sorted(flat.items(), key=lambda pair: (not pair[0].endswith(".name"), "." in pair[0])):
         if key in LEFT_OUT or (key in defaults and defaults[key] == value):
             continue
         if not key.startswith("strategy.") and value is None:

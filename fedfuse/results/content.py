@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
@@ -126,9 +127,7 @@ def intervals(rows: Sequence[Row]) -> Table:
                     *(_end(end) for end in (t.low, t.high, boot.low, boot.high)),
                 )
             )
-    columns = _columns(
-        ":strategy", ":metric", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high"
-    )
+    columns = _columns(":strategy", ":metric", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
     return Table("Intervals", columns, tuple(lines), wording.INTERVALS)
 
 
@@ -139,8 +138,7 @@ def _end(value: float | None) -> Cell:
 def best(rows: Sequence[Row]) -> Table:
     """Return the best evaluated rounds, apart from the result."""
     lines = [
-        (word(row.strategy), number(row.n, str(row.n)), *(_share(row.best[name]) for name in BEST))
-        for row in rows
+        (word(row.strategy), number(row.n, str(row.n)), *(_share(row.best[name]) for name in BEST)) for row in rows
     ]
     return Table(
         "Best round",
@@ -226,27 +224,19 @@ def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
     """Say in a sentence per test set who is highest, by how much, and whether the seeds can tell it apart."""
     lines = []
     for metric in BEST:
-        ranked = sorted(
-            (row for row in rows if not math.isnan(row.final[metric].mean)), key=_descending(metric)
-        )
+        ranked = sorted((row for row in rows if not math.isnan(row.final[metric].mean)), key=_descending(metric))
         if len(ranked) < 2:
             continue
         first, second = ranked[:2]
         kind = metric.partition("/")[2]
         top = first.final[metric]
         lead = 100 * (top.mean - second.final[metric].mean)
-        text = (
-            f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
-        )
+        text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
         text += f" (n = {top.n}), {lead:.2f} points above {printable(second.strategy)}"
         values = scores([one for one in groups if one.runs], metric)
         pairs = [(a, b) for a, b in combinations(values, 2)]
         adjusted = holm([paired(values[a], values[b]).t_p for a, b in pairs])
-        p = next(
-            q
-            for pair, q in zip(pairs, adjusted, strict=True)
-            if set(pair) == {first.strategy, second.strategy}
-        )
+        p = next(q for pair, q in zip(pairs, adjusted, strict=True) if set(pair) == {first.strategy, second.strategy})
         if math.isnan(p):
             why = paired(values[first.strategy], values[second.strategy]).note
             text += f"; not tested ({why})."
@@ -266,7 +256,7 @@ def probability(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
-def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Evidence]) -> Table:
+def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Evidence], places: Mapping[Path, str]) -> Table:
     """Return one line per run, unfinished ones too."""
     place = {run.run.dir: one for one, _ in series for run in one.everything}
     setting = {run.run.dir: text for one, text in series for run in one.everything}
@@ -281,7 +271,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Evidence]) -> 
         finals = [run.final.get(metric, math.nan) for metric in METRICS]
         lines.append(
             (
-                word(run.dir.name),
+                word(places[run.dir]),
                 word(owner.label, owner.index),
                 *([word(setting[run.dir])] if settings else []),
                 number(run.seed, str(run.seed)),

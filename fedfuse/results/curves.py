@@ -106,10 +106,7 @@ def _curves(
 ) -> str | None:
     """Draw one line per series; None where nobody has the metric."""
     if not any(
-        np.isfinite(run.curves[metric][1]).any()
-        for one in series
-        for run in one.everything
-        if metric in run.curves
+        np.isfinite(run.curves[metric][1]).any() for one in series for run in one.everything if metric in run.curves
     ):
         return None
     scale = 100 if metric.startswith("accuracy") else 1

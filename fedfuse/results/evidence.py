@@ -63,7 +63,7 @@ def gather(run: Run) -> Evidence:
 
     try:
         return _gather(run)
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+    except (pl.exceptions.PolarsError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{run.dir}: corrupt: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -93,6 +93,10 @@ def _gather(run: Run) -> Evidence:
         if curve.height:
             curves[name] = (curve["round"].to_numpy(), curve["value"].cast(pl.Float64).to_numpy())
     phases, seconds = _time(spent_rows, rounds)
+    total = (run.summary or {}).get("seconds")
+    if phases and isinstance(total, dict):  # what no row was written for: starting up, checkpoints
+        startup, whole = (float(total.get(key) or 0.0) for key in ("startup", "rounds"))
+        phases |= {"startup": startup, "other": max(0.0, whole - sum(phases.values()))}
     return Evidence(
         run=run,
         curves=curves,
@@ -113,22 +117,12 @@ def _until(rows: pl.DataFrame, column: str, rounds: np.ndarray) -> np.ndarray:
 
 
 def _time(rows: pl.DataFrame, rounds: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Split time by phase. Server rows are wall clock; clients' overlap, so they count only where alone."""
+    """Split the server's time, which is wall clock, by phase; clients' overlaps and is left out."""
     import polars as pl
 
     wall = rows.filter(pl.col("scope") == "server")
-    rows = wall if wall.height else rows
-    whole = rows.filter(pl.col("what").is_in(["round", "total"]))
-    parts = rows.filter(~pl.col("what").is_in(["round", "total"]))
-    phases = dict(parts.group_by("what").agg(pl.col("seconds").sum()).sort("what").iter_rows())
-    base = whole.filter(pl.col("what") == "round") if whole.height else parts
-    if not base.height:
-        return phases, np.array([])
-    seconds = _until(base.select("round", "seconds"), "seconds", rounds)
-    if whole.height and parts.height:
-        rest = float(base["seconds"].sum()) - sum(phases.values())
-        if rest > 0.01 * float(base["seconds"].sum()):
-            phases["other"] = rest
+    phases = dict(wall.group_by("what").agg(pl.col("seconds").sum()).sort("what").iter_rows())
+    seconds = _until(wall.select("round", "seconds"), "seconds", rounds) if wall.height else np.array([])
     return phases, seconds
 
 
@@ -139,7 +133,9 @@ def label_counts(run: Run) -> tuple[list[int], list[Any], np.ndarray]:
     rows = run.partition.filter(pl.col("split") == "train").collect()
     clients = sorted(rows["client"].unique().to_list())
     labels = rows["label"].unique().to_list()
-    labels.sort(key=lambda label: (0, label, "") if isinstance(label, int | float) else (1, 0, str(label)))
+    labels.sort(
+        key=lambda label: (0, int(label), "") if str(label).isdecimal() and len(str(label)) < 10 else (1, 0, str(label))
+    )
     table = np.zeros((len(clients), len(labels)))
     where = [{value: i for i, value in enumerate(values)} for values in (clients, labels)]
     for client, label, examples in rows.select("client", "label", "examples").iter_rows():
@@ -174,9 +170,7 @@ def similarities(run: Run, most: int = 4) -> list[tuple[int, np.ndarray]]:
         .drop_nulls(["i", "j"])
         .collect()
     )
-    cells = cells.filter(
-        (pl.col("i") >= 0) & (pl.col("j") >= 0) & (pl.col("i") < 2_000) & (pl.col("j") < 2_000)
-    )
+    cells = cells.filter((pl.col("i") >= 0) & (pl.col("j") >= 0) & (pl.col("i") < 2_000) & (pl.col("j") < 2_000))
     found = []
     for (number,), part in sorted(cells.group_by("round")):
         size = 1 + max(int(part["i"].max()), int(part["j"].max()))  # type: ignore[arg-type]

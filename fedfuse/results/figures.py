@@ -61,9 +61,7 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
             left = 0.0
             for k, group in enumerate([*([name] for name in shown), *([rest] if rest else [])]):
                 mean = sum(run.phases.get(name, 0.0) for run in runs for name in group) / len(runs)
-                axes.barh(
-                    y, mean, left=left, height=0.6, color=svg.phase_colour(k), edgecolor=svg.PAPER, lw=0.6
-                )
+                axes.barh(y, mean, left=left, height=0.6, color=svg.phase_colour(k), edgecolor=svg.PAPER, lw=0.6)
                 left += mean
         axes.set_yticks(range(len(rows)), [short(one.label) for one, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)

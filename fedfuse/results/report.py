@@ -20,11 +20,9 @@ from fedfuse.results.table import row, to_csv, to_latex, to_markdown
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MOST_SETTINGS = (
-    6  # that get figures; a sweep over hundreds of settings would otherwise make a page nobody opens
-)
+MOST_SETTINGS = 6  # that get figures; a sweep over hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
-_PAGE = Path(__file__).parent / "template"
+_TEMPLATES = Path(__file__).parent / "template"
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,9 @@ class Written:
     path: Path
     runs: tuple[Run, ...]
     skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}" + (f" ({len(self.skipped)} directories skipped)" if self.skipped else "")
 
 
 def report(directories: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Written:
@@ -56,7 +57,7 @@ def report(directories: Iterable[str | os.PathLike[str]], out: str | os.PathLike
     rows = [row(one) for one in group(runs)[0]]
     target = Path(out)
     files = {
-        "report.html": render(page),
+        "report.html": document(page.title, render(page)),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
         "table.tex": to_latex(rows),
@@ -72,48 +73,50 @@ def report(directories: Iterable[str | os.PathLike[str]], out: str | os.PathLike
     return Written(target / "report.html", tuple(runs), tuple(skipped))
 
 
-def render(page: Page, live: str | None = None, script: str = "") -> str:
-    """Return the page as HTML.
+def render(page: Page) -> str:
+    """Return the body of the page as HTML."""
+    return fragment("body.html", page=page)
+
+
+def document(title: str, body: str, live: str | None = None, script: str = "") -> str:
+    """Return a whole page that needs nothing from outside.
 
     Parameters
     ----------
+    body
+        Markup made by `render`.
     live
-        Markup that `fedfuse watch` puts above the page and renews; None for a file.
+        Markup that `fedfuse watch` puts above it and renews; None for a file.
     script
-        Its script, added to the page's own.
+        Name of a script of this package, run after the page's own.
     """
     from markupsafe import Markup
 
-    code = (_PAGE / "page.js").read_text(encoding="utf-8") + script
+    code = "".join(_file(name) for name in ("page.js", script) if name)
     # Only this very script may run: even a name that became markup by mistake could not.
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    if live is not None:
-        policy += "; connect-src 'self'"
-    css = (_PAGE / "page.css").read_text(encoding="utf-8")
-    return (
-        templates()
-        .get_template("report.html")
-        .render(
-            page=page,
-            css=Markup(css),
-            script=Markup(code),
-            policy=policy,
-            live=None if live is None else Markup(live),
-        )
-    )
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    policy += "; base-uri 'none'; form-action 'none'" + ("" if live is None else "; connect-src 'self'")
+    markup = {"body": body, "css": _file("page.css"), "script": code, "live": live}
+    shown = {name: None if text is None else Markup(text) for name, text in markup.items()}
+    return fragment("report.html", title=title, policy=policy, **shown)
+
+
+def fragment(template: str, **values: object) -> str:
+    """Fill in one of this package's templates; every value that is not markup is escaped."""
+    return _templates().get_template(template).render(**values)
+
+
+def _file(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 @cache
-def templates() -> Environment:
-    """Return the page's templates; whatever they are given is escaped."""
+def _templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
-        loader=FileSystemLoader(_PAGE),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -101,6 +101,20 @@ class Run:
         return value if isinstance(value, dict) else {}
 
     @cached_property
+    def failures(self) -> dict[str, int] | None:
+        """Counts of failed and rejected replies and of retries; None where nothing tells."""
+        source = self.summary
+        if source is None:
+            try:
+                source = _json(self.dir / "checkpoint" / "round.json")
+            except UserError:
+                return None
+        found = source.get("failures")
+        if not isinstance(found, dict):
+            return None
+        return {str(key): value for key, value in found.items() if isinstance(value, int)}
+
+    @cached_property
     def final(self) -> dict[str, float]:
         """Headline values of the last committed round, NaN where there is none: `accuracy/global`, …"""
         if self.summary is not None:
@@ -147,9 +161,7 @@ def load(directory: str | os.PathLike[str]) -> Run:
         return _unfinished(path, config)
     summary = _json(summary_file)
     if summary.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: summary.json has format {summary.get('format')!r}; this is for format {FORMAT}"
-        )
+        raise UserError(f"{path}: summary.json has format {summary.get('format')!r}; this is for format {FORMAT}")
     for kind in COLUMNS:
         if kind != "partition" or (path / "partition.parquet").exists():
             _check_parquet(path / f"{kind}.parquet", kind)

@@ -18,8 +18,7 @@ WITHOUT_EFFECT = (
     "hydra",
     "data.root",
     "data.download",
-    "evaluate.batch_size",
-    "evaluate.every",
+    "evaluate",
 )
 # Of those, the ones that still change how long a run takes or at which rounds it is scored.
 ON_THE_CLOCK = ("runtime.name", "runtime.workers", "runtime.device", "runtime.address", "evaluate.every")

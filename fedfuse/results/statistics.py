@@ -134,9 +134,7 @@ def paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) ->
     signed_rank = float(stats.wilcoxon(left, right).pvalue)
     spread = max(differences) - min(differences)
     if spread <= 1e-12 * max(map(abs, differences)):  # no variance: t is infinite and means nothing
-        return Paired(
-            interval, n, unpaired, math.nan, signed_rank, "the same difference in every seed: no t-test"
-        )
+        return Paired(interval, n, unpaired, math.nan, signed_rank, "the same difference in every seed: no t-test")
     return Paired(interval, n, unpaired, float(stats.ttest_rel(left, right).pvalue), signed_rank)
 
 

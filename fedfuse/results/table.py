@@ -88,9 +88,7 @@ def row(one: Group) -> Row:
         up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
         seconds=_mean(one.runs, "seconds", "total"),
-        failures=int(
-            sum(_number(run, "failures", what) for run in one.runs for what in ("replies", "rejected"))
-        ),
+        failures=sum((run.failures or {}).get(what, 0) for run in one.runs for what in ("replies", "rejected")),
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
         unfinished=len(one.unfinished),
     )
@@ -102,14 +100,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
     lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + lines
     for one in groups:
         lines += [
-            f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}"
-            for run in one.unfinished
+            f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished
         ]
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
-        lines.append(
-            f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only."
-        )
+        lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
     few = few_seeds_note(max(counts)) if counts else ""
     return [*lines, few] if few else lines
 
@@ -182,9 +177,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Write full precision, one line per strategy, both intervals."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [
-        f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")
-    ]
+    names = [f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")]
     best = [f"best:{name}" for name in BEST]
     ends = ["up_mb", "down_mb", "seconds", "failures", "cohort_complete", "unfinished"]
     writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
@@ -196,9 +189,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.seconds, one.failures, one.cohort_complete, one.unfinished]
         seeds = " ".join(map(str, one.seeds))
-        writer.writerow(
-            [_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)]
-        )
+        writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()
 
 

@@ -86,9 +86,7 @@ class LocalGrid(Grid):
         found = [self._pushed.pop(key) for key in message_ids if key in self._pushed]
         return list(self.send_and_receive(found))
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Run messages; replies are streamed in client order."""
         ordered = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         return self.exchange(grouped(ordered))
@@ -103,7 +101,7 @@ class LocalGrid(Grid):
 
 def group_of(message: Message) -> int:
     """The group that the cohort fixed for this message, or its own where nobody fixed one."""
-    config = message.content.config_records.get("config")
+    config: Any = message.content.config_records.get("config")
     if config is None or "group" not in config:
         return -message.metadata.dst_node_id
     return int(config["group"])

@@ -246,7 +246,7 @@ def connect(workers: int, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # thread limits reach the actors before they import anything
-        limits = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         os.environ.update(limits)
         options |= {"num_cpus": workers, "include_dashboard": False, "address": "local"}
     else:

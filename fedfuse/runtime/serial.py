@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedfuse.node import Node
 from fedfuse.records import settled
@@ -21,12 +22,13 @@ def over_the_wire(content: RecordDict) -> RecordDict:
     out = RecordDict()
     for name, value in content.items():
         if isinstance(value, ArrayRecord):
-            clone: ArrayRecord | ConfigRecord | MetricRecord = ArrayRecord()
+            clone = ArrayRecord()
             for key, array in settled(value).items():
                 clone[key] = type(array)(array.dtype, tuple(array.shape), array.stype, bytes(array.data))
+            out[name] = clone
         else:
-            clone = type(value)(dict(value))
-        out[name] = clone
+            plain: Any = value
+            out[name] = type(plain)(dict(plain))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
@@ -75,7 +76,8 @@ class Site:
         content = message.content
         if message.metadata.message_type.startswith("evaluate") or "run" not in content.config_records:
             return ""
-        run, config = content["run"], content["config"]
+        run: Any = content["run"]
+        config: Any = content["config"]
         return f"{run['run']}|{run['round']}|{run['phase']}|{config['tag']}"
 
     def _kept(self, key: str, message: Message) -> Message | None:

@@ -132,9 +132,7 @@ def _larger(content: ArrayRecord) -> ArrayRecord:
 
 
 def _double(content: ArrayRecord) -> ArrayRecord:
-    return record(
-        {k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()}
-    )
+    return record({k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()})
 
 
 @pytest.mark.parametrize("spoil", [_nan, _renamed, _larger, _double])
@@ -175,6 +173,4 @@ def test_hostile_replies_are_refused(name: str, spoil) -> None:
 
 def _to(reply: Message) -> Message:
     """A message that a reply with this sender would answer."""
-    return Message(
-        RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type
-    )
+    return Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)

@@ -219,9 +219,7 @@ def _timing(rounds: int, random: np.random.Generator) -> pl.DataFrame:
             "round": np.repeat(np.arange(1, rounds + 1), len(names)),
             "scope": ["server"] * rounds * len(names),
             "what": names * rounds,
-            "seconds": (
-                np.array([what[n] for n in names])[None, :] * random.uniform(0.9, 1.1, (rounds, 1))
-            ).ravel(),
+            "seconds": (np.array([what[n] for n in names])[None, :] * random.uniform(0.9, 1.1, (rounds, 1))).ravel(),
         }
     )
 

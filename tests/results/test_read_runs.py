@@ -26,9 +26,7 @@ def test_finished(tmp_path):
 def test_interrupted_reads_committed_rounds_only(tmp_path):
     path = write_run(tmp_path / "a", rounds=9, done=3)
     extra = path / "checkpoint" / "rows" / "metrics-000004.parquet"
-    pl.read_parquet(path / "checkpoint/rows/metrics-000003.parquet").with_columns(round=4).write_parquet(
-        extra
-    )
+    pl.read_parquet(path / "checkpoint/rows/metrics-000003.parquet").with_columns(round=4).write_parquet(extra)
     run = load(path)
     assert (run.status, run.summary, run.rounds_done, run.rounds) == ("interrupted", None, 3, 9)
     assert run.metrics.select(pl.col("round").max()).collect().item() == 3
@@ -76,9 +74,7 @@ BROKEN = {
     "could not": lambda path: (path / "config.yaml").write_text("strategy: !!python/object:os.system {}"),
     "more than 10000": lambda path: (path / "config.yaml").write_text(
         "strategy: a\na: &a [x,x,x,x,x,x,x,x,x,x]\n"
-        + "".join(
-            f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-        )
+        + "".join(f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     ),
 }
 
@@ -106,9 +102,7 @@ def test_find(tmp_path):
     hydra.mkdir()
     (hydra / "config.yaml").write_text("strategy: x")
     (tmp_path / "empty").mkdir()
-    runs, skipped = find(
-        [tmp_path / "sweep", tmp_path / "sweep" / "b", tmp_path / "empty", tmp_path / "gone"]
-    )
+    runs, skipped = find([tmp_path / "sweep", tmp_path / "sweep" / "b", tmp_path / "empty", tmp_path / "gone"])
     assert [run.dir.name for run in runs] == ["b", "a"]
     assert skipped == [
         f"{tmp_path / 'empty'}: no run directory in it",

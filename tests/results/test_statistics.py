@@ -38,9 +38,7 @@ def test_t_interval_is_scipys(values):
 def test_bootstrap_is_scipys_and_repeatable():
     values = [0.71, 0.74, 0.70, 0.79, 0.72]
     found = mean_interval(values, "bootstrap")
-    again = stats.bootstrap(
-        (values,), np.mean, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
+    again = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     assert (found.low, found.high, found.method) == (again.low, again.high, "bootstrap")
     assert found == mean_interval(values, "bootstrap")
 
@@ -116,9 +114,7 @@ def test_holm_is_monotone_and_never_smaller(values):
 
 
 def test_average_ranks():
-    ranks, n = average_ranks(
-        {"a": {0: 0.9, 1: 0.8, 2: 0.1}, "b": {0: 0.7, 1: 0.8, 2: 0.9}, "c": {0: 0.1, 1: 0.1}}
-    )
+    ranks, n = average_ranks({"a": {0: 0.9, 1: 0.8, 2: 0.1}, "b": {0: 0.7, 1: 0.8, 2: 0.9}, "c": {0: 0.1, 1: 0.1}})
     assert n == 2  # seed 2 is missing for c
     assert ranks == {"a": 1.25, "b": 1.75, "c": 3.0}
     assert average_ranks({"a": {0: 1.0}, "b": {1: 1.0}})[1] == 0

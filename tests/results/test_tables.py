@@ -53,11 +53,7 @@ def test_differences_are_named(tmp_path):
         load(write_run(tmp_path / "a", "fedavg", 0)),
         load(write_run(tmp_path / "b", "knfu", 1, hyper={"beta": 2.0})),
         load(write_run(tmp_path / "c", "knfu", 1, hyper={"beta": 1.0}, config={"partition": {"alpha": 0.1}})),
-        load(
-            write_run(
-                tmp_path / "d", "knfu", 1, config={"data": {"root": "/elsewhere"}, "runtime": {"workers": 9}}
-            )
-        ),
+        load(write_run(tmp_path / "d", "knfu", 1, config={"data": {"root": "/elsewhere"}, "runtime": {"workers": 9}})),
     ]
     lines = differences(runs)
     assert lines == [
