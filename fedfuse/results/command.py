@@ -26,7 +26,7 @@ def reproduce(run: Run) -> str:
     defaults = flatten(dataclasses.asdict(Config()))
     words = ["fedfuse", "run"]
     flat = flatten(run.config)
-    for key, value in sorted(flat.items(), key=lambda pair: (not pair[0].endswith(".name"), "." in pair[0])):
+    for key, value in sorted(flat.items(), key=lambda pair: _rank(pair[0])):
         if key in LEFT_OUT or (key in defaults and defaults[key] == value):
             continue
         if not key.startswith("strategy.") and value is None:
@@ -34,6 +34,11 @@ def reproduce(run: Run) -> str:
         name = key.removesuffix(".name")
         words.append(shlex.quote(f"{name}={_hydra(value)}"))
     return " ".join(words)
+
+
+def _rank(key: str) -> tuple[bool, bool, bool]:
+    """Put the strategy first, then what else chooses a group, then single keys, then those inside groups."""
+    return key != "strategy.name", not key.endswith(".name"), "." in key
 
 
 def _hydra(value: Any) -> str:

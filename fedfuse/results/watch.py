@@ -1,0 +1,179 @@
+"""`fedfuse watch`: the report page served while runs go on. It only reads; loopback unless told otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedfuse.errors import UserError
+from fedfuse.results.assemble import build, run_names
+from fedfuse.results.report import document, fragment, render
+from fedfuse.results.run import Run, find
+from fedfuse.results.strip import line
+from fedfuse.results.table import printable
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+LOOPBACK = "127.0.0.1"
+PORT = 8642
+MOST_FINISHED = 10  # shown in the strip; all are in the table below it
+
+
+def command(words: Sequence[str]) -> int:
+    """Serve until interrupted: `fedfuse watch DIR… [--host ADDRESS] [--port PORT]`; port 0 takes a free one.
+
+    Raises
+    ------
+    UserError
+        A directory is missing, a flag is unknown, or the address cannot be bound.
+    """
+    directories, host, port = _arguments(words)
+    import uvicorn
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(f"--host {host} --port {port}: cannot be used ({error.strerror or error})") from error
+    bound = listening.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"watching {', '.join(map(str, directories))} at http://{shown}:{bound}/ (Ctrl-C ends)", flush=True)
+    server = uvicorn.Server(uvicorn.Config(application(directories, host), log_level="warning", lifespan="off"))
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listening.close()
+    return 0
+
+
+def _arguments(words: Sequence[str]) -> tuple[list[Path], str, int]:
+    directories: list[Path] = []
+    flags = {"--host": LOOPBACK, "--port": str(PORT)}
+    rest = list(words)
+    while rest:
+        name, _, value = rest.pop(0).partition("=")
+        if name in flags:
+            if not value and not rest:
+                raise UserError(f"fedfuse watch {name}: needs a value")
+            flags[name] = value or rest.pop(0)
+        elif name.startswith("-"):
+            raise UserError(f"fedfuse watch {name}: unknown; allowed: --host, --port")
+        else:
+            directories.append(Path(name if not value else f"{name}={value}"))
+    if not directories:
+        raise UserError("fedfuse watch: needs at least one run or sweep directory")
+    for path in directories:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory")
+    if not flags["--port"].isdigit() or int(flags["--port"]) > 65535:
+        raise UserError(f"fedfuse watch --port {flags['--port']}: allowed are 0 to 65535")
+    return directories, flags["--host"], int(flags["--port"])
+
+
+@dataclass
+class Watch:
+    """What is served: the directories, and what was last read from them.
+
+    Parameters
+    ----------
+    directories
+        Run or sweep directories.
+    """
+
+    directories: Sequence[Path]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _runs: list[Run] = field(default_factory=list)
+    _skipped: list[str] = field(default_factory=list)
+    _read_until: float = 0.0
+    _body: tuple[str, str] = ("", "")
+    _body_until: float = 0.0
+
+    def look(self) -> tuple[list[Run], list[str], str]:
+        """Return runs, skipped directories and a version that changes when any run has moved on."""
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._read_until:
+                self._runs, self._skipped = find(self.directories)
+                took = time.monotonic() - now
+                self._read_until = time.monotonic() + max(0.5, 4 * took)  # never busy with looking alone
+            state = repr([(str(run.dir), run.status, run.rounds_done) for run in self._runs] + self._skipped)
+            return self._runs, self._skipped, hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def strip(self) -> tuple[str, str]:
+        """Return the progress of runs as markup, and its version."""
+        runs, _, version = self.look()
+        names = run_names(runs)
+        moving = [run for run in runs if run.status != "finished"]
+        finished = [run for run in runs if run.status == "finished"]
+        shown = moving + finished[:MOST_FINISHED]
+        lines = []
+        for run in shown:
+            try:
+                lines.append(line(run, names[run.dir]))
+            except Exception:  # files change while they are read; the next look has them whole
+                continue
+        return fragment("live.html", runs=lines, hidden=max(0, len(finished) - MOST_FINISHED)), version
+
+    def body(self) -> tuple[str, str]:
+        """Return the page's body and the version it was made from; an older one while it is too soon."""
+        runs, skipped, version = self.look()
+        with self._lock:
+            if version != self._body[1] and time.monotonic() >= self._body_until:
+                began = time.monotonic()
+                try:
+                    text = render(build(runs, skipped)[0])
+                except UserError as error:
+                    text = fragment("empty.html", message=str(error)) if runs or skipped else ""
+                except Exception:  # files were merged or removed under our hands: keep the last page, look again
+                    return self._body
+                self._body = (text, version)
+                self._body_until = time.monotonic() + max(2.0, 3 * (time.monotonic() - began))
+            return self._body
+
+
+def application(directories: Sequence[Path], host: str = LOOPBACK) -> Starlette:
+    """Return the ASGI application: `/`, `/live` and `/body`, GET only, under this host's names only."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse
+    from starlette.routing import Route
+
+    watch = Watch(directories)
+    title = "FedFuse: " + ", ".join(printable(path.name or str(path)) for path in directories)
+    # Another site may point a name of its own at this machine; it shall not read what is served here.
+    names = ["localhost", "127.0.0.1", "[::1]", host, f"[{host}]"]
+    trusted = ["*"] if host in ("0.0.0.0", "::") else names
+
+    def answer(text: str, version: str = "") -> Response:
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Version": version}
+        headers |= {"X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+        return HTMLResponse(text, headers=headers)
+
+    def index(request: Request) -> Response:
+        return answer(document(title, "", live="", script="watch.js"))
+
+    def live(request: Request) -> Response:
+        return answer(*watch.strip())
+
+    def body(request: Request) -> Response:
+        return answer(*watch.body())
+
+    return Starlette(
+        routes=[Route("/", index), Route("/live", live), Route("/body", body)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=trusted, www_redirect=False)],
+    )

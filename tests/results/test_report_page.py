@@ -1,0 +1,256 @@
+"""The report page as a file: what stands in it, what must never, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shlex
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from synthetic import write_run, write_sweep
+
+from fedfuse.errors import UserError
+from fedfuse.results.command import reproduce
+from fedfuse.results.evidence import gather, label_counts, similarities
+from fedfuse.results.report import report
+from fedfuse.results.run import load
+from fedfuse.results.target import reach, targets
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'$\\frac{a$&amp;{{7*7}}{%x%}\x00\x1b[31m"
+
+
+class Markup(HTMLParser):
+    """Collects tags, attributes and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    write_sweep(root / "sweep", ["local", "fedavg", "knfu"], 3, rounds=8, clients=6)
+    write_run(root / "sweep" / "late", "fedprox", rounds=8, clients=6, done=3)
+    (root / "sweep" / "foreign").mkdir()
+    (root / "sweep" / "foreign" / "summary.json").write_text("{}")
+    torn = write_run(root / "sweep" / "torn", "fedavg", 9, rounds=8, clients=6) / "metrics.parquet"
+    content = bytearray(torn.read_bytes())
+    content[4:200] = b"\xff" * 196  # the footer is whole, the data is not
+    torn.write_bytes(content)
+    written = report([root / "sweep"], root / "out")
+    return written, written.path.read_text(encoding="utf-8")
+
+
+def test_files_and_skipped(page):
+    written, text = page
+    assert sorted(p.name for p in written.path.parent.iterdir()) == [
+        "report.html",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ]
+    assert len(written.runs) == 10
+    assert len(written.skipped) == 2
+    for name in ("foreign", "torn"):
+        assert any(name in line for line in written.skipped)
+        assert name in text
+    assert "late left out: interrupted after round 3 of 8" in text
+    assert "cannot reach p &lt; 0.05" in text
+
+
+def test_sections_and_figures(page):
+    text = page[1]
+    words = " ".join(Markup(text).words)
+    for title in ("Global accuracy by round", "Global accuracy by bytes", "Clients, one by one", "Where the time went"):
+        assert title in words
+    for title in ("Who holds what", "How alike clients are", "Paired tests over seeds", "To a target accuracy"):
+        assert title in words
+    assert text.count("<svg") == 9
+    assert "fedfuse run strategy=knfu" in text
+    assert "n = 3" in words
+
+
+def test_self_contained(page):
+    text = page[1]
+    for _, attributes in Markup(text).tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_ids_are_unique(page):
+    ids = [attributes["id"] for _, attributes in Markup(page[1]).tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_same_figures_twice(page, tmp_path):
+    again = report([page[0].runs[0].dir.parent], tmp_path / "again").path.read_text(encoding="utf-8")
+    assert re.findall(r"<svg.*?</svg>", again, re.S) == re.findall(r"<svg.*?</svg>", page[1], re.S)
+
+
+def test_hostile_names_never_become_markup(tmp_path):
+    root = tmp_path / "x<img src=x onerror=alert(3)>"
+    for seed in (0, 1):
+        path = write_run(
+            root / f"{seed}", EVIL, seed, hyper={EVIL: EVIL}, environment={EVIL: EVIL}, config={"data": {"name": EVIL}}
+        )
+        rows = pl.read_parquet(path / "metrics.parquet")
+        evil = rows.filter(scope="server").head(1).with_columns(metric=pl.lit(EVIL), split=pl.lit(EVIL))
+        matrix = evil.with_columns(scope=pl.lit("matrix"), metric=pl.lit(f"similarity/{EVIL}/1"))
+        pl.concat([rows, evil, matrix]).write_parquet(path / "metrics.parquet")
+        timing = pl.read_parquet(path / "timing.parquet")
+        timing.with_columns(what=pl.lit(EVIL)).write_parquet(path / "timing.parquet")
+        labels = pl.read_parquet(path / "partition.parquet").with_columns(label=pl.lit(EVIL))
+        labels.write_parquet(path / "partition.parquet")
+    write_run(root / "2", EVIL + "2", 0)
+    (root / EVIL.replace("/", "").replace("\x00", "")).mkdir()
+    (root / EVIL.replace("/", "").replace("\x00", "") / "summary.json").write_text("{")
+    written = report([root], tmp_path / "out")
+    text = written.path.read_text(encoding="utf-8")
+    parsed = Markup(text)
+    assert len(written.runs) == 3
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 1
+    assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "foreignobject", "a")]
+    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+    assert "alert(1)" in " ".join(parsed.words)
+    assert "{{7*7}}" in text
+    assert "\x1b" not in text
+    assert "\x00" not in text
+
+
+def test_one_run_one_seed(tmp_path):
+    text = report([write_run(tmp_path / "a")], tmp_path / "out").path.read_text(encoding="utf-8")
+    assert "One seed: no interval and no test" in text
+    table = text[text.index('id="comparison"') : text.index("</table>")]
+    assert "±" not in table
+
+
+def test_identical_runs_say_so(tmp_path):
+    for seed in range(3):
+        one = write_run(tmp_path / f"a{seed}", "fedavg", seed)
+        other = write_run(tmp_path / f"b{seed}", "fedopt", seed)
+        kept = json.loads((one / "summary.json").read_text())
+        (other / "summary.json").write_text(json.dumps(kept | {"strategy": "fedopt"}))
+    words = " ".join(Markup(report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")).words)
+    assert "identical in every seed: difference 0" in words
+    assert "+0.00 ± 0.00" in words
+
+
+def test_settings_apart(tmp_path):
+    for alpha in (0.1, 1.0):
+        for name in ("local", "fedavg"):
+            write_run(tmp_path / f"{name}-{alpha}", name, config={"partition": {"name": "dirichlet", "alpha": alpha}})
+    words = " ".join(Markup(report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")).words)
+    assert "Setting: partition.alpha=0.1" in words
+    assert "Not only strategy and seed differ: partition.alpha: 0.1 (2 runs), 1.0 (2 runs)" in words
+
+
+def test_unequal_partitions_are_flagged(tmp_path):
+    write_run(tmp_path / "a", "local")
+    other = write_run(tmp_path / "b", "fedavg") / "partition.parquet"
+    pl.read_parquet(other).with_columns(pl.col("examples") + 1).write_parquet(other)
+    text = report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")
+    assert "Not the same partition although seed and data agree: a, b" in text
+
+
+def test_unfinished_only_and_no_rows(tmp_path):
+    write_run(tmp_path / "a", rounds=5, done=2)
+    assert "interrupted" in report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="no run to report on"):
+        report([tmp_path / "none"], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        report([tmp_path / "a"], tmp_path / "file")
+
+
+def test_missing_metrics_are_dashes(tmp_path):
+    path = write_run(tmp_path / "a")
+    rows = pl.read_parquet(path / "metrics.parquet").filter(~pl.col("metric").str.starts_with("accuracy"))
+    rows.write_parquet(path / "metrics.parquet")
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"] = dict.fromkeys(summary["final"])
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "partition.parquet").unlink()
+    words = " ".join(Markup(report([path], tmp_path / "out").path.read_text(encoding="utf-8")).words)
+    assert "nan" not in words.lower().split()
+
+
+def test_evidence(tmp_path):
+    run = load(write_run(tmp_path / "a", "knfu", rounds=6, clients=4, similarity=True))
+    found = gather(run)
+    assert found.rounds.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert found.cumulative_bytes.tolist() == [k * 4 * 2 * 40_000 for k in range(7)]
+    assert len(found.cumulative_seconds) == 7
+    assert np.all(np.diff(found.cumulative_seconds) > 0)
+    assert sorted(found.clients) == [0, 1, 2, 3]
+    assert np.mean(list(found.clients.values())) == pytest.approx(run.final["accuracy/personal"])
+    clients, labels, counts = label_counts(run)
+    assert (clients, len(labels), counts.sum()) == ([0, 1, 2, 3], 10, 400)
+    shown = similarities(run)
+    assert [number for number, _ in shown] == [1, 3, 6]
+    assert all(matrix.shape == (4, 4) and np.isfinite(matrix).all() for _, matrix in shown)
+
+
+def test_targets(tmp_path):
+    found = [gather(load(write_run(tmp_path / f"{seed}", "knfu", seed, rounds=10))) for seed in range(2)]
+    last = max(one.curves["accuracy/global"][1][-1] for one in found)
+    chosen = targets(found, "accuracy/global")
+    assert chosen == [np.floor(100 * share * last) / 100 for share in (0.8, 0.9, 0.95)]
+    cost = reach(found, "accuracy/global", chosen[0])
+    first = [1 + np.argmax(one.curves["accuracy/global"][1] >= chosen[0]) for one in found]
+    assert (cost.reached, cost.n, cost.rounds) == (2, 2, np.mean(first))
+    assert cost.megabytes == pytest.approx(np.mean(first) * 4 * 2 * 40_000 / 1e6)
+    assert reach(found, "accuracy/global", 2.0).reached == 0
+
+
+def test_reproduce_round_trips(tmp_path):
+    """The printed command composes to the very configuration of the run."""
+    yaml = pytest.importorskip("yaml")
+    compose = pytest.importorskip("fedfuse.compose").compose
+    as_yaml = pytest.importorskip("fedfuse.experiment").as_yaml
+    words = ["strategy=fedprox", "strategy.mu=0.25", "data=digits", "partition.alpha=0.1", "clients=7", "seed=3"]
+    words += ["model.pool=[mlp,mlp]", "data.root='a b, {c}=$d\\'e'", "participation=0.5", "runtime=inline"]
+    config = as_yaml(compose(words))
+    path = write_run(tmp_path / "a")
+    (path / "config.yaml").write_text(config)
+    command = shlex.split(reproduce(load(path)))
+    assert command[:3] == ["fedfuse", "run", "strategy=fedprox"]
+    assert yaml.safe_load(as_yaml(compose(command[2:]))) == yaml.safe_load(config)
+
+
+def test_size_and_time(tmp_path):
+    """A twentieth of the promise (200 runs, 100 rounds, 100 clients, 20 s, 1 GB, 8 MB); the rest: synthetic.py."""
+    write_sweep(tmp_path / "runs", ["local", "fedavg", "fedmd", "knfu", "ditto"], 4, rounds=50, clients=50)
+    began = time.perf_counter()
+    written = report([tmp_path / "runs"], tmp_path / "out")
+    assert time.perf_counter() - began < 20
+    assert written.path.stat().st_size < 2_000_000
+    assert len(written.runs) == 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000  # kB, of the whole test process
+
+
+def test_template_files_are_found():
+    import fedfuse.results.report as module
+
+    names = {path.name for path in (Path(module.__file__).parent / "template").iterdir()}
+    assert {"page.css", "page.js", "report.html", "body.html", "parts.html", "live.html", "watch.js"} <= names
