@@ -1,0 +1,20 @@
+"""`fedfuse deploy`: the same strategy file as real processes over TLS, on Flower's Deployment Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run `fedfuse deploy …`; returns the exit code.
+
+    Raises
+    ------
+    UserError
+        For a mistake in the command.
+    WorldError
+        If the world failed.
+    """
+    from fedfuse.deploy.command import main
+
+    return main(list(argv))

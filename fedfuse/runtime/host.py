@@ -1,0 +1,167 @@
+"""A site's side of the wire: checks what a message asks for, then lets the site's own client answer it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from fedfuse import registry
+from fedfuse.config import Config
+from fedfuse.deploy.policy import Policy, policy_from
+from fedfuse.errors import UserError
+from fedfuse.knowledge import Stale
+from fedfuse.node import Node, Refused, place
+from fedfuse.records import settled
+from fedfuse.runtime.hello import identity
+from fedfuse.runtime.inline import single_thread
+from fedfuse.runtime.settings import from_json
+from fedfuse.runtime.site import Site
+from fedfuse.scenario import Scenario, prepare_scenario
+from fedfuse.store import ClientStore
+from fedfuse.strategy import FAILED, REFUSED, STALE
+
+RUN = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which client a site is, and where its things lie. The server has no say in any of it.
+
+    Attributes
+    ----------
+    client : int
+        Index of the client.
+    state : Path
+        Folder for everything that must survive; one folder a run below it.
+    clients : int or None
+        Acts as simulated client `client` of so many (`--partition i/n`); None: the site has data of its own.
+    data : str or None
+        Folder of the data; None follows $FEDFUSE_DATA.
+    layout, name : str or None
+        How the site's own data is laid out, and its name.
+    store : Path or None
+        Where client states lie, if not beside the rest.
+    device : str
+        `cpu` or `cuda`.
+    """
+
+    client: int
+    state: Path
+    clients: int | None = None
+    data: str | None = None
+    policy: Policy = field(default_factory=Policy)
+    store: Path | None = None
+    device: str = "cpu"
+
+    def as_json(self) -> str:
+        """Write it for the site's other processes."""
+        values = {**vars(self), "state": str(self.state), "store": self.store and str(self.store)}
+        return json.dumps({**values, "policy": json.loads(self.policy.as_json())})
+
+
+def seat_from(text: str) -> Seat:
+    """Read back what `Seat.as_json` wrote."""
+    values = json.loads(text)
+    policy = policy_from(values.pop("policy"), "policy")
+    store = values.pop("store")
+    return Seat(**{**values, "state": Path(values["state"]), "store": store and Path(store)}, policy=policy)
+
+
+class Host:
+    """Answers the messages of any run for one site."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self._scenarios: dict[str, tuple[Config, Scenario]] = {}
+        single_thread()
+
+    def handle(self, message: Message) -> Message:
+        """Answer one message; whatever is refused becomes an error reply with a named reason."""
+        try:
+            return self._handle(message)
+        except (Refused, UserError) as error:
+            return self._error(REFUSED, f"refused: {error}", message)
+        except Stale as error:
+            return self._error(STALE, str(error), message)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return self._error(FAILED, text[:500], message)
+
+    def _error(self, code: int, reason: str, message: Message) -> Message:
+        print(f"fedfuse: client {self.seat.client}: {reason}", flush=True)
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+    def _handle(self, message: Message) -> Message:
+        setting = message.content.config_records.get("setting")
+        if setting is None:
+            raise Refused("a message without a setting: not from a FedFuse server")
+        run = str(setting.get("run", ""))
+        if not RUN.fullmatch(run):
+            raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
+        folder = self.seat.state / run / str(self.seat.client)
+        self._not_orphaned(folder, setting)
+        config, scenario = self._scenario(str(setting.get("config", "")))
+        client = self.seat.client
+        if message.metadata.message_type == "query.hello":
+            found = identity(scenario, client, config.strategy.name)
+            return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
+        asked = message.content.config_records.get("config", ConfigRecord())
+        if asked.get("client") != client:
+            raise Refused(f"a message for client {asked.get('client')!r}; this is client {client}")
+        named = message.content.config_records.get("run", ConfigRecord())
+        if named.get("run") != run:
+            raise Refused("a message whose run is not that of its setting")
+        reply = Site(folder, self._node(config, scenario, folder)).handle(message)
+        if reply.has_error():
+            print(f"fedfuse: client {client}: {reply.error.reason}", flush=True)
+            return reply
+        return Message(on_the_wire(reply.content), reply_to=message)
+
+    def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
+        store = ClientStore(self.seat.store or folder)
+        entry = registry.entry(config.strategy.name)
+        return place(entry, scenario, store, device=self.seat.device, retries=config.runtime.retries)
+
+    def _not_orphaned(self, folder: Path, setting: Mapping[str, Any]) -> None:
+        """A server that was started again counts up; what an older one still sends is refused."""
+        attempt, path = int(setting.get("attempt", 1)), folder / "attempt"
+        known = int(path.read_text()) if path.exists() else 0
+        if attempt < known:
+            raise Refused(f"attempt {attempt} of this run was replaced by attempt {known}")
+        if attempt > known:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(".attempt")
+            partial.write_text(str(attempt))
+            partial.replace(path)
+
+    def _scenario(self, text: str) -> tuple[Config, Scenario]:
+        if text not in self._scenarios:
+            config = from_json(text)
+            self.seat.policy.check(config)
+            config = replace(config, data=replace(config.data, root=self.seat.data))
+            scenario = prepare_scenario(config)
+            if self.seat.clients is not None and scenario.clients != self.seat.clients:
+                raise Refused(
+                    f"the run has {scenario.clients} clients, this node is partition "
+                    f"{self.seat.client}/{self.seat.clients}"
+                )
+            if not 0 <= self.seat.client < scenario.clients:
+                raise Refused(f"the run has {scenario.clients} clients, this is client {self.seat.client}")
+            self.seat.policy.check_examples(scenario.examples(self.seat.client))
+            self._scenarios = {text: (config, scenario)}
+        return self._scenarios[text]
+
+
+def on_the_wire(content: RecordDict) -> RecordDict:
+    """Return the content with every live array serialised; what it was made of stays as it is."""
+    out = RecordDict()
+    arrays = content.array_records
+    for name, value in content.items():
+        out[name] = settled(arrays[name]) if name in arrays else value
+    return out

@@ -1,0 +1,55 @@
+"""What may come back from a machine that nobody trusts: looked at before the strategy sees it."""
+
+from __future__ import annotations
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+
+WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int}
+LONGEST = 512  # characters of a text in a reply
+MOST = 64  # records and metrics of a reply
+
+
+def fault_of(reply: Message, client: int) -> str | None:
+    """Say what is wrong with the form of a reply, None if nothing.
+
+    Names, shapes, dtypes and finiteness of arrays are checked by the strategy against what it declares; here is
+    what a strategy takes for granted: who speaks, the records' kinds, and that no group sum comes from a site.
+
+    Parameters
+    ----------
+    reply : Message
+        Has content.
+    client : int
+        The client that was asked.
+    """
+    content = reply.content
+    if len(content) > MOST:
+        return f"{len(content)} records; allowed are {MOST}"
+    if extra := sorted(set(content.config_records) - {"config"}):
+        return f"unexpected config record {extra[0][:80]!r}"
+    if extra := sorted(set(content.metric_records) - {"metrics"}):
+        return f"unexpected metrics record {extra[0][:80]!r}"
+    if any(name.startswith("sum:") for name in content.array_records):
+        return "a group sum; a site sends its own records"
+    config = content.config_records.get("config", ConfigRecord())
+    for key, value in config.items():
+        if key not in WORDS:
+            return f"unexpected entry {key[:80]!r} in config"
+        if type(value) is not WORDS[key] or (isinstance(value, str) and len(value) > LONGEST):
+            return f"config entry {key!r} is not a short {WORDS[key].__name__}"
+    if config.get("client", client) != client:
+        return f"says it is client {config['client']}, client {client} was asked"
+    if not 0 <= int(config.get("retried", 0)) <= 100:
+        return f"retried is {config['retried']}"
+    metrics = content.metric_records.get("metrics", MetricRecord())
+    if len(metrics) > MOST:
+        return f"{len(metrics)} metrics; allowed are {MOST}"
+    for key, value in metrics.items():
+        if len(key) > LONGEST:
+            return "a metric with an endless name"
+        if isinstance(value, list) and ("/" in key or key in ("num-examples", "loss", "seconds")):
+            return f"metric {key!r} is a list"
+        for number in value if isinstance(value, list) else [value]:
+            if abs(number) == float("inf") or (isinstance(number, int) and abs(number) >= 2**63):
+                return f"metric {key!r} is not finite"
+    return None
