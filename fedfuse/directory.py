@@ -211,7 +211,10 @@ class RunDirectory(Callback):
             "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,
-            "notes": list(federation.scenario.data.notes),
+            "notes": [
+                *federation.scenario.data.notes,
+                *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
+            ],
         }
 
     def _final_models(self, federation: Federation) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,12 +28,14 @@ from fedfuse.records import (
     tensors,
     validate,
 )
-from fedfuse.scenario import Residents, Scenario
+from fedfuse.scenario import Residents, Scenario, variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.store import INITIAL
 from fedfuse.sums import GROUP, Sum
 from fedfuse.traffic import Traffic
 from fedfuse.train import local
+from fedfuse.train.losses import Loss
+from fedfuse.train.losses import loss as loss_named
 
 Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
@@ -102,6 +104,8 @@ class FusionStrategy(Strategy):
         Whether models must have `features(x)`, `head(z)` and `feature_dim`.
     same_features : bool
         Whether `feature_dim` must be the same in all architectures.
+    discloses : tuple of str
+        What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
 
     Attributes
     ----------
@@ -121,6 +125,7 @@ class FusionStrategy(Strategy):
     pooled: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
+    discloses: ClassVar[tuple[str, ...]] = ()
     name: str = ""
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -224,6 +229,49 @@ class FusionStrategy(Strategy):
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator seeded by (run seed, purpose, round)."""
         return generator(self.scenario.seed, "server", *purpose, self.round)
+
+    def loss(self, default: str = "kl", **options: Any) -> Loss:
+        """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
+        chosen = self.scenario.config.loss
+        if chosen.build is not None or chosen.name is not None:
+            return loss_named(
+                chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options
+            )
+        return loss_named(default, **options)
+
+    def train(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        loss: Callable[[Any, Any, torch.Tensor], torch.Tensor],
+        *,
+        purpose: str,
+        **options: Any,
+    ) -> Arrays:
+        """Train a network of the server's in place and return a copy of its weights, for `state` or `publish`.
+
+        Parameters
+        ----------
+        model : nn.Module
+            For example `self.residents.loaded(architecture, arrays)`.
+        x, y : Tensor
+            Examples, and labels or None.
+        loss : callable
+            `loss(logits, labels, rows) -> scalar`; rows are indices into `x`.
+        purpose : str
+            Names the random stream that orders the batches, and the logged `loss/<purpose>`.
+        **options
+            Passed to `fedfuse.train.local.train`.
+        """
+        moment = (self.scenario.seed, "server", purpose, self.round)
+        result = local.train(model, x, y, loss, self.scenario.config.train, moment, **options)
+        self.log(f"loss/{purpose}", result["loss"])
+        return {name: value.detach().clone() for name, value in variable(model).items()}
+
+    def exclude(self, share: Share, reason: str) -> None:
+        """Count a share as rejected that only `fuse` or `judge` can tell is wrong, and that it does not use."""
+        self._leave_out(share.client, reason, INVALID)
 
     def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
         """Keep a figure of this round in `metrics.parquet`."""
