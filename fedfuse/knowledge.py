@@ -164,12 +164,14 @@ class Cache(dict[Address, Item]):
         Raises
         ------
         Stale
-            If an increment starts from a version that is not held, or the folded value has another hash.
+            If an increment starts from a version that is not held, or the value has another hash.
         """
         held = self.get(parcel.address)
         if held is not None and held.version >= parcel.version:
             return
         if parcel.since < 0:
+            if parcel.sha and sha_arrays(parcel.arrays) != parcel.sha:
+                raise Stale(f"{parcel.topic}: the value differs from the server's")
             self[parcel.address] = Item(parcel.arrays, parcel.version)
             return
         if held is None or held.version != parcel.since:
