@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 # tensors made of a message's memory are read, never written
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -54,10 +54,32 @@ class LiveArray(Array):
 
 def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
-    out = ArrayRecord()
-    for name, tensor in arrays.items():
-        out[name] = LiveArray(tensor.detach().cpu().numpy())
-    return out
+    return trusted(ArrayRecord, {name: LiveArray(value.detach().cpu().numpy()) for name, value in arrays.items()})
+
+
+Kind = TypeVar("Kind", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
+
+
+def trusted(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Make a Flower record of values that we wrote ourselves, without Flower's check of every key and value.
+
+    The checks cost 3 µs a value, a third of what a client that does nothing costs. Flower 1.41 keeps the content
+    in `_data`; this function is the only place that knows.
+    """
+    made = kind()
+    made.__dict__["_data"] = values
+    return made
+
+
+def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
+    """The array records of a message (Flower's `array_records` builds a checked mirror at every look)."""
+    return {name: value for name, value in content.items() if isinstance(value, ArrayRecord)}
+
+
+def config_in(content: RecordDict, name: str = "config") -> Mapping[str, Any] | None:
+    """A message's config record of that name, if there is one."""
+    found = content.get(name)
+    return found if isinstance(found, ConfigRecord) else None
 
 
 def settled(content: ArrayRecord) -> ArrayRecord:
