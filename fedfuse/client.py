@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,16 @@ class FusionClient:
         """Logits (B × C) of the model this client would use."""
         return local.predict(self.model, x, self.scenario.config.evaluate.batch_size)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Features (B × feature_dim) of the model this client would use, in evaluation mode."""
+        return local.predict(self.model, x, self.scenario.config.evaluate.batch_size, features=True)
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of a batch, with gradients: a `forward` for `train`."""
+        model = cast(Any, self.model)
+        z = model.features(x)
+        return z, model.head(z)
+
     # -- what it uses --------------------------------------------------------------------------------------
 
     @property
@@ -188,7 +198,7 @@ class FusionClient:
 
     def train(
         self,
-        loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        loss: Callable[[Any, Any, Tensor], Tensor] | None = None,
         x: Tensor | None = None,
         y: Tensor | None = None,
         *,
