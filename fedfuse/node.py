@@ -19,7 +19,7 @@ from fedfuse import registry
 from fedfuse.client import FusionClient
 from fedfuse.errors import UserError
 from fedfuse.knowledge import Cache, Item, Parcel, Stale
-from fedfuse.records import InvalidArrays, LiveArray, flatten, nbytes, record, sha, tensors, validate
+from fedfuse.records import InvalidArrays, LiveArray, flatten, nbytes, plain_record, record, sha, tensors, validate
 from fedfuse.registry import Entry
 from fedfuse.scenario import Residents, Scenario
 from fedfuse.store import INITIAL, ClientStore
@@ -319,8 +319,7 @@ def parcels(content: RecordDict, config: Mapping[str, Any]) -> list[Parcel]:
 def state_sha(private: dict[str, Any]) -> str:
     """Hash a client's private state; an empty one hashes the empty record."""
     flat, rest = flatten(private)
-    plain = {f"{k}=": torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items() if v != {}}
-    return sha({"state": {**flat, **plain}})
+    return sha({"state": flat, **plain_record({k: v for k, v in rest.items() if v != {}})})
 
 
 def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> ArrayRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -243,14 +244,15 @@ def _feed(digest: Any, data: bytes) -> None:
 
 
 def sha(records: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
-    """Hash named records of arrays: sorted names, dtype, shape and C-order bytes, each length-prefixed.
+    """Hash named records of arrays: sorted names, dtype, shape and C-order bytes, all length-prefixed and counted.
 
     Source: semantics.md, "Same bits, exactly".
     """
     digest = hashlib.sha256()
     for record_name in sorted(records):
-        _feed(digest, record_name.encode())
         content = records[record_name]
+        _feed(digest, record_name.encode())
+        _feed(digest, struct.pack("<Q", len(content)))  # else an array could be read as more record names
         for name in sorted(content):
             value = np.ascontiguousarray(content[name].detach().cpu().numpy())
             little = value.astype(value.dtype.newbyteorder("<"), copy=False)
@@ -259,6 +261,12 @@ def sha(records: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
             _feed(digest, np.asarray(content[name].shape, dtype="<i8").tobytes())
             _feed(digest, little.tobytes())
     return digest.hexdigest()
+
+
+def plain_record(values: Mapping[str, Any]) -> dict[str, Arrays]:
+    """Write plain values as a record to be hashed, none if there are none."""
+    texts = {name: torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for name, v in values.items()}
+    return {"plain": texts} if texts else {}
 
 
 def sha_arrays(content: Mapping[str, torch.Tensor]) -> str:
@@ -277,12 +285,25 @@ def digest_of(server: str, clients: Iterable[str]) -> str:
 # --- nested state as flat arrays --------------------------------------------------------------------------
 
 
+_PLAIN = bool | int | float | str | None
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str, Any]]:
-    """Split nested dicts of tensors and plain values into flat tensors and a JSON-able rest (keys joined by `/`)."""
+    """Split nested dicts of tensors and plain values into flat tensors and a JSON-able rest.
+
+    Keys are joined by `/`; one that stands in a key itself is written `~1`, and `~` is written `~0` (RFC 6901).
+
+    Raises
+    ------
+    TypeError
+        For a key that is no text, or a value that cannot be kept.
+    """
     flat: Arrays = {}
     rest: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
+        if not isinstance(key, str):
+            raise TypeError(f"state: key {key!r} below {prefix!r} is a {type(key).__name__}; keys are text")
+        path = prefix + key.replace("~", "~0").replace("/", "~1")
         if isinstance(value, torch.Tensor):
             flat[path] = value
         elif isinstance(value, Mapping):
@@ -291,7 +312,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
             rest |= inner_rest
             if not value:
                 rest[path] = {}
-        elif isinstance(value, bool | int | float | str | None | list):
+        elif isinstance(value, list):
+            if strange := [item for item in value if not isinstance(item, _PLAIN)]:
+                raise TypeError(f"state {path!r} is a list holding a {type(strange[0]).__name__}; use a dict of tensors")
+            rest[path] = value
+        elif isinstance(value, _PLAIN):
             rest[path] = value
         else:
             raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
@@ -299,11 +324,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
 
 
 def unflatten(flat: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`. Keys that hold a `/` of their own come back nested."""
+    """Undo `flatten`."""
     tree: dict[str, Any] = {}
     for path, value in [*flat.items(), *rest.items()]:
         node = tree
-        *parents, leaf = path.split("/")
+        *parents, leaf = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = value

@@ -23,6 +23,7 @@ from fedfuse.records import (
     flatten,
     model_arrays,
     nbytes,
+    plain_record,
     record,
     sha,
     tensors,
@@ -554,8 +555,7 @@ class FusionStrategy(Strategy):
         """Hash of the board's current values and `state`."""
         flat, rest = flatten(self.state)
         records = {f"{topic}|{to}": item.arrays for (topic, to), item in self.board.items.items()}
-        plain = {k: torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for k, v in rest.items()}
-        return sha({**records, "state|": {**flat, **{f"{k}=": v for k, v in plain.items()}}})
+        return sha({**records, "state": flat, **plain_record(rest)})
 
 
 def check_share(
