@@ -6,61 +6,34 @@ streamed back in client order. Committed client state lies outside the actors, s
 
 from __future__ import annotations
 
-import os
+import contextlib
+import uuid
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from ray.exceptions import RayError
 
-from fedfuse.knowledge import Address, Cache, Item
-from fedfuse.node import Node, parcels
-from fedfuse.records import tensors
+from fedfuse.knowledge import Address
+from fedfuse.node import parcels
+from fedfuse.records import LiveArray, arrays_in, config_in, tensors, trusted
 from fedfuse.registry import Entry
-from fedfuse.runtime.inline import LocalGrid, claim_identity, single_thread
+from fedfuse.runtime.cluster import connect, disconnect
+from fedfuse.runtime.inline import LocalGrid, single_thread
+from fedfuse.runtime.worker import Answer, Bare, Tree, Worker, packed
 from fedfuse.scenario import Scenario
-from fedfuse.store import ClientStore
+from fedfuse.store import INITIAL, ClientStore
 from fedfuse.strategy import FAILED
 
-Wire = tuple[dict[str, np.ndarray], int]  # an item as the object store holds it: arrays and version
+__all__ = ["RayGrid", "connect", "disconnect"]
 
-
-@ray.remote
-class Worker:
-    """One process with one torch thread, kept from run to run; runs groups of clients it is handed."""
-
-    def __init__(self) -> None:
-        single_thread()
-        claim_identity()
-        self.cache = Cache()
-
-    def prepare(self, entry: Entry, scenario: Scenario, state_dir: str, device: str, retries: int) -> None:
-        """Take on a run: what it builds from here on is resident."""
-        self.cache = Cache()
-        self.node = Node(entry, scenario, ClientStore(Path(state_dir)), device, retries)
-
-    def pid(self) -> int:
-        """Process id, for tests that kill."""
-        return os.getpid()
-
-    def work(self, groups: list[tuple[list[Message], list[tuple[Address, int, Any]]]]) -> Iterator[list[Message]]:
-        """Run groups in the order given; yield each group's replies."""
-        for messages, needs in groups:
-            lent = []
-            for address, version, reference in needs:
-                held = self.cache.get(address)
-                if held is None or held.version != version:
-                    arrays, stored = ray.get(reference)
-                    self.cache[address] = Item({k: torch.from_numpy(v) for k, v in arrays.items()}, stored)
-                if address[1].startswith("client:"):
-                    lent.append(address)
-            yield self.node.handle_group(messages, [self.cache] * len(messages))
-            for address in lent:  # what was meant for one client is not kept in every actor
-                self.cache.pop(address, None)
+WINDOW = 256 * 2**20  # bytes of replies that may wait for their turn
+LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
+SHORT = 0.05  # seconds of work that one call shall last at least, so that calls cost little
 
 
 class RayGrid(LocalGrid):
@@ -71,7 +44,7 @@ class RayGrid(LocalGrid):
     entry, scenario
         What the actors run.
     state_dir : Path
-        Directory of committed client state, visible to every actor.
+        Directory of committed client state. Actors that do not see it get and return state with their messages.
     workers : int
         Actors.
     device : {"cpu", "cuda"}
@@ -96,166 +69,310 @@ class RayGrid(LocalGrid):
     ) -> None:
         super().__init__(scenario.clients)
         single_thread()
-        connect(workers, address)
-        self.retries = retries
-        self._args = (ray.put(entry), ray.put(scenario), str(state_dir), device, retries)
+        runtime = scenario.config.runtime
+        memory = getattr(runtime, "memory", None)
+        connect(workers, address, None if memory is None else int(memory * 2**20 // 4))
+        self.window = WINDOW if memory is None else int(memory * 2**20 // 8)
+        self.retries, self.limit = retries, runtime.client_timeout
+        self.store = ClientStore(Path(state_dir))
+        token = f".seen-{uuid.uuid4().hex}"  # tells an actor that it sees our directory, not one of the same name
+        self._token = self.store.directory / token
+        self._token.touch()
+        self._args = (ray.put(entry), ray.put(scenario), str(state_dir), token, device, retries, self.limit)
         self._share = gpu_fraction if device == "cuda" else 0.0
-        self.actors = [self._start() for _ in range(workers)]
-        self._scenario = scenario
-        self._topics = entry.server.topics
+        self._scenario, self._topics = scenario, entry.server.topics
         self._references: dict[Address, tuple[int, Any]] = {}
+        self._foreign: tuple[Any, Any] | None = None
+        self.seconds, self.bytes = 1.0, LARGE  # of one group, as last seen: how many go into one call
+        self.crew = [Member(self._start()) for _ in range(workers)]
 
     def _start(self) -> Any:
         """Take an idle worker, or start one; a worker that cannot take the run on says so at its first group."""
         idle = _idle.setdefault(self._share, [])
         if idle:
-            actor = idle.pop()
-        else:
-            actor = Worker.options(num_cpus=1, num_gpus=self._share).remote()  # type: ignore[attr-defined]
-        actor.prepare.remote(*self._args)
-        return actor
+            return idle.pop()
+        spread = "SPREAD" if self._scenario.config.runtime.address else "DEFAULT"
+        options = {"num_cpus": 1, "num_gpus": self._share, "scheduling_strategy": spread}
+        return ray.remote(Worker).options(**options).remote()
 
     def pids(self) -> list[int]:
         """Process ids of the actors."""
-        return ray.get([actor.pid.remote() for actor in self.actors])
+        return ray.get([member.actor.pid.remote() for member in self.crew])
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Hand out groups longest first and stream the replies back in order."""
-        plans = [self._lean(group) for group in groups]
-        cost = [sum(self._cost(m) for m in group) for group in groups]
-        loads = [0] * len(self.actors)
-        lists: list[list[int]] = [[] for _ in self.actors]
-        for i in sorted(range(len(groups)), key=lambda i: -cost[i]):
-            worker = loads.index(min(loads))
-            lists[worker].append(i)
-            loads[worker] += cost[i] + 1
-        owner = {i: worker for worker, chosen in enumerate(lists) for i in chosen}
-        streams = {w: self._push(w, [plans[i] for i in chosen]) for w, chosen in enumerate(lists) if chosen}
-        waiting = {worker: list(chosen) for worker, chosen in enumerate(lists)}
-        ready: dict[int, Any] = {}
-        attempts = [0] * len(groups)
-        for i, group in enumerate(groups):
-            while True:
-                try:
-                    while i not in ready:
-                        worker = owner[i]
-                        reference = next(streams[worker])
-                        ready[waiting[worker].pop(0)] = reference
-                    replies = ray.get(ready.pop(i))
-                    break
-                except (RayError, StopIteration) as error:
-                    lost = self._revive(owner[i], i, waiting, attempts)
-                    if attempts[i] > self.retries:
-                        cause = f"its worker died {attempts[i]} times ({type(error).__name__})"
-                        replies = [Message(Error(FAILED, cause), reply_to=m) for m in group]
-                        waiting[owner[i]] = [k for k in lost if k != i]
-                        streams[owner[i]] = self._push(owner[i], [plans[k] for k in waiting[owner[i]]])
-                        break
-                    waiting[owner[i]] = lost
-                    streams[owner[i]] = self._push(owner[i], [plans[k] for k in lost])
-            for reply in replies:
-                if attempts[i] and reply.has_content():
-                    config = reply.content["config"]
-                    config["retried"] = int(config.get("retried", 0)) + attempts[i]
-                yield reply
-
-    def _push(self, worker: int, plans: list[Any]) -> Any:
-        return self.actors[worker].work.options(num_returns="streaming").remote(plans)
-
-    def _revive(self, worker: int, failed: int, waiting: dict[int, list[int]], attempts: list[int]) -> list[int]:
-        """Replace a dead actor; say which groups it still owed. Only the one it was working on is suspect."""
-        lost = sorted({failed, *waiting[worker]}, key=lambda k: (k not in waiting[worker], waiting[worker].index(k) if k in waiting[worker] else 0))
-        attempts[lost[0]] += 1
+        round = Exchange(self, groups)
         try:
-            ray.kill(self.actors[worker])
-        except RayError:
-            pass
-        self.actors[worker] = self._start()
-        return lost
+            for i in range(len(groups)):
+                yield from round.replies(i)
+        finally:
+            round.end()
 
-    def _cost(self, message: Message) -> int:
-        client = message.metadata.dst_node_id - 1
-        return self._scenario.examples(client)
+    # -- knowledge: into the object store once, not once a client ------------------------------------------
 
-    def _lean(self, group: list[Message]) -> tuple[list[Message], list[tuple[Address, int, Any]]]:
-        """Take the arrays out of a group's messages: they go to the object store once, not once a client."""
-        lean: list[Message] = []
-        needs: dict[Address, tuple[Address, int, Any]] = {}
-        for message in group:
-            content = message.content
-            config = content.config_records.get("config", {})
-            if "run" not in content.config_records:  # one of Flower's own strategies
-                if "arrays" in content.array_records:
-                    reference = self._broadcast(content.array_records["arrays"])
-                    needs["model", ""] = (("model", ""), id(content.array_records["arrays"]), reference)
-            else:
+    def needs(self, message: Message) -> dict[Address, tuple[int, Any]]:
+        """What a client must hold before this message: addresses, versions and where the arrays lie."""
+        content = message.content
+        config = config_in(content) or {}
+        if "run" not in content:  # one of Flower's own strategies
+            arrays = content.get("arrays")
+            return {("model", ""): self._broadcast(arrays)} if isinstance(arrays, ArrayRecord) else {}
+        columns = (config.get(f"parcel.{name}", ()) for name in ("topic", "to", "version"))
+        for topic, to, version in zip(*columns, strict=True):
+            held = self.cache.get((topic, to))
+            if held is None or held.version < version:
                 for parcel in parcels(content, config):
                     self.cache.take(parcel, self._topics)
-                wanted = zip(config.get("needs.topic", []), config.get("needs.to", []), strict=True)
-                for address in wanted:
-                    needs[address] = (address, *self._reference(address))
-            bare = RecordDict()
-            bare["config"] = _without_parcels(config)
-            if "run" in content.config_records:
-                bare["run"] = content["run"]
-            thin = Message(bare, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type)
-            lean.append(thin)
-        return lean, list(needs.values())
+                break
+        wanted = zip(config.get("needs.topic", ()), config.get("needs.to", ()), strict=True)
+        return {address: self._reference(address) for address in wanted}
 
-    def _broadcast(self, arrays: Any) -> Any:
-        key = id(arrays)
-        if getattr(self, "_last", (None, None, None))[0] != key:
+    def _broadcast(self, arrays: ArrayRecord) -> tuple[int, Any]:
+        if self._foreign is None or self._foreign[0] is not arrays:
             value = {k: v.numpy() for k, v in tensors(arrays).items()}
-            self._last = (key, ray.put((value, key)), arrays)  # the record is kept, so that its id stays taken
-        return self._last[1]
+            self._foreign = (arrays, ray.put((value, id(arrays))))  # kept, so that its id stays taken
+        return id(arrays), self._foreign[1]
 
     def _reference(self, address: Address) -> tuple[int, Any]:
         item = self.cache[address]
         known = self._references.get(address)
         if known is None or known[0] != item.version:
-            value: Wire = ({k: v.numpy() for k, v in item.arrays.items()}, item.version)
-            known = self._references[address] = (item.version, ray.put(value))
+            value = {k: v.numpy() for k, v in item.arrays.items()}
+            known = self._references[address] = (item.version, ray.put((value, item.version)))
         return known
+
+    # -- workers -------------------------------------------------------------------------------------------
+
+    def prepare(self, member: Member) -> None:
+        """Let a worker take on the run, once; learn whether it sees the state directory."""
+        if member.ready is None:
+            member.ready = member.actor.prepare.remote(*self._args)
+
+    def replace(self, member: Member) -> None:
+        """End a worker that is dead, hung or at odds with itself, and start another in its place."""
+        with contextlib.suppress(Exception):
+            ray.kill(member.actor)
+        member.actor, member.ready, member.shares_directory = self._start(), None, None
+
+    def states(self, member: Member, bare: list[Bare]) -> dict[tuple[int, str], Tree | None]:
+        """Client states for a worker that does not see our directory."""
+        if member.shares_directory is None:
+            member.shares_directory = bool(ray.get(member.ready))
+        if member.shares_directory:
+            return {}
+        out: dict[tuple[int, str], Tree | None] = {}
+        for node, _, config in bare:
+            client, tag = int(config.get("client", node - 1)), str(config.get("tag", INITIAL))
+            if tag != INITIAL:
+                try:
+                    out[client, tag] = packed(self.store.load(client, tag))
+                except Exception:
+                    out[client, tag] = None  # the worker answers that it cannot go back that far
+        return out
 
     def close(self) -> None:
         """Give the workers back for the next run of this process."""
-        _idle.setdefault(self._share, []).extend(self.actors)
-        self.actors, self._references = [], {}
+        _idle.setdefault(self._share, []).extend(member.actor for member in self.crew)
+        self.crew, self._references, self._foreign = [], {}, None
+        self._token.unlink(missing_ok=True)
+
+
+class Member:
+    """A worker and the calls it owes, in the order it works on them."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.calls = actor, deque[Call]()
+        self.ready: Any = None
+        self.shares_directory: bool | None = None
+        self.load = 0.0
+
+
+@dataclass
+class Call:
+    """One call to a worker: whole groups, or one message of a group whose worker died."""
+
+    parts: list[tuple[int, int]]  # (group, member); member -1: all
+    reference: Any = None
+    lost: str = ""
+
+
+class Exchange:
+    """One phase: what is handed out, what is back, and what has to be tried again."""
+
+    def __init__(self, grid: RayGrid, groups: list[list[Message]]) -> None:
+        self.grid, self.groups = grid, groups
+        self.cost = [1 + sum(grid._scenario.examples(m.metadata.dst_node_id - 1) for m in g) for g in groups]
+        self.todo = deque(range(len(groups)))
+        self.answers: dict[tuple[int, int], list[Answer]] = {}
+        self.split: dict[int, str] = {}  # groups run member by member, and why
+        self.attempts: dict[tuple[int, int], int] = {}
+        self.run = None
+        for member in grid.crew:
+            member.load = 0.0
+            member.calls.clear()
+
+    def replies(self, i: int) -> Iterator[Message]:
+        """The replies of a group, waited for."""
+        self._hand_out(i)
+        while not self._complete(i):
+            member = next(m for m in self.grid.crew if any(p[0] == i for c in m.calls for p in c.parts))
+            self._collect(member)
+        if i in self.split:
+            found = [self.answers.pop((i, j))[0] for j in range(len(self.groups[i]))]
+        else:
+            found = self.answers.pop((i, -1))
+        for j, (message, answer) in enumerate(zip(self.groups[i], found, strict=True)):
+            yield _reply(message, answer, self.attempts.get((i, j), 0))
+        self.groups[i] = []
+
+    def _complete(self, i: int) -> bool:
+        if i in self.split:
+            return all((i, j) in self.answers for j in range(len(self.groups[i])))
+        return (i, -1) in self.answers
+
+    # -- handing out ---------------------------------------------------------------------------------------
+
+    def _hand_out(self, next: int) -> None:
+        """Push whole lists, longest first, within a window that bounds what waits for its turn."""
+        grid = self.grid
+        window = max(4 * len(grid.crew), min(4096, int(grid.window // max(grid.bytes, 1))))
+        if not self.todo or (self.todo[0] > next and self.todo[0] - next > window // 2):
+            return
+        chosen = []
+        while self.todo and self.todo[0] < next + window:
+            chosen.append(self.todo.popleft())
+        lists: dict[int, list[int]] = {}
+        for i in sorted(chosen, key=lambda i: -self.cost[i]):
+            worker = min(range(len(grid.crew)), key=lambda w: grid.crew[w].load)
+            grid.crew[worker].load += self.cost[i]
+            lists.setdefault(worker, []).append(i)
+        batch = 1
+        if grid.bytes < LARGE:
+            batch = max(1, min(64, int(4 * LARGE // max(grid.bytes, 1)), int(SHORT / max(grid.seconds, 1e-5))))
+        for worker, mine in lists.items():
+            for k in range(0, len(mine), batch):
+                self._push(grid.crew[worker], [(i, -1) for i in mine[k : k + batch]])
+
+    def _push(self, member: Member, parts: list[tuple[int, int]]) -> None:
+        grid = self.grid
+        grid.prepare(member)
+        needs: dict[Address, tuple[int, Any]] = {}
+        bare, run = [], None
+        for i, j in parts:
+            messages = self.groups[i] if j < 0 else [self.groups[i][j]]
+            for message in messages:
+                needs.update(grid.needs(message))
+            bare.append([_bare(message) for message in messages])
+            run = config_in(messages[0].content, "run")
+        call = Call(parts)
+        member.calls.append(call)
+        try:
+            states = {} if member.shares_directory else grid.states(member, [b for group in bare for b in group])
+            common = None if run is None else dict(run)
+            alone = any(j >= 0 for _, j in parts)
+            call.reference = member.actor.work.remote(common, bare, needs, states, alone)
+        except RayError as error:
+            call.lost = _cause(error)
+
+    # -- taking back ---------------------------------------------------------------------------------------
+
+    def _collect(self, member: Member) -> None:
+        """Wait for the oldest call of a worker."""
+        call = member.calls[0]
+        try:
+            if call.lost:
+                raise _Lost(call.lost)
+            answers, kept, seconds = ray.get(call.reference)
+        except (RayError, _Lost) as error:
+            self._recover(member, _cause(error))
+            return
+        member.calls.popleft()
+        for verb, client, key, tree, previous in kept:
+            self._keep(verb, client, key, tree, previous)
+        for part, found in zip(call.parts, answers, strict=True):
+            self.answers[part] = found
+        self.grid.seconds = seconds / len(call.parts)
+        self.grid.bytes = max(sum(map(_size, found)) for found in answers)
+
+    def _keep(self, verb: str, client: int, key: str, tree: Tree, previous: str) -> None:
+        from fedfuse.runtime.worker import unpacked
+
+        if verb == "save":
+            self.grid.store.save(client, key, unpacked(tree), previous)
+        else:
+            self.grid.store.stage(client, key, unpacked(tree))
+
+    def _recover(self, member: Member, cause: str) -> None:
+        """Replace a dead worker and hand its calls out again. Only what it was working on is suspect: that is
+        run member by member, so that one client that kills its worker takes nobody with it.
+        """
+        calls = list(member.calls)
+        member.calls.clear()
+        self.grid.replace(member)
+        suspect, *others = calls
+        again: list[list[tuple[int, int]]] = []
+        for i, j in suspect.parts:
+            members = range(len(self.groups[i])) if j < 0 else [j]
+            if j < 0:
+                self.split[i] = cause
+            for k in members:
+                self.attempts[i, k] = self.attempts.get((i, k), 0) + 1
+                if self.attempts[i, k] > max(self.grid.retries, 1):
+                    limit = self.grid.limit
+                    hint = f"; runtime.client_timeout={limit} s" if limit is not None else ""
+                    text = f"its worker died {self.attempts[i, k]} times ({cause}{hint})"
+                    self.answers[i, k] = [(FAILED, text)]
+                else:
+                    again.append([(i, k)])
+        for parts in [*again, *(call.parts for call in others)]:
+            self._push(member, parts)
+
+    def end(self) -> None:
+        """If the phase was broken off, no worker goes on with it behind our back."""
+        for member in self.grid.crew:
+            if member.calls:
+                member.calls.clear()
+                self.grid.replace(member)
+
+
+class _Lost(Exception):
+    """A call that could not even be made."""
+
+
+def _cause(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
+
+
+def _bare(message: Message) -> Bare:
+    config = config_in(message.content) or {}
+    plain = {k: v for k, v in config.items() if not k.startswith("parcel.")}
+    return message.metadata.dst_node_id, message.metadata.message_type, plain
+
+
+def _size(answer: Answer) -> int:
+    if not isinstance(answer[0], dict):
+        return 0
+    return sum(array.nbytes for record in answer[0].values() for array in record.values())
+
+
+def _reply(message: Message, answer: Answer, attempts: int) -> Message:
+    head, tail = answer
+    if not isinstance(head, dict):
+        return Message(Error(head, tail), reply_to=message)
+    content: dict[str, Any] = {
+        name: trusted(ArrayRecord, {k: LiveArray(v) for k, v in arrays.items()}) for name, arrays in head.items()
+    }
+    for name, is_config, values in tail:
+        if is_config and name == "config" and attempts:
+            values["retried"] = int(values.get("retried", 0)) + attempts
+        content[name] = trusted(ConfigRecord if is_config else MetricRecord, values)
+    return Message(trusted(RecordDict, content), reply_to=message)
 
 
 _idle: dict[float, list[Any]] = {}  # workers between two runs, by their share of a GPU
 
 
-def _without_parcels(config: Any) -> Any:
-    out = type(config)() if config else None
-    if out is None:
-        from flwr.app import ConfigRecord
-
-        return ConfigRecord()
-    for key, value in config.items():
-        if not key.startswith("parcel."):
-            out[key] = value
-    return out
-
-
-def connect(workers: int, address: str | None) -> None:
-    """Start Ray on this machine, or join a cluster, once a process."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        # thread limits reach the actors before they import anything
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        os.environ.update(limits)
-        options |= {"num_cpus": workers, "include_dashboard": False, "address": "local"}
-    else:
-        options["address"] = address
-    ray.init(**options)
-
-
-def disconnect() -> None:
-    """End what `connect` started."""
+def forget() -> None:
+    """Drop the idle workers: their Ray ends."""
     _idle.clear()
-    if ray.is_initialized():
-        ray.shutdown()

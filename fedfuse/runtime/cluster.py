@@ -1,0 +1,82 @@
+"""Ray itself: started once a process on this machine, or joined where it runs; ended without a trace."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from fedfuse.errors import UserError
+
+_PREFIX = "fedfuse-ray-"
+_own: list[Path] = []  # the directory of the Ray that this process started
+
+
+def connect(workers: int, address: str | None = None, memory: int | None = None) -> None:
+    """Start Ray on this machine, or join a cluster, once a process.
+
+    Parameters
+    ----------
+    workers : int
+        Actors that shall run at once.
+    address : str, optional
+        Cluster to join (`auto`, or `host:port`).
+    memory : int, optional
+        Bytes of the object store; default Ray's own choice.
+
+    Raises
+    ------
+    UserError
+        If there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise UserError(f"runtime.address={address}: no Ray cluster answers there ({error})") from error
+        return
+    # thread limits reach the actors before they import anything
+    os.environ.update({k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+    folder = _directory()
+    if memory is not None:
+        options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less
+    atexit.register(disconnect)
+    ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+
+
+def disconnect() -> None:
+    """End what `connect` started, its sockets and logs included."""
+    from fedfuse.runtime import ray as grid
+
+    grid.forget()
+    if ray.is_initialized():
+        ray.shutdown()
+    while _own:
+        shutil.rmtree(_own.pop(), ignore_errors=True)
+
+
+def _directory() -> Path:
+    """A short path of our own for sockets and logs (Unix sockets allow 107 characters); sweep those of the dead."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > 30:
+        root = Path("/tmp")
+    for old in root.glob(f"{_PREFIX}*"):
+        owner = old.name.removeprefix(_PREFIX)
+        with contextlib.suppress(OSError):
+            if owner.isdigit() and old.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(old, ignore_errors=True)  # its driver was killed
+    folder = root / f"{_PREFIX}{os.getpid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _own.append(folder)
+    return folder
