@@ -285,7 +285,7 @@ def digest_of(server: str, clients: Iterable[str]) -> str:
 # --- nested state as flat arrays --------------------------------------------------------------------------
 
 
-_PLAIN = bool | int | float | str | None
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str, Any]]:
@@ -314,7 +314,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
                 rest[path] = {}
         elif isinstance(value, list):
             if strange := [item for item in value if not isinstance(item, _PLAIN)]:
-                raise TypeError(f"state {path!r} is a list holding a {type(strange[0]).__name__}; use a dict of tensors")
+                kind = type(strange[0]).__name__
+                raise TypeError(f"state {path!r} is a list holding a {kind}; use a dict of tensors")
             rest[path] = value
         elif isinstance(value, _PLAIN):
             rest[path] = value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedfuse.knowledge import Board, Cache, Item, Parcel, Stale, Topic, address_of, model_topic, reaches
 from fedfuse.records import nbytes, sha_arrays

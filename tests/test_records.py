@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedfuse.records import (
     InvalidArrays,
@@ -81,7 +82,7 @@ def hostile(array: Array) -> ArrayRecord:
 
 def test_arrays_that_cannot_be_read_are_refused() -> None:
     good = Array(np.ones(3, dtype=np.float32))
-    with pytest.raises(InvalidArrays, match="encoded as 'torch.pickle'"):
+    with pytest.raises(InvalidArrays, match=r"encoded as 'torch.pickle'"):
         tensors(hostile(Array(good.dtype, (3,), "torch.pickle", good.data)))
     with pytest.raises(InvalidArrays, match="cannot be read"):
         tensors(hostile(Array(good.dtype, (3,), "numpy.ndarray", good.data[:40])))
