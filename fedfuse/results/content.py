@@ -121,13 +121,13 @@ def intervals(rows: Sequence[Row]) -> Table:
             lines.append(
                 (
                     word(row.strategy),
-                    word(metric),
+                    word(METRICS[metric].removesuffix(" %") if metric in BEST else METRICS[metric]),
                     number(t.n, str(t.n)),
                     number(t.mean, percent(Interval(t.mean, None, None, t.n))),
                     *(_end(end) for end in (t.low, t.high, boot.low, boot.high)),
                 )
             )
-    columns = _columns(":strategy", ":metric", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
+    columns = _columns(":strategy", ":accuracy", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
     return Table("Intervals", columns, tuple(lines), wording.INTERVALS)
 
 

@@ -54,7 +54,8 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
     names = sorted(totals, key=lambda name: -totals[name])
     if not rows:
         return None, []
-    shown, rest = names[: svg.PHASES - 1], names[svg.PHASES - 1 :]
+    most = len(names) if len(names) <= svg.PHASES else svg.PHASES - 1
+    shown, rest = names[:most], names[most:]
     with svg.figure(height=max(1.4, 0.7 + 0.26 * len(rows))) as drawn:
         axes = drawn.add_subplot()
         for y, (_, runs) in enumerate(rows):

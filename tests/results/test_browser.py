@@ -171,7 +171,7 @@ def test_theme(browser, page_file):
     with Opened(browser, page_file, theme="light") as opened:
         page = opened.page
         paper = "getComputedStyle(document.body).backgroundColor"
-        line = "getComputedStyle(document.querySelector('.series path')).stroke"
+        line = "(s => s.fill + s.stroke)(getComputedStyle(document.querySelector('.series-0 > path')))"
         before = page.evaluate(paper), page.evaluate(line)
         page.locator("#theme").click()
         after = page.evaluate(paper), page.evaluate(line)
