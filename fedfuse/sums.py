@@ -5,11 +5,12 @@ The same groups are used everywhere, so one worker, many workers and a network s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from fedfuse.records import Arrays
+from fedfuse.records import Arrays, InvalidArrays, Layout, layout_of
 
 GROUP = 8  # clients summed together, in one actor where there are actors
 
@@ -22,12 +23,20 @@ class Sum:
 
     def __init__(self) -> None:
         self.dtypes: dict[str, torch.dtype] = {}
+        self._layout: Layout = {}
         self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
         self._total: Arrays = {}
         self._weights = 0.0
 
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
-        """Add one client's arrays."""
+        """Add one client's arrays.
+
+        Raises
+        ------
+        InvalidArrays
+            If they are laid out otherwise than those before, or the weight is negative or not finite.
+        """
+        self.check(arrays, weight)
         if group != self._group:
             self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
             self._current = {name: value.double() * weight for name, value in arrays.items()}
@@ -36,6 +45,15 @@ class Sum:
         for name, value in arrays.items():
             self._current[name].add_(value.double() * weight)
         self._weight += weight
+
+    def check(self, arrays: Arrays, weight: float) -> None:
+        """Refuse what cannot be added: an addition would broadcast other shapes without a word."""
+        if not 0 <= weight < math.inf:
+            raise InvalidArrays(f"weight {weight}; at least 0 is needed")
+        layout = layout_of(arrays)
+        if self._layout and layout != self._layout:
+            raise InvalidArrays("arrays that are summed differ from those of the clients before in name, shape or dtype")
+        self._layout = layout
 
     def add_group(self, group: int, arrays: Arrays, weight: float, dtypes: Mapping[str, str]) -> None:
         """Add a whole group that was summed beside its clients."""
