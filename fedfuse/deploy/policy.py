@@ -122,7 +122,8 @@ def policy_from(values: dict[str, Any], where: str) -> Policy:
             allowed = "a whole number, at least 0"
         if not good:
             raise UserError(f"{where}: {key}={value!r}; allowed is {allowed}")
-    return Policy(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Policy(**chosen)
 
 
 def read_policy(path: Path | None) -> Policy:

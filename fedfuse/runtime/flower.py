@@ -47,6 +47,7 @@ class Sent:
 
     original: Message
     client: int
+    node: int
     ids: set[str] = field(default_factory=set)
     tries: int = 0
     due: bool = True  # to be sent (again) as soon as its node is there
@@ -56,6 +57,9 @@ class Sent:
 
 class FlowerGrid(Grid):
     """Adapts any grid of Flower's to what a fusion strategy expects: known clients, ordered replies, retries.
+
+    Strategies see client i as node i + 1, as on every grid of ours; which of Flower's nodes acts as which client
+    (one node may act as several) is known here alone.
 
     Parameters
     ----------
@@ -77,9 +81,7 @@ class FlowerGrid(Grid):
     ) -> None:
         self.grid, self.patience, self.say = grid, patience or Patience(), say
         self.setting = ConfigRecord(dict(setting))
-        self.nodes: dict[int, int] = {}  # client -> node
-        self.pushed_bytes = self.pulled_bytes = 0  # array payload handed to and taken from Flower, repeats included
-        self._pushed: dict[str, Message] = {}
+        self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
         self._looked = 0.0
 
@@ -101,12 +103,12 @@ class FlowerGrid(Grid):
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Nodes in client order."""
-        return [self.nodes[client] for client in sorted(self.nodes)] or self.grid.get_node_ids()
+        """Clients as nodes, in client order."""
+        return [client + 1 for client in sorted(self.nodes)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages without waiting."""
-        return self.grid.push_messages([self._dressed(message) for message in messages])
+        return self.grid.push_messages([self._dressed(m, self.nodes[m.metadata.dst_node_id - 1]) for m in messages])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take replies that are there."""
@@ -149,10 +151,10 @@ class FlowerGrid(Grid):
                 asked |= {node: online[node] for node in new}
                 left = max(1.0, until - time.monotonic())
                 hellos = [Message(RecordDict(), node, "query.hello") for node in new]
-                for node, client, reason in self._greeted(hellos, left, clients, check):
+                for node, found, reason in self._greeted(hellos, left, clients, check):
                     if reason is None:
-                        self.nodes[client] = node
-                        self.say(f"fedfuse: client {client} is node {node}")
+                        self.nodes |= dict.fromkeys(found, node)
+                        self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
                     else:
                         reasons[node] = reason
                         self.say(f"fedfuse: node {node} is not taken: {reason}")
@@ -169,24 +171,24 @@ class FlowerGrid(Grid):
 
     def _greeted(
         self, hellos: list[Message], timeout: float, clients: int, check: Callable[[Mapping[str, Any]], list[str]]
-    ) -> Iterable[tuple[int, int, str | None]]:
-        sent = [Sent(message, -1) for message in hellos]
-        self._exchange(sent, timeout, answered := [])
+    ) -> Iterable[tuple[int, list[int], str | None]]:
+        sent = [Sent(message, -1, message.metadata.dst_node_id) for message in hellos]
+        answered: list[tuple[Sent, Message]] = []
+        self._exchange(sent, timeout, answered)
         for item, reply in answered:
-            node = item.original.metadata.dst_node_id
             if reply.has_error():
-                yield node, -1, reply.error.reason
+                yield item.node, [], reply.error.reason
                 continue
-            hello = dict(reply.content.config_records.get("hello", ConfigRecord()))
-            client = hello.get("client")
-            if not isinstance(client, int) or not 0 <= client < clients:
-                yield node, -1, f"says it is client {client!r}"
-            elif client in self.nodes:
-                yield node, client, f"client {client} is node {self.nodes[client]} already"
-            elif wrong := check(hello):
-                yield node, client, f"client {client} does not agree: {'; '.join(wrong)}"
+            records = [dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"]
+            found = [hello.get("client") for hello in records]
+            if not found or not all(isinstance(client, int) and 0 <= client < clients for client in found):
+                yield item.node, [], f"says it acts as clients {found}; the run has {clients}"
+            elif taken := [client for client in found if client in self.nodes]:
+                yield item.node, [], f"client {taken[0]} is node {self.nodes[taken[0]]} already"
+            elif wrong := [line for hello in records for line in check(hello)]:
+                yield item.node, [], f"does not agree: {'; '.join(wrong[:4])}"
             else:
-                yield node, client, None
+                yield item.node, sorted(found), None
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -200,8 +202,10 @@ class FlowerGrid(Grid):
         WorldError
             If too few clients succeeded even when asked a second time.
         """
-        of = {node: client for client, node in self.nodes.items()}
-        sent = [Sent(message, of.get(message.metadata.dst_node_id, -1)) for message in messages]
+        sent = []
+        for message in messages:
+            client = message.metadata.dst_node_id - 1
+            sent.append(Sent(message, client, self.nodes[client]))
         limit = timeout if timeout is not None else self.patience.deadline
         answered: list[tuple[Sent, Message]] = []
         self._exchange(sent, limit, answered)
@@ -210,7 +214,7 @@ class FlowerGrid(Grid):
             self.say(f"fedfuse: {_good(answered)} of {len(sent)} replied, {needed} are needed; asking again")
             answered = [(item, reply) for item, reply in answered if reply.has_content()]
             kept = {id(item) for item, _ in answered}
-            again = [Sent(item.original, item.client) for item in sent if id(item) not in kept]
+            again = [Sent(item.original, item.client, item.node) for item in sent if id(item) not in kept]
             self._exchange(again, limit, answered)
             if _good(answered) < needed:
                 causes = [f"client {i.client}: {r.error.reason}" for i, r in answered if r.has_error()]
@@ -232,11 +236,11 @@ class FlowerGrid(Grid):
             return Message(Error(INVALID, fault), reply_to=item.original)
         return Message(reply.content, reply_to=item.original)
 
-    def _dressed(self, message: Message) -> Message:
+    def _dressed(self, message: Message, node: int) -> Message:
         content = on_the_wire(message.content)
         content["setting"] = self.setting
         metadata = message.metadata
-        return Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id)
+        return Message(content, node, metadata.message_type, group_id=metadata.group_id)
 
     def _exchange(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
         """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
@@ -246,7 +250,7 @@ class FlowerGrid(Grid):
             online = self.online()
             for item in waiting:
                 self._watch(item, online)
-            if due := [item for item in waiting if item.due and item.original.metadata.dst_node_id in online]:
+            if due := [item for item in waiting if item.due and item.node in online]:
                 self._push(due, online)
             owner = {key: item for item in waiting for key in item.ids}
             for reply in self.grid.pull_messages(owner) if owner else ():
@@ -277,20 +281,19 @@ class FlowerGrid(Grid):
 
     def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
         """A node that was started again has lost what it was working on: it is asked again."""
-        node = item.original.metadata.dst_node_id
-        if node not in online:
+        if item.node not in online:
             item.away_since = item.away_since or time.monotonic()
         else:
             item.away_since = None
-            if item.ids and online[node] != item.stamp:
+            if item.ids and not item.due and online[item.node] != item.stamp:
                 self.say(f"fedfuse: client {item.client}: its node was started again; sending again")
                 item.due = True
 
     def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
-        for item, key in zip(due, self.grid.push_messages([self._dressed(i.original) for i in due]), strict=True):
+        for item, key in zip(due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True):
             item.due = False
             item.tries += 1
-            item.stamp = online[item.original.metadata.dst_node_id]
+            item.stamp = online[item.node]
             if key:
                 item.ids.add(key)
             else:

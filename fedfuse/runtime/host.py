@@ -36,15 +36,14 @@ class Seat:
     Attributes
     ----------
     client : int
-        Index of the client.
+        Index of the client (with `clients`, of the first one).
     state : Path
         Folder for everything that must survive; one folder a run below it.
     clients : int or None
-        Acts as simulated client `client` of so many (`--partition i/n`); None: the site has data of its own.
+        Acts for simulation (`--partition i/n`) as every n-th client from `client` on, so with n clients as exactly
+        one; None: the site has data of its own.
     data : str or None
         Folder of the data; None follows $FEDFUSE_DATA.
-    layout, name : str or None
-        How the site's own data is laid out, and its name.
     store : Path or None
         Where client states lie, if not beside the rest.
     device : str
@@ -58,6 +57,10 @@ class Seat:
     policy: Policy = field(default_factory=Policy)
     store: Path | None = None
     device: str = "cpu"
+
+    def acts_as(self, clients: int) -> list[int]:
+        """The clients of a run that this site is."""
+        return [self.client] if self.clients is None else list(range(self.client, clients, self.clients))
 
     def as_json(self) -> str:
         """Write it for the site's other processes."""
@@ -94,7 +97,7 @@ class Host:
             return self._error(FAILED, text[:500], message)
 
     def _error(self, code: int, reason: str, message: Message) -> Message:
-        print(f"fedfuse: client {self.seat.client}: {reason}", flush=True)
+        print(f"fedfuse: {reason}", flush=True)
         return Message(Error(code=code, reason=reason), reply_to=message)
 
     def _handle(self, message: Message) -> Message:
@@ -104,19 +107,18 @@ class Host:
         run = str(setting.get("run", ""))
         if not RUN.fullmatch(run):
             raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
-        folder = self.seat.state / run / str(self.seat.client)
-        self._not_orphaned(folder, setting)
+        self._not_orphaned(self.seat.state / run, setting)
         config, scenario = self._scenario(str(setting.get("config", "")))
-        client = self.seat.client
+        mine = self.seat.acts_as(scenario.clients)
         if message.metadata.message_type == "query.hello":
-            found = identity(scenario, client, config.strategy.name)
-            return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
-        asked = message.content.config_records.get("config", ConfigRecord())
-        if asked.get("client") != client:
-            raise Refused(f"a message for client {asked.get('client')!r}; this is client {client}")
-        named = message.content.config_records.get("run", ConfigRecord())
-        if named.get("run") != run:
+            found = {f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine}
+            return Message(RecordDict(found), reply_to=message)
+        client = message.content.config_records.get("config", ConfigRecord()).get("client")
+        if client not in mine:
+            raise Refused(f"a message for client {client!r}; this site is client {', '.join(map(str, mine))}")
+        if message.content.config_records.get("run", ConfigRecord()).get("run") != run:
             raise Refused("a message whose run is not that of its setting")
+        folder = self.seat.state / run / str(client)
         reply = Site(folder, self._node(config, scenario, folder)).handle(message)
         if reply.has_error():
             print(f"fedfuse: client {client}: {reply.error.reason}", flush=True)
@@ -146,14 +148,11 @@ class Host:
             self.seat.policy.check(config)
             config = replace(config, data=replace(config.data, root=self.seat.data))
             scenario = prepare_scenario(config)
-            if self.seat.clients is not None and scenario.clients != self.seat.clients:
-                raise Refused(
-                    f"the run has {scenario.clients} clients, this node is partition "
-                    f"{self.seat.client}/{self.seat.clients}"
-                )
-            if not 0 <= self.seat.client < scenario.clients:
-                raise Refused(f"the run has {scenario.clients} clients, this is client {self.seat.client}")
-            self.seat.policy.check_examples(scenario.examples(self.seat.client))
+            mine = self.seat.acts_as(scenario.clients)
+            if not mine or mine[-1] >= scenario.clients or mine[0] < 0:
+                raise Refused(f"the run has {scenario.clients} clients, this site is client {self.seat.client}")
+            for client in mine:
+                self.seat.policy.check_examples(scenario.examples(client))
             self._scenarios = {text: (config, scenario)}
         return self._scenarios[text]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -55,16 +55,11 @@ def serve(
     strategy.run_id = _kept(directory.path / "run_id", strategy.run_id)
     attempt = int(_kept(directory.path / "attempt", "0")) + 1
     write_text(directory.path / "attempt", str(attempt))
-    for name, value in {"config": as_json(config), "run": strategy.run_id, "attempt": attempt}.items():
-        adapter.setting[name] = value
-    names: dict[int, Mapping[str, Any]] = {}
+    adapter.setting = ConfigRecord({"config": as_json(config), "run": strategy.run_id, "attempt": attempt})
 
     def check(hello: Mapping[str, Any]) -> list[str]:
-        client = int(hello["client"])
-        names[client] = identity(scenario, client, entry.name)
-        return differences(dict(names[client]), dict(hello))
+        return differences(identity(scenario, int(hello["client"]), entry.name), dict(hello))
 
-    strategy.nodes = adapter.nodes
     adapter.join(scenario.clients, check)
     federation.run()
     return federation
@@ -102,14 +97,14 @@ def run_on_flower(config: Config, directory: RunDirectory) -> Path:
 
     clients = prepare_scenario(config).clients
     workers = config.runtime.workers or max(1, min(len(os.sched_getaffinity(0)), clients))
-    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    backend: Any = {"init_args": {"num_cpus": workers}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     with tempfile.TemporaryDirectory() as sites:
         try:
             run_simulation(
                 server,
                 simulated(Path(sites), directory.clients.directory, clients, config.data.root),
                 num_supernodes=clients,
-                backend_config={"init_args": {"num_cpus": workers}, "client_resources": resources},
+                backend_config=backend,
             )
         except Exception as error:
             failures.append(error)

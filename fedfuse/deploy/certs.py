@@ -1,0 +1,152 @@
+"""Certificates and keys for a private federation: one local CA, one server certificate, one key pair a node."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedfuse.errors import UserError
+
+PEM, PRIVATE = serialization.Encoding.PEM, serialization.PrivateFormat
+PLAIN = serialization.NoEncryption()
+
+
+def write_certificates(directory: Path, names: Sequence[str], nodes: Sequence[str], days: int = 365) -> list[Path]:
+    """Make what is missing in a directory; what is there stays, so nodes can be added later.
+
+    Parameters
+    ----------
+    directory : Path
+        Gets `ca.crt`, `ca.key`, `server.pem`, `server.key`, and `<node>.key`, `<node>.pub` for each node.
+    names : sequence of str
+        DNS names and IP addresses under which nodes reach the server (subject alternative names).
+    nodes : sequence of str
+        Names of nodes to make a key pair for.
+    days : int
+        How long the server's certificate is valid; the CA's is valid ten times as long.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    UserError
+        If the directory cannot be written, or the server's certificate is there without the CA's key.
+    """
+    if days < 1:
+        raise UserError(f"--days {days}: at least 1")
+    for name in nodes:
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in ("ca", "server"):
+            raise UserError(f"--node {name}: letters, digits, '-', '_' and '.' are allowed, not 'ca' or 'server'")
+    written: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "ca.crt").exists():
+            written += _ca(directory, days * 10)
+        if not (directory / "server.pem").exists():
+            if not (directory / "ca.key").exists():
+                raise UserError(f"{directory}: has ca.crt and no ca.key: nothing can be signed with it")
+            written += _server(directory, names, days)
+        for name in nodes:
+            if not (directory / f"{name}.key").exists():
+                written += node_keys(directory, name)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from error
+    return written
+
+
+def _write(path: Path, content: bytes, secret: bool) -> Path:
+    # a secret is never readable by others, not even between creation and chmod
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    return path
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def _certificate(subject: str, issuer: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(_name(issuer))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _ca(directory: Path, days: int) -> list[Path]:
+    key = ec.generate_private_key(ec.SECP384R1())
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    certificate = (
+        _certificate("FedFuse CA", "FedFuse CA", key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+    return [
+        _write(directory / "ca.key", key.private_bytes(PEM, PRIVATE.PKCS8, PLAIN), secret=True),
+        _write(directory / "ca.crt", certificate.public_bytes(PEM), secret=False),
+    ]
+
+
+def _server(directory: Path, names: Sequence[str], days: int) -> list[Path]:
+    signer = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    if not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{directory / 'ca.key'}: an elliptic-curve key is needed")
+    ca = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+    key = ec.generate_private_key(ec.SECP384R1())
+    wanted = dict.fromkeys([*names, "localhost", "127.0.0.1"])
+    certificate = (
+        _certificate("FedFuse server", "FedFuse CA", key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_general(name) for name in wanted]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+                ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+            ),
+            critical=False,
+        )
+        .sign(signer, hashes.SHA384())
+    )
+    return [
+        _write(directory / "server.key", key.private_bytes(PEM, PRIVATE.PKCS8, PLAIN), secret=True),
+        _write(directory / "server.pem", certificate.public_bytes(PEM), secret=False),
+    ]
+
+
+def _general(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def node_keys(directory: Path, name: str) -> list[Path]:
+    """Write a node's key pair in OpenSSH form, as Flower reads it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return [
+        _write(directory / f"{name}.key", key.private_bytes(PEM, PRIVATE.OpenSSH, PLAIN), secret=True),
+        _write(directory / f"{name}.pub", public + f" {name}\n".encode(), secret=False),
+    ]

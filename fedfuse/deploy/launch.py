@@ -1,0 +1,120 @@
+"""`deploy server` and `deploy node`: Flower's SuperLink and SuperNode with our executor beside each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fedfuse.deploy.certs import _write as write_private
+from fedfuse.deploy.processes import QUIET
+from fedfuse.deploy.serve import RUNS
+from fedfuse.errors import UserError
+from fedfuse.runtime.host import Seat
+
+
+def _home(state: Path, **more: str) -> None:
+    """Prepare this process to become one of Flower's."""
+    try:
+        (state / "flwr").mkdir(parents=True, exist_ok=True)
+        state.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"--state-dir {state}: cannot be written ({error.strerror or error})") from error
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.update({"FLWR_HOME": str(state.resolve() / "flwr"), **more})
+
+
+def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
+    """Turn this process into a Flower command; its parents and signals see one process."""
+    sys.argv = [command, *words]
+    try:
+        entry()
+    except SystemExit as end:
+        return int(end.code or 0) if isinstance(end.code, int | None) else 1
+    return 0
+
+
+def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
+    """Start our executor; it ends when this process does."""
+    words = [sys.executable, "-m", "fedfuse.deploy.executor", kind, "--runtime-api-address", address, *tls]
+    subprocess.Popen([*words, "--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(secret)])
+
+
+def _secret(state: Path) -> Path:
+    """A new secret shared by a Flower process and our executor beside it: no one else on the machine gets tasks."""
+    return write_private(state / "executor.secret", secrets.token_bytes(32), secret=True)
+
+
+def _there(path: Path | None, flag: str) -> Path:
+    if path is None or not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    return path.resolve()
+
+
+def run_server(
+    *, host: str, port: int, certs: Path | None, state: Path, runs: Path, insecure: bool, database: Path | None = None
+) -> int:
+    """Be the SuperLink, with TLS and node authentication unless `insecure`.
+
+    Raises
+    ------
+    UserError
+        If certificates are missing or a directory cannot be written.
+    """
+    if insecure:
+        tls, executor_tls = ["--insecure"], ["--insecure"]
+    elif certs is None:
+        raise UserError("--certs DIR is needed (fedfuse deploy certs DIR makes them), or an explicit --insecure")
+    else:
+        ca, pem, key = (_there(certs / name, "--certs") for name in ("ca.crt", "server.pem", "server.key"))
+        tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
+        tls.append("--enable-supernode-auth")
+        executor_tls = ["--root-certificates", str(ca)]
+    _home(state, **{RUNS: str(runs.resolve())})
+    secret = _secret(state)
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    near = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1", "localhost") else host
+    _executor("server", f"{near}:{port}", executor_tls, secret)
+    words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]
+    words += ["--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"]
+    words += ["--database", str(database or state.resolve() / "link.db")]
+    return _become("flower-superlink", words, flower_superlink)
+
+
+def run_node(
+    seat: Seat, *, server: str, ca: Path | None, key: Path | None, insecure: bool, port: int, no_key: bool = False
+) -> int:
+    """Be a SuperNode for one seat.
+
+    Raises
+    ------
+    UserError
+        If certificates are missing or a directory cannot be written.
+    """
+    if insecure:
+        words = ["--insecure"]
+    else:
+        words = ["--root-certificates", str(_there(ca, "--ca"))]
+        if key is not None:
+            words += ["--auth-supernode-private-key", str(_there(key, "--key"))]
+        elif not no_key:
+            raise UserError("--key FILE is needed (fedfuse deploy certs DIR --node NAME makes it)")
+    state = seat.state
+    _home(state, FEDFUSE_SEAT=str(state.resolve() / "seat.json"))
+    if seat.data is not None:
+        seat = replace(seat, data=str(Path(seat.data).resolve()))
+    seat = replace(seat, state=state.resolve() / "runs")
+    write_private(state / "seat.json", seat.as_json().encode(), secret=True)
+    secret = _secret(state)
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    _executor("client", f"127.0.0.1:{port}", ["--insecure"], secret)
+    words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+    words += ["--superexec-auth-secret-file", str(secret)]
+    return _become("flower-supernode", words, flower_supernode)
