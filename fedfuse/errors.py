@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,6 +14,13 @@ class UserError(Exception):
 
 class WorldError(Exception):
     """The world failed (no client succeeded, disk full, lost workers): exit code 1, the run can be resumed."""
+
+
+def in_words(error: BaseException) -> str:
+    """Say an exception and where it was raised in one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

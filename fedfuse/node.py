@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -17,13 +16,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 
 from fedfuse import registry
 from fedfuse.client import FusionClient
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, in_words
 from fedfuse.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.records import InvalidArrays, LiveArray, flatten, nbytes, plain_record, record, sha, tensors, validate
 from fedfuse.registry import Entry
 from fedfuse.scenario import Residents, Scenario
-from fedfuse.store import INITIAL, ClientStore
-from fedfuse.strategy import FAILED, INVALID, REFUSED, STALE, check_share
+from fedfuse.store import INITIAL, ClientStore, is_full
+from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE, check_share
 from fedfuse.sums import Sum
 
 
@@ -80,11 +79,10 @@ class Node:
             except InvalidArrays as error:
                 return self._error(INVALID, who, f"received {error}", message)
             except Exception as error:
+                if is_full(error):
+                    return self._error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
                 if attempt == self.retries:
-                    where = traceback.extract_tb(error.__traceback__)[-1]
-                    place = f" ({where.name}, {where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-                    text = " ".join(f"{type(error).__name__}: {error}".split())
-                    return self._error(FAILED, who, text[:500] + place, message)
+                    return self._error(FAILED, who, in_words(error), message)
         raise AssertionError("unreachable")
 
     def handle_group(self, messages: Sequence[Message], caches: Sequence[Cache]) -> list[Message]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
     try:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}, partial, metadata=metadata)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors says so only in words
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
 
 
@@ -37,6 +41,11 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         for name in file.keys():  # noqa: SIM118 - not a dict
             flat[name] = file.get_tensor(name)
     return unflatten(flat, json.loads(notes.pop("tree", "{}"))), notes
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, not a client, is why something failed: full, over quota or read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class ClientStore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedfuse.errors import WorldError
+from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.records import (
     Arrays,
@@ -41,7 +41,7 @@ from fedfuse.train.losses import loss as loss_named
 Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
 
-STALE, REFUSED, FAILED, INVALID = 1001, 1002, 1003, 1004  # codes of error replies
+STALE, REFUSED, FAILED, INVALID, FULL = 1001, 1002, 1003, 1004, 1005  # codes of error replies
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class FusionStrategy(Strategy):
         self.nodes: Mapping[int, int] | None = None  # client -> node id, where the grid's ids are not ours
         self.splits: tuple[str, ...] = ()
         self.begun = False
+        self.inside = False  # whether nodes are processes of this run, whose sums of a group are believed
 
     # -- what an algorithm writes --------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ class FusionStrategy(Strategy):
     ) -> Iterable[Message]:
         """Messages of this phase, one a client, each with just the knowledge its node lacks."""
         self.ensure_begun()
-        self.round = server_round
+        self.round, self.inside = server_round, getattr(grid, "inside", False)
         return self.messages(self.plan(server_round), "train", dict(config))
 
     def aggregate_train(
@@ -317,7 +318,7 @@ class FusionStrategy(Strategy):
         Raises
         ------
         WorldError
-            If no client succeeded.
+            If no client succeeded, or the algorithm failed.
         """
         sums = {name: Sum() for name in self.sums}
         stream = self._accepted(replies, sums)
@@ -327,7 +328,13 @@ class FusionStrategy(Strategy):
             raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{cause}")
         shares = Shares(_chain(first, stream), sums)
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
-        getattr(self, "fuse" if self.phase == "train" else f"fuse_{self.phase}")(shares)
+        verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
+        try:
+            getattr(self, verb)(shares)
+        except (UserError, WorldError):
+            raise
+        except Exception as error:
+            raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
         for _ in stream:  # what fuse did not look at is still accepted and counted
             pass
         item = self.board.items.get(("model", ""))
@@ -337,7 +344,7 @@ class FusionStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Messages to every client; evaluation works on what a client would use and commits nothing."""
-        self.round = server_round
+        self.round, self.inside = server_round, getattr(grid, "inside", False)
         return self.messages(list(range(self.scenario.clients)), "evaluate", dict(config))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -345,7 +352,7 @@ class FusionStrategy(Strategy):
         self.scored: dict[int, Metrics] = {}
         self.client_shas: dict[int, str] = {}
         for share in (shares := list(self._accepted(replies, {}, evaluate=True))):
-            self.scored[share.client] = {k: v for k, v in share.metrics.items() if "/" in k}
+            self.scored[share.client] = {k: v for k, v in share.metrics.items() if "/" in k and isinstance(v, int | float)}
         for client, metrics in self.judge(shares):
             self.scored.setdefault(client, {}).update(metrics)
         values = [m["personal/accuracy"] for m in self.scored.values() if "personal/accuracy" in m]
@@ -408,6 +415,7 @@ class FusionStrategy(Strategy):
         self._common, self._kind = self.common(kind, extra), kind
         self.left_out = []
         self.awaited = set(clients)
+        self.sent: dict[int, dict[tuple[str, str], int]] = {}  # versions a node holds once it has answered
         suffix = "" if kind == "evaluate" or self.phase == "train" else f".{self.phase}"
         self._type = kind + suffix
         self._wire: dict[Any, ArrayRecord] = {}
@@ -416,6 +424,7 @@ class FusionStrategy(Strategy):
     def _message(self, client: int, again: bool = False) -> Message:
         held = self.held.get(client, {})
         needed = list(self.board.addresses(client, self.scenario.architectures[client]))
+        self.sent[client] = {address: self.board.items[address].version for address in needed}
         parcels = [p for address in needed for p in self.board.path(address, held.get(address, -1))]
         content = RecordDict()
         names = []
@@ -463,49 +472,61 @@ class FusionStrategy(Strategy):
 
     def _accepted(self, replies: Iterable[Message], sums: dict[str, Sum], evaluate: bool = False) -> Iterator[Share]:
         expected = set(self.awaited)
+        if isinstance(replies, Sequence):  # a grid of Flower's, in no order; ours stream in client order
+            replies = sorted(replies, key=self.sender)
         for reply in replies:
             client = self.sender(reply)
             if client not in expected:
                 self._reject(f"a reply from {client}, who was not asked or has answered already")
                 continue
+            expected.discard(client)
             if reply.has_error():
-                expected.discard(client)
+                if reply.error.code == FULL and self.inside:
+                    raise WorldError(f"round {self.round}, client {client}: {reply.error.reason}")
                 self._leave_out(client, reply.error.reason or "failed", reply.error.code)
                 continue
-            expected.discard(client)
             try:
                 share = self._checked(reply, client, evaluate)
+                sizes = {name: nbytes(content) for name, content in share.records.items()}
+                self._add_up(share, sums)
             except InvalidArrays as error:
                 self._leave_out(client, str(error), INVALID)
                 continue
             config: Any = reply.content["config"]
-            self.failures["retried"] += int(config.get("retried", 0))
+            self.failures["retried"] += _count(config.get("retried"))
             label = "evaluate" if evaluate else self.label
-            for name, size in zip(config.get("summed.record", []), config.get("summed.bytes", []), strict=True):
+            if self.inside:
+                sizes |= zip(config.get("summed.record", []), config.get("summed.bytes", []), strict=True)
+            for name, size in sizes.items():
                 self.traffic.up(label, self.round, client, name, int(size))
-            for name, content in share.records.items():
-                self.traffic.up(label, self.round, client, name, nbytes(content))
-            self.held[client] = {
-                address: self.board.items[address].version
-                for address in self.board.addresses(client, self.scenario.architectures[client])
-            }
+            self.held[client] = self.sent[client]
             if evaluate:
                 self.client_shas[client] = str(config.get("sha", ""))
             else:
                 self._note(share)
                 self.tags[client] = self.tag() if config.get("tag") == self.tag() else INITIAL
                 for name, total in sums.items():
-                    if name in share.records:
-                        key = self.sums[name]
-                        weight = float(share.metrics[key]) if key else 1.0
-                        total.add(self.groups[client], share.records.pop(name), weight)
-                    elif f"sum:{name}" in reply.content.array_records:
+                    if self.inside and f"sum:{name}" in reply.content.array_records:
                         group = tensors(reply.content.array_records[f"sum:{name}"])
                         dtypes = json.loads(str(config[f"dtypes:{name}"]))
                         total.add_group(self.groups[client], group, float(config[f"weight:{name}"]), dtypes)
             yield share
         for client in sorted(expected):
             self._leave_out(client, "did not answer", FAILED)
+
+    def _add_up(self, share: Share, sums: dict[str, Sum]) -> None:
+        """Move the records that are only summed from a share into the sums; all of them or none."""
+        weights: dict[str, float] = {}
+        for name, total in sums.items():
+            if name in share.records:
+                key = self.sums[name]
+                number = share.metrics.get(key) if key else 1.0
+                if not isinstance(number, int | float):
+                    raise InvalidArrays(f"metric {key} is {number!r}; it weighs {name}")
+                weights[name] = float(number)
+                total.check(share.records[name], weights[name])
+        for name, weight in weights.items():
+            sums[name].add(self.groups[share.client], share.records.pop(name), weight)
 
     def _note(self, share: Share) -> None:
         """Keep a client's own figures; seconds are timing, not a result."""
@@ -536,8 +557,11 @@ class FusionStrategy(Strategy):
         metrics: dict[str, Any] = dict(content.metric_records["metrics"])
         if not evaluate:
             config: Any = content["config"]
-            summed = set(map(str, config.get("summed.record", [])))
+            summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
             check_share(type(self), self.hyper, self.residents, client, self.phase, records, metrics, summed)
+        else:
+            for name, arrays in records.items():
+                validate(name, arrays, None)
         return Share(client, records, metrics)
 
     def _leave_out(self, client: int, reason: str, code: int) -> None:
@@ -588,10 +612,17 @@ def check_share(
     examples = metrics.get("num-examples")
     if not isinstance(examples, int | float) or not 0 <= examples < 2**53:
         raise InvalidArrays(f"num-examples is {examples!r}; a count is needed")
+    if isinstance(metrics.get("seconds"), list):
+        raise InvalidArrays("metric seconds is a list; a number is needed")
     for key, value in metrics.items():
         for number in value if isinstance(value, list) else [value]:
             if key != "loss" and number != number:
                 raise InvalidArrays(f"metric {key} is not a number")
+
+
+def _count(value: Any) -> int:
+    """How often a client says it was tried again, if that makes sense."""
+    return value if isinstance(value, int) and 0 < value < 100 else 0
 
 
 def round_half_up(value: float) -> int:

@@ -52,7 +52,7 @@ class Sum:
             raise InvalidArrays(f"weight {weight}; at least 0 is needed")
         layout = layout_of(arrays)
         if self._layout and layout != self._layout:
-            raise InvalidArrays("arrays that are summed differ from those of the clients before in name, shape or dtype")
+            raise InvalidArrays("arrays to be summed differ from those of the clients before in name, shape or dtype")
         self._layout = layout
 
     def add_group(self, group: int, arrays: Arrays, weight: float, dtypes: Mapping[str, str]) -> None:

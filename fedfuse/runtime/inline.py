@@ -41,6 +41,8 @@ class LocalGrid(Grid):
     Replies come back in client order, whatever the order of work. An unmodified Flower strategy runs on it.
     """
 
+    inside = True  # its nodes are processes of this run
+
     def __init__(self, clients: int) -> None:
         claim_identity()
         self.clients = clients

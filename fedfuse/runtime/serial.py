@@ -46,6 +46,8 @@ class SerialGrid(LocalGrid):
         `drop(message, reply) -> bool`: whether a reply is lost on the way (for tests).
     """
 
+    inside = False
+
     def __init__(
         self,
         node: Callable[[Path], Node],
