@@ -187,28 +187,38 @@ def check(config: Config) -> None:
     UserError
         Naming the key, the value and what is allowed.
     """
+    at_least = {"clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.batch_size": 1, "train.weight_decay": 0}
+    at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
+    at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
+    for key, low in at_least.items():
+        value = _value(config, key)
+        if value is not None and not low <= value < float("inf"):
+            raise UserError(f"{key}={value}: allowed is at least {low}")
+    for key, words in WORDS.items():
+        value = _value(config, key)
+        if value not in words:
+            raise UserError(f"{key}={value}: {nearest(str(value), words)}")
+    part, train, temperature = config.participation, config.train, config.loss.temperature
     rules: list[tuple[str, Any, bool, str]] = [
-        ("clients", config.clients, config.clients is None or config.clients >= 1, "at least 1"),
-        ("participation", config.participation, 0 < config.participation <= 1, "more than 0 and at most 1"),
-        ("rounds", config.rounds, config.rounds >= 1, "at least 1"),
-        ("train.epochs", config.train.epochs, config.train.epochs >= 0, "at least 0"),
-        ("train.batch_size", config.train.batch_size, config.train.batch_size >= 1, "at least 1"),
-        ("train.lr", config.train.lr, 0 < config.train.lr < float("inf"), "more than 0"),
-        ("train.momentum", config.train.momentum, 0 <= config.train.momentum < 1, "at least 0 and below 1"),
-        ("train.weight_decay", config.train.weight_decay, config.train.weight_decay >= 0, "at least 0"),
-        ("train.optimizer", config.train.optimizer, config.train.optimizer in ("sgd", "adam", "adamw"), "sgd, adam or adamw"),
-        ("train.optimizer_state", config.train.optimizer_state, config.train.optimizer_state in ("fresh", "keep"), "fresh or keep"),
-        ("evaluate.every", config.evaluate.every, config.evaluate.every >= 1, "at least 1"),
-        ("evaluate.batch_size", config.evaluate.batch_size, config.evaluate.batch_size >= 1, "at least 1"),
-        ("runtime.workers", config.runtime.workers, config.runtime.workers is None or config.runtime.workers >= 1, "at least 1"),
-        ("runtime.retries", config.runtime.retries, config.runtime.retries >= 0, "at least 0"),
-        ("runtime.device", config.runtime.device, config.runtime.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        ("stop.patience", config.stop.patience, config.stop.patience is None or config.stop.patience >= 1, "at least 1"),
-        ("transfer.size", config.transfer.size, config.transfer.size is None or config.transfer.size >= 1, "at least 1"),
-        ("transfer.subset", config.transfer.subset, config.transfer.subset is None or config.transfer.subset >= 1, "at least 1"),
-        ("loss.temperature", config.loss.temperature, config.loss.temperature is None or config.loss.temperature > 0, "more than 0"),
-        ("seed", config.seed, config.seed >= 0, "at least 0"),
-    ]  # fmt: skip
+        ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
+        ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
+        ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
+    ]
     for key, value, good, allowed in rules:
         if not good:
             raise UserError(f"{key}={value}: allowed is {allowed}")
+
+
+WORDS = {
+    "train.optimizer": ("sgd", "adam", "adamw"),
+    "train.optimizer_state": ("fresh", "keep"),
+    "runtime.device": ("auto", "cpu", "cuda"),
+}
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node

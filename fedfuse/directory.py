@@ -19,17 +19,17 @@ import torch
 
 from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
-from fedfuse.knowledge import Item, Parcel
+from fedfuse.knowledge import Address, Item, Parcel
+from fedfuse.results.run import COLUMNS
 from fedfuse.store import ClientStore, read_tree, write_tree
 from fedfuse.traffic import Traffic
 
 FORMAT = 1
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "metrics": {"round": pl.Int64, "scope": pl.String, "client": pl.Int64, "split": pl.String, "metric": pl.String, "value": pl.Float64},
-    "traffic": {"round": pl.Int64, "client": pl.Int64, "direction": pl.String, "message": pl.String, "record": pl.String, "bytes": pl.Int64},
-    "timing": {"round": pl.Int64, "scope": pl.String, "what": pl.String, "seconds": pl.Float64},
-    "partition": {"client": pl.Int64, "split": pl.String, "label": pl.String, "examples": pl.Int64},
-}  # fmt: skip
+_KINDS = {
+    **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
+    **dict.fromkeys(("value", "seconds"), pl.Float64),
+}
+SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -289,7 +289,8 @@ class RunDirectory(Callback):
                 raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
             if plain["format"] != FORMAT:
                 raise UserError(f"{path}: has format {plain['format']}, this fedfuse resumes format {FORMAT}")
-            items, chains = {}, {}
+            items: dict[Address, Item] = {}
+            chains: dict[Address, list[Parcel]] = {}
             for slot in tree.get("board", {}).values():
                 topic, to, version, hashed = json.loads(slot["about"])
                 items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)

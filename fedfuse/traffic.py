@@ -1,7 +1,6 @@
 """Counted bytes: what training needed, apart from set-up, evaluation and re-sending.
 
-Rules (semantics.md, "Traffic"): array payload, logical per client, each (client, topic, version) once. A version that an
-evaluation happened to deliver first is charged to training when training needs it, so that `evaluate.every` changes no
+Rules: array payload, logical per client, each (client, topic, version) once. A version that an evaluation happened to deliver first is charged to training when training needs it, so that `evaluate.every` changes no
 training figure; the sum of all rows is what was really put into messages.
 """
 

@@ -1,0 +1,162 @@
+"""The command as a user types it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "data.limit=200",
+    "data.test_limit=50",
+    "partition=iid",
+    "clients=2",
+    "rounds=2",
+    "model=mlp_small",
+    "runtime=inline",
+)
+
+
+def command(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": ""}
+    line = [sys.executable, "-m", "fedfuse.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "list", "list strategies", "run rundz=3", "run strategy=knfuu", "run data=digitz", "nonsense"]
+)
+def test_quick_answers_import_nothing_heavy(words: str) -> None:
+    """What must answer at once does not import torch, flwr, ray, polars or scikit-learn."""
+    code = (
+        "import sys; from fedfuse.cli import main; code = main(sys.argv[1:]); "
+        "heavy = [m for m in ('torch', 'flwr', 'ray', 'polars', 'sklearn', 'matplotlib', 'datasets') if m in sys.modules]; "
+        "print('HEAVY', heavy); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in done.stdout, done.stdout[-300:] + done.stderr[-500:]
+    assert done.returncode == (0 if words == "--help" or words.startswith("list") else 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run rundz=3", "did you mean 'rounds'"),
+        ("run strategy=knfuu", "did you mean 'knfu'"),
+        ("run data=digitz", "did you mean 'digits'"),
+        ("run strategy=knfu strategy.bta=1", "did you mean 'strategy.beta'"),
+        ("run strategy=knfu strategy.beta=-1", "strategy.beta=-1.0: knfu needs at least 0"),
+        ("run strategy=knfu strategy.distance=far", "strategy.distance=far: knfu allows kl_nm"),
+        ("run rounds=many", "rounds=many: Value 'many'"),
+        ("run clients=0", "clients=0: allowed is at least 1"),
+        ("run train.lr=0", "train.lr=0.0: allowed is more than 0"),
+        ("run train.optimizer=sdg", "train.optimizer=sdg: did you mean 'sgd'"),
+        ("run participation=1.5", "participation=1.5: allowed is more than 0 and at most 1"),
+        ("run rounds", "not of the form key=value"),
+        ("run seed=0,1", "2 runs are asked for"),
+        ("resume nowhere", "nowhere"),
+        ("report", "needs at least one"),
+        ("export nowhere", "not a finished run"),
+        ("list flavours", "unknown"),
+        ("run --dry", "no such option"),
+    ],
+)
+def test_wrong_words_get_one_line_and_exit_2(words: str, said: str, tmp_path: Path) -> None:
+    from fedfuse.cli import main
+
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        import contextlib
+        import io
+
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = main(words.split())
+    finally:
+        os.chdir(here)
+    assert code == 2
+    lines = errors.getvalue().strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_resume_export_and_python(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = command("run", "strategy=knfu", *SMALL, f"out={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "round   2/2" in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["format"] == 1
+    assert summary["rounds_done"] == 2
+    assert set(summary["final"]) >= {"accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train"}
+    for name in ("config.yaml", "environment.json", "metrics.parquet", "traffic.parquet", "timing.parquet"):
+        assert (out / name).exists(), name
+    assert (out / "partition.parquet").exists()
+    assert (out / "partition.svg").exists()
+
+    from fedfuse.cli import main
+
+    assert main(["resume", str(out)]) == 0  # finished: prints its table
+    assert main(["run", "strategy=knfu", *SMALL, f"out={out}"]) == 2  # in use
+    assert main(["export", str(out), "--client", "1", "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert main(["export", str(out)]) == 2  # no server model
+
+    import fedfuse
+
+    run = fedfuse.load(out)
+    assert run.digest == summary["digest"]
+    assert set(run.metrics["split"].unique()) >= {"train", "personal", "global"}
+    model = run.model(client=1)
+    assert model.training is False
+
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        about = file.metadata()
+        exported = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    assert about["architecture"] == "mlp_small"
+    assert about["digest"] == summary["digest"]
+    for name, value in model.state_dict().items():
+        assert bool((exported[name] == value).all())
+
+
+def test_the_exported_model_scores_what_the_summary_says(tmp_path: Path) -> None:
+    import fedfuse
+    from fedfuse.train.scores import scores
+
+    run = fedfuse.run({"strategy": "fedavg", **dict(w.split("=") for w in SMALL), "out": tmp_path / "run"})
+    from fedfuse.export import rebuild
+
+    _, scenario = rebuild(run.dir)
+    test = scenario.data.dataset.test
+    logits = run.predict(test.inputs)
+    _, y = scenario.data.test_tensors()
+    found = scores(logits, y, scenario.classes)
+    assert found["accuracy_macro"] == pytest.approx(run.summary["final"]["accuracy/global"], abs=1e-12)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = command("run", "--dry-run", "strategy=fedavg", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in done.stdout
+    assert "bytes" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    words = ["compare", "strategy=local,fedavg", "seed=0,1", *SMALL, f"out={tmp_path / 'c'}"]
+    first = command(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "c" / "report.html").exists()
+    assert "fedavg" in first.stdout
+    again = command(*words, cwd=tmp_path)
+    assert again.stdout.count("finished already") == 4
+    other = command(*words, "train.lr=0.01", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "another configuration" in other.stderr

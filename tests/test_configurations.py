@@ -1,0 +1,60 @@
+"""Every shipped configuration composes, and what it names can be built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fedfuse import models, registry
+from fedfuse.compose import compose, options, presets
+from fedfuse.train.losses import loss
+
+DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+@pytest.mark.parametrize("name", sorted(registry.listed()))
+def test_strategies_compose_with_their_defaults(name: str) -> None:
+    config = compose([f"strategy={name}"])
+    assert config.strategy.name == name
+    assert isinstance(config.strategy, registry.entry(name).hyper)
+
+
+@pytest.mark.parametrize("group", ["data", "partition", "runtime"])
+def test_groups_compose(group: str) -> None:
+    for name in options(group):
+        config = compose([f"{group}={name}"])
+        assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("name", [n for n in options("model") if n not in ("auto", "custom")])
+def test_models_build(name: str) -> None:
+    config = compose([f"model={name}"])
+    model = models.build(name, shape=(3, 32, 32), classes=10, config=config.model, seed=0)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in options("loss") if n not in ("default", "custom")])
+def test_losses_build(name: str) -> None:
+    chosen = compose([f"loss={name}"]).loss
+    assert chosen.name == name
+    loss(name, temperature=chosen.temperature, **chosen.options)
+
+
+def test_data_sets_load() -> None:
+    from fedfuse.data import prepare
+
+    if not DATA.exists():
+        pytest.skip("the data folder ../shared/data is not here (FEDFUSE_DATA)")
+    for name in ("digits", "usps", "mnist"):
+        config = compose([f"data={name}", "data.limit=300", "clients=3", "partition=iid", f"data.root={DATA / name}"])
+        if name == "digits":
+            config.data.root = None
+        data = prepare(config.data, config.partition, config.transfer, config.clients, config.seed)
+        assert data.clients == 3
+
+
+def test_experiment_presets_compose() -> None:
+    for name in presets():
+        assert compose([f"experiment={name}"]).rounds >= 1
