@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse.knowledge import Item
@@ -17,6 +16,7 @@ from fedfuse.train import local
 from fedfuse.train.losses import Loss
 from fedfuse.train.losses import loss as loss_named
 from fedfuse.train.scores import scores
+from fedfuse.train.task import task_loss
 
 Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
@@ -62,6 +62,7 @@ class FusionClient:
         self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
         self.version = -1
         self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
+        self.lends = False  # whether what is shared is summed at once, so that nobody needs a copy (platform use)
         self._purpose = "receive"
 
     # -- what an algorithm writes --------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class FusionClient:
 
     def share(self) -> Records:
         """Say what was learned: records of arrays. Per-sample rows stand in index order."""
-        return {"model": self.weights()}
+        return {"model": variable(self.model) if self.lends else self.weights()}
 
     def evaluate(self) -> tuple[Records, Metrics]:
         """Score the model this client would use. Never changes the client."""
@@ -187,6 +188,10 @@ class FusionClient:
         """
         return transfer_rows(self.scenario, size, self.round if version is None else version)
 
+    def objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of the task: mean cross-entropy of classes, or of next tokens."""
+        return task_loss(logits, labels)
+
     def loss(self, default: str = "kl", **options: Any) -> Loss:
         """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
         chosen = self.scenario.config.loss
@@ -230,7 +235,7 @@ class FusionClient:
         if keep:
             options["optimizer"] = self._kept_optimizer(options)
         result = local.train(
-            self.model, inputs, labels, loss or _cross_entropy, self.scenario.config.train, moment, **options
+            self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **options
         )
         if keep:
             slots = options["optimizer"].state_dict()["state"]
@@ -249,8 +254,8 @@ class FusionClient:
         return optimizer
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
+def _task(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    return task_loss(logits, labels)
 
 
 def transfer_rows(scenario: Scenario, size: int | None, version: int) -> Tensor:

@@ -18,7 +18,20 @@ from fedfuse import registry
 from fedfuse.client import FusionClient
 from fedfuse.errors import UserError, in_words
 from fedfuse.knowledge import Cache, Item, Parcel, Stale
-from fedfuse.records import InvalidArrays, LiveArray, flatten, nbytes, plain_record, record, sha, tensors, validate
+from fedfuse.records import (
+    InvalidArrays,
+    LiveArray,
+    arrays_in,
+    config_in,
+    flatten,
+    nbytes,
+    plain_record,
+    record,
+    sha,
+    tensors,
+    trusted,
+    validate,
+)
 from fedfuse.registry import Entry
 from fedfuse.scenario import Residents, Scenario
 from fedfuse.store import INITIAL, ClientStore, is_full
@@ -63,12 +76,15 @@ class Node:
 
     # -- messages in, messages out -------------------------------------------------------------------------
 
-    def handle(self, message: Message, cache: Cache) -> Message:
-        """Answer one message; every failure becomes an error reply that names the client and the cause."""
+    def handle(self, message: Message, cache: Cache, lends: bool = False) -> Message:
+        """Answer one message; every failure becomes an error reply that names the client and the cause.
+
+        If the caller is done with the reply's arrays before the next message, they may be lent, not copied.
+        """
         who = self._client(message)
         for attempt in range(self.retries + 1):
             try:
-                reply = self._handle(message, cache, who)
+                reply = self._handle(message, cache, who, lends)
                 if attempt:
                     reply.content.config_records["config"]["retried"] = attempt
                 return reply
@@ -90,20 +106,22 @@ class Node:
 
         The arrays of summed records leave with the group's last valid member; every reply says their bytes.
         """
-        replies = [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
-        sums = json.loads(str(messages[0].content["run"]["sums"])) if "run" in messages[0].content else {}
+        run = config_in(messages[0].content, "run") or {}
+        sums = json.loads(str(run.get("sums", "{}")))
         if not sums or messages[0].metadata.message_type.startswith("evaluate"):
-            return replies
+            return [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
         totals = {name: Sum() for name in sums}
         last: Message | None = None
-        for i, (message, reply) in enumerate(zip(messages, replies, strict=True)):
-            if reply.has_error():
-                continue
-            try:
-                self._sum(reply, totals, sums, self._client(message))
-                last = reply
-            except InvalidArrays as error:
-                replies[i] = self._error(INVALID, self._client(message), str(error), message)
+        replies = []
+        for message, cache in zip(messages, caches, strict=True):
+            reply = self.handle(message, cache, "model" in sums)
+            if not reply.has_error():
+                try:
+                    self._sum(reply, totals, sums, self._client(message))
+                    last = reply
+                except InvalidArrays as error:
+                    reply = self._error(INVALID, self._client(message), str(error), message)
+            replies.append(reply)
         for name, total in totals.items():
             arrays, weight = total.group()
             if last is not None and arrays:
@@ -117,8 +135,8 @@ class Node:
     def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
         content: RecordDict = reply.content
         config: Any = content["config"]
-        metrics: dict[str, Any] = dict(content.metric_records["metrics"])
-        records = {("model" if k == "arrays" else k): tensors(v) for k, v in content.array_records.items()}
+        metrics: Any = content["metrics"]
+        records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
         hyper = self._hyper[1] if self._hyper else self._default
         check_share(self.entry.server, hyper, self.residents, client, str(config["phase"]), records, metrics)
         names, sizes = [], []
@@ -134,7 +152,7 @@ class Node:
             config["summed.record"], config["summed.bytes"] = names, sizes
 
     def _client(self, message: Message) -> int:
-        config: Any = message.content.config_records.get("config") if message.has_content() else None
+        config: Any = config_in(message.content) if message.has_content() else None
         if config is not None and "client" in config:
             return int(config["client"])
         return message.metadata.dst_node_id - 1
@@ -144,13 +162,13 @@ class Node:
 
     # -- one message ---------------------------------------------------------------------------------------
 
-    def _handle(self, message: Message, cache: Cache, who: int) -> Message:
+    def _handle(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
         started = time.perf_counter()
         content = message.content
         kind, _, suffix = message.metadata.message_type.partition(".")
         phase = suffix or "train"
-        config: Any = content.config_records.get("config", ConfigRecord())
-        run: Any = content.config_records.get("run", ConfigRecord())
+        config: Any = config_in(content) or {}
+        run: Any = config_in(content, "run") or {}
         if not 0 <= who < self.residents.scenario.clients:
             raise Refused(f"client {who} does not live here")
         if kind not in ("train", "evaluate"):
@@ -184,7 +202,10 @@ class Node:
             state, knowledge = staged, {}
             state.pop("seen", None)
 
-        model = self.residents.fresh(architecture)
+        # a model that the platform overwrites whole in the next lines need not be reset before
+        whole = client_type.receive is FusionClient.receive and not client_type.personal and "model" in knowledge
+        whole = whole and knowledge["model"].arrays.keys() == self.residents.initial(architecture).keys()
+        model = self.residents.unset(architecture) if whole else self.residents.fresh(architecture)
         extra = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
         if foreign:
             extra = {k: v for k, v in config.items() if k != "server-round"}
@@ -199,7 +220,7 @@ class Node:
             splits=tuple(map(str, run.get("splits", ["personal"]))),
             pooled=bool(run.get("pooled", False)),
         )
-        client.config = extra
+        client.config, client.lends = extra, lends and kind == "train"
         if client.personal and "model" in state:
             client.load(state["model"])
         client.version = max(lessons.values(), default=-1)
@@ -237,12 +258,13 @@ class Node:
                 self.store.save(who, answer["tag"], kept_state, tag)
         out = RecordDict()
         for name, arrays in records.items():
-            out["arrays" if name == "model" else name] = _detached(arrays, client.model)
+            lent = client.lends and name == "model"
+            out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
         metrics.setdefault("num-examples", self.residents.scenario.examples(who))
         metrics["seconds"] = time.perf_counter() - started
         out["metrics"] = MetricRecord({**metrics})
         if not foreign:
-            out["config"] = ConfigRecord(answer)
+            out["config"] = trusted(ConfigRecord, answer)
         return Message(out, reply_to=message)
 
     def _take(
@@ -258,16 +280,13 @@ class Node:
         """Bring the cache up to date with the message, and make sure that it holds what the server believes."""
         topics = self.entry.server.topics
         if foreign:
-            if "arrays" in content.array_records:
-                cache["model", ""] = Item(tensors(content.array_records["arrays"]), round)
+            if isinstance(arrays := content.get("arrays"), ArrayRecord):
+                cache["model", ""] = Item(tensors(arrays), round)
             return
         if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
             raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
-        scope = self.residents.scope(who, hyper)
-        for parcel in parcels(content, config):
-            held = cache.get(parcel.address)
-            if held is not None and held.version >= parcel.version:
-                continue
+        for parcel in parcels(content, config, cache):
+            scope = self.residents.scope(who, hyper)
             spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
             validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
             cache.take(parcel, topics)
@@ -302,15 +321,19 @@ class Node:
         return self._hyper[1]
 
 
-def parcels(content: RecordDict, config: Mapping[str, Any]) -> list[Parcel]:
-    """Read the knowledge a message carries."""
+def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None = None) -> list[Parcel]:
+    """Read the knowledge a message carries, but for what the cache holds already."""
     columns = ("record", "topic", "to", "version", "since", "sha")
     lists = [config.get(f"parcel.{name}", []) for name in columns]
     out = []
     for name, topic, to, version, since, hashed in zip(*lists, strict=True):
-        if name not in content.array_records:
+        held = None if cache is None else cache.get((topic, to))
+        if held is not None and held.version >= int(version):
+            continue
+        arrays = content.get(name)
+        if not isinstance(arrays, ArrayRecord):
             raise InvalidArrays(f"record {name!r} is announced but not there")
-        out.append(Parcel(topic, to, int(version), int(since), tensors(content.array_records[name]), hashed))
+        out.append(Parcel(topic, to, int(version), int(since), tensors(arrays), hashed))
     return out
 
 

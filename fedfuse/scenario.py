@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -80,6 +81,7 @@ class Residents:
         self.scenario, self.equip, self.device = scenario, equip, torch.device(device)
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
+        self._layouts: dict[str, Layout] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
 
@@ -113,14 +115,20 @@ class Residents:
 
     def fresh(self, architecture: str) -> nn.Module:
         """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
-        model = self.model(architecture)
+        model, initial = self.unset(architecture), self._initial[architecture]
         fixed = frozen(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name not in fixed:
+                if name not in fixed and name not in initial:  # the others are overwritten in the next line
                     parameter.fill_(float("nan"))
-                parameter.grad = None
-        overlay(model, self._initial[architecture])
+        overlay(model, initial)
+        return model
+
+    def unset(self, architecture: str) -> nn.Module:
+        """The resident model without gradients, for whoever overwrites all of it before looking."""
+        model = self.model(architecture)
+        for parameter in model.parameters():
+            parameter.grad = None
         return model
 
     def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:
@@ -141,11 +149,13 @@ class Residents:
             "examples": self.scenario.examples(client),
             "features": int(getattr(model, "feature_dim", 0) or 0),
         }
-        return Scope(dims, self.layout(architecture), hyper)
+        return Scope(dims, self.layout(architecture), hyper, module=model)
 
     def layout(self, architecture: str) -> Layout:
         """Names, dtypes and shapes of an architecture's arrays."""
-        return layout_of(self.initial(architecture))
+        if architecture not in self._layouts:
+            self._layouts[architecture] = layout_of(self.initial(architecture))
+        return self._layouts[architecture]
 
     # -- data as tensors, kept while there is room ---------------------------------------------------------
 
@@ -191,10 +201,31 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
     RuntimeError
         If `arrays` has a name or shape the model has not, or, if strict, lacks one that is not frozen.
     """
+    own = variable(model)
+    if own.keys() == arrays.keys() and _plain(model) and all(own[k].shape == v.shape for k, v in arrays.items()):
+        with torch.no_grad():  # what load_state_dict does for such models, at a tenth of its cost
+            torch._foreach_copy_(list(own.values()), [arrays[name] for name in own])
+        return
     found = model.load_state_dict(arrays, strict=False)
     missing = sorted(set(found.missing_keys) - frozen(model)) if strict else []
     if missing or found.unexpected_keys:
         raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
+
+
+def _plain(model: nn.Module) -> bool:
+    """Whether loading is just copying: no module has a hook or its own way to load."""
+    known = _loads.get(model)
+    if known is None:
+        known = _loads[model] = all(
+            type(module)._load_from_state_dict in _COPYING and not module._load_state_dict_pre_hooks
+            and not module._load_state_dict_post_hooks and not module._state_dict_hooks
+            for module in model.modules()
+        )  # fmt: skip
+    return known
+
+
+_COPYING = (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
+_loads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _size(value: Any) -> int:

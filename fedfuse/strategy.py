@@ -20,6 +20,8 @@ from fedfuse.records import (
     InvalidArrays,
     Scope,
     Spec,
+    arrays_in,
+    config_in,
     flatten,
     model_arrays,
     nbytes,
@@ -27,6 +29,7 @@ from fedfuse.records import (
     record,
     sha,
     tensors,
+    trusted,
     validate,
 )
 from fedfuse.scenario import Residents, Scenario, variable
@@ -418,6 +421,7 @@ class FusionStrategy(Strategy):
         self.sent: dict[int, dict[tuple[str, str], int]] = {}  # versions a node holds once it has answered
         suffix = "" if kind == "evaluate" or self.phase == "train" else f".{self.phase}"
         self._type = kind + suffix
+        self._tag = self.tag() if kind == "train" else ""
         self._wire: dict[Any, ArrayRecord] = {}
         return [self._message(client) for client in clients]
 
@@ -426,11 +430,11 @@ class FusionStrategy(Strategy):
         needed = list(self.board.addresses(client, self.scenario.architectures[client]))
         self.sent[client] = {address: self.board.items[address].version for address in needed}
         parcels = [p for address in needed for p in self.board.path(address, held.get(address, -1))]
-        content = RecordDict()
-        names = []
+        content: dict[str, Any] = {}
+        names: list[str] = []
         for parcel in parcels:
             name = "arrays" if parcel.topic == "model" else parcel.topic
-            if name in content:
+            if name in names:
                 name = f"{name}@{parcel.version}{parcel.to}"
             key = (parcel.address, parcel.version, parcel.since)
             if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
@@ -441,7 +445,7 @@ class FusionStrategy(Strategy):
             "client": client,
             "group": self.groups[client],
             "tag": self.tags.get(client, INITIAL),
-            "new-tag": self.tag() if self._kind == "train" else "",
+            "new-tag": self._tag,
         }
         if parcels:
             config["parcel.record"] = names
@@ -454,14 +458,14 @@ class FusionStrategy(Strategy):
             config["needs.topic"] = [topic for topic, _ in needed]
             config["needs.to"] = [to for _, to in needed]
             config["needs.version"] = [self.board.items[address].version for address in needed]
-        content["config"], content["run"] = ConfigRecord(config), self._common
+        content["config"], content["run"] = trusted(ConfigRecord, config), self._common
         if again:
             self.traffic.resent(self.round, client, parcels)
         else:
             label = "evaluate" if self._kind == "evaluate" else self.label
             self.traffic.down(label, self.round, client, needed, parcels, self.board)
         node = client + 1 if self.nodes is None else self.nodes[client]
-        return Message(content, dst_node_id=node, message_type=self._type)
+        return Message(trusted(RecordDict, content), dst_node_id=node, message_type=self._type)
 
     def message_again(self, client: int) -> Message:
         """Build a client's message anew, with whole values, after its node said that it could not follow."""
@@ -504,10 +508,10 @@ class FusionStrategy(Strategy):
                 self.client_shas[client] = str(config.get("sha", ""))
             else:
                 self._note(share)
-                self.tags[client] = self.tag() if config.get("tag") == self.tag() else INITIAL
+                self.tags[client] = self._tag if config.get("tag") == self._tag else INITIAL
                 for name, total in sums.items():
-                    if self.inside and f"sum:{name}" in reply.content.array_records:
-                        group = tensors(reply.content.array_records[f"sum:{name}"])
+                    if self.inside and isinstance(sent := reply.content.get(f"sum:{name}"), ArrayRecord):
+                        group = tensors(sent)
                         dtypes = json.loads(str(config[f"dtypes:{name}"]))
                         total.add_group(self.groups[client], group, float(config[f"weight:{name}"]), dtypes)
             yield share
@@ -548,15 +552,15 @@ class FusionStrategy(Strategy):
 
     def _checked(self, reply: Message, client: int, evaluate: bool) -> Share:
         content = reply.content
-        if "config" not in content.config_records or "metrics" not in content.metric_records:
+        config, measured = config_in(content), content.get("metrics")
+        if config is None or not isinstance(measured, MetricRecord):
             raise InvalidArrays("a reply needs a config and a metrics record")
         records: Records = {}
-        for name, value in content.array_records.items():
+        for name, value in arrays_in(content).items():
             if not name.startswith("sum:"):
                 records["model" if name == "arrays" else name] = tensors(value)
-        metrics: dict[str, Any] = dict(content.metric_records["metrics"])
+        metrics: dict[str, Any] = dict(measured)
         if not evaluate:
-            config: Any = content["config"]
             summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
             check_share(type(self), self.hyper, self.residents, client, self.phase, records, metrics, summed)
         else:

@@ -47,7 +47,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
             raise UserError(f"runtime.address={address}: no Ray cluster answers there ({error})") from error
         return
     # thread limits reach the actors before they import anything
-    os.environ.update({k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
     folder = _directory()
     if memory is not None:
         options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less

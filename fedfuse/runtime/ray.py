@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from fedfuse.knowledge import Address
 from fedfuse.node import parcels
-from fedfuse.records import LiveArray, arrays_in, config_in, tensors, trusted
+from fedfuse.records import LiveArray, config_in, tensors, trusted
 from fedfuse.registry import Entry
 from fedfuse.runtime.cluster import connect, disconnect
 from fedfuse.runtime.inline import LocalGrid, single_thread
