@@ -192,7 +192,7 @@ def _watch(words: list[str], started: float) -> int:
 
 
 def _list(words: list[str], started: float) -> int:
-    from fedfuse.compose import options, presets
+    from fedfuse.compose import preset_files
 
     rest, _ = _flags(words)
     kinds = ("strategies", "datasets", "partitions", "models", "losses", "experiments")
@@ -201,12 +201,12 @@ def _list(words: list[str], started: float) -> int:
     for kind in rest or kinds:
         if len(rest) != 1:
             print(f"{kind}:")
-        for name, text in _lines(kind, options, presets):
+        for name, text in _lines(kind, preset_files):
             print(f"  {name:<18} {text}".rstrip())
     return 0
 
 
-def _lines(kind: str, options: Callable[[str], list[str]], presets: Callable[[], list[str]]) -> list[tuple[str, str]]:
+def _lines(kind: str, presets: Callable[[], dict[str, Path]]) -> list[tuple[str, str]]:
     if kind == "strategies":
         from fedfuse.registry import listed
 
@@ -227,7 +227,7 @@ def _lines(kind: str, options: Callable[[str], list[str]], presets: Callable[[],
         from fedfuse.train.losses import names as loss_names
 
         return sorted(loss_names().items())
-    return [(name, "") for name in presets()]
+    return [(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for name, path in presets().items()]
 
 
 def _export(words: list[str], started: float) -> int:

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from fedfuse import registry
@@ -36,12 +37,17 @@ def options(group: str) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def presets() -> list[str]:
-    """Names of the experiment presets."""
+def preset_files() -> dict[str, Path]:
+    """The experiment presets by name."""
     from importlib import resources
 
-    folder = resources.files("fedfuse.experiments")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    folder = Path(str(resources.files("fedfuse.experiments")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def presets() -> list[str]:
+    """Names of the experiment presets."""
+    return list(preset_files())
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -106,6 +112,8 @@ def compose(overrides: Sequence[str]) -> Config:
     for group, node in GROUPS.items():
         store.store(group=group, name="schema", node=node)
     store.store(group="strategy", name=chosen, node=registry.schema(chosen))
+    for name, path in preset_files().items():
+        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("fedfuse.conf", version_base="1.3"):
@@ -128,7 +136,11 @@ def _check_keys(overrides: Sequence[str]) -> None:
         key, value = re.split("=", text.lstrip("+~"), maxsplit=1)
         value = value.strip("'\"")
         key = key.split("@")[0]
-        if key.startswith(("hydra.", "strategy.")) or key in ("hydra", "experiment"):
+        if key.startswith(("hydra.", "strategy.")) or key == "hydra":
+            continue
+        if key == "experiment":
+            if value not in presets():
+                raise UserError(f"experiment={value}: unknown; {nearest(value, presets())}")
             continue
         if key == "strategy":
             names = registry.listed()

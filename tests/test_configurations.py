@@ -58,3 +58,22 @@ def test_data_sets_load() -> None:
 def test_experiment_presets_compose() -> None:
     for name in presets():
         assert compose([f"experiment={name}"]).rounds >= 1
+
+
+@pytest.mark.parametrize("name", presets())
+def test_experiment_presets_run_short(name: str, tmp_path: Path) -> None:
+    """Each preset, cut down: its own data, partition and models, two rounds, few examples."""
+    from fedfuse.experiment import run
+
+    if name != "smoke" and not DATA.exists():
+        pytest.skip("the data folder ../shared/data is not here (FEDFUSE_DATA)")
+    words = [f"experiment={name}", "strategy=knfu", "rounds=1", "runtime=inline", f"out={tmp_path / 'run'}"]
+    words += ["transfer.size=20", "transfer.subset=10", "train.epochs=1"]
+    if name == "domains":
+        words += ["model=cnn", "data.limit=400"]
+    elif name != "smoke":
+        words += ["data.limit=1200", "data.test_limit=50", "clients=6", "partition.min_size=2", "partition.examples=40"]
+    config = compose(words)
+    if name not in ("smoke",):
+        config.data.root = str(DATA / config.data.name)
+    assert (run(config, quiet=True) / "summary.json").exists()

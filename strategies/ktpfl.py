@@ -1,0 +1,146 @@
+"""KT-pFL: each client gets its own mixture of everyone's soft predictions, with learned coefficients.
+
+Box (Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated Learning", NeurIPS 2021,
+arXiv 2111.02862). With s_n = softmax(f_n(x)/T), x ∈ D_t, and coefficients c (N × N, begun at 1/N), in round t:
+
+    client n:  CE on private data; sends s_n                                                      (T_s × C)
+    server:    for the participants, a few steps  c_n ← c_n − η_c ∇_{c_n} [ D(Σ_m c_nm s_m, s_n) + ρ ‖c_n − 1/N‖² ]
+               target_n = Σ_m c_nm s_m                                                    (personal, sent)
+    client n:  min T²·KL(target_n ‖ softmax(f_n/T)) on D_t, at the start of its next round
+
+Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. Left open by the paper, and the reading here:
+D is the divergence of the distillation itself, KL(mixture ‖ s_n); c_n is kept a distribution by projecting each step
+onto the simplex (else a target is none); η_c. Participants share the weight their rows give to participants: absent
+columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code: `distance=mse` and `rows=softmax` (c ← softmax(5·c)
+after each step) are reproduced; its automatic step size, KL without T² divided by batch and classes, and alignment
+rows drawn with replacement are not. η_c = 0 freezes c: at 1/N that is FedMD-style averaging. Architectures may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedfuse.client import FusionClient
+from fedfuse.knowledge import Item, Topic
+from fedfuse.records import Scope, arrays, distributions
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import FusionStrategy, Records, Shares
+
+
+@dataclass(frozen=True)
+class KTpFLHyper:
+    """Hyper-parameters of KT-pFL."""
+
+    temperature: float = hyper(10.0, "T of the soft predictions and of the distillation (code: 10)", above=0)
+    rho: float = hyper(0.5, "ρ, pull of the coefficients towards uniform (code: 0.1 to 3)", low=0)
+    coefficient_lr: float = hyper(0.1, "η_c, step size of the coefficients; 0 freezes them (ours)", low=0)
+    coefficient_steps: int = hyper(10, "steps on the coefficients a round (ours)", low=0)
+    distance: str = hyper("kl", "D: KL(mixture ‖ own), or mean squared difference (code)", choices=("kl", "mse"))
+    rows: str = hyper(
+        "simplex", "rows kept distributions by projection, or by softmax(5·c) (code)", choices=("simplex", "softmax")
+    )
+    subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
+    distill_epochs: int = hyper(1, "epochs of the distillation", low=0)
+    distill_batch: int = hyper(256, "batch size of the distillation (code: 256)", low=1)
+
+
+def gradient(c: Tensor, s: Tensor, rho: float, distance: str) -> Tensor:
+    """∇_c of Σ_n [ D(Σ_m c_nm s_m, s_n) + ρ Σ_m (c_nm − 1/N)² ].
+
+    Parameters
+    ----------
+    c : Tensor
+        Coefficients (N × N).
+    s : Tensor
+        Soft predictions (N × T_s × C).
+    rho : float
+    distance : {"kl", "mse"}
+        D: mean over x of KL(mixture ‖ s_n), or mean over x and classes of (mixture − s_n)².
+    """
+    n, rows, classes = s.shape
+    mixture = torch.einsum("nm,mtc->ntc", c, s)
+    if distance == "mse":
+        slope = 2 * (mixture - s) / (rows * classes)
+    else:
+        slope = (mixture.clamp_min(1e-12).log() - s.clamp_min(1e-12).log() + 1) / rows
+    return torch.einsum("ntc,mtc->nm", slope, s) + 2 * rho * (c - 1 / n)
+
+
+def project(c: Tensor) -> Tensor:
+    """The nearest distribution to each row (Euclidean projection onto the simplex; Duchi et al., ICML 2008)."""
+    ordered = c.sort(1, descending=True).values
+    excess = (ordered.cumsum(1) - 1) / torch.arange(1, c.shape[1] + 1, dtype=c.dtype, device=c.device)
+    last = (ordered > excess).sum(1, keepdim=True) - 1
+    return (c - excess.gather(1, last)).clamp_min(0)
+
+
+def learn(c: Tensor, s: Tensor, h: KTpFLHyper) -> Tensor:
+    """The round's steps on the coefficients of its participants (N × N, rows that sum to 1)."""
+    for _ in range(h.coefficient_steps if h.coefficient_lr else 0):
+        c = c - h.coefficient_lr * gradient(c, s, h.rho, h.distance)
+        c = project(c) if h.rows == "simplex" else (5 * c).softmax(1)
+    return c
+
+
+class KTpFLClient(FusionClient):
+    """Keeps its own model; distils its own mixture, then trains on its own data."""
+
+    personal = True
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """T²·KL(target_n ‖ softmax(f/T)) on the target's own rows."""
+        item, T = knowledge["target"], self.hyper.temperature
+        target, rows = item.arrays["p"].to(self.transfer.device), self.subset(self.hyper.subset, item.version)
+        loss, labels = self.loss("kl", temperature=T), self.transfer_labels
+
+        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
+            return loss.from_probabilities(logits, target[i], y, softened=T)
+
+        y = None if labels is None else labels[rows]
+        self.train(
+            distil, self.transfer[rows], y, epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch
+        )
+
+    def share(self) -> Records:
+        """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""
+        logits = self.predict(self.transfer[self.subset(self.hyper.subset)])
+        return {"soft": {"p": (logits / self.hyper.temperature).softmax(1)}}
+
+
+@strategy("ktpfl", client=KTpFLClient, hyper=KTpFLHyper, paper="Zhang et al. 2021, arXiv 2111.02862")
+class KTpFL(FusionStrategy):
+    """Personal mixtures of soft predictions, their N × N coefficients learned at the server."""
+
+    topics = {"target": Topic("lesson", arrays(p=("subset", "classes")))}
+    records = {"soft": arrays(p=("subset", "classes"))}
+    transfer = "clients"
+
+    @classmethod
+    def examine(cls, scope: Scope, records: Records) -> None:
+        """Soft predictions are distributions."""
+        distributions("soft/p", records["soft"]["p"])
+
+    def begin(self) -> None:
+        """C = 1/N."""
+        n = self.scenario.clients
+        self.state["coefficients"] = torch.full((n, n), 1 / n, dtype=torch.float64)
+
+    def fuse(self, shares: Shares) -> None:
+        """Learn the participants' coefficients, mix, send each its own."""
+        everyone = list(shares)
+        clients = [share.client for share in everyone]
+        s = torch.stack([share.records["soft"]["p"] for share in everyone]).double()
+        grid = torch.meshgrid(torch.tensor(clients), torch.tensor(clients), indexing="ij")
+        whole = self.state["coefficients"].clone()
+        mass = whole[grid].sum(1, keepdim=True)  # what the rows give to participants; the rest stays where it is
+        c = torch.where(mass > 0, whole[grid] / mass.where(mass > 0, 1.0), 1 / len(clients))
+        c = learn(c, s, self.hyper)
+        whole[grid] = mass * c
+        self.state["coefficients"] = whole
+        self.log_matrix("similarity", clients, c)
+        for client, target in zip(clients, torch.einsum("nm,mtc->ntc", c, s).float(), strict=True):
+            self.publish("target", {"p": target}, to=client)

@@ -1,0 +1,124 @@
+"""COMET in closed form: cluster means, κ = 1 as plain averaging, κ = N as self-distillation, joint steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fedfuse.strategies.comet import cluster, means, memberships, nearest
+
+from fedfuse import registry
+from fedfuse.records import InvalidArrays
+from tests.federations import federation, play
+
+
+def soft(n=4, rows=5, classes=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(n, rows, classes, generator=draw, dtype=torch.float64)).softmax(-1)
+
+
+def two_groups():
+    a, b = soft(1, seed=1), soft(1, seed=2)
+    return torch.cat([a, b, a * 0.99 + 0.01 / 3, b * 0.98 + 0.02 / 3])
+
+
+@pytest.mark.parametrize("by", ["client", "sample"])
+def test_one_cluster_is_plain_averaging(by):
+    s = soft()
+    member = memberships(s, 1, by, 0)
+    torch.testing.assert_close(means(s, member, 1)[0], s.mean(0), rtol=1e-14, atol=0)
+
+
+def test_as_many_clusters_as_clients_is_each_alone():
+    s = soft()
+    member = memberships(s, 9, "client", 0)[:, 0]
+    assert sorted(member.tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(means(s, member[:, None], 4)[member], s, rtol=1e-14, atol=0)
+
+
+def test_clusters_of_clients_by_hand():
+    s = two_groups()
+    member = memberships(s, 2, "client", 7)[:, 0]
+    assert member[0] == member[2] != member[1] == member[3]
+    mean = means(s, member[:, None], 2)
+    torch.testing.assert_close(mean[member[0]], (s[0] + s[2]) / 2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(mean[member[1]], (s[1] + s[3]) / 2, rtol=1e-14, atol=0)
+
+
+def test_clusters_per_sample_may_differ_from_sample_to_sample():
+    s = two_groups()
+    s[:, 0] = s[[0, 0, 1, 1], 0]  # on the first sample it is 0, 1 against 2, 3
+    member = memberships(s, 2, "sample", 0)
+    assert (member[0] == member[1]).tolist() == [True, False, False, False, False]
+    assert (member[0] == member[2]).tolist() == [False, True, True, True, True]
+    mean = means(s, member, 2)
+    torch.testing.assert_close(nearest(s[0], mean)[1:], (s[0, 1:] + s[2, 1:]) / 2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(nearest(s[0], mean)[0], (s[0, 0] + s[1, 0]) / 2, rtol=1e-14, atol=0)
+
+
+def test_clusters_do_not_depend_on_the_order_of_clients_nor_on_chance():
+    s = two_groups()
+    assert torch.equal(cluster(s, 2, 3), cluster(s, 2, 3))
+    order = torch.tensor([2, 0, 3, 1])
+    a, b = cluster(s, 2, 3), cluster(s[order], 2, 3)
+    assert torch.equal(a[order][:, None] == a[order][None], b[:, None] == b[None])
+    assert len(set(cluster(s[[0, 0, 0]], 2, 0).tolist())) == 1  # equal clients are one cluster, without a warning
+    torch.testing.assert_close(means(s[[0, 0]], torch.zeros(2, 1, dtype=torch.int64), 2), s[[0, 0]])
+
+
+def test_the_distance_is_squared_and_sums_over_classes():
+    from fedfuse.train.losses import loss
+
+    logits, target = torch.randn(6, 3, dtype=torch.float64), soft(1, 6)[0]
+    value = loss("mse", weight=3.0).from_probabilities(logits, target)
+    assert value.item() == pytest.approx(((logits.softmax(1) - target) ** 2).sum(1).mean().item(), rel=1e-12)
+
+
+def test_the_mean_of_ones_cluster_reaches_each_client():
+    with federation("comet", "strategy.clusters=1", "rounds=1") as (built, _):
+        uploads = []
+        carry = built.grid.send_and_receive
+
+        def watched(messages, **options):
+            for reply in carry(messages, **options):
+                if "soft" in reply.content:
+                    uploads.append(torch.tensor(reply.content["soft"]["p"].numpy()).double())
+                yield reply
+
+        built.grid.send_and_receive = watched
+        built.run()
+        for client in range(3):
+            got = built.strategy.published("means", to=client)["p"]
+            torch.testing.assert_close(got[0], torch.stack(uploads).mean(0).float(), rtol=2e-7, atol=0)
+
+
+def test_a_joint_step_sees_both_terms(monkeypatch):
+    """One private batch and one public batch a step."""
+    seen = []
+    from fedfuse.train import local
+
+    original = local.train
+
+    def spied(model, x, y, loss, config, seed_parts, **options):
+        def watched(logits, labels, rows):
+            value = loss(logits, labels, rows)
+            seen.append((value.item(), F.cross_entropy(logits, labels).item()))
+            return value
+
+        return original(model, x, y, watched, config, seed_parts, **options)
+
+    monkeypatch.setattr(local, "train", spied)
+    play("comet", "strategy.lam=3", "rounds=2")
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(total == ce for total, ce in first)  # nothing to be drawn to yet
+    assert all(total > ce for total, ce in second)
+
+
+def test_variants_and_pools_run():
+    pool = "model.pool=[mlp_small,mlp,mlp_wide]"
+    assert play("comet", pool, "strategy.cluster_by=sample", "strategy.distill=separate").digest
+    assert play("comet", pool, "strategy.subset=7", "strategy.clusters=5").digest
+    assert play("comet", "strategy.lam=0").federation.headline == play("local").federation.headline
+
+
+def test_rows_that_are_no_distributions_are_refused():
+    with pytest.raises(InvalidArrays, match="no distributions"):
+        registry.entry("comet").server.examine(None, {"soft": {"p": -soft(1)[0]}})

@@ -1,0 +1,124 @@
+"""KT-pFL in closed form: the coefficients' gradient, the projection, the frozen uniform matrix."""
+
+import numpy as np
+import pytest
+import torch
+from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project
+
+from fedfuse import registry
+from fedfuse.records import InvalidArrays
+from tests.federations import federation, play
+
+
+def soft(n=4, rows=6, classes=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(n, rows, classes, generator=draw, dtype=torch.float64)).softmax(-1)
+
+
+@pytest.mark.parametrize("distance", ["kl", "mse"])
+def test_the_gradient_is_that_of_the_stated_objective(distance):
+    s, rho = soft(), 0.7
+    c = torch.rand(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    value = torch.zeros((), dtype=torch.float64)
+    for n in range(4):
+        mixture = sum(c[n, m] * s[m] for m in range(4))
+        if distance == "kl":
+            value = value + (mixture * (mixture / s[n]).log()).sum(-1).mean()
+        else:
+            value = value + ((mixture - s[n]) ** 2).mean()
+        value = value + rho * ((c[n] - 0.25) ** 2).sum()
+    (expected,) = torch.autograd.grad(value, c)
+    torch.testing.assert_close(gradient(c.detach(), s, rho, distance), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_projection_is_the_nearest_distribution():
+    rows = np.random.default_rng(2).normal(size=(5, 4))
+    got = project(torch.tensor(rows)).numpy()
+    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-14)
+    assert (got == 0).any()
+    for row, mine in zip(rows, got, strict=True):  # optimal: one shift on the support, and no gain in leaving it
+        shift = (row - mine)[mine > 0]
+        np.testing.assert_allclose(shift, shift[0], rtol=1e-13)
+        assert (row[mine == 0] <= shift[0]).all()
+    inside = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(project(inside), inside, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("rows", ["simplex", "softmax"])
+def test_frozen_or_pulled_hard_the_matrix_stays_uniform(rows):
+    uniform = torch.full((4, 4), 0.25, dtype=torch.float64)
+    frozen = learn(uniform, soft(), KTpFLHyper(coefficient_lr=0.0, rows=rows))
+    assert torch.equal(frozen, uniform)
+    alike = soft()[:1].expand(4, -1, -1)  # nobody differs: nothing to learn
+    torch.testing.assert_close(learn(uniform, alike, KTpFLHyper(rows=rows)), uniform, rtol=1e-12, atol=0)
+
+
+def test_alike_clients_find_each_other():
+    a, b = soft(1, seed=1)[0], soft(1, seed=2)[0]
+    s = torch.stack([a, a, b, b])
+    c = learn(torch.full((4, 4), 0.25, dtype=torch.float64), s, KTpFLHyper(rho=0.01))
+    torch.testing.assert_close(c.sum(1), torch.ones(4, dtype=torch.float64))
+    assert (c[:2, :2].min() > c[:2, 2:].max()).item()
+    assert (c[2:, 2:].min() > c[2:, :2].max()).item()
+
+
+def test_frozen_uniform_equals_plain_averaging():
+    """With c = 1/N every client gets FedMD's consensus: the mean of all soft predictions."""
+    from fedfuse.sums import Sum
+
+    uploads = []
+    with federation("ktpfl", "strategy.coefficient_lr=0", "rounds=1") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def watched(messages, **options):
+            for reply in carry(messages, **options):
+                if "soft" in reply.content:
+                    uploads.append(torch.tensor(reply.content["soft"]["p"].numpy()))
+                yield reply
+
+        built.grid.send_and_receive = watched
+        built.run()
+        total = Sum()
+        for p in uploads:
+            total.add(0, {"p": p}, 1.0)
+        for client in range(3):
+            got = built.strategy.published("target", to=client)["p"]
+            torch.testing.assert_close(got, total.mean()["p"], rtol=2e-7, atol=0)
+        assert torch.equal(built.strategy.state["coefficients"], torch.full((3, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_absent_clients_keep_their_rows_and_columns():
+    with federation("ktpfl", "participation=0.5", "clients=4", "rounds=1") as (built, _):
+        built.run()
+        server = built.strategy
+        present = server.plan(1)
+        absent = [i for i in range(4) if i not in present]
+        c = server.state["coefficients"]
+        assert (c[absent] == 0.25).all()
+        assert (c[:, absent] == 0.25).all()
+        torch.testing.assert_close(c.sum(1), torch.ones(4, dtype=torch.float64))
+        assert (c[present][:, present] != 0.25).any()
+
+
+def test_the_matrix_is_logged_and_rows_sum_to_one():
+    rows = []
+    with federation("ktpfl", "rounds=1") as (built, _):
+        log = built.strategy.log
+        built.strategy.log = lambda name, value, **o: (rows.append((name, value)), log(name, value, **o))
+        built.run()
+    found = {name: value for name, value in rows if name.startswith("similarity/")}
+    assert set(found) == {f"similarity/{i}/{j}" for i in range(3) for j in range(3)}
+    assert sum(found[f"similarity/1/{j}"] for j in range(3)) == pytest.approx(1, rel=1e-12)
+
+
+def test_three_architectures_and_another_loss():
+    pool = "model.pool=[mlp_small,mlp,mlp_wide]"
+    assert play("ktpfl", pool, "strategy.subset=10").digest
+    assert play("ktpfl", "loss=mse").digest != play("ktpfl").digest
+
+
+def test_rows_that_are_no_distributions_are_refused():
+    p = soft(1)[0]
+    p[2, 0] += 0.5
+    with pytest.raises(InvalidArrays, match="1 rows are no distributions"):
+        registry.entry("ktpfl").server.examine(None, {"soft": {"p": p}})
