@@ -355,7 +355,8 @@ class FusionStrategy(Strategy):
         self.scored: dict[int, Metrics] = {}
         self.client_shas: dict[int, str] = {}
         for share in (shares := list(self._accepted(replies, {}, evaluate=True))):
-            self.scored[share.client] = {k: v for k, v in share.metrics.items() if "/" in k and isinstance(v, int | float)}
+            numbers = {k: v for k, v in share.metrics.items() if "/" in k and isinstance(v, int | float)}
+            self.scored[share.client] = numbers
         for client, metrics in self.judge(shares):
             self.scored.setdefault(client, {}).update(metrics)
         values = [m["personal/accuracy"] for m in self.scored.values() if "personal/accuracy" in m]
