@@ -24,7 +24,8 @@ def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"tree": json.dumps(rest), **notes}
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}, partial, metadata=metadata)
+        whole = {f"/{k}": v.detach().cpu().contiguous().clone() for k, v in flat.items()}  # no name is reserved so
+        save_file(whole, partial, metadata=metadata)
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -39,8 +40,12 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         notes = file.metadata() or {}
         for name in file.keys():  # noqa: SIM118 - not a dict
-            flat[name] = file.get_tensor(name)
+            flat[name[1:]] = file.get_tensor(name)
     return unflatten(flat, json.loads(notes.pop("tree", "{}"))), notes
+
+
+def _round(tag: str) -> str:
+    return tag.split(".")[0]
 
 
 def is_full(error: BaseException) -> bool:
@@ -84,12 +89,16 @@ class ClientStore:
         return read_tree(path)[0]
 
     def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:
-        """Write a new version beside the one it started from, then drop all others."""
+        """Write a new version beside the one it started from, then drop all others but what a crash may need.
+
+        The server commits whole rounds: while the phases of one go on, the state from before it is kept too.
+        """
         folder = self._folder(client)
         folder.mkdir(parents=True, exist_ok=True)
         write_tree(folder / f"{tag}.state", state)
+        within = _round(previous) == _round(tag)
         for old in folder.glob("*.state"):
-            if old.stem not in (tag, previous):
+            if old.stem not in (tag, previous) and not (within and _round(old.stem) != _round(tag)):
                 old.unlink(missing_ok=True)
 
     def stage(self, client: int, key: str, state: dict[str, Any]) -> None:
