@@ -1,0 +1,139 @@
+"""The basis (B, A) of LoRA-SB: where it comes from, how much of a matrix it captures, its hash.
+
+LoRA-SB (arXiv 2411.19557) takes the r leading singular triples of the first full fine-tuning step, −η·sign(Σ
+g) in the released code: B = U_r, R₀ = S_r, A = V_rᵀ. LoRA-XS (arXiv 2405.17604) takes those of W₀; random
+orthonormal ones need no data. Singular vectors are exact (not randomised) and their signs fixed, so that
+equal matrices give equal bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.errors import UserError
+from fedfuse.records import sha_arrays
+from fedfuse.train.adapters import Arrays, LoRASB, adapted
+
+INITS = ("raw_grad", "sign_grad", "weight_svd", "random_orthonormal")
+
+
+def first_step(gradient: Tensor, init: str, rate: float) -> Tensor:
+    """The matrix whose leading directions make the basis: −η·g, or −η·sign(g) as Adam's first step is."""
+    return -rate * (gradient.sign() if init == "sign_grad" else gradient)
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U_r (d × r), S_r (r), V_rᵀ (r × k) of the exact singular value decomposition, in float64.
+
+    In each column of U the entry of largest size is positive.
+    """
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    at = u.abs().argmax(0, keepdim=True)
+    sign = torch.where(u.gather(0, at) < 0, -1.0, 1.0)
+    return u * sign, s, vt * sign.T
+
+
+def energy(matrix: Tensor, b: Tensor, a: Tensor) -> float:
+    """Share of ‖M‖² that lies in the span of B and A: ‖Bᵀ M Aᵀ‖² / ‖M‖², for orthonormal B and A."""
+    whole = matrix.double().square().sum()
+    kept = (b.double().T @ matrix.double() @ a.double().T).square().sum()
+    return (kept / whole).item() if whole > 0 else 0.0
+
+
+def basis_of(matrices: Mapping[str, Tensor], rank: int) -> tuple[Arrays, Arrays, dict[str, float]]:
+    """Bases of named matrices.
+
+    Returns
+    -------
+    arrays
+        `<layer>.basis_B` and `<layer>.basis_A`, float32.
+    latents
+        `<layer>.lora_R.weight` = diag(S_r), float32.
+    energies
+        Captured energy by layer.
+    """
+    arrays: Arrays = {}
+    latents: Arrays = {}
+    captured: dict[str, float] = {}
+    for name, matrix in matrices.items():
+        u, s, vt = leading(matrix, rank)
+        arrays[f"{name}.basis_B"], arrays[f"{name}.basis_A"] = u.float().contiguous(), vt.float().contiguous()
+        latents[f"{name}.lora_R.weight"] = s.diag().float()
+        captured[name] = energy(matrix, u, vt)
+    return arrays, latents, captured
+
+
+def basis_in(model: nn.Module) -> Arrays:
+    """The basis that a model holds, `<layer>.basis_B` and `<layer>.basis_A`, copied."""
+    out: Arrays = {}
+    for name, module in adapted(model).items():
+        if isinstance(module, LoRASB):
+            out[f"{name}.basis_B"], out[f"{name}.basis_A"] = module.basis_B.clone(), module.basis_A.clone()
+    return out
+
+
+def base_weights(model: nn.Module) -> Arrays:
+    """W₀ (d × k) of every adapted layer."""
+    return {name: module.weight.detach().clone() for name, module in adapted(model).items()}
+
+
+def gradients(model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Arrays:
+    """Σ over rows of d loss / d W₀ for every adapted layer (d × k, float32), model as it is, without dropout.
+
+    Parameters
+    ----------
+    loss : callable
+        `loss(rows) -> scalar`, the mean loss over some rows.
+    rows : Tensor
+        Rows to go over, in batches of `batch_size`.
+    """
+    layers = adapted(model)
+    weights = [module.stored for module in layers.values()]
+    total = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
+    training = model.training
+    model.eval()
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for batch in rows.split(batch_size):
+            found = torch.autograd.grad(loss(batch) * len(batch), weights, allow_unused=True)
+            for kept, grad in zip(total, found, strict=True):
+                if grad is not None:
+                    kept.add_(grad.double())
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+        model.train(training)
+    return {
+        name: (g.T if module.transposed else g).float().contiguous()
+        for (name, module), g in zip(layers.items(), total, strict=True)
+    }
+
+
+def sketch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U_q S_q (d × q) and V_qᵀ (q × k), the best factors of rank q, float32."""
+    u, s, vt = leading(matrix, rank)
+    return (u * s).float().contiguous(), vt.float().contiguous()
+
+
+def basis_sha(arrays: Mapping[str, Tensor]) -> Tensor:
+    """Hash of a basis as 32 bytes."""
+    return torch.tensor(list(bytes.fromhex(sha_arrays(arrays))), dtype=torch.uint8)
+
+
+def check_basis(model: nn.Module, expected: Tensor, where: str) -> None:
+    """Refuse a basis other than the server's: averages of R mean nothing across bases.
+
+    Raises
+    ------
+    UserError
+        If the hashes differ.
+    """
+    own = basis_sha(basis_in(model))
+    if not torch.equal(own, expected.cpu()):
+        short = [bytes(value.tolist()).hex()[:12] for value in (own, expected.cpu())]
+        raise UserError(f"{where}: its basis has hash {short[0]}…, the server's has {short[1]}…; it cannot take part")

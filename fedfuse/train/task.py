@@ -1,0 +1,23 @@
+"""The loss of the task itself: cross-entropy of a class per example, or of the next token at every place."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # a label that does not count (padding)
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy.
+
+    Parameters
+    ----------
+    logits
+        (B, C), or (B, T, V) of a language model.
+    labels
+        Classes (B,), or the tokens themselves (B, T): place t predicts token t + 1; `IGNORED` does not count.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

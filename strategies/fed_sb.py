@@ -1,0 +1,233 @@
+"""Fed-SB: clients train only the small R of W₀ + s·B R A in one common basis, so that averaging is exact.
+
+Box (Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
+(Private) Federated LoRA Fine-Tuning", 2025, arXiv 2502.15436; initialisation of LoRA-SB, arXiv 2411.19557). B
+(d × r) and A (r × k) are frozen and orthonormal, s = α/r = 1. Before round 1, with g = Σ dL/dW₀ over a few
+training rows (set-up):
+
+    ΔW₀ = −η·sign(g) ≈ U_r S_r V_rᵀ;   B ← U_r,  A ← V_rᵀ,  R ← S_r (`r0=singular`) or 0 (`r0=zero`: the base model)
+
+In round t, for the sampled clients S_t:
+
+    client i:  R_i ← R_t; E epochs of SGD on R_i (and the head)
+    server:    R_{t+1} ← R_t + γ·m,  m ← β·m + (Σ_i p_i R_i − R_t)          (β = 0, γ = 1: the mean)
+
+Σ p_i B R_i A = B (Σ p_i R_i) A for any p, so partial participation and server momentum stay exact. Travels:
+b·r² (and the head) each way, a client, a layer and a round. One-off: `random_orthonormal` and `weight_svd`
+are computed by every site from the run's seed or from W₀, 32 bytes of hash a client; gradient inits send
+b·r·(d+k) down, and up b·d·k (`init_from=clients`, per-client gradients whose sum is the pooled one),
+b·q·(d+k) (`sketch`, their q leading triples) or nothing (`transfer`: the server's labelled set). A site whose
+basis has another hash refuses to take part. The released code pools the clients' training data for the
+gradient, which no federation can do; it sends A and B as well, and averages the R of all rounds so far: three
+things not done here. Clients of smaller rank (`ranks`) train the leading r_i × r_i block, padded with zeros:
+exact too. Choice of ours: R = 0 at the start, because S_r is as small as η.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, pad, part, rank_of
+from fedfuse.client import Records
+from fedfuse.errors import UserError
+from fedfuse.knowledge import Item, Topic
+from fedfuse.records import Arrays, Layout, Scope, arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import Shares
+from fedfuse.train import basis
+from fedfuse.train.adapters import LoRASB, layer_names
+
+
+@dataclass(frozen=True)
+class FedSBHyper(RankedHyper):
+    """Hyper-parameters of Fed-SB."""
+
+    alpha: float | None = hyper(None, "α in the scale s = α/r; null: r, so that s = 1", above=0)
+    init: str = hyper("random_orthonormal", "where the basis comes from", choices=basis.INITS)
+    init_from: str = hyper("clients", "whose gradient, for gradient inits", choices=("clients", "sketch", "transfer"))
+    init_rows: int = hyper(32, "training rows a client (or the server) takes the gradient of", low=1)
+    oversample: int = hyper(4, "triples sent beyond r in a sketch", low=0)
+    rate: float = hyper(1e-3, "η of the first step, only for the size of S_r", above=0)
+    r0: str = hyper("zero", "R at the start", choices=("zero", "singular"))
+    server_momentum: float = hyper(0.0, "β", low=0, high=0.999)
+    server_lr: float = hyper(1.0, "γ", above=0)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the basis is made of a gradient."""
+        return self.init in ("raw_grad", "sign_grad")
+
+
+def gradient_arrays(scope: Scope) -> Layout:
+    """What a client shares in set-up: the gradient of each W₀, or the factors of its sketch; and its rows."""
+    out: Layout = {"rows": ("float32", (1,))}
+    for name in layer_names(scope.model, "lora_R.weight"):
+        d, k = scope.model[f"{name}.basis_B"][1][0], scope.model[f"{name}.basis_A"][1][1]
+        if scope.hyper.init_from == "sketch":
+            q = min(scope.hyper.rank + scope.hyper.oversample, d, k)
+            out |= {f"{name}.U": ("float32", (d, q)), f"{name}.V": ("float32", (q, k))}
+        else:
+            out[f"{name}.gradient"] = "float32", (d, k)
+    return out
+
+
+def step(old: Arrays, mean: Arrays, momentum: Arrays, beta: float, rate: float) -> tuple[Arrays, Arrays]:
+    """R + γ·m and m ← β·m + (R̄ − R), in float64; with β = 0 and γ = 1, R̄ itself."""
+    if beta == 0 and rate == 1:
+        return mean, {}
+    m = {n: beta * momentum.get(n, 0) + (mean[n].double() - old[n].double()) for n in mean}
+    return {n: (old[n].double() + rate * m[n]).to(old[n].dtype) for n in mean}, m
+
+
+class FedSBClient(AdapterClient):
+    """Trains R in the common basis."""
+
+    @staticmethod
+    def equip(model: nn.Module, hyper: FedSBHyper, build: Callable[[str], nn.Module]) -> nn.Module:
+        """Adapters in a random orthonormal basis from the run's seed, or in W₀'s leading directions."""
+        model = equip(model, hyper, LoRASB, ("lora_R",), default_scale=1.0)
+        if hyper.init == "weight_svd":
+            found, _, _ = basis.basis_of(basis.base_weights(model), hyper.rank)
+            model.load_state_dict(found, strict=False)
+        return model
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Take the basis, if it is sent, make sure that it is the server's, then take R and the head."""
+        if "basis" in knowledge:
+            self.load(knowledge["basis"].arrays, strict=False)
+        if "sha" in knowledge:
+            basis.check_basis(self.model, knowledge["sha"].arrays["sha"], f"client {self.client}")
+        if "R" in knowledge:
+            self.load(pad(knowledge["R"].arrays, self.weights()), strict=False)
+        self.restore()
+
+    def setup(self) -> Records:
+        """Sum of the gradients of W₀ over some training rows."""
+        x, y = self.x, self.y
+        rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows].sort().values
+        size = self.scenario.config.train.batch_size
+        found = basis.gradients(self.model, lambda i: self.objective(self.model(x[i]), y[i]), rows, size)
+        out = {"rows": torch.tensor([float(len(rows))])}
+        for name, gradient in found.items():
+            if self.hyper.init_from == "sketch":
+                q = min(self.hyper.rank + self.hyper.oversample, *gradient.shape)
+                out[f"{name}.U"], out[f"{name}.V"] = basis.sketch(gradient, q)
+            else:
+                out[f"{name}.gradient"] = gradient
+        return {"gradient": out}
+
+    def share(self) -> Records:
+        """R (its leading block, for a smaller rank) and the head."""
+        return {"R": cut(self.parts("lora_R"), rank_of(self.hyper, self.client))}
+
+    def fit(self):
+        """Train R; outside the leading block of a smaller rank it is zero and stays so."""
+        rank = rank_of(self.hyper, self.client)
+        if rank == self.hyper.rank:
+            return super().fit()
+
+        def block(model: nn.Module) -> None:
+            for name, parameter in model.named_parameters():
+                if "lora_R" in name and parameter.grad is not None:
+                    parameter.grad[rank:], parameter.grad[:, rank:] = 0, 0
+
+        metrics = self.train(after_backward=block)
+        self.keep()
+        return metrics
+
+
+@strategy("fed_sb", client=FedSBClient, hyper=FedSBHyper, paper="Singhal et al. 2025, arXiv 2502.15436")
+class FedSB(AdapterStrategy):
+    """Mean of the small R of W₀ + B R A in one hashed basis: r² numbers a layer."""
+
+    topics = {
+        "sha": Topic("state", arrays(sha=("uint8", 32)), once=True),
+        "basis": Topic("state", part("basis_A", "basis_B", head=False), once=True),
+        "R": Topic("state", at_most(part("lora_R"))),
+    }
+    records = {"R": at_most(part("lora_R"))}
+    records_setup = {"gradient": gradient_arrays}
+    sums = {}
+
+    @property
+    def setup(self) -> tuple[str, ...]:  # type: ignore[override]
+        """One phase of gradients where the basis is made of the clients' gradients."""
+        return ("setup",) if self.hyper.needs_gradient and self.hyper.init_from != "transfer" else ()
+
+    def begin(self) -> None:
+        """Publish hash and R; where the basis is made of gradients, later."""
+        self.check_ranks()
+        if not self.hyper.needs_gradient:
+            if self.hyper.r0 == "singular":
+                raise UserError(f"strategy.r0=singular: init={self.hyper.init} has no first step; allowed: zero")
+            model = self.residents.fresh(self.architecture)
+            self.settle(basis.basis_in(model), self.parts("lora_R"), False)
+        elif self.hyper.init_from == "transfer":
+            self.start_from(self.transfer_gradient())
+
+    def transfer_gradient(self) -> Arrays:
+        """Σ of gradients over rows of the server's labelled set."""
+        if self.scenario.data.transfer is None:
+            raise UserError("strategy.init_from=transfer: there is no transfer set; allowed: clients, sketch")
+        x, y = self.residents.tensors("transfer")
+        if y is None:
+            raise UserError("strategy.init_from=transfer: needs labels; set transfer.labelled=true")
+        model = self.residents.fresh(self.architecture)
+        rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows]
+        size = self.scenario.config.train.batch_size
+        return basis.gradients(model, lambda i: F.cross_entropy(model(x[i]), y[i]), rows, size)
+
+    def fuse_setup(self, shares: Shares) -> None:
+        """G = Σ g_i / Σ rows_i: the gradient over the joined rows."""
+        total: dict[str, Tensor] = {}
+        rows = 0.0
+        for share in shares:
+            sent = share.records["gradient"]
+            rows += float(sent["rows"])
+            for name in layer_names(sent, "gradient"):
+                total[name] = total.get(name, 0) + sent[f"{name}.gradient"].double()
+            for name in layer_names(sent, "U"):
+                total[name] = total.get(name, 0) + sent[f"{name}.U"].double() @ sent[f"{name}.V"].double()
+        self.start_from({name: value / rows for name, value in total.items()})
+
+    def start_from(self, gradient: Arrays) -> None:
+        """Basis and R₀ of the first step."""
+        steps = {n: basis.first_step(g, self.hyper.init, self.hyper.rate) for n, g in gradient.items()}
+        found, latents, captured = basis.basis_of(steps, self.hyper.rank)
+        for name, share in captured.items():
+            self.log(f"energy/{name}", share)
+        start = self.parts("lora_R")
+        self.settle(found, start | latents if self.hyper.r0 == "singular" else start, True)
+
+    def settle(self, found: Arrays, latents: Arrays, sent: bool) -> None:
+        """Publish the basis (or only its hash) and R."""
+        if sent:
+            self.publish("basis", found)
+        self.publish("sha", {"sha": basis.basis_sha(found)})
+        self.publish_latents(latents)
+
+    def publish_latents(self, latents: Arrays) -> None:
+        """Publish R: to all, or each client's block."""
+        self.state["R"] = latents
+        if self.hyper.ranks:
+            for client in range(self.scenario.clients):
+                self.publish("R", cut(latents, rank_of(self.hyper, client)), to=client)
+        else:
+            self.publish("R", latents)
+
+    def fuse(self, shares: Shares) -> None:
+        """Mean of R, zero-padded, then the server's step."""
+        old: Arrays = self.state["R"]
+        mean, _ = self.mean((share, pad(share.records["R"], old)) for share in shares)
+        beta, rate = self.hyper.server_momentum, self.hyper.server_lr
+        new, self.state["momentum"] = step(old, mean, self.state.get("momentum", {}), beta, rate)
+        self.publish_latents(new)
+
+    def state_of_model(self) -> Arrays:
+        """Basis, R and head."""
+        return super().state_of_model() | self.state.get("R", {})

@@ -1,0 +1,132 @@
+"""HetLoRA: ranks differ; adapters are zero-padded, averaged by how much they say, and cut on the way down.
+
+Box (Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024,
+arXiv 2401.06432; the rule from its abstract and general knowledge, details of formulae not re-read). In round
+t, for the sampled clients S_t:
+
+    client i:  (A_i, B_i) ← leading r_i of (A_t, B_t); E epochs of SGD on both (and the head), minimising
+               ℓ + λ·‖B_i[:, q:]‖·‖A_i[q:]‖,  q = ⌈γ·r_i⌉;  if that fell, r_i ← q (self-pruning; λ = 0: none)
+    server:    p_i ∝ ‖B_i A_i‖_F;   A_{t+1} ← Σ p_i pad(A_i),   B_{t+1} ← Σ p_i pad(B_i)
+
+Not exact. Travels: b·r_i·(d+k) (and the head, averaged by the same p) each way, a client, a layer and a
+round. Readings of ours: one p_i for all layers, from the norm over layers; `weighting=uniform|examples`
+replaces it where `sparsity=false`; a pruned client is still sent its first rank's share and cuts it itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, pad, part, rank_of
+from fedfuse.client import Metrics, Records
+from fedfuse.knowledge import Item, Topic
+from fedfuse.records import Arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import Share, Shares
+from fedfuse.train.adapters import LoRA, adapted, layer_names
+
+
+@dataclass(frozen=True)
+class HetLoRAHyper(RankedHyper):
+    """Hyper-parameters of HetLoRA."""
+
+    sparsity: bool = hyper(True, "weights p_i ∝ ‖B_i A_i‖; false: as `weighting` says")
+    prune: float = hyper(0.0, "λ of the self-pruning term; 0: none", low=0)
+    gamma: float = hyper(0.85, "γ, share of the rank that is not decayed", above=0, high=1)
+
+
+def norm(arrays: Mapping[str, Tensor]) -> float:
+    """‖B A‖_F over all layers of one client's adapter, from r × r matrices: ‖B A‖² = tr(BᵀB·A Aᵀ)."""
+    total = 0.0
+    for name in layer_names(arrays, "lora_A.weight"):
+        b, a = arrays[f"{name}.lora_B.weight"].double(), arrays[f"{name}.lora_A.weight"].double()
+        total += ((b.T @ b) * (a @ a.T)).sum().item()
+    return math.sqrt(max(total, 0.0))
+
+
+class HetLoRAClient(AdapterClient):
+    """Trains LoRA of its own rank, which may shrink."""
+
+    @staticmethod
+    def equip(model: nn.Module, hyper: HetLoRAHyper, build: Callable[[str], nn.Module]) -> nn.Module:
+        """LoRA of the largest rank."""
+        return equip(model, hyper)
+
+    @property
+    def rank(self) -> int:
+        """r_i now."""
+        return int(self.state.get("rank", rank_of(self.hyper, self.client)))
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Take the leading r_i of the common adapter, padded with zeros."""
+        self.load(pad(cut(knowledge["adapter"].arrays, self.rank), self.weights()), strict=False)
+        self.restore()
+
+    def trailing(self, kept: int) -> Tensor:
+        """Σ over layers of ‖B[:, q:]‖·‖A[q:]‖."""
+        layers = [m for m in adapted(self.model).values() if isinstance(m, LoRA)]
+        total = torch.zeros(())
+        for m in layers:
+            b, a = m.lora_B.weight[:, kept:], m.lora_A.weight[kept:]
+            total = total + ((b.square().sum() + 1e-12) * (a.square().sum() + 1e-12)).sqrt()  # smooth at zero
+        return total
+
+    def fit(self) -> Metrics:
+        """Train; with λ > 0 decay the trailing ranks and give them up if they shrank."""
+        kept = math.ceil(self.hyper.gamma * self.rank)
+        if not self.hyper.prune or kept >= self.rank:
+            return super().fit()
+        before = self.trailing(kept).item()
+        metrics = self.train(lambda out, y, rows: self.objective(out, y) + self.hyper.prune * self.trailing(kept))
+        if 0 < self.trailing(kept).item() < before:
+            self.state["rank"] = kept
+        self.keep()
+        return metrics
+
+    def share(self) -> Records:
+        """A_i, B_i of the rank that is left, and the head."""
+        return {"adapter": cut(self.parts("lora_A", "lora_B"), self.rank)}
+
+
+@strategy("hetlora", client=HetLoRAClient, hyper=HetLoRAHyper, paper="Cho et al. 2024, arXiv 2401.06432")
+class HetLoRA(AdapterStrategy):
+    """Mean of zero-padded LoRA factors, weighted by the norm of each client's product."""
+
+    topics = {"adapter": Topic("state", at_most(part("lora_A", "lora_B")))}
+    records = {"adapter": at_most(part("lora_A", "lora_B"))}
+    sums = {}
+
+    def publish_initial(self) -> None:
+        """Version 0, cut to each client's rank."""
+        self.publish_cut(self.parts("lora_A", "lora_B"))
+
+    def publish_cut(self, arrays: Arrays) -> None:
+        """Keep the whole, and send each client its rank of it."""
+        self.state["whole"] = arrays
+        if not self.hyper.ranks:
+            self.publish("adapter", arrays)
+            return
+        for client in range(self.scenario.clients):
+            self.publish("adapter", cut(arrays, rank_of(self.hyper, client)), to=client)
+
+    def weight_of(self, share: Share) -> float:
+        """‖B_i A_i‖_F over all layers."""
+        return self.weights[share.client]
+
+    def fuse(self, shares: Shares) -> None:
+        """Σ p_i pad(·), the mean over examples if nobody's product is different from zero."""
+        everyone = list(shares)
+        by_count = {s.client: super(HetLoRA, self).weight_of(s) for s in everyone}
+        by_norm = {s.client: norm(s.records["adapter"]) for s in everyone}
+        self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
+        mean, _ = self.mean((share, pad(share.records["adapter"], self.state["whole"])) for share in everyone)
+        self.publish_cut(mean)
+
+    def state_of_model(self) -> Arrays:
+        """The model of full rank."""
+        return super().state_of_model() | self.state["whole"]
