@@ -1,0 +1,154 @@
+"""Workers that die, clients that fail or hang: retried from committed state, to the same bits, or left out by name."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedfuse import registry
+from fedfuse.client import FusionClient
+from fedfuse.errors import WorldError
+from tests.federations import federation, play
+from tests.runtime.processes import workers
+
+WIDE = ("clients=10", "data.limit=480", "rounds=3")
+
+
+def faulty(base: type[FusionClient], fault: str, folder: Path, who: int = 1) -> type[FusionClient]:
+    """A client that has a fault in round 2: `raise`, `die` or `hang`; once, or (with `!`) every time."""
+    always, kind, marks = fault.endswith("!"), fault.rstrip("!"), str(folder)
+
+    class Faulty(base):  # type: ignore[misc, valid-type]
+        def fit(self):
+            mark = Path(marks) / f"{self.client}"
+            if self.round == 2 and who in (self.client, -1) and (always or not mark.exists()):
+                mark.touch()
+                if kind == "raise":
+                    raise RuntimeError("a nasty\nfault")
+                if kind == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if kind == "hang":
+                    time.sleep(600)
+            return super().fit()
+
+    return Faulty
+
+
+@pytest.fixture
+def with_fault(monkeypatch, tmp_path):
+    def arrange(name: str, fault: str, who: int = 1) -> None:
+        entry = registry.entry(name)
+        made = faulty(entry.client, fault, tmp_path, who)
+        monkeypatch.setitem(registry._entries, name, entry._replace(client=made))
+
+    return arrange
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    made: dict[str, str] = {}
+
+    def digest(name: str) -> str:
+        if name not in made:
+            made[name] = play(name, *WIDE).digest
+        return made[name]
+
+    return digest
+
+
+@pytest.mark.parametrize("name", ["fedavg", "knfu"])
+@pytest.mark.parametrize("fault", ["raise", "die"])
+def test_passing_fault_changes_nothing(name, fault, undisturbed, with_fault, ray_session) -> None:
+    expected = undisturbed(name)
+    with_fault(name, fault)
+    run = play(name, *WIDE, grid="ray")
+    assert run.digest == expected
+    assert run.strategy.failures["retried"] >= 1
+    assert not run.strategy.ever_left_out
+
+
+@pytest.mark.parametrize("fault", ["raise!", "die!"])
+def test_lasting_fault_is_left_out_and_named(fault, with_fault, ray_session) -> None:
+    with_fault("fedavg", fault)
+    with federation("fedavg", *WIDE, grid="ray") as (built, directory):
+        left_out: list[str] = []
+        accept = built.strategy._leave_out
+
+        def note(client, reason, code):
+            left_out.append(f"{client}: {reason}")
+            accept(client, reason, code)
+
+        built.strategy._leave_out = note
+        built.run()
+        assert built.done == 3
+        assert len(left_out) == 1 and left_out[0].startswith("1: "), left_out
+        assert ("a nasty fault" if fault == "raise!" else "died") in left_out[0]
+        summary = directory.summary(built)
+        assert summary["cohort_complete"] is False
+        assert summary["failures"]["replies"] == 1
+
+
+def test_nobody_succeeds(with_fault, ray_session) -> None:
+    with_fault("fedavg", "raise!", who=-1)
+    with pytest.raises(WorldError, match="a nasty fault"):
+        play("fedavg", *WIDE, grid="ray")
+
+
+def test_hanging_client(undisturbed, with_fault, ray_session) -> None:
+    expected = undisturbed("knfu")
+    with_fault("knfu", "hang")
+    run = play("knfu", *WIDE, "runtime.client_timeout=20", grid="ray")
+    assert run.digest == expected
+    assert run.strategy.failures["retried"] >= 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(seed, undisturbed, ray_session) -> None:
+    """Several `kill -9` in one run, whatever the workers are doing."""
+    expected, draw, over = undisturbed("knfu"), random.Random(seed), threading.Event()
+    killed = []
+
+    def killer() -> None:
+        for _ in range(3):
+            if over.wait(draw.uniform(0.05, 2)):
+                return
+            if found := workers():
+                killed.append(draw.choice(found))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    with federation("knfu", *WIDE, grid="ray") as (built, _):
+        thread = threading.Thread(target=killer)
+        thread.start()
+        try:
+            built.run()
+        finally:
+            over.set()
+            thread.join()
+        assert killed
+        assert not built.strategy.ever_left_out, built.strategy.left_out
+        assert built.digest == expected
+
+
+def test_broken_off_run_leaves_no_work_behind(with_fault, ray_session) -> None:
+    """After Ctrl-C in mid-phase the next run of this process gets workers that are free."""
+    with federation("fedavg", *WIDE, grid="ray") as (built, _):
+        carry = built.grid.exchange
+
+        def broken(groups):
+            for i, reply in enumerate(carry(groups)):
+                if i == 3:
+                    raise KeyboardInterrupt
+                yield reply
+
+        built.grid.exchange = broken
+        with pytest.raises(KeyboardInterrupt):
+            built.run()
+    started = time.monotonic()
+    play("fedavg", *WIDE, grid="ray")
+    assert time.monotonic() - started < 120

@@ -1,0 +1,109 @@
+"""`kill -9` of the driver in mid-round, then `resume`: the digest is the undisturbed run's. And nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.processes import MARK, gone, shared_blocks
+
+WORDS = [
+    "strategy=knfu", "data=digits", "data.limit=400", "data.test_limit=60", "clients=9", "rounds=4", "model=mlp_small",
+    "transfer.size=40", "runtime.workers=2", "train.epochs=3",
+]  # fmt: skip
+
+
+def fedfuse(words: list[str], mark: str) -> subprocess.Popen:
+    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fedfuse.cli", *words]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(words: list[str], mark: str) -> tuple[int, str]:
+    process = fedfuse(words, mark)
+    text, _ = process.communicate(timeout=400)
+    return process.returncode, text
+
+
+def digest_of(run: Path) -> str:
+    return json.loads((run / "summary.json").read_text())["digest"]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> str:
+    where = tmp_path_factory.mktemp("plain") / "run"
+    code, text = finished(["run", *WORDS, "runtime=inline", f"out={where}"], uuid.uuid4().hex)
+    assert code == 0, text
+    return digest_of(where)
+
+
+def round_of(run: Path) -> int:
+    try:
+        return int(json.loads((run / "checkpoint" / "round.json").read_text())["round"])
+    except (OSError, ValueError):
+        return -1
+
+
+def kill_in_round(process: subprocess.Popen, run: Path, round: int, delay: float) -> None:
+    end = time.monotonic() + 300
+    while round_of(run) < round and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("runtime", ["inline", "ray"])
+def test_killed_driver_resumes_to_the_same_bits(runtime: str, expected: str, tmp_path: Path) -> None:
+    where, draw = tmp_path / "run", random.Random(runtime)
+    mark = uuid.uuid4().hex
+    before = shared_blocks()
+    kill_in_round(fedfuse(["run", *WORDS, f"runtime={runtime}", f"out={where}"], mark), where, 1, draw.uniform(0, 0.3))
+    assert not gone(mark), "processes outlive the killed driver"
+    assert not shared_blocks() - before
+    if (where / "summary.json").exists():
+        pytest.skip("the run was over before it could be killed")
+    kill_in_round(fedfuse(["resume", str(where)], mark), where, 2, draw.uniform(0, 0.3))
+    code, text = finished(["resume", str(where)], mark)
+    assert code == 0, text
+    assert digest_of(where) == expected
+    assert not gone(mark)
+
+
+def test_nothing_is_left_after_success_and_failure(tmp_path: Path) -> None:
+    before, mark = shared_blocks(), uuid.uuid4().hex
+    code, text = finished(["run", *WORDS, "rounds=1", "runtime=ray", f"out={tmp_path / 'good'}"], mark)
+    assert code == 0, text
+    assert not gone(mark)
+    code, text = finished(
+        ["run", *WORDS, "rounds=1", "train.lr=1e30", "runtime=ray", "runtime.retries=0", f"out={tmp_path / 'bad'}"],
+        mark,
+    )
+    assert code == 1, text
+    assert not gone(mark)
+    assert not shared_blocks() - before
+
+
+def test_nothing_is_left_after_ctrl_c(tmp_path: Path) -> None:
+    before, mark, where = shared_blocks(), uuid.uuid4().hex, tmp_path / "run"
+    process = fedfuse(["run", *WORDS, "rounds=400", "runtime=ray", f"out={where}"], mark)
+    end = time.monotonic() + 300
+    while round_of(where) < 1 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to everyone in the foreground
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert not gone(mark)
+    assert not shared_blocks() - before
+    assert not Path(f"/tmp/fedfuse-ray-{process.pid}").exists()
