@@ -106,7 +106,7 @@ def test_a_joint_step_sees_both_terms(monkeypatch):
         return original(model, x, y, watched, config, seed_parts, **options)
 
     monkeypatch.setattr(local, "train", spied)
-    play("comet", "strategy.lam=3", "rounds=2")
+    play("comet", "strategy.lam=3", "strategy.clusters=1")
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert all(total == ce for total, ce in first)  # nothing to be drawn to yet
     assert all(total > ce for total, ce in second)
