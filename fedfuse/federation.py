@@ -117,7 +117,10 @@ class Federation:
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages; a node that cannot follow gets the whole values and is asked again, in its turn."""
         strategy = self.strategy
-        for reply in self.grid.send_and_receive(messages):
+        replies = self.grid.send_and_receive(messages)
+        if isinstance(replies, Sequence):  # a grid of Flower's, in no order; ours stream in client order
+            replies = sorted(replies, key=strategy.sender)
+        for reply in replies:
             if reply.has_error() and reply.error.code == STALE:
                 client = strategy.sender(reply)
                 reply = next(iter(self.grid.send_and_receive([strategy.message_again(client)])), reply)

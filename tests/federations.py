@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fedfuse import registry
 from fedfuse.compose import compose
@@ -93,6 +94,8 @@ def federation(
             transport = RayGrid(entry, scenario, directory.clients.directory, workers)
         else:
             transport = InlineGrid(place(entry, scenario, directory.clients), reverse)
+        undrawn = mock.patch("fedfuse.data.picture.draw_partition")  # takes longer than the whole run
+        undrawn.start()
         try:
             whole = [Evaluation(config.evaluate.every), directory, *callbacks]
             built = Federation(strategy, transport, config.rounds, whole)
@@ -101,6 +104,7 @@ def federation(
                 transport.cache.update(strategy.board.items)
             yield built, directory
         finally:
+            undrawn.stop()
             transport.close()
             directory.close()
 
