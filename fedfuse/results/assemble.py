@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from fedfuse.results.curves import Series
 from fedfuse.results.evidence import Evidence, gather, label_counts, similarities
 from fedfuse.results.run import Run
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import notes, printable, row
+from fedfuse.results.table import Row, notes, printable, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
@@ -39,7 +39,8 @@ class Page:
     skipped: list[str]
     shared: list[tuple[str, str]]
     environment: list[tuple[str, str]]
-    details: list[dict[str, Any]] = field(default_factory=list)
+    details: list[dict[str, Any]]
+    rows: list[Row]  # the comparison, for the other formats
 
 
 def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[Run], list[str]]:
@@ -74,9 +75,12 @@ def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[
         everywhere.append((one, Series(names.index(one.label), one.label, tuple(done), tuple(open_))))
     settings = list(dict.fromkeys(one.setting for one in groups))
     sections = []
+    every: list[Row] = []
     for k, setting in enumerate(settings):
         part = [(one, series) for one, series in everywhere if one.setting == setting]
-        sections.append(_section(k, setting, part, drawn=k < MOST_SETTINGS))
+        rows = [row(one) for one, _ in part]
+        every += rows
+        sections.append(_section(k, setting, part, rows, drawn=k < MOST_SETTINGS))
     lines = notes(runs) + _unequal_partitions(evidence.values(), places)
     if len(settings) > MOST_SETTINGS:
         lines.append(f"{len(settings)} settings: figures are drawn for the first {MOST_SETTINGS}, tables for all.")
@@ -102,14 +106,16 @@ def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[
             }
             for k, run in enumerate(runs)
         ],
+        rows=every,
     )
     return page, runs, skipped
 
 
-def _section(k: int, setting: str, part: Sequence[tuple[Group, Series]], drawn: bool) -> dict[str, Any]:
+def _section(
+    k: int, setting: str, part: Sequence[tuple[Group, Series]], rows: Sequence[Row], drawn: bool
+) -> dict[str, Any]:
     """Return what stands under one setting."""
     groups, series = [one for one, _ in part], [one for _, one in part]
-    rows = [row(one) for one in groups]
     return {
         "title": f"Setting: {printable(setting)}" if setting else "Comparison",
         "verdicts": content.verdicts(rows, groups),
@@ -163,7 +169,8 @@ def _maps(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, Any]]:
             drawing = figures.label_map(clients, labels, counts, f"p{len(shown)}")
             total, least = int(counts.sum()), int(counts.sum(axis=1).min()) if len(clients) else 0
             caption = f"Seed {run.run.seed}: {total} examples, the smallest client has {least}. Blank: none."
-            shown[key] = _shown(one.setting or "Training examples by client and label", drawing, caption)
+            title = ", ".join(part for part in ("Training examples by client and label", one.setting) if part)
+            shown[key] = _shown(title, drawing, caption)
     return list(shown.values())
 
 
@@ -177,7 +184,7 @@ def _similarity(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, An
             matrices = similarities(run.run)
             if matrices:
                 drawing = figures.similarity_maps(matrices, f"m{len(shown)}")
-                title = ", ".join(part for part in (one.label, one.setting) if part)
+                title = ", ".join(part for part in (f"Similarity of clients: {one.label}", one.setting) if part)
                 caption = f"Seed {run.run.seed}. {wording.SIMILARITY}"
                 shown.append(_shown(title, drawing, caption))
     return shown
@@ -229,7 +236,8 @@ def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    text = printable("null" if value is None else str(value))
+    plain = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = printable(plain)
     return text if len(text) <= 500 else f"{text[:499]}…"
 
 

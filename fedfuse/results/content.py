@@ -107,7 +107,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "seconds",
         "failed",
     )
-    on = " and ".join(sorted({f"{ranks[metric][1]} seeds" for metric in BEST}))
+    on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
     note = f"{FOOT} {wording.COMPARISON.format(seeds=on)}"
     return Table("After the last round", columns, tuple(lines), note, "comparison")
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from fedfuse.errors import UserError
 from fedfuse.results.assemble import Page, build
 from fedfuse.results.run import Run, find
-from fedfuse.results.setting import group
-from fedfuse.results.table import row, to_csv, to_latex, to_markdown
+from fedfuse.results.table import to_csv, to_latex, to_markdown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -54,13 +53,12 @@ def report(directories: Iterable[str | os.PathLike[str]], out: str | os.PathLike
     """
     runs, skipped = find(directories)
     page, runs, skipped = build(runs, skipped)
-    rows = [row(one) for one in group(runs)[0]]
     target = Path(out)
     files = {
         "report.html": document(page.title, render(page)),
-        "table.csv": to_csv(rows),
-        "table.md": to_markdown(rows),
-        "table.tex": to_latex(rows),
+        "table.csv": to_csv(page.rows),
+        "table.md": to_markdown(page.rows),
+        "table.tex": to_latex(page.rows),
     }
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ def write_run(
     classes: int = 10,
     done: int | None = None,
     similarity: bool = False,
+    always: bool = False,
     config: dict[str, Any] | None = None,
     hyper: dict[str, Any] | None = None,
     skill: float | None = None,
@@ -62,7 +63,7 @@ def write_run(
     own = np.clip(level[:, None] + 0.04 + (offsets - offsets.mean())[None, :], 0, 1)
     metrics = _metrics(level, own, random)
     if similarity:
-        metrics = pl.concat([metrics, _similarity(last, clients, random)])
+        metrics = pl.concat([metrics, _similarity(last, clients, random, always)])
     traffic = _traffic(strategy, last, clients, random)
     timing = _timing(last, random)
     deal = np.random.default_rng(seed)  # strategies share partitions
@@ -138,7 +139,10 @@ def _metrics(level: np.ndarray, own: np.ndarray, random: np.random.Generator) ->
     rounds, clients = own.shape
     numbers = np.arange(1, rounds + 1)
     parts = []
-    for split, values in (("personal", own), ("train", -np.log(np.clip(own, 1e-3, None)))):
+    loss = -np.log(np.clip(own, 1e-3, None))
+    kinds = {("personal", "accuracy"): own, ("personal", "accuracy_macro"): own, ("personal", "loss"): loss}
+    kinds |= {("train", "loss"): loss, ("train", "steps"): np.ones_like(own)}
+    for (split, metric), values in kinds.items():
         parts.append(
             pl.DataFrame(
                 {
@@ -146,7 +150,7 @@ def _metrics(level: np.ndarray, own: np.ndarray, random: np.random.Generator) ->
                     "scope": ["client"] * own.size,
                     "client": np.tile(np.arange(clients), rounds),
                     "split": [split] * own.size,
-                    "metric": ["accuracy" if split == "personal" else "loss"] * own.size,
+                    "metric": [metric] * own.size,
                     "value": values.ravel(),
                 }
             )
@@ -169,10 +173,10 @@ def _metrics(level: np.ndarray, own: np.ndarray, random: np.random.Generator) ->
     return pl.concat([*parts, pl.DataFrame(server)])
 
 
-def _similarity(rounds: int, clients: int, random: np.random.Generator) -> pl.DataFrame:
+def _similarity(rounds: int, clients: int, random: np.random.Generator, always: bool) -> pl.DataFrame:
     same = (np.arange(clients)[:, None] % 2 == np.arange(clients)[None, :] % 2).astype(float)
     parts = []
-    for number in sorted({1, max(1, rounds // 2), rounds}):
+    for number in sorted({1, max(1, rounds // 2), rounds}) if not always else range(1, rounds + 1):
         trust = number / rounds
         matrix = trust * same + (1 - trust) / 2 + random.normal(0, 0.03, same.shape)
         i, j = np.indices(same.shape)
@@ -226,11 +230,5 @@ def _timing(rounds: int, random: np.random.Generator) -> pl.DataFrame:
 
 if __name__ == "__main__":  # the full size of the performance promise: 200 runs, 100 rounds, 100 clients
     target = Path(sys.argv[1])
-    write_sweep(
-        target,
-        [*SKILL, "dsfl", "fedproto", "scaffold", "ditto", "comet"],
-        20,
-        ("knfu", "comet"),
-        rounds=100,
-        clients=100,
-    )
+    names = [*SKILL, "dsfl", "fedproto", "scaffold", "ditto", "comet"]
+    write_sweep(target, names, 20, ("knfu", "comet"), rounds=100, clients=100, always=True)

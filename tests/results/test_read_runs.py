@@ -17,7 +17,7 @@ from fedfuse.results.run import find, load
 def test_finished(tmp_path):
     run = load(write_run(tmp_path / "a", "knfu", 3, rounds=4, clients=5))
     assert (run.status, run.strategy, run.seed, run.rounds_done, run.rounds) == ("finished", "knfu", 3, 4, 4)
-    assert run.metrics.filter(scope="client", split="personal").collect().height == 20
+    assert run.metrics.filter(scope="client", split="personal", metric="accuracy").collect().height == 20
     assert run.final["accuracy/global"] == run.summary["final"]["accuracy/global"]
     assert set(run.partition.collect()["client"]) == set(range(5))
     assert run.environment["cores"] == 2

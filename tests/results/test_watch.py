@@ -133,8 +133,8 @@ def test_live_run_in_a_browser(tmp_path):
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("request", lambda request: asked.append(request.url))
             page.goto(found[0])
-            page.wait_for_selector("#live .status-running", timeout=60_000)
-            page.wait_for_selector("#page figure svg", timeout=60_000)
+            page.wait_for_selector("#live .status-running", timeout=120_000)
+            page.wait_for_selector("#page figure svg", timeout=120_000)
             counter = "parseInt(document.querySelector('#live .round').textContent)"
             first = page.evaluate(counter)
             deadline = time.monotonic() + 30  # the page's policy forbids Playwright's own waiting for an expression
@@ -143,7 +143,7 @@ def test_live_run_in_a_browser(tmp_path):
                 page.wait_for_timeout(200)
             page.locator("#live summary").click()
             os.kill(running.pid, signal.SIGKILL)
-            page.wait_for_selector("#live .status-interrupted", timeout=30_000)
+            page.wait_for_selector("#live .status-interrupted", timeout=60_000)
             assert page.evaluate("document.querySelector('#live details').open")
             kept = os.environ.get("FEDFUSE_SCREENSHOTS")
             page.screenshot(path=f"{kept or tmp_path}/watch.png", full_page=True)
