@@ -28,7 +28,7 @@ from fedfuse.knowledge import Item, Topic
 from fedfuse.records import InvalidArrays, Scope, arrays
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import FusionStrategy, Records, Shares
-from fedfuse.train.classwise import class_means, mean_over_holders
+from fedfuse.train.classwise import class_means, mean_over_holders, pull
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,6 @@ class FedProtoHyper:
     lam: float = hyper(1.0, "λ, weight of the pull towards prototypes (paper: 1 on MNIST, 0.1 on CIFAR-10)", low=0)
     weighting: str = hyper("count", "mean by |D_kc|, or plain over holders (code)", choices=("count", "holders"))
     inference: str = hyper("prototype", "nearest global prototype, or the own head", choices=("prototype", "head"))
-
-
-def pull(z: Tensor, labels: Tensor, prototypes: Tensor, held: Tensor) -> Tensor:
-    """(1/(B·d)) Σ_i ‖z_i − P_{y_i}‖² over examples whose class has a global prototype.
-
-    Parameters
-    ----------
-    z : Tensor
-        Embeddings (B × d).
-    labels : Tensor
-        Classes (B).
-    prototypes : Tensor
-        P (C × d).
-    held : Tensor
-        Which classes have one (C).
-    """
-    target = torch.where(held[labels, None], prototypes[labels], z.detach())
-    return F.mse_loss(z, target)
 
 
 def nearness(z: Tensor, prototypes: Tensor, held: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Aggregates per class: sums and means over a client's examples, and over the clients that hold a class."""
+"""Aggregates per class: means over a client's examples and over the clients that hold a class; the pull to them."""
 
 from __future__ import annotations
 
@@ -55,3 +55,20 @@ def mean_over_holders(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(0)
     means = torch.einsum("nc,ncd->cd", weights, values.double()) / total.where(total > 0, 1.0)[:, None]
     return means, total > 0
+
+
+def pull(z: Tensor, labels: Tensor, means: Tensor, held: Tensor) -> Tensor:
+    """Return (1/(B·d)) Σ_i ‖z_i − m_{y_i}‖² over the examples whose class has a mean; the others are not pulled.
+
+    Parameters
+    ----------
+    z : Tensor
+        Embeddings (B × d).
+    labels : Tensor
+        Classes (B).
+    means : Tensor
+        m (C × d).
+    held : Tensor
+        Which classes have one (C) bool.
+    """
+    return F.mse_loss(z, torch.where(held[labels, None], means[labels], z.detach()))
