@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     node.add_argument("--port", type=int, default=9094, help="local port between node and executor")
     node.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
+    for sub in (server, node):
+        sub.add_argument("--follow", type=int, help=argparse.SUPPRESS)  # end when this process ends
+
     for name, what in (("register", "let a node's public key join"), ("unregister", "revoke a node, by node id")):
         sub = commands.add_parser(name, help=what)
         _reach(sub)
@@ -105,18 +108,20 @@ def _certs(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _server(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.deploy.launch import run_server
+    from fedfuse.deploy.launch import follow, run_server
 
+    follow(args.follow)
     return run_server(
         host=args.host, port=args.port, certs=args.certs, state=args.state_dir, runs=args.runs, insecure=args.insecure
     )
 
 
 def _node(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.deploy.launch import run_node
+    from fedfuse.deploy.launch import follow, run_node
     from fedfuse.deploy.policy import read_policy
     from fedfuse.runtime.host import Seat
 
+    follow(args.follow)
     if (args.partition is None) == (args.client_id is None):
         raise UserError("deploy node: one of --client-id I (own data) and --partition I/N (simulated) is needed")
     client, clients = args.client_id, None

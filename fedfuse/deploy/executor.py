@@ -16,8 +16,8 @@ from typing import Any
 
 RUNS = {"client": "flwr.supernode.runtime.run_clientapp", "server": "flwr.superlink.runtime.run_serverapp"}
 PRELOAD = {
-    "client": ["fedfuse.apps", "fedfuse.data.federated", RUNS["client"]],
-    "server": ["fedfuse.apps", "fedfuse.deploy.serve", RUNS["server"]],
+    "client": ["fedfuse.apps", "fedfuse.deploy.warm", RUNS["client"]],
+    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.serve", RUNS["server"]],
 }
 
 

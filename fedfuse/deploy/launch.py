@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +42,25 @@ def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
 
 
 def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
-    """Start our executor; it ends when this process does."""
+    """Start our executor; it ends when this process does, and this process when it does."""
     words = [sys.executable, "-m", "fedfuse.deploy.executor", kind, "--runtime-api-address", address, *tls]
-    subprocess.Popen([*words, "--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(secret)])
+    words += ["--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(secret)]
+    child = subprocess.Popen(words)
+
+    def watch() -> None:
+        child.wait()
+        print(f"fedfuse: the executor ended (exit code {child.returncode}); so does this process", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def follow(parent: int | None) -> None:
+    """End this process when another one (who started it) ends."""
+    if parent is not None:
+        from flwr.supercore.app_utils import start_parent_process_monitor
+
+        start_parent_process_monitor(parent)
 
 
 def _secret(state: Path) -> Path:

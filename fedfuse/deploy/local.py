@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -64,6 +66,10 @@ class Federation:
         """A `fedfuse deploy` command."""
         return [sys.executable, "-m", "fedfuse.deploy", *words]
 
+    @property
+    def _mine(self) -> list[str]:
+        return ["--follow", str(os.getpid())]
+
     def process(self, name: str, *words: str) -> Process:
         """Start one `fedfuse deploy` process of ours."""
         logs = self.work / "logs"
@@ -78,7 +84,7 @@ class Federation:
         write_certificates(certs, [], names)
         server = self.process(
             "server", "server", "--certs", str(certs), "--host", "127.0.0.1", "--port", str(self.port),
-            "--state-dir", str(self.work / "server"), "--runs", str(self.work / "runs"),
+            "--state-dir", str(self.work / "server"), "--runs", str(self.work / "runs"), *self._mine,
         )  # fmt: skip
         if not server.wait_for("Uvicorn running", 120):
             raise WorldError(f"the server did not start; see {server.log}")
@@ -93,7 +99,7 @@ class Federation:
         return self.process(
             name, "node", "--server", self.link.address, "--ca", str(self.link.ca), "--key", key,
             "--partition", f"{partition}/{self.count}", "--state-dir", str(self.work / name), "--port", str(free_port()),
-            *more,
+            *self._mine, *more,
         )  # fmt: skip
 
     # -- living --------------------------------------------------------------------------------------------
@@ -157,6 +163,8 @@ def play_locally(
 ) -> dict[str, Any]:
     """Run an order on a federation of this machine; returns its summary. Logs are kept in `work`, if it is given."""
     folder = work or Path(tempfile.mkdtemp(prefix="fedfuse-local-"))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # asked to end: everything that was started ends too
     try:
         with Federation(nodes, folder, policy, say) as federation:
             return federation.play(order, out)

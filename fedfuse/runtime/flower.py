@@ -16,7 +16,7 @@ from fedfuse.runtime.replies import fault_of
 from fedfuse.strategy import FAILED, INVALID, REFUSED, STALE
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
-POLL = 0.2  # seconds between looks for replies (Flower's own: 3)
+POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ def from_json(text: str) -> Config:
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
         raise UserError("configuration: an object with a strategy is needed")
     name = values["strategy"].get("name")
-    if not isinstance(name, str) or name not in registry.listed():
-        raise UserError(f"strategy={name}: not registered here; {nearest(str(name), registry.listed())}")
+    if not isinstance(name, str):
+        raise UserError(f"strategy={name!r}: a name is needed")
+    registry.entry(name)  # refuses what is not registered
     chosen = _build(registry.schema(name), values["strategy"], "strategy.")
     config = _build(Config, {key: value for key, value in values.items() if key != "strategy"}, "")
     config.strategy = chosen

@@ -1,0 +1,15 @@
+"""Imported once by the process that tasks are forked from: every strategy and the bundle's hash, so that no task waits."""
+
+from __future__ import annotations
+
+import contextlib
+
+import fedfuse.data.federated
+from fedfuse import registry
+from fedfuse.deploy.bundle import bundle_hash
+
+for _name in registry.listed():
+    with contextlib.suppress(Exception):  # a broken strategy fails when it is asked for, by name
+        registry.entry(_name)
+
+bundle_hash()
