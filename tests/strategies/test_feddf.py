@@ -1,0 +1,105 @@
+"""FedDF in closed form: the ensemble, its students by architecture, and FedAvg as the limit."""
+
+import numpy as np
+import pytest
+import torch
+from fedfuse.strategies.feddf import cosine
+
+from tests.federations import play
+from tests.strategies.halves import server, shares
+
+POOL = "model.pool=[mlp,mlp_small,mlp_wide]"
+
+
+def variants(strategy, architecture, count):
+    """Models of one architecture, a little apart."""
+    start = strategy.residents.initial(architecture)
+    draw = torch.Generator().manual_seed(5)
+    return [
+        {"model": {k: v + 0.2 * torch.randn(v.shape, generator=draw) for k, v in start.items()}} for _ in range(count)
+    ]
+
+
+def logits_of(strategy, architecture, arrays):
+    x, _ = strategy.residents.tensors("transfer")
+    return strategy.predict(strategy.residents.loaded(architecture, arrays), x, 512).double()
+
+
+def test_no_distillation_is_fedavg():
+    assert play("feddf", "strategy.distill_epochs=0").digest == play("fedavg").digest
+
+
+@pytest.mark.parametrize("ensemble", ["logit", "prob"])
+def test_the_ensemble_is_the_mean_of_all_teachers(ensemble, monkeypatch):
+    strategy = server("feddf", f"strategy.ensemble={ensemble}")
+    models, seen = variants(strategy, "mlp_small", 3), {}
+    outputs = torch.stack([logits_of(strategy, "mlp_small", m["model"]) for m in models])
+    monkeypatch.setattr(strategy, "_distil", lambda name, student, x, teacher: seen.update(t=teacher) or student)
+    strategy.fuse(shares(strategy, *models))
+    expected = outputs.mean(0) if ensemble == "logit" else outputs.softmax(2).mean(0)
+    np.testing.assert_allclose(seen["t"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_student_an_architecture_taught_by_all(monkeypatch):
+    strategy = server("feddf", POOL)
+    names = ("mlp", "mlp_small")  # nobody with mlp_wide took part
+    models = [variants(strategy, name, 1)[0] for name in names]
+    outputs = torch.stack([logits_of(strategy, n, m["model"]) for n, m in zip(names, models, strict=True)])
+    seen = {}
+    monkeypatch.setattr(
+        strategy, "_distil", lambda name, student, x, teacher: seen.update({name: (student, teacher)}) or student
+    )
+    initial = strategy.residents.initial("mlp_wide")
+    strategy.fuse(shares(strategy, *models))
+    assert sorted(seen) == ["mlp", "mlp_small", "mlp_wide"]
+    for student, teacher in seen.values():
+        np.testing.assert_allclose(teacher, outputs.mean(0), rtol=1e-4, atol=1e-5)
+        assert student
+    assert all(torch.equal(v, initial[k]) for k, v in seen["mlp_wide"][0].items())
+    assert all(torch.allclose(v, models[0]["model"][k]) for k, v in seen["mlp"][0].items())
+    assert sorted(strategy.server_models()) == ["mlp", "mlp_small", "mlp_wide"]
+
+
+def test_averaging_probabilities_is_averaging_losses():
+    """Gradients of the mean of KLs and of the KL to the mean are equal: `prob` is the code's avg_losses."""
+    teachers = torch.randn(4, 6, 5, dtype=torch.float64).softmax(2)
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def kl(p):
+        return (p * (p.log() - z.log_softmax(1))).sum(1).mean()
+
+    (one,) = torch.autograd.grad(torch.stack([kl(p) for p in teachers]).mean(), z)
+    (other,) = torch.autograd.grad(kl(teachers.mean(0)), z)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_distilling_moves_the_student_to_the_ensemble():
+    strategy = server("feddf", "strategy.distill_epochs=40", "strategy.distill_lr=0.01")
+    models = variants(strategy, "mlp_small", 3)
+    teacher = torch.stack([logits_of(strategy, "mlp_small", m["model"]) for m in models]).mean(0).log_softmax(1)
+    mean = {k: torch.stack([m["model"][k] for m in models]).mean(0) for k in models[0]["model"]}
+
+    def distance(arrays):
+        return (teacher.exp() * (teacher - logits_of(strategy, "mlp_small", arrays).log_softmax(1))).sum(1).mean()
+
+    strategy.fuse(shares(strategy, *models))
+    assert distance(strategy.model) < 0.2 * distance(mean)
+
+
+def test_clients_without_examples_neither_count_nor_teach():
+    strategy = server("feddf")
+    before = strategy.model
+    strategy.fuse(shares(strategy, *variants(strategy, "mlp_small", 2), examples=0))
+    assert all(torch.equal(v, before[k]) for k, v in strategy.model.items())
+
+
+def test_cosine():
+    assert cosine(0.1, 0, 10) == pytest.approx(0.1)
+    assert cosine(0.1, 5, 10) == pytest.approx(0.05)
+    assert 0 < cosine(0.1, 9, 10) < 0.003
+
+
+def test_pool_of_three_reports_each_architecture():
+    done = play("feddf", POOL, "strategy.distill_epochs=1")
+    assert done.federation.headline["accuracy/global"] > 0
+    assert done.totals["up_bytes"] == done.totals["down_bytes"]
