@@ -1,0 +1,555 @@
+"""The round loop where the world is not kind: lost replies, absent clients, lost directories, failing halves."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedfuse.client import FusionClient
+from fedfuse.errors import WorldError
+from fedfuse.federation import Callback
+from fedfuse.records import record, settled
+from fedfuse.registry import NoHyper
+from fedfuse.runtime.serial import SerialGrid
+from fedfuse.store import ClientStore
+from fedfuse.strategy import FusionStrategy
+from tests.federations import federation, play
+from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
+
+
+@pytest.fixture
+def ledger(monkeypatch) -> str:
+    """The name of the registered ledger."""
+    return enter(monkeypatch)
+
+
+def check_books(built, sites: Path) -> None:
+    """What each client believes it gave, in the state the server believes in, is what the server took."""
+    strategy = built.strategy
+    for client in range(strategy.scenario.clients):
+        state = ClientStore(sites / str(client)).load(client, strategy.tags.get(client, "0"))
+        taken = strategy.state["books"].get(str(client), torch.zeros(1, dtype=torch.float64))
+        assert torch.equal(state.get("total", torch.zeros(1, dtype=torch.float64)), taken), f"client {client}"
+
+
+# --- what the sketch saw fail -----------------------------------------------------------------------------
+
+
+def test_a_lost_reply_rolls_back_to_accepted_state(ledger: str, tmp_path: Path) -> None:
+    lost = losing((1, 0), (2, 1), (3, 1), (3, 2), (5, 0))
+    with federation(ledger, "rounds=6", "evaluate.every=2", grid="serial", path=tmp_path / "run", drop=lost) as (
+        built,
+        _,
+    ):
+        built.run()
+        check_books(built, tmp_path / "run" / "sites")
+        assert built.strategy.failures["replies"] == 5
+        assert built.strategy.ever_left_out
+        for client in range(3):  # each lesson once: those of the rounds in which the reply arrived, but for the last
+            state = ClientStore(tmp_path / "run" / "sites" / str(client)).load(client, built.strategy.tags[client])
+            versions = state["advice"]["versions"]
+            assert versions == sorted(set(versions))
+
+
+def test_lost_replies_give_equal_digests_again(ledger: str) -> None:
+    def once() -> str:
+        return play(ledger, "rounds=4", grid="serial", drop=losing((2, 1), (3, 0))).digest
+
+    assert once() == once()
+
+
+def test_commit_always_would_not_pass(ledger: str, tmp_path: Path, monkeypatch) -> None:
+    """The check checks: a store that ignores the tag lets the books drift."""
+    newest = ClientStore.load
+
+    def naive(self, client, tag):
+        found = sorted(self._folder(client).glob("*.state"))
+        return newest(self, client, found[-1].stem if found else tag)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientStore, "load", naive)
+        with federation(ledger, grid="serial", path=tmp_path / "run", drop=losing((1, 0))) as (built, _):
+            built.run()
+    with pytest.raises(AssertionError, match="client 0"):
+        check_books(built, tmp_path / "run" / "sites")
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_skipped_fold_version_is_followed(ledger: str, every: int) -> None:
+    words = ("rounds=7", "participation=0.34", "evaluate.every=3", f"strategy.every={every}")
+    there = play(ledger, *words)
+    assert play(ledger, *words, grid="serial").digest == there.digest
+
+
+@pytest.mark.parametrize("name", ["ledger", "fedavg", "knfu", "fedmd"])
+def test_clients_absent_for_many_rounds(name: str, ledger: str) -> None:
+    words = ("rounds=10", "clients=5", "participation=0.2", "evaluate.every=10")
+    inline = play(name, *words)
+    assert play(name, *words, grid="serial").digest == inline.digest
+    cohorts = [inline.strategy.plan(round) for round in range(1, 11)]
+    assert all(len(c) == 1 for c in cohorts)
+    assert max(_gap(cohorts, i) for i in range(5)) >= 5
+
+
+def _gap(cohorts: list[list[int]], client: int) -> int:
+    rounds = [0, *(i + 1 for i, c in enumerate(cohorts) if client in c), len(cohorts)]
+    return max(b - a for a, b in pairwise(rounds))
+
+
+class Forget(Callback):
+    """Deletes part of a site between two rounds."""
+
+    def __init__(self, after: int, where: Path) -> None:
+        self.after, self.where = after, where
+
+    def round(self, federation) -> None:
+        if federation.done == self.after:
+            shutil.rmtree(self.where) if self.where.is_dir() else self.where.unlink()
+
+
+def test_a_node_that_lost_its_cache_gets_whole_values_again(ledger: str, tmp_path: Path) -> None:
+    words = ("rounds=5", "evaluate.every=5")
+    cache = tmp_path / "run" / "sites" / "1" / "cache"
+    lost = play(ledger, *words, grid="serial", path=tmp_path / "run", callbacks=(Forget(3, cache),))
+    there = play(ledger, *words, grid="serial")
+    assert lost.digest == there.digest
+    assert lost.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert there.totals["resent_bytes"] == 0
+    assert lost.totals["resent_bytes"] > 0
+    for key in ("up_bytes", "down_bytes"):
+        assert lost.totals[key] == there.totals[key]
+
+
+def test_a_node_that_lost_its_state_is_refused_by_name(ledger: str, tmp_path: Path) -> None:
+    site = tmp_path / "run" / "sites" / "1"
+    words = ("rounds=4", "evaluate.every=4")
+    with federation(ledger, *words, grid="serial", path=tmp_path / "run", callbacks=(Forget(2, site),)) as (
+        built,
+        directory,
+    ):
+        built.run()
+        assert any("client 1: state 2.1 is not here" in why for why in built.strategy.left_out)
+        assert built.strategy.failures["replies"] == 3  # rounds 3 and 4, and the evaluation
+        assert (built.digest, built.digest_missing) == (None, [1])
+        assert directory.summary(built)["cohort_complete"] is False
+        assert directory.summary(built)["digest_missing"] == [1]
+
+
+class Stutter(SerialGrid):
+    """Delivers every message twice."""
+
+    repeated = 0
+
+    def exchange(self, groups):
+        for group in groups:
+            for message in group:
+                (first,) = super().exchange([[message]])
+                (second,) = super().exchange([[message]])
+                if message.metadata.message_type.startswith("train"):
+                    assert as_bytes(first) == as_bytes(second)
+                    self.repeated += 1
+                yield second
+
+
+def as_bytes(reply: Message) -> dict:
+    """Everything a reply says, seconds included, so that a second computation would show."""
+    out: dict = {}
+    for name, value in reply.content.items():
+        if isinstance(value, ArrayRecord):
+            out[name] = {k: (a.dtype, tuple(a.shape), a.data) for k, a in settled(value).items()}
+        else:
+            out[name] = dict(value)
+    return out
+
+
+@pytest.mark.parametrize("name", ["ledger", "fedavg", "fedmd"])
+def test_a_repeated_message_gets_the_same_bytes(name: str, ledger: str, monkeypatch) -> None:
+    monkeypatch.setattr("tests.federations.SerialGrid", Stutter)
+    with federation(name, grid="serial") as (built, _):
+        built.run()
+        assert built.grid.repeated == 6
+    monkeypatch.undo()
+    enter(monkeypatch)
+    assert built.digest == play(name).digest
+
+
+# --- phases -----------------------------------------------------------------------------------------------
+
+
+class TwoPhaseClient(LedgerClient):
+    def ask(self):
+        self.state["asked"] = self.state.get("asked", 0) + 1
+        self.state["total"] = self.state.get("total", torch.zeros(1, dtype=torch.float64)) + self.round
+        return {"question": {"q": torch.tensor([float(self.state["asked"])])}}
+
+
+class TwoPhase(Ledger):
+    """A round of two phases, and a set-up."""
+
+    setup = ("ask",)
+    records_ask = {"question": None}
+
+    def phases(self, round):
+        return ("ask", "train")
+
+    def fuse_ask(self, shares) -> None:
+        for share in shares:
+            key = f"asked {share.client}"
+            self.state[key] = self.state.get(key, 0) + 1
+
+
+class CrashIn(Callback):
+    """Lets a round's first phases pass, then ends the process' work."""
+
+    def __init__(self, after: int, phases: int) -> None:
+        self.after, self.phases = after, phases
+
+    def round(self, federation) -> None:
+        if federation.done == self.after:
+            for phase in federation.strategy.phases(self.after + 1)[: self.phases]:
+                federation._phase(self.after + 1, phase)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("grid", ["inline", "serial"])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_crash_between_two_phases_is_undone(monkeypatch, tmp_path: Path, phases: int, grid: str) -> None:
+    name = enter(monkeypatch, TwoPhase, TwoPhaseClient)
+    whole = play(name, "rounds=3")
+    where = tmp_path / "run"
+    crash = (CrashIn(1, phases),)
+    with (
+        federation(name, "rounds=3", path=where, grid=grid, callbacks=crash) as (built, _),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        built.run()
+    resumed = play(name, "rounds=3", path=where, grid=grid)
+    assert resumed.digest == whole.digest
+    assert resumed.totals == whole.totals
+    assert resumed.strategy.state["asked 0"] == 4  # the set-up's and three rounds'
+
+
+# --- halves that fail -------------------------------------------------------------------------------------
+
+
+class Moody(LedgerClient):
+    """Fails as the test says: {(round, client): exception}; once each, or always."""
+
+    moods: dict = {}
+    once = False
+
+    def fit(self):
+        error = self.moods.get((self.round, self.client))
+        if error is not None:
+            self.state["total"] = torch.full((1,), 1e9, dtype=torch.float64)  # must not survive
+            if self.once:
+                del self.moods[self.round, self.client]
+            raise error
+        return super().fit()
+
+
+def test_a_client_that_raises_is_left_out_and_named(monkeypatch, tmp_path: Path) -> None:
+    name = enter(monkeypatch, Ledger, Moody)
+    monkeypatch.setattr(Moody, "moods", {(2, 1): ValueError("boom\nbang")})
+    said: list[list[str]] = []
+
+    class Listen(Callback):
+        def round(self, federation) -> None:
+            said.append(list(federation.strategy.left_out))
+
+    with federation(name, "rounds=3", "evaluate.every=3", callbacks=(Listen(),)) as (built, directory):
+        built.run()
+        assert said[1] == [
+            why for why in said[1] if why.startswith("client 1: ValueError: boom bang (fit, test_federation.py:")
+        ]
+        assert said[0] == []
+        summary = directory.summary(built)
+        assert summary["failures"] == {"replies": 1, "rejected": 0, "retried": 0}
+        assert summary["cohort_complete"] is False
+        assert sorted(built.strategy.state["books"]) == ["0", "1", "2"]
+        assert built.strategy.tags == {0: "3.1", 1: "3.1", 2: "3.1"}
+        for client in range(3):
+            total = directory.clients.load(client, "3.1")["total"]
+            assert torch.equal(total, built.strategy.state["books"][str(client)])
+
+
+def test_a_retry_that_succeeds_changes_nothing(monkeypatch) -> None:
+    name = enter(monkeypatch, Ledger, Moody)
+    there = play(name)
+    monkeypatch.setattr(Moody, "moods", {(1, 0): OSError("net"), (2, 2): RuntimeError("gpu")})
+    monkeypatch.setattr(Moody, "once", True)
+    with federation(name) as (built, _):
+        built.grid.node.retries = 2
+        built.run()
+        assert built.digest == there.digest
+        assert built.strategy.failures == {"replies": 0, "rejected": 0, "retried": 2}
+        assert not built.strategy.ever_left_out
+
+
+def test_if_every_client_fails_the_run_stops(monkeypatch, tmp_path: Path) -> None:
+    name = enter(monkeypatch, Ledger, Moody)
+    whole = play(name, "rounds=3")
+    monkeypatch.setattr(Moody, "moods", {(2, c): ValueError("boom") for c in range(3)})
+    where = tmp_path / "run"
+    with federation(name, "rounds=3", path=where) as (built, _), pytest.raises(WorldError) as caught:
+        built.run()
+    assert str(caught.value).startswith("round 2, train: no client succeeded: client 0: ValueError: boom (fit, ")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Moody, "moods", {})
+    assert play(name, "rounds=3", path=where).digest == whole.digest
+
+
+def test_a_fuse_that_raises_stops_the_run_in_words(monkeypatch, tmp_path: Path) -> None:
+    class Broken(Ledger):
+        healed = False
+
+        def fuse(self, shares) -> None:
+            if self.round == 2 and not self.healed:
+                raise ZeroDivisionError("no\nshares")
+            super().fuse(shares)
+
+    name = enter(monkeypatch, Broken)
+    where = tmp_path / "run"
+    with federation(name, path=where) as (built, _), pytest.raises(WorldError) as caught:
+        built.run()
+    assert str(caught.value).startswith(
+        "round 2, fuse of ledger failed: ZeroDivisionError: no shares (fuse, test_federation.py:"
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    monkeypatch.setattr(Broken, "healed", True)
+    assert play(name, path=where).digest == play(enter(monkeypatch)).digest
+
+
+def test_an_evaluation_that_fails_leaves_the_digest_open(monkeypatch) -> None:
+    class Blind(LedgerClient):
+        def evaluate(self):
+            if self.client == 1:
+                raise ValueError("no eyes")
+            return super().evaluate()
+
+    name = enter(monkeypatch, Ledger, Blind)
+    with federation(name) as (built, directory):
+        built.run()
+        assert (built.digest, built.digest_missing) == (None, [1])
+        assert directory.summary(built)["digest"] is None
+        assert directory.summary(built)["failures"]["replies"] == 2
+
+
+# --- replies that lie -------------------------------------------------------------------------------------
+
+
+def answer(reply: Message, **changes) -> Message:
+    """The reply with records exchanged."""
+    content = RecordDict({**dict(reply.content.items()), **changes})
+    to = Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)
+    return Message(content, reply_to=to)
+
+
+def config(reply: Message, **entries) -> dict:
+    return {"config": ConfigRecord({**dict(reply.content["config"]), **entries})}
+
+
+def metrics(reply: Message, **entries) -> dict:
+    return {"metrics": MetricRecord({**dict(reply.content["metrics"]), **entries})}
+
+
+POISON = {"w": torch.full((3,), float("nan"))}
+LIES = {
+    "no config": lambda r: {"config": ArrayRecord()},
+    "no metrics": lambda r: {"metrics": ConfigRecord()},
+    "negative count": lambda r: metrics(r, **{"num-examples": -5}),
+    "endless count": lambda r: metrics(r, **{"num-examples": float("inf")}),
+    "no count": lambda r: metrics(r, **{"num-examples": float("nan")}),
+    "listed count": lambda r: metrics(r, **{"num-examples": [1, 2]}),
+    "listed seconds": lambda r: metrics(r, seconds=[1.0]),
+    "not a number": lambda r: metrics(r, lie=float("nan")),
+    "extra record": lambda r: {"extra": record({"w": torch.zeros(1)})},
+    "a group's sum": lambda r: {
+        **config(r, **{"summed.record": ["model"], "summed.bytes": [4], "weight:model": 1e9, "dtypes:model": "{}"}),
+        "arrays": ConfigRecord(),
+        "sum:model": record(POISON),
+    },
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_rejected_and_counted(lie: str) -> None:
+    """Over a network, client 1 lies in round 2: it is left out, nothing breaks, nothing of it is averaged in."""
+    with federation("fedavg", grid="serial") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def lying(messages, **options):
+            for reply in carry(messages, **options):
+                asked = reply.metadata.message_type == "train" and built.strategy.round == 2
+                if asked and reply.metadata.src_node_id == 2:
+                    reply = answer(reply, **LIES[lie](reply))
+                yield reply
+
+        built.grid.send_and_receive = lying
+        built.run()
+        assert built.strategy.failures["rejected"] == 1
+        assert built.strategy.tags[1] == built.strategy.tags[0] == "0"  # stateless
+        left = play("fedavg", grid="serial", drop=losing((2, 1)))
+        assert built.strategy.server_sha() == left.strategy.server_sha()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda r: metrics(r, **{"personal/accuracy": [0.1, 0.2]}),
+        lambda r: metrics(r, **{"personal/accuracy": float("nan")}),
+        lambda r: config(r, retried=-3),
+        lambda r: config(r, retried="many"),
+        lambda r: config(r, **{"summed.record": ["model"]}),
+    ],
+)
+def test_strange_evaluations_do_no_harm(lie) -> None:
+    with federation("fedavg", grid="serial") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def lying(messages, **options):
+            for reply in carry(messages, **options):
+                if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 2:
+                    reply = answer(reply, **lie(reply))
+                yield reply
+
+        built.grid.send_and_receive = lying
+        built.run()
+        assert 0 <= built.headline["accuracy/personal"] <= 1
+        assert built.strategy.failures["retried"] == 0
+
+
+def test_a_second_reply_and_a_stranger_are_rejected() -> None:
+    with federation("fedavg") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def crowded(messages, **options):
+            for reply in carry(messages, **options):
+                yield reply
+                if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 2:
+                    yield reply
+                    to = Message(RecordDict(), dst_node_id=99, message_type="train")
+                    yield Message(reply.content, reply_to=to)
+
+        built.grid.send_and_receive = crowded
+        built.run()
+        assert built.strategy.failures == {"replies": 0, "rejected": 4, "retried": 0}
+        assert built.digest == play("fedavg").digest
+
+
+@pytest.mark.parametrize("name", ["fedavg", "knfu"])
+def test_replies_in_any_order_give_the_same_bits(name: str) -> None:
+    """A grid of Flower's returns a list, first come first served."""
+    there = play(name, "clients=10", "participation=0.9")
+    with federation(name, "clients=10", "participation=0.9") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def shuffled(messages, **options):
+            replies = list(carry(messages, **options))
+            return replies[1::2] + replies[::2][::-1]
+
+        built.grid.send_and_receive = shuffled
+        built.run()
+        assert built.digest == there.digest
+        assert built.strategy.traffic.summary() == there.totals
+
+
+def test_knowledge_published_while_replies_stream_is_not_taken_for_sent(monkeypatch, tmp_path: Path) -> None:
+    """What `fuse` publishes after the first share is not what the second client was sent."""
+
+    class Eager(Ledger):
+        def fuse(self, shares) -> None:
+            for i, share in enumerate(shares):
+                if i == 0:
+                    self.publish("base", {"a": torch.ones(6)})
+                self.publish("advice", {"v": share.records["entry"]["amount"].float()}, to=share.client)
+
+    name = enter(monkeypatch, Eager)
+    there = play(name, "rounds=3")
+    serial = play(name, "rounds=3", grid="serial")
+    assert serial.digest == there.digest
+    assert serial.totals["resent_bytes"] == 0
+    assert serial.totals == there.totals
+
+
+# --- what is declared -------------------------------------------------------------------------------------
+
+
+def test_a_cohort_may_only_grow(monkeypatch) -> None:
+    class Grows(Ledger):
+        def cohort(self, round, sampled):
+            return [*sampled, 0]
+
+    class Shrinks(Ledger):
+        def cohort(self, round, sampled):
+            return sampled[1:]
+
+    with federation(enter(monkeypatch, Grows), "participation=0.34") as (built, _):
+        assert all(0 in built.strategy.plan(r) for r in range(1, 9))
+    with federation(enter(monkeypatch, Shrinks)) as (built, _), pytest.raises(ValueError, match="only add"):
+        built.run()
+
+
+def test_cohorts_do_not_depend_on_the_strategy() -> None:
+    plans = []
+    for name in ("fedavg", "knfu", "local"):
+        with federation(name, "clients=10", "participation=0.25") as (built, _):
+            plans.append([built.strategy.plan(r) for r in range(1, 20)])
+    assert plans[0] == plans[1] == plans[2]
+    assert {len(p) for p in plans[0]} == {3}  # 2.5, halves up
+    assert len({tuple(p) for p in plans[0]}) > 10
+
+
+def test_several_phases_are_refused_under_flowers_own_loop(monkeypatch) -> None:
+    with (
+        federation(enter(monkeypatch, TwoPhase, TwoPhaseClient)) as (built, _),
+        pytest.raises(ValueError, match="has phases"),
+    ):
+        built.strategy.start(built.grid, ArrayRecord())
+
+
+def test_early_stop_looks_at_validation_only() -> None:
+    from fedfuse.federation import EarlyStop
+
+    with federation("local", "rounds=6", "stop.patience=1", "train.lr=1e-9") as (built, directory):
+        built.callbacks.insert(1, EarlyStop(1))
+        built.run()
+        assert built.done < 6
+        assert "validation" in built.stop
+        assert built.digest is not None
+        assert directory.summary(built)["rounds_done"] == built.done
+
+
+class Silent(FusionStrategy):
+    topics = {}
+    records = {}
+
+    def fuse(self, shares) -> None:
+        pass
+
+
+def test_shares_nobody_looked_at_are_accepted(monkeypatch) -> None:
+    class Quiet(FusionClient):
+        def share(self):
+            return {}
+
+    played = play(enter(monkeypatch, Silent, Quiet, NoHyper, "silent"))
+    assert played.strategy.failures["replies"] == 0
+    assert played.totals["up_bytes"] == 0
+
+
+def test_hyperparameters_reach_the_other_half(monkeypatch) -> None:
+    seen = set()
+
+    class Looks(LedgerClient):
+        def fit(self):
+            seen.add(self.hyper.every)
+            return super().fit()
+
+    play(enter(monkeypatch, Ledger, Looks, LedgerHyper), "strategy.every=7", grid="serial")
+    assert seen == {7}
