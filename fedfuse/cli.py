@@ -174,8 +174,10 @@ def _report(words: list[str], started: float) -> int:
     if not dirs:
         raise UserError("fedfuse report: needs at least one run or sweep directory")
     from fedfuse.results.report import report
+    from fedfuse.results.table import print_table
 
     written = report(dirs, flags.get("--out", dirs[0]))
+    print_table(list(written.runs))
     for line in written.skipped:
         print(f"skipped: {line}")
     print(f"report: {written.path}")

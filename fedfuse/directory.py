@@ -170,6 +170,7 @@ class RunDirectory(Callback):
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
         write_tree(self.checkpoint / "state.safetensors", self._snapshot(federation))
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
+        progress["failures"] = dict(strategy.failures)
         write_text(self.checkpoint / "round.json", json.dumps(progress))
 
     def end(self, federation: Federation) -> None:
