@@ -1,0 +1,95 @@
+"""CoFED in closed form: margins, shares among owners, rows two classes claim, class weights; one vote only."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
+from flwr.app import Message, RecordDict
+
+from fedfuse import registry
+from fedfuse.records import InvalidArrays, Scope, record
+from tests.federations import federation, play
+
+
+def test_votes_by_hand():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.3, 0.65, 0.05]], dtype=torch.float64)
+    owned = torch.tensor([True, True, False])
+    assert votes(p, owned, 0.3).tolist() == [0, -1, -1, 1]  # unsure of the second, does not own the third's class
+    assert votes(p, owned, 0.1).tolist() == [0, 0, -1, 1]
+
+
+def test_shares_are_of_the_owners_not_of_all_clients():
+    labels = torch.tensor([[0, 1], [0, -1], [1, 1], [-1, 1]])
+    owned = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 1]], dtype=torch.bool)
+    ones = torch.ones(4)
+    # row 0: class 0 has 2 of its 2 owners, class 1 has 1 of 3; row 1: class 1 has 3 of 3
+    assert count_votes(labels, owned, ones, 0.5).tolist() == [[True, False], [False, True]]
+    assert count_votes(labels, owned, ones, 0.3).tolist() == [[True, True], [False, True]]
+    assert count_votes(labels, owned, ones, 1 / 3).tolist() == [[True, False], [False, True]]  # must exceed
+    heavy = torch.tensor([1.0, 1.0, 8.0, 1.0])
+    assert count_votes(labels, owned, heavy, 0.5)[0].tolist() == [True, True]
+    nobody = torch.zeros(4, 2, dtype=torch.bool)
+    assert not count_votes(labels, nobody, ones, 0.0).any()
+
+
+def test_rows_that_two_own_classes_claim_are_dropped():
+    rows, labels = torch.tensor([0, 0, 1, 2, 2, 4]), torch.tensor([0, 1, 2, 0, 2, 1])
+    mine = own_pairs(rows, labels, torch.tensor([True, True, False]))
+    assert [t.tolist() for t in mine] == [[2, 4], [0, 1]]  # 0 is claimed twice, 1 is foreign, 2 once among its own
+    assert [len(t) for t in own_pairs(rows, labels, torch.zeros(3, dtype=torch.bool))] == [0, 0]
+    assert [len(t) for t in own_pairs(rows[:0], labels[:0], torch.ones(3, dtype=torch.bool))] == [0, 0]
+
+
+def test_class_weights_balance_the_classes():
+    labels = torch.tensor([0, 0, 0, 2])
+    weight = inverse_frequency(labels, 4)
+    np.testing.assert_allclose(weight, [4 / (2 * 3), 0, 4 / 2, 0], rtol=1e-6)
+    logits = torch.randn(4, 4, dtype=torch.float64)
+    each = F.cross_entropy(logits, labels, reduction="none")
+    balanced = (each[:3].mean() + each[3]) / 2
+    torch.testing.assert_close(F.cross_entropy(logits, labels, weight.double()), balanced, rtol=1e-6, atol=0)
+
+
+def test_the_vote_is_held_once_and_counted():
+    once = play("cofed", "rounds=3", "train.epochs=4")
+    rows = once.strategy.published("pseudo_labels")["rows"]
+    assert len(rows) > 0  # the case is worth something only if the vote accepts anything
+    assert once.totals["up_bytes"] == 3 * (2 * 24 + 10)
+    assert once.totals["down_bytes"] == 3 * 6 * len(rows)
+    assert once.strategy.board.items["pseudo_labels", ""].version == 1
+    again = play("cofed", "rounds=3", "train.epochs=4", "strategy.repeat=true")
+    assert again.totals["up_bytes"] == 9 * (2 * 24 + 10)
+
+
+def test_an_empty_vote_is_local_training_with_balanced_classes():
+    silent = play("cofed", "strategy.margin=1")
+    assert len(silent.strategy.published("pseudo_labels")["rows"]) == 0
+    late = play("cofed", "strategy.vote_round=9")
+    assert late.federation.headline == play("local").federation.headline
+
+
+def test_three_architectures_a_restart_and_a_subset():
+    pool = "model.pool=[mlp_small,mlp,mlp_wide]"
+    assert play("cofed", pool, "strategy.subset=10", "strategy.restart=true", "strategy.learn=all").digest
+
+
+def test_hostile_votes_are_refused():
+    share = {"votes": {"labels": torch.tensor([0, 10], dtype=torch.int16)}}
+    with pytest.raises(InvalidArrays, match="not a class"):
+        registry.entry("cofed").server.examine(Scope({"classes": 10}, {}), share)
+    with federation("cofed", "rounds=1") as (built, _):
+        carry = built.grid.send_and_receive
+
+        def tampered(messages, **options):
+            for reply in carry(messages, **options):
+                if reply.metadata.src_node_id == 2 and "votes" in reply.content:
+                    content = RecordDict(dict(reply.content.items()))
+                    content["votes"] = record({"labels": torch.zeros(25, dtype=torch.int16)})
+                    to = Message(RecordDict(), dst_node_id=2, message_type=reply.metadata.message_type)
+                    reply = Message(content, reply_to=to)
+                yield reply
+
+        built.grid.send_and_receive = tampered
+        built.run()
+        assert built.strategy.failures["rejected"] == 1
