@@ -1,0 +1,23 @@
+"""A client without a single training example takes part, changes no average, and makes nothing non-finite."""
+
+import pytest
+import torch
+
+from fedfuse.client import FusionClient
+from tests.federations import play
+
+
+@pytest.mark.parametrize("name", ["fedproto", "ktpfl", "comet", "selectivefd", "cofed", "fedhkd", "fedgen"])
+def test_a_client_without_examples(name, monkeypatch):
+    whole = FusionClient.examples
+
+    def examples(self, split):
+        found = whole(self, split)
+        return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
+
+    monkeypatch.setattr(FusionClient, "examples", examples)
+    played = play(name)
+    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.left_out
+    assert played.digest
+    for item in played.strategy.board.items.values():
+        assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())
