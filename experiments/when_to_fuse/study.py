@@ -1,0 +1,126 @@
+"""When does fusing knowledge beat training alone? Every block is the public command; this file only lists and plots.
+
+    python experiments/when_to_fuse/study.py run [--quick]     # resumable: the same command goes on where it stopped
+    python experiments/when_to_fuse/study.py figure            # draws the figure from metrics.parquet beside this file
+
+Blocks: MNIST, 10 clients, `partition=prior` with 50, 200, 1000 examples a client × α ∈ {0.1, 1, 100}, and the clustered
+partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice on
+the personal test sets and on 2,000 examples of the official test split; seeds 0, 1, 2. CIFAR-10: examples {200, 1000} ×
+α ∈ {0.1, 100}, local, fedavg, knfu (cut: 50 examples, α = 1, clustered, fedmd, dsfl, fedproto, for time).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/when_to_fuse")
+COMMON = [
+    "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=500", "train.epochs=2",
+    "train.batch_size=16", "train.lr=0.02",
+]  # fmt: skip
+BLOCKS = {
+    "mnist-prior": [
+        "data=mnist", "model=cnn", "partition=prior", "partition.examples=50,200,1000", "partition.alpha=0.1,1,100",
+        "strategy=local,fedavg,fedmd,dsfl,fedproto,knfu", "seed=0,1,2",
+    ],
+    "mnist-clustered": [
+        "data=mnist", "model=cnn", "partition=clustered", "partition.examples=50,200,1000", "partition.alpha=0.1",
+        "strategy=local,fedavg,fedmd,dsfl,fedproto,knfu", "seed=0,1,2",
+    ],
+    "cifar10-prior": [
+        "data=cifar10", "model=cnn", "partition=prior", "partition.examples=200,1000", "partition.alpha=0.1,100",
+        "strategy=local,fedavg,knfu", "seed=0,1,2",
+    ],
+}  # fmt: skip
+
+
+def run(quick: bool) -> int:
+    """Carry out the blocks, then collect their final figures."""
+    for name, words in BLOCKS.items():
+        if quick:
+            words = [w.replace("seed=0,1,2", "seed=0").replace("50,200,1000", "50") for w in words]
+        command = ["fedfuse", "compare", *words, *COMMON, f"out={RUNS / name}"]
+        print(" ".join(command), flush=True)
+        if code := subprocess.call(command):
+            return code
+    return collect()
+
+
+def collect() -> int:
+    """Write `metrics.parquet`: one row per run and figure."""
+    import polars as pl
+
+    from fedfuse.results.run import find
+
+    rows = []
+    for name in BLOCKS:
+        runs, skipped = find([RUNS / name])
+        for line in skipped:
+            print(f"skipped: {line}")
+        for one in runs:
+            for metric, value in one.final.items():
+                part = one.config["partition"]
+                rows.append((name, one.strategy, one.seed, part["examples"], part["alpha"], metric, value))
+    columns = ["block", "strategy", "seed", "examples", "alpha", "metric", "value"]
+    pl.DataFrame(rows, schema=columns, orient="row").write_parquet(HERE / "metrics.parquet")
+    return figure()
+
+
+def figure() -> int:
+    """Draw the gain over local training, with 95 % t intervals over seeds, paired by seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    from fedfuse.results.statistics import mean_interval
+
+    frame = pl.read_parquet(HERE / "metrics.parquet")
+    panels = sorted({(r["block"], r["alpha"]) for r in frame.iter_rows(named=True)})
+    metrics = ("accuracy/personal", "accuracy/global")
+    grid, axes = plt.subplots(
+        len(metrics), len(panels), figsize=(2.6 * len(panels), 5.6), sharex=True, sharey="row", squeeze=False
+    )
+    for column, (block, alpha) in enumerate(panels):
+        for line, metric in enumerate(metrics):
+            axis = axes[line][column]
+            part = frame.filter((pl.col("block") == block) & (pl.col("alpha") == alpha) & (pl.col("metric") == metric))
+            alone = {
+                (r["examples"], r["seed"]): r["value"] for r in part.filter(strategy="local").iter_rows(named=True)
+            }
+            for i, name in enumerate(sorted(set(part["strategy"]) - {"local"})):
+                sizes, middle, half = [], [], []
+                for size in sorted(set(part["examples"])):
+                    gains = [
+                        100 * (r["value"] - alone[size, r["seed"]])
+                        for r in part.filter(strategy=name, examples=size).iter_rows(named=True)
+                        if (size, r["seed"]) in alone
+                    ]
+                    if gains:
+                        interval = mean_interval(gains)
+                        sizes.append(size * 1.06 ** (i - 2))
+                        middle.append(interval.mean)
+                        half.append(interval.high - interval.mean if len(gains) > 1 else 0.0)
+                axis.errorbar(sizes, middle, half, label=name, marker="o", markersize=3, linewidth=1, capsize=2)
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            if line == 0:
+                axis.set_title(f"{block}\nα = {alpha:g}", fontsize=9)
+            if column == 0:
+                axis.set_ylabel(f"{metric.split('/')[1]}: points over local", fontsize=9)
+            if line == 1:
+                axis.set_xlabel("examples a client", fontsize=9)
+    axes[0][-1].legend(fontsize=7)
+    grid.tight_layout()
+    grid.savefig(HERE / "gain.svg")
+    grid.savefig(RUNS / "gain.png", dpi=110) if RUNS.exists() else None
+    return 0
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    sys.exit(figure() if words[:1] == ["figure"] else run("--quick" in words))
