@@ -4,8 +4,8 @@
     python experiments/when_to_fuse/study.py figure            # draws the figure from metrics.parquet beside this file
 
 Blocks: MNIST, 10 clients, `partition=prior` with 50, 200, 1000 examples a client × α ∈ {0.1, 1, 100}, and the clustered
-partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice on
-the personal test sets and on 2,000 examples of the official test split; seeds 0, 1, 2. CIFAR-10: examples {200, 1000} ×
+partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice
+on personal test sets and on 2,000 examples of the official test split; seeds 0, 1, 2. CIFAR-10: examples {200, 1000} ×
 α ∈ {0.1, 100}, local, fedavg, knfu (cut: 50 examples, α = 1, clustered, fedmd, dsfl, fedproto, for time).
 """
 
