@@ -1,0 +1,160 @@
+"""The adapter between fusion strategies and Flower's grids: same digest, patience, named refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from fedfuse.deploy.policy import Policy
+from fedfuse.errors import UserError, WorldError
+from fedfuse.runtime.flower import Patience
+from fedfuse.runtime.host import Host
+from tests.deploy.network import Network, lost, run, seats, tiny
+from tests.federations import play
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.runtime.flower.POLL", 0.01)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmd", "knfu"])
+def test_sites_give_the_digest_of_inline(strategy: str, tmp_path: Path) -> None:
+    built, _ = run(tiny(strategy), Network(seats(tmp_path, 3)), tmp_path / "run")
+    assert built.digest == play(strategy).digest
+
+
+def test_a_node_may_act_as_several_clients(tmp_path: Path) -> None:
+    config = tiny("knfu", "clients=4")
+    built, said = run(config, Network(seats(tmp_path, 3)), tmp_path / "run")
+    assert built.digest == play("knfu", "clients=4").digest
+    assert any("acts as client 0, 3" in line for line in said)
+
+
+def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:
+    network, seen = Network(seats(tmp_path, 3)), dict[str, int]()
+
+    def first_is_lost(message: Message, reply: Message) -> Message | None:
+        key = f"{message.metadata.message_type}{message.metadata.dst_node_id}"
+        seen[key] = seen.get(key, 0) + 1
+        return lost(message) if seen[key] == 1 else reply
+
+    network.reply = first_is_lost
+    built, said = run(tiny("knfu"), network, tmp_path / "run")
+    assert built.digest == play("knfu").digest
+    assert built.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert any("sending again" in line for line in said)
+
+
+def test_a_node_started_again_is_asked_again(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def dies(message: Message) -> bool:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 101:
+            if network.stamps[101] == "start":  # killed with the message in hand, back at once
+                network.stamps[101] = "again"
+                return False
+        return True
+
+    network.before = dies
+    built, said = run(tiny("knfu"), network, tmp_path / "run")
+    assert built.digest == play("knfu").digest
+    assert any("was started again" in line for line in said)
+
+
+def test_a_straggler_is_left_out_and_counted(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+    network.before = lambda message: (
+        not (message.metadata.dst_node_id == 102 and message.metadata.message_type == "train")
+    )
+    built, said = run(tiny("fedavg"), network, tmp_path / "run", Patience(deadline=0.5))
+    assert built.strategy.failures["replies"] == 2
+    assert built.strategy.ever_left_out
+    assert any("client 2: no reply within 0.5 s" in line for line in said)
+
+
+def test_too_few_replies_are_asked_again_then_the_run_stops(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+    network.before = lambda message: (
+        not (message.metadata.dst_node_id == 102 and message.metadata.message_type == "train")
+    )
+    with pytest.raises(WorldError, match="2 of 3 clients replied, at least 3 are needed"):
+        run(tiny("fedavg"), network, tmp_path / "run", Patience(deadline=0.3, minimum=3))
+    assert network.log.count("train>102") == 2
+    assert network.log.count("train>100") == 1
+
+
+def test_a_server_that_was_lost_goes_on_with_the_same_digest(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def crashes(message: Message, reply: Message) -> Message | None:
+        if message.metadata.message_type == "train" and message.content["run"]["round"] == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    network.reply = crashes
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("knfu"), network, tmp_path / "run")
+    network.reply = lambda message, reply: reply
+    built, _ = run(tiny("knfu"), network, tmp_path / "run", resumed=True)
+    assert built.digest == play("knfu").digest
+
+
+def test_what_a_replaced_server_sends_is_refused(tmp_path: Path) -> None:
+    network, old = Network(seats(tmp_path, 3)), list[Message]()
+
+    def keeps(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and not old:
+            old.append(message)
+        return reply
+
+    network.reply = keeps
+    run(tiny("fedavg"), network, tmp_path / "run")
+    old[0].content["setting"]["attempt"] = 0
+    reply = Host(network.seats[100]).handle(old[0])
+    assert reply.has_error()
+    assert "was replaced by attempt" in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (Policy(strategies=("fedavg",)), "site policy: strategy=knfu; allowed: fedavg"),
+        (Policy(data=("mnist",)), "site policy: data=digits; allowed: mnist"),
+        (Policy(max_rounds=1), "site policy: rounds=2; allowed: at most 1"),
+        (Policy(max_epochs=0), "site policy: train.epochs=1"),
+        (Policy(min_examples=10_000), "training examples; at least 10000 are needed"),
+        (Policy(require_dp=True), "differential privacy is required"),
+    ],
+)
+def test_site_policy_is_named(policy: Policy, reason: str, tmp_path: Path) -> None:
+    network = Network([replace(seat, policy=policy) for seat in seats(tmp_path, 3)])
+    with pytest.raises(WorldError, match="turned away") as error:
+        run(tiny("knfu"), network, tmp_path / "run")
+    assert reason in str(error.value)
+    assert not any(path.suffix == ".state" for path in tmp_path.rglob("site-*/**/*"))
+
+
+def test_nodes_must_agree_on_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedfuse.runtime import host
+    from fedfuse.runtime.hello import identity
+
+    monkeypatch.setattr(host, "identity", lambda *words: {**identity(*words), "transfer": "0" * 64})
+    with pytest.raises(WorldError, match="transfer: the node has 000000000000, the server"):
+        run(tiny("fedmd"), Network(seats(tmp_path, 3)), tmp_path / "run")
+
+
+def test_a_client_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match=r"no node acts as client \[2\]"):
+        run(tiny("fedavg"), Network(seats(tmp_path, 3)[:2]), tmp_path / "run", Patience(join=0.2))
+
+
+def test_foreign_code_is_refused(tmp_path: Path) -> None:
+    config = tiny("fedavg")
+    config = replace(config, loss=replace(config.loss, build="os:system"))
+    network = Network(seats(tmp_path, 3))
+    with pytest.raises((WorldError, UserError), match=r"loss.build=os:system|os:system"):
+        run(config, network, tmp_path / "run")
