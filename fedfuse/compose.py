@@ -143,9 +143,8 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 raise UserError(f"experiment={value}: unknown; {nearest(value, presets())}")
             continue
         if key == "strategy":
-            names = registry.listed()
-            if value not in names:
-                raise UserError(f"strategy={value}: unknown; {nearest(value, names)}")
+            if value not in registry.listed():
+                registry.entry(value)  # says what is wrong
             continue
         if key in GROUPS:
             allowed = [name for name in options(key) if name != "schema"]

@@ -11,13 +11,15 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedfuse.errors import UserError, nearest
+from fedfuse.errors import UserError, in_words, nearest
 
 if TYPE_CHECKING:
     from fedfuse.client import FusionClient
@@ -46,6 +48,8 @@ class Listed(NamedTuple):
 
 
 _entries: dict[str, Entry] = {}
+_files: dict[str, str] = {}  # name -> file that registered it
+_unreadable: dict[str, str] = {}  # file -> why it could not be listed
 
 
 def hyper(
@@ -107,13 +111,15 @@ def strategy(
         If another file has registered the name.
     """
 
+    file = sys._getframe(1).f_code.co_filename  # a file may be imported under two names
+
     def register(cls: type[Any]) -> type[Any]:
         old = _entries.get(name)
-        if old is not None and old.server.__module__ != cls.__module__:
+        if old is not None and old.server.__module__ != cls.__module__ and _files.get(name) != file:
             raise ValueError(f"strategy {name!r} is registered by {old.server.__module__} already")
         if not dataclasses.is_dataclass(hyper):
             raise ValueError(f"strategy {name!r}: hyper must be a dataclass")
-        _entries[name] = Entry(name, cls, client, hyper, paper)
+        _entries[name], _files[name] = Entry(name, cls, client, hyper, paper), file
         return cls
 
     return register
@@ -148,7 +154,8 @@ def listed() -> dict[str, Listed]:
 def _read(path: Path, module: str) -> list[Listed]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError) as error:
+        _unreadable[path.name] = " ".join(str(error).split())
         return []
     out = []
     for node in tree.body:
@@ -171,13 +178,18 @@ def entry(name: str) -> Entry:
     Raises
     ------
     UserError
-        If there is none of that name.
+        If there is none of that name, or its module cannot be imported.
     """
     if name not in _entries:
         known = listed()
         if name not in known:
-            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}")
-        importlib.import_module(known[name].module)
+            broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(_unreadable.items()))
+            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
+        try:
+            importlib.import_module(known[name].module)
+        except Exception as error:
+            why = f"{known[name].module} cannot be imported ({in_words(error)})"
+            raise UserError(f"strategy={name}: {why}") from error
         if name not in _entries:
             raise UserError(f"strategy={name}: {known[name].module} did not register it")
     return _entries[name]
@@ -199,8 +211,8 @@ def check(name: str, values: Any) -> None:
         if rule.get("choices") is not None and value not in rule["choices"]:
             raise UserError(f"{where}: {name} allows {', '.join(map(str, rule['choices']))}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if value != value:
-                raise UserError(f"{where}: {name} needs a number")
+            if not math.isfinite(value):
+                raise UserError(f"{where}: {name} needs a finite number")
             if rule.get("low") is not None and value < rule["low"]:
                 raise UserError(f"{where}: {name} needs at least {rule['low']}")
             if rule.get("above") is not None and value <= rule["above"]:
