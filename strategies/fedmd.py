@@ -72,8 +72,8 @@ class FedMDClient(FusionClient):
 class FedMD(FusionStrategy):
     """Mean logits on a shared set; clients digest them with mean absolute error."""
 
-    topics = {"consensus": Topic("lesson", arrays(logits=("<=transfer", "classes")))}
-    records = {"logits": arrays(logits=("<=transfer", "classes"))}
+    topics = {"consensus": Topic("lesson", arrays(logits=("subset", "classes")))}
+    records = {"logits": arrays(logits=("subset", "classes"))}
     sums = {"logits": None}
     transfer = "clients"
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedfuse.client import FusionClient
 from fedfuse.knowledge import Item, Topic
-from fedfuse.records import arrays
+from fedfuse.records import Layout, Scope, arrays, distributions
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import FusionStrategy, Records, Shares
 
@@ -156,7 +156,7 @@ class KnFuClient(FusionClient):
 
 def shared_arrays(scope):
     """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD is asked for."""
-    layout = arrays(p=("<=transfer", "classes"))(scope)
+    layout = arrays(p=("subset", "classes"))(scope)
     if scope.hyper.epd_source == "oracle_label_histogram":
         layout |= arrays(histogram=("classes",))(scope)
     return layout
@@ -171,9 +171,15 @@ def shared_arrays(scope):
 class KnFu(FusionStrategy):
     """Personal mixtures of soft labels, weighted by similarity of estimated class distributions (reconstruction)."""
 
-    topics = {"soft_labels": Topic("lesson", arrays(p=("<=transfer", "classes")))}
+    topics = {"soft_labels": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
+
+    @classmethod
+    def examine(cls, scope: Scope, records: Records) -> None:
+        """Soft labels are distributions (logits may be anything finite)."""
+        if scope.hyper.fuse_space == "prob":
+            distributions("soft_labels/p", records["soft_labels"]["p"])
 
     def fuse(self, shares: Shares) -> None:
         """Step (c): EPDs, weights, and one mixture for each participant."""
