@@ -81,7 +81,7 @@ def step(old: Arrays, mean: Arrays, momentum: Arrays, beta: float, rate: float) 
     if beta == 0 and rate == 1:
         return mean, {}
     m = {n: beta * momentum.get(n, 0) + (mean[n].double() - old[n].double()) for n in mean}
-    return {n: (old[n].double() + rate * m[n]).to(old[n].dtype) for n in mean}, m
+    return {n: (old[n].double() + rate * m[n]).to(mean[n].dtype) for n in mean}, m
 
 
 class FedSBClient(AdapterClient):

@@ -97,7 +97,8 @@ class FedExLoRA(AdapterStrategy):
             bs = [share.records["adapter"][f"{name}.lora_B.weight"].double() for share in everyone]
             as_ = [share.records["adapter"][f"{name}.lora_A.weight"].double() for share in everyone]
             b, a = residual(bs, as_, p, layer.scale)
-            folded[f"{name}.B"], folded[f"{name}.A"] = b.float(), a.float()
+            dtype = mean[f"{name}.lora_A.weight"].dtype
+            folded[f"{name}.B"], folded[f"{name}.A"] = b.to(dtype), a.to(dtype)
         self.publish("adapter", mean)
         self.publish("residual", folded)
 

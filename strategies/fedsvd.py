@@ -75,10 +75,11 @@ class FedSVD(AdapterStrategy):
             fresh: Arrays = {}
             now = self.state_of_model()
             for name in list(layer_names(mean, "lora_B.weight")):
-                a = now[f"{name}.lora_A.weight"]
-                if bool((mean[f"{name}.lora_B.weight"] != 0).any()):
-                    b, a = refactor(mean[f"{name}.lora_B.weight"], a)
-                    mean[f"{name}.lora_B.weight"] = b.float()
-                fresh[f"{name}.lora_A.weight"] = a.float().contiguous()
+                b, a = mean[f"{name}.lora_B.weight"], now[f"{name}.lora_A.weight"]
+                dtype = b.dtype
+                if bool((b != 0).any()):
+                    b, a = refactor(b, a)
+                mean[f"{name}.lora_B.weight"] = b.to(dtype).contiguous()
+                fresh[f"{name}.lora_A.weight"] = a.to(dtype).contiguous()
             self.publish("A", fresh)
         self.publish("adapter", mean)

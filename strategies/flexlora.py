@@ -80,12 +80,13 @@ class FlexLoRA(AdapterStrategy):
         old: Arrays = self.state["whole"]
         scale = float(next(iter(self.layers().values())))
         for share in shares:
+            dtype = next(iter(share.records["adapter"].values())).dtype
             total.add(self.groups[share.client], self.update(share, scale), self.weight_of(share))
         summed, weight = total.total()
         out = {name: (summed[name] / weight).to(old[name].dtype) for name in old if name in summed}
         for name in self.layers():
             b, a = truncated(summed[f"{name}.update"] / weight, self.hyper.rank, scale)
-            out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = b.float(), a.float().contiguous()
+            out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = b.to(dtype), a.to(dtype).contiguous()
         self.publish_cut(out)
 
     def layers(self) -> dict[str, float]:

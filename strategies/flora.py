@@ -103,7 +103,7 @@ class FLoRA(AdapterStrategy):
             if any(b.shape[1] != a.shape[0] for b, a in pairs):
                 raise ValueError(f"{name}: A and B of one client differ in rank")
             b, a = compact(*stack([b.double() for b, _ in pairs], [a.double() for _, a in pairs], p, module.scale))
-            folded[f"{name}.B"], folded[f"{name}.A"] = b.float(), a.float()
+            folded[f"{name}.B"], folded[f"{name}.A"] = b.to(pairs[0][0].dtype), a.to(pairs[0][0].dtype)
         self.publish("stack", folded)
         if self.parts():
             self.publish("head", shares.mean("head"))

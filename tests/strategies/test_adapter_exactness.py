@@ -1,0 +1,235 @@
+"""Aggregation of adapters in float64, on a layer that is not square (fed_lora.md §1.8, §2, §6)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fedfuse.strategies.fed_sb import step
+from fedfuse.strategies.fedex_lora import residual
+from fedfuse.strategies.fedsvd import refactor
+from fedfuse.strategies.flexlora import truncated
+from fedfuse.strategies.flora import stack
+from fedfuse.strategies.hetlora import norm
+
+from fedfuse.train.stack import compact, deltas, empty, fold
+from tests.strategies.adapter_halves import LAYER, D, K, drawn, own_update, server, shares, update
+
+COUNTS = [10, 25, 5]
+P = torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
+
+
+def factors(clients: int = 3, rank: int = 4, seed: int = 0):
+    draw = torch.Generator().manual_seed(seed)
+    bs = [torch.randn(D, rank, generator=draw, dtype=torch.float64) for _ in range(clients)]
+    as_ = [torch.randn(rank, K, generator=draw, dtype=torch.float64) for _ in range(clients)]
+    return bs, as_
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def fused(name: str, *overrides: str, kinds: tuple[str, ...] = (), counts: list[int] = COUNTS, round: int = 1):
+    """One fuse on random shares; the server's ΔW and the weighted mean of the clients'."""
+    strategy = server(name, *overrides)
+    strategy.round = round
+    records = [drawn(strategy, c, [4, 4, 4]) for c in range(len(counts))]
+    if kinds:  # RoLoRA sends one factor
+        for record in records:
+            content = record["adapter"]
+            for key in list(content):
+                if ".lora_" in key and not any(kind in key for kind in kinds):
+                    content[key] = content[key][:0] if "lora_A" in key else content[key][:, :0]
+    key = "R" if name == "fed_sb" else "adapter"
+    p = torch.tensor(counts, dtype=torch.float64)
+    p = (
+        p / p.sum()
+        if strategy.hyper.weighting == "examples"
+        else torch.full((len(counts),), 1 / len(counts), dtype=torch.float64)
+    )
+    sent = [{n: v for n, v in record[key].items() if v.numel()} for record in records]
+    want = sum(w * own_update(strategy, content) for w, content in zip(p, sent, strict=True))
+    strategy.fuse(shares(strategy, records, counts))
+    return strategy, update(strategy), want
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize(
+    ("name", "kinds", "round"),
+    [
+        ("fed_sb", (), 1),
+        ("ffa_lora", (), 1),
+        ("fedex_lora", (), 1),
+        ("flora", (), 1),
+        ("fedsvd", (), 1),
+        ("rolora", ("lora_B",), 1),
+        ("rolora", ("lora_A",), 2),
+    ],
+)
+def test_exact_methods_reproduce_the_mean_update(name, kinds, round, weighting) -> None:
+    overrides = [f"strategy.weighting={weighting}", "strategy.alpha=3"]
+    if name == "rolora" and round == 2:  # B is zero at the start: give it something to multiply
+        strategy = server(name, *overrides)
+        strategy.round = 1
+        first = [drawn(strategy, c, [4, 4, 4]) for c in range(3)]
+        for record in first:
+            record["adapter"] = {k: v[:0] if "lora_A" in k else v for k, v in record["adapter"].items()}
+        strategy.fuse(shares(strategy, first, COUNTS))
+        strategy.round = 2
+        records = [drawn(strategy, c, [4, 4, 4], seed=7) for c in range(3)]
+        for record in records:
+            record["adapter"] = {k: v[:, :0] if "lora_B" in k else v for k, v in record["adapter"].items()}
+        p = P if weighting == "examples" else torch.full((3,), 1 / 3, dtype=torch.float64)
+        sent = [{n: v for n, v in r["adapter"].items() if v.numel()} for r in records]
+        want = sum(w * own_update(strategy, s) for w, s in zip(p, sent, strict=True))
+        strategy.fuse(shares(strategy, records, COUNTS))
+        assert relative(update(strategy), want) < 1e-12
+        return
+    _, got, want = fused(name, *overrides, kinds=kinds, round=round)
+    assert relative(got, want) < 1e-12
+
+
+def test_fedit_does_not() -> None:
+    _, got, want = fused("fedit")
+    assert relative(got, want) > 0.3
+
+
+def test_partial_participation_stays_exact() -> None:
+    for name in ("fed_sb", "fedex_lora", "flora", "ffa_lora"):
+        _, got, want = fused(name, counts=[7, 11])
+        assert relative(got, want) < 1e-12, name
+
+
+@pytest.mark.parametrize("alpha", [2.0, 4.0, 16.0])
+@pytest.mark.parametrize("name", ["fedex_lora", "flora", "fed_sb"])
+def test_alpha_over_r_enters_every_residual_and_stack(name, alpha) -> None:
+    """Defect 3 of the released code: the residual scaled by 1 where α/r is 1/2."""
+    strategy, got, want = fused(name, f"strategy.alpha={alpha}")
+    assert strategy.residents.model(strategy.architecture).get_submodule(LAYER).scale == alpha / 4
+    assert relative(got, want) < 1e-12
+
+
+def test_residual_has_rank_at_most_c_minus_1_times_r() -> None:
+    bs, as_ = factors(clients=5)
+    p = [0.1, 0.3, 0.2, 0.25, 0.15]
+    b, a = residual(bs, as_, p, 0.5)
+    mean_b = sum(w * x for w, x in zip(p, bs, strict=True))
+    mean_a = sum(w * x for w, x in zip(p, as_, strict=True))
+    want = 0.5 * (sum(w * x @ y for w, x, y in zip(p, bs, as_, strict=True)) - mean_b @ mean_a)
+    assert b.shape == (D, 16)
+    assert a.shape == (16, K)
+    assert relative(b @ a, want) < 1e-12
+    assert torch.linalg.matrix_rank(b @ a) == 16
+
+
+def test_residual_is_not_transposed_and_one_client_has_none() -> None:
+    bs, as_ = factors(clients=2)
+    b, a = residual(bs, as_, [0.5, 0.5], 1.0)
+    assert (b @ a).shape == (D, K)
+    b, a = residual(bs[:1], as_[:1], [1.0], 1.0)
+    assert b.shape == (D, 0)
+    assert (b @ a).abs().sum() == 0
+
+
+def test_stack_weighs_once_and_takes_all_clients() -> None:
+    """Defect 8: a misspelt accumulator kept the first client only."""
+    bs, as_ = factors()
+    b, a = stack(bs, as_, P.tolist(), 2.0)
+    want = sum(2.0 * w * x @ y for w, x, y in zip(P, bs, as_, strict=True))
+    assert relative(b @ a, want) < 1e-12
+    assert b.shape == (D, 12)
+
+
+def test_ranks_may_differ() -> None:
+    ranks = [2, 4, 1]
+    for name, key in (("flora", "adapter"), ("fed_sb", "R")):
+        strategy = server(name, "strategy.ranks=[2,4,1]")
+        strategy.round = 1
+        records = [drawn(strategy, c, ranks) for c in range(3)]
+        want = sum(w * own_update(strategy, r[key]) for w, r in zip(P, records, strict=True))
+        strategy.fuse(shares(strategy, records, COUNTS))
+        assert relative(update(strategy), want) < 1e-12, name
+
+
+def test_flexlora_is_the_best_approximation_of_the_mean_update() -> None:
+    _, got, want = fused("flexlora", "strategy.alpha=8")
+    singular = torch.linalg.svdvals(want)
+    assert torch.linalg.matrix_rank(got, rtol=1e-9) == 4
+    assert abs((got - want).norm() - singular[4:].norm()) < 1e-9
+    b, a = truncated(want, 4, 2.0)
+    assert relative(2.0 * b @ a, got) < 1e-12
+
+
+def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
+    bs, as_ = factors()
+    arrays = {"x.lora_B.weight": bs[0], "x.lora_A.weight": as_[0]}
+    assert abs(norm(arrays) - (bs[0] @ as_[0]).norm().item()) < 1e-9
+    strategy = server("hetlora", "strategy.ranks=[2,4,1]")
+    strategy.round = 1
+    records = [drawn(strategy, c, [2, 4, 1]) for c in range(3)]
+    weights = torch.tensor([norm(r["adapter"]) for r in records], dtype=torch.float64)
+    weights /= weights.sum()
+    want = torch.zeros(4, K, dtype=torch.float64)
+    for w, r in zip(weights, records, strict=True):
+        a = r["adapter"][f"{LAYER}.lora_A.weight"]
+        want[: len(a)] += w * a
+    strategy.fuse(shares(strategy, records, COUNTS))
+    assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
+
+
+def test_fedsvd_keeps_the_product_and_makes_a_orthonormal() -> None:
+    (b,), (a,) = factors(clients=1)
+    fresh_b, fresh_a = refactor(b, a)
+    assert relative(fresh_b @ fresh_a, b @ a) < 1e-12
+    assert (fresh_a @ fresh_a.T - torch.eye(4)).abs().max() < 1e-12
+
+
+def test_server_momentum_moves_r_alone() -> None:
+    """Everything is linear in R: momentum on R is momentum on ΔW."""
+    _, got, want = fused("fed_sb", "strategy.server_momentum=0.9", "strategy.server_lr=0.5")
+    assert relative(got, 0.5 * want) < 1e-12
+    old, mean = {"R": torch.eye(2)}, {"R": 3 * torch.eye(2)}
+    new, m = step(old, mean, {"R": torch.eye(2).double()}, 0.5, 1.0)
+    assert torch.allclose(m["R"], 2.5 * torch.eye(2).double())
+    assert torch.allclose(new["R"], 3.5 * torch.eye(2))
+
+
+def test_a_round_averages_its_own_latents_only() -> None:
+    """Defect 1: the released multi-round code averages the R of all rounds so far."""
+    strategy, _, _ = fused("fed_sb")
+    strategy.round = 2
+    records = [{"R": {n: torch.ones_like(v) for n, v in drawn(strategy, 0, [4])["R"].items()}}] * 3
+    strategy.fuse(shares(strategy, records, COUNTS))
+    assert torch.equal(strategy.state["R"][f"{LAYER}.lora_R.weight"].double(), torch.ones(4, 4).double())
+
+
+def test_layers_have_different_random_factors() -> None:
+    """Defect 5: one seed for every layer gives equal factors to layers of one shape."""
+    from fedfuse.train.adapters import LoRA, adapted, inject
+
+    model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9))
+    first, second = adapted(inject(model, LoRA, rank=2, scale=1.0)).values()
+    assert not torch.equal(first.lora_A.weight, second.lora_A.weight)
+
+
+def test_folds_stay_factored_while_small_then_become_dense() -> None:
+    value = empty({"l": (D, K)})
+    total = torch.zeros(D, K, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(3)
+    kinds = []
+    for _ in range(8):
+        b = torch.randn(D, 4, generator=draw, dtype=torch.float64)
+        a = torch.randn(4, K, generator=draw, dtype=torch.float64)
+        total += b @ a
+        value = fold(value, {"l.B": b, "l.A": a})
+        kinds.append("l.W" in value)
+        assert relative(deltas(value)["l.delta"].double(), total) < 1e-12
+    assert kinds == [4 * (i + 1) * (D + K) >= D * K for i in range(8)]
+
+
+def test_compact_never_exceeds_the_layer() -> None:
+    bs, as_ = factors(clients=20)
+    b, a = torch.cat(bs, 1), torch.cat(as_, 0)
+    small_b, small_a = compact(b, a)
+    assert small_b.shape == (D, D)
+    assert relative(small_b @ small_a, b @ a) < 1e-12
