@@ -154,7 +154,7 @@ class KnFuClient(FusionClient):
         return out
 
 
-def shared_arrays(scope):
+def shared_arrays(scope: Scope) -> Layout:
     """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD is asked for."""
     layout = arrays(p=("subset", "classes"))(scope)
     if scope.hyper.epd_source == "oracle_label_histogram":
