@@ -134,6 +134,7 @@ class Scope:
     model: Layout  # layout of the client's architecture
     hyper: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    module: Any = None  # the architecture's resident model, where a layout depends on what its arrays are for
 
 
 Spec = Callable[[Scope], Layout]

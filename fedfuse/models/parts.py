@@ -1,0 +1,55 @@
+"""Which of a model's arrays are parameters, normalisation layers or the head; and layouts made of them.
+
+A strategy that shares a part of the model declares it by one of these specs, so that a reply with anything more or
+less is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # the base of all BatchNorm and InstanceNorm classes
+
+from fedfuse.records import Arrays, Layout, Scope
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Return the names of the parameters, buffers excluded, in the module's order."""
+    return [name for name, _ in module.named_parameters()]
+
+
+def norms(module: nn.Module, every: bool = False) -> list[str]:
+    """Return the names of the arrays of BatchNorm and InstanceNorm layers: scale, shift, running statistics, counters.
+
+    Parameters
+    ----------
+    module
+    every
+        Also layers that keep no statistics: GroupNorm and LayerNorm.
+    """
+    kinds: tuple[type[nn.Module], ...] = (_NormBase, *((nn.GroupNorm, nn.LayerNorm) if every else ()))
+    inside = [f"{path}." for path, layer in module.named_modules() if isinstance(layer, kinds)]
+    return [name for name in module.state_dict() if any(name.startswith(path) for path in inside)]
+
+
+def head(module: nn.Module) -> list[str]:
+    """Return the names of the arrays of `head`, the last layer of every built-in model."""
+    return [name for name in module.state_dict() if name.startswith("head.")]
+
+
+def without(arrays: Arrays, names: Iterable[str]) -> Arrays:
+    """Return the arrays that are not named."""
+    left = set(names)
+    return {name: value for name, value in arrays.items() if name not in left}
+
+
+def parameter_arrays(scope: Scope) -> Layout:
+    """Spec: the parameters alone (control variates, updates)."""
+    return {name: scope.model[name] for name in parameters(scope.module) if name in scope.model}
+
+
+def body_arrays(scope: Scope) -> Layout:
+    """Spec: everything but the head."""
+    private = set(head(scope.module))
+    return {name: layout for name, layout in scope.model.items() if name not in private}
