@@ -1,0 +1,129 @@
+"""SCAFFOLD: control variates take the clients' drift out of local steps.
+
+Box (Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
+arXiv 1910.06378, algorithm 1). With c_i = c = 0 at first, in round t for the sampled clients S:
+
+    client i:  y ← x;  K times:  y ← y − η (g_i(y) − c_i + c)
+               c_i⁺ ← c_i − c + (x − y)/(Kη)     (option II);   sends Δy = y − x and Δc = c_i⁺ − c_i
+    server:    x ← x + η_g · mean_S Δy;   c ← c + (|S|/N) · mean_S Δc
+
+Travels: model and variate both ways, 2P·B_f bytes a client and round. The server's c stays the mean of all c_i.
+
+Options. (x − y)/(Kη) is the mean corrected gradient only for plain SGD: with momentum it is about 1/(1 − ρ) times
+that, which biases c_i (Flower's baseline). So `variate=path` takes the mean of the gradients g_i met on the way,
+the same number under plain SGD and right under any optimiser; `variate=difference` is the formula as printed and
+asks for plain SGD. The correction enters the gradient before the optimiser's step, as in the box. K counts
+mini-batch steps. Buffers and, with `weighting=examples`, models are averaged as in FedAvg; variates never are weighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.errors import UserError
+from fedfuse.knowledge import Item, Topic, model_topic
+from fedfuse.models.parts import parameter_arrays, parameters
+from fedfuse.records import Arrays, model_arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.scenario import Residents
+from fedfuse.strategy import FusionStrategy, Records, Shares
+
+
+@dataclass(frozen=True)
+class ScaffoldHyper:
+    """Hyper-parameters of SCAFFOLD."""
+
+    server_lr: float = hyper(1.0, "η_g, server learning rate", above=0)
+    variate: str = hyper("path", "how c_i is renewed (option II both)", choices=("path", "difference"))
+    weighting: str = hyper("uniform", "of the models; the paper's mean is uniform", choices=("uniform", "examples"))
+
+
+def renewed(own: Arrays, common: Arrays, start: Arrays, end: Arrays, steps: int, lr: float) -> Arrays:
+    """c_i⁺ = c_i − c + (x − y)/(Kη), option II as printed."""
+    return {name: c - common[name] + (start[name] - end[name]) / (steps * lr) for name, c in own.items()}
+
+
+class ScaffoldClient(FusionClient):
+    """Takes corrected steps and keeps its control variate."""
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Y ← x; remember x and c."""
+        self.start, self.common = knowledge["model"].arrays, knowledge["control"].arrays
+        self.load(self.start)
+
+    def fit(self) -> Metrics:
+        """K corrected steps, then c_i⁺."""
+        own: Arrays = self.state.get("control") or {name: torch.zeros_like(c) for name, c in self.common.items()}
+        correction = {name: c - own[name] for name, c in self.common.items()}
+        met = {name: torch.zeros_like(c, dtype=torch.float64) for name, c in own.items()}
+
+        def correct(model: nn.Module) -> None:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    met[name].add_(parameter.grad)
+                    parameter.grad.add_(correction[name])
+
+        metrics = self.train(after_backward=correct)
+        steps = int(metrics["steps"])
+        new = own
+        if steps and self.hyper.variate == "difference":
+            new = renewed(own, self.common, self.start, self.weights(), steps, self.scenario.config.train.lr)
+        elif steps:
+            new = {name: (total / steps).to(own[name].dtype) for name, total in met.items()}
+        self.change = {name: c - own[name] for name, c in new.items()}
+        self.state["control"] = new
+        return metrics
+
+    def share(self) -> Records:
+        """The model y and Δc."""
+        return {"model": self.weights(), "control": self.change}
+
+
+@strategy("scaffold", client=ScaffoldClient, hyper=ScaffoldHyper, paper="Karimireddy et al. 2020, arXiv 1910.06378")
+class Scaffold(FusionStrategy):
+    """Local steps corrected by control variates."""
+
+    topics = {"model": model_topic(), "control": Topic("state", parameter_arrays)}
+    records = {"model": model_arrays, "control": parameter_arrays}
+    heterogeneous = False
+
+    def __init__(self, hyper: Any, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        train = self.scenario.config.train
+        if hyper.variate == "difference" and (train.optimizer != "sgd" or train.momentum):
+            raise UserError(
+                f"strategy.variate=difference: (x − y)/(Kη) is a gradient only under plain SGD, the run has "
+                f"train.optimizer={train.optimizer} train.momentum={train.momentum}; allowed: train.momentum=0, or path"
+            )
+
+    @property
+    def sums(self) -> dict[str, str | None]:
+        """Means are all that `fuse` needs."""
+        return {"model": "num-examples" if self.hyper.weighting == "examples" else None, "control": None}
+
+    def begin(self) -> None:
+        """Publish the initial model and c = 0."""
+        super().begin()
+        names = parameters(self.residents.model(self.architecture))
+        self.publish("control", {name: torch.zeros_like(v) for name, v in self.model.items() if name in names})
+
+    def fuse(self, shares: Shares) -> None:
+        """X ← x + η_g·mean Δy; c ← c + Σ Δc / N."""
+        mean, old, common = shares.mean("model"), self.model, self.published("control")
+        rate = self.hyper.server_lr
+        if rate != 1:
+            mean |= {name: torch.lerp(old[name], mean[name], rate) for name in common}
+        change, _ = shares.total("control")
+        n = self.scenario.clients
+        self.publish("model", mean)
+        self.publish("control", {k: (c.double() + change[k] / n).to(c.dtype) for k, c in common.items()})
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}
