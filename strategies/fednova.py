@@ -1,0 +1,88 @@
+"""FedNova: updates are divided by the steps they took before they are averaged.
+
+Box (Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", NeurIPS
+2020, arXiv 2007.07481, algorithm 1 and section 4). In round t, with p_i = n_i / Σ n_j over the sampled clients:
+
+    client i:  τ_i local steps from x;   d_i = (x − y_i) / ‖a_i‖₁;   sends d_i and ‖a_i‖₁
+    server:    τ_eff = Σ p_i ‖a_i‖₁;   x ← x − τ_eff Σ p_i d_i
+
+a_i are the weights with which gradients entered the update: ones for SGD, so ‖a_i‖₁ = τ_i; with momentum ρ
+‖a_i‖₁ = (τ_i − ρ(1 − ρ^τ_i)/(1 − ρ)) / (1 − ρ). With equal ‖a_i‖₁ it is FedAvg.
+
+Travels: P·B_f bytes each way and one number. Readings of ours: adaptive optimisers have no fixed a_i and count steps;
+buffers are averaged as in FedAvg; a client without a step sends zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.knowledge import Item
+from fedfuse.models.parts import parameters
+from fedfuse.records import Arrays, model_arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.strategy import FusionStrategy, Records, Shares
+
+
+@dataclass(frozen=True)
+class FedNovaHyper:
+    """Hyper-parameters of FedNova."""
+
+    server_lr: float = hyper(1.0, "factor on the mean update", above=0)
+
+
+def normaliser(steps: int, momentum: float = 0.0) -> float:
+    """‖a_i‖₁ of a run of SGD steps with (heavy-ball) momentum ρ, the velocity starting at zero."""
+    if not momentum:
+        return float(steps)
+    if momentum == 1:
+        return steps * (steps + 1) / 2
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+class FedNovaClient(FusionClient):
+    """Sends its update per unit of local progress."""
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Y ← x, and remember x."""
+        self.start = knowledge["model"].arrays
+        self.load(self.start)
+
+    def fit(self) -> Metrics:
+        """τ_i local steps."""
+        train = self.scenario.config.train
+        metrics = self.train()
+        self.progress = normaliser(int(metrics["steps"]), train.momentum if train.optimizer == "sgd" else 0.0)
+        return {**metrics, "progress": self.progress}
+
+    def share(self) -> Records:
+        """d_i for parameters, values for buffers."""
+        end, scale = self.weights(), self.progress or 1.0
+        moved = {k: (self.start[k] - end[k]) / scale for k in parameters(self.model) if k in end}
+        return {"update": {**end, **moved}}
+
+
+@strategy("fednova", client=FedNovaClient, hyper=FedNovaHyper, paper="Wang et al. 2020, arXiv 2007.07481")
+class FedNova(FusionStrategy):
+    """FedAvg of updates normalised by local progress."""
+
+    records = {"update": model_arrays}
+    sums = {"update": "num-examples"}
+    heterogeneous = False
+
+    def fuse(self, shares: Shares) -> None:
+        """X ← x − τ_eff Σ p_i d_i."""
+        told = [(share.examples, float(share.metrics["progress"])) for share in shares]
+        mean, old = shares.mean("update"), self.model  # of what was streamed above
+        effective = self.hyper.server_lr * sum(n * a for n, a in told) / sum(n for n, _ in told)
+        for name in parameters(self.residents.model(self.architecture)):
+            if name in mean:
+                mean[name] = (old[name].double() - effective * mean[name].double()).to(old[name].dtype)
+        self.log("progress", effective)
+        self.publish("model", mean)
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}
