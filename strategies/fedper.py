@@ -1,0 +1,59 @@
+"""FedPer: a common body, a private head, trained together.
+
+Box (Arivazhagan et al., "Federated Learning with Personalization Layers", 2019, arXiv 1912.00818, algorithms 1–2):
+
+    client k:  loads the body w_B, keeps its head w_Pk; trains both jointly; sends w_B
+    server:    w_B ← Σ n_k w_Bk / Σ n_k
+
+Travels: P_body·B_f bytes each way; the head never leaves. The personalisation layers are the model's `head` (the paper
+tries the last one to four blocks of a network). There is no server model: it would have no head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.knowledge import Item, Topic
+from fedfuse.models.parts import body_arrays, head, without
+from fedfuse.registry import strategy
+from fedfuse.strategy import FusionStrategy, Records, Shares
+
+
+class FedPerClient(FusionClient):
+    """Keeps its head."""
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Load the common body and its own head."""
+        self.load({**knowledge["body"].arrays, **self.state.get("head", {})}, strict=False)
+
+    def fit(self) -> Metrics:
+        """Train body and head jointly; keep the head."""
+        metrics = self.train()
+        weights = self.weights()
+        self.state["head"] = {name: weights[name] for name in head(self.model) if name in weights}
+        return metrics
+
+    def share(self) -> Records:
+        """The body."""
+        return {"body": without(self.weights(), head(self.model))}
+
+
+@strategy("fedper", client=FedPerClient, paper="Arivazhagan et al. 2019, arXiv 1912.00818")
+class FedPer(FusionStrategy):
+    """FedAvg of the body; heads are private, trained jointly with it."""
+
+    topics = {"body": Topic("state", body_arrays)}
+    records = {"body": body_arrays}
+    sums = {"body": "num-examples"}
+    heterogeneous = False
+    needs_features = True
+
+    def begin(self) -> None:
+        """Publish the initial body."""
+        initial = self.residents.initial(self.architecture)
+        self.publish("body", without(initial, head(self.residents.model(self.architecture))))
+
+    def fuse(self, shares: Shares) -> None:
+        """w_B = Σ n_k w_Bk / Σ n_k."""
+        self.publish("body", shares.mean("body"))
