@@ -1,0 +1,126 @@
+"""MOON: local representations are drawn to the common model's and away from the client's previous ones.
+
+Box (Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, arXiv 2103.16257, algorithm 1). A network is an
+encoder, a projection head and an output layer on top of it; z = R_w(x) is the projection. In round t:
+
+    client i:  w_i ← w_t;  z = R_{w_i}(x), z_glob = R_{w_t}(x), z_prev = R_{w_i of its last round}(x)
+               ℓ = CE(F_{w_i}(x), y) + μ·ℓ_con,
+               ℓ_con = −log[ e^{cos(z, z_glob)/τ} / (e^{cos(z, z_glob)/τ} + e^{cos(z, z_prev)/τ}) ]
+    server:    as FedAvg
+
+Travels: P·B_f bytes each way, P with the projection head; each client keeps its last local model. The projection
+head is a perceptron (d → d → 256) that every client's model is equipped with; `projection=0` leaves it out, as PFLlib
+and FL-bench do, and z are the features. z_glob and z_prev are taken in evaluation mode, without gradient. In a client's
+first round z_prev is z_glob, and ℓ_con the constant log 2. μ = 0 is FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedfuse.client import FusionClient, Metrics
+from fedfuse.knowledge import Item
+from fedfuse.records import Arrays, sha_arrays
+from fedfuse.registry import hyper, strategy
+from fedfuse.seeding import seed_of
+from fedfuse.strategy import FusionStrategy, Shares
+
+
+@dataclass(frozen=True)
+class MoonHyper:
+    """Hyper-parameters of MOON."""
+
+    mu: float = hyper(5.0, "μ, weight of the contrastive term (official: 5; tune 0.001 to 10)", low=0)
+    temperature: float = hyper(0.5, "τ", above=0)
+    projection: int = hyper(256, "size of the projection; 0: none", low=0)
+
+
+def contrast(z: Tensor, common: Tensor, previous: Tensor, temperature: float) -> Tensor:
+    """Mean ℓ_con of a batch of representations (B × d)."""
+    near, far = F.cosine_similarity(z, common), F.cosine_similarity(z, previous)
+    return F.softplus((far - near) / temperature).mean()
+
+
+class Projected(nn.Module):
+    """A network with a projection head before its output layer."""
+
+    def __init__(self, encoder: nn.Module, size: int, classes: int) -> None:
+        super().__init__()
+        width = int(encoder.feature_dim)  # type: ignore[arg-type]
+        self.encoder, self.feature_dim = encoder, size
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, size))
+        self.head = nn.Linear(size, classes)
+        encoder.head = nn.Identity()  # its place is taken: nothing unused is trained or sent
+
+    def features(self, x: Tensor) -> Tensor:
+        """Z = R_w(x)."""
+        return self.projection(self.encoder.features(x))  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(self.features(x))
+
+
+class MoonClient(FusionClient):
+    """Trains with the contrastive term and keeps its last local model."""
+
+    @staticmethod
+    def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
+        """Add the projection head; its initial weights depend on the model's own and so on the run's seed."""
+        if not hyper.projection or not hasattr(model, "features"):
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of("projection", sha_arrays(model.state_dict())))
+            classes = int(model.head(torch.zeros(1, int(model.feature_dim))).shape[1])  # type: ignore[operator,arg-type]
+            return Projected(model, hyper.projection, classes)
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """W ← w_t, and remember w_t."""
+        self.common = knowledge["model"].arrays
+        self.load(self.common)
+
+    def fit(self) -> Metrics:
+        """Cross-entropy plus μ·ℓ_con; keep the result for the next round."""
+        if not self.hyper.mu or not len(self.x):
+            return self.train()
+        model: Any = self.model
+        common = previous = self.embed(self.x)
+        if "previous" in self.state:
+            self.load(self.state["previous"])
+            previous = self.embed(self.x)
+            self.load(self.common)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            z = model.features(x)
+            return model.head(z), z
+
+        def loss(out: tuple[Tensor, Tensor], labels: Tensor, rows: Tensor) -> Tensor:
+            term = contrast(out[1], common[rows], previous[rows], self.hyper.temperature)
+            return F.cross_entropy(out[0], labels) + self.hyper.mu * term
+
+        metrics = self.train(loss, forward=forward)
+        self.state["previous"] = self.weights()
+        return metrics
+
+
+@strategy("moon", client=MoonClient, hyper=MoonHyper, paper="Li et al. 2021, arXiv 2103.16257")
+class Moon(FusionStrategy):
+    """FedAvg with a contrastive term between representations."""
+
+    heterogeneous = False
+    needs_features = True
+    sums = {"model": "num-examples"}
+
+    def fuse(self, shares: Shares) -> None:
+        """w_{t+1} = Σ n_k w_k / Σ n_k."""
+        self.publish("model", shares.mean("model"))
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}
