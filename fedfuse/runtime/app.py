@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -18,3 +18,10 @@ class SiteApp(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
         return self._answer(message, context)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run `fedfuse flower`."""
+    from fedfuse.runtime.guest_command import command as run
+
+    return run(argv)

@@ -1,0 +1,130 @@
+"""Unmodified Flower apps: the same arrays under `fedfuse flower` and under Flower's own simulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedfuse.errors import UserError
+from fedfuse.runtime.guest_command import command
+from tests.runtime.processes import MARK, gone
+
+APPS = Path(__file__).parent.parent / "apps"
+NODES = 6
+
+# What `flwr run` does in its simulation process, without the SuperLink around it.
+SIMULATOR = """
+import sys
+from flwr.app import Context, RecordDict
+from flwr.common.config import get_fused_config_from_dir, get_project_config, parse_config_args
+from flwr.simulation.run_simulation import _run_simulation
+from flwr.supercore.constant import NOOP_FEDERATION_ID
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.telemetry import EventType
+from pathlib import Path
+
+app, nodes, overrides = sys.argv[1], int(sys.argv[2]), parse_config_args([sys.argv[3]])
+parts = get_project_config(app)["tool"]["flwr"]["app"]["components"]
+config = get_fused_config_from_dir(Path(app), overrides)
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 7, 7, 1
+run = Run.create_empty(7)
+run.override_config, run.primary_task_id, run.federation_id = overrides, 7, NOOP_FEDERATION_ID
+_run_simulation(
+    num_supernodes=nodes, exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE, is_app=True, app_dir=app, run=run,
+    server_app_attr=parts["serverapp"], client_app_attr=parts["clientapp"],
+    server_app_context=Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=config),
+    backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2, "include_dashboard": False}},
+)
+"""
+
+
+def started(words: list[str], mark: str, home: Path) -> str:
+    environment = {**os.environ, MARK: mark, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.parametrize(("name", "override"), [("stateful", "rounds=4"), ("custom", "method.rate=0.3 rounds=3")])
+def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path: Path) -> None:
+    app, mark = str(APPS / name), uuid.uuid4().hex
+    ours, theirs = tmp_path / "ours.npz", tmp_path / "theirs.npz"
+    words = ["-m", "fedfuse.cli", "flower", app, "--nodes", str(NODES), "--run-config", f"{override} out='{ours}'"]
+    started(words, mark, tmp_path)
+    assert not gone(mark)
+    started(["-c", SIMULATOR, app, str(NODES), f"{override} out='{theirs}'"], mark, tmp_path)
+    with np.load(ours) as a, np.load(theirs) as b:
+        assert set(a.files) == set(b.files)
+        for key in a.files:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-6)
+        if name == "stateful":
+            assert a["asked"] == 4  # every node's state came back in every round
+
+
+FLAKY = """
+import os, signal
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.train()
+def train(message, context):
+    count = context.state["n"]["n"] + 1 if "n" in context.state else 1
+    context.state["n"] = MetricRecord({"n": count})
+    mark = os.path.join(str(context.run_config["marks"]), str(context.node_config["partition-id"]))
+    kind = {1: "die", 2: "raise", 3: "always"}.get(int(context.node_config["partition-id"]))
+    if count == 2 and kind and (kind == "always" or not os.path.exists(mark)):
+        open(mark, "w").close()
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("no")
+    return Message(RecordDict({"m": MetricRecord({"count": count})}), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    for round in (1, 2):
+        out = {}
+        asked = [Message(RecordDict(), dst_node_id=n, message_type="train") for n in grid.get_node_ids()]
+        for reply in grid.send_and_receive(asked):
+            out[reply.metadata.src_node_id] = -1 if reply.has_error() else reply.content["m"]["count"]
+        expected = {n: round for n in out} | ({4: -1} if round == 2 else {})
+        assert out == expected, out
+"""
+
+
+def test_failed_nodes_are_tried_again_and_named(tmp_path: Path) -> None:
+    app = tmp_path / "flaky"
+    app.mkdir()
+    table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app", "flaky_app")
+    (app / "pyproject.toml").write_text(table + 'marks = ""\n')
+    (app / "flaky_app.py").write_text(FLAKY)
+    words = ["-m", "fedfuse.cli", "flower", str(app), "--nodes", "5", "--run-config", f"marks='{tmp_path}'"]
+    said = started(words, uuid.uuid4().hex, tmp_path)
+    assert "partition 3" in said
+    assert "1 messages were left out" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no such directory"),
+        ([str(APPS)], "is not a Flower app"),
+        ([str(APPS / "custom"), "--nodes", "none"], "--nodes=none"),
+        ([str(APPS / "custom"), "--run-config", "nothing=1"], "method.clip"),
+        ([str(APPS / "custom"), "--speed", "1"], "no such option"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        command(words)
+    assert "\n" not in str(caught.value)
