@@ -6,6 +6,7 @@ The same code serves every runtime; what differs is where the cache of knowledge
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -37,6 +38,9 @@ from fedfuse.scenario import Residents, Scenario
 from fedfuse.store import INITIAL, ClientStore, is_full
 from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE, check_share
 from fedfuse.sums import Sum
+
+
+TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 
 
 class Refused(Exception):
@@ -173,6 +177,11 @@ class Node:
             raise Refused(f"client {who} does not live here")
         if kind not in ("train", "evaluate"):
             raise Refused(f"message type {message.metadata.message_type!r} is not known")
+        if phase != "train" and not hasattr(self.entry.server, f"fuse_{phase}"):
+            raise Refused(f"phase {phase!r} is not one of {self.entry.name}'s")
+        for named in (config.get("tag", INITIAL), config.get("new-tag", "")):
+            if not TAG.fullmatch(str(named)):
+                raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
         if run.get("strategy", self.entry.name) != self.entry.name:
             raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
         hyper = self._hyper_of(run)

@@ -1,0 +1,326 @@
+"""A node alone: what it refuses, what it commits, what it remembers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedfuse import registry
+from fedfuse.knowledge import Cache, Parcel
+from fedfuse.node import Node, parcels, place, state_sha
+from fedfuse.records import nbytes, record, settled, sha_arrays, tensors
+from fedfuse.registry import Entry
+from fedfuse.runtime.site import Site
+from fedfuse.store import INITIAL, ClientStore
+from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE
+from fedfuse.sums import Sum
+from tests.federations import TINY, federation, scenario_of
+from tests.ledger import Ledger, LedgerClient, enter
+
+
+def asked(name: str, *words: str, round: int = 1) -> list[Message]:
+    """The messages of a strategy's first training phase."""
+    with federation(name, *words) as (built, _):
+        built.strategy.phase = "train"
+        return list(built.strategy.configure_train(round, ArrayRecord(), ConfigRecord(), built.grid))
+
+
+def scored(name: str, *words: str) -> list[Message]:
+    """The messages of an evaluation before any training."""
+    with federation(name, *words) as (built, _):
+        built.strategy.ensure_begun()
+        built.strategy.phase = "train"
+        return list(built.strategy.configure_evaluate(0, ArrayRecord(), ConfigRecord(), built.grid))
+
+
+def node(name: str, directory: Path, *words: str, **options) -> Node:
+    scenario = scenario_of((*TINY, f"strategy={name}", *words))[1]
+    return place(registry.entry(name), scenario, ClientStore(directory), **options)
+
+
+def changed(message: Message, kind: str | None = None, **records) -> Message:
+    """A copy of a message with entries of its records exchanged; None takes one away."""
+    content = RecordDict(dict(message.content.items()))
+    for key, value in records.items():
+        if isinstance(value, dict):
+            entries = {k: v for k, v in {**dict(content[key]), **value}.items() if v is not None}
+            content[key] = ConfigRecord(entries)
+        elif value is None:
+            del content[key]
+        else:
+            content[key] = value
+    metadata = message.metadata
+    return Message(content, dst_node_id=metadata.dst_node_id, message_type=kind or metadata.message_type)
+
+
+def failure(reply: Message) -> tuple[int, str]:
+    assert reply.has_error()
+    return reply.error.code, reply.error.reason
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def poisoned(content: ArrayRecord) -> ArrayRecord:
+    arrays = {k: v.clone() for k, v in tensors(content).items()}
+    next(iter(arrays.values())).view(-1)[0] = float("nan")
+    return record(arrays)
+
+
+def renamed(content: ArrayRecord) -> ArrayRecord:
+    return record({f"{k}x": v for k, v in tensors(content).items()})
+
+
+REFUSALS = {
+    "a stranger": (lambda m: changed(m, config={"client": 99}), REFUSED, "client 99 does not live here"),
+    "a client below zero": (lambda m: changed(m, config={"client": -1}), REFUSED, "client -1 does not live here"),
+    "another verb": (lambda m: changed(m, "query.secrets"), REFUSED, "message type 'query.secrets' is not known"),
+    "another strategy": (lambda m: changed(m, run={"strategy": "knfu"}), REFUSED, "strategy 'knfu' does not run here"),
+    "another hyper-parameter": (lambda m: changed(m, run={"hyper.evil": 1}), REFUSED, "hyper-parameter 'evil' is not"),
+    "a wrong hyper-parameter": (
+        lambda m: changed(m, run={"hyper.weighting": "mine"}),
+        REFUSED,
+        "strategy.weighting=mine: fedavg allows",
+    ),
+    "another topic": (lambda m: changed(m, config={"parcel.topic": ["secret"]}), REFUSED, "topic 'secret' is not one"),
+    "a parcel that is not there": (
+        lambda m: changed(m, config={"parcel.record": ["nothing"]}),
+        INVALID,
+        "record 'nothing' is announced but not there",
+    ),
+    "poison": (lambda m: changed(m, arrays=poisoned(m.content["arrays"])), INVALID, "not finite"),
+    "other names": (lambda m: changed(m, arrays=renamed(m.content["arrays"])), INVALID, "received model: missing"),
+    "an unknown state": (lambda m: changed(m, config={"tag": "9.1"}), STALE, "client 0: state 9.1 is not here"),
+    "a state elsewhere": (
+        lambda m: changed(m, config={"tag": "../../../../etc/passwd"}),
+        REFUSED,
+        "tag '../../../../etc/passwd' is not",
+    ),
+    "a new state elsewhere": (
+        lambda m: changed(m, config={"new-tag": "../../evil"}),
+        REFUSED,
+        "tag '../../evil' is not",
+    ),
+    "a phase that is none": (lambda m: changed(m, "train.load"), REFUSED, "phase 'load' is not one of fedavg's"),
+    "a hidden phase": (lambda m: changed(m, "train.__init__"), REFUSED, "phase '__init__' is not one of fedavg's"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refusals_are_named_and_change_nothing(what: str, tmp_path: Path) -> None:
+    spoil, code, words = REFUSALS[what]
+    message = asked("fedavg")[0]
+    cache, here = Cache(), node("fedavg", tmp_path / "store")
+    got, reason = failure(here.handle(spoil(message), cache))
+    assert (got, words in reason) == (code, True), (got, reason)
+    assert "\n" not in reason
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert here.handle(message, Cache()).has_content()
+
+
+def test_a_node_without_the_knowledge_is_stale(tmp_path: Path) -> None:
+    message = asked("fedavg")[0]
+    bare = changed(message, arrays=None, config={k: None for k in message.content["config"] if k.startswith("parcel.")})
+    code, reason = failure(node("fedavg", tmp_path).handle(bare, Cache()))
+    assert (code, reason) == (STALE, "model: holds nothing, the server counts on version 0")
+
+
+def test_a_client_that_raises_is_named_with_the_place(tmp_path: Path, monkeypatch) -> None:
+    class Falls(LedgerClient):
+        def fit(self):
+            raise ValueError("first line\nsecond")
+
+    name = enter(monkeypatch, Ledger, Falls)
+    code, reason = failure(node(name, tmp_path).handle(asked(name)[0], Cache()))
+    assert code == FAILED
+    assert reason.startswith("ValueError: first line second (fit, test_node.py:")
+
+
+def test_a_full_disk_is_not_the_clients_fault(tmp_path: Path, monkeypatch) -> None:
+    import errno
+
+    name = enter(monkeypatch)
+    here = node(name, tmp_path, retries=2)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(here.store, "save", full)
+    code, reason = failure(here.handle(asked(name)[0], Cache()))
+    assert code == FULL
+    assert "No space left on device" in reason
+
+
+# --- what is committed ------------------------------------------------------------------------------------
+
+
+def test_evaluation_commits_nothing(tmp_path: Path) -> None:
+    here, store = node("local", tmp_path), ClientStore(tmp_path)
+    trained = here.handle(asked("local")[0], Cache())
+    tag = trained.content["config"]["tag"]
+    before = state_sha(store.load(0, tag))
+    message = changed(scored("local")[0], config={"tag": tag})
+    first, second = (here.handle(message, Cache()) for _ in range(2))
+    assert first.content["config"]["sha"] == second.content["config"]["sha"] == before
+    assert state_sha(store.load(0, tag)) == before
+    assert [p.name for p in (tmp_path / "00" / "0").iterdir()] == [f"{tag}.state"]
+
+
+def test_an_empty_state_hashes_the_empty_record(tmp_path: Path) -> None:
+    reply = node("fedavg", tmp_path).handle(scored("fedavg")[0], Cache())
+    assert reply.content["config"]["sha"] == state_sha({})
+    trained = node("fedavg", tmp_path).handle(asked("fedavg")[0], Cache())
+    assert trained.content["config"]["tag"] == INITIAL
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_state_says_more_than_its_tensors() -> None:
+    zero = torch.zeros(1)
+    states = [{}, {"a": 1}, {"a": 1.0}, {"a": True}, {"a": "1"}, {"a=": zero}, {"a": zero}, {"a": 1, "a=": zero}]
+    assert len({state_sha(state) for state in states}) == len(states)
+
+
+def test_clients_of_one_process_do_not_leak_into_each_other(tmp_path: Path) -> None:
+    """Reversed order, other neighbours: the same replies."""
+    messages = asked("local")
+    forth, back = node("local", tmp_path / "a"), node("local", tmp_path / "b")
+    for message in messages:
+        forth.handle(message, Cache())
+    for message in reversed(messages):
+        back.handle(message, Cache())
+    for client in range(3):
+        a, b = (ClientStore(tmp_path / side).load(client, "1.1") for side in "ab")
+        assert state_sha(a) == state_sha(b)
+
+
+def test_a_lesson_is_taken_in_once(tmp_path: Path, monkeypatch) -> None:
+    taken: list[tuple[int, int]] = []
+
+    class Counts(LedgerClient):
+        def receive(self, knowledge):
+            super().receive(knowledge)
+            if "advice" in knowledge:
+                taken.append((self.client, knowledge["advice"].version))
+
+    name = enter(monkeypatch, Ledger, Counts)
+    with federation(name, "rounds=4", "strategy.every=9") as (built, _):
+        built.run()
+    last = [(c, 4) for c in range(3)]  # the last evaluation shows it, and commits nothing
+    assert sorted(v for v in taken if v[1] < 4) == sorted([(c, v) for c in range(3) for v in (1, 2, 3)] * 2)
+    assert sorted(v for v in taken if v[1] == 4) == last
+    taken.clear()
+    with federation(name, "rounds=4", "evaluate.every=4", "strategy.every=9") as (built, _):
+        built.run()
+    assert sorted(taken) == sorted((c, v) for c in range(3) for v in (1, 2, 3, 4))
+
+
+def test_what_is_distilled_for_an_evaluation_is_not_distilled_again(monkeypatch) -> None:
+    """A personal client's memo: knfu's step (d) runs once a lesson although each round is evaluated."""
+    from fedfuse.strategies.knfu import KnFuClient
+
+    taken = []
+    receive = KnFuClient.receive
+    monkeypatch.setattr(KnFuClient, "receive", lambda self, k: (taken.append(self.client), receive(self, k)))
+    with federation("knfu", "rounds=3") as (built, _):
+        built.run()
+    assert len(taken) == 3 * 3
+
+
+# --- groups -----------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_summed_beside_its_clients(tmp_path: Path) -> None:
+    """One message carries Σ n·w of the valid members; every reply says the bytes of its own arrays."""
+    messages = asked("fedavg")
+    plain = [node("fedavg", tmp_path).handle(m, Cache()) for m in messages]
+    expected = Sum()
+    for reply in plain:
+        expected.add(0, tensors(reply.content["arrays"]), float(reply.content["metrics"]["num-examples"]))
+    replies = node("fedavg", tmp_path).handle_group(messages, [Cache() for _ in messages])
+    size = nbytes(tensors(plain[0].content["arrays"]))
+    for reply in replies:
+        assert "arrays" not in reply.content
+        assert list(reply.content["config"]["summed.record"]) == ["model"]
+        assert list(reply.content["config"]["summed.bytes"]) == [size]
+    assert [("sum:model" in r.content) for r in replies] == [False, False, True]
+    value, weight = expected.group()
+    assert sha_arrays(tensors(replies[-1].content["sum:model"])) == sha_arrays(value)
+    assert replies[-1].content["config"]["weight:model"] == weight
+
+
+def test_a_groups_last_valid_member_carries_the_sum(tmp_path: Path) -> None:
+    messages = asked("fedavg")
+    messages[2] = changed(messages[2], config={"tag": "7.1"})
+    replies = node("fedavg", tmp_path).handle_group(messages, [Cache() for _ in messages])
+    assert replies[2].has_error()
+    assert "sum:model" in replies[1].content
+
+
+def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monkeypatch) -> None:
+    from fedfuse.client import FusionClient
+
+    class Poisons(FusionClient):
+        def share(self):
+            weights = self.weights()
+            if self.client == 1:
+                next(iter(weights.values())).fill_(float("inf"))
+            return {"model": weights}
+
+    entry = registry.entry("fedavg")
+    monkeypatch.setitem(registry._entries, "fedavg", Entry("fedavg", entry.server, Poisons, entry.hyper, ""))
+    replies = node("fedavg", tmp_path).handle_group(asked("fedavg"), [Cache() for _ in range(3)])
+    assert failure(replies[1])[0] == INVALID
+    assert all(bool(torch.isfinite(v).all()) for v in tensors(replies[2].content["sum:model"]).values())
+
+
+# --- a site's memory --------------------------------------------------------------------------------------
+
+
+def test_a_site_answers_a_repeated_message_from_its_disk(tmp_path: Path, monkeypatch) -> None:
+    message = asked("local")[0]
+    first = Site(tmp_path, node("local", tmp_path)).handle(message)
+    monkeypatch.setattr(Node, "handle", lambda *a, **k: pytest.fail("computed a second time"))
+    again = Site(tmp_path, node("local", tmp_path)).handle(message)
+    assert dict(again.content["config"]) == dict(first.content["config"])
+    assert dict(again.content["metrics"]) == dict(first.content["metrics"])
+
+
+def test_a_cached_reply_keeps_every_bit(tmp_path: Path) -> None:
+    message = asked("knfu")[1]
+    first = Site(tmp_path, node("knfu", tmp_path)).handle(message)
+    again = Site(tmp_path, node("knfu", tmp_path)).handle(message)
+    for name, content in first.content.array_records.items():
+        a, b = settled(content), settled(again.content.array_records[name])
+        assert {k: (v.dtype, v.shape, v.data) for k, v in a.items()} == {
+            k: (v.dtype, v.shape, v.data) for k, v in b.items()
+        }
+    assert json.dumps(dict(first.content["metrics"])) == json.dumps(dict(again.content["metrics"]))
+
+
+def test_another_start_is_another_message(tmp_path: Path) -> None:
+    """After a lost commit the server names another state: the cached reply is not it."""
+    message = asked("local")[0]
+    site = Site(tmp_path, node("local", tmp_path))
+    site.handle(message)
+    other = changed(message, run={"round": 2}, config={"new-tag": "2.1"})
+    assert site.handle(other).content["config"]["tag"] == "2.1"
+    assert site.handle(changed(other, run={"run": "another"})).content["metrics"] is not None
+
+
+def test_what_a_message_announces_is_what_it_carries() -> None:
+    message = asked("fedavg")[0]
+    (parcel,) = parcels(message.content, message.content["config"])
+    assert isinstance(parcel, Parcel)
+    assert (parcel.topic, parcel.to, parcel.version, parcel.since) == ("model", "", 0, -1)
+
+
+def test_a_message_of_flowers_own_strategies_is_answered(tmp_path: Path) -> None:
+    arrays = asked("fedavg")[0].content["arrays"]
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 3})})
+    reply = node("fedavg", tmp_path).handle(Message(content, dst_node_id=2, message_type="train"), Cache())
+    assert set(reply.content) == {"arrays", "metrics"}
+    assert isinstance(reply.content["metrics"], MetricRecord)
