@@ -39,7 +39,6 @@ from fedfuse.store import INITIAL, ClientStore, is_full
 from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE, check_share
 from fedfuse.sums import Sum
 
-
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 
 
