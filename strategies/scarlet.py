@@ -38,7 +38,7 @@ class ScarletHyper:
 
     beta: float = hyper(1.5, "β of Enhanced ERA; 1: no sharpening (paper: 1 to 2)", above=0)
     duration: int = hyper(50, "D, rounds for which a cached label is served", low=0)
-    rows: int | None = hyper(
+    subset: int | None = hyper(
         None, "|P_t|, redrawn each round; null: a tenth of the transfer set, as in the paper", low=1
     )
     distill_epochs: int = hyper(1, "epochs of distillation (paper: 5)", low=0)
@@ -89,7 +89,7 @@ def merge(cache: Arrays, increment: Arrays) -> Arrays:
 def round_rows(scenario: Scenario, h: ScarletHyper, round: int) -> Tensor:
     """P_t, ascending."""
     total = 0 if scenario.data.transfer is None else len(scenario.data.transfer)
-    return transfer_rows(scenario, h.rows or max(1, (total + 5) // 10), round)
+    return transfer_rows(scenario, h.subset or max(1, (total + 5) // 10), round)
 
 
 class ScarletClient(FusionClient):

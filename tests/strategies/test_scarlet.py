@@ -9,7 +9,7 @@ from fedfuse.strategies.scarlet import enhanced_era, lookup, merge
 from tests.federations import play
 from tests.strategies.halves import random_labels, server, shares
 
-SMALL = ("strategy.rows=8", "rounds=7", "strategy.duration=2")
+SMALL = ("strategy.subset=8", "rounds=7", "strategy.duration=2")
 
 
 def test_enhanced_era():
@@ -77,15 +77,15 @@ def test_a_run_never_serves_an_expired_row(monkeypatch):
 
 
 def test_cached_rows_travel_once():
-    done = play("scarlet", "strategy.rows=24", "rounds=4")
+    done = play("scarlet", "strategy.subset=24", "rounds=4")
     assert done.totals["up_bytes"] == 3 * 24 * 10 * 4  # all of them, in the first round alone
     assert done.totals["down_bytes"] == 3 * (24 * (10 * 4 + 8) + 2 * 4)  # the cache once, then two empty increments
-    always = play("scarlet", "strategy.rows=24", "rounds=4", "strategy.duration=0")
+    always = play("scarlet", "strategy.subset=24", "rounds=4", "strategy.duration=0")
     assert always.totals["up_bytes"] == 4 * done.totals["up_bytes"]
 
 
 def test_sharpened_mean_enters_the_cache():
-    strategy = server("scarlet", "strategy.rows=24", "strategy.beta=2", "strategy.server_model=false")
+    strategy = server("scarlet", "strategy.subset=24", "strategy.beta=2", "strategy.server_model=false")
     sent = [random_labels(24, 10, seed).float() for seed in range(3)]
     strategy.fuse(shares(strategy, *[{"labels": {"p": p}} for p in sent]))
     expected = enhanced_era(torch.stack(sent).double().mean(0), 2.0)
@@ -93,7 +93,7 @@ def test_sharpened_mean_enters_the_cache():
 
 
 def test_answers_to_another_request_are_excluded():
-    strategy = server("scarlet", "strategy.rows=5", "strategy.server_model=false")
+    strategy = server("scarlet", "strategy.subset=5", "strategy.server_model=false")
     good, bad = random_labels(5, 10).float(), random_labels(4, 10).float()
     strategy.fuse(shares(strategy, {"labels": {"p": good}}, {"labels": {"p": bad}}))
     assert strategy.failures["rejected"] == 1
@@ -106,7 +106,7 @@ def test_who_was_away_catches_up():
 
 
 def test_without_cache_and_sharpening_it_is_dsfl_with_plain_averaging():
-    one = play("scarlet", "strategy.rows=24", "strategy.duration=0", "strategy.beta=1")
+    one = play("scarlet", "strategy.subset=24", "strategy.duration=0", "strategy.beta=1")
     two = play("dsfl", "strategy.aggregation=sa", "loss=kl")
     for name, value in one.strategy.state["model"].items():
         torch.testing.assert_close(value, two.strategy.state["model"][name], rtol=1e-4, atol=1e-5)
