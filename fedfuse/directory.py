@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -10,12 +11,14 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
 import torch
+import yaml
 
 from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
@@ -77,6 +80,8 @@ class RunDirectory(Callback):
         self.seconds = {"startup": 0.0, "rounds": 0.0, "before": 0.0}
         self._lock: IO[str] | None = None
         self.clients: ClientStore
+        self._made: list[Path] = []  # directories that `create` made, the innermost first
+        self._ours = False  # whether all that the directory holds is this run's
 
     @property
     def checkpoint(self) -> Path:
@@ -94,6 +99,7 @@ class RunDirectory(Callback):
             If it holds another run, or cannot be written.
         """
         try:
+            self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"out={self.path}: is a file; a directory is needed")
             if self.path.exists() and any(self.path.iterdir()):
@@ -107,17 +113,40 @@ class RunDirectory(Callback):
                         shutil.rmtree(child) if child.is_dir() else child.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
+            self._ours = True
             (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", self.config)
             write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
             self.clients = ClientStore(self.checkpoint / "clients")
         except OSError as error:
+            self.discard()
             raise UserError(f"out={self.path}: cannot be written ({error.strerror or error})") from error
 
+    def discard(self) -> None:
+        """Take back what `create` made, if no round was committed: a run that could not begin leaves nothing."""
+        self.close()
+        if (self.checkpoint / "state.safetensors").exists():
+            return
+        if self._ours:
+            for child in self.path.iterdir():
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def reopen(self) -> None:
-        """Take the lock of a run that shall go on."""
-        self._hold()
-        self.clients = ClientStore(self.checkpoint / "clients")
+        """Take the lock of a run that shall go on.
+
+        Raises
+        ------
+        UserError
+            If another process has it, or the directory cannot be written.
+        """
+        try:
+            self._hold()
+            self.clients = ClientStore(self.checkpoint / "clients")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def _hold(self) -> None:
         if self._lock is not None:
@@ -253,6 +282,7 @@ class RunDirectory(Callback):
             }
         plain = {
             "format": FORMAT,
+            "config": self.config,
             "run_id": strategy.run_id,
             "done": federation.done,
             "evaluated": federation.evaluated,
@@ -277,7 +307,7 @@ class RunDirectory(Callback):
         Raises
         ------
         UserError
-            If the checkpoint is of another format or cannot be read.
+            If the checkpoint is of another format or configuration, or cannot be read.
         """
         strategy = federation.strategy
         path = self.checkpoint / "state.safetensors"
@@ -288,8 +318,10 @@ class RunDirectory(Callback):
                 plain = json.loads(tree["plain"])
             except Exception as error:
                 raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
-            if plain["format"] != FORMAT:
-                raise UserError(f"{path}: has format {plain['format']}, this fedfuse resumes format {FORMAT}")
+            if plain.get("format") != FORMAT:
+                raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
+            if changed := _changed(plain.get("config", ""), self.config):
+                raise UserError(f"{self.path}/config.yaml: {changed}; a run goes on with what it began with")
             items: dict[Address, Item] = {}
             chains: dict[Address, list[Parcel]] = {}
             for slot in tree.get("board", {}).values():
@@ -339,6 +371,24 @@ def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
         else:
             out[prefix + key] = value.contiguous().clone()
     return out
+
+
+def _changed(begun: str, now: str) -> str:
+    """Say which setting that can change a result differs from the one a run began with; empty if none does."""
+    before, after = (dict(_flat(yaml.safe_load(text) or {})) for text in (begun, now))
+    free = ("out", "overwrite", "runtime.")  # where and how it runs changes no bit
+    for key, value in before.items():
+        if not key.startswith(free) and after.get(key) != value:
+            return f"says {key}={after.get(key)}, the run began with {key}={value}"
+    return ""
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _listed(arrays: dict[str, torch.Tensor]) -> dict[str, Any]:

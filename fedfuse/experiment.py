@@ -14,7 +14,7 @@ import yaml
 from fedfuse import registry
 from fedfuse.config import Config
 from fedfuse.directory import RunDirectory
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.federation import Callback, EarlyStop, Evaluation, Federation, check_fit
 from fedfuse.node import Node, place
 from fedfuse.progress import Progress
@@ -117,7 +117,15 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
 
 
 def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet: bool, resumed: bool = False) -> Path:
-    """Put the grid and the callbacks together, run what is left of the rounds, and end what was started."""
+    """Put the grid and the callbacks together, run what is left of the rounds, and end what was started.
+
+    Raises
+    ------
+    UserError
+        If the run cannot begin; a directory that was made for it is taken back.
+    WorldError
+        If the world failed, a full disk included; the run can be resumed.
+    """
     scenario = strategy.scenario
     grid: LocalGrid | None = None
     try:
@@ -127,6 +135,14 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
             directory.restore(federation)
             grid.cache.update(strategy.board.items)
         federation.run()
+    except UserError:
+        if not resumed:
+            directory.discard()
+        raise
+    except OSError as error:
+        raise WorldError(
+            f"{directory.path}: {in_words(error)}; fedfuse resume {directory.path} goes on after the last complete round"
+        ) from error
     finally:
         if grid is not None:
             grid.close()
