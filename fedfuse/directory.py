@@ -24,7 +24,7 @@ from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
 from fedfuse.knowledge import Address, Item, Parcel
 from fedfuse.results.run import COLUMNS
-from fedfuse.store import ClientStore, read_tree, write_tree
+from fedfuse.store import ClientStore, read_tree, write_arrays, write_tree
 from fedfuse.traffic import Traffic
 
 FORMAT = 1
@@ -248,22 +248,16 @@ class RunDirectory(Callback):
         }
 
     def _final_models(self, federation: Federation) -> None:
-        from safetensors.torch import save_file
-
         final = self.path / "final"
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
-            save_file(
-                {k: v.contiguous().clone() for k, v in arrays.items()},
-                final / f"server-{name}.safetensors",
-                metadata=about,
-            )
+            write_arrays(final / f"server-{name}.safetensors", arrays, **about)
         for client in range(federation.scenario.clients):
             kept = self.clients.staged(client, "final")
             if kept is not None:
                 about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
-                save_file(named(kept["model"]), final / f"client-{client}.safetensors", metadata=about)
+                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), **about)
 
     # -- checkpoint ----------------------------------------------------------------------------------------
 

@@ -140,9 +140,7 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
             directory.discard()
         raise
     except OSError as error:
-        raise WorldError(
-            f"{directory.path}: {in_words(error)}; fedfuse resume {directory.path} goes on after the last complete round"
-        ) from error
+        raise WorldError(f"{directory.path}: {in_words(error)}; goes on with fedfuse resume {directory.path}") from error
     finally:
         if grid is not None:
             grid.close()

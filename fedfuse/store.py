@@ -21,11 +21,20 @@ INITIAL = "0"  # the tag of a client that has committed nothing yet
 def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
     """Write nested tensors and plain values as one safetensors file, atomically."""
     flat, rest = flatten(tree)
+    write_arrays(path, {f"/{k}": v for k, v in flat.items()}, tree=json.dumps(rest), **notes)  # no name is reserved so
+
+
+def write_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
+    """Write tensors as one safetensors file, atomically.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or not writable.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"tree": json.dumps(rest), **notes}
     try:
-        whole = {f"/{k}": v.detach().cpu().contiguous().clone() for k, v in flat.items()}  # no name is reserved so
-        save_file(whole, partial, metadata=metadata)
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=notes)
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
