@@ -140,7 +140,8 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
             directory.discard()
         raise
     except OSError as error:
-        raise WorldError(f"{directory.path}: {in_words(error)}; goes on with fedfuse resume {directory.path}") from error
+        path = directory.path
+        raise WorldError(f"{path}: {in_words(error)}; fedfuse resume {path} goes on") from error
     finally:
         if grid is not None:
             grid.close()
