@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedfuse import registry
 from fedfuse.client import FusionClient
@@ -25,9 +25,11 @@ from fedfuse.records import (
     arrays_in,
     config_in,
     flatten,
+    measured,
     nbytes,
     plain_record,
     record,
+    reply_to,
     sha,
     tensors,
     trusted,
@@ -72,6 +74,7 @@ class Node:
         self.entry, self.store, self.retries = entry, store, retries
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
+        self._asked: Any = None
         self.residents = Residents(scenario, self._equip, device)
 
     def _equip(self, model: Any, build: Any) -> Any:
@@ -202,9 +205,9 @@ class Node:
                 else:
                     del knowledge[topic]
         new_seen = {**seen, **lessons}
-        key = json.dumps([str(run.get("run", "")), tag, sorted(lessons.items())])
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         memo = client_type.personal and bool(lessons) and len(lessons) == len(knowledge)
+        key = json.dumps([str(run.get("run", "")), tag, sorted(lessons.items())]) if memo else ""
         staged = self.store.staged(who, key) if memo else None
         if staged is not None:
             state, knowledge = staged, {}
@@ -233,7 +236,8 @@ class Node:
             client.load(state["model"])
         client.version = max(lessons.values(), default=-1)
         if knowledge:
-            client.begin("receive")
+            if not whole:  # copying weights draws nothing
+                client.begin("receive")
             client.receive(knowledge)
 
         def kept() -> dict[str, Any]:
@@ -264,16 +268,16 @@ class Node:
             answer["tag"] = (str(config.get("new-tag", "")) or f"{round}.1") if kept_state else INITIAL
             if kept_state:
                 self.store.save(who, answer["tag"], kept_state, tag)
-        out = RecordDict()
+        out: dict[str, Any] = {}
         for name, arrays in records.items():
             lent = client.lends and name == "model"
             out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
         metrics.setdefault("num-examples", self.residents.scenario.examples(who))
         metrics["seconds"] = time.perf_counter() - started
-        out["metrics"] = MetricRecord({**metrics})
+        out["metrics"] = measured(metrics)
         if not foreign:
             out["config"] = trusted(ConfigRecord, answer)
-        return Message(out, reply_to=message)
+        return reply_to(message, trusted(RecordDict, out))
 
     def _take(
         self,
@@ -310,6 +314,9 @@ class Node:
                 raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
 
     def _hyper_of(self, run: Mapping[str, Any]) -> Any:
+        if run is self._asked and self._hyper is not None:  # one record object for a whole list of messages
+            return self._hyper[1]
+        self._asked = run
         given = {k.removeprefix("hyper."): v for k, v in run.items() if k.startswith("hyper.")}
         if not given:
             return self._default

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
+from math import isfinite
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 
 # tensors made of a message's memory are read, never written
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -27,6 +30,11 @@ class InvalidArrays(ValueError):
     """Arrays that are not what the contract says: wrong names, shapes, dtypes, or not finite."""
 
 
+@cache
+def _text(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class LiveArray(Array):
     """A Flower array that has not left the machine: it holds the ndarray and is serialised only if asked to.
 
@@ -35,7 +43,9 @@ class LiveArray(Array):
     """
 
     def __init__(self, ndarray: np.ndarray) -> None:
-        self.__dict__.update(dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray)
+        self.__dict__.update(
+            dtype=_text(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray
+        )
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -69,6 +79,44 @@ def trusted(kind: type[Kind], values: dict[str, Any]) -> Kind:
     """
     made = kind()
     made.__dict__["_data"] = values
+    return made
+
+
+def measured(metrics: dict[str, Any]) -> MetricRecord:
+    """A client's metrics as a Flower record; what is no number, Flower refuses in its own words."""
+    if all(type(value) in (int, float) for value in metrics.values()):
+        return trusted(MetricRecord, dict(metrics))
+    return MetricRecord({**metrics})
+
+
+def message_to(node: int, kind: str, content: RecordDict, like: Message) -> Message:
+    """A message like another, to another node; made without Flower's checks of every argument."""
+    metadata = Metadata.__new__(Metadata)
+    metadata.__dict__.update(like.metadata.__dict__)
+    metadata.__dict__.update(_dst_node_id=node, _message_type=kind)
+    return _message(metadata, content)
+
+
+def reply_to(message: Message, content: RecordDict) -> Message:
+    """What `Message(content, reply_to=message)` makes, without its checks."""
+    metadata, asked, now = Metadata.__new__(Metadata), message.metadata.__dict__, time.time()
+    metadata.__dict__.update(asked)
+    metadata.__dict__.update(
+        _message_id="",
+        _src_node_id=asked["_dst_node_id"],
+        _dst_node_id=asked["_src_node_id"],
+        _reply_to_message_id=asked["_message_id"],
+        _created_at=now,
+        _ttl=asked["_ttl"] - (now - asked["_created_at"]),
+        _src_task_id=asked["_dst_task_id"],
+        _dst_task_id=asked["_src_task_id"],
+    )
+    return _message(metadata, content)
+
+
+def _message(metadata: Metadata, content: RecordDict) -> Message:
+    made = Message.__new__(Message)
+    made.__dict__.update(_metadata=metadata, _content=content, _error=None)
     return made
 
 
@@ -195,7 +243,7 @@ def layout_nbytes(layout: Layout) -> int:
 
 
 def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _text(tensor.dtype)
 
 
 def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) -> None:
@@ -216,12 +264,8 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
                 raise InvalidArrays(f"{name}/{key}: shape {tuple(tensor.shape)}, expected {_pretty(shape)}")
     for key, tensor in got.items():
         # one reduction instead of an elementwise mask: a sum is finite only if every term is (or it overflows,
-        # which the exact check below then settles)
-        if (
-            tensor.is_floating_point()
-            and not bool(torch.isfinite(tensor.sum()))
-            and not bool(torch.isfinite(tensor).all())
-        ):
+        # which the exact check then settles)
+        if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise InvalidArrays(f"{name}/{key}: not finite")
 
 

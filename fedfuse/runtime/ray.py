@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from fedfuse.knowledge import Address
 from fedfuse.node import parcels
-from fedfuse.records import LiveArray, config_in, tensors, trusted
+from fedfuse.records import LiveArray, config_in, reply_to, tensors, trusted
 from fedfuse.registry import Entry
 from fedfuse.runtime.cluster import connect, disconnect
 from fedfuse.runtime.inline import LocalGrid, single_thread
@@ -367,7 +367,7 @@ def _reply(message: Message, answer: Answer, attempts: int) -> Message:
         if is_config and name == "config" and attempts:
             values["retried"] = int(values.get("retried", 0)) + attempts
         content[name] = trusted(ConfigRecord if is_config else MetricRecord, values)
-    return Message(trusted(RecordDict, content), reply_to=message)
+    return reply_to(message, trusted(RecordDict, content))
 
 
 _idle: dict[float, list[Any]] = {}  # workers between two runs, by their share of a GPU
