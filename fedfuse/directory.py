@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -24,7 +23,7 @@ from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
 from fedfuse.knowledge import Address, Item, Parcel
 from fedfuse.results.run import COLUMNS
-from fedfuse.store import ClientStore, read_tree, write_arrays, write_tree
+from fedfuse.store import ClientStore, read_tree, replaced, write_arrays, write_tree
 from fedfuse.traffic import Traffic
 
 FORMAT = 1
@@ -37,25 +36,14 @@ SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind,
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_rows(path: Path, kind: str, rows: list[Any]) -> None:
     """Write rows as parquet, atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    frame = pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False)
-    try:
-        frame.write_parquet(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replaced(path) as partial:
+        pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False).write_parquet(partial)
 
 
 class RunDirectory(Callback):
@@ -207,9 +195,8 @@ class RunDirectory(Callback):
         self._final_models(federation)
         for kind in ("metrics", "traffic", "timing"):
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
-            partial = self.path / f".{kind}.partial"
-            pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
-            os.replace(partial, self.path / f"{kind}.parquet")
+            with replaced(self.path / f"{kind}.parquet") as partial:
+                pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
         write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
         shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
 

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,26 @@ def write_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
     OSError
         If the disk is full or not writable.
     """
+    with replaced(path) as partial:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=notes)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a place to write to, which takes the file's name if all went well and is gone if not.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or not writable, also where safetensors and polars say so only in words.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=notes)
+        yield partial
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors says so only in words
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
 
