@@ -15,7 +15,7 @@ from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import local
 from fedfuse.train.losses import Loss
 from fedfuse.train.losses import loss as loss_named
-from fedfuse.train.scores import scores
+from fedfuse.train.scores import scored
 from fedfuse.train.task import task_loss
 
 Metrics = dict[str, float | int]
@@ -91,7 +91,7 @@ class FusionClient:
         for split in self.splits:
             examples = self.examples(split)
             if examples is not None:
-                for name, value in scores(self.predict(examples[0]), examples[1], self.classes).items():
+                for name, value in scored(self.predict, *examples, self.classes).items():
                     metrics[f"{split}/{name}"] = value
         return {}, metrics
 

@@ -63,6 +63,7 @@ class ModelConfig:
     feature_dim: int | None = None  # common size of `features(x)` across a pool
     width: float = 1.0  # scales the number of channels
     build: str | None = None  # `model=custom`: dotted path pkg.mod:fn returning an nn.Module
+    path: str | None = None  # `causal_lm`, `text_classifier`: directory of a Hugging Face model
     checkpoint: str | None = None  # weights to start from: torch (weights only) or safetensors
     checkpoints: dict[str, str] = field(default_factory=dict)  # in a pool: architecture to checkpoint
     checkpoint_head: bool = True  # false: `head` keeps its initial weights (data with other classes)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from torch import Tensor, nn
 
 from fedfuse.errors import UserError
 from fedfuse.records import digest_of
 from fedfuse.scenario import Scenario
 from fedfuse.strategy import STALE, FusionStrategy
-from fedfuse.train.scores import scores
+from fedfuse.train.scores import scored
 
 Row = tuple[int, str, int, str, str, float]  # round, scope, client, split, metric, value
 
@@ -204,18 +206,23 @@ class Federation:
         weights = 0
         for name, (architecture, arrays) in models.items():
             model = residents.loaded(architecture, arrays)
-            logits = self.strategy.predict(model, x, self.scenario.config.evaluate.batch_size)
-            found = scores(logits, y, self.scenario.classes)
+            found = scored(partial(self._predict, model), x, y, self.scenario.classes)
             count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
             weights += count
             for key in ("accuracy_macro", "accuracy"):
                 total[key] = total.get(key, 0.0) + count * found[key]
+            if "perplexity" in found:
+                for key in ("loss", "perplexity"):
+                    self.rows.append((round, "server", -1, "global", f"{key}/global", found[key]))
             if len(models) > 1:
                 self.rows.append((round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"]))
         return {
             "accuracy/global": total["accuracy_macro"] / weights,
             "accuracy/global_plain": total["accuracy"] / weights,
         }
+
+    def _predict(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.strategy.predict(model, x, self.scenario.config.evaluate.batch_size)
 
     def _seal(self) -> None:
         """The digest: the server's sha and every client's; none if somebody did not answer."""
@@ -279,13 +286,20 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
     if not strategy.heterogeneous and len(pool) > 1:
         raise UserError(
             f"strategy={strategy.name} averages weights and needs one architecture, model.pool has {', '.join(pool)}; "
-            f"use model=<name>, or a strategy that exchanges knowledge (fedmd, knfu)"
+            f"use model=<name>, or a strategy that exchanges knowledge instead of weights"
         )
     if strategy.transfer != "none" and scenario.data.transfer is None:
         raise UserError(
             f"strategy={strategy.name} needs a transfer set and data={scenario.config.data.name} brings none; "
             f"name one: transfer.source=noise or a data set"
         )
+    if strategy.transfer != "none" and scenario.data.transfer is not None:
+        rows = len(scenario.data.transfer)
+        asked = {"transfer.subset": scenario.config.transfer.subset}
+        asked["strategy.subset"] = getattr(strategy.hyper, "subset", None)
+        for key, size in asked.items():
+            if size is not None and size > rows:
+                raise UserError(f"{key}={size}: the transfer set has {rows} examples; allowed is at most that")
     if scenario.config.train.optimizer_state == "keep" and not personal:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"

@@ -55,6 +55,9 @@ SOURCES: dict[str, Source] = {
     "office_caltech10": Source(
         "Office-Caltech-10, 10 classes in 4 domains (HF parquet per domain)", "parquet"
     ),
+    "tiny_shakespeare": Source(
+        "lines of Shakespeare by speaking role, next-token task (roles.jsonl.gz, data.extra.tokenizer)", "roles"
+    ),
     "mixed": Source("several data sets of the same classes as domains (data.extra.sources=[…])", "mixed"),
     "parquet": Source("a directory of Hugging Face parquet files: images, numbers or text", "parquet"),
     "npz": Source("NumPy archives: inputs, labels and optionally group ids", "npz"),

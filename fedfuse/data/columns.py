@@ -63,7 +63,7 @@ def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.n
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
 
 
-TEXT_OPTIONS = {"text": "counts", "buckets": 1024, "length": 64}
+TEXT_OPTIONS = {"text": "counts", "buckets": 1024, "length": 64, "tokenizer": None}
 
 
 def column_inputs(values: Sequence[Any], extra: Mapping[str, Any], where: str) -> np.ndarray:
@@ -75,6 +75,10 @@ def column_inputs(values: Sequence[Any], extra: Mapping[str, Any], where: str) -
         Where rows differ in length or are neither numbers nor text.
     """
     if len(values) and all(isinstance(value, str) for value in values):
+        if extra.get("tokenizer"):
+            from fedfuse.data.tokenize import Tokenizer
+
+            return Tokenizer(str(extra["tokenizer"])).padded(values, int(extra["length"]))
         return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]))
     try:
         array = np.asarray(values)

@@ -79,6 +79,8 @@ class Dataset:
         The global test set.
     kind : str
         "image", "features" or "tokens". Images that came as floats (PFLlib) are used as given.
+    next_token : bool
+        Tokens are labels too: place t predicts token t + 1, and `classes` are the vocabulary. `targets` say nothing.
     mean, std : tuple of float, optional
         Per channel, of `inputs / 255`; only for uint8 images.
     """
@@ -92,6 +94,7 @@ class Dataset:
     std: tuple[float, ...] | None = None
     group_names: tuple[str, ...] | None = None
     provided: Provided | None = None
+    next_token: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

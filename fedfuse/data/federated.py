@@ -65,8 +65,11 @@ class FederatedData:
 
     def tensors(self, client: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one client's inputs (n, ...) and labels int64 (n,); without rows, both are empty."""
-        examples = self.split(client, name)
-        return self.dataset.tensor(examples.inputs), _labels(examples)
+        return self._pair(self.split(client, name))
+
+    def _pair(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.dataset.tensor(examples.inputs)
+        return inputs, inputs if self.dataset.next_token else _labels(examples)
 
     def transfer_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the transfer set's inputs and, if it is labelled, its labels.
@@ -82,13 +85,13 @@ class FederatedData:
                 if self.dataset.provided is not None
                 else "transfer.size=0: there is no transfer set; allowed for this strategy: 1 or more"
             )
-        labelled = bool((self.transfer.targets >= 0).all())
-        return self.dataset.tensor(self.transfer.inputs), _labels(self.transfer) if labelled else None
+        inputs, labels = self._pair(self.transfer)
+        return inputs, labels if bool((self.transfer.targets >= 0).all()) else None
 
     def test_tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the global test set, or None where the data has none."""
         test = self.dataset.test
-        return None if test is None else (self.dataset.tensor(test.inputs), _labels(test))
+        return None if test is None else self._pair(test)
 
     def histogram(self) -> list[dict[str, Any]]:
         """Count `examples` per `client`, `split` and `label`, one row each; zeros are left out."""

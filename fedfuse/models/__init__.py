@@ -27,7 +27,11 @@ _NAMES = {
     "resnet8_bn": "He et al. 2016 for CIFAR, 1 block per stage, BatchNorm; images",
     "resnet20": "He et al. 2016 for CIFAR, 3 blocks per stage, GroupNorm; images",
     "resnet20_bn": "He et al. 2016 for CIFAR, 3 blocks per stage, BatchNorm; images",
+    "causal_lm": "a Hugging Face language model (model.path), next tokens; tokens",
+    "text_classifier": "a Hugging Face encoder (model.path) with a head, a class per text; tokens",
 }
+
+_LANGUAGE = ("causal_lm", "text_classifier")
 
 
 def names() -> dict[str, str]:
@@ -66,6 +70,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
             f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
             "use +model.checkpoints={architecture: path}"
         )
+    if config.path and not set(pool) & set(_LANGUAGE):
+        raise UserError(f"model.path={config.path} is for {' and '.join(_LANGUAGE)}, not for {','.join(pool)}")
     for name in config.checkpoints:
         if name not in pool:
             raise UserError(
@@ -110,6 +116,10 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
         torch.default_generator.manual_seed(seed_of(seed, "model", name))
         if ":" in name:
             model = outside.model(name, shape, classes, config)
+        elif name in _LANGUAGE:
+            from fedfuse.models import language
+
+            model = language.build(name, shape, classes, config)
         else:
             base, width = _split(name)
             builders = {**plain.ARCHITECTURES, **residual.ARCHITECTURES}

@@ -1,0 +1,176 @@
+"""Hugging Face models from local directories, tokenised text, and federated language modelling."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedfuse.config import ModelConfig
+from fedfuse.errors import UserError
+from fedfuse.train.scores import scored, scores
+from fedfuse.train.task import IGNORED, task_loss
+
+transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
+
+from fedfuse.data.tokenize import Tokenizer  # noqa: E402
+from fedfuse.models.language import build, halves  # noqa: E402
+
+SHARED = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).parent
+STORIES = SHARED / "models" / "stories260K"
+SHAKESPEARE = SHARED / "data" / "tiny_shakespeare"
+needs_stories = pytest.mark.skipif(
+    not (STORIES.exists() and SHAKESPEARE.exists()), reason="no stories260K and tiny_shakespeare beside the project"
+)
+
+
+def test_next_token_loss_shifts_by_one_and_ignores_padding() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 5, generator=draw, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, 3, 4], [0, 1, IGNORED, IGNORED]])
+    log = logits.log_softmax(-1)
+    want = -(log[0, 0, 2] + log[0, 1, 3] + log[0, 2, 4] + log[1, 0, 1]) / 4
+    assert abs(task_loss(logits, labels) - want) < 1e-12
+    found = scored(lambda x: logits[x[:, 0]], torch.tensor([[0], [1]]), labels, 5)
+    assert abs(found["loss"] - want.item()) < 1e-9
+    assert abs(found["perplexity"] - math.exp(want)) < 1e-6
+
+
+def test_scoring_classes_is_as_it_was() -> None:
+    logits, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert scored(lambda x: logits, torch.zeros(6, 2), y, 3) == scores(logits, y, 3)
+
+
+def test_small_models_and_their_shapes() -> None:
+    x = torch.tensor([[3, 4, 5, 0], [6, 7, 0, 0]])
+    causal = build("causal_lm", (4,), 20, ModelConfig())
+    assert causal(x).shape == (2, 4, 20)
+    texts = build("text_classifier", (4,), 3, ModelConfig()).eval()
+    assert texts(x).shape == (2, 3)
+    longer = torch.cat([x, torch.zeros(2, 5, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        assert torch.allclose(texts(x), texts(longer), atol=1e-5)  # padding is not attended to
+
+
+def test_what_bad_models_get(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.path=.* is not a directory"):
+        build("causal_lm", (8,), 20, ModelConfig(path=str(tmp_path / "no")))
+    with pytest.raises(UserError, match=r"expected config.json"):
+        build("causal_lm", (8,), 20, ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="reads tokens"):
+        build("causal_lm", (1, 8, 8), 20, ModelConfig())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded as causal_lm"):
+        build("causal_lm", (8,), 20, ModelConfig(path=str(tmp_path)))
+
+
+def test_a_saved_model_comes_back_and_has_bounds(tmp_path: Path) -> None:
+    first = build("causal_lm", (8,), 20, ModelConfig())
+    first.model.save_pretrained(tmp_path)
+    again = build("causal_lm", (8,), 20, ModelConfig(path=str(tmp_path)))
+    x = torch.randint(0, 20, (2, 8))
+    assert torch.allclose(first(x), again(x))
+    with pytest.raises(UserError, match="exceed the model's context of 64"):
+        build("causal_lm", (65,), 20, ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="the model knows 20"):
+        build("causal_lm", (8,), 21, ModelConfig(path=str(tmp_path)))
+
+
+def test_rotary_halves() -> None:
+    weight = torch.arange(8.0)[:, None]  # two heads of four rows, pairs (0, 1), (2, 3)
+    assert halves(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@needs_stories
+def test_stories_tell_what_they_told() -> None:
+    model = build("causal_lm", (64,), 512, ModelConfig(path=str(STORIES))).eval()
+    tokens = torch.tensor([[1]])
+    with torch.no_grad():
+        for _ in range(16):
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    tokenizer = Tokenizer(str(STORIES))
+    text = "".join(tokenizer.names[i] for i in tokens[0, 1:]).replace("▁", " ").strip()
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
+    assert tokenizer.ids(["Once upon a time"])[0] == tokens[0, 1:5].tolist()
+
+
+def roles(folder: Path) -> Path:
+    with gzip.open(folder / "roles.jsonl.gz", "wt", encoding="utf-8") as file:
+        for role, word in (("A", "the cat "), ("B", "the dog "), ("C", "a bird "), ("D", "x")):
+            file.write(json.dumps({"role": role, "lines": [word * 40] * 4 if word != "x" else ["x"]}) + "\n")
+    return folder
+
+
+def tokenizer(folder: Path) -> Path:
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<pad>", "<unk>"], show_progress=False)
+    made.train_from_iterator(["the cat the dog a bird"] * 4, trainer)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def lm(folder: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "data=tiny_shakespeare", f"data.root={roles(folder)}", f"+data.extra.tokenizer={tokenizer(folder)}",
+        "+data.extra.length=8", "partition=natural", "model=causal_lm", "runtime=inline", "rounds=3", "transfer.size=4",
+        "train.batch_size=8", "train.optimizer=adamw", "train.lr=0.02", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fed_sb", "fedex_lora", "fedavg"])
+def test_federated_language_modelling_on_a_small_model(name: str, tmp_path: Path) -> None:
+    from tests.federations import play
+
+    rank = () if name == "fedavg" else ("strategy.rank=8",)
+    played = play(name, *rank, base=lm(tmp_path))
+    assert played.federation.scenario.clients == 3  # role D has too little to say
+    history = [h["accuracy/global"] for h in played.federation.history]
+    assert history[-1] > (history[0] if name == "fedavg" else 0)
+    assert play(name, *rank, base=lm(tmp_path), grid="serial").digest == played.digest
+    arrays = [k for item in played.strategy.board.items.values() for k in item.arrays]
+    assert name == "fedavg" or not any(k.endswith("base.weight") or "embed" in k for k in arrays)
+
+
+def test_roles_need_a_tokenizer_and_words(tmp_path: Path) -> None:
+    from tests.federations import scenario_of
+
+    base = lm(tmp_path)
+    with pytest.raises(UserError, match=r"data.extra.tokenizer=nowhere is not a directory"):
+        scenario_of((*(w for w in base if "tokenizer" not in w), "strategy=fed_sb", "+data.extra.tokenizer=nowhere"))
+    with pytest.raises(UserError, match="no role has 500 windows"):
+        scenario_of((*base, "strategy=fed_sb", "+data.extra.least=500"))
+
+
+@needs_stories
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fed_sb_improves_stories_on_shakespeare(seed: int) -> None:
+    from tests.federations import federation
+
+    base = (
+        "data=tiny_shakespeare", f"data.root={SHAKESPEARE}", f"+data.extra.tokenizer={STORIES}",
+        "+data.extra.length=32",
+        "+data.extra.roles=4", "+data.extra.least=20", "partition=natural", "model=causal_lm", f"model.path={STORIES}",
+        "data.limit=200", "data.test_limit=40", "runtime=inline", "train.batch_size=16", "train.optimizer=adamw",
+        "train.lr=0.005", "rounds=2", "transfer.size=4", "strategy.rank=16",
+    )  # fmt: skip
+    with federation("fed_sb", f"seed={seed}", base=base) as (built, _):
+        strategy = built.strategy
+        strategy.ensure_begun()
+        x, y = strategy.residents.tensors("test")
+
+        def loss() -> float:
+            architecture, arrays = strategy.server_models()["model"]
+            model = strategy.residents.loaded(architecture, arrays)
+            return scored(lambda part: strategy.predict(model, part, 64), x, y, 512)["loss"]
+
+        before = loss()
+        built.run()
+        assert loss() < before - 0.05
