@@ -20,15 +20,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse.client import FusionClient, Metrics
 from fedfuse.knowledge import Item
-from fedfuse.records import Arrays, sha_arrays
+from fedfuse.models.parts import classes_of, seeded_by
+from fedfuse.records import Arrays
 from fedfuse.registry import hyper, strategy
-from fedfuse.seeding import seed_of
 from fedfuse.strategy import FusionStrategy, Shares
 
 
@@ -75,10 +74,8 @@ class MoonClient(FusionClient):
         """Add the projection head; its initial weights depend on the model's own and so on the run's seed."""
         if not hyper.projection or not hasattr(model, "features"):
             return model
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of("projection", sha_arrays(model.state_dict())))
-            classes = int(model.head(torch.zeros(1, int(model.feature_dim))).shape[1])  # type: ignore[operator,arg-type]
-            return Projected(model, hyper.projection, classes)
+        with seeded_by(model, "projection"):
+            return Projected(model, hyper.projection, classes_of(model))
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """W ← w_t, and remember w_t."""

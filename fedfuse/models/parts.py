@@ -6,12 +6,16 @@ less is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # the base of all BatchNorm and InstanceNorm classes
 
-from fedfuse.records import Arrays, Layout, Scope
+from fedfuse.records import Arrays, Layout, Scope, sha_arrays
+from fedfuse.seeding import seed_of
 
 
 def parameters(module: nn.Module) -> list[str]:
@@ -42,6 +46,19 @@ def without(arrays: Arrays, names: Iterable[str]) -> Arrays:
     """Return the arrays that are not named."""
     left = set(names)
     return {name: value for name, value in arrays.items() if name not in left}
+
+
+@contextlib.contextmanager
+def seeded_by(model: nn.Module, purpose: str) -> Iterator[None]:
+    """Draw what is built inside from the model's own weights, and so from the run's seed (for `equip`)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(purpose, sha_arrays(model.state_dict())))
+        yield
+
+
+def classes_of(model: Any) -> int:
+    """Return the number of logits of a model with `head` and `feature_dim`."""
+    return int(model.head(torch.zeros(1, int(model.feature_dim))).shape[1])
 
 
 def parameter_arrays(scope: Scope) -> Layout:
