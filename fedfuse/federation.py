@@ -304,6 +304,7 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
         )
+    strategy.loss()  # refuses an objective that cannot be built
     if strategy.needs_features:
         for name in pool:
             if not hasattr(strategy.residents.model(name), "features"):

@@ -19,6 +19,7 @@ client's approximate class prior, and is only as good as the transfer set is cla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,14 +102,15 @@ def fusion_weights(p: Tensor, h: KnFuHyper) -> Tensor:
     Tensor
         N × N, rows sum to 1.
     """
-    score = -h.beta * distances(p, h.distance)
+    d = distances(p, h.distance)
     n = len(p)
+    left_out = torch.zeros(n, n, dtype=torch.bool)
     if not h.include_self and n > 1:
-        score = score.masked_fill(torch.eye(n, dtype=torch.bool), float("-inf"))
+        left_out |= torch.eye(n, dtype=torch.bool)
     if h.top_k is not None and h.top_k < n:
-        kept = score.topk(h.top_k, dim=1).indices
-        score = torch.full_like(score, float("-inf")).scatter(1, kept, score.gather(1, kept))
-    w = score.softmax(1)
+        nearest = d.masked_fill(left_out, math.inf).topk(h.top_k, dim=1, largest=False).indices
+        left_out |= torch.ones_like(left_out).scatter(1, nearest, False)
+    w = (-h.beta * d).masked_fill(left_out, -math.inf).softmax(1)
     if h.min_weight > 0:
         strongest = F.one_hot(w.argmax(1), n).bool()  # somebody always stays
         w = torch.where((w >= h.min_weight) | strongest, w, 0)
