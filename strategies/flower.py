@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fedfuse.client import Metrics
 from fedfuse.foreign import FlowerClient, FlowerHyper, FlowerStrategy
@@ -32,7 +31,7 @@ class QFedAvgClient(FlowerClient):
 
     def fit(self) -> Metrics:
         """Score w_t on the training examples, then train."""
-        loss = float(F.cross_entropy(self.predict(self.x), self.y)) if len(self.x) else 0.0
+        loss = float(self.objective(self.predict(self.x), self.y)) if len(self.x) else 0.0
         return {**super().fit(), "train_loss": loss}
 
 

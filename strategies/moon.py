@@ -99,7 +99,7 @@ class MoonClient(FusionClient):
 
         def loss(out: tuple[Tensor, Tensor], labels: Tensor, rows: Tensor) -> Tensor:
             term = contrast(out[1], common[rows], previous[rows], self.hyper.temperature)
-            return F.cross_entropy(out[0], labels) + self.hyper.mu * term
+            return self.objective(out[0], labels) + self.hyper.mu * term
 
         metrics = self.train(loss, forward=forward)
         self.state["previous"] = self.weights()

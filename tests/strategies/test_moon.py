@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fedfuse.strategies.moon import Projected, contrast
 
+from fedfuse.strategies.moon import Projected, contrast
 from tests.federations import play
 from tests.waking import final_states, server, wake
 
