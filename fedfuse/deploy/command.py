@@ -15,7 +15,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    certs = commands.add_parser("certs", help="make a local CA, a server certificate and node keys; keeps what is there")
+    certs = commands.add_parser(
+        "certs", help="make a local CA, a server certificate and node keys; keeps what is there"
+    )
     certs.add_argument("directory", type=Path)
     certs.add_argument("--name", action="append", default=[], help="DNS name or IP address of the server (repeatable)")
     certs.add_argument("--node", action="append", default=[], help="node to make a key pair for (repeatable)")
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     node = commands.add_parser("node", help="run a node (SuperNode) on this site's data")
     _reach(node)
     node.add_argument("--key", type=Path, help="this node's private key, registered with the server")
+    node.add_argument("--no-key", action="store_true", help="join a server that asks for none")
     node.add_argument("--data", help="folder of this site's data")
     node.add_argument("--client-id", type=int, help="which client this site is")
     node.add_argument("--partition", metavar="I/N", help="act as every N-th simulated client from I on")
@@ -81,7 +84,9 @@ def _reach(sub: argparse.ArgumentParser) -> None:
 
 def _patience(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--join", type=float, default=300.0, metavar="S", help="seconds until all clients must be there")
-    sub.add_argument("--deadline", type=float, metavar="S", help="seconds a round waits for stragglers; default: always")
+    sub.add_argument(
+        "--deadline", type=float, metavar="S", help="seconds a round waits for stragglers; default: always"
+    )
     sub.add_argument("--absence", type=float, default=180.0, metavar="S", help="seconds a lost node may be away")
     sub.add_argument("--min-replies", type=int, default=1, metavar="K", help="fewer good replies: again, then stop")
 
@@ -94,7 +99,9 @@ def main(argv: list[str]) -> int:
         return int(end.code or 0) if isinstance(end.code, int | None) else 2
     keys = [*getattr(args, "keys", []), *rest]
     if rest and (not hasattr(args, "keys") or any(word.startswith("-") for word in rest)):
-        raise UserError(f"deploy {args.command}: {rest[0]}: no such word; fedfuse deploy {args.command} --help says which")
+        raise UserError(
+            f"deploy {args.command}: {rest[0]}: no such word; fedfuse deploy {args.command} --help says which"
+        )
     return COMMANDS[args.command](args, keys)
 
 
@@ -133,7 +140,15 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
     elif args.data is None:
         raise UserError("--client-id needs --data, the folder of this site's own data")
     seat = Seat(client, args.state_dir, clients, args.data, read_policy(args.policy), device=args.device)
-    return run_node(seat, server=args.server, ca=args.ca, key=args.key, insecure=args.insecure, port=args.port)
+    return run_node(
+        seat,
+        server=args.server,
+        ca=args.ca,
+        key=args.key,
+        insecure=args.insecure,
+        port=args.port,
+        no_key=args.no_key,
+    )
 
 
 def _register(args: argparse.Namespace, keys: list[str]) -> int:

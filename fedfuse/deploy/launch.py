@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from pathlib import Path
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.processes import QUIET
 from fedfuse.deploy.serve import RUNS
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.runtime.host import Seat
 
 
@@ -37,6 +39,12 @@ def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
     try:
         entry()
     except SystemExit as end:
+        if words.count("--superlink") and end.code:
+            print(
+                "fedfuse: the server did not take this node; its key must be registered there and not revoked "
+                "(fedfuse deploy register KEY.pub)",
+                flush=True,
+            )
         return int(end.code or 0) if isinstance(end.code, int | None) else 1
     return 0
 
@@ -105,6 +113,36 @@ def run_server(
     return _become("flower-superlink", words, flower_superlink)
 
 
+def greet(server: str, ca: Path | None) -> None:
+    """Look whether the server speaks as this node was told, so that a refusal has a name; a silent server is fine.
+
+    Raises
+    ------
+    WorldError
+        If the certificate is not the CA's, or one side speaks TLS and the other does not.
+    """
+    host, _, port = server.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal():
+        raise UserError(f"--server {server}: HOST:PORT is needed")
+    context = ssl.create_default_context(cafile=str(ca) if ca else None)
+    if ca is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, int(port)), 5) as plain, context.wrap_socket(plain, server_hostname=host):
+            secure = True
+    except ssl.SSLCertVerificationError as error:
+        raise WorldError(f"--ca {ca}: does not vouch for the server at {server}: {error.verify_message}") from error
+    except ssl.SSLError as error:
+        secure = False
+        if ca is not None:
+            raise WorldError(f"the server at {server} does not speak TLS ({error.reason}); nothing was sent") from error
+    except OSError:
+        return  # nobody answers yet; Flower goes on trying
+    if secure and ca is None:
+        raise WorldError(f"the server at {server} speaks TLS only; --insecure is refused there")
+
+
 def run_node(
     seat: Seat, *, server: str, ca: Path | None, key: Path | None, insecure: bool, port: int, no_key: bool = False
 ) -> int:
@@ -115,6 +153,7 @@ def run_node(
     UserError
         If certificates are missing or a directory cannot be written.
     """
+    greet(server, None if insecure else _there(ca, "--ca"))
     if insecure:
         words = ["--insecure"]
     else:

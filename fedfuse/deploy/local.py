@@ -35,9 +35,7 @@ class Federation:
         Site policy of every node.
     """
 
-    def __init__(
-        self, nodes: int, work: Path, policy: Path | None = None, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, nodes: int, work: Path, policy: Path | None = None, say: Callable[[str], None] = print) -> None:
         if nodes < 1:
             raise UserError(f"--nodes {nodes}: at least 1")
         self.count, self.work, self.policy, self.say = nodes, work, policy, say
@@ -98,7 +96,8 @@ class Federation:
         more = ["--policy", str(self.policy)] if self.policy else []
         return self.process(
             name, "node", "--server", self.link.address, "--ca", str(self.link.ca), "--key", key,
-            "--partition", f"{partition}/{self.count}", "--state-dir", str(self.work / name), "--port", str(free_port()),
+            "--partition", f"{partition}/{self.count}", "--state-dir", str(self.work / name),
+            "--port", str(free_port()),
             *self._mine, *more,
         )  # fmt: skip
 

@@ -75,7 +75,12 @@ class Process:
         self.starts += 1
         with open(self.log, "ab") as out:
             self.child = subprocess.Popen(
-                self.words, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                self.words,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     @property

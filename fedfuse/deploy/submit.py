@@ -66,7 +66,11 @@ class Link:
         """
         with self.home() as home:
             done = subprocess.run(
-                [flower("flwr"), *words], env=surroundings(home), capture_output=True, text=True, stdin=subprocess.DEVNULL
+                [flower("flwr"), *words],
+                env=surroundings(home),
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
             )
         if done.returncode:
             said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -145,9 +149,22 @@ def submit(
         }
         toml = home / "orders.toml"
         toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
-        words = [flower("flwr"), "run", str(write_bundle(home / "fedfuse-thin")), "fedfuse", "-c", str(toml), "--stream"]
+        words = [
+            flower("flwr"),
+            "run",
+            str(write_bundle(home / "fedfuse-thin")),
+            "fedfuse",
+            "-c",
+            str(toml),
+            "--stream",
+        ]
         with subprocess.Popen(
-            words, env=surroundings(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+            words,
+            env=surroundings(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
         ) as stream:
             assert stream.stdout is not None
             try:

@@ -1,10 +1,10 @@
-"""Imported once by the process that tasks are forked from: every strategy and the bundle's hash, so that no task waits."""
+"""Imported once by the process that tasks are forked from: strategies, data and the bundle's hash."""
 
 from __future__ import annotations
 
 import contextlib
 
-import fedfuse.data.federated
+import fedfuse.data.federated  # noqa: F401
 from fedfuse import registry
 from fedfuse.deploy.bundle import bundle_hash
 

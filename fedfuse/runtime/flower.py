@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedfuse.errors import WorldError
 from fedfuse.runtime.host import on_the_wire
 from fedfuse.runtime.replies import fault_of
-from fedfuse.strategy import FAILED, INVALID, REFUSED, STALE
+from fedfuse.shares import FAILED, INVALID, REFUSED, STALE
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
 POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
@@ -179,7 +179,9 @@ class FlowerGrid(Grid):
             if reply.has_error():
                 yield item.node, [], reply.error.reason
                 continue
-            records = [dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"]
+            records = [
+                dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"
+            ]
             found = [hello.get("client") for hello in records]
             if not found or not all(isinstance(client, int) and 0 <= client < clients for client in found):
                 yield item.node, [], f"says it acts as clients {found}; the run has {clients}"
@@ -290,7 +292,9 @@ class FlowerGrid(Grid):
                 item.due = True
 
     def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
-        for item, key in zip(due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True):
+        for item, key in zip(
+            due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True
+        ):
             item.due = False
             item.tries += 1
             item.stamp = online[item.node]

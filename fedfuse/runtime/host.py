@@ -23,8 +23,8 @@ from fedfuse.runtime.inline import single_thread
 from fedfuse.runtime.settings import from_json
 from fedfuse.runtime.site import Site
 from fedfuse.scenario import Scenario, prepare_scenario
+from fedfuse.shares import FAILED, REFUSED, STALE
 from fedfuse.store import ClientStore
-from fedfuse.strategy import FAILED, REFUSED, STALE
 
 RUN = re.compile(r"[0-9a-f]{32}")
 

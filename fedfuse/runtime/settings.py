@@ -41,7 +41,7 @@ def from_json(text: str) -> Config:
     if not isinstance(name, str):
         raise UserError(f"strategy={name!r}: a name is needed")
     registry.entry(name)  # refuses what is not registered
-    chosen = _build(registry.schema(name), values["strategy"], "strategy.")
+    chosen = registry.typed(_build(registry.schema(name), values["strategy"], "strategy."))
     config = _build(Config, {key: value for key, value in values.items() if key != "strategy"}, "")
     config.strategy = chosen
     check(config)

@@ -53,10 +53,10 @@ def test_a_node_started_again_is_asked_again(tmp_path: Path) -> None:
     network = Network(seats(tmp_path, 3))
 
     def dies(message: Message) -> bool:
-        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 101:
-            if network.stamps[101] == "start":  # killed with the message in hand, back at once
-                network.stamps[101] = "again"
-                return False
+        asked = (message.metadata.message_type, message.metadata.dst_node_id) == ("train", 101)
+        if asked and network.stamps[101] == "start":  # killed with the message in hand, back at once
+            network.stamps[101] = "again"
+            return False
         return True
 
     network.before = dies

@@ -23,4 +23,5 @@ def digest(path: Path, *overrides: str) -> str:
 )
 def test_simulator_equals_inline(strategy: str, tmp_path: Path) -> None:
     inline = digest(tmp_path / "inline", f"strategy={strategy}")
-    assert inline and digest(tmp_path / "flower", f"strategy={strategy}", "runtime=flower") == inline
+    assert inline
+    assert digest(tmp_path / "flower", f"strategy={strategy}", "runtime=flower") == inline

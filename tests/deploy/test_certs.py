@@ -1,0 +1,71 @@
+"""Certificates: what is made, what is kept, who may read it."""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedfuse.deploy import command
+from fedfuse.errors import UserError
+
+
+def test_certs_are_made_once_and_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        command(["certs", str(tmp_path / "c"), "--name", "server.example", "--name", "10.0.0.7", "--nodes", "2"]) == 0
+    )
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    assert set(before) == {
+        "ca.crt", "ca.key", "server.pem", "server.key", "node-0.key", "node-0.pub", "node-1.key", "node-1.pub",
+    }  # fmt: skip
+    for path in (tmp_path / "c").glob("*.key"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert command(["certs", str(tmp_path / "c"), "--node", "hospital-b"]) == 0
+    after = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"hospital-b.key", "hospital-b.pub"}
+    key = load_ssh_private_key(after["hospital-b.key"], None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    assert load_ssh_public_key(after["hospital-b.pub"]) == key.public_key()
+
+
+def test_the_server_certificate_names_the_server_and_verifies(tmp_path: Path) -> None:
+    command(["certs", str(tmp_path), "--name", "server.example", "--name", "10.0.0.7"])
+    certificate = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["server.example", "localhost"]
+    assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["certs", "{}", "--node", "../x"], "--node"),
+        (["certs", "{}", "--days", "0"], "--days"),
+        (["server", "--state-dir", "{}"], "--certs"),
+        (["server", "--state-dir", "{}", "--certs", "{}"], "ca.crt: no such file"),
+        (["node", "--state-dir", "{}"], "one of --client-id"),
+        (["node", "--state-dir", "{}", "--partition", "3/3"], "0/3"),
+        (["node", "--state-dir", "{}", "--client-id", "0"], "--data"),
+        (["node", "--state-dir", "{}", "--partition", "0/3"], "--ca None: no such file"),
+        (["run", "rounds=2"], "--ca None"),
+        (["run", "--ca", "{}", "nothing=2"], "nothing"),
+        (["resume", "{}"], "not the directory of a run"),
+        (["local", "--nodes", "0", "rounds=1"], "--nodes 0"),
+        (["status", "--what"], "--what"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\A[^\n]+\Z") as error:
+        command([word.replace("{}", str(tmp_path / "d")) for word in words])
+    assert reason in str(error.value)

@@ -1,0 +1,46 @@
+"""A client process imports what it computes with, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CLIENT = """
+import sys, tempfile
+from pathlib import Path
+import fedfuse.apps, fedfuse.deploy.warm
+from flwr.supernode.runtime import run_clientapp
+from flwr.app import ConfigRecord, Message, RecordDict
+from fedfuse.runtime.host import Host, Seat
+from fedfuse.runtime.inline import claim_identity
+claim_identity()
+setting = ConfigRecord({"config": CONFIG, "run": "0" * 32, "attempt": 1})
+with tempfile.TemporaryDirectory() as folder:
+    host = Host(Seat(0, Path(folder), 3))
+    reply = host.handle(Message(RecordDict({"setting": setting}), 1, "query.hello"))
+    assert reply.has_content(), reply.error
+    content = RecordDict({
+        "setting": setting,
+        "config": ConfigRecord({"client": 0, "tag": "0", "new-tag": "1.1", "group": 0}),
+        "run": ConfigRecord({"run": "0" * 32, "strategy": "STRATEGY", "round": 1, "phase": "train", "pooled": False,
+                             "splits": ["personal"], "sums": "{}"}),
+    })
+    reply = host.handle(Message(content, 1, "train"))
+    assert reply.has_content(), reply.error
+heavy = ("flwr_datasets", "hydra", "omegaconf", "sklearn", "ray", "polars", "matplotlib", "fedfuse.results",
+         "fedfuse.federation", "fedfuse.directory")
+print("HEAVY", [name for name in heavy if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "knfu"])
+def test_a_client_process_stays_light(strategy: str) -> None:
+    from fedfuse.runtime.settings import as_json
+    from tests.deploy.network import tiny
+
+    code = CLIENT.replace("CONFIG", repr(as_json(tiny(strategy)))).replace("STRATEGY", strategy)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "HEAVY []"

@@ -1,0 +1,316 @@
+"""Real processes on this machine: TLS, authenticated nodes, the bits of `fedfuse run`, refusals, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedfuse.compose import compose
+from fedfuse.deploy.certs import node_keys, write_certificates
+from fedfuse.deploy.local import Federation
+from fedfuse.deploy.processes import Process, flower, free_port, surroundings
+from fedfuse.deploy.submit import Link, Order, order_of
+from fedfuse.errors import UserError, WorldError
+from fedfuse.experiment import run
+from fedfuse.runtime.flower import Patience
+
+KEYS = ("data=digits", "clients=3", "rounds=3", "seed=0", "model=mlp_small")
+long = pytest.mark.deploy
+
+
+def inline(path: Path, *keys: str) -> dict[str, Any]:
+    run(compose([*keys, "runtime=inline", f"out={path}"]), quiet=True)
+    return json.loads((path / "summary.json").read_text())
+
+
+def order(*keys: str, **patience: Any) -> Order:
+    return order_of(compose(list(keys)), Patience(**patience))
+
+
+def touching(folder: Path) -> list[str]:
+    """Command lines of living processes that name a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in words:
+                found.append(f"{entry.name} {words[:200]!r}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    work = tmp_path_factory.mktemp("federation")
+    with Federation(3, work) as started:
+        until = time.monotonic() + 60
+        while online(started) < 3 and time.monotonic() < until:
+            time.sleep(1)
+        yield started
+    until = time.monotonic() + 15
+    while touching(work) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert touching(work) == []  # superexec children included
+
+
+@pytest.mark.parametrize(
+    "strategy", ["knfu", "fed_sb", pytest.param("fedavg", marks=long), pytest.param("fedmd", marks=long)]
+)
+def test_the_digest_is_that_of_a_simulation(strategy: str, federation: Federation, tmp_path: Path) -> None:
+    keys = (*KEYS, f"strategy={strategy}")
+    try:
+        wanted = inline(tmp_path / "inline", *keys)
+    except UserError as error:
+        pytest.skip(str(error))
+    got = federation.play(order(*keys), tmp_path / "out")
+    assert got["digest"] == wanted["digest"]
+    assert got["traffic"] == wanted["traffic"]
+    assert got["failures"] == {"replies": 0, "rejected": 0, "retried": 0}
+    for name in ("metrics.parquet", "traffic.parquet", "config.yaml"):
+        assert (tmp_path / "out" / name).exists()
+
+
+# --- refusals: each with a named reason, nothing changed --------------------------------------------------
+
+
+def node(federation: Federation, path: Path, *words: str) -> Process:
+    """A node that should not get in."""
+    return Process(
+        "stranger",
+        federation.words(
+            "node", "--partition", "0/3", "--state-dir", str(path / "state"), "--port", str(free_port()), *words
+        ),
+        surroundings(path / "state"),
+        path / "stranger.log",
+    )
+
+
+def online(federation: Federation) -> int:
+    said = federation.link.flwr("supernode", "list", "fedfuse", "--format", "json")
+    listed = json.loads(said[said.index("{") :])
+    return sum(entry["status"] == "online" for entry in listed["nodes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--ca", "{ca}", "--key", "{stranger}"], "No SuperNode found with the given public key"),
+        (["--ca", "{ca}", "--no-key"], "All SuperNodes must be registered via the CLI"),
+        (["--ca", "{other}", "--key", "{key}"], "does not vouch for the server"),
+        (["--insecure"], "speaks TLS only; --insecure is refused"),
+    ],
+    ids=["other key", "no key", "other CA", "no TLS"],
+)
+def test_a_stranger_stays_outside(words: list[str], reason: str, federation: Federation, tmp_path: Path) -> None:
+    node_keys(tmp_path, "stranger")
+    write_certificates(tmp_path / "other", [], [])
+    names = {
+        "ca": str(federation.link.ca),
+        "stranger": str(tmp_path / "stranger.key"),
+        "other": str(tmp_path / "other" / "ca.crt"),
+        "key": str(federation.work / "certs" / "node-0.key"),
+    }
+    heard = len(federation.server.text())
+
+    def text() -> str:
+        return started.text() + federation.server.text()[heard:]
+
+    started = node(federation, tmp_path, "--server", federation.link.address, *(w.format(**names) for w in words))
+    try:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not re.search(reason, text()):
+            time.sleep(0.5)
+        assert re.search(reason, text()), text()[-3000:]
+        assert "SuperNode ID" not in started.text()
+        assert online(federation) == 3
+    finally:
+        started.stop()
+
+
+@long
+def test_a_revoked_node_stays_outside(federation: Federation, tmp_path: Path) -> None:
+    node_keys(tmp_path, "late")
+    said = federation.link.flwr("supernode", "register", str(tmp_path / "late.pub"), "fedfuse")
+    which = next(
+        word for word in said.replace("`", " ").replace(".", " ").split() if word.isdecimal() and len(word) > 12
+    )
+    federation.link.flwr("supernode", "unregister", which, "fedfuse")
+    started = node(
+        federation, tmp_path, "--server", federation.link.address, "--ca", str(federation.link.ca),
+        "--key", str(tmp_path / "late.key"),
+    )  # fmt: skip
+    try:
+        assert started.wait_for("Exit Code", 90), started.text()[-2000:]
+        assert "SuperNode ID" not in started.text()
+    finally:
+        started.stop()
+
+
+FOREIGN = """\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "foreign"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "somebody"
+[tool.flwr.app.components]
+serverapp = "foreign.app:server"
+clientapp = "foreign.app:client"
+"""
+CODE = """\
+from pathlib import Path
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+Path(MARK).open("a").write("imported\\n")
+server = ServerApp()
+client = ClientApp()
+@server.main()
+def main(grid, context):
+    import time
+    while not list(grid.get_node_ids()):
+        time.sleep(0.5)
+    for reply in grid.send_and_receive([Message(RecordDict(), n, "query") for n in grid.get_node_ids()], timeout=90):
+        print("REPLY", reply.error.reason if reply.has_error() else "content")
+@client.query()
+def query(message, context):
+    Path(MARK).open("a").write("client ran\\n")
+    return Message(RecordDict(), reply_to=message)
+"""
+
+
+def foreign_app(path: Path) -> Path:
+    (path / "foreign" / "foreign").mkdir(parents=True)
+    (path / "foreign" / "pyproject.toml").write_text(FOREIGN)
+    (path / "foreign" / "foreign" / "__init__.py").write_text("")
+    (path / "foreign" / "foreign" / "app.py").write_text(CODE.replace("MARK", repr(str(path / "mark"))))
+    return path / "foreign"
+
+
+def test_a_bundle_with_other_code_never_runs(federation: Federation, tmp_path: Path) -> None:
+    with federation.link.home() as home:
+        done = subprocess.run(
+            [flower("flwr"), "run", str(foreign_app(tmp_path)), "fedfuse", "--stream"],
+            env=surroundings(home), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert "is not the thin app" in done.stdout, done.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+@long
+def test_a_node_refuses_it_even_from_a_server_that_runs_it(tmp_path: Path) -> None:
+    """A plain SuperLink, which runs anything, with one of our nodes."""
+    port, home = free_port(), tmp_path / "home"
+    home.mkdir()
+    link = Link(f"127.0.0.1:{port}", insecure=True)
+    words = [flower("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    server = Process("link", words, surroundings(home), tmp_path / "link.log")
+    started = None
+    try:
+        assert server.wait_for("Uvicorn running", 90)
+        started = Process(
+            "node",
+            [sys.executable, "-m", "fedfuse.deploy", "node", "--insecure", "--server", link.address, "--partition",
+             "0/1", "--state-dir", str(tmp_path / "state"), "--port", str(free_port())],
+            surroundings(home), tmp_path / "node.log",
+        )  # fmt: skip
+        assert started.wait_for("SuperNode ID", 90)
+        with link.home() as client:
+            done = subprocess.run(
+                [flower("flwr"), "run", str(foreign_app(tmp_path)), "fedfuse", "--stream"],
+                env=surroundings(client), capture_output=True, text=True, timeout=200,
+            )  # fmt: skip
+        assert "REPLY" in done.stdout, done.stderr
+        assert "is not the thin app" in done.stdout
+        assert "client ran" not in (tmp_path / "mark").read_text()
+    finally:
+        for process in (started, server):
+            if process is not None:
+                process.stop()
+
+
+@long
+def test_site_policy_is_named_in_the_log(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('strategies = ["fedavg"]\n')
+    refusal = pytest.raises(WorldError, match="site policy: strategy=knfu; allowed: fedavg")
+    with Federation(1, tmp_path / "work", policy) as started, refusal:
+        started.play(order("strategy=knfu", "data=digits", "clients=1", "rounds=1"), tmp_path / "out")
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+
+def killed(federation: Federation, out: Path, keys: tuple[str, ...], kill: Callable[[str], bool]) -> dict[str, Any]:
+    """Play while `kill(line)` looks at the log; once it says True it is not called again."""
+    done = threading.Event()
+
+    def say(line: str) -> None:
+        print(line)
+        if not done.is_set() and kill(line):
+            done.set()
+
+    federation.say = say
+    summary = federation.play(order(*keys), out)
+    assert done.is_set()
+    return summary
+
+
+@long
+@pytest.mark.parametrize("when", ["between", "within"])
+def test_a_killed_node_comes_back(when: str, federation: Federation, tmp_path: Path) -> None:
+    keys = (*KEYS, "strategy=knfu")
+    wanted = inline(tmp_path / "inline", *keys)
+    victim = federation.processes[2]
+
+    def kill(line: str) -> bool:
+        if not line.startswith("round   1/3"):
+            return False
+        if when == "within":  # wait until it has the next training message in hand
+            seen, until = victim.text().count("Receiving: train"), time.monotonic() + 60
+            while victim.text().count("Receiving: train") == seen and time.monotonic() < until:
+                time.sleep(0.05)
+        os.kill(victim.child.pid, signal.SIGKILL)
+        return True
+
+    got = killed(federation, tmp_path / "out", keys, kill)
+    assert got["digest"] == wanted["digest"]
+    assert got["cohort_complete"]
+    assert victim.starts > 1
+
+
+@long
+@pytest.mark.parametrize("when", ["between", "within"])
+def test_a_killed_server_comes_back(when: str, federation: Federation, tmp_path: Path) -> None:
+    keys = (*KEYS, "strategy=knfu")
+    wanted = inline(tmp_path / "inline", *keys)
+
+    def kill(line: str) -> bool:
+        if not line.startswith("round   1/3"):
+            return False
+        if when == "within":
+            time.sleep(4)
+        os.kill(federation.server.child.pid, signal.SIGKILL)
+        return True
+
+    got = killed(federation, tmp_path / "out", keys, kill)
+    assert got["digest"] == wanted["digest"]
+    assert got["cohort_complete"]
