@@ -91,7 +91,8 @@ class FusionClient:
         for split in self.splits:
             examples = self.examples(split)
             if examples is not None:
-                for name, value in scored(self.predict, *examples, self.classes).items():
+                x, y = examples
+                for name, value in scored(self.predict, x, y, self.classes).items():
                     metrics[f"{split}/{name}"] = value
         return {}, metrics
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedfuse.errors import UserError
 from fedfuse.records import digest_of
 from fedfuse.scenario import Scenario
-from fedfuse.strategy import STALE, FusionStrategy
+from fedfuse.shares import STALE
+from fedfuse.strategy import FusionStrategy
 from fedfuse.train.scores import scored
 
 Row = tuple[int, str, int, str, str, float]  # round, scope, client, split, metric, value

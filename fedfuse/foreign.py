@@ -21,13 +21,14 @@ from torch import nn
 
 from fedfuse.client import FusionClient, Metrics
 from fedfuse.errors import UserError
+from fedfuse.exchange import round_half_up
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays, LiveArray, record, tensors
 from fedfuse.registry import hyper
 from fedfuse.runtime.inline import LocalGrid
 from fedfuse.scenario import Residents
 from fedfuse.seeding import seed_everything
-from fedfuse.strategy import FusionStrategy, Share, Shares, round_half_up
+from fedfuse.strategy import FusionStrategy, Share, Shares
 
 
 class FlowerClient(FusionClient):

@@ -37,8 +37,8 @@ from fedfuse.records import (
 )
 from fedfuse.registry import Entry
 from fedfuse.scenario import Residents, Scenario
+from fedfuse.shares import FAILED, FULL, INVALID, REFUSED, STALE, check_share
 from fedfuse.store import INITIAL, ClientStore, is_full
-from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE, check_share
 from fedfuse.sums import Sum
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name

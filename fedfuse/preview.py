@@ -7,10 +7,10 @@ from rich.console import Console
 
 from fedfuse import registry
 from fedfuse.config import Config
+from fedfuse.exchange import round_half_up
 from fedfuse.experiment import as_yaml, build_strategy, device_of, workers_of
 from fedfuse.records import layout_nbytes
 from fedfuse.scenario import prepare_scenario
-from fedfuse.strategy import round_half_up
 
 
 def preview(config: Config, console: Console | None = None) -> None:

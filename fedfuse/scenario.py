@@ -14,6 +14,7 @@ from torch import nn
 from fedfuse import models
 from fedfuse.config import Config
 from fedfuse.data import FederatedData, prepare
+from fedfuse.models.shared import share
 from fedfuse.records import Arrays, Layout, Scope, layout_of
 from fedfuse.seeding import seed_of
 
@@ -104,6 +105,8 @@ class Residents:
                 with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
                     torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
                     model = self.equip(model, self.build)
+            if frozen(model) and self.device.type == "cpu":
+                share(model, frozen(model))  # one copy a machine, however many processes and clients
             self._models[architecture] = model.to(self.device)
             self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
@@ -165,6 +168,7 @@ class Residents:
             self._tensors.move_to_end(key)
             return self._tensors[key]
         data = self.scenario.data
+        value: Any
         if key == ("transfer",):
             value = data.transfer_tensors()
         elif key == ("test",):

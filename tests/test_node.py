@@ -15,8 +15,8 @@ from fedfuse.node import Node, parcels, place, state_sha
 from fedfuse.records import nbytes, record, settled, sha_arrays, tensors
 from fedfuse.registry import Entry
 from fedfuse.runtime.site import Site
+from fedfuse.shares import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.store import INITIAL, ClientStore
-from fedfuse.strategy import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.sums import Sum
 from tests.federations import TINY, federation, scenario_of
 from tests.ledger import Ledger, LedgerClient, enter

@@ -182,7 +182,7 @@ class FlowerGrid(Grid):
             records = [
                 dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"
             ]
-            found = [hello.get("client") for hello in records]
+            found: list[Any] = [hello.get("client") for hello in records]
             if not found or not all(isinstance(client, int) and 0 <= client < clients for client in found):
                 yield item.node, [], f"says it acts as clients {found}; the run has {clients}"
             elif taken := [client for client in found if client in self.nodes]:

@@ -167,7 +167,8 @@ class GuestGrid(Grid):
 
     def _hand_out(self, sent: list[_Sent], size: int) -> None:
         for k, start in enumerate(range(0, len(sent), size)):
-            chosen, jobs, shared = sent[start : start + size], [], {}
+            chosen, jobs = sent[start : start + size], []
+            shared: dict[int, Any] = {}
             for item in chosen:
                 content = {name: self._shared(value, shared) for name, value in item.message.content.items()}
                 jobs.append((item.message.metadata, content, self.states.get(item.message.metadata.dst_node_id)))

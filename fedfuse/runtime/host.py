@@ -111,7 +111,7 @@ class Host:
         config, scenario = self._scenario(str(setting.get("config", "")))
         mine = self.seat.acts_as(scenario.clients)
         if message.metadata.message_type == "query.hello":
-            found = {f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine}
+            found: dict[str, Any] = {f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine}
             return Message(RecordDict(found), reply_to=message)
         client = message.content.config_records.get("config", ConfigRecord()).get("client")
         if client not in mine:

@@ -26,8 +26,8 @@ from fedfuse.runtime.cluster import connect, disconnect
 from fedfuse.runtime.inline import LocalGrid, single_thread
 from fedfuse.runtime.worker import Answer, Bare, Tree, Worker, packed
 from fedfuse.scenario import Scenario
+from fedfuse.shares import FAILED
 from fedfuse.store import INITIAL, ClientStore
-from fedfuse.strategy import FAILED
 
 __all__ = ["RayGrid", "connect", "disconnect"]
 
@@ -366,7 +366,8 @@ def _reply(message: Message, answer: Answer, attempts: int) -> Message:
     for name, is_config, values in tail:
         if is_config and name == "config" and attempts:
             values["retried"] = int(values.get("retried", 0)) + attempts
-        content[name] = trusted(ConfigRecord if is_config else MetricRecord, values)
+        kind: Any = ConfigRecord if is_config else MetricRecord
+        content[name] = trusted(kind, values)
     return reply_to(message, trusted(RecordDict, content))
 
 
