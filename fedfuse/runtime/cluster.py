@@ -51,6 +51,8 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     folder = _directory()
     if memory is not None:
         options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less
+    # replies of a few small groups come with the call, without the object store's two extra turns
+    options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20}
     atexit.register(disconnect)
     ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
 

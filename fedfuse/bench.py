@@ -1,0 +1,241 @@
+"""The command `fedfuse bench`: workloads against their limits and rivals, interleaved in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedfuse.contestants import COHORT, WORKLOADS
+from fedfuse.errors import UserError
+
+USAGE = """\
+fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
+
+Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
+  default: noop@100 noop@1000 noop@10000 noop@100000 noop-large@1000 logistic@1000 cnn@1000
+Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), flower (its simulator), guest (the same Flower app on
+  FedFuse's engine), pfl (pfl-research, two processes; needs `pip install pfl==0.6.0`)
+Each side is a process of its own; sides take turns round by round; the first two rounds warm up.
+Writes bench.json and bench.svg into --out (default: bench/).
+"""
+SIDES = ("fedfuse", "inline", "plain", "guest", "flower", "pfl")
+DEFAULT = ("noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000")
+WARM = 2
+
+
+class Side:
+    """One contestant's process."""
+
+    def __init__(self, side: str, workload: str, clients: int, folder: Path) -> None:
+        self.name, self.seconds, self.failed = side, [], ""  # type: str, list[float], str
+        command = [sys.executable, "-m"]
+        if side == "pfl":
+            command += [
+                "torch.distributed.run",
+                "--nproc_per_node",
+                "2",
+                "--master_port",
+                str(29500 + os.getpid() % 1000),
+                "-m",
+            ]
+        command += ["fedfuse.contestants", side, workload, str(clients)]
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder)}
+        self.log = open(folder / f"{side}.log", "w+")  # noqa: SIM115 - closed in end()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self._wait("ready")
+
+    def _wait(self, word: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line
+        self.log.seek(0)
+        said = [line for line in self.log.read().splitlines() if line.strip()]
+        self.failed = said[-1][:200] if said else f"ended with {self.process.poll()}"
+        return ""
+
+    def round(self) -> None:
+        """Play one round."""
+        if self.failed:
+            return
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        except OSError as error:
+            self.failed = str(error)
+            return
+        if line := self._wait("seconds"):
+            self.seconds.append(float(line.split()[1]))
+
+    def end(self) -> None:
+        """End it: its input closes."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+    @property
+    def median(self) -> float:
+        """Seconds of a round, warm."""
+        return statistics.median(self.seconds[WARM:]) if len(self.seconds) > WARM else float("nan")
+
+
+def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Let sides take turns on one workload.
+
+    Returns
+    -------
+    dict
+        workload, clients, and per side: rounds (seconds, warm), milliseconds per client (median), or why it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
+        playing = [Side(side, name, clients, Path(folder)) for side in sides]
+        try:
+            for _ in range(rounds + WARM):
+                for side in playing:
+                    side.round()
+        finally:
+            for side in playing:
+                side.end()
+    found: dict[str, Any] = {}
+    for side in playing:
+        if side.failed:
+            found[side.name] = {"failed": side.failed}
+        else:
+            found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / COHORT * 1e3}
+    return {"workload": name, "clients": clients, "sides": found}
+
+
+def sides_of(workload: str, clients: int, chosen: Sequence[str]) -> list[str]:
+    """The sides that can play: Flower's simulator does not reach 100,000 nodes, pfl trains only."""
+    out = []
+    for side in chosen:
+        if side == "flower" and clients > 10000:
+            continue
+        if side == "pfl" and (not WORKLOADS[workload].trains or find_spec("pfl") is None):
+            continue
+        out.append(side)
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on."""
+    from importlib.metadata import version
+
+    load = os.getloadavg()
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": load[0],
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in ("torch", "ray", "flwr")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the suite; 0 done.
+
+    Raises
+    ------
+    UserError
+        For an unknown workload, side or option.
+    """
+    from fedfuse.errors import nearest
+
+    words, chosen, rounds, out, picked = list(argv), list(SIDES), 5, Path("bench"), []
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE, end="")
+        return 0
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in ("--against", "--rounds", "--out"):
+            value = value if equals else words.pop(0) if words else ""
+            if name == "--out":
+                out = Path(value)
+            elif name == "--against":
+                chosen = ["fedfuse", *(side for side in value.split(",") if side != "fedfuse")]
+            elif value.isdigit() and int(value) >= 1:
+                rounds = int(value)
+            else:
+                raise UserError(f"--rounds={value}: a number of at least 1 is needed")
+        elif word.startswith("-"):
+            raise UserError(f"{name}: no such option; allowed: --against, --rounds, --out")
+        else:
+            picked.append(word)
+    if unknown := [side for side in chosen if side not in SIDES]:
+        raise UserError(f"--against={unknown[0]}: unknown; {nearest(unknown[0], SIDES)}")
+    jobs = []
+    for word in picked or DEFAULT:
+        name, _, count = word.partition("@")
+        if name not in WORKLOADS:
+            raise UserError(f"{name}: no such workload; {nearest(name, WORKLOADS)}")
+        if count and (not count.isdigit() or int(count) < COHORT):
+            raise UserError(f"{word}: at least {COHORT} clients are needed")
+        jobs.append((name, int(count or 1000)))
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": machine(), "cohort": COHORT, "contests": []}
+    print(f"{'ms per client':<18}" + "".join(f"{side:>10}" for side in chosen))
+    for name, clients in jobs:
+        result = contest(name, clients, sides_of(name, clients, chosen), rounds)
+        results["contests"].append(result)
+        print(f"{name + '@' + str(clients):<18}" + "".join(f"{_cell(result, side):>10}" for side in chosen), flush=True)
+        print(f"{'  × fedfuse':<18}" + "".join(f"{_ratio(result, side):>10}" for side in chosen), flush=True)
+        (out / "bench.json").write_text(json.dumps(results, indent=1))
+    plot(results, chosen, out / "bench.svg")
+    print(f"written: {out / 'bench.json'}, {out / 'bench.svg'}")
+    return 0
+
+
+def _cell(result: dict[str, Any], side: str) -> str:
+    found = result["sides"].get(side)
+    if found is None:
+        return "–"
+    return f"{found['ms_per_client']:.3g}" if "ms_per_client" in found else "failed"
+
+
+def _ratio(result: dict[str, Any], side: str) -> str:
+    ours, found = result["sides"].get("fedfuse", {}), result["sides"].get(side, {})
+    if "ms_per_client" not in ours or "ms_per_client" not in found:
+        return ""
+    return f"{found['ms_per_client'] / ours['ms_per_client']:.2f}"
+
+
+def plot(results: dict[str, Any], sides: Sequence[str], path: Path) -> None:
+    """Draw milliseconds per client, one group of bars a workload, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    contests = results["contests"]
+    figure, axes = plt.subplots(figsize=(2 + 1.2 * len(contests), 4), layout="constrained")
+    width = 0.8 / len(sides)
+    for k, side in enumerate(sides):
+        values = [c["sides"].get(side, {}).get("ms_per_client", float("nan")) for c in contests]
+        axes.bar([i + k * width for i in range(len(contests))], values, width, label=side)
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per client (median round / 50)")
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(contests))])
+    axes.set_xticklabels([f"{c['workload']}\n{c['clients']:,} clients" for c in contests], fontsize=8)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,292 @@
+"""Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
+
+Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
+`python -m fedfuse.contestants SIDE WORKLOAD CLIENTS` starts one; sides: fedfuse, inline, plain, flower, guest, pfl.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COHORT = 50  # clients of a round
+EXAMPLES = 50  # of a client
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every client does: a model, the shape of its examples, and whether it trains (batch 10, one epoch)."""
+
+    model: str
+    shape: tuple[int, ...]
+    trains: bool
+
+
+WORKLOADS = {
+    "noop": Workload("fedfuse.contestants:linear", (3072,), False),  # 30,730 parameters, 123 kB
+    "noop-large": Workload("cnn_large", (1, 28, 28), False),  # 1,663,370 parameters, 6.65 MB
+    "logistic": Workload("fedfuse.contestants:linear", (784,), True),  # 7,850 parameters
+    "cnn": Workload("cnn_large", (1, 28, 28), True),
+}
+
+
+def linear(shape: tuple[int, ...], classes: int) -> Any:
+    """Logistic regression."""
+    from torch import nn
+
+    return nn.Linear(shape[0], classes)
+
+
+def pool(workload: Workload) -> tuple[Any, Any]:
+    """Examples that all clients draw from: float32 inputs and labels."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((20 * EXAMPLES, *workload.shape), dtype=np.float32)
+    return x, draw.integers(0, 10, len(x))
+
+
+def start_of(client: int) -> int:
+    """First row of a client's examples in the pool."""
+    return client % 20 * EXAMPLES
+
+
+def build(workload: Workload) -> Any:
+    """The workload's model."""
+    from fedfuse import models
+    from fedfuse.config import ModelConfig
+
+    return models.build(workload.model, shape=workload.shape, classes=10, config=ModelConfig(), seed=0)
+
+
+# --- fedfuse ----------------------------------------------------------------------------------------------
+
+
+def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: str) -> Any:
+    """A scenario over the pool; clients share rows, so that a hundred thousand need no memory."""
+    import numpy as np
+
+    from fedfuse.compose import compose
+    from fedfuse.data.dataset import Dataset, Examples
+    from fedfuse.data.federated import FederatedData
+    from fedfuse.scenario import Scenario
+
+    settings = [
+        "strategy=fedavg", f"clients={clients}", f"participation={cohort / clients}", "train.batch_size=10",
+        "train.lr=0.05", "train.momentum=0", "rounds=100000",
+    ]  # fmt: skip
+    x, y = pool(workload)
+    kind = "image" if len(workload.shape) == 3 else "features"
+    dataset = Dataset("synthetic", Examples(x, y), None, tuple("0123456789"), kind)
+    first = np.array([start_of(client) for client in range(clients)])
+    offsets = np.stack([first, first + EXAMPLES, first + EXAMPLES, first + EXAMPLES], axis=1)
+    data = FederatedData(dataset, np.arange(len(y)), offsets, None)
+    return Scenario(compose([*settings, *words]), data, (workload.model,) * clients)
+
+
+def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
+    """FedAvg on FedFuse's own runtimes."""
+    from fedfuse import registry
+    from fedfuse.client import FusionClient
+    from fedfuse.experiment import build_strategy
+    from fedfuse.federation import Federation
+    from fedfuse.node import place
+    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
+    from fedfuse.store import ClientStore
+
+    claim_identity()
+    scenario, entry = scenario_of(workload, clients), registry.entry("fedavg")
+    if not workload.trains:
+
+        class Idle(FusionClient):
+            """Sends back what it was sent."""
+
+            def fit(self) -> dict[str, float | int]:
+                return {"num-examples": EXAMPLES}
+
+        entry = entry._replace(client=Idle)
+    store = ClientStore(Path(tempfile.mkdtemp(prefix="fedfuse-bench-")))
+    if grid == "inline":
+        transport: LocalGrid = InlineGrid(place(entry, scenario, store))
+    else:
+        from fedfuse.runtime.ray import RayGrid
+
+        transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)))
+    federation = Federation(build_strategy(entry, scenario), transport, 100000)
+    federation.strategy.ensure_begun()
+
+    def play() -> None:
+        federation.done += 1
+        federation._phase(federation.done, "train")
+        federation._collect(federation.done)
+        federation.strategy.traffic.take_rows()
+        federation.rows, federation.timing = [], []
+
+    return play
+
+
+# --- a plain loop -----------------------------------------------------------------------------------------
+
+
+def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
+    """The limit: one thread, one model, no federation around it."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(1)
+    model = build(workload)
+    x, y = map(torch.from_numpy, pool(workload))
+    params = list(model.parameters())
+    common = [p.detach().clone() for p in params]
+    draw = torch.Generator().manual_seed(0)
+
+    def play() -> None:
+        total = [torch.zeros_like(p) for p in common]
+        for client in torch.randperm(clients, generator=draw)[:COHORT].tolist():
+            with torch.no_grad():
+                torch._foreach_copy_(params, common)
+            if workload.trains:
+                optimizer = torch.optim.SGD(params, lr=0.05, fused=True)
+                first = start_of(client)
+                for rows in (torch.randperm(EXAMPLES, generator=draw) + first).split(10):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x[rows]), y[rows]).backward()
+                    optimizer.step()
+            with torch.no_grad():
+                torch._foreach_add_(total, params, alpha=1 / COHORT)
+        common[:] = total
+
+    return play
+
+
+# --- Flower -----------------------------------------------------------------------------------------------
+
+
+def client_app(name: str) -> Any:
+    """A Flower ClientApp as Flower's tutorials write it."""
+    import torch
+    import torch.nn.functional as F
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app, workload, kept = ClientApp(), WORKLOADS[name], {}
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        if not workload.trains:
+            content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": EXAMPLES})}
+            return Message(RecordDict(content), reply_to=message)
+        if not kept:
+            kept["x"], kept["y"] = map(torch.from_numpy, pool(workload))
+        model = build(workload)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())  # type: ignore[union-attr]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        first = start_of(int(context.node_config["partition-id"]))
+        for rows in (torch.randperm(EXAMPLES) + first).split(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(kept["x"][rows]), kept["y"][rows]).backward()
+            optimizer.step()
+        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": EXAMPLES})}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+def flower_round(workload: Workload, grid: Any, clients: int) -> Callable[[], None]:
+    """One round of Flower's own FedAvg over a grid."""
+    from flwr.app import ArrayRecord, ConfigRecord
+    from flwr.serverapp.strategy import FedAvg
+
+    strategy = FedAvg(fraction_train=COHORT / clients, fraction_evaluate=0, min_available_nodes=clients)
+    state = {"arrays": ArrayRecord(build(workload).state_dict()), "round": 0}
+
+    def play() -> None:
+        state["round"] += 1
+        messages = strategy.configure_train(state["round"], state["arrays"], ConfigRecord(), grid)
+        replies = grid.send_and_receive(messages)
+        state["arrays"] = strategy.aggregate_train(state["round"], replies)[0]
+
+    return play
+
+
+def flower_side(name: str, clients: int) -> None:
+    """Flower's own simulator."""
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
+
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(flower_round(WORKLOADS[name], grid, clients))
+
+    cores = len(os.sched_getaffinity(0))
+    run_simulation(
+        server,
+        client_app(name),
+        clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False},
+        },
+    )
+
+
+def guest_side(name: str, clients: int) -> None:
+    """The same Flower app on FedFuse's engine."""
+    from fedfuse.runtime.cluster import connect
+    from fedfuse.runtime.guest import GuestGrid
+    from fedfuse.runtime.inline import claim_identity
+
+    claim_identity()
+    cores = len(os.sched_getaffinity(0))
+    connect(cores)
+    grid = GuestGrid(f"fedfuse.contestants:app_{name.replace('-', '_')}", os.getcwd(), {}, clients, cores)
+    serve(flower_round(WORKLOADS[name], grid, clients))
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("app_"):  # `module:attribute`, as a Flower app names its ClientApp
+        return client_app(name.removeprefix("app_").replace("_", "-"))
+    raise AttributeError(name)
+
+
+# --- the protocol -----------------------------------------------------------------------------------------
+
+
+def serve(play: Callable[[], None]) -> None:
+    """Play a round for every line of standard input."""
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        play()
+        print(f"seconds {time.perf_counter() - started:.6f}", flush=True)
+
+
+def main(side: str, name: str, clients: int) -> None:
+    """Run one contestant."""
+    workload = WORKLOADS[name]
+    if side == "flower":
+        flower_side(name, clients)
+    elif side == "guest":
+        guest_side(name, clients)
+    elif side == "plain":
+        serve(plain_side(workload, clients))
+    elif side == "pfl":
+        from fedfuse.contestant_pfl import pfl_side
+
+        pfl_side(workload)
+    else:
+        serve(fedfuse_side(workload, clients, "inline" if side == "inline" else "ray"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
