@@ -34,6 +34,7 @@ clientapp = "fedfuse.apps:client"
 config = ""
 name = ""
 resume = false
+own = false
 patience = "{{}}"
 """
 

@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     _patience(run)
     run.add_argument("keys", nargs="*", metavar="key=value")
 
+    run.add_argument("--own-data", action="store_true", help="clients are sites with data of their own, not partitions")
+
     resume = commands.add_parser("resume", help="continue a run whose server was lost")
     _reach(resume)
     resume.add_argument("directory", type=Path, help="the directory that `deploy run` was writing")
@@ -174,7 +176,7 @@ def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untype
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
         raise UserError(f"out={out}: holds something already; choose another or say overwrite=true")
     patience = Patience(args.join, args.deadline, args.absence, args.min_replies, config.runtime.retries)
-    return order_of(config, patience), out
+    return order_of(config, patience, getattr(args, "own_data", False)), out
 
 
 def _run(args: argparse.Namespace, keys: list[str]) -> int:

@@ -31,7 +31,7 @@ MARK = "fedfuse-run-directory: "
 
 
 def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
-    """Carry out one run: `config` (JSON), `name`, `resume` and `patience` as `fedfuse deploy run` wrote them.
+    """Carry out one run: `config` (JSON), `name`, `resume`, `own` and `patience` as `fedfuse deploy run` wrote them.
 
     Raises
     ------
@@ -71,7 +71,9 @@ def _deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
         resumed = False
         directory.create(config.overwrite)
     try:
-        federation = serve(grid, config, directory, patience, resumed=resumed, quiet=False, say=say)
+        federation = serve(
+            grid, config, directory, patience, resumed=resumed, quiet=False, own=bool(orders.get("own")), say=say
+        )
     finally:
         directory.close()
     say(f"fedfuse: digest {federation.digest}")

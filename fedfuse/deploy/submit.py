@@ -85,11 +85,17 @@ class Order:
     config: Config
     name: str
     patience: Patience
+    own: bool = False
 
     def write(self, path: Path) -> None:
         """Keep the order in a directory."""
         path.mkdir(parents=True, exist_ok=True)
-        values = {"config": as_json(self.config), "name": self.name, "patience": write_patience(self.patience)}
+        values = {
+            "config": as_json(self.config),
+            "name": self.name,
+            "patience": write_patience(self.patience),
+            "own": self.own,
+        }
         (path / "order.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     @staticmethod
@@ -106,7 +112,7 @@ class Order:
         kept = path / "order.json"
         if kept.exists():
             values = json.loads(kept.read_text(encoding="utf-8"))
-            return Order(from_json(values["config"]), values["name"], read_patience(values["patience"]))
+            return Order(from_json(values["config"]), values["name"], read_patience(values["patience"]), values["own"])
         if (path / "config.yaml").exists():
             from fedfuse.experiment import load_config
 
@@ -114,10 +120,12 @@ class Order:
         raise UserError(f"{path}: neither order.json nor config.yaml is there: not the directory of a run")
 
 
-def order_of(config: Config, patience: Patience) -> Order:
+def order_of(config: Config, patience: Patience, own: bool = False) -> Order:
     """Give a run a name, and leave out what only concerns the asker's machine."""
     plain = replace(config, out=None, overwrite=False)
-    return Order(plain, f"{config.strategy.name}-{config.data.name}-s{config.seed}-{uuid.uuid4().hex[:8]}", patience)
+    return Order(
+        plain, f"{config.strategy.name}-{config.data.name}-s{config.seed}-{uuid.uuid4().hex[:8]}", patience, own
+    )
 
 
 def submit(
@@ -146,6 +154,7 @@ def submit(
             "name": order.name,
             "resume": resume,
             "patience": write_patience(order.patience),
+            "own": order.own,
         }
         toml = home / "orders.toml"
         toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")

@@ -20,6 +20,7 @@ from fedfuse.node import Node, Refused, place
 from fedfuse.records import settled
 from fedfuse.runtime.hello import identity
 from fedfuse.runtime.inline import single_thread
+from fedfuse.runtime.own import site_scenario
 from fedfuse.runtime.settings import from_json
 from fedfuse.runtime.site import Site
 from fedfuse.scenario import Scenario, prepare_scenario
@@ -108,10 +109,12 @@ class Host:
         if not RUN.fullmatch(run):
             raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
         self._not_orphaned(self.seat.state / run, setting)
-        config, scenario = self._scenario(str(setting.get("config", "")))
+        config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
         mine = self.seat.acts_as(scenario.clients)
         if message.metadata.message_type == "query.hello":
-            found: dict[str, Any] = {f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine}
+            found: dict[str, Any] = {
+                f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine
+            }
             return Message(RecordDict(found), reply_to=message)
         client = message.content.config_records.get("config", ConfigRecord()).get("client")
         if client not in mine:
@@ -142,12 +145,18 @@ class Host:
             partial.write_text(str(attempt))
             partial.replace(path)
 
-    def _scenario(self, text: str) -> tuple[Config, Scenario]:
+    def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
         if text not in self._scenarios:
             config = from_json(text)
             self.seat.policy.check(config)
             config = replace(config, data=replace(config.data, root=self.seat.data))
-            scenario = prepare_scenario(config)
+            if (self.seat.clients is None) != bool(task):
+                own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")
+                raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")
+            if task:
+                scenario = site_scenario(config, self.seat.client, config.clients or 0, task)
+            else:
+                scenario = prepare_scenario(config)
             mine = self.seat.acts_as(scenario.clients)
             if not mine or mine[-1] >= scenario.clients or mine[0] < 0:
                 raise Refused(f"the run has {scenario.clients} clients, this site is client {self.seat.client}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedfuse import registry
 from fedfuse.config import Config
-from fedfuse.directory import RunDirectory, write_text
+from fedfuse.data.dataset import SPLITS
+from fedfuse.directory import RunDirectory, write_rows, write_text
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import build_strategy, callbacks, device_of
 from fedfuse.federation import Federation
@@ -23,6 +25,7 @@ from fedfuse.runtime.flower import FlowerGrid, Patience
 from fedfuse.runtime.hello import differences, identity
 from fedfuse.runtime.host import Host, Seat
 from fedfuse.runtime.inline import single_thread
+from fedfuse.runtime.own import counts_of, server_scenario, task_of
 from fedfuse.runtime.settings import as_json
 from fedfuse.scenario import prepare_scenario
 
@@ -35,34 +38,79 @@ def serve(
     *,
     resumed: bool = False,
     quiet: bool = False,
+    own: bool = False,
     say: Any = print,
 ) -> Federation:
     """Play what is left of a run over Flower's grid; the directory has been created or reopened.
 
+    Parameters
+    ----------
+    own : bool
+        The clients are sites with data of their own; the server's `data=` is the task's reference (class list,
+        global test set) and is not dealt.
+
     Raises
     ------
+    UserError
+        If the configuration cannot be carried out.
     WorldError
         If not all clients join, or in a phase too few succeed.
     """
     single_thread()
     entry = registry.entry(config.strategy.name)
     scenario = prepare_scenario(config)
+    run_id = _kept(directory.path / "run_id", uuid.uuid4().hex)
+    attempt = int(_kept(directory.path / "attempt", "0")) + 1
+    write_text(directory.path / "attempt", str(attempt))
+    setting = {"config": as_json(config), "run": run_id, "attempt": attempt, "task": task_of(scenario) if own else ""}
+    adapter = FlowerGrid(grid, setting, patience, say)
+    counts: dict[int, list[int]] = {}
+
+    def check(hello: Mapping[str, Any]) -> list[str]:
+        client = int(hello["client"])
+        wanted = identity(scenario, client, entry.name)
+        if own:
+            counts[client] = wanted["examples"] = counts_of(hello)
+            if entry.server.transfer == "none":
+                wanted["transfer"] = hello.get("transfer")  # nobody uses it; sites have none
+        return differences(wanted, dict(hello))
+
+    if own:
+        check_own(config)
+    else:
+        build_strategy(entry, scenario)  # what does not fit is said before anybody is asked
+    adapter.join(scenario.clients, check)
+    if own:
+        scenario = server_scenario(scenario, counts)
+        write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
     strategy = build_strategy(entry, scenario, device_of(config))
-    adapter = FlowerGrid(grid, {}, patience, say)
     federation = Federation(strategy, adapter, config.rounds, callbacks(config, directory, quiet))
     if resumed:
         directory.restore(federation)
-    strategy.run_id = _kept(directory.path / "run_id", strategy.run_id)
-    attempt = int(_kept(directory.path / "attempt", "0")) + 1
-    write_text(directory.path / "attempt", str(attempt))
-    adapter.setting = ConfigRecord({"config": as_json(config), "run": strategy.run_id, "attempt": attempt})
-
-    def check(hello: Mapping[str, Any]) -> list[str]:
-        return differences(identity(scenario, int(hello["client"]), entry.name), dict(hello))
-
-    adapter.join(scenario.clients, check)
+    strategy.run_id = run_id
     federation.run()
     return federation
+
+
+def check_own(config: Config) -> None:
+    """Refuse what cannot be done with data that the server does not see.
+
+    Raises
+    ------
+    UserError
+        Naming the key and what is allowed.
+    """
+    if config.clients is None:
+        raise UserError("clients=null: with --own-data the number of sites is needed, for example clients=3")
+    if registry.entry(config.strategy.name).server.transfer != "none" and config.transfer.source == "holdout":
+        raise UserError(
+            f"transfer.source=holdout: strategy={config.strategy.name} needs a transfer set that every site has; "
+            "with --own-data allowed are noise and the name of a data set"
+        )
+
+
+def _split_rows(counts: Mapping[int, list[int]]) -> list[tuple[int, str, str, int]]:
+    return [(c, split, "", n) for c in sorted(counts) for split, n in zip(SPLITS, counts[c], strict=True)]
 
 
 def _kept(path: Path, value: str) -> str:

@@ -94,7 +94,12 @@ def seats(path: Path, count: int) -> list[Seat]:
 
 
 def run(
-    config: Config, network: Network, path: Path, patience: Patience | None = None, resumed: bool = False
+    config: Config,
+    network: Network,
+    path: Path,
+    patience: Patience | None = None,
+    resumed: bool = False,
+    own: bool = False,
 ) -> tuple[Federation, list[str]]:
     """A run over a network; the federation and the server's log."""
     said: list[str] = []
@@ -104,7 +109,9 @@ def run(
     else:
         directory.create(False)
     try:
-        built = serve(network, config, directory, patience or Patience(), resumed=resumed, quiet=True, say=said.append)
+        built = serve(
+            network, config, directory, patience or Patience(), resumed=resumed, quiet=True, own=own, say=said.append
+        )
         return built, said
     finally:
         directory.close()

@@ -1,0 +1,86 @@
+"""Sites with data of their own: one task, several folders, nothing of them at the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedfuse.compose import compose
+from fedfuse.config import Config
+from fedfuse.data.read_digits import _pixels
+from fedfuse.errors import UserError, WorldError
+from fedfuse.runtime.flower import Patience
+from fedfuse.runtime.host import Seat
+from tests.deploy import network
+from tests.deploy.network import Network
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.runtime.flower.POLL", 0.01)
+
+
+def archive(folder: Path, rows: np.ndarray, shift: int = 0) -> str:
+    pixels, labels = _pixels()
+    folder.mkdir(parents=True)
+    images = np.rint(pixels[rows] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(folder / "all.npz", x=images, y=labels[rows] + shift)
+    return str(folder)
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> tuple[Config, Network]:
+    """A reference at the server; site 0 has digits 0-4 only, site 1 5-9, site 2 all."""
+    labels, rows = _pixels()[1], np.arange(1797)
+    server = archive(tmp_path / "reference", rows[1500:])
+    roots = [
+        archive(tmp_path / "a", rows[:1000][labels[:1000] < 5]),
+        archive(tmp_path / "b", rows[:1000][labels[:1000] >= 5]),
+        archive(tmp_path / "c", rows[1000:1300]),
+    ]
+    config = compose(
+        ["data=npz", f"data.root={server}", "data.test_fraction=0.8", "clients=3", "rounds=2", "seed=0",
+         "model=mlp_small", "runtime=inline", "transfer.source=noise", "transfer.size=24", "strategy=fedavg"]
+    )  # fmt: skip
+    return config, Network([Seat(i, tmp_path / f"site-{i}", None, root) for i, root in enumerate(roots)])
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "knfu"])
+def test_sites_learn_together(strategy: str, sites: tuple[Config, Network], tmp_path: Path) -> None:
+    config, grid = sites
+    if strategy == "knfu":
+        config.strategy = compose(["strategy=knfu"]).strategy
+    built, _ = network.run(config, grid, tmp_path / "run", own=True)
+    assert built.digest
+    sizes = built.scenario.data.sizes().sum(axis=1).tolist()
+    assert sum(sizes) == 1300
+    # without a server model only the sites could score the reference's test set, and they do not have it
+    assert built.headline["accuracy/global" if strategy == "fedavg" else "accuracy/personal"] > 0.15
+    assert (tmp_path / "run" / "partition.parquet").exists()
+
+
+def test_a_foreign_class_is_refused(sites: tuple[Config, Network], tmp_path: Path) -> None:
+    config, grid = sites
+    archive(tmp_path / "odd", np.arange(100), shift=7)
+    grid.seats[102] = Seat(2, tmp_path / "site-2", None, str(tmp_path / "odd"))
+    with pytest.raises(WorldError, match=r"class '10' of this site's data is not one of the task's 10"):
+        network.run(config, grid, tmp_path / "run", Patience(join=0.3), own=True)
+
+
+def test_partitions_and_own_data_do_not_mix(sites: tuple[Config, Network], tmp_path: Path) -> None:
+    config, grid = sites
+    with pytest.raises(WorldError, match="this site acts on own data, the run is for a simulation"):
+        network.run(config, grid, tmp_path / "run", Patience(join=0.3))
+    grid.seats[100] = Seat(0, tmp_path / "site-0", 3)
+    with pytest.raises(WorldError, match="this site acts on a partition, the run is for own data"):
+        network.run(config, grid, tmp_path / "again", Patience(join=0.3), own=True)
+
+
+def test_a_holdout_nobody_shares_is_refused(sites: tuple[Config, Network], tmp_path: Path) -> None:
+    config, grid = sites
+    config.strategy = compose(["strategy=fedmd"]).strategy
+    config.transfer.source = "holdout"
+    with pytest.raises(UserError, match=r"transfer.source=holdout"):
+        network.run(config, grid, tmp_path / "run", own=True)
