@@ -15,6 +15,7 @@ from fedfuse.data.assemble import Table, assemble, options
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.places import split_files
+from fedfuse.data.store import key_of, stored_dataset
 from fedfuse.errors import UserError
 
 
@@ -28,9 +29,22 @@ def read(config: DataConfig, root: Path) -> Dataset:
     """
     extra = options(config, {"train": None, "test": None, **TEXT_OPTIONS})
     files = split_files(root, config.name, (".jsonl", ".jsonl.gz", ".json.gz"), extra)
-    train = _table(config, files["train"] or files["other"], extra)
-    test = _table(config, files["test"], extra) if files["test"] else None
-    return assemble(config, train, test)
+
+    def build() -> Dataset:
+        train = _table(config, files["train"] or files["other"], extra)
+        test = _table(config, files["test"], extra) if files["test"] else None
+        return assemble(config, train, test)
+
+    if not extra["tokenizer"]:
+        return build()
+    used = [path for paths in files.values() for path in paths]
+    used += sorted(Path(str(extra["tokenizer"])).expanduser().glob("*tokenizer*.json"))
+    key = key_of(
+        "jsonl",
+        [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
+        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
+    )
+    return stored_dataset(key, build)  # tokenised once
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

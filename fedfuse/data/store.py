@@ -69,6 +69,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "mean": dataset.mean,
         "std": dataset.std,
         "group_names": dataset.group_names,
+        "next_token": dataset.next_token,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -99,6 +100,7 @@ def _open(folder: Path) -> Dataset:
         mean=values("mean"),
         std=values("std"),
         group_names=values("group_names"),
+        next_token=bool(meta.get("next_token", False)),
     )
 
 

@@ -50,6 +50,28 @@ class TextClassifier(nn.Module):
         return self.model(input_ids=x, attention_mask=mask.long()).logits
 
 
+class PooledClassifier(nn.Module):
+    """A sentence encoder: the mean of its last states over a text's tokens, and a linear head."""
+
+    def __init__(self, model: Any, pad: int, classes: int) -> None:
+        super().__init__()
+        self.model, self.pad = model, pad
+        self.feature_dim = int(model.config.hidden_size)
+        self.head = nn.Linear(self.feature_dim, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return features of shape (B, feature_dim)."""
+        mask = x != self.pad
+        mask[:, 0] = True
+        states = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
+        weights = mask[:, :, None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape (B, C)."""
+        return self.head(self.features(x))
+
+
 def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig) -> nn.Module:
     """Build a language model for texts of `shape` = (T,).
 
@@ -88,11 +110,13 @@ def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig) 
         raise UserError(
             f"model={name}: the data have {classes} tokens, the model knows {vocabulary}: use its tokenizer"
         )
-    model.float()
+    nn.Module.float(model)  # transformers refuses .float() on what it dequantised from a .gguf file
     if causal:
         return CausalLM(model)
-    pad = model.config.pad_token_id
-    return TextClassifier(model, PAD if pad is None else int(pad))
+    pad = PAD if model.config.pad_token_id is None else int(model.config.pad_token_id)
+    if not hasattr(model, "num_labels") or type(model).__name__.endswith("Model"):
+        return PooledClassifier(model, pad, classes)
+    return TextClassifier(model, pad)
 
 
 def _small(transformers: Any, name: str, length: int, classes: int) -> Any:
@@ -123,6 +147,8 @@ def _load(transformers: Any, name: str, path: Path, classes: int) -> Any:
     try:
         if name == "causal_lm":
             return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        if (path / "1_Pooling").is_dir():  # a sentence encoder: its pooler was never trained
+            return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
         return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, **options)
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -144,7 +144,13 @@ def test_roles_need_a_tokenizer_and_words(tmp_path: Path) -> None:
 
     base = lm(tmp_path)
     with pytest.raises(UserError, match=r"data.extra.tokenizer=nowhere is not a directory"):
-        scenario_of((*(w for w in base if "tokenizer" not in w), "strategy=fed_sb", "+data.extra.tokenizer=nowhere"))
+        scenario_of(
+            (
+                *(w for w in base if not w.startswith("+data.extra.tokenizer")),
+                "strategy=fed_sb",
+                "+data.extra.tokenizer=nowhere",
+            )
+        )
     with pytest.raises(UserError, match="no role has 500 windows"):
         scenario_of((*base, "strategy=fed_sb", "+data.extra.least=500"))
 
