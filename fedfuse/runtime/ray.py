@@ -86,13 +86,16 @@ class RayGrid(LocalGrid):
         self.seconds, self.bytes = 1.0, LARGE  # of one group, as last seen: how many go into one call
         self.crew = [Member(self._start()) for _ in range(workers)]
 
-    def _start(self) -> Any:
+    def _start(self, again: bool = False) -> Any:
         """Take an idle worker, or start one; a worker that cannot take the run on says so at its first group."""
         idle = _idle.setdefault(self._share, [])
         if idle:
             return idle.pop()
-        spread = "SPREAD" if self._scenario.config.runtime.address else "DEFAULT"
-        options = {"num_cpus": 1, "num_gpus": self._share, "scheduling_strategy": spread}
+        joined = self._scenario.config.runtime.address is not None
+        # where a machine of a cluster is lost, what is left of it takes its workers over
+        cores = 0 if joined and again else 1
+        spread = "SPREAD" if joined else "DEFAULT"
+        options = {"num_cpus": cores, "num_gpus": self._share, "scheduling_strategy": spread}
         return ray.remote(Worker).options(**options).remote()
 
     def pids(self) -> list[int]:
@@ -152,7 +155,7 @@ class RayGrid(LocalGrid):
         """End a worker that is dead, hung or at odds with itself, and start another in its place."""
         with contextlib.suppress(Exception):
             ray.kill(member.actor)
-        member.actor, member.ready, member.shares_directory = self._start(), None, None
+        member.actor, member.ready, member.shares_directory = self._start(again=True), None, None
 
     def states(self, member: Member, bare: list[Bare]) -> dict[tuple[int, str], Tree | None]:
         """Client states for a worker that does not see our directory."""
