@@ -99,6 +99,8 @@ class RuntimeConfig:
     name: str = "ray"
     workers: int | None = None  # default min(cores, clients)
     device: str = "auto"  # auto | cpu | cuda
+    gpu_fraction: float = 1.0  # share of a GPU each actor takes on cuda
+    memory: int | None = None  # MB that a run may take; default: Ray's own choice for its object store
     address: str | None = None  # join this Ray cluster
     retries: int = 2
     client_timeout: float | None = None  # seconds; off by default

@@ -85,6 +85,8 @@ class Residents:
         self._layouts: dict[str, Layout] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
+        budget = scenario.config.runtime.memory
+        self._room = min(512, 512 if budget is None else budget // 16) * 2**20
 
     def build(self, architecture: str) -> nn.Module:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
@@ -163,7 +165,7 @@ class Residents:
     # -- data as tensors, kept while there is room ---------------------------------------------------------
 
     def tensors(self, *key: Any) -> Any:
-        """Tensors of (client, split), of "transfer" or of "test", cached up to 512 MB a process."""
+        """Tensors of (client, split), of "transfer" or of "test", cached up to 512 MB a process (less in a small `runtime.memory`)."""
         if key in self._tensors:
             self._tensors.move_to_end(key)
             return self._tensors[key]
@@ -181,7 +183,7 @@ class Residents:
         value = tuple(None if t is None else t.to(self.device) for t in value) if value is not None else None
         self._tensors[key] = value
         self._cached += _size(value)
-        while self._cached > 512 * 2**20 and len(self._tensors) > 1:
+        while self._cached > self._room and len(self._tensors) > 1:
             self._cached -= _size(self._tensors.popitem(last=False)[1])
         return value
 

@@ -52,8 +52,8 @@ class RayGrid(LocalGrid):
         How often a client, or a group whose actor died, is tried again.
     address : str, optional
         Ray cluster to join; default starts one on this machine.
-    gpu_fraction : float
-        Share of a GPU each actor takes on `cuda`.
+    gpu_fraction : float, optional
+        Share of a GPU each actor takes on `cuda`; default `runtime.gpu_fraction`.
     """
 
     def __init__(
@@ -65,21 +65,23 @@ class RayGrid(LocalGrid):
         device: str = "cpu",
         retries: int = 2,
         address: str | None = None,
-        gpu_fraction: float = 1.0,
+        gpu_fraction: float | None = None,
     ) -> None:
         super().__init__(scenario.clients)
         single_thread()
         runtime = scenario.config.runtime
-        memory = getattr(runtime, "memory", None)
-        connect(workers, address, None if memory is None else int(memory * 2**20 // 4))
-        self.window = WINDOW if memory is None else int(memory * 2**20 // 8)
+        # of a budget, a quarter is the object store's and half of that may be replies that wait for their turn
+        budget = None if runtime.memory is None else runtime.memory * 2**20
+        connect(workers, address, None if budget is None else budget // 4)
+        self.window = WINDOW if budget is None else min(WINDOW, budget // 8)
         self.retries, self.limit = retries, runtime.client_timeout
         self.store = ClientStore(Path(state_dir))
         token = f".seen-{uuid.uuid4().hex}"  # tells an actor that it sees our directory, not one of the same name
         self._token = self.store.directory / token
         self._token.touch()
         self._args = (ray.put(entry), ray.put(scenario), str(state_dir), token, device, retries, self.limit)
-        self._share = gpu_fraction if device == "cuda" else 0.0
+        share = runtime.gpu_fraction if gpu_fraction is None else gpu_fraction
+        self._share = share if device == "cuda" else 0.0
         self._scenario, self._topics = scenario, entry.server.topics
         self._references: dict[Address, tuple[int, Any]] = {}
         self._foreign: tuple[Any, Any] | None = None
