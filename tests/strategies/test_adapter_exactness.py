@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fedfuse.strategies.fed_sb import step
 from fedfuse.strategies.fedex_lora import residual
 from fedfuse.strategies.fedsvd import refactor
 from fedfuse.strategies.flexlora import truncated
 from fedfuse.strategies.flora import stack
 from fedfuse.strategies.hetlora import norm
-
 from fedfuse.train.stack import compact, deltas, empty, fold
 from tests.strategies.adapter_halves import LAYER, D, K, drawn, own_update, server, shares, update
 
