@@ -50,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (("register", "let a node's public key join"), ("unregister", "revoke a node, by node id")):
         sub = commands.add_parser(name, help=what)
         _reach(sub)
-        sub.add_argument("which", metavar="KEY.pub" if name == "register" else "NODE_ID")
+        sub.add_argument("which", nargs="+", metavar="KEY.pub" if name == "register" else "NODE_ID")
+
+    health = commands.add_parser("health", help="exit code 0 if the server answers and the CA vouches for it")
+    _reach(health)
 
     run = commands.add_parser("run", help="submit a run, stream its log, fetch its run directory")
     _reach(run)
@@ -154,8 +157,22 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _register(args: argparse.Namespace, keys: list[str]) -> int:
-    print(_link(args).flwr("supernode", args.command, args.which, "fedfuse").strip())
+    from fedfuse.errors import WorldError
+
+    for which in args.which:
+        try:
+            print(_link(args).flwr("supernode", args.command, which, "fedfuse").strip())
+        except WorldError as error:
+            if args.command == "unregister" or "already" not in str(error):
+                raise
+            print(f"{which}: registered already")
     return 0
+
+
+def _health(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.launch import greet
+
+    return 0 if greet(args.server, None if args.insecure else args.ca) else 1
 
 
 def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -223,6 +240,7 @@ COMMANDS = {
     "certs": _certs,
     "server": _server,
     "node": _node,
+    "health": _health,
     "register": _register,
     "unregister": _register,
     "run": _run,

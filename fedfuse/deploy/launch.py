@@ -113,8 +113,8 @@ def run_server(
     return _become("flower-superlink", words, flower_superlink)
 
 
-def greet(server: str, ca: Path | None) -> None:
-    """Look whether the server speaks as this node was told, so that a refusal has a name; a silent server is fine.
+def greet(server: str, ca: Path | None) -> bool:
+    """Look whether the server speaks as this node was told, so that a refusal has a name; False if it is silent.
 
     Raises
     ------
@@ -138,9 +138,10 @@ def greet(server: str, ca: Path | None) -> None:
         if ca is not None:
             raise WorldError(f"the server at {server} does not speak TLS ({error.reason}); nothing was sent") from error
     except OSError:
-        return  # nobody answers yet; Flower goes on trying
+        return False
     if secure and ca is None:
         raise WorldError(f"the server at {server} speaks TLS only; --insecure is refused there")
+    return True
 
 
 def run_node(
@@ -153,7 +154,8 @@ def run_node(
     UserError
         If certificates are missing or a directory cannot be written.
     """
-    greet(server, None if insecure else _there(ca, "--ca"))
+    if not greet(server, None if insecure else _there(ca, "--ca")):
+        print(f"fedfuse: nobody answers at {server} yet; trying on", flush=True)
     if insecure:
         words = ["--insecure"]
     else:

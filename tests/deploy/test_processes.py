@@ -222,10 +222,11 @@ def test_a_node_refuses_it_even_from_a_server_that_runs_it(tmp_path: Path) -> No
     home.mkdir()
     link = Link(f"127.0.0.1:{port}", insecure=True)
     words = [flower("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    server = Process("link", words, surroundings(home), tmp_path / "link.log")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a SuperLink looks for its executor there
+    server = Process("link", words, surroundings(home, PATH=path), tmp_path / "link.log")
     started = None
     try:
-        assert server.wait_for("Uvicorn running", 90)
+        assert server.wait_for("Uvicorn running", 90), server.text()
         started = Process(
             "node",
             [sys.executable, "-m", "fedfuse.deploy", "node", "--insecure", "--server", link.address, "--partition",
