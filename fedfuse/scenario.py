@@ -165,7 +165,7 @@ class Residents:
     # -- data as tensors, kept while there is room ---------------------------------------------------------
 
     def tensors(self, *key: Any) -> Any:
-        """Tensors of (client, split), of "transfer" or of "test", cached up to 512 MB a process (less in a small `runtime.memory`)."""
+        """Tensors of (client, split), of "transfer" or of "test", cached in a process up to a limit."""
         if key in self._tensors:
             self._tensors.move_to_end(key)
             return self._tensors[key]
