@@ -1,4 +1,4 @@
-"""A real cluster of two Ray nodes, the second with a private file system: state travels; one node is lost; same digest."""
+"""A real cluster of two Ray nodes, the second with a private file system: state travels; a lost node costs nothing."""
 
 from __future__ import annotations
 

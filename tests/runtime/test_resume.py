@@ -1,4 +1,4 @@
-"""`kill -9` of the driver in mid-round, then `resume`: the digest is the undisturbed run's. And nothing is left behind."""
+"""`kill -9` of the driver in mid-round, then `resume`: the same digest as undisturbed; and nothing is left behind."""
 
 from __future__ import annotations
 
