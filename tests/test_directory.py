@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +16,7 @@ import torch
 import yaml
 
 from fedfuse.compose import compose
+from fedfuse.config import Config
 from fedfuse.directory import RunDirectory
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import as_yaml, load_config, resume, run
@@ -30,8 +33,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
 
 
-def configured(name: str, out: Path, *words: str):
-    return compose([*TINY, f"strategy={name}", f"out={out}", *words])
+@cache
+def composed(name: str, *words: str) -> Config:
+    return compose([*TINY, f"strategy={name}", *words])
+
+
+def configured(name: str, out: Path, *words: str) -> Config:
+    return replace(composed(name, *words), out=str(out))
 
 
 def summary_of(path: Path) -> dict:

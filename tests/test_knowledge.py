@@ -58,7 +58,7 @@ ROUND = st.fixed_dictionaries(
 
 
 @given(st.lists(ROUND, max_size=12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_served_nodes_hold_exactly_what_the_server_holds(rounds) -> None:
     board = Board(TOPICS)
     caches = {c: Cache() for c in CLIENTS}

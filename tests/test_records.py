@@ -174,7 +174,7 @@ def test_specs_name_sizes() -> None:
 
 
 @given(st.dictionaries(NAMES, CONTENT, max_size=3), st.dictionaries(NAMES, CONTENT, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_equal_hashes_mean_equal_contents(a, b) -> None:
     equal = set(a) == set(b) and all(same(a[k], b[k]) for k in a)
     assert (sha(a) == sha(b)) == equal
@@ -236,7 +236,7 @@ def equal_trees(a, b) -> bool:
 
 
 @given(st.dictionaries(KEYS, TREES, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_trees_come_back_as_they_went(tree) -> None:
     assert equal_trees(tree, unflatten(*flatten(tree)))
 

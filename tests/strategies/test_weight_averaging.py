@@ -16,7 +16,7 @@ def test_fedprox_without_its_term_has_fedavgs_digest() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("partition=iid",), ("train.optimizer=adam", "train.lr=0.01"), ("model=resnet8_bn",)]
+    "words", [("partition=iid",), ("train.optimizer=adam", "train.lr=0.01"), ("model=resnet8_bn", "rounds=1")]
 )
 def test_one_client_is_the_pool_bit_for_bit(words: tuple[str, ...]) -> None:
     there = play("centralized", "clients=1", *words)
