@@ -112,7 +112,8 @@ def compose(overrides: Sequence[str]) -> Config:
     for group, node in GROUPS.items():
         store.store(group=group, name="schema", node=node)
     store.store(group="strategy", name=chosen, node=registry.schema(chosen))
-    for name, path in preset_files().items():
+    asked = [o for o in overrides if o.startswith("experiment=")]
+    for name, path in preset_files().items() if asked else ():
         store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
     GlobalHydra.instance().clear()
     try:

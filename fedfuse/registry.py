@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -152,6 +153,11 @@ def listed() -> dict[str, Listed]:
 
 
 def _read(path: Path, module: str) -> list[Listed]:
+    return _parsed(path, module, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: Path, module: str, changed: int) -> list[Listed]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedfuse import registry
-from fedfuse.compose import compose
+from omegaconf import OmegaConf
+
+from fedfuse import models, registry
+from fedfuse.compose import GROUPS, check, compose
 from fedfuse.config import Config
+from fedfuse.data import FederatedData, prepare
 from fedfuse.directory import RunDirectory
 from fedfuse.experiment import as_yaml, build_strategy
 from fedfuse.federation import Callback, Evaluation, Federation
 from fedfuse.node import place
 from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity, single_thread
 from fedfuse.runtime.serial import SerialGrid
-from fedfuse.scenario import Scenario, prepare_scenario
+from fedfuse.scenario import Scenario
 from fedfuse.store import ClientStore
 from fedfuse.strategy import FusionStrategy
 
@@ -52,9 +55,40 @@ class Played:
 
 
 @cache
+def _composed(words: tuple[str, ...]) -> Config:
+    return compose([*words, "strategy=local"])
+
+
+@cache
+def _dealt(key: str) -> FederatedData:
+    data, partition, transfer, clients, seed = _asked[key]
+    return prepare(data, partition, transfer, clients, seed)
+
+
+_asked: dict[str, Any] = {}
+
+
+@cache
 def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
-    config = compose(list(overrides))
-    return config, prepare_scenario(config)
+    """Compose by Hydra what chooses a group, and set plain keys without it: it costs more than these runs.
+
+    `tests/test_configurations.py` composes every strategy and group the whole way.
+    """
+    groups = [w for w in overrides if w.split("=")[0] in GROUPS]
+    plain = [w for w in overrides if w.split("=")[0] not in (*GROUPS, "strategy")]
+    name = next(w.split("=", 1)[1] for w in reversed(overrides) if w.startswith("strategy="))
+    values = {k: v for k, v in asdict(_composed(tuple(groups))).items() if k != "strategy"}
+    own = OmegaConf.from_dotlist([w.removeprefix("strategy.") for w in plain if w.startswith("strategy.")])
+    keys = OmegaConf.from_dotlist([w.lstrip("+") for w in plain if not w.startswith("strategy.")])
+    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values, keys))  # type: ignore
+    chosen = OmegaConf.merge(OmegaConf.structured(registry.schema(name)), own)
+    config.strategy = registry.typed(OmegaConf.to_object(chosen))
+    check(config)
+    wanted = (config.data, config.partition, config.transfer, config.clients, config.seed)
+    _asked[repr(wanted)] = wanted
+    data = _dealt(repr(wanted))
+    names = models.architectures(config.model, data.dataset.kind, data.dataset.shape, data.clients)
+    return config, Scenario(config, data, tuple(names))
 
 
 @contextlib.contextmanager
