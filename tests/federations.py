@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from fedfuse.strategy import FusionStrategy
 
 single_thread()
 claim_identity()
+gc.freeze()  # Flower collects garbage after each aggregation; what was imported until here is none
 
 TINY = (
     "data=digits", "data.limit=240", "data.test_limit=60", "partition=iid", "clients=3", "rounds=2",
