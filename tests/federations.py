@@ -30,7 +30,6 @@ from fedfuse.strategy import FusionStrategy
 
 single_thread()
 claim_identity()
-gc.freeze()  # Flower collects garbage after each aggregation; what was imported until here is none
 
 TINY = (
     "data=digits", "data.limit=240", "data.test_limit=60", "partition=iid", "clients=3", "rounds=2",
@@ -132,6 +131,8 @@ def federation(
             transport = InlineGrid(place(entry, scenario, directory.clients), reverse)
         undrawn = mock.patch("fedfuse.data.picture.draw_partition")  # takes longer than the whole run
         undrawn.start()
+        if gc.get_freeze_count() == 0:
+            gc.freeze()  # Flower collects garbage after each aggregation; what is imported and built by now is none
         try:
             whole = [Evaluation(config.evaluate.every), directory, *callbacks]
             built = Federation(strategy, transport, config.rounds, whole)
