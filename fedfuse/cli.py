@@ -24,8 +24,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
 
-Keys: strategy= data= partition= model= loss= runtime= experiment= are chosen by one word; then strategy.<hyper>=
-clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5 evaluate.every=1 out=<dir>
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= experiment=. Keys: strategy.<hyper>=
+clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5 evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
 """
 

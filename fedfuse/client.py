@@ -235,9 +235,7 @@ class FusionClient:
         keep = own and self.scenario.config.train.optimizer_state == "keep" and self.personal
         if keep:
             options["optimizer"] = self._kept_optimizer(options)
-        result = local.train(
-            self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **options
-        )
+        result = local.train(self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **options)
         if keep:
             slots = options["optimizer"].state_dict()["state"]
             self.state["optimizer"] = {

@@ -175,7 +175,8 @@ def client_app(name: str) -> Any:
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
 
-    app, workload, kept = ClientApp(), WORKLOADS[name], {}
+    app, workload = ClientApp(), WORKLOADS[name]
+    kept: dict[str, torch.Tensor] = {}
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -205,7 +206,7 @@ def flower_round(workload: Workload, grid: Any, clients: int) -> Callable[[], No
     from flwr.serverapp.strategy import FedAvg
 
     strategy = FedAvg(fraction_train=COHORT / clients, fraction_evaluate=0, min_available_nodes=clients)
-    state = {"arrays": ArrayRecord(build(workload).state_dict()), "round": 0}
+    state: dict[str, Any] = {"arrays": ArrayRecord(build(workload).state_dict()), "round": 0}
 
     def play() -> None:
         state["round"] += 1

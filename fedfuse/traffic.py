@@ -1,7 +1,8 @@
 """Counted bytes: what training needed, apart from set-up, evaluation and re-sending.
 
-Rules: array payload, logical per client, each (client, topic, version) once. A version that an evaluation happened to deliver first is charged to training when training needs it, so that `evaluate.every` changes no
-training figure; the sum of all rows is what was really put into messages.
+Rules: array payload, logical per client, each (client, topic, version) once. A version that an evaluation happened to
+deliver first is charged to training when training needs it, so that `evaluate.every` changes no training figure; all
+rows add up to what was really put into messages.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ arXiv 1602.05629). In round t, for the sampled clients S_t:
     server:    w_{t+1} ← Σ_{k∈S_t} n_k w_k / Σ_{k∈S_t} n_k
 
 Travels: the model both ways, P·B_f bytes a client and round (P parameters and buffers, B_f bytes each).
-Choice: `weighting=uniform` takes every client alike. Buffers are averaged as parameters are; integer ones keep their dtype.
+Choice: `weighting=uniform` takes every client alike. Buffers are averaged as parameters are; integer ones keep their
+dtype.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Box (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, 
     client k:  w_k ← argmin_w F_k(w) + (μ/2)·‖w − w_t‖²     (E epochs, from w_t)
     server:    as FedAvg
 
-Travels: P·B_f bytes each way. The term enters as its gradient, μ·(w − w_t), before each step; μ = 0 is FedAvg bit for bit.
+Travels: P·B_f bytes each way. The term enters as its gradient, μ·(w − w_t), before each step; μ = 0 is FedAvg bit for
+bit.
 """
 
 from __future__ import annotations

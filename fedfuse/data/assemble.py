@@ -75,9 +75,7 @@ def strata_of(targets: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     return np.asarray(groups) * (int(targets.max(initial=0)) + 1) + targets
 
 
-def codes_of(
-    columns: Sequence[np.ndarray], named: Sequence[str] | None
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def codes_of(columns: Sequence[np.ndarray], named: Sequence[str] | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Map labels (or group ids) of several splits to 0..C-1.
 
     Parameters
@@ -179,8 +177,7 @@ def assemble(
     else:
         group_names = None
     splits = [
-        Examples(inputs, labels, ids)
-        for (inputs, _), labels, ids in zip(converted, targets, groups, strict=True)
+        Examples(inputs, labels, ids) for (inputs, _), labels, ids in zip(converted, targets, groups, strict=True)
     ]
     kind = converted[0][1]
     if test is None and config.test_fraction > 0:

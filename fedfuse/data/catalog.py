@@ -31,9 +31,7 @@ class Source:
 LAYOUTS = ("parquet", "npz", "images", "jsonl", "pfllib", "leaf", "custom", "mixed")
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(
-        "scikit-learn's 1,797 handwritten digits of 8×8 (no file needed)", "digits", (0.3053,), (0.3759,)
-    ),
+    "digits": Source("scikit-learn's 1,797 handwritten digits of 8×8 (no file needed)", "digits", (0.3053,), (0.3759,)),
     "mnist": Source(
         "MNIST, 60,000/10,000 digits of 28×28 (MNIST/raw/*-ubyte.gz)",
         "idx",
@@ -48,13 +46,9 @@ SOURCES: dict[str, Source] = {
         (0.2470, 0.2435, 0.2616),
         "uoft-cs/cifar10",
     ),
-    "mnist_m": Source(
-        "MNIST-M, digits on colour photographs, 32×32 (HF parquet)", "parquet", hub="Mike0307/MNIST-M"
-    ),
+    "mnist_m": Source("MNIST-M, digits on colour photographs, 32×32 (HF parquet)", "parquet", hub="Mike0307/MNIST-M"),
     "usps": Source("USPS digits of 16×16 (HF parquet)", "parquet", hub="flwrlabs/usps"),
-    "office_caltech10": Source(
-        "Office-Caltech-10, 10 classes in 4 domains (HF parquet per domain)", "parquet"
-    ),
+    "office_caltech10": Source("Office-Caltech-10, 10 classes in 4 domains (HF parquet per domain)", "parquet"),
     "tiny_shakespeare": Source(
         "lines of Shakespeare by speaking role, next-token task (roles.jsonl.gz, data.extra.tokenizer)", "roles"
     ),

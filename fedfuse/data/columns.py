@@ -15,9 +15,7 @@ INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence
 TARGETS = ("label", "labels", "targets", "target", "y", "fine_label")
 
 
-def column_of(
-    named: str | None, guesses: Sequence[str], present: Sequence[str], key: str, where: object
-) -> str:
+def column_of(named: str | None, guesses: Sequence[str], present: Sequence[str], key: str, where: object) -> str:
     """Return the column to use: the one the user named, else the first usual name.
 
     Raises
@@ -49,9 +47,7 @@ def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.n
     """
     if form not in ("counts", "tokens"):
         raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
-    hashed = [
-        [1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts
-    ]
+    hashed = [[1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts]
     if form == "tokens":
         tokens = np.zeros((len(hashed), length), dtype=np.int64)
         for row, words in enumerate(hashed):

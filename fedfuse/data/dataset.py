@@ -149,15 +149,11 @@ def check(dataset: Dataset) -> Dataset:
         if examples is None:
             continue
         if len(examples.inputs) != len(examples.targets):
-            raise UserError(
-                f"{name}: {split} has {len(examples.inputs)} inputs but {len(examples.targets)} labels"
-            )
+            raise UserError(f"{name}: {split} has {len(examples.inputs)} inputs but {len(examples.targets)} labels")
         if examples.groups is not None and len(examples.groups) != len(examples):
             raise UserError(f"{name}: {split} has {len(examples)} rows but {len(examples.groups)} group ids")
         if tuple(examples.inputs.shape[1:]) != dataset.shape:
-            raise UserError(
-                f"{name}: {split} inputs have shape {examples.inputs.shape[1:]}, expected {dataset.shape}"
-            )
+            raise UserError(f"{name}: {split} inputs have shape {examples.inputs.shape[1:]}, expected {dataset.shape}")
         if len(examples) and not 0 <= examples.targets.min() <= examples.targets.max() < len(dataset.classes):
             raise UserError(
                 f"{name}: {split} labels lie in {examples.targets.min()}..{examples.targets.max()}, "

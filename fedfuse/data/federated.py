@@ -191,10 +191,6 @@ def _as_given(dataset: Dataset, transfer: Examples | None, clients: int | None) 
     assert dataset.provided is not None
     offsets = dataset.provided.offsets
     if clients is not None and clients != len(offsets):
-        raise UserError(
-            f"clients={clients}: data={dataset.name} comes partitioned; allowed: {len(offsets)} (or null)"
-        )
-    notes = (
-        f"data={dataset.name} comes partitioned: clients and splits as given, partition settings unused",
-    )
+        raise UserError(f"clients={clients}: data={dataset.name} comes partitioned; allowed: {len(offsets)} (or null)")
+    notes = (f"data={dataset.name} comes partitioned: clients and splits as given, partition settings unused",)
     return FederatedData(dataset, np.arange(len(dataset.train)), offsets, transfer, notes)

@@ -94,8 +94,7 @@ def _deal(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # one line per draw that was too small
                 rows = [
-                    np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64)
-                    for client in range(clients)
+                    np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64) for client in range(clients)
                 ]
         except ValueError as error:
             reason = reason_of(error)
@@ -180,6 +179,5 @@ def refuse_impossible(config: PartitionConfig, targets: np.ndarray, clients: int
         classes = len(np.unique(targets))
         if not 1 <= config.classes_per_client <= classes:
             raise UserError(
-                f"partition.classes_per_client={config.classes_per_client}; "
-                f"allowed: 1 to {classes} (classes present)"
+                f"partition.classes_per_client={config.classes_per_client}; allowed: 1 to {classes} (classes present)"
             )

@@ -30,9 +30,7 @@ def load(config: DataConfig) -> Dataset:
     elif config.layout in LAYOUTS:
         layout = config.layout
     else:
-        raise UserError(
-            f"data.layout={config.layout} is unknown; {nearest(config.layout, ('builtin', *LAYOUTS))}"
-        )
+        raise UserError(f"data.layout={config.layout} is unknown; {nearest(config.layout, ('builtin', *LAYOUTS))}")
     if not 0 <= config.test_fraction < 1:
         raise UserError(f"data.test_fraction={config.test_fraction}; allowed: 0 ≤ share < 1")
     for key in ("limit", "test_limit"):
@@ -44,16 +42,12 @@ def load(config: DataConfig) -> Dataset:
     dataset = check(reader.read(config, root))
     if dataset.provided is not None:
         if config.limit is not None or config.test_limit is not None:
-            raise UserError(
-                f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null"
-            )
+            raise UserError(f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null")
         return dataset
     return dataclasses.replace(
         dataset,
         train=limited(dataset.train, config.limit, config.name, "limit"),
-        test=None
-        if dataset.test is None
-        else limited(dataset.test, config.test_limit, config.name, "test_limit"),
+        test=None if dataset.test is None else limited(dataset.test, config.test_limit, config.name, "test_limit"),
     )
 
 

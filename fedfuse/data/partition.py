@@ -45,9 +45,7 @@ def clients_of(config: PartitionConfig, clients: int | None, group_count: int) -
             )
         follows = group_count * (config.clients_per_domain if config.name == "domain" else 1)
         if clients is not None and clients != follows:
-            raise UserError(
-                f"clients={clients}: partition={config.name} follows the data; allowed: {follows} or null"
-            )
+            raise UserError(f"clients={clients}: partition={config.name} follows the data; allowed: {follows} or null")
         return follows
     return CLIENTS if clients is None else clients
 
@@ -83,9 +81,7 @@ def partition_rows(
         Where the examples cannot be dealt as asked.
     """
     if clients > len(targets) and config.name != "natural":
-        raise UserError(
-            f"clients={clients} but only {len(targets)} examples are left to deal; allowed: at most that"
-        )
+        raise UserError(f"clients={clients} but only {len(targets)} examples are left to deal; allowed: at most that")
     rng = numpy_generator(seed, "partition", config.name)
     if config.name == "iid":
         # flwr's IidPartitioner is the same cut of a shuffled file, but builds one data set per client.
@@ -114,17 +110,11 @@ def _by_group(
     for start, end in zip(starts, ends, strict=True):
         rows.extend(np.array_split(order[start:end], per_group))
     empty = sum(not len(part) for part in rows)
-    notes = (
-        [f"{empty} of {len(rows)} clients have no examples left after the transfer set was cut"]
-        if empty
-        else []
-    )
+    notes = [f"{empty} of {len(rows)} clients have no examples left after the transfer set was cut"] if empty else []
     return rows, notes
 
 
-def _by_size(
-    config: PartitionConfig, examples: int, clients: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+def _by_size(config: PartitionConfig, examples: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     # Everyone has the least size; only what is above it is dealt unequally, so that any α can be met.
     least = max(config.min_size, 1)
     shares = np.nan_to_num(rng.dirichlet(np.full(clients, config.alpha)))

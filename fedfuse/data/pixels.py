@@ -67,9 +67,7 @@ def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, wh
                 frame = frame.resize(wanted, Image.Resampling.BILINEAR)
         except Exception as error:  # Pillow raises whatever its decoders do
             name = f"image {index}" if isinstance(source, bytes) else str(source)
-            raise UserError(
-                f"{where}: {name} cannot be decoded ({reason_of(error)}); expected an image file"
-            ) from None
+            raise UserError(f"{where}: {name} cannot be decoded ({reason_of(error)}); expected an image file") from None
         if frame.size != wanted:
             raise UserError(f"{where}: images of {wanted} and {frame.size}; set data.extra.size=<pixels>")
         if not array.size:

@@ -23,9 +23,7 @@ def root_of(config: DataConfig) -> Path:
     if config.root is not None:
         root = Path(config.root).expanduser()
         if not root.exists():
-            raise UserError(
-                f"data.root={config.root} does not exist; expected the files of data={config.name}"
-            )
+            raise UserError(f"data.root={config.root} does not exist; expected the files of data={config.name}")
         return root
     tried = []
     if os.environ.get("FEDFUSE_DATA"):

@@ -28,9 +28,7 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         raise UserError(f"data.load={path}: {module} has no function {name!r}")
     dataset = function(**dict(config.extra or {}))
     if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"data.load={path} returned {type(dataset).__name__}; expected a fedfuse.data.Dataset"
-        )
+        raise UserError(f"data.load={path} returned {type(dataset).__name__}; expected a fedfuse.data.Dataset")
     return dataset
 
 

@@ -22,9 +22,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     UserError
         Where a file is missing or damaged.
     """
-    folder = next(
-        (place for place in (root / "MNIST" / "raw", root / "raw", root) if any(place.glob("*ubyte*"))), None
-    )
+    folder = next((place for place in (root / "MNIST" / "raw", root / "raw", root) if any(place.glob("*ubyte*"))), None)
     if folder is None and any(root.rglob("*.parquet")):
         from fedfuse.data import read_parquet  # the hub's copy
 
@@ -57,11 +55,7 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); expected a gzipped IDX file") from None
     head = 4 + 4 * dimensions
-    shape = (
-        tuple(int(size) for size in np.frombuffer(content[4:head], dtype=">u4"))
-        if len(content) >= head
-        else ()
-    )
+    shape = tuple(int(size) for size in np.frombuffer(content[4:head], dtype=">u4")) if len(content) >= head else ()
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != head + int(np.prod(shape)):
         raise UserError(
             f"{path} is damaged ({len(content)} bytes); expected an IDX file of unsigned bytes "

@@ -46,9 +46,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     def build() -> Dataset:
         tables = []
         # Both splits are decoded in one go, so that they agree on colour and size.
-        images = decode(
-            [path for split in splits for path, _, _ in split], extra["size"], f"data={config.name}"
-        )
+        images = decode([path for split in splits for path, _, _ in split], extra["size"], f"data={config.name}")
         start = 0
         for split in splits:
             labels = np.array([label for _, label, _ in split])

@@ -51,11 +51,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """Read one object per line; empty lines are skipped."""
     rows = []
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as file
-        ):
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     row = json.loads(line)
@@ -63,9 +59,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
                         raise UserError(f"{path}: line {number} is no JSON object")
                     rows.append(row)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: line {number} is not JSON ({error.msg}); expected one object per line"
-        ) from None
+        raise UserError(f"{path}: line {number} is not JSON ({error.msg}); expected one object per line") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); expected JSON lines") from None
     if not rows:

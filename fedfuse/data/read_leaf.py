@@ -40,15 +40,11 @@ def read(config: DataConfig, root: Path) -> Dataset:
     def pair(users: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
         inputs, labels = users.get(name, ([], []))
         if len(inputs) != len(labels):
-            raise UserError(
-                f"data={config.name}: user {name} has {len(inputs)} inputs but {len(labels)} labels"
-            )
+            raise UserError(f"data={config.name}: user {name} has {len(inputs)} inputs but {len(labels)} labels")
         try:
             if letters is not None and spelled is not None:
                 tokens = [[letters[letter] for letter in text] for text in inputs]
-                return np.array(tokens, dtype=np.int64), np.array(
-                    [spelled.index(str(label)) for label in labels], int
-                )
+                return np.array(tokens, dtype=np.int64), np.array([spelled.index(str(label)) for label in labels], int)
             array = np.asarray(inputs, dtype=np.float32)
             ids = np.asarray(labels, dtype=np.int64)
         except (ValueError, TypeError, KeyError):
@@ -59,9 +55,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
             try:
                 array = array.reshape(len(array), *(int(side) for side in extra["shape"]))
             except ValueError:
-                raise UserError(
-                    f"data.extra.shape={extra['shape']}: inputs have shape {array.shape[1:]}"
-                ) from None
+                raise UserError(f"data.extra.shape={extra['shape']}: inputs have shape {array.shape[1:]}") from None
         return array, ids
 
     splits = [(pair(train, name), pair(test, name)) for name in names]
@@ -85,8 +79,7 @@ def _users(folder: Path) -> Rows:
                 users[str(name)] = (list(held["x"]), list(held["y"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); "
-                "expected LEAF's users and user_data"
+                f"{path} cannot be read ({type(error).__name__}: {error}); expected LEAF's users and user_data"
             ) from None
     return users
 

@@ -59,10 +59,7 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
             return None
         return Examples(
             np.concatenate(
-                [
-                    reshape(piece.inputs, shape) if first.kind == "image" else piece.inputs
-                    for _, piece in present
-                ]
+                [reshape(piece.inputs, shape) if first.kind == "image" else piece.inputs for _, piece in present]
             ),
             np.concatenate([piece.targets for _, piece in present]),
             np.concatenate([np.full(len(piece), index) for index, piece in present]),

@@ -39,10 +39,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     if len(paths) == 1:
         arrays = load(paths[0])
         if config.inputs is None and "x_train" in arrays and "x_test" in arrays:
-            splits = [
-                Table(arrays[f"x_{name}"], _labels(arrays, f"y_{name}", paths[0]))
-                for name in ("train", "test")
-            ]
+            splits = [Table(arrays[f"x_{name}"], _labels(arrays, f"y_{name}", paths[0])) for name in ("train", "test")]
             return assemble(config, splits[0], splits[1])
         return assemble(config, _table(config, arrays, paths[0]))
     tables = []
@@ -51,9 +48,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
         if table.groups is None:
             table.groups = np.full(len(table.labels), index, dtype=np.int64)
         tables.append(table)
-    return assemble(
-        config, _stack(tables), None, None, None if config.groups else [path.stem for path in paths]
-    )
+    return assemble(config, _stack(tables), None, None, None if config.groups else [path.stem for path in paths])
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -70,9 +65,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         AttributeError,
         MemoryError,
     ) as error:
-        raise UserError(
-            f"{path} cannot be read ({reason_of(error)}); expected an .npz of plain arrays"
-        ) from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); expected an .npz of plain arrays") from None
 
 
 def _labels(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
@@ -95,9 +88,7 @@ def _table(config: DataConfig, arrays: dict[str, np.ndarray], path: Path) -> Tab
 
 def _stack(tables: list[Table]) -> Table:
     if len({table.inputs.shape[1:] for table in tables}) > 1:
-        raise UserError(
-            f"inputs of several shapes: {', '.join(str(table.inputs.shape[1:]) for table in tables)}"
-        )
+        raise UserError(f"inputs of several shapes: {', '.join(str(table.inputs.shape[1:]) for table in tables)}")
     groups = [table.groups for table in tables if table.groups is not None]
     return Table(
         np.concatenate([table.inputs for table in tables]),

@@ -26,9 +26,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     options(config, {})
     names = sorted((path.stem for path in (root / "train").glob("*.npz")), key=lambda name: (len(name), name))
     if not names:
-        raise UserError(
-            f"data={config.name}: no client under {root / 'train'}; expected train/0.npz, test/0.npz, …"
-        )
+        raise UserError(f"data={config.name}: no client under {root / 'train'}; expected train/0.npz, test/0.npz, …")
     splits = []
     for name in names:
         train = _pair(root / "train" / f"{name}.npz")
@@ -72,9 +70,7 @@ def provided_dataset(
         A global test set that came with the data.
     """
     if config.limit is not None or config.test_limit is not None:
-        raise UserError(
-            f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null"
-        )
+        raise UserError(f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null")
     pieces: list[Any] = [piece for pair in splits for piece in pair]
     sizes = np.array([[len(train[1]), 0, len(personal[1])] for train, personal in splits])
     ends = np.cumsum(sizes.ravel()).reshape(sizes.shape)

@@ -50,18 +50,14 @@ def cut_transfer(config: TransferConfig, dataset: Dataset, seed: int) -> tuple[E
     else:
         chosen, rest = _foreign(config, dataset, size, rng), everything
     if config.subset is not None and config.subset > len(chosen):
-        raise UserError(
-            f"transfer.subset={config.subset} of {len(chosen)} transfer examples; allowed: at most that"
-        )
+        raise UserError(f"transfer.subset={config.subset} of {len(chosen)} transfer examples; allowed: at most that")
     targets = chosen.targets if config.labelled else np.full(len(chosen), -1)
     return Examples(chosen.inputs, targets), rest
 
 
 def _noise(config: TransferConfig, dataset: Dataset, size: int, rng: np.random.Generator) -> Examples:
     if config.labelled:
-        raise UserError(
-            "transfer.labelled=true with transfer.source=noise; noise has no labels, allowed: false"
-        )
+        raise UserError("transfer.labelled=true with transfer.source=noise; noise has no labels, allowed: false")
     shape, dtype = (size, *dataset.shape), dataset.train.inputs.dtype
     inputs: np.ndarray
     if dataset.kind == "tokens":
@@ -80,25 +76,15 @@ def _foreign(config: TransferConfig, dataset: Dataset, size: int, rng: np.random
     other = load(DataConfig(name=config.source, root=config.root))
     where = f"transfer.source={config.source}"
     if size > len(other.train):
-        raise UserError(
-            f"transfer.size={size}: {where} has {len(other.train)} examples; allowed: at most that"
-        )
+        raise UserError(f"transfer.size={size}: {where} has {len(other.train)} examples; allowed: at most that")
     if config.labelled and other.classes != dataset.classes:
-        raise UserError(
-            f"transfer.labelled=true: {where} has other classes than data={dataset.name}; allowed: false"
-        )
+        raise UserError(f"transfer.labelled=true: {where} has other classes than data={dataset.name}; allowed: false")
     chosen = other.train.take(rng.permutation(len(other.train))[:size])
     inputs = chosen.inputs
-    pictures = (
-        dataset.kind == other.kind == "image" and inputs.dtype == dataset.train.inputs.dtype == np.uint8
-    )
+    pictures = dataset.kind == other.kind == "image" and inputs.dtype == dataset.train.inputs.dtype == np.uint8
     if pictures:
         inputs = reshape(inputs, dataset.shape)
-    elif (
-        other.kind != dataset.kind
-        or other.shape != dataset.shape
-        or inputs.dtype != dataset.train.inputs.dtype
-    ):
+    elif other.kind != dataset.kind or other.shape != dataset.shape or inputs.dtype != dataset.train.inputs.dtype:
         raise UserError(
             f"{where} gives {other.kind} {inputs.dtype} {other.shape}, data={dataset.name} is {dataset.kind} "
             f"{dataset.train.inputs.dtype} {dataset.shape}; only uint8 images are converted"

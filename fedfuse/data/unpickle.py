@@ -163,9 +163,7 @@ def read_client(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {
-                name.removesuffix(".npy"): read_member(archive.read(name)) for name in archive.namelist()
-            }
+            members = {name.removesuffix(".npy"): read_member(archive.read(name)) for name in archive.namelist()}
         found = members.get("data", members)
         if not isinstance(found, dict) or not {"x", "y"} <= found.keys():
             raise ValueError("no 'x' and 'y'")
@@ -173,9 +171,7 @@ def read_client(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a PFLlib client file") from None
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: {reason_of(error)}; expected a dict of plain arrays x and y"
-        ) from None
+        raise UserError(f"{path} is refused: {reason_of(error)}; expected a dict of plain arrays x and y") from None
     except Exception as error:  # hostile content can fail in any way; none of it may look like our own fault
         raise UserError(
             f"{path} cannot be read ({reason_of(error)}); expected a dict of plain arrays x and y"

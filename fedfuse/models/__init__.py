@@ -62,9 +62,7 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
         raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
     pool = [_resolve(name, config, kind, shape) for name in config.pool or [config.name]]
     if config.extra and not any(":" in name for name in pool):
-        raise UserError(
-            f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}"
-        )
+        raise UserError(f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}")
     if config.checkpoint and len(set(pool)) > 1:
         raise UserError(
             f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
@@ -74,9 +72,7 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
         raise UserError(f"model.path={config.path} is for {' and '.join(_LANGUAGE)}, not for {','.join(pool)}")
     for name in config.checkpoints:
         if name not in pool:
-            raise UserError(
-                f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}"
-            )
+            raise UserError(f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}")
     return [pool[i % len(pool)] for i in range(clients)]
 
 
@@ -145,9 +141,7 @@ def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) 
         return "mlp" if kind == "features" or len(shape) != 3 or max(shape[1:]) <= 8 else "cnn"
     base, width = _split(name)
     if base not in _NAMES:
-        raise UserError(
-            f"model={name!r} is not known: {nearest(base, [*_NAMES, 'auto', 'custom'])}, or pkg.mod:fn"
-        )
+        raise UserError(f"model={name!r} is not known: {nearest(base, [*_NAMES, 'auto', 'custom'])}, or pkg.mod:fn")
     for key, value in (("model.width", config.width), (f"the width in model={name!r}", width)):
         if not 0 < value < float("inf"):
             raise UserError(f"{key} is {value}: it must be positive")

@@ -199,9 +199,7 @@ def _llama2c(transformers: Any, weights: Path, description: Path) -> Any:
     found = model.load_state_dict(state, strict=False)
     missing = [key for key in found.missing_keys if key != "lm_head.weight"]
     if missing or found.unexpected_keys:
-        raise UserError(
-            f"model.path={weights.parent}: missing {missing[:2]}, unknown {found.unexpected_keys[:2]}"
-        )
+        raise UserError(f"model.path={weights.parent}: missing {missing[:2]}, unknown {found.unexpected_keys[:2]}")
     model.tie_weights()
     return model
 

@@ -119,9 +119,7 @@ def _checked(built: nn.Module, path: str, shape: tuple[int, ...], classes: int) 
         with torch.no_grad():
             out = built(torch.zeros(2, *shape))
     except Exception as error:
-        raise UserError(
-            f"model.build={path} cannot take a batch of shape (2, {str(shape)[1:]}: {error}"
-        ) from error
+        raise UserError(f"model.build={path} cannot take a batch of shape (2, {str(shape)[1:]}: {error}") from error
     if not isinstance(out, Tensor) and isinstance(getattr(out, "logits", None), Tensor):
         built, out = Logits(built), out.logits
     if not isinstance(out, Tensor) or out.shape != (2, classes):

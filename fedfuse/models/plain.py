@@ -46,13 +46,9 @@ def scaled(channels: int, width: float) -> int:
 def check_image(name: str, shape: tuple[int, ...], least: int) -> None:
     """Raise UserError unless `shape` is (channels, height, width) with sides of at least `least`."""
     if len(shape) != 3:
-        raise UserError(
-            f"model={name} needs images (channels, height, width), the data have shape {shape}: use mlp"
-        )
+        raise UserError(f"model={name} needs images (channels, height, width), the data have shape {shape}: use mlp")
     if min(shape[1:]) < least:
-        raise UserError(
-            f"model={name} needs images of at least {least}×{least}, the data have {shape[1]}×{shape[2]}"
-        )
+        raise UserError(f"model={name} needs images of at least {least}×{least}, the data have {shape[1]}×{shape[2]}")
 
 
 def dense(sizes: list[int]) -> list[nn.Module]:

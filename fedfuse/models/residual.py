@@ -98,9 +98,7 @@ class ResNet(nn.Module):
         return re.sub(r"(^|\.)bn(\d)\.", r"\1norm\2.", re.sub(r"^linear\.", "head.", key))
 
 
-def _stage(
-    inputs: int, outputs: int, blocks: int, stride: int, norm: Callable[[int], nn.Module]
-) -> nn.Sequential:
+def _stage(inputs: int, outputs: int, blocks: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     rest = (Block(outputs, outputs, 1, norm) for _ in range(blocks - 1))
     return nn.Sequential(Block(inputs, outputs, stride, norm), *rest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int}
@@ -31,7 +33,7 @@ def fault_of(reply: Message, client: int) -> str | None:
         return f"unexpected metrics record {extra[0][:80]!r}"
     if any(name.startswith("sum:") for name in content.array_records):
         return "a group sum; a site sends its own records"
-    config = content.config_records.get("config", ConfigRecord())
+    config: Any = content.config_records.get("config", ConfigRecord())
     for key, value in config.items():
         if key not in WORDS:
             return f"unexpected entry {key[:80]!r} in config"
@@ -41,7 +43,7 @@ def fault_of(reply: Message, client: int) -> str | None:
         return f"says it is client {config['client']}, client {client} was asked"
     if not 0 <= int(config.get("retried", 0)) <= 100:
         return f"retried is {config['retried']}"
-    metrics = content.metric_records.get("metrics", MetricRecord())
+    metrics: Any = content.metric_records.get("metrics", MetricRecord())
     if len(metrics) > MOST:
         return f"{len(metrics)} metrics; allowed are {MOST}"
     for key, value in metrics.items():

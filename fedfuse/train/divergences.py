@@ -109,9 +109,7 @@ class TAID(Loss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tau_start <= self.tau_end <= 1:
-            raise UserError(
-                f"loss=taid needs tau_start ≤ tau_end ≤ 1, got {self.tau_start} and {self.tau_end}"
-            )
+            raise UserError(f"loss=taid needs tau_start ≤ tau_end ≤ 1, got {self.tau_start} and {self.tau_end}")
         if self.beta >= 1:
             raise UserError(f"loss option beta={self.beta} must be below 1")
         self.tau = float(self.tau_start)

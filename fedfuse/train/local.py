@@ -25,9 +25,7 @@ def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Opti
         If the optimiser is unknown, a value is out of range, or there is nothing to train.
     """
     if config.optimizer not in _OPTIMIZERS:
-        raise UserError(
-            f"train.optimizer={config.optimizer!r} is not known: {nearest(config.optimizer, _OPTIMIZERS)}"
-        )
+        raise UserError(f"train.optimizer={config.optimizer!r} is not known: {nearest(config.optimizer, _OPTIMIZERS)}")
     for key in ("lr", "momentum", "weight_decay"):
         value = getattr(config, key)
         if not 0 <= value < float("inf"):
@@ -36,9 +34,7 @@ def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Opti
     if not chosen:
         raise UserError("there is no parameter to train: the model has none, or all are frozen")
     # One kernel per step in place of several per parameter; same rule.
-    fused = all(
-        p.dtype in (torch.float32, torch.float64) and p.device.type in ("cpu", "cuda") for p in chosen
-    )
+    fused = all(p.dtype in (torch.float32, torch.float64) and p.device.type in ("cpu", "cuda") for p in chosen)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "sgd":
         return torch.optim.SGD(chosen, momentum=config.momentum, **options)
@@ -165,9 +161,7 @@ def train(
             for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
                 optimizer.zero_grad()
-                value = loss(
-                    call(x.index_select(0, rows)), None if y is None else y.index_select(0, rows), rows
-                )
+                value = loss(call(x.index_select(0, rows)), None if y is None else y.index_select(0, rows), rows)
                 cast(Any, value).backward()
                 if after_backward is not None:
                     after_backward(model)

@@ -129,14 +129,10 @@ class Loss:
     ) -> None:
         same = student.shape == teacher.shape if self.same_width else len(student) == len(teacher)
         if not same:  # broadcasting would hide it
-            raise ValueError(
-                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
-            )
+            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
         if self.needs_labels and labels is None:
             name = type(self).__name__.lower()
-            raise UserError(
-                f"loss={name} needs labels, the transfer set has none: set transfer.labelled=true"
-            )
+            raise UserError(f"loss={name} needs labels, the transfer set has none: set transfer.labelled=true")
         if state is not None:
             self.load_state_dict(state)
 
@@ -167,9 +163,7 @@ class Outside(Loss):
             takes: Mapping[str, Any] = inspect.signature(kind).parameters
         except (TypeError, ValueError):
             takes = {}
-        own = {
-            key: options.pop(key) for key in ("weight", "temperature") if key in options and key not in takes
-        }
+        own = {key: options.pop(key) for key in ("weight", "temperature") if key in options and key not in takes}
         super().__init__(**own)
         try:
             self.module = kind(**options)

@@ -134,9 +134,7 @@ def test_transfer_sources():
 
 def test_out_of_domain_transfer_takes_the_data_s_shape(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "train.npz", x=rng.integers(0, 256, (40, 12, 10, 3), dtype=np.uint8), y=np.arange(40) % 4
-    )
+    np.savez(tmp_path / "train.npz", x=rng.integers(0, 256, (40, 12, 10, 3), dtype=np.uint8), y=np.arange(40) % 4)
     source = {"source": "npz", "root": str(tmp_path), "size": 15}
     f = federation(transfer=TransferConfig(**source))
     assert f.transfer.inputs.shape == (15, 1, 8, 8)
@@ -202,9 +200,7 @@ def test_pickles_beside_its_arrays():
 def test_a_hundred_thousand_clients_take_seconds(monkeypatch):
     def make(count):
         inputs = np.zeros((count, 2), dtype=np.float32)
-        return Dataset(
-            "custom", Examples(inputs, np.arange(count) % 10), None, tuple("0123456789"), "features"
-        )
+        return Dataset("custom", Examples(inputs, np.arange(count) % 10), None, tuple("0123456789"), "features")
 
     data = custom(monkeypatch, make, count=200_000)
     start = time.monotonic()

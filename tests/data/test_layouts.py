@@ -72,9 +72,7 @@ def write_parquet(path, images, labels, names=None, **columns):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {"img": [{"bytes": png(image), "path": None} for image in images], "label": labels, **columns}
-    )
+    table = pa.table({"img": [{"bytes": png(image), "path": None} for image in images], "label": labels, **columns})
     if names:
         features = {"label": {"names": names, "_type": "ClassLabel"}}
         meta = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -277,9 +275,7 @@ def test_mixed_sources_become_domains(tmp_path):
     for name, side, channels in (("usps", 4, ()), ("mnist_m", 6, (3,))):
         (tmp_path / name).mkdir()
         write_parquet(tmp_path / name / "train.parquet", pixels(20, side, side, *channels), np.arange(20) % 2)
-    data = DataConfig(
-        name="mixed", root=str(tmp_path), extra={"sources": ["usps", "mnist_m"], "per_source": 10}
-    )
+    data = DataConfig(name="mixed", root=str(tmp_path), extra={"sources": ["usps", "mnist_m"], "per_source": 10})
     dataset = load(data)
     assert dataset.shape == (3, 6, 6)
     assert dataset.group_names == ("usps", "mnist_m")

@@ -37,9 +37,7 @@ def test_cifar10(real_data, monkeypatch):
 
 def test_office_caltech10(real_data):
     present(real_data, "office_caltech10")
-    f = prepare(
-        DataConfig(name="office_caltech10"), PartitionConfig(name="domain"), TransferConfig(), None, 0
-    )
+    f = prepare(DataConfig(name="office_caltech10"), PartitionConfig(name="domain"), TransferConfig(), None, 0)
     assert f.dataset.group_names == ("amazon", "caltech10", "dslr", "webcam")
     assert len(f.dataset.train) + len(f.dataset.test) == 958 + 1123 + 157 + 295
     assert f.clients == 4

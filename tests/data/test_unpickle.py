@@ -16,9 +16,7 @@ from fedfuse.errors import UserError
 def archive(path, body, shape="()", dtype="|O"):
     """Write an .npz whose one member `data` has the given pickled body."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": dtype, "fortran_order": False, "shape": eval(shape)}
-    )
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": eval(shape)})
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("data.npy", header.getvalue() + body)
     return path
@@ -47,9 +45,7 @@ def test_pfllib_as_given(tmp_path):
     assert f.test_tensors() is None
     given = np.random.default_rng(10).standard_normal((16, 1, 4, 4)).astype(np.float32)
     assert (f.tensors(10, "train")[0].numpy() == given).all()
-    assert (
-        prepare(data, PartitionConfig(), TransferConfig(source="noise", size=4), 11, 0).transfer is not None
-    )
+    assert prepare(data, PartitionConfig(), TransferConfig(source="noise", size=4), 11, 0).transfer is not None
     with pytest.raises(UserError, match=r"clients=5.*allowed: 11"):
         prepare(data, PartitionConfig(), TransferConfig(), 5, 0)
     data.limit = 5

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies import cfd
-from fedfuse.strategies.cfd import decode, encode, fold, pack, probabilities, quantise, unpack
 
 from fedfuse.records import InvalidArrays
+from fedfuse.strategies import cfd
+from fedfuse.strategies.cfd import decode, encode, fold, pack, probabilities, quantise, unpack
 from tests.federations import play
 from tests.strategies.halves import client, random_labels, server, shares, take
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
 from flwr.app import Message, RecordDict
 
 from fedfuse import registry
 from fedfuse.records import InvalidArrays, Scope, record
+from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
 from tests.federations import federation, play
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fedfuse.strategies.comet import cluster, means, memberships, nearest
 
 from fedfuse import registry
 from fedfuse.records import InvalidArrays
+from fedfuse.strategies.comet import cluster, means, memberships, nearest
 from tests.federations import federation, play
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.dsfl import DSFL, DSFLHyper, aggregate, era
 
 from fedfuse.records import InvalidArrays, Scope
+from fedfuse.strategies.dsfl import DSFL, DSFLHyper, aggregate, era
 from tests.federations import play
 from tests.strategies.halves import client, random_labels, server, shares, take
 

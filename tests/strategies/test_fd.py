@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fedfuse.strategies.fd import FD, label_means, targets
 
 from fedfuse.records import InvalidArrays, Scope
+from fedfuse.strategies.fd import FD, label_means, targets
 from tests.federations import play
 from tests.strategies.halves import client, server, shares, take
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.feddf import cosine
 
+from fedfuse.strategies.feddf import cosine
 from tests.federations import play
 from tests.strategies.halves import server, shares
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedfuse.strategies.feddyn import FedDynHyper, strength
 
+from fedfuse.strategies.feddyn import FedDynHyper, strength
 from tests.federations import play
 from tests.waking import PLAIN, final_states, gradients, server, wake
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
 
 from fedfuse import registry
 from fedfuse.errors import UserError
 from fedfuse.records import InvalidArrays
+from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
 from tests.federations import federation, play
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.fedhkd import hyper_knowledge
 
 from fedfuse import registry
 from fedfuse.errors import UserError
 from fedfuse.records import InvalidArrays
+from fedfuse.strategies.fedhkd import hyper_knowledge
 from fedfuse.train.losses import loss
 from tests.federations import federation, play
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedfuse.strategies.fednova import normaliser
 
+from fedfuse.strategies.fednova import normaliser
 from tests.federations import play
 from tests.waking import PLAIN, server, wake
 

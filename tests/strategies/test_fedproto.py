@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.fedproto import nearness, pull
 
 from fedfuse import registry
 from fedfuse.errors import UserError
+from fedfuse.strategies.fedproto import nearness, pull
 from fedfuse.train import local
 from tests.federations import federation, play
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project
 
 from fedfuse import registry
 from fedfuse.records import InvalidArrays
+from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project
 from tests.federations import federation, play
 
 

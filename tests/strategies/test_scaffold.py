@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedfuse.strategies.scaffold import renewed
 
 from fedfuse.errors import UserError
+from fedfuse.strategies.scaffold import renewed
 from tests.federations import play
 from tests.waking import PLAIN, final_states, gradients, server, wake
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from fedfuse.strategies import scarlet
 from fedfuse.strategies.scarlet import enhanced_era, lookup, merge
-
 from tests.federations import play
 from tests.strategies.halves import random_labels, server, shares
 

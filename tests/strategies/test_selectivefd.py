@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
 
 from fedfuse import registry
 from fedfuse.records import InvalidArrays, Scope
+from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
 from tests.federations import federation, play
 
 

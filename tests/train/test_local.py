@@ -34,9 +34,7 @@ def make(name="mlp_small", shape=(6,), classes=3):
 def fit(model=None, **options):
     model = make() if model is None else model
     options = {"loss": cross_entropy, "config": CONFIG, "seed_parts": (0, "fit", 3), **options}
-    return model, train(
-        model, X, Y, options.pop("loss"), options.pop("config"), options.pop("seed_parts"), **options
-    )
+    return model, train(model, X, Y, options.pop("loss"), options.pop("config"), options.pop("seed_parts"), **options)
 
 
 def same(a, b):

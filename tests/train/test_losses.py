@@ -177,8 +177,7 @@ def test_sinkhorn_tends_to_the_optimal_assignment():
     cost = np.abs(p[:, None] - q[None]).sum(2)
     best = cost[linear_sum_assignment(cost)].sum()
     gaps = [
-        value("sinkhorn", s, teacher, epsilon=epsilon, iterations=5000) - best
-        for epsilon in (1.0, 0.1, 1e-2, 1e-3)
+        value("sinkhorn", s, teacher, epsilon=epsilon, iterations=5000) - best for epsilon in (1.0, 0.1, 1e-2, 1e-3)
     ]
     assert gaps[0] > gaps[1] > gaps[2] > abs(gaps[3])
     assert abs(gaps[3]) < 1e-3  # below 0 by as much as the rows of P still miss 1
