@@ -116,7 +116,7 @@ def test_killed_at_random_moments(seed, undisturbed, ray_session) -> None:
 
     def killer() -> None:
         for _ in range(3):
-            if over.wait(draw.uniform(0.05, 2)):
+            if over.wait(draw.uniform(0.0, 0.3)):
                 return
             if found := workers():
                 killed.append(draw.choice(found))
