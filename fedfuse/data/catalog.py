@@ -19,6 +19,8 @@ class Source:
         Per-channel constants of inputs / 255; where absent they are measured on the training split.
     hub : str, optional
         Default name on the Hugging Face hub.
+    folder : str, optional
+        Its directory under $FEDFUSE_DATA, where that is not its name.
     """
 
     line: str
@@ -26,6 +28,7 @@ class Source:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     hub: str | None = None
+    folder: str | None = None
 
 
 LAYOUTS = ("parquet", "npz", "images", "jsonl", "pfllib", "leaf", "custom", "mixed")
@@ -52,6 +55,10 @@ SOURCES: dict[str, Source] = {
     "tiny_shakespeare": Source(
         "lines of Shakespeare by speaking role, next-token task (roles.jsonl.gz, data.extra.tokenizer)", "roles"
     ),
+    "sst2": Source("SST-2, sentiment of 67,349/872 sentences (GLUE, JSON lines)", "jsonl", folder="glue"),
+    "trec": Source("TREC, 5,452/500 questions of 6 kinds; data.groups=fine: one client per intent", "jsonl"),
+    "amazon_reviews": Source("sentiment of 8,000 product reviews in 4 domains (JSON lines)", "jsonl"),
+    "newsgroups": Source("20 Newsgroups, 11,293/7,528 documents (experiments/adapters/prepare.py)", "jsonl"),
     "mixed": Source("several data sets of the same classes as domains (data.extra.sources=[…])", "mixed"),
     "parquet": Source("a directory of Hugging Face parquet files: images, numbers or text", "parquet"),
     "npz": Source("NumPy archives: inputs, labels and optionally group ids", "npz"),

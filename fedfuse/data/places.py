@@ -27,7 +27,8 @@ def root_of(config: DataConfig) -> Path:
         return root
     tried = []
     if os.environ.get("FEDFUSE_DATA"):
-        tried.append(Path(os.environ["FEDFUSE_DATA"]).expanduser() / config.name)
+        known = SOURCES.get(config.name)
+        tried.append(Path(os.environ["FEDFUSE_DATA"]).expanduser() / ((known and known.folder) or config.name))
     tried.append(cache_directory() / "data" / config.name)
     for place in tried:
         if place.exists():
