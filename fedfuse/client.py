@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fedfuse.errors import UserError
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
 from fedfuse.scenario import Residents, Scenario, overlay, variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import local
-from fedfuse.train.losses import Loss
-from fedfuse.train.losses import loss as loss_named
+from fedfuse.train.losses import Loss, chosen
+from fedfuse.train.objective import followed
+from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
+from fedfuse.train.privacy import train as dp_sgd
 from fedfuse.train.scores import scored
 from fedfuse.train.task import task_loss
 
@@ -64,6 +69,8 @@ class FusionClient:
         self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
         self.lends = False  # whether what is shared is summed at once, so that nobody needs a copy (platform use)
         self._purpose = "receive"
+        self._losses: list[Loss] = []  # made for the next training
+        self._private = False  # whether private examples are being used inside the privacy budget
 
     # -- what an algorithm writes --------------------------------------------------------------------------
 
@@ -156,6 +163,11 @@ class FusionClient:
         """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
         if split == "global":
             return self.residents.tensors("test")
+        if split == "train" and self.scenario.config.privacy.on and not self._private:
+            raise UserError(
+                "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover them; "
+                "allowed are those that only train on them (fedavg, fedprox, adapters, …)"
+            )
         if split == "train" and self.pooled:
             return self.residents.tensors("pooled")
         return self.residents.tensors(self.client, split)
@@ -171,7 +183,7 @@ class FusionClient:
 
     def begin(self, purpose: str) -> None:
         """Enter a verb: global generators restart, so what came before does not matter (platform use)."""
-        self._purpose = purpose
+        self._purpose, self._losses = purpose, []
         seed_everything(self.seed, purpose, self.client, self._moment)
 
     def load(self, arrays: Arrays, strict: bool = True) -> None:
@@ -194,13 +206,12 @@ class FusionClient:
         return task_loss(logits, labels)
 
     def loss(self, default: str = "kl", **options: Any) -> Loss:
-        """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
-        chosen = self.scenario.config.loss
-        if chosen.build is not None or chosen.name is not None:
-            return loss_named(
-                chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options
-            )
-        return loss_named(default, **options)
+        """The next training's distillation objective: `loss=<name>` if the user chose one, else the paper's own.
+
+        What a stateful one learns (TAID's τ) is kept in `state["losses"]`.
+        """
+        self._losses.append(chosen(self.scenario.config.loss, default, **options))
+        return self._losses[-1]
 
     def train(
         self,
@@ -222,7 +233,7 @@ class FusionClient:
         purpose : str, optional
             Names the random stream that orders the batches; default the verb's name.
         **options
-            Passed to `fedfuse.train.local.train`: epochs, batch_size, lr, params, after_backward, forward.
+            Passed to `fedfuse.train.local.train`: epochs, batch_size, lr, params, after_backward, after_step, forward.
 
         Returns
         -------
@@ -230,18 +241,68 @@ class FusionClient:
             num-examples, steps, loss (mean over steps).
         """
         own = x is None
-        inputs, labels = (self.x, self.y) if x is None else (x, y)
+        private = own and self.scenario.config.privacy.on
         moment = (self.seed, purpose or self._purpose, self.client, self._moment)
         keep = own and self.scenario.config.train.optimizer_state == "keep" and self.personal
         if keep:
             options["optimizer"] = self._kept_optimizer(options)
-        result = local.train(self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **options)
+        if private:
+            result = self._train_privately(loss, moment, options)
+            if keep:
+                self._keep_optimizer(options["optimizer"])
+            return result
+        inputs, labels = (self.x, self.y) if x is None else (x, y)
+        losses, self._losses = self._losses, []
+        span = self.scenario.span(self._moment)
+        with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
+            result = local.train(
+                self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **{**more, **options}
+            )
         if keep:
-            slots = options["optimizer"].state_dict()["state"]
-            self.state["optimizer"] = {
-                str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()
-            }
+            self._keep_optimizer(options["optimizer"])
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
+
+    @contextlib.contextmanager
+    def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, torch.Generator, torch.Generator]]:
+        """Let private examples be used: the budget, and what to draw samples and noise from.
+
+        In a simulation both come from the seed; at a deployed site from its own entropy.
+        """
+        config, ledger = self.scenario.config, self.residents.ledger
+        who, examples = f"client {self.client}", self.scenario.examples(self.client)
+        budget = Budget(config.privacy, config.train, config.rounds, examples, self.state, ledger, who)
+        purposes = ("private sample", "private noise")
+        sampling, noising = (own_entropy() if ledger else generator(*moment, purpose) for purpose in purposes)
+        self._private = True
+        try:
+            yield budget, sampling, noising
+        finally:
+            self._private = False
+
+    def _train_privately(self, loss: Any, moment: tuple[object, ...], options: dict[str, Any]) -> Metrics:
+        """DP-SGD on the task's loss; the loss itself is not told, as it would be a release of its own."""
+        if loss is not None or (unknown := set(options) - PRIVATE):
+            what = "a loss of its own" if loss is not None else f"{sorted(unknown)[0]}= of its own"
+            raise UserError(
+                f"privacy: this strategy trains on private examples with {what}; only the task's is covered"
+            )
+        epochs, size = options.pop("epochs", None), options.pop("batch_size", None)
+        with self.inside_budget(moment) as (budget, sampling, noising):
+            rate, steps = budget.steps(epochs, size)
+            noise = budget.noise((rate, steps))
+            budget.spend(noise, rate, steps)
+            train, privacy = self.scenario.config.train, self.scenario.config.privacy
+            dp_sgd(
+                self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
+                seed_parts=moment, **options,
+            )  # fmt: skip
+            return {"num-examples": len(self.x), "steps": steps, "loss": math.nan, **budget.metrics()}
+
+    def _keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        slots = optimizer.state_dict()["state"]
+        self.state["optimizer"] = {
+            str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()
+        }
 
     def _kept_optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
         params = options.get("params") or [p for p in self.model.parameters() if p.requires_grad]

@@ -36,6 +36,7 @@ from fedfuse.shares import FAILED, FULL, INVALID, Metrics, Records, Share, Share
 from fedfuse.store import INITIAL
 from fedfuse.sums import GROUP, Sum
 from fedfuse.traffic import Traffic
+from fedfuse.train.objective import Loss
 
 
 class Exchange(Strategy):
@@ -60,7 +61,10 @@ class Exchange(Strategy):
         self.held: dict[int, dict[tuple[str, str], int]] = {}  # versions each node holds
         self.failures = {"replies": 0, "rejected": 0, "retried": 0}
         self.left_out: list[str] = []  # this round's failures, in words
+        self._told = -1  # the round they are of
+        self._earlier: dict[int, str] = {}  # each client's state before the one accepted in this phase
         self.ever_left_out = False
+        self._losses: list[Loss] = []  # made for the next training at the server
         self.logged: list[
             tuple[str, int, str, str, float]
         ] = []  # rows of this round: scope, client, split, metric, value
@@ -148,7 +152,7 @@ class Exchange(Strategy):
         stream = self._accepted(replies, sums)
         first = next(stream, None)
         if first is None:
-            cause = f": {self.left_out[0]}" if self.left_out else ""
+            cause = f": {self.left_out[-1]}" if self.left_out else ""
             raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{cause}")
         shares = Shares(_chain(first, stream), sums)
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
@@ -238,7 +242,9 @@ class Exchange(Strategy):
         clients = sorted(clients)
         self.groups = {client: i // GROUP for i, client in enumerate(clients)}
         self._common, self._kind = self.common(kind, extra), kind
-        self.left_out = []
+        self._earlier = {}
+        if self._told != self.round:  # an evaluation does not hide who failed in training
+            self.left_out, self._told = [], self.round
         self.awaited = set(clients)
         self.sent: dict[int, dict[tuple[str, str], int]] = {}  # versions a node holds once it has answered
         suffix = "" if kind == "evaluate" or self.phase == "train" else f".{self.phase}"
@@ -330,6 +336,7 @@ class Exchange(Strategy):
                 self.client_shas[client] = str(config.get("sha", ""))
             else:
                 self._note(share)
+                self._earlier[client] = self.tags.get(client, INITIAL)
                 self.tags[client] = self._tag if config.get("tag") == self._tag else INITIAL
                 for name, total in sums.items():
                     if self.inside and isinstance(sent := reply.content.get(f"sum:{name}"), ArrayRecord):

@@ -17,6 +17,8 @@ from fedfuse.records import digest_of
 from fedfuse.scenario import Scenario
 from fedfuse.shares import STALE
 from fedfuse.strategy import FusionStrategy
+from fedfuse.train import privacy
+from fedfuse.train.losses import chosen
 from fedfuse.train.scores import scored
 
 Row = tuple[int, str, int, str, str, float]  # round, scope, client, split, metric, value
@@ -305,7 +307,14 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
         )
-    strategy.loss()  # refuses an objective that cannot be built
+    if scenario.config.privacy.on:
+        _check_private(strategy, pool)
+    objective = chosen(scenario.config.loss)  # refuses one that cannot be built
+    if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
+        raise UserError(
+            f"loss={scenario.config.loss.name} needs labels, and strategy={strategy.name} distils on an unlabelled "
+            f"transfer set: set transfer.labelled=true, or choose another loss"
+        )
     if strategy.needs_features:
         for name in pool:
             if not hasattr(strategy.residents.model(name), "features"):
@@ -320,3 +329,13 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
                 f"strategy={strategy.name} compares features across clients, which must be of one size; {told}: "
                 f"set model.feature_dim={min(sizes.values())}"
             )
+
+
+def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
+    if strategy.pooled:
+        raise UserError(f"privacy: strategy={strategy.name} joins all examples at one client; there N is nobody's own")
+    if strategy.discloses:
+        what = ", ".join(strategy.discloses)
+        raise UserError(f"privacy: strategy={strategy.name} lets {what} of private examples leave the clients")
+    for name in pool:
+        privacy.check(strategy.scenario.config.privacy, strategy.residents.model(name), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,6 +47,11 @@ class Scenario:
         """The run's seed."""
         return self.config.seed
 
+    def span(self, moment: int) -> tuple[float, float]:
+        """Shares of the run's rounds done before and after round `moment`, within [0, 1]."""
+        before, after = ((moment - back) / self.config.rounds for back in (1, 0))
+        return min(max(before, 0.0), 1.0), min(max(after, 0.0), 1.0)
+
     def rows_of(self, subset: int | None) -> int:
         """Rows of the transfer set a lesson stands on: the user's `transfer.subset`, else the strategy's, else all."""
         total = 0 if self.data.transfer is None else len(self.data.transfer)
@@ -76,10 +82,18 @@ class Residents:
     equip : callable, optional
         `equip(model, build) -> model`: what a strategy adds to every client's model (adapters, a second head).
     device : torch.device
+    ledger : Path or None
+        At a deployed site, where it notes what its examples' privacy has been spent on; its noise is its own.
     """
 
-    def __init__(self, scenario: Scenario, equip: Equip | None = None, device: torch.device | str = "cpu") -> None:
-        self.scenario, self.equip, self.device = scenario, equip, torch.device(device)
+    def __init__(
+        self,
+        scenario: Scenario,
+        equip: Equip | None = None,
+        device: torch.device | str = "cpu",
+        ledger: Path | None = None,
+    ) -> None:
+        self.scenario, self.equip, self.device, self.ledger = scenario, equip, torch.device(device), ledger
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
         self._layouts: dict[str, Layout] = {}
@@ -161,6 +175,11 @@ class Residents:
         if architecture not in self._layouts:
             self._layouts[architecture] = layout_of(self.initial(architecture))
         return self._layouts[architecture]
+
+    def transfer(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled."""
+        x, y = self.tensors("transfer")
+        return x[rows], None if y is None else y[rows]
 
     # -- data as tensors, kept while there is room ---------------------------------------------------------
 

@@ -15,8 +15,8 @@ from fedfuse.scenario import variable
 from fedfuse.seeding import generator
 from fedfuse.shares import INVALID, Metrics, Records, Share, Shares
 from fedfuse.train import local
-from fedfuse.train.losses import Loss
-from fedfuse.train.losses import loss as loss_named
+from fedfuse.train.losses import Loss, chosen
+from fedfuse.train.objective import followed
 
 
 class FusionStrategy(Exchange):
@@ -115,6 +115,11 @@ class FusionStrategy(Exchange):
         Runs beside the client or at the server, on what is there of a share's records, before `fuse` or any sum.
         """
 
+    @property
+    def start(self) -> str:
+        """What version 0 was made from; said of private runs."""
+        return "initial weights, which no private example has touched"
+
     # -- what it uses --------------------------------------------------------------------------------------
 
     @property
@@ -145,13 +150,12 @@ class FusionStrategy(Exchange):
         return generator(self.scenario.seed, "server", *purpose, self.round)
 
     def loss(self, default: str = "kl", **options: Any) -> Loss:
-        """The distillation objective: `loss=<name>` if the user chose one, else the paper's own."""
-        chosen = self.scenario.config.loss
-        if chosen.build is not None or chosen.name is not None:
-            return loss_named(
-                chosen.name or "custom", build=chosen.build, temperature=chosen.temperature, **chosen.options
-            )
-        return loss_named(default, **options)
+        """The next training's distillation objective: `loss=<name>` if the user chose one, else the paper's own.
+
+        What a stateful one learns (TAID's τ) is kept in `state["losses"]`.
+        """
+        self._losses.append(chosen(self.scenario.config.loss, default, **options))
+        return self._losses[-1]
 
     def train(
         self,
@@ -179,12 +183,20 @@ class FusionStrategy(Exchange):
             Passed to `fedfuse.train.local.train`.
         """
         moment = (self.scenario.seed, "server", purpose, self.round)
-        result = local.train(model, x, y, loss, self.scenario.config.train, moment, **options)
+        losses, self._losses = self._losses, []
+        span = self.scenario.span(self.round)
+        with followed(losses, self.state, purpose, span, options.pop("after_step", None)) as more:
+            result = local.train(model, x, y, loss, self.scenario.config.train, moment, **{**more, **options})
         self.log(f"loss/{purpose}", result["loss"])
         return {name: value.detach().clone() for name, value in variable(model).items()}
 
     def exclude(self, share: Share, reason: str) -> None:
-        """Count a share as rejected that only `fuse` or `judge` can tell is wrong, and that it does not use."""
+        """Count a share as rejected that only `fuse` or `judge` can tell is wrong, and that it does not use.
+
+        The client goes on from the state before it: what both ends keep of earlier rounds still agrees.
+        """
+        if share.client in self._earlier:
+            self.tags[share.client] = self._earlier[share.client]
         self._leave_out(share.client, reason, INVALID)
 
     def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:

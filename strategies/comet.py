@@ -116,13 +116,13 @@ class CometClient(FusionClient):
         """CE + λ · distance to the mean, in the same steps or one after the other."""
         if self.target is None or self.hyper.lam == 0:
             return self.train()
-        h, (rows, target), labels = self.hyper, self.target, self.transfer_labels
-        x, y = self.transfer[rows], None if labels is None else labels[rows]
+        h, (rows, target) = self.hyper, self.target
+        x, y = self.residents.transfer(rows)
         # ‖·‖² sums over classes where `mse` takes their mean
-        distance = self.loss("mse", weight=float(self.classes))
+        distance = self.loss("mse", weight=float(self.classes)).towards(target)
 
         def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return h.lam * distance.from_probabilities(logits, target[i], y)
+            return h.lam * distance(logits, y, i)
 
         if h.distill == "separate":
             self.train(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)

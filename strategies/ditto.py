@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
 from fedfuse.client import FusionClient, Metrics
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.train.local import proximal
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,7 @@ class DittoClient(FusionClient):
         metrics = self.train(x=self.x, y=self.y)  # not its own examples' optimiser: that one is v_k's
         self.shared = self.weights()
         self.load(own)
-
-        def pull(model: nn.Module) -> None:
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - self.common[name], alpha=self.hyper.lam)
-
+        pull = proximal(self.common, self.hyper.lam)
         self.train(after_backward=pull if self.hyper.lam else None, epochs=self.hyper.personal_epochs)
         return metrics
 

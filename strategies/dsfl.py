@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fedfuse.client import FusionClient, transfer_rows
 from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays, Scope, arrays, distributions
+from fedfuse.records import Scope, arrays, distributions
 from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.strategy import Records, Shares
+from fedfuse.student import StudentStrategy
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,9 @@ class DSFLClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Distil q on its own round's rows."""
         h, item = self.hyper, knowledge["labels"]
-        q, rows = item.arrays["p"].to(self.residents.device), self.subset(h.subset, item.version)
-        loss, labels = self.loss("soft_ce"), self.transfer_labels
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, q[i], y)
-
-        y = None if labels is None else labels[rows]
-        self.train(distil, self.transfer[rows], y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        x, y = self.residents.transfer(self.subset(h.subset, item.version))
+        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
+        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """Outputs on this round's rows, in ascending row order."""
@@ -89,7 +85,7 @@ class DSFLClient(FusionClient):
 
 
 @strategy("dsfl", client=DSFLClient, hyper=DSFLHyper, paper="Itahara et al. 2020, arXiv 2008.06180")
-class DSFL(FusionStrategy):
+class DSFL(StudentStrategy):
     """Mean soft labels on a shared set, sharpened by entropy reduction aggregation."""
 
     topics = {"labels": Topic("lesson", arrays(p=("subset", "classes")))}
@@ -103,32 +99,10 @@ class DSFL(FusionStrategy):
         if scope.hyper.softmax == "client" and "labels" in records:
             distributions("labels", records["labels"]["p"])
 
-    def begin(self) -> None:
-        """The server's model starts as the clients' do."""
-        if self.hyper.server_model:
-            self.state["model"] = self.residents.initial(self.architecture)
-
     def fuse(self, shares: Shares) -> None:
         """Mean, ERA, and the server's own distillation."""
         total, clients = shares.total("labels")
         q = aggregate(total["p"] / clients, self.hyper).float()
         self.publish("labels", {"p": q})
         if self.hyper.server_model:
-            rows = transfer_rows(self.scenario, self.hyper.subset, self.round)
-            self._distil(self.residents.tensors("transfer"), rows, q.to(self.residents.device))
-
-    def _distil(self, transfer: tuple[Tensor, Tensor | None], rows: Tensor, q: Tensor) -> None:
-        h, (x, labels), loss = self.hyper, transfer, self.loss("soft_ce")
-        model = self.residents.loaded(self.architecture, self.state["model"])
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, q[i], y)
-
-        y = None if labels is None else labels[rows]
-        self.state["model"] = self.train(
-            model, x[rows], y, distil, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch
-        )
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The server's own model, if it has one."""
-        return {"model": (self.architecture, self.state["model"])} if self.hyper.server_model else {}
+            self.teach(self.loss("soft_ce"), q, transfer_rows(self.scenario, self.hyper.subset, self.round))

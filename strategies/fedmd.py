@@ -46,14 +46,14 @@ class FedMDClient(FusionClient):
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Digest: min over own weights of mean |f_k(x) − f̃(x)|, x ∈ the consensus' own rows."""
-        item = knowledge["consensus"]
-        consensus, rows = item.arrays["logits"], self.subset(self.hyper.subset, item.version)
-        loss = self.loss("mae")
+        h, item = self.hyper, knowledge["consensus"]
+        x, y = self.residents.transfer(self.subset(h.subset, item.version))
+        consensus, loss = item.arrays["logits"].to(self.residents.device), self.loss("mae")
 
-        def digest(logits: Tensor, _: Tensor, i: Tensor) -> Tensor:
-            return loss(logits, consensus[i])
+        def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
+            return loss(logits, consensus[rows], y)
 
-        self.train(digest, self.transfer[rows], epochs=self.hyper.digest_epochs, batch_size=self.hyper.digest_batch)
+        self.train(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch)
 
     def fit(self) -> Metrics:
         """Revisit: cross-entropy on private data."""

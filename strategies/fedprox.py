@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
 from fedfuse.client import FusionClient, Metrics
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import FusionStrategy, Shares
+from fedfuse.train.local import proximal
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,7 @@ class FedProxClient(FusionClient):
 
     def fit(self) -> Metrics:
         """Min F_k(w) + (μ/2)‖w − w_t‖²."""
-
-        def pull(model: nn.Module) -> None:
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - self.anchor[name], alpha=self.hyper.mu)
-
-        return self.train(after_backward=pull)
+        return self.train(after_backward=proximal(self.anchor, self.hyper.mu))
 
 
 @strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")

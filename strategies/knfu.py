@@ -133,18 +133,18 @@ class KnFuClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Step (d): distil F̄_n on D_t."""
         h: KnFuHyper = self.hyper
-        fused, labels = knowledge["soft_labels"].arrays["p"], self.transfer_labels
+        item = knowledge["soft_labels"]
+        x, y = self.residents.transfer(self.subset(None, item.version))
         loss = self.loss("soft_ce" if h.finetune_loss == "ce_soft" else "kl", temperature=h.kd_temperature)
-        rows = self.subset(None, knowledge["soft_labels"].version)
+        soft = loss.towards(item.arrays["p"].to(self.residents.device))
 
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            value = loss.from_probabilities(logits, fused[i], y)
+        def distil(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
+            value = soft(logits, y, rows)
             if h.finetune_loss == "kl+ce_hard" and y is not None:
                 value = value + F.cross_entropy(logits, y)
             return value
 
-        y = None if labels is None else labels[rows]
-        self.train(distil, self.transfer[rows], y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
+        self.train(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
 
     def share(self) -> Records:
         """Step (b): F_n on D_t, as probabilities or logits; with the oracle EPD also the true label histogram."""

@@ -93,17 +93,11 @@ class KTpFLClient(FusionClient):
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """T²·KL(target_n ‖ softmax(f/T)) on the target's own rows."""
-        item, T = knowledge["target"], self.hyper.temperature
-        target, rows = item.arrays["p"].to(self.transfer.device), self.subset(self.hyper.subset, item.version)
-        loss, labels = self.loss("kl", temperature=T), self.transfer_labels
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, target[i], y, softened=T)
-
-        y = None if labels is None else labels[rows]
-        self.train(
-            distil, self.transfer[rows], y, epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch
-        )
+        h, item = self.hyper, knowledge["target"]
+        x, y = self.residents.transfer(self.subset(h.subset, item.version))
+        target, T = item.arrays["p"].to(self.residents.device), h.temperature
+        distil = self.loss("kl", temperature=T).towards(target, softened=T)
+        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""

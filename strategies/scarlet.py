@@ -29,7 +29,8 @@ from fedfuse.knowledge import Item, Topic
 from fedfuse.records import Arrays, Scope, arrays, distributions
 from fedfuse.registry import hyper, strategy
 from fedfuse.scenario import Scenario
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.strategy import Records, Shares
+from fedfuse.student import StudentStrategy
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,9 @@ class ScarletClient(FusionClient):
         self.state["distilled"] = self.version = item.version
         rows = round_rows(self.scenario, h, item.version)
         served, at = lookup(self.cache, rows, item.version, h.duration)
-        device, rows = self.residents.device, rows[served]
-        q, loss, labels = item.arrays["p"][at].to(device), self.loss("kl"), self.transfer_labels
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, q[i], y)
-
-        y = None if labels is None else labels[rows]
-        self.train(distil, self.transfer[rows], y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        x, y = self.residents.transfer(rows[served])
+        distil = self.loss("kl").towards(item.arrays["p"][at].to(self.residents.device))
+        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """Probabilities of the requested rows, in ascending order."""
@@ -127,7 +123,7 @@ class ScarletClient(FusionClient):
 
 
 @strategy("scarlet", client=ScarletClient, hyper=ScarletHyper, paper="Azuma et al. 2025, arXiv 2504.19602")
-class Scarlet(FusionStrategy):
+class Scarlet(StudentStrategy):
     """Sharpened mean soft labels with a synchronised cache: only uncached rows travel."""
 
     topics = {
@@ -150,11 +146,6 @@ class Scarlet(FusionStrategy):
     def examine(cls, scope: Scope, records: Records) -> None:
         """Rows are distributions."""
         distributions("labels", records["labels"]["p"])
-
-    def begin(self) -> None:
-        """The server's model starts as the clients' do."""
-        if self.hyper.server_model:
-            self.state["model"] = self.residents.initial(self.architecture)
 
     def fuse(self, shares: Shares) -> None:
         """Mean and Enhanced ERA of the requested rows into the cache; the server distils the round's rows."""
@@ -182,22 +173,5 @@ class Scarlet(FusionStrategy):
             self.publish("cache", {"index": wanted, "p": q, "expired": expired, "round": now})
         self.log("cache/requested", len(wanted))
         if h.server_model:
-            self._distil(rows, self.published("cache"))
-
-    def _distil(self, rows: Tensor, cache: Arrays) -> None:
-        h, (x, labels), loss = self.hyper, self.residents.tensors("transfer"), self.loss("kl")
-        served, at = lookup(cache, rows, self.round, h.duration)
-        rows, q = rows[served], cache["p"][at].to(self.residents.device)
-        model = self.residents.loaded(self.architecture, self.state["model"])
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, q[i], y)
-
-        y = None if labels is None else labels[rows]
-        self.state["model"] = self.train(
-            model, x[rows], y, distil, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch
-        )
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The server's own model, if it has one."""
-        return {"model": (self.architecture, self.state["model"])} if self.hyper.server_model else {}
+            served, at = lookup(self.published("cache"), rows, self.round, h.duration)
+            self.teach(self.loss("kl"), self.published("cache")["p"][at], rows[served])

@@ -124,15 +124,9 @@ class SelectiveFDClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Cross-entropy with the ensemble's soft labels, on the rows that are left of the lesson's own."""
         h, item = self.hyper, knowledge["ensemble"]
-        rows = self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()]
-        soft, labels = item.arrays["p"].to(self.residents.device), self.transfer_labels
-        loss = self.loss("soft_ce")
-
-        def distil(logits: Tensor, y: Tensor | None, i: Tensor) -> Tensor:
-            return loss.from_probabilities(logits, soft[i], y)
-
-        y = None if labels is None else labels[rows]
-        self.train(distil, self.transfer[rows], y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        x, y = self.residents.transfer(self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()])
+        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
+        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def known(self) -> Tensor:
         """Which rows of the whole transfer set look like this client's data (T,) bool; estimated once."""

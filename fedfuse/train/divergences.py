@@ -120,7 +120,9 @@ class TAID(Loss):
         """Return the unweighted loss."""
         T = self.temperature
         mixed = (1 - self.tau) * student.detach() + self.tau * teacher
-        return T * T * divergence(log_softened(mixed, T), (student / T).log_softmax(1)).mean()
+        found = T * T * divergence(log_softened(mixed, T), (student / T).log_softmax(1)).mean()
+        self.seen = found.detach()
+        return found
 
     def after_step(self, loss_value: Tensor | float, progress: float) -> None:
         """Move τ by the relative improvement of the loss and the share of training done, in [0, 1]."""

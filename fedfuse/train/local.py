@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -68,14 +68,20 @@ def batches(n: int, size: int, epochs: int, *seed_parts: object, least: int = 2)
         raise UserError(f"train.epochs={epochs} must not be negative")
     if n == 0:
         return
+    sizes = sizes_of(n, size, least)
+    for epoch in range(epochs):
+        yield from torch.randperm(n, generator=generator(*seed_parts, epoch)).split(sizes)
+
+
+def sizes_of(n: int, size: int, least: int = 2) -> list[int]:
+    """Return the rows in each batch of one epoch, as `batches` makes them."""
     sizes = [size] * (n // size)
     tail = n % size
     if tail and sizes and tail < least:
         sizes[-1] += tail
     elif tail:
         sizes.append(tail)
-    for epoch in range(epochs):
-        yield from torch.randperm(n, generator=generator(*seed_parts, epoch)).split(sizes)
+    return sizes
 
 
 def train(
@@ -92,6 +98,7 @@ def train(
     params: Iterable[nn.Parameter] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     after_backward: Callable[[nn.Module], None] | None = None,
+    after_step: Callable[[int, int], object] | None = None,
     forward: Callable[[Tensor], Any] | None = None,
     least: int = 2,
 ) -> dict[str, Any]:
@@ -118,6 +125,8 @@ def train(
         One to go on with; default a fresh one. `lr`, if given, replaces its rate.
     after_backward
         Called with the model between `backward` and the step (gradient corrections, clipping).
+    after_step
+        Called with the number of steps done and of steps there are; whatever is true ends the training.
     forward
         `forward(x_batch)` in place of `model(x_batch)`; its value is what `loss` gets.
     least
@@ -150,6 +159,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
     call = model if forward is None else forward
+    planned = epochs * len(sizes_of(len(x), batch_size, least)) if after_step is not None else 0
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     steps = 0
     model.train()
@@ -157,7 +167,7 @@ def train(
         parameter.requires_grad_(False)
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            _seed(x.device, *seed_parts, "layers")
+            seed(x.device, *seed_parts, "layers")
             for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
                 optimizer.zero_grad()
@@ -168,6 +178,8 @@ def train(
                 optimizer.step()
                 total += value.detach()
                 steps += 1
+                if after_step is not None and after_step(steps, planned):
+                    break
     finally:
         optimizer.zero_grad()
         for parameter in frozen:
@@ -199,12 +211,24 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512, *, features: boo
             module.training = True
 
 
-def _seed(device: torch.device, *parts: object) -> None:
-    seed = seed_of(*parts)
-    torch.default_generator.manual_seed(seed)
+def proximal(anchor: Mapping[str, Tensor], weight: float) -> Callable[[nn.Module], None]:
+    """Return the `after_backward` of a proximal term (weight/2)·‖w − anchor‖² over trained parameters."""
+
+    def pull(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor[name], alpha=weight)
+
+    return pull
+
+
+def seed(device: torch.device, *parts: object) -> None:
+    """Seed torch's global generator of the CPU, and of the device, by `parts`."""
+    number = seed_of(*parts)
+    torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+            torch.cuda.manual_seed(number)
 
 
 _fresh = optimizer  # `train` has a parameter of that name

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedfuse.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from fedfuse.config import LossConfig
     from fedfuse.train.objective import Loss
 
 _NAMES = {
@@ -68,6 +69,27 @@ def loss(name: str, *, build: str | None = None, **options: Any) -> Loss:
         if key not in allowed:
             raise UserError(f"loss={name} has no option {key!r}: {nearest(key, allowed)}")
     return kind(**options)
+
+
+def chosen(config: LossConfig, default: str = "kl", **options: Any) -> Loss:
+    """Return the objective that a run names by `loss=<name>`, else the strategy's own.
+
+    Parameters
+    ----------
+    config
+        The run's choice; a name of null leaves `default`, with the strategy's `options`.
+
+    Raises
+    ------
+    UserError
+        As `loss` does; for options that come without a name, which nothing would read.
+    """
+    if config.build is not None or config.name is not None:
+        return loss(config.name or "custom", build=config.build, temperature=config.temperature, **config.options)
+    lost = "temperature" if config.temperature is not None else next(iter(config.options), None)
+    if lost is not None:
+        raise UserError(f"loss.{lost}: each strategy's own loss has its own; it goes with loss=<name>, e.g. loss=kl")
+    return loss(default, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ class Loss:
     positive: ClassVar[tuple[str, ...]] = ("temperature",)
 
     def __post_init__(self) -> None:
+        self.seen: Tensor | None = None  # the newest unweighted value, kept where `after_step` needs it
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -106,6 +108,14 @@ class Loss:
         logits = logits.clamp_min(_FLOOR)
         return self.weight * self.value_of_probabilities(student_logits, logits, labels)
 
+    def towards(self, probabilities: Tensor, *, softened: float = 1.0) -> Callable[..., Tensor]:
+        """Return `step(logits, labels, rows)` for `train`: row i of the examples has row i of (n, C) as its teacher."""
+
+        def step(logits: Tensor, labels: Tensor | None, rows: Tensor) -> Tensor:
+            return self.from_probabilities(logits, probabilities[rows], labels, softened=softened)
+
+        return step
+
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss of checked logits, the teacher's detached and finite."""
         raise NotImplementedError
@@ -135,6 +145,53 @@ class Loss:
             raise UserError(f"loss={name} needs labels, the transfer set has none: set transfer.labelled=true")
         if state is not None:
             self.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def followed(
+    losses: Sequence[Loss],
+    state: dict[str, Any],
+    purpose: str,
+    span: tuple[float, float],
+    then: Callable[[int, int], object] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Accompany one training with its objectives: what they learnt before, each step's value, what they learn.
+
+    Parameters
+    ----------
+    losses
+        The objectives of this training, in the order they were made.
+    state
+        The private state of the half that trains; stateful objectives keep theirs under `losses`.
+    purpose
+        Names the training within that state.
+    span
+        Shares of the whole run done before and after this training.
+    then
+        Called after each step besides, as `fedfuse.train.local.train` does.
+
+    Yields
+    ------
+    dict
+        Options for `fedfuse.train.local.train`.
+    """
+    stateful = {f"{purpose} {i}": loss for i, loss in enumerate(losses) if loss.state_dict()}
+    kept = state.get("losses", {})
+    for name, loss in stateful.items():
+        if name in kept:
+            loss.load_state_dict(kept[name])
+
+    def after_step(done: int, steps: int) -> object:
+        for loss in stateful.values():
+            if loss.seen is not None:  # else this step's batch had nothing to distil
+                loss.after_step(loss.seen, span[0] + (span[1] - span[0]) * done / steps)
+                loss.seen = None
+        return then(done, steps) if then is not None else None
+
+    least = max(2, *(loss.min_batch for loss in losses)) if losses else 2
+    yield {"least": least, "after_step": after_step if stateful else then}
+    if stateful:
+        state["losses"] = {**kept, **{name: loss.state_dict() for name, loss in stateful.items()}}
 
 
 _FLOOR = -1e4  # stands for log 0: exp of it is 0 at every temperature used, yet 0 · _FLOOR is 0 and not NaN

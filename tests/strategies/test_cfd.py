@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 
-from fedfuse.records import InvalidArrays
-from fedfuse.strategies import cfd
-from fedfuse.strategies.cfd import decode, encode, fold, pack, probabilities, quantise, unpack
-from tests.federations import play
+from fedfuse.label_code import BITS as ALLOWED
+from fedfuse.label_code import decode, encode, pack, probabilities, quantise, unpack
+from fedfuse.records import InvalidArrays, record
+from fedfuse.strategies.cfd import fold
+from tests.federations import federation, play
 from tests.strategies.halves import client, random_labels, server, shares, take
 
 BITS = (1, 2, 3, 5, 8)
@@ -116,7 +118,8 @@ def test_dual_distillation_and_mean(bits, monkeypatch):
     labels = [random_labels(24, 10, seed).float() for seed in range(3)]
     sent = [p if bits == 32 else quantise(p, 1) for p in labels]
     own, seen = random_labels(24, 10, 9).float(), {}
-    monkeypatch.setattr(strategy, "_distil", lambda rows, mean: seen.update(mean=mean) or own)
+    monkeypatch.setattr(strategy, "teach", lambda loss, mean, rows: seen.update(mean=mean))
+    monkeypatch.setattr(strategy, "_answers", lambda student, rows: own)
     codes = [{"labels": {"code": torch.tensor(list(encode(s, bits)), dtype=torch.uint8)}} for s in sent]
     strategy.fuse(shares(strategy, *codes))
     mean = torch.stack([probabilities(s, bits).double() for s in sent]).mean(0)
@@ -146,6 +149,29 @@ def test_both_ends_hold_the_same_previous_labels(tmp_path):
     assert done.digest == play("cfd", "rounds=4", "participation=0.7", grid="serial").digest
 
 
+def test_an_excluded_code_leaves_both_ends_in_step(tmp_path):
+    """The client goes on from the state before the code that was refused, so its next delta fits the server."""
+    with federation("cfd", "rounds=4", path=tmp_path / "run") as (built, directory):
+        carry, strategy = built.grid.send_and_receive, built.strategy
+
+        def tampered(messages, **options):
+            for reply in carry(messages, **options):
+                kind, node = reply.metadata.message_type, reply.metadata.src_node_id
+                if kind == "train" and strategy.round == 2 and node == 2:
+                    content = RecordDict(dict(reply.content.items()))
+                    content["labels"] = record({"code": torch.full((60,), 255, dtype=torch.uint8)})
+                    asked = Message(RecordDict(), dst_node_id=node, message_type=kind)
+                    reply = Message(content, reply_to=asked)
+                yield reply
+
+        built.grid.send_and_receive = tampered
+        built.run()
+        assert strategy.failures["rejected"] == 1
+        kept = directory.clients.load(1, strategy.tags[1])
+        assert torch.equal(kept["sent"], strategy.state["sent"]["1"])
+        assert strategy.tags[1] == strategy.tags[0]
+
+
 @pytest.mark.parametrize(
     "over",
     [("bits_up=3", "bits_down=32"), ("bits_up=32", "bits_down=8"), ("dual=false", "reinit=false"), ("subset=10",)],
@@ -164,4 +190,4 @@ def test_a_code_of_other_rows_is_excluded_and_counted():
     strategy.fuse(shares(strategy, {"labels": {"code": good}}, {"labels": {"code": bad}}))
     assert strategy.failures["rejected"] == 1
     assert set(strategy.state["sent"]) == {"0"}
-    assert cfd.BITS[-1] == 32
+    assert ALLOWED[-1] == 32
