@@ -217,6 +217,9 @@ def check(config: Config) -> None:
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
         ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
     ]
+    server = config.runtime.server_device
+    known = server is None or re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", server) is not None
+    rules.append(("runtime.server_device", server, known, "null, auto, cpu, cuda or cuda:<number>"))
     for key, value, good, allowed in rules:
         if not good:
             raise UserError(f"{key}={value}: allowed is {allowed}")

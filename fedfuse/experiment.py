@@ -40,6 +40,26 @@ def device_of(config: Config) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def server_device_of(config: Config) -> str:
+    """Where the server's networks live and train: `runtime.server_device`, else the clients' device.
+
+    Raises
+    ------
+    UserError
+        If a GPU is asked for that is not there.
+    """
+    import torch
+
+    wanted = config.runtime.server_device
+    if wanted is None:
+        return device_of(config)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.startswith("cuda") and there <= int(wanted.partition(":")[2] or 0):
+        gpus = f"{there} CUDA device{'s' if there > 1 else ''}" if there else "no CUDA device"
+        raise UserError(f"runtime.server_device={wanted}: this machine has {gpus}; allowed here: auto, cpu")
+    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
+
+
 def workers_of(config: Config, clients: int) -> int:
     """Number of actors: as asked for, else min(cores, clients)."""
     return config.runtime.workers or max(1, min(len(os.sched_getaffinity(0)), clients))
@@ -105,7 +125,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     claim_identity()
     entry = registry.entry(config.strategy.name)
     scenario = prepare_scenario(config)
-    strategy = build_strategy(entry, scenario, device_of(config))
+    strategy = build_strategy(entry, scenario, server_device_of(config))
     path = Path(config.out) if config.out else default_out(config)
     directory = RunDirectory(path, as_yaml(config), started)
     if config.runtime.name == "flower":
@@ -206,5 +226,5 @@ def resume(path: Path, quiet: bool = False) -> Path:
     entry = registry.entry(config.strategy.name)
     directory = RunDirectory(path, as_yaml(config), started)
     directory.reopen()
-    strategy = build_strategy(entry, prepare_scenario(config), device_of(config))
+    strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
     return play(entry, strategy, directory, quiet, resumed=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from fedfuse import registry
 from fedfuse.config import Config
 from fedfuse.exchange import round_half_up
-from fedfuse.experiment import as_yaml, build_strategy, device_of, workers_of
+from fedfuse.experiment import as_yaml, build_strategy, server_device_of, workers_of
 from fedfuse.records import layout_nbytes
 from fedfuse.scenario import prepare_scenario
 
@@ -21,7 +21,7 @@ def preview(config: Config, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     scenario = prepare_scenario(config)
     entry = registry.entry(config.strategy.name)
-    strategy = build_strategy(entry, scenario, device_of(config))
+    strategy = build_strategy(entry, scenario, server_device_of(config))
     console.print(as_yaml(config), markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
     console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")

@@ -21,7 +21,8 @@ WITHOUT_EFFECT = (
     "evaluate",
 )
 # Of those, the ones that still change how long a run takes or at which rounds it is scored.
-ON_THE_CLOCK = ("runtime.name", "runtime.workers", "runtime.device", "runtime.address", "evaluate.every")
+RUNTIME = ("name", "workers", "device", "server_device", "address")
+ON_THE_CLOCK = (*(f"runtime.{key}" for key in RUNTIME), "evaluate.every")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedfuse.config import Config
 from fedfuse.data.dataset import SPLITS
 from fedfuse.directory import RunDirectory, write_rows, write_text
 from fedfuse.errors import UserError, WorldError
-from fedfuse.experiment import build_strategy, callbacks, device_of
+from fedfuse.experiment import build_strategy, callbacks, server_device_of
 from fedfuse.federation import Federation
 from fedfuse.runtime.app import SiteApp
 from fedfuse.runtime.flower import FlowerGrid, Patience
@@ -83,7 +83,7 @@ def serve(
     if own:
         scenario = server_scenario(scenario, counts)
         write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
-    strategy = build_strategy(entry, scenario, device_of(config))
+    strategy = build_strategy(entry, scenario, server_device_of(config))
     federation = Federation(strategy, adapter, config.rounds, callbacks(config, directory, quiet))
     if resumed:
         directory.restore(federation)
