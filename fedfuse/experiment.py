@@ -220,11 +220,20 @@ def resume(path: Path, quiet: bool = False) -> Path:
         If it is not a run directory that this version can resume.
     """
     started = time.time()
+    if (path / "order.json").exists():
+        raise UserError(f"{path}: belongs to a deployment; fedfuse deploy resume {path} goes on")
     config = load_config(path)
+    flower = config.runtime.name == "flower"
+    if (path / "attempt").exists() and not flower:  # its clients' states, and maybe data, are at the nodes
+        raise UserError(f"{path}: was played by a deployment; fedfuse deploy resume {path} goes on")
     single_thread()
     claim_identity()
     entry = registry.entry(config.strategy.name)
     directory = RunDirectory(path, as_yaml(config), started)
     directory.reopen()
+    if flower:
+        from fedfuse.runtime.flower import run_on_flower
+
+        return run_on_flower(config, directory, resumed=True)
     strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
     return play(entry, strategy, directory, quiet, resumed=True)

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     node.add_argument("--policy", type=Path, help="site policy (TOML)")
     node.add_argument("--port", type=int, default=9094, help="local port between node and executor")
     node.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    node.add_argument("--poll", type=float, default=1.0, metavar="S", help="seconds between asking for work")
 
     for sub in (server, node):
         sub.add_argument("--follow", type=int, help=argparse.SUPPRESS)  # end when this process ends
@@ -78,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     local.add_argument("--policy", type=Path, help="site policy of every node (TOML)")
     _patience(local)
     local.add_argument("keys", nargs="*", metavar="key=value")
+
+    bench = commands.add_parser("bench", help="a round against a plain Flower app's, and bytes on the wire")
+    bench.add_argument("--rounds", type=int, default=6, help="of a block")
+    bench.add_argument("--blocks", type=int, default=2, help="of each side, in turns")
+    bench.add_argument("--out", type=Path, default=Path("bench"), help="where deploy.json is written")
     return top
 
 
@@ -136,6 +142,8 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
     follow(args.follow)
     if (args.partition is None) == (args.client_id is None):
         raise UserError("deploy node: one of --client-id I (own data) and --partition I/N (simulated) is needed")
+    if not 0.05 <= args.poll <= 60:
+        raise UserError(f"--poll {args.poll:g}: allowed are 0.05 to 60 seconds")
     client, clients = args.client_id, None
     if args.partition is not None:
         parts = args.partition.split("/")
@@ -153,6 +161,7 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         insecure=args.insecure,
         port=args.port,
         no_key=args.no_key,
+        poll=args.poll,
     )
 
 
@@ -236,6 +245,14 @@ def _local(args: argparse.Namespace, keys: list[str]) -> int:
     return _told(play_locally(order, args.nodes, out, args.work, args.policy), out)
 
 
+def _bench(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.bench import bench
+
+    if min(args.rounds, args.blocks) < 1:
+        raise UserError(f"--rounds {args.rounds} --blocks {args.blocks}: at least 1 is needed")
+    return bench(args.rounds, args.blocks, args.out)
+
+
 COMMANDS = {
     "certs": _certs,
     "server": _server,
@@ -248,4 +265,5 @@ COMMANDS = {
     "status": _status,
     "stop": _stop,
     "local": _local,
+    "bench": _bench,
 }

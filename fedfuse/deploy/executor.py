@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import signal
 import sys
 from typing import Any
 
@@ -25,6 +26,7 @@ def task(kind: str, arguments: list[str]) -> None:
     """Run one task in this process, behind the guard."""
     from fedfuse.deploy.bundle import guarded
 
+    _end_once()
     sys.argv = [f"flwr-{kind}app", *arguments]
     # Flower 1.41 has no hook between fetching a bundle and unpacking it; this name is the whole of ours
     module = importlib.import_module(RUNS[kind])
@@ -97,11 +99,27 @@ def _nothing() -> None:
     """A task that does nothing."""
 
 
+def _end_once() -> None:
+    """Ignore what comes after the first signal to end.
+
+    Flower ends a process gracefully on the first signal and restores Python's handlers; its parent monitor then sends
+    SIGINT (the parent of a killed server or node is gone), which surfaced as a KeyboardInterrupt in the midst of it.
+    """
+    from flwr.supercore.exit import add_exit_handler
+
+    def deaf() -> None:
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.SIG_IGN)
+
+    add_exit_handler(deaf, run_before_force_exit=True)
+
+
 def main() -> None:
     """Serve tasks until the parent process ends."""
     from flwr.supercore.cli import flower_superexec
 
     kind = sys.argv.pop(1)
+    _end_once()
     executor = ThinExecutor(kind)
     module = importlib.import_module("flwr.supercore.superexec.run_superexec")
     module.get_executor = lambda *_, **__: executor  # type: ignore[attr-defined]

@@ -35,12 +35,15 @@ class Federation:
         Site policy of every node.
     """
 
+    poll = "0.3"  # seconds between a node's calls; three nodes on one machine burden nobody
+
     def __init__(self, nodes: int, work: Path, policy: Path | None = None, say: Callable[[str], None] = print) -> None:
         if nodes < 1:
             raise UserError(f"--nodes {nodes}: at least 1")
         self.count, self.work, self.policy, self.say = nodes, work, policy, say
         self.port = free_port()
         self.link = Link(f"127.0.0.1:{self.port}", work / "certs" / "ca.crt")
+        self.door = self.link.address  # where nodes call; a relay in between may take its place
         self.processes: list[Process] = []
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -95,10 +98,9 @@ class Federation:
         """Start one node."""
         more = ["--policy", str(self.policy)] if self.policy else []
         return self.process(
-            name, "node", "--server", self.link.address, "--ca", str(self.link.ca), "--key", key,
+            name, "node", "--server", self.door, "--ca", str(self.link.ca), "--key", key,
             "--partition", f"{partition}/{self.count}", "--state-dir", str(self.work / name),
-            "--port", str(free_port()),
-            *self._mine, *more,
+            "--port", str(free_port()), "--poll", self.poll, *self._mine, *more,
         )  # fmt: skip
 
     # -- living --------------------------------------------------------------------------------------------

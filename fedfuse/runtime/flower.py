@@ -308,8 +308,8 @@ def _good(answered: list[tuple[Sent, Message]]) -> int:
     return sum(reply.has_content() for _, reply in answered)
 
 
-def run_on_flower(config: Any, directory: Any) -> Any:
+def run_on_flower(config: Any, directory: Any, resumed: bool = False) -> Any:
     """`runtime=flower`: see `fedfuse.runtime.serve.run_on_flower`."""
     from fedfuse.runtime import serve
 
-    return serve.run_on_flower(config, directory)
+    return serve.run_on_flower(config, directory, resumed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedfuse import registry
 from fedfuse.config import Config
 from fedfuse.data.dataset import SPLITS
 from fedfuse.directory import RunDirectory, write_rows, write_text
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.experiment import build_strategy, callbacks, server_device_of
 from fedfuse.federation import Federation
 from fedfuse.runtime.app import SiteApp
@@ -54,8 +55,24 @@ def serve(
     UserError
         If the configuration cannot be carried out.
     WorldError
-        If not all clients join, or in a phase too few succeed.
+        If not all clients join, in a phase too few succeed, or the server's disk fails.
     """
+    try:
+        return _serve(grid, config, directory, patience, resumed, quiet, own, say)
+    except OSError as error:
+        raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
+
+
+def _serve(
+    grid: Grid,
+    config: Config,
+    directory: RunDirectory,
+    patience: Patience,
+    resumed: bool,
+    quiet: bool,
+    own: bool,
+    say: Any,
+) -> Federation:
     single_thread()
     entry = registry.entry(config.strategy.name)
     scenario = prepare_scenario(config)
@@ -121,8 +138,13 @@ def _kept(path: Path, value: str) -> str:
     return value
 
 
-def run_on_flower(config: Config, directory: RunDirectory) -> Path:
+def run_on_flower(config: Config, directory: RunDirectory, resumed: bool = False) -> Path:
     """`runtime=flower`: Flower's own simulator, for parity checks; the digest is that of `runtime=inline`.
+
+    Parameters
+    ----------
+    resumed : bool
+        The directory has been reopened and goes on after its last complete round.
 
     Raises
     ------
@@ -132,14 +154,19 @@ def run_on_flower(config: Config, directory: RunDirectory) -> Path:
     os.environ.update(QUIET)
     from flwr.simulation import run_simulation
 
-    directory.create(config.overwrite)
+    from fedfuse.runtime.cluster import disconnect
+
+    disconnect()  # Flower's actors would wait for ever for cores that our idle workers hold
+    if not resumed:
+        directory.create(config.overwrite)
     failures: list[BaseException] = []
-    server = ServerApp()
+    server, over = ServerApp(), threading.Event()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            serve(grid, config, directory, Patience(retries=config.runtime.retries), quiet=False, say=lambda line: None)
+            patience = Patience(retries=config.runtime.retries)
+            serve(unless(over, grid), config, directory, patience, resumed=resumed, say=lambda line: None)
         except BaseException as error:
             failures.append(error)
 
@@ -157,12 +184,26 @@ def run_on_flower(config: Config, directory: RunDirectory) -> Path:
         except Exception as error:
             failures.append(error)
         finally:
+            over.set()
             directory.close()
     if failures:
         if isinstance(failures[0], WorldError | UserError):
             raise failures[0]
         raise WorldError(f"Flower's simulator: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
     return directory.path
+
+
+def unless(over: threading.Event, grid: Grid) -> Grid:
+    """A grid that fails when `over` is set: Flower's would wait, in a thread that keeps the process from ending."""
+    pull = grid.pull_messages
+
+    def checked(message_ids: Iterable[str]) -> Iterable[Message]:
+        if over.is_set():
+            raise WorldError("Flower's simulator ended before the run did")
+        return pull(message_ids)
+
+    grid.pull_messages = checked  # type: ignore[method-assign]
+    return grid
 
 
 QUIET = {

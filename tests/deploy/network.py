@@ -100,6 +100,7 @@ def run(
     patience: Patience | None = None,
     resumed: bool = False,
     own: bool = False,
+    quiet: bool = True,
 ) -> tuple[Federation, list[str]]:
     """A run over a network; the federation and the server's log."""
     said: list[str] = []
@@ -110,7 +111,7 @@ def run(
         directory.create(False)
     try:
         built = serve(
-            network, config, directory, patience or Patience(), resumed=resumed, quiet=True, own=own, say=said.append
+            network, config, directory, patience or Patience(), resumed=resumed, quiet=quiet, own=own, say=said.append
         )
         return built, said
     finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from fedfuse.deploy.processes import Process, free_port, surroundings
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text().splitlines()
+FEDFUSE = [sys.executable, "-m", "fedfuse.deploy"]  # what the image calls `fedfuse deploy`
 KNOWN = {
     "build", "cap_drop", "command", "depends_on", "entrypoint", "healthcheck", "image", "init", "ports", "profiles",
     "read_only", "restart", "security_opt", "tmpfs", "volumes", "working_dir",
@@ -48,7 +52,7 @@ def test_every_command_is_one_of_ours(service: str) -> None:
 
 
 def test_dockerfile_is_pinned_and_not_root() -> None:
-    lines = (ROOT / "docker" / "Dockerfile").read_text().splitlines()
+    lines = DOCKERFILE
     starts = [line.split()[0] for line in lines if re.match(r"[A-Z]+ ", line)]
     assert set(starts) <= {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "ENTRYPOINT", "CMD"}
     users = [line for line in lines if line.startswith("USER")]
@@ -65,29 +69,30 @@ def test_dockerfile_is_pinned_and_not_root() -> None:
 
 @pytest.mark.deploy
 def test_the_commands_run_as_processes_of_this_machine(tmp_path: Path) -> None:
+    """All of them: services, health checks, the image's own entry point; only paths, addresses and ports are mapped."""
     port = free_port()
     running: dict[str, Process] = {}
+    ports = {service: free_port() for service in SERVICES}
+
+    def mapped(service: str, given: list[str]) -> list[str]:
+        here = {"/certs": tmp_path / "certs", "/state": tmp_path / service / "state", "/runs": tmp_path / "runs"}
+        out = []
+        for word in given:
+            for inside, outside in here.items():
+                word = re.sub(f"^{inside}", str(outside), word)
+            word = re.sub("^(server|127.0.0.1):8000$", f"127.0.0.1:{port}", word).replace("9094", str(ports[service]))
+            out.append({"8000": str(port), "0.0.0.0": "127.0.0.1", "python": sys.executable}.get(word, word))
+        return out
 
     def start(service: str) -> Process:
-        state = tmp_path / service
-        state.mkdir()
-        here = {"/certs": str(tmp_path / "certs"), "/state": str(state / "state"), "/runs": str(state / "runs")}
-        local = []
-        for word in words(service):
-            for inside, outside in here.items():
-                word = re.sub(f"^{inside}", outside, word)
-            local.append(
-                {"server:8000": f"127.0.0.1:{port}", "8000": str(port), "0.0.0.0": "127.0.0.1"}.get(word, word)
-            )
+        (tmp_path / service).mkdir()
+        local = mapped(service, words(service))
         if service.startswith("node"):
-            local += ["--port", str(free_port())]
+            local += ["--port", str(ports[service])]  # every container has a 9094 of its own
         if service == "run":
             local += [f"out={tmp_path / 'out'}"]
         running[service] = Process(
-            service,
-            [sys.executable, "-m", "fedfuse.deploy", *local],
-            surroundings(state / "flwr"),
-            tmp_path / f"{service}.log",
+            service, [*FEDFUSE, *local], surroundings(tmp_path / service / "flwr"), tmp_path / f"{service}.log"
         )
         return running[service]
 
@@ -95,13 +100,32 @@ def test_the_commands_run_as_processes_of_this_machine(tmp_path: Path) -> None:
         start(service).child.wait(seconds)
         assert running[service].child.returncode == 0, running[service].text()
 
+    def healthy(service: str, seconds: float = 120) -> None:
+        kind, *check = SERVICES[service]["healthcheck"]["test"]
+        assert kind == "CMD"
+        check = mapped(service, check)
+        if check[:2] == ["fedfuse", "deploy"]:
+            check = [*FEDFUSE, *check[2:]]
+        until = time.monotonic() + seconds
+        while subprocess.run(check, capture_output=True, timeout=60).returncode:
+            assert time.monotonic() < until, running[service].text()
+            assert running[service].alive, running[service].text()
+            time.sleep(1)
+
     try:
+        entry = [line.split(maxsplit=1)[1] for line in DOCKERFILE if line.startswith(("ENTRYPOINT", "CMD"))]
+        assert json.loads(entry[0]) == ["fedfuse", "deploy"]
+        assert subprocess.run([*FEDFUSE, *json.loads(entry[1])], capture_output=True, timeout=60).returncode == 0
         finished("certs", 60)
-        assert start("server").wait_for("Uvicorn running", 120)
+        start("server")
+        healthy("server")
         finished("register", 120)
         for service in ("node-0", "node-1", "node-2"):
             start(service)
+        for service in ("node-0", "node-1", "node-2"):
+            healthy(service)
         finished("run", 500)
+        assert set(running) == set(SERVICES)
         assert (tmp_path / "out" / "summary.json").exists()
     finally:
         for process in reversed(running.values()):

@@ -18,9 +18,11 @@ from fedfuse.deploy.processes import Process, free_port, surroundings
 from fedfuse.deploy.submit import Link, order_of, submit
 from fedfuse.experiment import run
 from fedfuse.runtime.flower import Patience
+from tests.deploy.wire import Wire
 
 pytestmark = pytest.mark.deploy
 KEYS = ("strategy=knfu", "data=digits", "clients=2", "rounds=2", "seed=0", "model=mlp_small")
+DELAY, JITTER, LOSS = 0.05, 0.01, 0.01  # each way
 NETEM = ("delay", "50ms", "10ms", "loss", "1%")
 
 
@@ -29,36 +31,39 @@ def ip(*words: str) -> bool:
 
 
 @pytest.fixture
-def namespaces() -> Iterator[tuple[list[str], bool]]:
-    """Two namespaces, fed0 at 10.77.0.2 and fed1 at 10.77.1.2, and whether netem is on."""
+def namespaces() -> Iterator[tuple[list[str], list[Wire]]]:
+    """Two namespaces, 10.77.0.2 and 10.77.1.2, behind a slow wire: netem's, or where there is none, ours."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         pytest.skip("needs root, ip and tc")
     names = [f"ff{os.getpid()}n{i}" for i in range(2)]
-    slow = True
+    wires: list[Wire] = []
     try:
         for i, name in enumerate(names):
             outer, inner = f"ff{os.getpid() % 100000}o{i}", f"ff{os.getpid() % 100000}i{i}"
-            made = (
-                ip("netns", "add", name)
-                and ip("link", "add", outer, "type", "veth", "peer", "name", inner, "netns", name)
-                and ip("addr", "add", f"10.77.{i}.1/30", "dev", outer)
-                and ip("link", "set", outer, "up")
-                and ip("-n", name, "addr", "add", f"10.77.{i}.2/30", "dev", inner)
-                and ip("-n", name, "link", "set", inner, "up")
-                and ip("-n", name, "link", "set", "lo", "up")
-            )
-            if not made:
+            if not (ip("netns", "add", name) and ip("-n", name, "link", "set", "lo", "up")):
                 pytest.skip("this machine does not permit network namespaces")
-            words = ["tc", "qdisc", "add", "dev", outer, "root", "netem", *NETEM]
-            slow = subprocess.run(words, capture_output=True).returncode == 0 and slow
-        yield names, slow
+            probe = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "0ms"]
+            if subprocess.run(probe, capture_output=True).returncode:
+                wires.append(Wire(name, f"10.77.{i}.1", f"10.77.{i}.2", DELAY, JITTER, LOSS))
+                continue
+            assert ip("link", "add", outer, "type", "veth", "peer", "name", inner, "netns", name)
+            assert ip("addr", "add", f"10.77.{i}.1/30", "dev", outer)
+            assert ip("link", "set", outer, "up")
+            assert ip("-n", name, "addr", "add", f"10.77.{i}.2/30", "dev", inner)
+            assert ip("-n", name, "link", "set", inner, "up")
+            for where in (["dev", outer], ["-n", name, "dev", inner]):
+                netns, device = where[:-2], where[-2:]
+                subprocess.run(["tc", *netns, "qdisc", "add", *device, "root", "netem", *NETEM], check=True)
+        yield names, wires
     finally:
+        for wire in wires:
+            wire.close()
         for name in names:
             ip("netns", "del", name)  # takes its end of the pair along
 
 
-def test_nodes_in_namespaces_complete_a_run(namespaces: tuple[list[str], bool], tmp_path: Path) -> None:
-    names, slow = namespaces
+def test_nodes_in_namespaces_complete_a_run(namespaces: tuple[list[str], list[Wire]], tmp_path: Path) -> None:
+    names, wires = namespaces
     run(compose([*KEYS, "runtime=inline", f"out={tmp_path / 'inline'}"]), quiet=True)
     wanted = json.loads((tmp_path / "inline" / "summary.json").read_text())["digest"]
     port, certs = free_port(), tmp_path / "certs"
@@ -80,7 +85,9 @@ def test_nodes_in_namespaces_complete_a_run(namespaces: tuple[list[str], bool], 
         summary = submit(link, order_of(compose(list(KEYS)), Patience()), tmp_path / "out")
         assert summary is not None
         assert summary["digest"] == wanted
-        print("netem", NETEM if slow else "is not in this kernel", summary["seconds"])
+        assert all(wire.lost for wire in wires)
+        said = [f"{wire.lost} of {wire.carried} packets lost" for wire in wires]
+        print("delay and loss by", f"our wire: {said}" if wires else f"netem {NETEM}", summary["seconds"])
     finally:
         for process in reversed(running):
             process.stop()

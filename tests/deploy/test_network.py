@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Array, ArrayRecord, Message
 
 from fedfuse.deploy.policy import Policy
 from fedfuse.errors import UserError, WorldError
+from fedfuse.experiment import as_yaml, resume
 from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.host import Host
 from tests.deploy.network import Network, lost, run, seats, tiny
@@ -63,6 +67,67 @@ def test_a_node_started_again_is_asked_again(tmp_path: Path) -> None:
     built, said = run(tiny("knfu"), network, tmp_path / "run")
     assert built.digest == play("knfu").digest
     assert any("was started again" in line for line in said)
+
+
+def forged(kind: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    name = sorted(arrays)[0]
+    first = arrays[name]
+    if kind == "names":
+        return {f"x{key}": value for key, value in arrays.items()}
+    wrong = {
+        "shape": first.reshape(1, *first.shape),
+        "dtype": first.astype("float64"),
+        "nan": np.full_like(first, np.nan),
+        "size": np.zeros((100, *first.shape), "float32"),
+    }
+    return {**arrays, name: wrong[kind]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("names", r"left out: client 2: .*head.bias"),
+        ("shape", r"left out: client 2: .*shape \(1, .*expected"),
+        ("dtype", r"left out: client 2: .*float64.*expected.*float32"),
+        ("nan", r"left out: client 2: .*not finite"),
+        ("size", r"left out: client 2: .*shape \(100, .*expected"),
+    ],
+)
+def test_a_forged_reply_is_named_in_the_log(
+    kind: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def forge(message: Message, reply: Message) -> Message:
+        about = message.metadata
+        if about.message_type == "train" and about.dst_node_id == 102 and message.content["run"]["round"] == 1:
+            record = ArrayRecord()
+            for key, value in forged(kind, {k: v.numpy() for k, v in reply.content["arrays"].items()}).items():
+                record[key] = Array(value)
+            reply.content["arrays"] = record
+        return reply
+
+    network.reply = forge
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run", quiet=False)
+    assert built.strategy.failures == {"replies": 0, "rejected": 1, "retried": 0}
+    assert re.search(reason, capsys.readouterr().out)
+
+
+def test_a_full_disk_is_the_worlds_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedfuse.directory.RunDirectory.round", full)
+    with pytest.raises(WorldError, match=r"No space left on device.*the run can be resumed"):
+        run(tiny("fedavg"), Network(seats(tmp_path, 3)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["attempt", "order.json"])
+def test_a_deployed_run_is_not_resumed_as_a_simulation(file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(as_yaml(tiny("fedavg")))
+    (tmp_path / file).write_text("1")
+    with pytest.raises(UserError, match=r"fedfuse deploy resume .* goes on"):
+        resume(tmp_path)
 
 
 def test_a_straggler_is_left_out_and_counted(tmp_path: Path) -> None:
