@@ -17,6 +17,7 @@ from fedfuse.config import (
     ModelConfig,
     PartitionConfig,
     RuntimeConfig,
+    TrackingConfig,
 )
 from fedfuse.errors import UserError, nearest
 
@@ -26,6 +27,7 @@ GROUPS = {
     "model": ModelConfig,
     "loss": LossConfig,
     "runtime": RuntimeConfig,
+    "tracking": TrackingConfig,
 }
 
 
@@ -202,6 +204,8 @@ def check(config: Config) -> None:
     at_least = {"clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.batch_size": 1, "train.weight_decay": 0}
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
+    at_least |= {"runtime.parallel": 1, "search.trials": 1}
+    at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     for key, low in at_least.items():
         value = _value(config, key)
         if value is not None and not low <= value < float("inf"):

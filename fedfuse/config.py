@@ -107,6 +107,16 @@ class RuntimeConfig:
     client_timeout: float | None = None  # seconds; off by default
     reverse: bool = False  # run clients in reversed order (a check: the digest must not change)
     state_dir: str | None = None
+    parallel: int | None = None  # runs of a sweep at once; default as many as have a core each
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow`)."""
+
+    name: str = "none"
+    uri: str | None = None  # `mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db
+    experiment: str = "fedfuse"  # `mlflow`: name of the group of runs
 
 
 @dataclass
@@ -128,6 +138,32 @@ class StopConfig:
 
 
 @dataclass
+class SearchConfig:
+    """How a sweep tuned its strategies, each with the same budget, on the clients' validation split."""
+
+    trials: int | None = None  # trials of each strategy; null: no search
+    keys: list[str] = field(default_factory=list)  # what was tuned; the search writes it down
+
+
+@dataclass
+class PrivacyConfig:
+    """Differential privacy of the clients' training examples, by DP-SGD; off unless `epsilon` or `noise` is set."""
+
+    epsilon: float | None = None  # ε that a client may spend in a run, at δ
+    delta: float | None = None  # null: 1/N, N the client's own training examples; larger is refused
+    clip: float = 1.0  # C, largest norm of an example's gradient over all that is trained
+    clipping: str = "ghost"  # ghost (norms first, a second pass) | plain (a gradient for each example)
+    noise: float | None = None  # σ, noise's deviation over C; null: the least that `epsilon` allows
+    trainings: int | None = None  # trainings of a client that σ is planned for; null: one a round
+    chunk: int | None = None  # examples whose gradients are held at once; null: the whole batch
+
+    @property
+    def on(self) -> bool:
+        """Whether private examples are trained on by DP-SGD."""
+        return self.epsilon is not None or self.noise is not None
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
@@ -141,6 +177,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     stop: StopConfig = field(default_factory=StopConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     clients: int | None = None  # default 10, or what the data says where it comes partitioned
     participation: float = 1.0
     rounds: int = 10

@@ -301,8 +301,8 @@ class RunDirectory(Callback):
                 raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
             if plain.get("format") != FORMAT:
                 raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
-            if changed := _changed(plain.get("config", ""), self.config):
-                raise UserError(f"{self.path}/config.yaml: {changed}; a run goes on with what it began with")
+            if different := changed(plain.get("config", ""), self.config):
+                raise UserError(f"{self.path}/config.yaml: {different}; a run goes on with what it began with")
             items: dict[Address, Item] = {}
             chains: dict[Address, list[Parcel]] = {}
             for slot in tree.get("board", {}).values():
@@ -354,10 +354,10 @@ def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     return out
 
 
-def _changed(begun: str, now: str) -> str:
+def changed(begun: str, now: str) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
     before, after = (dict(_flat(yaml.safe_load(text) or {})) for text in (begun, now))
-    free = ("out", "overwrite", "runtime.")  # where and how it runs changes no bit
+    free = ("out", "overwrite", "runtime.", "tracking.")  # where and how it runs changes no bit
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:
             return f"says {key}={after.get(key)}, the run began with {key}={value}"

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedfuse import registry
-from fedfuse.config import Config
+from fedfuse.config import Config, RuntimeConfig
 from fedfuse.directory import RunDirectory
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.federation import Callback, EarlyStop, Evaluation, Federation, check_fit
@@ -22,6 +22,8 @@ from fedfuse.registry import Entry
 from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity, single_thread
 from fedfuse.scenario import Residents, Scenario, prepare_scenario
 from fedfuse.strategy import FusionStrategy
+from fedfuse.tracking import check as check_tracking
+from fedfuse.tracking import tracker
 
 
 def device_of(config: Config) -> str:
@@ -121,6 +123,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
         If the world failed; the run can be resumed.
     """
     started = time.time() if started is None else started
+    check_tracking(config.tracking)
     single_thread()
     claim_identity()
     entry = registry.entry(config.strategy.name)
@@ -170,11 +173,13 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
 
 
 def callbacks(config: Config, directory: RunDirectory, quiet: bool) -> list[Callback]:
-    """Evaluation first, the commit next, the progress line last."""
+    """Evaluation first, the commit next, then who reads what was committed; the progress line last."""
     chosen: list[Callback] = [Evaluation(config.evaluate.every)]
     if config.stop.patience is not None:
         chosen.append(EarlyStop(config.stop.patience))
     chosen.append(directory)
+    if (told := tracker(config.tracking, directory.path)) is not None:
+        chosen.append(told)
     if not quiet:
         chosen.append(Progress())
     return chosen
@@ -211,8 +216,15 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def resume(path: Path, quiet: bool = False) -> Path:
+def resume(path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None) -> Path:
     """Go on after the last complete round of a run directory.
+
+    Parameters
+    ----------
+    path : Path
+    quiet : bool
+    runtime : RuntimeConfig, optional
+        Where it goes on; default where it began.
 
     Raises
     ------
@@ -223,6 +235,7 @@ def resume(path: Path, quiet: bool = False) -> Path:
     if (path / "order.json").exists():
         raise UserError(f"{path}: belongs to a deployment; fedfuse deploy resume {path} goes on")
     config = load_config(path)
+    config.runtime = runtime or config.runtime
     flower = config.runtime.name == "flower"
     if (path / "attempt").exists() and not flower:  # its clients' states, and maybe data, are at the nodes
         raise UserError(f"{path}: was played by a deployment; fedfuse deploy resume {path} goes on")
