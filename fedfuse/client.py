@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -165,8 +164,8 @@ class FusionClient:
             return self.residents.tensors("test")
         if split == "train" and self.scenario.config.privacy.on and not self._private:
             raise UserError(
-                "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover them; "
-                "allowed are those that only train on them (fedavg, fedprox, adapters, …)"
+                "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover "
+                "them; allowed are those that only train on them"
             )
         if split == "train" and self.pooled:
             return self.residents.tensors("pooled")
@@ -296,7 +295,7 @@ class FusionClient:
                 self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
                 seed_parts=moment, **options,
             )  # fmt: skip
-            return {"num-examples": len(self.x), "steps": steps, "loss": math.nan, **budget.metrics()}
+            return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
 
     def _keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         slots = optimizer.state_dict()["state"]

@@ -108,6 +108,7 @@ def compose(overrides: Sequence[str]) -> Config:
         if "=" not in text:
             raise UserError(f"{text!r}: not of the form key=value")
     _check_keys(overrides)
+    overrides = [f"++{text}" if text.startswith(_OPEN) else text for text in overrides]  # whether there yet or not
     chosen = strategy_of(overrides) or "fedavg"
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -154,11 +155,11 @@ def _check_keys(overrides: Sequence[str]) -> None:
             if value not in allowed and not value.startswith(("{", "[", "${")):
                 raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
             continue
-        if key not in known and not any(key.startswith(open_ + ".") for open_ in _OPEN):
+        if key not in known and not key.startswith(_OPEN):
             raise UserError(f"{key}: no such key; {nearest(key, [*known, *GROUPS, 'strategy'])}")
 
 
-_OPEN = ("data.extra", "model.extra", "loss.options")
+_OPEN = ("data.extra.", "model.extra.", "loss.options.")
 
 
 def keys(node: Any, prefix: str) -> list[str]:
@@ -215,11 +216,16 @@ def check(config: Config) -> None:
         if value not in words:
             raise UserError(f"{key}={value}: {nearest(str(value), words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
+    privacy = config.privacy
     rules: list[tuple[str, Any, bool, str]] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
         ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
+        ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),
+        ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "between 0 and 1"),
+        ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
+        ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
     ]
     server = config.runtime.server_device
     known = server is None or re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", server) is not None
@@ -233,6 +239,7 @@ WORDS = {
     "train.optimizer": ("sgd", "adam", "adamw"),
     "train.optimizer_state": ("fresh", "keep"),
     "runtime.device": ("auto", "cpu", "cuda"),
+    "privacy.clipping": ("ghost", "plain"),
 }
 
 

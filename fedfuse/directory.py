@@ -25,6 +25,7 @@ from fedfuse.knowledge import Address, Item, Parcel
 from fedfuse.results.run import COLUMNS
 from fedfuse.store import ClientStore, read_tree, replaced, write_arrays, write_tree
 from fedfuse.traffic import Traffic
+from fedfuse.train.privacy import private_notes
 
 FORMAT = 1
 _KINDS = {
@@ -70,6 +71,7 @@ class RunDirectory(Callback):
         self.clients: ClientStore
         self._made: list[Path] = []  # directories that `create` made, the innermost first
         self._ours = False  # whether all that the directory holds is this run's
+        self.deployed = False  # whether clients are real sites, whose noise comes from their own entropy
 
     @property
     def checkpoint(self) -> Path:
@@ -228,9 +230,11 @@ class RunDirectory(Callback):
             "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,
+            **({"dp": "deployed" if self.deployed else "simulated"} if config.privacy.on else {}),
             "notes": [
                 *federation.scenario.data.notes,
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
+                *(private_notes(strategy.start, self.deployed) if config.privacy.on else ()),
             ],
         }
 

@@ -337,5 +337,9 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     if strategy.discloses:
         what = ", ".join(strategy.discloses)
         raise UserError(f"privacy: strategy={strategy.name} lets {what} of private examples leave the clients")
+    scenario, delta = strategy.scenario, strategy.scenario.config.privacy.delta
+    most = max(range(scenario.clients), key=scenario.examples)
+    if delta is not None and delta * scenario.examples(most) > 1:
+        raise UserError(f"privacy.delta={delta}: client {most} has {scenario.examples(most)} examples; allowed is 1/N")
     for name in pool:
-        privacy.check(strategy.scenario.config.privacy, strategy.residents.model(name), name)
+        privacy.check(strategy.residents.model(name), name)

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class Node:
     device : torch.device or str
     retries : int
         How often a client that fails is tried again from committed state.
+    ledger : Path or None
+        See `Residents`.
     """
 
     def __init__(
@@ -70,12 +73,13 @@ class Node:
         store: ClientStore,
         device: torch.device | str = "cpu",
         retries: int = 0,
+        ledger: Path | None = None,
     ) -> None:
         self.entry, self.store, self.retries = entry, store, retries
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
-        self.residents = Residents(scenario, self._equip, device)
+        self.residents = Residents(scenario, self._equip, device, ledger)
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
@@ -262,7 +266,7 @@ class Node:
                 records = client.share()
             else:
                 records = getattr(client, phase)()
-                metrics = {"num-examples": len(client.x)}
+                metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}
             private = kept()
             kept_state = {**private, **({"seen": new_seen} if new_seen else {})}
             answer["tag"] = (str(config.get("new-tag", "")) or f"{round}.1") if kept_state else INITIAL
@@ -332,7 +336,8 @@ class Node:
             except (TypeError, ValueError, UserError) as error:
                 raise Refused(str(error)) from error
             self._hyper = (key, hyper)
-            self.residents = Residents(self.residents.scenario, self._equip, self.residents.device)
+            old = self.residents
+            self.residents = Residents(old.scenario, self._equip, old.device, old.ledger)
         return self._hyper[1]
 
 

@@ -41,6 +41,7 @@ from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import Shares
 from fedfuse.train import basis
 from fedfuse.train.adapters import LoRASB, layer_names
+from fedfuse.train.privacy import drawn
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,16 @@ class FedSBClient(AdapterClient):
         self.restore()
 
     def setup(self) -> Records:
-        """Sum of the gradients of W₀ over some training rows."""
-        x, y = self.x, self.y
-        rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows].sort().values
+        """Sum of the gradients of W₀ over some training rows; under privacy clipped by example, and noised."""
         size = self.scenario.config.train.batch_size
-        found = basis.gradients(self.model, lambda i: self.objective(self.model(x[i]), y[i]), rows, size)
-        out = {"rows": torch.tensor([float(len(rows))])}
+        if self.scenario.config.privacy.on:
+            found, count = self.private_gradients()
+        else:
+            x, y = self.x, self.y
+            rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows].sort().values
+            found = basis.gradients(self.model, lambda i: self.objective(self.model(x[i]), y[i]), rows, size)
+            count = float(len(rows))
+        out = {"rows": torch.tensor([count])}
         for name, gradient in found.items():
             if self.hyper.init_from == "sketch":
                 q = min(self.hyper.rank + self.hyper.oversample, *gradient.shape)
@@ -120,6 +125,22 @@ class FedSBClient(AdapterClient):
             else:
                 out[f"{name}.gradient"] = gradient
         return {"gradient": out}
+
+    def private_gradients(self) -> tuple[Arrays, float]:
+        """The same as one release of the budget: a Poisson sample of about `init_rows`, which is the count told."""
+        clip, expected = (
+            self.scenario.config.privacy.clip,
+            min(self.hyper.init_rows, self.scenario.examples(self.client)),
+        )
+        rate = expected / self.scenario.examples(self.client)
+        with self.inside_budget((self.seed, "basis", self.client)) as (budget, sampling, noising):
+            noise = budget.noise(budget.steps(), (rate, 1))
+            budget.spend(noise, rate, 1)
+            x, y = self.x, self.y
+            rows = drawn(len(x), rate, sampling)
+            found = basis.gradients(self.model, lambda i: self.objective(self.model(x[i]), y[i]), rows, 1, clip)
+        noised = {n: g + noise * clip * torch.randn(g.shape, generator=noising) for n, g in found.items()}
+        return noised, float(expected)
 
     def share(self) -> Records:
         """R (its leading block, for a smaller rank) and the head."""
@@ -158,6 +179,15 @@ class FedSB(AdapterStrategy):
     def setup(self) -> tuple[str, ...]:  # type: ignore[override]
         """One phase of gradients where the basis is made of the clients' gradients."""
         return ("setup",) if self.hyper.needs_gradient and self.hyper.init_from != "transfer" else ()
+
+    @property
+    def start(self) -> str:
+        """Where the basis comes from."""
+        if not self.hyper.needs_gradient:
+            return f"R = 0 in a public basis ({self.hyper.init}), which no private example has touched"
+        if self.hyper.init_from == "transfer":
+            return "a basis of gradients on the server's labelled set, which is taken to be public"
+        return "a basis of the clients' gradients, clipped and noised, inside each client's budget"
 
     def begin(self) -> None:
         """Publish hash and R; where the basis is made of gradients, later."""

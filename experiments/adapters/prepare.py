@@ -2,7 +2,8 @@
 
     python experiments/adapters/prepare.py      # prints where each lies
 
-`models/minilm` (all-MiniLM-L6-v2), `models/smollm2` (SmolLM2-135M, GGUF), `data/newsgroups` (20 Newsgroups as JSON lines).
+`models/minilm` (all-MiniLM-L6-v2), `models/smollm2` (SmolLM2-135M, GGUF), `data/newsgroups` (20 Newsgroups,
+JSON lines).
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Policy:
             raise Refused(f"site policy: rounds={config.rounds}; allowed: at most {self.max_rounds}")
         if self.max_epochs is not None and config.train.epochs > self.max_epochs:
             raise Refused(f"site policy: train.epochs={config.train.epochs}; allowed: at most {self.max_epochs}")
-        if self.require_dp and not _private(config):
+        if self.require_dp and not config.privacy.on:
             raise Refused("site policy: differential privacy is required, the run has none")
         if not self.allow_code:
             for key, value in code_of(config).items():
@@ -93,11 +93,6 @@ def code_of(config: Config) -> dict[str, Any]:
         "loss.build": config.loss.build,
         "transfer.root": config.transfer.root,
     }
-
-
-def _private(config: Config) -> bool:
-    privacy = getattr(config, "dp", None) or getattr(config, "privacy", None)
-    return bool(privacy) and getattr(privacy, "name", "none") not in (None, "none")
 
 
 def policy_from(values: dict[str, Any], where: str) -> Policy:

@@ -60,6 +60,7 @@ def _deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     patience = read_patience(str(orders.get("patience", "{}")))
     path = Path(os.environ.get(RUNS, "runs")) / name
     directory = RunDirectory(path, as_yaml(config), started)
+    directory.deployed = True
     resumed = bool(orders.get("resume", False))
     if resumed and (path / "config.yaml").exists():
         if (path / "summary.json").exists():

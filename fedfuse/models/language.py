@@ -33,6 +33,8 @@ class CausalLM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (B, T, V); place t sees tokens up to t."""
+        if not len(x):
+            return torch.zeros(*x.shape, self.model.config.vocab_size, device=x.device)
         return self.model(input_ids=x, use_cache=False).logits
 
 
@@ -47,6 +49,8 @@ class TextClassifier(nn.Module):
         """Return logits of shape (B, C); padding is not attended to."""
         mask = x != self.pad
         mask[:, 0] = True  # an empty text still has one place to look at
+        if not len(x):  # transformers' attention cannot be asked about no text at all
+            return torch.zeros(0, self.model.config.num_labels, device=x.device)
         return self.model(input_ids=x, attention_mask=mask.long()).logits
 
 
@@ -63,6 +67,8 @@ class PooledClassifier(nn.Module):
         """Return features of shape (B, feature_dim)."""
         mask = x != self.pad
         mask[:, 0] = True
+        if not len(x):
+            return torch.zeros(0, self.feature_dim, device=x.device)
         states = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
         weights = mask[:, :, None].to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1)

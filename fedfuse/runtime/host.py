@@ -131,7 +131,8 @@ class Host:
     def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
         store = ClientStore(self.seat.store or folder)
         entry = registry.entry(config.strategy.name)
-        return place(entry, scenario, store, device=self.seat.device, retries=config.runtime.retries)
+        ledger = None if self.seat.store else folder / "privacy.jsonl"  # Flower's simulator is no deployment
+        return place(entry, scenario, store, device=self.seat.device, retries=config.runtime.retries, ledger=ledger)
 
     def _not_orphaned(self, folder: Path, setting: Mapping[str, Any]) -> None:
         """A server that was started again counts up; what an older one still sends is refused."""

@@ -81,7 +81,9 @@ def base_weights(model: nn.Module) -> Arrays:
     return {name: module.weight.detach().clone() for name, module in adapted(model).items()}
 
 
-def gradients(model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Arrays:
+def gradients(
+    model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, clip: float | None = None
+) -> Arrays:
     """Σ over rows of d loss / d W₀ for every adapted layer (d × k, float32), model as it is, without dropout.
 
     Parameters
@@ -90,6 +92,8 @@ def gradients(model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, 
         `loss(rows) -> scalar`, the mean loss over some rows.
     rows : Tensor
         Rows to go over, in batches of `batch_size`.
+    clip : float, optional
+        Largest norm, over all layers together, of a batch's gradient; with batches of one, of an example's.
     """
     layers = adapted(model)
     weights = [module.stored for module in layers.values()]
@@ -101,9 +105,11 @@ def gradients(model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, 
     try:
         for batch in rows.split(batch_size):
             found = torch.autograd.grad(loss(batch) * len(batch), weights, allow_unused=True)
+            norm = torch.stack([g.double().norm() for g in found if g is not None]).norm().item() if clip else 0.0
+            factor = min(1.0, clip / norm) if clip and norm > 0 else 1.0
             for kept, grad in zip(total, found, strict=True):
                 if grad is not None:
-                    kept.add_(grad.double())
+                    kept.add_(grad.double(), alpha=factor)
     finally:
         for weight in weights:
             weight.requires_grad_(False)

@@ -21,3 +21,12 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def task_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy by example, (B,): of a class, or the mean over the places of a text that count."""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    wanted = labels[:, 1:]
+    places = F.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return places.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)

@@ -1,0 +1,328 @@
+"""Differential privacy of a client's training examples: DP-SGD by Opacus, and what it has cost so far.
+
+DP-SGD (Abadi et al. 2016, arXiv 1607.00133): each step takes every example with probability q (Poisson), clips each
+example's gradient to norm C and adds noise of deviation σ·C. The privacy unit is one example (for language models one
+text), neighbours differ by adding or removing one, N is the client's own number of examples. ε is the upper bound
+of the PRV accountant (Gopi et al. 2021, arXiv 2106.02848) over everything a client has released in a run, at δ ≤ 1/N.
+Needs the extra `privacy` (Opacus).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedfuse.config import PrivacyConfig, TrainConfig
+from fedfuse.data.store import key_of, store_arrays, stored_arrays
+from fedfuse.errors import UserError
+from fedfuse.train import local
+from fedfuse.train.task import task_losses
+
+History = tuple[tuple[float, float, int], ...]  # noise multiplier σ, sampling rate q, steps
+PRIVATE = frozenset({"epochs", "batch_size", "params", "lr", "optimizer", "after_backward"})  # options of `train`
+
+
+def check(model: nn.Module, architecture: str) -> None:
+    """Refuse what DP-SGD cannot be done with.
+
+    Raises
+    ------
+    UserError
+        If Opacus is not installed, or the model's layers mix examples.
+    """
+    try:
+        import opacus  # noqa: F401
+    except ImportError as error:
+        raise UserError("privacy needs Opacus: pip install 'fedfuse[privacy]'") from error
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"privacy with model={architecture}: {name} is a BatchNorm, which mixes the examples of a batch; "
+                "allowed are models without it (GroupNorm, LayerNorm)"
+            )
+
+
+def private_notes(start: str, deployed: bool) -> list[str]:
+    """What a private run says of itself."""
+    noise = "from each site's own entropy" if deployed else "seeded, so that whoever knows the seed can take it off"
+    return [
+        f"dp: noise is {noise}",
+        f"dp: the start is {start}",
+        "dp: epsilon in the metrics is by example, per client, of what it trains on; its validation and test figures, "
+        "and how many examples it has, are not covered",
+    ]
+
+
+# --- accounting -------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def epsilon(history: History, delta: float) -> float:
+    """ε at δ of a history, by Opacus's PRV accountant."""
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = list(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at q = 1 it takes a logarithm of zero, rightly
+        return float(accountant.get_epsilon(delta))
+
+
+def joined(history: History, more: History) -> History:
+    """A history and what came next; equal neighbours become one entry."""
+    out = list(history)
+    for noise, rate, steps in more:
+        if out and out[-1][:2] == (noise, rate):
+            steps += out.pop()[2]
+        out.append((noise, rate, steps))
+    return tuple(out)
+
+
+@functools.lru_cache(maxsize=4096)
+def noise_for(target: float, delta: float, plan: tuple[tuple[float, int], ...]) -> float:
+    """The least σ (to 1 % of ε) with which a plan of (q, steps) costs at most `target`; kept in the user's cache.
+
+    Raises
+    ------
+    UserError
+        If no σ up to 10,000 is enough.
+    """
+    key = key_of("noise", target, delta, plan)
+    if (known := stored_arrays("noise", key)) is not None:
+        return float(known["noise"])
+
+    def cost(noise: float) -> float:
+        return epsilon(tuple((noise, rate, steps) for rate, steps in plan), delta)
+
+    aim, low, high = 0.995 * target, (0.0, 0.0), (0.0, 0.0)  # σ and its ε, too little and enough
+    trial = 4.0
+    while high[1] < 0.99 * target and not (low[0] and high[0] < 1.001 * low[0]):
+        if (found := cost(trial)) <= target:
+            high = (trial, found)
+        else:
+            low = (trial, found)
+        if low[0] and high[0]:  # log ε falls almost in a line over log σ
+            share = math.log(low[1] / aim) / math.log(low[1] / high[1])
+            trial = low[0] * (high[0] / low[0]) ** min(max(share, 0.05), 0.95)
+        elif high[0]:
+            trial *= max(high[1] / aim, 0.25)
+        elif trial > 1e4:
+            raise UserError(f"privacy.epsilon={target} at δ={delta:.2g}: no noise multiplier up to 10,000 reaches it")
+        else:
+            trial *= min(max(1.05 * low[1] / aim, 1.1), 16)
+    store_arrays("noise", key, {"noise": np.array(high[0])})
+    return high[0]
+
+
+class Budget:
+    """What one client may spend in a run, and has spent.
+
+    Parameters
+    ----------
+    config : PrivacyConfig
+    train : TrainConfig
+    rounds : int
+        Rounds of the run.
+    examples : int
+        N.
+    state : dict
+        The client's private state; `state["privacy"]` holds σ and the history.
+    ledger : Path or None
+        Where a deployed site notes every release as it happens, also those whose reply never counted.
+    name : str
+        The client, for messages.
+
+    Raises
+    ------
+    UserError
+        If δ exceeds 1/N.
+    """
+
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        train: TrainConfig,
+        rounds: int,
+        examples: int,
+        state: dict[str, Any],
+        ledger: Path | None = None,
+        name: str = "client",
+    ) -> None:
+        self.config, self.train, self.rounds, self.examples = config, train, rounds, examples
+        self.ledger, self.name = ledger, name
+        self.kept = state.setdefault("privacy", {"noise": 0.0, "history": "[]"})
+        self.delta = 1 / examples if config.delta is None else config.delta
+        if self.delta > 1 / examples:
+            raise UserError(f"privacy.delta={self.delta:g}: {name} has {examples} examples; allowed is at most 1/N")
+
+    @property
+    def history(self) -> History:
+        """Everything released so far."""
+        if self.ledger is not None and self.ledger.exists():
+            lines = self.ledger.read_text(encoding="utf-8").splitlines()
+            return joined((), tuple((n, q, s) for n, q, s in map(json.loads, lines)))
+        return tuple((n, q, s) for n, q, s in json.loads(self.kept["history"]))
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent so far."""
+        return epsilon(self.history, self.delta) if self.history else 0.0
+
+    def steps(self, epochs: int | None = None, batch_size: int | None = None) -> tuple[float, int]:
+        """Sampling rate q and steps of one training: on average, `epochs` passes in batches of `batch_size`."""
+        size = self.train.batch_size if batch_size is None else batch_size
+        a_pass = max(1, -(-self.examples // size))
+        return 1 / a_pass, a_pass * (self.train.epochs if epochs is None else epochs)
+
+    def noise(self, training: tuple[float, int], *before: tuple[float, int]) -> float:
+        """σ, fixed before the first release: for all trainings to come, and what comes `before` them."""
+        if self.config.noise is not None:
+            return self.config.noise
+        if not self.kept["noise"]:
+            assert self.config.epsilon is not None
+            rate, steps = training
+            plan = (*before, (rate, steps * (self.config.trainings or self.rounds)))
+            self.kept["noise"] = noise_for(self.config.epsilon, self.delta, plan)
+        return float(self.kept["noise"])
+
+    def spend(self, noise: float, rate: float, steps: int) -> None:
+        """Enter a release, before it is made.
+
+        Raises
+        ------
+        UserError
+            If the budget does not last.
+        """
+        after = joined(self.history, ((noise, rate, steps),))
+        cost = epsilon(after, self.delta)
+        if self.config.epsilon is not None and cost > self.config.epsilon:
+            raise UserError(
+                f"{self.name}: privacy.epsilon={self.config.epsilon:g} is spent ({self.epsilon:.3g} so far, "
+                f"{cost:.3g} with this training); plan for more by privacy.trainings"
+            )
+        if self.ledger is not None:
+            with self.ledger.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([noise, rate, steps]) + "\n")
+        self.kept["history"] = json.dumps(after)
+
+    def metrics(self) -> dict[str, float]:
+        """ε so far, its δ, and σ."""
+        return {"epsilon": self.epsilon, "delta": self.delta, "noise": self.history[-1][0]}
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def own_entropy() -> torch.Generator:
+    """A generator that nobody else can repeat."""
+    return torch.Generator().manual_seed(secrets.randbits(63))
+
+
+def drawn(examples: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Rows of a Poisson sample: each with probability `rate`; possibly none."""
+    return (torch.rand(examples, generator=generator) < rate).nonzero().flatten()
+
+
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: TrainConfig,
+    privacy: PrivacyConfig,
+    release: tuple[float, float, int],
+    sampling: torch.Generator,
+    noising: torch.Generator,
+    *,
+    seed_parts: tuple[object, ...] = (),
+    params: Iterable[nn.Parameter] | None = None,
+    lr: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    after_backward: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Train by DP-SGD on the task's loss, in place; whatever is trained is clipped and noised together.
+
+    Parameters
+    ----------
+    release
+        σ, q and the number of steps, as entered in the budget. The sum of gradients is divided by q·N.
+    sampling, noising
+        What batches and noise are drawn from.
+    seed_parts
+        What dropout is drawn from.
+    after_backward
+        Called between the noised gradient and the step; it may use only what is public or was released.
+
+    Raises
+    ------
+    UserError
+        If Opacus cannot give gradients by example of this model.
+    """
+    from opacus.grad_sample.utils import get_hooks_class
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    noise, rate, steps = release
+    chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
+    wanted = {id(p) for p in chosen}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    inner = local.optimizer(chosen, config) if optimizer is None else optimizer
+    if lr is not None:
+        for group in inner.param_groups:
+            group["lr"] = lr
+    ghost = privacy.clipping == "ghost"
+    wrapped: Any = (DPOptimizerFastGradientClipping if ghost else DPOptimizer)(
+        inner,
+        noise_multiplier=noise,
+        max_grad_norm=privacy.clip,
+        expected_batch_size=rate * len(x),  # type: ignore[arg-type]
+        generator=noising,
+    )
+    model.train()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    hooks: Any = None
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens, and data, need no gradient
+    try:
+        more = {"max_grad_norm": privacy.clip} if ghost else {}
+        hooks = get_hooks_class("ghost" if ghost else "hooks")(model, **more)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            local.seed(x.device, *seed_parts, "layers")
+            for _ in range(steps):
+                rows = drawn(len(x), rate, sampling).to(x.device)
+                chunks = rows.split(privacy.chunk or max(1, len(rows))) if len(rows) else (rows,)
+                for i, part in enumerate(chunks):
+                    wrapped.zero_grad()
+                    if len(part):
+                        losses = task_losses(model(x[part]), y[part])
+                        value: Any = DPTensorFastGradientClipping(hooks, wrapped, losses) if ghost else losses.mean()
+                        value.backward()
+                    else:  # nobody was drawn: the step is noise alone
+                        for p in chosen:
+                            p.grad, p.grad_sample = torch.zeros_like(p), p.new_zeros(0, *p.shape)
+                    wrapped.signal_skip_step(i + 1 < len(chunks))
+                    wrapped.pre_step()
+                if after_backward is not None:
+                    after_backward(model)
+                inner.step()
+    except NotImplementedError as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(f"privacy.clipping={privacy.clipping}: Opacus refuses this model ({words})") from error
+    finally:
+        if hooks is not None:
+            hooks.cleanup()
+            for module in model.modules():
+                for name in ("activations", "max_batch_len"):
+                    module.__dict__.pop(name, None)
+        inner.zero_grad()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
