@@ -5,8 +5,8 @@
 
 Blocks: MNIST, 10 clients, `partition=prior` with 50, 200, 1000 examples a client × α ∈ {0.1, 1, 100}, and the clustered
 partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice
-on personal test sets and on 2,000 examples of the official test split; seeds 0, 1, 2. CIFAR-10: examples {200, 1000} ×
-α ∈ {0.1, 100}, local, fedavg, knfu (cut: 50 examples, α = 1, clustered, fedmd, dsfl, fedproto, for time).
+on personal test sets and on 2,000 examples of the official test split; one local epoch; seeds 0, 1, 2. CIFAR-10: examples
+{200, 1000} × α ∈ {0.1, 100}, local, fedavg, knfu (cut for time: 50 examples, α = 1, clustered, fedmd, dsfl, fedproto).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = Path("runs/when_to_fuse")
 COMMON = [
-    "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=500", "train.epochs=2",
-    "train.batch_size=16", "train.lr=0.02",
+    "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=500", "train.epochs=1",
+    "train.batch_size=16", "train.lr=0.02", "runtime=inline",
 ]  # fmt: skip
 BLOCKS = {
     "mnist-prior": [
@@ -42,8 +42,8 @@ def run(quick: bool) -> int:
     for name, words in BLOCKS.items():
         if quick:
             words = [w.replace("seed=0,1,2", "seed=0").replace("50,200,1000", "50") for w in words]
-        command = ["fedfuse", "compare", *words, *COMMON, f"out={RUNS / name}"]
-        print(" ".join(command), flush=True)
+        command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, *COMMON, f"out={RUNS / name}"]
+        print("fedfuse", " ".join(command[3:]), flush=True)
         if code := subprocess.call(command):
             return code
     return collect()
