@@ -244,6 +244,9 @@ class RunDirectory(Callback):
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
             write_arrays(final / f"server-{name}.safetensors", arrays, **about)
+        for name, (architecture, arrays, shape) in federation.strategy.server_halves().items():
+            about = {"architecture": architecture, "server": name, "shape": json.dumps(shape)}
+            write_arrays(final / f"server-{name}.safetensors", arrays, **about)
         for client in range(federation.scenario.clients):
             kept = self.clients.staged(client, "final")
             if kept is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def final_file(path: Path, client: int | None) -> Path:
@@ -66,6 +66,7 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    from fedfuse.config import ModelConfig
     from fedfuse.experiment import load_config
     from fedfuse.scenario import prepare_scenario
 
@@ -76,15 +77,16 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
     with safe_open(source, framework="pt") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         about = dict(file.metadata() or {})
+    half = "shape" in about  # a network of the server behind the clients': it takes their features
     about |= {
         "data": config.data.name,
-        "shape": json.dumps(list(dataset.shape)),
+        "shape": about.get("shape", json.dumps(list(dataset.shape))),
         "classes": json.dumps(list(dataset.classes)),
-        "preprocessing": dataset.preprocessing(),
+        "preprocessing": "the features of a client's network" if half else dataset.preprocessing(),
         "strategy": config.strategy.name,
         "seed": str(config.seed),
         "digest": str(summary["digest"]),
-        "model": json.dumps(asdict(config.model)),
+        "model": json.dumps(asdict(ModelConfig() if half else config.model)),
     }
     target = Path(out) if out else path / f"{source.stem}-export.safetensors"
     try:
@@ -101,14 +103,16 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     Returns
     -------
     model : nn.Module
-        In evaluation mode.
+        In evaluation mode; a client's own with the server's half behind it, where a strategy splits them.
     scenario : Scenario
         What it was trained in.
     """
     from safetensors import safe_open
 
-    from fedfuse import registry
+    from fedfuse import models, registry
+    from fedfuse.config import ModelConfig
     from fedfuse.experiment import load_config
+    from fedfuse.models.pair import Split
     from fedfuse.scenario import Residents, prepare_scenario
 
     source = final_file(path, client)
@@ -116,7 +120,25 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     scenario = prepare_scenario(config)
     chosen = registry.entry(config.strategy.name)
     residents = Residents(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))
-    with safe_open(source, framework="pt") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        architecture = (file.metadata() or {})["architecture"]
-    return residents.loaded(architecture, arrays).eval(), scenario
+
+    def read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(source, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    def half(arrays: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+        shape = tuple(json.loads(about["shape"]))
+        built = models.build(
+            about["architecture"], shape=shape, classes=scenario.classes, config=ModelConfig(), seed=config.seed
+        )
+        built.load_state_dict(arrays)
+        return built
+
+    arrays, about = read(source)
+    if "shape" in about:
+        return half(arrays, about).eval(), scenario
+    model = residents.loaded(about["architecture"], arrays)
+    for file in sorted((path / "final").glob("server-*.safetensors")):
+        behind = read(file)
+        if "shape" in behind[1]:
+            model = Split(model, half(*behind))
+    return model.eval(), scenario

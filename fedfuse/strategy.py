@@ -100,6 +100,10 @@ class FusionStrategy(Exchange):
         """Models the server can score on the global test set: name to (architecture, arrays)."""
         return {}
 
+    def server_halves(self) -> dict[str, tuple[str, Arrays, tuple[int, ...]]]:
+        """Networks of the server that predict only behind a client's: name to (architecture, arrays, input shape)."""
+        return {}
+
     def predict(self, model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
         """Logits of a server model."""
         return local.predict(model, x, batch_size)

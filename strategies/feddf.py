@@ -9,12 +9,15 @@ In round t, S_t the participants, D_t unlabelled and known to the server only:
                sends w_p to its clients                                                                        (P)
 
 Travels: P·B_f bytes each way, a client and round; the transfer set stays at the server. No distillation step is FedAvg.
-Paper: Adam 10⁻³ with cosine annealing, batch 128, at most 10⁴ steps ended after 10³ without gain on a labelled
-validation set. Here N = distill_epochs·⌈|D_t|/B⌉, since the server has no labels. `ensemble=prob` averages softmax
-outputs: up to a constant that is the released code's `avg_losses`, the mean of KLs to each teacher. Choices: an
-architecture nobody of which took part starts from its newest model and is taught too; a client without examples
-neither counts nor teaches; teachers predict in evaluation mode, students train in training mode, so BatchNorm
-statistics move to the transfer set's. "Drop-worst" needs labels at the server and is left out.
+Paper: Adam 10⁻³ with cosine annealing, batch 128, at most 10⁴ steps, here distill_epochs·⌈|D_t|/B⌉. `ensemble=prob`
+averages softmax outputs: up to a constant that is the released code's `avg_losses`, the mean of KLs to each teacher.
+The paper's early stop (`patience`, 10³ steps) and drop-worst (models at chance) read a labelled validation set at the
+server: a fixed share of a labelled D_t, which is not distilled then. Left open, and so ours: a student is validated
+once an epoch and its best weights, those before distillation among them, are kept; at chance is an accuracy of at most
+1/C; who is dropped neither teaches nor is averaged; if all are at chance nobody is dropped. Choices: an architecture
+nobody of which took part starts from its newest model and is taught too; a client without examples neither counts nor
+teaches; teachers predict in evaluation mode, students train in training mode, so BatchNorm statistics move to the
+transfer set's.
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfuse.client import FusionClient
+from fedfuse.errors import UserError
 from fedfuse.records import Arrays
 from fedfuse.registry import hyper, strategy
+from fedfuse.scenario import Residents, variable
+from fedfuse.seeding import generator
 from fedfuse.strategy import FusionStrategy, Shares
 from fedfuse.sums import Sum
 from fedfuse.train import local
@@ -44,11 +50,49 @@ class FedDFHyper:
     ensemble: str = hyper(
         "logit", "what teachers are averaged in (paper: logits; code's default: prob)", choices=("logit", "prob")
     )
+    patience: int | None = hyper(
+        None, "steps without a gain on validation that end a student's distillation (paper: 1000); null: off", low=1
+    )
+    drop_worst: bool = hyper(False, "leave out models that are at chance on validation")
+    validation: float = hyper(0.1, "share of a labelled D_t that the two read; not distilled then", above=0, high=0.9)
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
     """Learning rate of step 0 … steps − 1: lr·(1 + cos(π·step/steps)) / 2."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class Best:
+    """The best student so far on validation."""
+
+    def __init__(self, accuracy: float, arrays: Arrays) -> None:
+        self.accuracy, self.step, self.arrays = accuracy, 0, arrays
+
+    def look(self, accuracy: float, step: int, model: nn.Module) -> None:
+        """Keep the model if it gained."""
+        if accuracy > self.accuracy:
+            arrays = {name: value.detach().clone() for name, value in variable(model).items()}
+            self.accuracy, self.step, self.arrays = accuracy, step, arrays
+
+
+class Ensemble:
+    """What models add up to as they stream in: a mean for each architecture, and the mean of their outputs."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, Sum] = {}
+        self.models, self._outputs = 0, torch.zeros(())
+
+    def add(self, name: str, group: int, weights: Arrays, examples: float, outputs: Tensor | None) -> None:
+        """Add a model of architecture `name`, and its outputs (T × C, float64) if it teaches."""
+        self.means.setdefault(name, Sum()).add(group, weights, examples)
+        self.models += 1
+        if outputs is not None:
+            self._outputs = self._outputs.to(outputs) + outputs
+
+    @property
+    def outputs(self) -> Tensor:
+        """The teachers' mean output, float32."""
+        return (self._outputs / self.models).float()
 
 
 @strategy("feddf", client=FusionClient, hyper=FedDFHyper, paper="Lin et al. 2020, arXiv 2006.07242")
@@ -57,49 +101,87 @@ class FedDF(FusionStrategy):
 
     transfer = "server"
 
+    def __init__(self, hyper: FedDFHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        self.validates = hyper.patience is not None or hyper.drop_worst
+        if self.validates and not self.scenario.config.transfer.labelled:
+            what = "drop_worst=true" if hyper.drop_worst else f"patience={hyper.patience}"
+            raise UserError(f"strategy.{what} needs labels at the server: set transfer.labelled=true")
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of D_t to distil on and to validate on; all and none if nothing reads a validation."""
+        total = len(self.residents.tensors("transfer")[0])
+        if not self.validates:
+            return torch.arange(total), torch.arange(0)
+        order = torch.randperm(total, generator=generator(self.scenario.seed, "feddf validation"))
+        kept = max(1, int(self.hyper.validation * total))
+        return order[kept:].sort().values, order[:kept].sort().values
+
     def fuse(self, shares: Shares) -> None:
         """Average by architecture while the models stream in and teach; then distil into each average."""
         h: FedDFHyper = self.hyper
-        x, _ = self.residents.tensors("transfer")
-        means: dict[str, Sum] = {}
-        ensemble, teachers = torch.zeros(len(x), self.classes, dtype=torch.float64, device=x.device), 0
+        x, y = self.residents.transfer(self.rows[0])
+        good, worst = Ensemble(), Ensemble()
         for share in shares:
             if share.examples == 0:
                 continue
             name, weights = self.scenario.architectures[share.client], share.records["model"]
-            means.setdefault(name, Sum()).add(self.groups[share.client], weights, share.examples)
-            if h.distill_epochs:
-                logits = self.predict(self.residents.loaded(name, weights), x, h.distill_batch).double()
-                ensemble += logits.softmax(1) if h.ensemble == "prob" else logits
-                teachers += 1
+            outputs, used = None, good
+            if h.distill_epochs or h.drop_worst:
+                model = self.residents.loaded(name, weights)
+                logits = self.predict(model, x, h.distill_batch).double()
+                outputs = logits.softmax(1) if h.ensemble == "prob" else logits
+                used = worst if h.drop_worst and self.accuracy(model) <= 1 / self.classes else good
+            used.add(name, self.groups[share.client], weights, share.examples, outputs)
+        if h.drop_worst:
+            self.log("dropped", worst.models if good.models else 0)
+        used = good if good.models else worst
         names = sorted(set(self.scenario.architectures))
         for name in names:
             to = name if len(names) > 1 else None
-            student = means[name].mean() if name in means else self.published("model", to)
-            if teachers:
-                student = self._distil(name, student, x, (ensemble / teachers).float())
+            student = used.means[name].mean() if name in used.means else self.published("model", to)
+            if used.models and h.distill_epochs:
+                student = self._distil(name, student, x, y, used.outputs)
             self.publish("model", student, to=to)
 
-    def _distil(self, name: str, student: Arrays, x: Tensor, teacher: Tensor) -> Arrays:
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the validation rows that a model gets right."""
+        x, y = self.residents.transfer(self.rows[1])
+        assert y is not None
+        return float((self.predict(model, x, self.hyper.distill_batch).argmax(1) == y).double().mean())
+
+    def _distil(self, name: str, student: Arrays, x: Tensor, y: Tensor | None, teacher: Tensor) -> Arrays:
         h: FedDFHyper = self.hyper
-        loss, (_, labels) = self.loss("kl"), self.residents.tensors("transfer")
+        loss = self.loss("kl")
         compare = loss.from_probabilities if h.ensemble == "prob" else loss
         model = self.residents.loaded(name, student)
         config = dataclasses.replace(self.scenario.config.train, optimizer="adam", lr=h.distill_lr, weight_decay=0.0)
         optimizer = local.optimizer(model.parameters(), config)
-        steps = sum(1 for _ in local.batches(len(x), h.distill_batch, h.distill_epochs, "count"))
+        epoch = len(local.sizes_of(len(x), h.distill_batch, max(2, loss.min_batch)))
+        steps, best = h.distill_epochs * epoch, Best(self.accuracy(model), student) if h.patience else None
         step = iter(range(steps))
 
-        def anneal(_: torch.nn.Module) -> None:  # between backward and step
+        def anneal(_: nn.Module) -> None:  # between backward and step
             optimizer.param_groups[0]["lr"] = cosine(h.distill_lr, next(step), steps)
 
         def distil(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return compare(logits, teacher[rows], y)
 
-        return self.train(
-            model, x, labels, distil, purpose=f"distil {name}", optimizer=optimizer, after_backward=anneal,
-            epochs=h.distill_epochs, batch_size=h.distill_batch,
+        def stop(done: int, _: int) -> bool:
+            if best is None or h.patience is None or done % epoch:
+                return False
+            best.look(self.accuracy(model), done, model)
+            return done - best.step >= h.patience
+
+        trained = self.train(
+            model, x, y, distil, purpose=f"distil {name}", optimizer=optimizer, after_backward=anneal,
+            after_step=stop, epochs=h.distill_epochs, batch_size=h.distill_batch,
         )  # fmt: skip
+        if best is None:
+            return trained
+        self.log(f"steps/{name}", best.step)
+        return best.arrays
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """One model an architecture."""

@@ -33,7 +33,7 @@ from fedfuse import models
 from fedfuse.client import FusionClient
 from fedfuse.config import ModelConfig
 from fedfuse.knowledge import Item, Topic
-from fedfuse.records import InvalidArrays, Layout, Scope, arrays, validate
+from fedfuse.records import Arrays, InvalidArrays, Layout, Scope, arrays, validate
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import FusionStrategy, Metrics, Records, Share, Shares
 from fedfuse.train import local
@@ -121,14 +121,21 @@ class FedGKT(FusionStrategy):
     def tail(self) -> nn.Module:
         """The server's network g, holding its newest weights."""
         if not hasattr(self, "_tail"):
-            size = int(self.residents.model(self.architecture).feature_dim)  # type: ignore[arg-type]
             built = models.build(
-                self.hyper.tail, shape=(size,), classes=self.classes, config=ModelConfig(), seed=self.scenario.seed
+                self.hyper.tail,
+                shape=(self._width,),
+                classes=self.classes,
+                config=ModelConfig(),
+                seed=self.scenario.seed,
             )
             self._tail = built.to(self.residents.device)
         if "tail" in self.state:
             self._tail.load_state_dict(self.state["tail"])
         return self._tail
+
+    @property
+    def _width(self) -> int:
+        return int(self.residents.model(self.architecture).feature_dim)  # type: ignore[arg-type]
 
     def begin(self) -> None:
         """The tail's initial weights depend on the seed alone."""
@@ -157,15 +164,18 @@ class FedGKT(FusionStrategy):
         batch_size = self.scenario.config.evaluate.batch_size
         return self.predict(tail, features.to(self.residents.device), batch_size).cpu()
 
+    def server_halves(self) -> dict[str, tuple[str, Arrays, tuple[int, ...]]]:
+        """The tail g, which takes a client's features."""
+        return {"tail": (self.hyper.tail, self.state["tail"], (self._width,))}
+
     def judge(self, shares: Iterable[Share]) -> list[tuple[int, Metrics]]:
         """Score each client's extractor with the server's tail."""
         tail, found = self.tail(), []
-        size = int(self.residents.model(self.architecture).feature_dim)  # type: ignore[arg-type]
         for share in shares:
             metrics: Metrics = {}
             try:
                 for split, content in share.records.items():
-                    y = self._labels(split, content, size)
+                    y = self._labels(split, content)
                     for name, value in scores(self._judge(tail, content["features"]), y, self.classes).items():
                         metrics[f"{split}/{name}"] = value
             except InvalidArrays as error:
@@ -174,7 +184,7 @@ class FedGKT(FusionStrategy):
             found.append((share.client, metrics))
         return found
 
-    def _labels(self, split: str, content: Mapping[str, Tensor], size: int) -> Tensor:
+    def _labels(self, split: str, content: Mapping[str, Tensor]) -> Tensor:
         """Labels of an evaluated set, once what came is found to be in order."""
         if split == "global":
             y = self.residents.tensors("test")[1].cpu()
@@ -182,7 +192,7 @@ class FedGKT(FusionStrategy):
             y = content["labels"]
         else:
             raise InvalidArrays(f"{split}: not asked for, or without labels")
-        layout: Layout = {"features": ("float32", (len(y), size))}
+        layout: Layout = {"features": ("float32", (len(y), self._width))}
         if split != "global":
             layout["labels"] = ("int32", (len(y),))
         validate(split, content, layout)

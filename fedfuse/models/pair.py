@@ -1,4 +1,4 @@
-"""Two networks a client: one of its own that stays, one that is common to all and travels (FML, FedKD)."""
+"""Two networks in one: a client's own that stays beside a common one that travels, or a server's half behind it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ class Pair(nn.Module):
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the private and the shared network, with gradients: a `forward` for `train`."""
         return self.own(x), self.shared(x)
+
+
+class Split(nn.Module):
+    """A client's network up to its features, and the server's network on them."""
+
+    def __init__(self, front: nn.Module, back: nn.Module) -> None:
+        super().__init__()
+        self.front, self.back = front, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        return self.back(cast(Any, self.front).features(x))
 
 
 class FeaturePair(Pair):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedfuse.errors import UserError
 from fedfuse.strategies.feddf import cosine
 from tests.federations import play
 from tests.strategies.halves import server, shares
@@ -34,7 +35,7 @@ def test_the_ensemble_is_the_mean_of_all_teachers(ensemble, monkeypatch):
     strategy = server("feddf", f"strategy.ensemble={ensemble}")
     models, seen = variants(strategy, "mlp_small", 3), {}
     outputs = torch.stack([logits_of(strategy, "mlp_small", m["model"]) for m in models])
-    monkeypatch.setattr(strategy, "_distil", lambda name, student, x, teacher: seen.update(t=teacher) or student)
+    monkeypatch.setattr(strategy, "_distil", lambda name, student, x, y, teacher: seen.update(t=teacher) or student)
     strategy.fuse(shares(strategy, *models))
     expected = outputs.mean(0) if ensemble == "logit" else outputs.softmax(2).mean(0)
     np.testing.assert_allclose(seen["t"], expected, rtol=1e-4, atol=1e-5)
@@ -47,7 +48,7 @@ def test_one_student_an_architecture_taught_by_all(monkeypatch):
     outputs = torch.stack([logits_of(strategy, n, m["model"]) for n, m in zip(names, models, strict=True)])
     seen = {}
     monkeypatch.setattr(
-        strategy, "_distil", lambda name, student, x, teacher: seen.update({name: (student, teacher)}) or student
+        strategy, "_distil", lambda name, student, x, y, teacher: seen.update({name: (student, teacher)}) or student
     )
     initial = strategy.residents.initial("mlp_wide")
     strategy.fuse(shares(strategy, *models))
@@ -103,3 +104,75 @@ def test_pool_of_three_reports_each_architecture():
     done = play("feddf", POOL, "strategy.distill_epochs=1")
     assert done.federation.headline["accuracy/global"] > 0
     assert done.totals["up_bytes"] == done.totals["down_bytes"]
+
+
+LABELLED = ("transfer.labelled=true", "strategy.validation=0.5")
+
+
+@pytest.mark.parametrize("option", ["drop_worst=true", "patience=5"])
+def test_validation_needs_labels_at_the_server(option):
+    with pytest.raises(UserError, match=rf"strategy\.{option} needs labels at the server"):
+        server("feddf", f"strategy.{option}")
+
+
+def test_validation_rows_are_fixed_and_not_distilled():
+    strategy = server("feddf", *LABELLED, "strategy.drop_worst=true")
+    one = strategy.rows
+    strategy.round = 5
+    for first, later in zip(one, strategy.rows, strict=True):
+        assert torch.equal(first, later)
+    assert torch.equal(torch.cat(one).sort().values, torch.arange(24))
+    assert [len(rows) for rows in one] == [12, 12]
+    assert [len(rows) for rows in server("feddf", *LABELLED).rows] == [24, 0]  # nothing reads them
+
+
+def test_models_at_chance_neither_teach_nor_are_averaged(monkeypatch):
+    strategy = server("feddf", *LABELLED, "strategy.drop_worst=true")
+    models, seen = variants(strategy, "mlp_small", 3), {}
+    found = iter([0.5, 0.1, 0.4])  # of ten classes: the second is at chance
+    monkeypatch.setattr(strategy, "accuracy", lambda model: next(found))
+    monkeypatch.setattr(
+        strategy, "_distil", lambda name, student, x, y, teacher: seen.update(s=student, t=teacher) or student
+    )
+    strategy.fuse(shares(strategy, *models))
+    rows = strategy.rows[0]
+    kept = [models[0]["model"], models[2]["model"]]
+    outputs = torch.stack([logits_of(strategy, "mlp_small", m)[rows] for m in kept]).mean(0)
+    np.testing.assert_allclose(seen["t"], outputs, rtol=1e-4, atol=1e-5)
+    for key, value in seen["s"].items():
+        torch.testing.assert_close(value, (kept[0][key].double() + kept[1][key].double()).float() / 2)
+    assert [value for *_, name, value in strategy.logged if name == "dropped"] == [1]
+
+
+def test_if_all_are_at_chance_nobody_is_dropped(monkeypatch):
+    strategy = server("feddf", *LABELLED, "strategy.drop_worst=true", "strategy.distill_epochs=0")
+    models = variants(strategy, "mlp_small", 3)
+    monkeypatch.setattr(strategy, "accuracy", lambda model: 0.1)
+    strategy.fuse(shares(strategy, *models))
+    for key, value in strategy.model.items():
+        mean = torch.stack([m["model"][key].double() for m in models]).mean(0)
+        torch.testing.assert_close(value, mean.float())
+    assert [value for *_, name, value in strategy.logged if name == "dropped"] == [0]
+
+
+@pytest.mark.parametrize(("curve", "steps", "best"), [([0.2, 0.5, 0.4, 0.3, 0.9], 3, 1), ([0.2, 0.1, 0.1, 0.9], 2, 0)])
+def test_a_student_that_gains_nothing_stops_and_its_best_is_kept(curve, steps, best, monkeypatch):
+    """A batch an epoch: validated before the first step and after each; two steps without a gain end it."""
+    options = ("strategy.patience=2", "strategy.distill_epochs=4", "strategy.distill_batch=12")
+    strategy, seen = server("feddf", *LABELLED, *options), []
+
+    def accuracy(model):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return curve[len(seen) - 1]
+
+    monkeypatch.setattr(strategy, "accuracy", accuracy)
+    strategy.fuse(shares(strategy, *variants(strategy, "mlp_small", 2)))
+    assert len(seen) == steps + 1
+    assert all(torch.equal(strategy.model[k], v) for k, v in seen[best].items())
+    assert not torch.equal(seen[-1]["head.weight"], seen[best]["head.weight"])
+    assert [value for *_, name, value in strategy.logged if name == "steps/mlp_small"] == [best]
+
+
+def test_patience_beyond_the_budget_still_keeps_the_best():
+    many, few = (play("feddf", *LABELLED, f"strategy.patience={p}", POOL) for p in (1000, 1))
+    assert many.strategy.failures == few.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}

@@ -3,14 +3,18 @@
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fedfuse import experiment
+from fedfuse.compose import compose
 from fedfuse.errors import UserError
 from fedfuse.records import InvalidArrays, Scope
+from fedfuse.scenario import prepare_scenario
 from fedfuse.strategy import Share
-from tests.federations import play
+from tests.federations import TINY, play
 from tests.strategies.halves import client, server, shares, take
 
 T = 3.0
@@ -145,6 +149,30 @@ def test_bytes_and_the_declaration(tmp_path):
     assert done.totals["evaluate_up_bytes"] > 0
     notes = json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]
     assert "fedgkt: labels of private examples leave the clients" in notes
+
+
+def test_the_tail_is_kept_exported_and_stands_behind_each_client(tmp_path):
+    from safetensors import safe_open
+
+    import fedfuse
+    from fedfuse.export import export
+
+    where = experiment.run(compose([*TINY, "strategy=fedgkt", f"out={tmp_path / 'run'}"]), quiet=True)
+    assert (where / "final/server-tail.safetensors").exists()
+    with safe_open(export(where), framework="pt") as file:
+        about = file.metadata()
+        layers = {name for name in file.keys()}  # noqa: SIM118, C416 - not a dict
+    assert (about["architecture"], about["shape"]) == ("mlp_wide", "[32]")
+    assert "features" in about["preprocessing"]
+    kept = fedfuse.load(where)
+    assert layers == set(kept.model().state_dict())
+    scenario = prepare_scenario(experiment.load_config(where))
+    rows = kept.metrics.filter((pl.col("split") == "personal") & (pl.col("metric") == "accuracy"))
+    for i in range(3):  # what the run reported of a client is what its two halves answer now
+        x, y = scenario.data.tensors(i, "personal")
+        found = (kept.model(client=i)(x).argmax(1) == y).double().mean().item()
+        last = rows.filter((pl.col("client") == i) & (pl.col("round") == 2))["value"].item()
+        assert found == pytest.approx(last)
 
 
 def test_pool_needs_one_feature_size():
