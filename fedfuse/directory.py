@@ -234,7 +234,7 @@ class RunDirectory(Callback):
             "notes": [
                 *federation.scenario.data.notes,
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
-                *(private_notes(strategy.start, self.deployed) if config.privacy.on else ()),
+                *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
             ],
         }
 

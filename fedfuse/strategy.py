@@ -120,7 +120,7 @@ class FusionStrategy(Exchange):
         """
 
     @property
-    def start(self) -> str:
+    def made_from(self) -> str:
         """What version 0 was made from; said of private runs."""
         return "initial weights, which no private example has touched"
 

@@ -181,7 +181,7 @@ class FedSB(AdapterStrategy):
         return ("setup",) if self.hyper.needs_gradient and self.hyper.init_from != "transfer" else ()
 
     @property
-    def start(self) -> str:
+    def made_from(self) -> str:
         """Where the basis comes from."""
         if not self.hyper.needs_gradient:
             return f"R = 0 in a public basis ({self.hyper.init}), which no private example has touched"

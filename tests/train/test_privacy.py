@@ -211,7 +211,7 @@ def test_a_gradient_basis_is_noised_inside_the_budget() -> None:
                 kept = directory.clients.load(0, built.strategy.tags[0])["privacy"]
                 assert json.loads(kept["history"])[0] == [4.0, rate, 1]
                 assert len(json.loads(kept["history"])) == 2
-            assert "inside each client's budget" in built.strategy.start
+            assert "inside each client's budget" in built.strategy.made_from
             found.append(built.strategy.published("basis")["body.1.basis_B"])
     assert torch.equal(*found)
     plain = play("fed_sb", *words).strategy.published("basis")["body.1.basis_B"]
