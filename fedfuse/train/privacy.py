@@ -308,7 +308,8 @@ def train(
                         value.backward()
                     else:  # nobody was drawn: the step is noise alone
                         for p in chosen:
-                            p.grad, p.grad_sample = torch.zeros_like(p), p.new_zeros(0, *p.shape)
+                            p.grad = torch.zeros_like(p)
+                            p.grad_sample = p.new_zeros(0, *p.shape)  # type: ignore[attr-defined]
                     wrapped.signal_skip_step(i + 1 < len(chunks))
                     wrapped.pre_step()
                 if after_backward is not None:
