@@ -17,7 +17,6 @@ import os
 import sys
 from pathlib import Path
 
-from prepare import MINILM
 
 from fedfuse.sweep import sweep
 
@@ -25,21 +24,20 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/adapters")
 RATES = (3e-3, 1e-2, 3e-2)
 
-# Adapted: query and value of 6 layers, 12 matrices of 384 × 384. (strategy, rank): numbers sent up a round, head apart
+# Adapted: the 6 matrices of MiniLM's last layer (last_layer.py). (strategy, rank): numbers sent up a round, head apart
 ARMS = {
-    ("fedit", 8): 73_728, ("fedex_lora", 8): 73_728, ("ffa_lora", 8): 36_864, ("fed_sb", 8): 768,  # equal rank
-    ("ffa_lora", 16): 73_728, ("fed_sb", 78): 73_008,  # equal budget: with fedit and fedex_lora of rank 8
+    ("fedit", 8): 55_296, ("fedex_lora", 8): 55_296, ("ffa_lora", 8): 27_648, ("fed_sb", 8): 384,  # equal rank
+    ("ffa_lora", 16): 55_296, ("fed_sb", 96): 55_296,  # equal budget: with fedit and fedex_lora of rank 8
 }  # fmt: skip
 RATE = dict.fromkeys(ARMS, 3e-3)
 
-TEXT = [
-    "model=text_classifier", f"model.path={MINILM}", f"data.extra.tokenizer={MINILM}", "data.extra.length=16",
-    "strategy.targets='query,value'", "data.personal_test=0", "data.validation=0", "transfer.size=4",
-    "train.optimizer=adamw", "train.batch_size=8", "evaluate.batch_size=64", "runtime=inline",
+COMMON = [
+    "data.personal_test=0", "data.validation=0", "transfer.size=4", "train.optimizer=adamw", "runtime=inline",
 ]  # fmt: skip
+TEXT = ["data=custom", "data.load=last_layer:texts", "model=custom", "model.build=last_layer:Last"]
 SST2 = [
-    "data=sst2", "data.limit=644", "data.test_limit=436", "clients=20", "participation=0.2", "rounds=5",
-    "evaluate.every=5",
+    "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=1604", "data.extra.test_limit=872", "clients=20",
+    "participation=0.2", "rounds=6", "evaluate.every=3", "train.batch_size=8",
 ]  # fmt: skip
 IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=8"]
 
@@ -55,7 +53,7 @@ def tune() -> None:
     """`fedex_lora` takes `fedit`'s rate and `ffa_lora` of rank 16 that of rank 8."""
     for rate in RATES:
         few = [arm for arm in ARMS if arm not in (("fedex_lora", 8), ("ffa_lora", 16))]
-        words = [*TEXT, *SST2, *IID, "seed=100", "rounds=3", "evaluate.every=3"]
+        words = [*COMMON, *TEXT, *SST2, *IID, "seed=100", "rounds=3"]
         arms(f"tune/{rate:g}", words, dict.fromkeys(few, rate))
 
 
@@ -63,7 +61,7 @@ def sst2() -> None:
     """All seeds of a kind before the next, so that what an early end leaves is balanced."""
     for seed in range(3):
         for label, split in (("iid", IID), ("dirichlet", SKEWED)):
-            arms(f"sst2-{label}/{seed}", [*TEXT, *SST2, *split, f"seed={seed}"])
+            arms(f"sst2-{label}/{seed}", [*COMMON, *TEXT, *SST2, *split, f"seed={seed}"])
 
 
 if __name__ == "__main__":
