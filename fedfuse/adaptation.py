@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedfuse.client import FusionClient, Metrics, Records
 from fedfuse.errors import UserError
-from fedfuse.knowledge import Item
+from fedfuse.knowledge import Item, Topic
 from fedfuse.records import Arrays, Layout, Scope, Spec, layout_of
 from fedfuse.registry import hyper
 from fedfuse.strategy import FusionStrategy, Share, Shares
@@ -216,6 +216,14 @@ class AdapterStrategy(FusionStrategy):
             if not 1 <= rank <= self.hyper.rank:
                 raise UserError(f"strategy.ranks has {rank}: allowed are 1 to strategy.rank={self.hyper.rank}")
 
+    def publish_cut(self, topic: str, whole: Arrays) -> None:
+        """Publish arrays to all or, where ranks differ, to each client its leading rank of them."""
+        if not getattr(self.hyper, "ranks", None):
+            self.publish(topic, whole)
+            return
+        for client in range(self.scenario.clients):
+            self.publish(topic, cut(whole, rank_of(self.hyper, client)), to=client)
+
     def fuse(self, shares: Shares) -> None:
         """Weighted mean of what clients trained."""
         self.publish("adapter", shares.mean("adapter"))
@@ -241,3 +249,24 @@ class AdapterStrategy(FusionStrategy):
         if self.hyper.head == "personal":
             return {}
         return {"model": (self.architecture, self.state_of_model())}
+
+
+class RankedStrategy(AdapterStrategy):
+    """Server half where ranks may differ: keeps the adapter of full rank, sends each client its rank of it."""
+
+    topics = {"adapter": Topic("state", at_most(part("lora_A", "lora_B")))}
+    records = {"adapter": at_most(part("lora_A", "lora_B"))}
+    sums = {}
+
+    def publish_initial(self) -> None:
+        """Version 0, cut to each client's rank."""
+        self.publish_whole(self.parts("lora_A", "lora_B"))
+
+    def publish_whole(self, whole: Arrays) -> None:
+        """Keep the whole, and send each client its rank of it."""
+        self.state["whole"] = whole
+        self.publish_cut("adapter", whole)
+
+    def state_of_model(self) -> Arrays:
+        """The model of full rank."""
+        return super().state_of_model() | self.state["whole"]

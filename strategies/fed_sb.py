@@ -244,11 +244,7 @@ class FedSB(AdapterStrategy):
     def publish_latents(self, latents: Arrays) -> None:
         """Publish R: to all, or each client's block."""
         self.state["R"] = latents
-        if self.hyper.ranks:
-            for client in range(self.scenario.clients):
-                self.publish("R", cut(latents, rank_of(self.hyper, client)), to=client)
-        else:
-            self.publish("R", latents)
+        self.publish_cut("R", latents)
 
     def fuse(self, shares: Shares) -> None:
         """Mean of R, zero-padded, then the server's step."""

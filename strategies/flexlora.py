@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, pad, part, rank_of
+from fedfuse.adaptation import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
 from fedfuse.client import Records
-from fedfuse.knowledge import Item, Topic
+from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
 from fedfuse.registry import strategy
 from fedfuse.strategy import Share, Shares
@@ -54,25 +54,8 @@ class FlexLoRAClient(AdapterClient):
 
 
 @strategy("flexlora", client=FlexLoRAClient, hyper=RankedHyper, paper="Bai et al. 2024, arXiv 2402.11505")
-class FlexLoRA(AdapterStrategy):
+class FlexLoRA(RankedStrategy):
     """Mean of the full updates, cut to each client's rank by singular value decomposition."""
-
-    topics = {"adapter": Topic("state", at_most(part("lora_A", "lora_B")))}
-    records = {"adapter": at_most(part("lora_A", "lora_B"))}
-    sums = {}
-
-    def publish_initial(self) -> None:
-        """The leading rows of the seed's A, B = 0, and the head."""
-        self.publish_cut(self.parts("lora_A", "lora_B"))
-
-    def publish_cut(self, arrays: Arrays) -> None:
-        """Keep the whole, and send each client its rank of it."""
-        self.state["whole"] = arrays
-        if not self.hyper.ranks:
-            self.publish("adapter", arrays)
-            return
-        for client in range(self.scenario.clients):
-            self.publish("adapter", cut(arrays, rank_of(self.hyper, client)), to=client)
 
     def fuse(self, shares: Shares) -> None:
         """Σ p_i s·B_i A_i and its leading directions."""
@@ -87,7 +70,7 @@ class FlexLoRA(AdapterStrategy):
         for name in self.layers():
             b, a = truncated(summed[f"{name}.update"] / weight, self.hyper.rank, scale)
             out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = b.to(dtype), a.to(dtype).contiguous()
-        self.publish_cut(out)
+        self.publish_whole(out)
 
     def layers(self) -> dict[str, float]:
         """Adapted layers and their s."""
@@ -102,7 +85,3 @@ class FlexLoRA(AdapterStrategy):
                 sent[f"{name}.lora_B.weight"].double() @ sent[f"{name}.lora_A.weight"].double()
             )
         return out
-
-    def state_of_model(self) -> Arrays:
-        """The model of full rank."""
-        return super().state_of_model() | self.state["whole"]

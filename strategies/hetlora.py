@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, pad, part, rank_of
+from fedfuse.adaptation import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
 from fedfuse.client import Metrics, Records
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays
+from fedfuse.knowledge import Item
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import Share, Shares
 from fedfuse.train.adapters import LoRA, adapted, layer_names
@@ -94,25 +93,8 @@ class HetLoRAClient(AdapterClient):
 
 
 @strategy("hetlora", client=HetLoRAClient, hyper=HetLoRAHyper, paper="Cho et al. 2024, arXiv 2401.06432")
-class HetLoRA(AdapterStrategy):
+class HetLoRA(RankedStrategy):
     """Mean of zero-padded LoRA factors, weighted by the norm of each client's product."""
-
-    topics = {"adapter": Topic("state", at_most(part("lora_A", "lora_B")))}
-    records = {"adapter": at_most(part("lora_A", "lora_B"))}
-    sums = {}
-
-    def publish_initial(self) -> None:
-        """Version 0, cut to each client's rank."""
-        self.publish_cut(self.parts("lora_A", "lora_B"))
-
-    def publish_cut(self, arrays: Arrays) -> None:
-        """Keep the whole, and send each client its rank of it."""
-        self.state["whole"] = arrays
-        if not self.hyper.ranks:
-            self.publish("adapter", arrays)
-            return
-        for client in range(self.scenario.clients):
-            self.publish("adapter", cut(arrays, rank_of(self.hyper, client)), to=client)
 
     def weight_of(self, share: Share) -> float:
         """‖B_i A_i‖_F over all layers."""
@@ -125,8 +107,4 @@ class HetLoRA(AdapterStrategy):
         by_norm = {s.client: norm(s.records["adapter"]) for s in everyone}
         self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
         mean, _ = self.mean((share, pad(share.records["adapter"], self.state["whole"])) for share in everyone)
-        self.publish_cut(mean)
-
-    def state_of_model(self) -> Arrays:
-        """The model of full rank."""
-        return super().state_of_model() | self.state["whole"]
+        self.publish_whole(mean)
