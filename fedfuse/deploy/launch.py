@@ -187,6 +187,10 @@ def run_node(
         seat = replace(seat, data=str(Path(seat.data).resolve()))
     seat = replace(seat, state=state.resolve() / "runs")
     write_private(state / "seat.json", seat.as_json().encode(), secret=True)
+    if key is not None and ca is not None and not insecure:
+        from fedfuse.deploy.successor import succeed
+
+        succeed(server, ca, key, state)
     secret = _secret(state)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 

@@ -140,13 +140,21 @@ class Federation:
                 return summary
             self.say("fedfuse: the server was lost; the run is resumed")
             resume = True
-            self._await_server(before)
+            self.await_server(before)
         raise WorldError("the server died again and again; see its log")
 
-    def _await_server(self, before: int) -> None:
+    def await_server(self, before: int) -> None:
+        """Wait until the server has been started more than `before` times and listens.
+
+        Raises
+        ------
+        WorldError
+            If it does not within two minutes.
+        """
         until = time.monotonic() + 120
         while time.monotonic() < until:
-            if self.server.alive and self.server.text().count("Uvicorn running") >= self.server.starts:
+            starts = self.server.starts
+            if starts > before and self.server.alive and self.server.text().count("Uvicorn running") >= starts:
                 return
             time.sleep(0.3)
         raise WorldError(f"the server did not start again; see {self.server.log}")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedfuse.compose import compose
 from fedfuse.deploy.certs import node_keys, write_certificates
 from fedfuse.deploy.local import Federation
 from fedfuse.deploy.processes import Process, flower, free_port, surroundings
+from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import Link, Order, order_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import run
@@ -52,18 +54,33 @@ def touching(folder: Path) -> list[str]:
     return found
 
 
+@dataclass
+class Wired:
+    """A federation whose nodes call through a relay."""
+
+    federation: Federation
+    relay: Relay
+
+
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def wired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wired]:
     work = tmp_path_factory.mktemp("federation")
-    with Federation(3, work) as started:
-        until = time.monotonic() + 60
-        while online(started) < 3 and time.monotonic() < until:
-            time.sleep(1)
-        yield started
+    started = Federation(3, work)
+    relay = Relay(started.port)
+    started.door = relay.address
+    with started:
+        assert all(node.wait_for("SuperNode ID", 120) for node in started.processes[1:])
+        yield Wired(started, relay)
+    relay.close()
     until = time.monotonic() + 15
     while touching(work) and time.monotonic() < until:
         time.sleep(0.5)
     assert touching(work) == []  # superexec children included
+
+
+@pytest.fixture
+def federation(wired: Wired) -> Federation:
+    return wired.federation
 
 
 @pytest.mark.parametrize(
@@ -315,3 +332,26 @@ def test_a_killed_server_comes_back(when: str, federation: Federation, tmp_path:
     got = killed(federation, tmp_path / "out", keys, kill)
     assert got["digest"] == wanted["digest"]
     assert got["cohort_complete"]
+
+
+@long
+def test_a_lost_server_is_resumed_by_command(federation: Federation, tmp_path: Path) -> None:
+    keys = (*KEYS, "strategy=knfu")
+    wanted = inline(tmp_path / "inline", *keys)
+    reach, out = ["--server", federation.link.address, "--ca", str(federation.link.ca)], tmp_path / "out"
+    env, before = surroundings(tmp_path / "home"), federation.server.starts
+    asked = Process("run", federation.words("run", *reach, *keys, f"out={out}"), env, tmp_path / "run.log")
+    try:
+        assert asked.wait_for("round   1/3", 300), asked.text()
+        os.kill(federation.server.child.pid, signal.SIGKILL)
+        asked.child.wait(120)
+    finally:
+        asked.stop()
+    assert asked.child.returncode == 1, asked.text()
+    assert f"go on with: fedfuse deploy resume {out}" in asked.text()
+    federation.await_server(before)
+    done = subprocess.run(
+        federation.words("resume", *reach, str(out)), env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((out / "summary.json").read_text())["digest"] == wanted["digest"]
