@@ -22,6 +22,7 @@ USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
 
 Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
+  fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
   default: noop@100 noop@1000 noop@10000 noop@100000 noop-large@1000 logistic@1000 cnn@1000
 Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), flower (its simulator), guest (the same Flower app on
   FedFuse's engine), pfl (pfl-research, two processes; needs `pip install pfl==0.6.0`)
@@ -116,19 +117,22 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[
             for side in playing:
                 side.end()
     found: dict[str, Any] = {}
+    cohort = WORKLOADS[name].cohort(clients)
     for side in playing:
         if side.failed:
             found[side.name] = {"failed": side.failed}
         else:
-            found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / COHORT * 1e3}
+            found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / cohort * 1e3}
     return {"workload": name, "clients": clients, "sides": found}
 
 
 def sides_of(workload: str, clients: int, chosen: Sequence[str]) -> list[str]:
-    """The sides that can play: Flower's simulator does not reach 100,000 nodes, pfl trains only."""
+    """The sides that can play: Flower's simulator does not reach 100,000 nodes, pfl only trains; ours distil."""
     out = []
     for side in chosen:
         if side == "flower" and clients > 10000:
+            continue
+        if WORKLOADS[workload].strategy != "fedavg" and side not in ("fedfuse", "inline", "plain"):
             continue
         if side == "pfl" and (not WORKLOADS[workload].trains or find_spec("pfl") is None):
             continue
@@ -188,9 +192,10 @@ def command(argv: Sequence[str]) -> int:
         name, _, count = word.partition("@")
         if name not in WORKLOADS:
             raise UserError(f"{name}: no such workload; {nearest(name, WORKLOADS)}")
-        if count and (not count.isdigit() or int(count) < COHORT):
-            raise UserError(f"{word}: at least {COHORT} clients are needed")
-        jobs.append((name, int(count or 1000)))
+        least = WORKLOADS[name].cohort(20)
+        if count and (not count.isdigit() or int(count) < least):
+            raise UserError(f"{word}: at least {least} clients are needed")
+        jobs.append((name, int(count or (1000 if least == COHORT else least))))
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(), "cohort": COHORT, "contests": []}
     print(f"{'ms per client':<18}" + "".join(f"{side:>10}" for side in chosen))

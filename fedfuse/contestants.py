@@ -26,6 +26,11 @@ class Workload:
     model: str
     shape: tuple[int, ...]
     trains: bool
+    strategy: str = "fedavg"  # another: `fedfuse.contestant_distil`, all clients take part
+
+    def cohort(self, clients: int) -> int:
+        """Clients of a round."""
+        return COHORT if self.strategy == "fedavg" else clients
 
 
 WORKLOADS = {
@@ -33,6 +38,9 @@ WORKLOADS = {
     "noop-large": Workload("cnn_large", (1, 28, 28), False),  # 1,663,370 parameters, 6.65 MB
     "logistic": Workload("fedfuse.contestants:linear", (784,), True),  # 7,850 parameters
     "cnn": Workload("cnn_large", (1, 28, 28), True),
+    "fedmd": Workload("cnn", (1, 28, 28), True, "fedmd"),
+    "dsfl": Workload("cnn", (1, 28, 28), True, "dsfl"),
+    "knfu": Workload("cnn", (1, 28, 28), True, "knfu"),
 }
 
 
@@ -275,7 +283,13 @@ def serve(play: Callable[[], None]) -> None:
 def main(side: str, name: str, clients: int) -> None:
     """Run one contestant."""
     workload = WORKLOADS[name]
-    if side == "flower":
+    if workload.strategy != "fedavg":
+        from fedfuse import contestant_distil as distil
+
+        grid = "inline" if side == "inline" else "ray"
+        plain = side == "plain"
+        serve(distil.plain_side(workload, clients) if plain else distil.fedfuse_side(workload, clients, grid))
+    elif side == "flower":
         flower_side(name, clients)
     elif side == "guest":
         guest_side(name, clients)

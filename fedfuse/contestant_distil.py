@@ -1,0 +1,155 @@
+"""Distillation as a contest: a round of FedMD, DS-FL or KnFu on our runtimes, and the bare torch work of its steps.
+
+A round, for every client, whose model is its own: distil last round's soft labels on the transfer set (1,000 rows, one
+epoch), train on private examples (50, batch 10, one epoch), predict the transfer set; then the server's aggregation.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedfuse.contestants import EXAMPLES, Workload, build, pool, start_of
+
+ROWS = 1000  # |D_t|
+BATCH = 64  # of the distillation
+
+
+def scenario_of(workload: Workload, clients: int) -> Any:
+    """All clients take part, over a pool they share and a transfer set of noise."""
+    import numpy as np
+
+    from fedfuse.compose import compose
+    from fedfuse.data.dataset import Dataset, Examples
+    from fedfuse.data.federated import FederatedData
+    from fedfuse.scenario import Scenario
+
+    batch = {"fedmd": "digest_batch", "knfu": "finetune_batch", "dsfl": "distill_batch"}[workload.strategy]
+    words = [
+        f"strategy={workload.strategy}", f"strategy.{batch}={BATCH}", f"clients={clients}", "rounds=100000",
+        "train.batch_size=10", "train.lr=0.05", "train.momentum=0",
+    ]  # fmt: skip
+    x, y = pool(workload)
+    dataset = Dataset("synthetic", Examples(x, y), None, tuple("0123456789"), "image")
+    first = np.array([start_of(client) for client in range(clients)])
+    offsets = np.stack([first, first + EXAMPLES, first + EXAMPLES, first + EXAMPLES], axis=1)
+    transfer = Examples(shared(workload), np.full(ROWS, -1))
+    data = FederatedData(dataset, np.arange(len(y)), offsets, transfer)
+    return Scenario(compose(words), data, (workload.model,) * clients)
+
+
+def shared(workload: Workload) -> Any:
+    """Inputs of the transfer set, float32."""
+    import numpy as np
+
+    return np.random.default_rng(1).standard_normal((ROWS, *workload.shape), dtype=np.float32)
+
+
+def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
+    """The strategy as users run it, without evaluation and the run directory."""
+    from fedfuse import registry
+    from fedfuse.experiment import build_strategy
+    from fedfuse.federation import Federation
+    from fedfuse.node import place
+    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
+    from fedfuse.store import ClientStore
+
+    claim_identity()
+    scenario, entry = scenario_of(workload, clients), registry.entry(workload.strategy)
+    store = ClientStore(Path(tempfile.mkdtemp(prefix="fedfuse-bench-")))
+    if grid == "inline":
+        transport: LocalGrid = InlineGrid(place(entry, scenario, store))
+    else:
+        from fedfuse.runtime.ray import RayGrid
+
+        transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)))
+    federation = Federation(build_strategy(entry, scenario), transport, 100000)
+    federation.strategy.ensure_begun()
+
+    def play() -> None:
+        federation.done += 1
+        federation._phase(federation.done, "train")
+        federation._collect(federation.done)
+        federation.strategy.traffic.take_rows()
+        federation.rows, federation.timing = [], []
+
+    return play
+
+
+def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
+    """The limit: one thread, one network whose weights are swapped, and no federation around it."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(1)
+    model, method = build(workload), workload.strategy
+    x, y = map(torch.from_numpy, pool(workload))
+    public = torch.from_numpy(shared(workload))
+    params = list(model.parameters())
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    owned = [[v.detach().clone() for v in (*params, *buffers)] for _ in range(clients + 1)]  # the last is the server's
+    lessons: list[Any] = [None] * clients
+    draw = torch.Generator().manual_seed(0)
+
+    def wake(who: int) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_([*params, *buffers], owned[who])
+
+    def rest(who: int) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(owned[who], [*params, *buffers])
+
+    def steps(inputs: Any, size: int, loss: Callable[[Any, Any], Any]) -> None:
+        optimizer = torch.optim.SGD(params, lr=0.05, fused=True)
+        for rows in torch.randperm(len(inputs), generator=draw).split(size):
+            optimizer.zero_grad()
+            loss(model(inputs[rows]), rows).backward()
+            optimizer.step()
+
+    def to(labels: Any) -> Callable[[Any, Any], Any]:
+        return lambda z, rows: F.cross_entropy(z, labels[rows])
+
+    def learn(lesson: Any) -> None:
+        if method == "fedmd":
+            steps(public, BATCH, lambda z, rows: F.l1_loss(z, lesson[rows]))
+        elif method == "dsfl":
+            steps(public, BATCH, to(lesson))
+        else:
+            steps(public, BATCH, lambda z, rows: F.kl_div(z.log_softmax(1), lesson[rows], reduction="batchmean"))
+
+    def answers() -> Any:
+        model.eval()
+        with torch.no_grad():
+            z = torch.cat([model(part) for part in public.split(512)])
+        model.train()
+        return z if method == "fedmd" else z.softmax(1)
+
+    def play() -> None:
+        said = []
+        for client in range(clients):
+            wake(client)
+            if lessons[client] is not None:
+                learn(lessons[client])
+            first = start_of(client)
+            own, labels = x[first : first + EXAMPLES], y[first : first + EXAMPLES]
+            steps(own, 10, to(labels))
+            said.append(answers())
+            rest(client)
+        heard = torch.stack(said)
+        if method == "knfu":
+            p = heard.mean(1)
+            divergence = (p[:, None] * (p[:, None] / p[None]).log()).sum(-1)
+            mixed = (-10 * divergence).softmax(1) @ heard.flatten(1)
+            lessons[:] = mixed.view_as(heard).unbind(0)
+        else:
+            mean = heard.mean(0)
+            lessons[:] = [(mean / 0.1).softmax(1) if method == "dsfl" else mean] * clients
+        if method == "dsfl":
+            wake(clients)
+            learn(lessons[0])
+            rest(clients)
+
+    return play

@@ -1,0 +1,39 @@
+"""The distillation contest: what `fedfuse bench fedmd@20` compares does the same steps on both sides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedfuse import contestant_distil
+from fedfuse.bench import sides_of
+from fedfuse.contestants import WORKLOADS
+
+
+@pytest.mark.parametrize("name", ["fedmd", "dsfl", "knfu"])
+def test_both_sides_take_the_same_steps(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(contestant_distil, "ROWS", 70)
+    workload, steps = WORKLOADS[name], []
+    step = torch.optim.SGD.step
+
+    def counted(self, *args, **options):
+        steps.append(self.param_groups[0]["params"][0].shape)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    found = []
+    for side in (contestant_distil.fedfuse_side(workload, 2, "inline"), contestant_distil.plain_side(workload, 2)):
+        for _ in range(2):
+            steps.clear()
+            side()
+            found.append(list(steps))
+    assert found[:2] == found[2:]
+    # 50 private examples by 10, and from round two on 70 rows by 64; the server's student distils in both rounds
+    taught = 2 * (name == "dsfl")
+    assert [len(rounds) for rounds in found[:2]] == [2 * 5 + taught, 2 * (5 + 2) + taught]
+
+
+def test_only_our_sides_and_the_plain_loop_distil() -> None:
+    assert sides_of("knfu", 20, ["fedfuse", "inline", "plain", "guest", "flower", "pfl"]) == [
+        "fedfuse", "inline", "plain",
+    ]  # fmt: skip
