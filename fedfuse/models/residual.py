@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.models.plain import check_image, scaled
+from fedfuse.models.plain import channels_last, check_image, scaled
 
 
 class Block(nn.Module):
@@ -84,7 +84,7 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return features of shape (B, feature_dim)."""
-        z = F.relu(self.norm1(self.conv1(x)))
+        z = F.relu(self.norm1(self.conv1(channels_last(x))))
         z = self.layer3(self.layer2(self.layer1(z)))
         return self.projection(z.mean((2, 3)))
 
