@@ -24,8 +24,9 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
 
-Groups, chosen by one word: strategy= data= partition= model= loss= runtime= experiment=. Keys: strategy.<hyper>=
-clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5 evaluate.every=1 out=dir
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= tracking= experiment=
+Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
+      evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
 """
 
@@ -113,7 +114,7 @@ def _run(words: list[str], started: float) -> int:
     if sweep:
         from fedfuse.sweep import sweep as run_sweep
 
-        run_sweep(overrides, started)
+        run_sweep(overrides)
         return 0
     from fedfuse.compose import compose, expand
 
@@ -121,6 +122,8 @@ def _run(words: list[str], started: float) -> int:
     if len(jobs) > 1:
         raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
     config = compose(overrides)
+    if config.search.trials is not None:
+        raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     if "--dry-run" in flags:
         from fedfuse.preview import preview
 
@@ -149,7 +152,7 @@ def _compare(words: list[str], started: float) -> int:
     overrides, _ = _flags(words)
     from fedfuse.sweep import sweep as run_sweep
 
-    run_sweep(overrides, started, report=True)
+    run_sweep(overrides, report=True)
     return 0
 
 

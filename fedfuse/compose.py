@@ -61,6 +61,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         If an override cannot be parsed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import IntervalSweep
 
     parser, choices = OverridesParser.create(), []
     for text in overrides:
@@ -70,6 +71,8 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             raise UserError(f"{text!r}: not of the form key=value ({_first_line(error)})") from error
         if parsed.is_sweep_override():
             key = parsed.get_key_element()
+            if isinstance(parsed.value(), IntervalSweep):
+                raise UserError(f"{text}: is a space to search; say search.trials=<number> with fedfuse compare")
             choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
         else:
             choices.append([text])

@@ -94,7 +94,8 @@ def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
         notes.append(f"{dropped.dir} left out: same configuration and seed as {kept.dir}")
 
     distinct = _differing(flats.values())
-    outside = [name for name in distinct if not name.startswith("strategy.")]
+    tuned = _tuned(flats.values())
+    outside = [name for name in distinct if not name.startswith("strategy.") and name not in tuned]
     settings = {key: _say(flat, outside) for key, flat in flats.items()}
     groups = []
     for key, flat in flats.items():
@@ -104,7 +105,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
             for place, other in flats.items()
             if settings[place] == settings[key] and str(other.get("strategy.name", "?")) == name
         ]
-        hyper = [part for part in _differing(peers) if part.startswith("strategy.")]
+        hyper = [part for part in _differing(peers) if part.startswith("strategy.") or part in tuned]
         label = " ".join([name, *(f"{part.removeprefix('strategy.')}={flat.get(part)}" for part in hyper)])
         ordered = [run for _, run in sorted(by_config[key].items())]
         groups.append(
@@ -128,8 +129,10 @@ def differences(runs: Sequence[Run]) -> list[str]:
         One line per key: its values, with the number of runs that have each.
     """
     flats = [flatten(run.config) for run in runs]
-    lines = []
+    tuned, lines = _tuned(flats), []
     for name in _differing(flats):
+        if name in tuned:
+            continue
         clock = _within(name, ON_THE_CLOCK)
         if name.startswith("strategy.") or (_within(name, WITHOUT_EFFECT) and not clock):
             continue
@@ -143,6 +146,31 @@ def differences(runs: Sequence[Run]) -> list[str]:
         effect = " (changes times or scored rounds, not results)" if clock else ""
         lines.append(f"{_key(name)}: {listed}{more}{effect}".replace("(1 runs)", "(1 run)"))
     return lines
+
+
+def tuning(runs: Sequence[Run]) -> list[str]:
+    """Say, for every key that a search tuned, what each strategy got; one line per key."""
+    lines = []
+    flats = [flatten(run.config) for run in runs]
+    for name in sorted(_tuned(flats) & {name for flat in flats for name in flat} - {"search.keys"}):
+        values: dict[str, list[str]] = {}
+        for flat in flats:
+            if name in flat and flat.get("search.keys"):
+                found = values.setdefault(str(flat.get("strategy.name", "?")), [])
+                found += [value] if (value := _value(flat[name])) not in found else []
+        trials = sorted({str(flat.get("search.trials")) for flat in flats if flat.get("search.keys")})
+        listed = "; ".join(f"{strategy} {', '.join(found)}" for strategy, found in values.items())
+        lines.append(
+            f"Tuned on the clients' validation split, {' / '.join(trials)} trials a strategy: {_key(name)}: {listed}"
+        )
+    return lines
+
+
+def _tuned(flats: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Keys that a search chose, so that they belong to the strategy like its hyper-parameters."""
+    listed = [flat.get("search.keys") for flat in flats]
+    found = {str(key) for keys in listed if isinstance(keys, list) for key in keys}
+    return found | {f"{key}.name" for key in found} | {"search.keys"} if found else set()
 
 
 def _differing(flats: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fedfuse.results.run import Run
-from fedfuse.results.setting import Group, differences, group
+from fedfuse.results.setting import Group, differences, group, tuning
 from fedfuse.results.statistics import Interval, few_seeds_note, mean_interval
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def row(one: Group) -> Row:
 def notes(runs: Sequence[Run]) -> list[str]:
     """Return what a reader of the table has to know: differences, doubles, unfinished runs, how few seeds."""
     groups, lines = group(runs)
-    lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + lines
+    lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
     for one in groups:
         lines += [
             f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished

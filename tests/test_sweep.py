@@ -1,0 +1,195 @@
+"""Sweeps: runs share the machine, none is repeated, and tuning never looks at a test set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from fedfuse import lanes, search
+from fedfuse.compose import compose
+from fedfuse.config import Config
+from fedfuse.errors import UserError, WorldError
+from fedfuse.results.run import find, load
+from fedfuse.results.setting import differences, group
+from fedfuse.results.table import notes
+from fedfuse.sweep import composed, sweep
+from tests.federations import TINY, scenario_of
+
+SMALL = [*TINY, "rounds=1"]
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(one.dir.relative_to(root)): (one.summary or {})["digest"] for one in find([root])[0]}
+
+
+def mtimes(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("summary.json")}
+
+
+# --- side by side ------------------------------------------------------------------------------------------
+
+
+def cores(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)))
+
+
+@pytest.mark.parametrize(
+    ("words", "runs", "on", "expected"),
+    [
+        ([], 8, 4, ("inline", None, 4)),  # a core each
+        ([], 2, 8, ("ray", 4, 2)),  # cores left over go to the runs' workers
+        ([], 1, 8, ("ray", None, 1)),
+        (["runtime.workers=2"], 8, 4, ("ray", 2, 2)),
+        (["runtime.workers=8"], 8, 4, ("ray", 8, 1)),
+        (["runtime=inline"], 8, 4, ("inline", None, None)),  # in this process, unless asked
+        (["runtime=inline", "runtime.parallel=3"], 8, 4, ("inline", None, 3)),
+        (["runtime=inline", "runtime.parallel=9"], 8, 4, ("inline", None, 4)),  # no more than there are cores
+        (["runtime.memory=2000"], 8, 4, ("ray", None, None)),
+        (["runtime.parallel=1"], 8, 4, ("ray", None, 1)),
+    ],
+)
+def test_cores_are_shared_out(words, runs, on, expected, monkeypatch) -> None:
+    cores(monkeypatch, on)
+    config, _ = scenario_of((*TINY, "runtime=ray", "strategy=local", *words))
+    found = lanes.shared_out(config, runs)
+    assert (found.name, found.workers, found.parallel) == expected
+    assert (found.parallel or 1) * (found.workers or 1) <= max(on, config.runtime.workers or 0)
+
+
+@pytest.mark.parametrize("words", [["runtime=flower"], ["runtime.address=auto"]])
+def test_what_takes_the_whole_machine_has_no_neighbour(words, monkeypatch) -> None:
+    config, _ = scenario_of((*TINY, "runtime=ray", "strategy=local", *words, "runtime.parallel=2"))
+    with pytest.raises(UserError, match=r"runtime.parallel=2: allowed is 1 with runtime"):
+        lanes.shared_out(config, 4)
+
+
+def test_lanes_are_processes_that_may_die_and_change_no_bit(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A lane that is killed costs its run only; the same command resumes it, here without lanes, to the same bits."""
+    cores(monkeypatch, 2)
+    words = [*SMALL, "strategy=local,fedavg"]
+    sweep([*words, f"out={tmp_path / 'one'}"])
+
+    class Doomed(lanes.Lane):
+        def play(self, config: Config) -> tuple[str, str]:
+            Path(f"{config.out}.pid").parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{config.out}.pid").write_text(str(os.getpid()))
+            if config.strategy.name == "fedavg":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().play(config)
+
+    monkeypatch.setattr(lanes, "Lane", Doomed)
+    with pytest.raises(WorldError, match="1 of 2 runs failed"):
+        sweep([*words, "runtime.parallel=2", f"out={tmp_path / 'two'}"])
+    assert "the process of this run died" in capsys.readouterr().out
+    pids = {path.read_text() for path in (tmp_path / "two").rglob("*.pid")}
+    assert len(pids - {str(os.getpid())}) == 2
+    before = mtimes(tmp_path / "two")
+    assert len(before) == 1
+    sweep([*words, f"out={tmp_path / 'two'}"])
+    assert before.items() <= mtimes(tmp_path / "two").items()
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
+def test_seeds_share_one_composition() -> None:
+    jobs = [[*SMALL, "strategy=local", f"seed={seed}"] for seed in (0, 3)]
+    found = composed(jobs)
+    assert [one.seed for one in found] == [0, 3]
+    assert asdict(found[1]) == asdict(compose(jobs[1]))
+    found[0].train.lr = 9.0
+    assert found[1].train.lr != 9.0
+
+
+# --- search ------------------------------------------------------------------------------------------------
+
+
+SPACE = ["train.lr=tag(log,interval(0.001,1))", "train.epochs=choice(1,2)", "strategy.mu=interval(0.0,1.0)"]
+
+
+def test_words_and_space_part() -> None:
+    words, space = search.space(["strategy=a,b", "seed=0,1", *SPACE, "search.trials=3"])
+    assert words == ["strategy=a,b", "seed=0,1", "search.trials=3"]
+    assert list(space) == ["train.lr", "train.epochs", "strategy.mu"]
+    assert search.space(["strategy=a,b", "train.epochs=choice(1,2)"])[1] == {}  # a sweep, as ever
+
+
+def test_a_search_needs_both_trials_and_space(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search.trials: nothing to search"):
+        sweep([*SMALL, "search.trials=2", f"out={tmp_path / 'c'}"])
+    with pytest.raises(UserError, match=r"train.lr=interval\(0.1,1\): .* search.trials"):
+        sweep([*SMALL, "train.lr=interval(0.1,1)", f"out={tmp_path / 'c'}"])
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["strategy.betta=interval(1,2)"], "strategy.betta: no compared strategy has this key"),
+        (["train.lrr=interval(1,2)"], "train.lrr: no such key"),
+        (["train.lr=interval(-1,1)"], "train.lr=-1.0: allowed is more than 0"),
+        (["train.lr=interval(1,0.1)"], "train.lr=interval(1,0.1): "),
+        (["train.lr=interval(0.1,1)", "data.validation=0"], "data.validation=0"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused(words, says, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed (pip install 'fedfuse[search]')")
+    with pytest.raises(UserError) as caught:
+        sweep([*SMALL, "strategy=fedprox", "search.trials=2", *words, f"out={tmp_path / 'c'}"])
+    assert says in str(caught.value)
+
+
+def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch) -> None:
+    """Killed in the middle and gone on with, it ends as one that was not; the test scores could be anything."""
+    pytest.importorskip("optuna", reason="optuna is not installed (pip install 'fedfuse[search]')")
+    words = [*SMALL, "strategy=local,fedprox", "seed=1", *SPACE, "search.trials=2"]
+    straight = sweep([*words, f"out={tmp_path / 'straight'}"])
+
+    begin, calls = lanes.begin, []
+
+    def stops(config, started=None, quiet=False):
+        calls.append(config.out)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        begin(config, started, quiet)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "begin", stops)
+        with pytest.raises(KeyboardInterrupt):
+            sweep([*words, f"out={tmp_path / 'broken'}"])
+    done = mtimes(tmp_path / "broken")
+    assert len(done) == 1
+
+    def lies(path):  # what only the tests say must not matter
+        run = load(path)
+        summary = json.loads((Path(path) / "summary.json").read_text())
+        for key in ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10"):
+            summary["final"][key] = time.time() % 1
+        return replace(run, summary=summary)
+
+    monkeypatch.setattr(search, "load", lies)
+    broken = sweep([*words, f"out={tmp_path / 'broken'}"])
+    assert done.items() <= mtimes(tmp_path / "broken").items()
+    assert (broken / "search.csv").read_text() == (straight / "search.csv").read_text()
+    assert digests(broken) == digests(straight)
+
+    rows = list(csv.DictReader((straight / "search.csv").open()))
+    assert [row["strategy"] for row in rows] == ["local"] * 2 + ["fedprox"] * 2  # the same budget
+    assert "strategy.mu" not in rows[0]["values"]
+    assert "strategy.mu" in rows[2]["values"]
+    runs, skipped = find([straight])
+    assert len(runs) == 2  # trials are no results
+    assert skipped == []
+    best = max(rows[2:], key=lambda row: float(row["accuracy/validation"]))
+    chosen = next(run.config for run in runs if run.strategy == "fedprox")
+    assert f"train.lr={chosen['train']['lr']}" in best["values"]
+    assert [one.label for one in group(runs)[0]] == ["fedprox", "local"]  # in one table, though lr differs
+    assert not any("train.lr" in line for line in differences(runs))
+    assert any(line.startswith("Tuned") and "train.lr" in line for line in notes(runs))
+    with pytest.raises(UserError, match="holds a search over"):
+        sweep([*words, "train.lr=interval(0.1,0.2)", f"out={straight}"])
