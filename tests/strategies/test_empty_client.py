@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fedfuse.client import FusionClient
+from fedfuse.scenario import Scenario
 from tests.federations import play
+from tests.strategies.test_bad_input import DISTIL
 
 
-@pytest.mark.parametrize("name", ["fedproto", "ktpfl", "comet", "selectivefd", "cofed", "fedhkd", "fedgen"])
+@pytest.mark.parametrize("name", DISTIL)
 def test_a_client_without_examples(name, monkeypatch):
     whole = FusionClient.examples
 
@@ -15,7 +17,9 @@ def test_a_client_without_examples(name, monkeypatch):
         found = whole(self, split)
         return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
 
+    count = Scenario.examples
     monkeypatch.setattr(FusionClient, "examples", examples)
+    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
     played = play(name)
     assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.left_out
     assert played.digest

@@ -1,0 +1,127 @@
+"""What makes no sense is named, refused or excluded, counted in the summary, and never averaged in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Error, Message, RecordDict
+
+from fedfuse import registry
+from fedfuse.errors import UserError
+from fedfuse.records import Arrays, InvalidArrays, arrays_in, record, tensors
+from fedfuse.shares import FAILED, check_share
+from tests.federations import federation, play
+from tests.strategies.halves import client, server
+
+DISTIL = (
+    "cfd", "cofed", "comet", "dsfl", "fd", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedkd", "fedmd", "fedproto",
+    "fml", "knfu", "ktpfl", "scarlet", "selectivefd",
+)  # fmt: skip
+SOFT = {"comet", "dsfl", "fd", "fedhkd", "knfu", "ktpfl", "scarlet", "selectivefd"}  # probabilities travel as such
+
+
+def nan(name: str, arrays: Arrays) -> Arrays:
+    """Not a number in the first float; where there is none, bytes that no coder writes or classes that are none."""
+    out = {key: value.clone() for key, value in arrays.items()}
+    key = next((k for k, v in out.items() if v.is_floating_point()), next(iter(out)))
+    out[key].view(-1)[: 1 if out[key].is_floating_point() else None] = (
+        torch.nan if out[key].is_floating_point() else 100
+    )
+    return out
+
+
+def another_class(name: str, arrays: Arrays) -> Arrays:
+    """One more class, or embedding dimension, or input unit; where there is no matrix, more of all."""
+    if all(value.ndim < 2 for value in arrays.values()):
+        return {key: torch.cat([value] * 101) for key, value in arrays.items()}
+    return {k: torch.cat([v, v[..., -1:]], -1) if v.ndim > 1 and v.shape[-1] else v for k, v in arrays.items()}
+
+
+def no_distribution(name: str, arrays: Arrays) -> Arrays:
+    """Rows with sum 2."""
+    key = "predictions" if name == "fedhkd" else "p"
+    return {**arrays, key: 2 * arrays[key]} if key in arrays else arrays
+
+
+# (round, client): client 1 fails in round 1; in round 2 only client 1 is right
+SPOILS = {(1, 1): nan, (2, 2): another_class, (2, 0): no_distribution}
+
+
+def disturbed(name: str, lost: bool, path: Path) -> tuple[Any, dict[str, Any], int]:
+    """A run in which replies are spoilt, or do not come at all."""
+    with federation(name, path=path) as (built, _):
+        carry, strategy, count = built.grid.send_and_receive, built.strategy, 0
+
+        def tampered(messages, **options):
+            nonlocal count
+            for reply in carry(messages, **options):
+                kind, node = reply.metadata.message_type, reply.metadata.src_node_id
+                spoil = SPOILS.get((strategy.round, node - 1)) if kind.startswith("train") else None
+                if spoil is no_distribution and name not in SOFT:
+                    spoil = None
+                if spoil is not None and reply.has_content() and arrays_in(reply.content):
+                    count += 1
+                    asked = Message(RecordDict(), dst_node_id=node, message_type=kind)
+                    if lost:
+                        reply = Message(Error(code=FAILED, reason="lost"), reply_to=asked)
+                    else:
+                        content = RecordDict(dict(reply.content.items()))
+                        for key, value in list(content.array_records.items()):
+                            content[key] = record(spoil(name, tensors(value)))
+                        reply = Message(content, reply_to=asked)
+                yield reply
+
+        built.grid.send_and_receive = tampered
+        built.run()
+        return built, json.loads((path / "summary.json").read_text()), count
+
+
+@pytest.mark.parametrize("name", DISTIL)
+def test_what_is_refused_is_as_good_as_lost(name: str, tmp_path: Path) -> None:
+    """Equal digests: nothing of a refused share is in any average, any state, or what the client goes on from."""
+    spoilt, told, count = disturbed(name, False, tmp_path / "spoilt")
+    lost, _, _ = disturbed(name, True, tmp_path / "lost")
+    assert count >= 1
+    assert told["failures"] == {"replies": 0, "rejected": count, "retried": 0}, spoilt.strategy.left_out
+    assert told["cohort_complete"] is False
+    assert spoilt.digest == lost.digest
+    assert spoilt.digest is not None
+
+
+@pytest.mark.parametrize("name", [n for n in DISTIL if "subset" in registry.entry(n).hyper.__dataclass_fields__])
+def test_a_transfer_set_smaller_than_the_subset_is_refused(name: str) -> None:
+    for key in ("strategy.subset", "transfer.subset"):
+        with pytest.raises(UserError, match=rf"{key}=25.*24"):
+            server(name, f"{key}=25")
+
+
+@pytest.mark.parametrize(("name", "key"), [("fedproto", "means"), ("fedhkd", "embeddings")])
+def test_a_prototype_of_another_dimension_is_named(name: str, key: str) -> None:
+    half, strategy = client(name), server(name)
+    half.begin("train")
+    half.fit()
+    records = half.share()
+    topic = "prototypes" if name == "fedproto" else "classes"
+    check_share(type(strategy), strategy.hyper, strategy.residents, 0, "train", records, {"num-examples": 3})
+    records[topic][key] = records[topic][key][:, :-1]
+    with pytest.raises(InvalidArrays, match=rf"{topic}/{key}: shape \(10, 31\), expected \(10, 32\)"):
+        check_share(type(strategy), strategy.hyper, strategy.residents, 0, "train", records, {"num-examples": 3})
+
+
+def test_the_server_cannot_teach_other_shapes_either(monkeypatch) -> None:
+    """Every node checks what it is sent: one class more is an error of all clients, in words."""
+    from fedfuse.errors import WorldError
+    from fedfuse.strategies.knfu import KnFu
+
+    publish = KnFu.publish
+
+    def wider(self, topic, arrays, to=None):
+        publish(self, topic, {"p": torch.cat([arrays["p"], arrays["p"][:, :1]], 1)}, to)
+
+    monkeypatch.setattr(KnFu, "publish", wider)
+    with pytest.raises(WorldError, match=r"soft_labels/p: shape \(24, 11\), expected \(24, 10\)"):
+        play("knfu")
