@@ -71,6 +71,8 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) of states (B, T, 385)."""
+        if not len(x):
+            return x.new_zeros(0, self.head.out_features)
         states, mask = x[:, :, :-1], x[:, :, -1]
         hidden = (1 - mask)[:, None, None, :] * torch.finfo(x.dtype).min
         out = self.layer(states, attention_mask=hidden)

@@ -44,6 +44,20 @@ SST2 = [
 IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=8"]
 
 
+# Shakespeare: all 35 matrices of stories260K; 46,240 numbers for LoRA of rank 8
+LM_ARMS = {
+    ("fedit", 8): 46_240, ("fedex_lora", 8): 46_240, ("ffa_lora", 8): 24_000, ("fed_sb", 8): 2_240,  # equal rank
+    ("fedit", 4): 23_120, ("fedex_lora", 4): 23_120, ("fed_sb", 26): 23_660,  # equal budget, with ffa_lora of rank 8
+}  # fmt: skip
+LM_RATE = dict.fromkeys(LM_ARMS, 1e-2)
+STORIES = Path(os.environ.get("FEDFUSE_DATA", "../shared/data")).parent / "models" / "stories260K"
+SHAKESPEARE = [
+    "data=tiny_shakespeare", f"data.extra.tokenizer={STORIES}", "data.extra.length=32", "data.extra.roles=20",
+    "data.extra.least=20", "partition=natural", "model=causal_lm", f"model.path={STORIES}", "data.limit=1280",
+    "data.test_limit=200", "participation=0.2", "rounds=5", "evaluate.every=5", "train.batch_size=16",
+]  # fmt: skip
+
+
 def arms(out: str, words: list[str], rates: dict[tuple[str, int], float] = RATE) -> None:
     """Run the methods on one task."""
     for (name, rank), rate in rates.items():
@@ -59,6 +73,13 @@ def tune() -> None:
         arms(f"tune/{rate:g}", words, dict.fromkeys(few, rate))
 
 
+def tune_shakespeare() -> None:
+    """Ranks 4 take the rate of rank 8, `fedex_lora` that of `fedit`."""
+    for rate in RATES:
+        few = [("fedit", 8), ("ffa_lora", 8), ("fed_sb", 8), ("fed_sb", 26)]
+        arms(f"tune-lm/{rate:g}", [*COMMON, *SHAKESPEARE, "seed=100", "rounds=3"], dict.fromkeys(few, rate))
+
+
 def sst2() -> None:
     """All seeds of a kind before the next, so that what an early end leaves is balanced."""
     for seed in range(3):
@@ -66,6 +87,126 @@ def sst2() -> None:
             arms(f"sst2-{label}/{seed}", [*COMMON, *TEXT, *SST2, *split, f"seed={seed}"])
 
 
+def trec() -> None:
+    words = [word.replace("sst2", "trec").replace("test_limit=872", "test_limit=500") for word in SST2]
+    for label, split in (("iid", IID), ("dirichlet", SKEWED)):
+        arms(f"trec-{label}/0", [*COMMON, *TEXT, *words, *split, "seed=0"])
+
+
+def newsgroups() -> None:
+    """RAVAN's 20 clients, 3 a round, at equal budget; their 50 local steps cut to 6, T5-base to MiniLM's last layer."""
+    words = [
+        "data.extra.name=newsgroups", "data.extra.length=48", "data.extra.limit=1004", "data.extra.test_limit=400",
+        "clients=20", "participation=0.15", "rounds=8", "evaluate.every=8", "train.batch_size=8",
+    ]  # fmt: skip
+    equal = {arm: RATE[arm] for arm in (("fedit", 8), ("fedex_lora", 8), ("ffa_lora", 16), ("fed_sb", 96))}
+    for label, split in (("iid", IID), ("dirichlet", SKEWED)):
+        arms(f"newsgroups-{label}/0", [*COMMON, *TEXT, *words, *split, "seed=0"], equal)
+
+
+def shakespeare() -> None:
+    for seed in range(3):
+        arms(f"shakespeare-roles/{seed}", [*COMMON, *SHAKESPEARE, f"seed={seed}"], LM_RATE)
+
+
+def private() -> None:
+    """DP-SGD with one setting for all (SGD, rate 0.5, clip 1), not tuned; a public basis; N ≈ 533, δ = 1/N."""
+    words = [
+        "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=1604", "data.extra.test_limit=872",
+        "data.test_limit=436", "clients=3", "rounds=2", "evaluate.every=2", "train.batch_size=32",
+    ]  # fmt: skip
+    chosen = dict.fromkeys([("ffa_lora", 8), ("fed_sb", 8), ("fed_sb", 32)], 0.5)
+    for budget in ("8", "3", "1", "null"):
+        own = [f"privacy.epsilon={budget}", "train.optimizer=sgd", "train.momentum=0", "seed=0"]
+        arms(f"private-{budget}/0", [*COMMON, *TEXT, *words, *IID, *own], chosen)
+
+
+# --- what came out -----------------------------------------------------------------------------------------
+
+
+def collect() -> None:
+    """Write `metrics.csv`: one row per run."""
+    import polars as pl
+
+    from fedfuse.results.run import find
+
+    rows = []
+    for run in find([RUNS])[0]:
+        place = run.dir.relative_to(RUNS).parts
+        if run.summary is None or place[0].startswith(("tune", "improves")):
+            continue
+        told = run.metrics.filter(pl.col("metric").is_in(["loss/global", "epsilon"])).collect()
+        last = told.filter(metric="loss/global").sort("round")["value"].to_list()
+        spent = told.filter(metric="epsilon")["value"].max()
+        traffic, accuracy = run.summary["traffic"], run.summary["final"]["accuracy/global"]
+        asked = run.traffic.filter(pl.col("message") == "train", pl.col("direction") == "up").collect()
+        messages = len(asked.select("round", "client").unique())  # client-rounds
+        row = [place[0], run.strategy, run.config["strategy"]["rank"], run.seed, run.config["train"]["lr"]]
+        row += [accuracy, last[-1] if last else None, spent, messages, run.summary["rounds"]]
+        rows.append([*row, traffic["up_bytes"], traffic["down_bytes"], traffic["setup_bytes"]])
+    names = ["study", "strategy", "rank", "seed", "lr", "accuracy", "loss", "epsilon", "client_rounds", "rounds"]
+    names += ["up", "down", "setup"]
+    pl.DataFrame(rows, schema=names, orient="row").sort(names[:4]).write_csv(HERE / "metrics.csv")
+
+
+def figure() -> None:
+    """Draw performance over bytes: filled by a client's round, hollow what a download of the basis would add once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import polars as pl
+
+    frame = pl.read_csv(HERE / "metrics.csv")
+    panels = [name for name in PANELS if frame.filter(study=name).height]
+    grid, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.4), squeeze=False)
+    colours = dict(zip(sorted(set(frame["strategy"])), ("#4269d0", "#efb118", "#ff725c", "#3ca951"), strict=False))
+    for axis, study in zip(axes[0], panels, strict=True):
+        metric = "loss" if PANELS[study] == "loss" else "accuracy"
+        for (name, rank), part in sorted(frame.filter(study=study).group_by("strategy", "rank")):
+            values = part[metric] * (1 if metric == "loss" else 100)
+            size = ((part["up"] + part["down"]) / part["client_rounds"]).mean() / 1e3
+            axis.errorbar(size, values.mean(), values.std() or 0, marker="o", color=colours[name], capsize=2)
+            axis.annotate(
+                f"{name} {rank}", (size, values.mean()), fontsize=7, xytext=(3, 4), textcoords="offset points"
+            )
+            if name == "fed_sb":
+                once = BASIS[study.split("-")[0]] * rank * 4 / 1e3
+                axis.plot(once, values.mean(), marker="o", color=colours[name], markerfacecolor="none")
+        axis.set_xscale("log")
+        axis.set_title(study, fontsize=9)
+        axis.set_xlabel("kB up and down, a client's round", fontsize=8)
+        axis.set_ylabel("test loss" if metric == "loss" else "test accuracy, %", fontsize=8)
+    grid.tight_layout()
+    grid.savefig(HERE / "pareto.svg")
+
+
+PANELS = {"sst2-iid": "accuracy", "sst2-dirichlet": "accuracy", "shakespeare-roles": "loss"}
+BASIS = {"sst2": 6_912, "shakespeare": 5_780}  # d + k over all adapted matrices: numbers of B and A per rank
+
+
+def ratio() -> None:
+    """Print the counterpart of the paper's 230×, from measured bytes: counted their way, and counting everything."""
+    import polars as pl
+
+    frame = pl.read_csv(HERE / "metrics.csv").filter(seed=0)
+    for study, big, small in (("sst2-iid", 8, 8), ("sst2-iid", 8, 96), ("shakespeare-roles", 8, 8)):
+        part = {(r["strategy"], r["rank"]): r for r in frame.filter(study=study).iter_rows(named=True)}
+        ours, one, theirs = part["fed_sb", small], part["fedit", big], part["fedex_lora", big]
+        clients = ours["client_rounds"] / ours["rounds"]
+        stacked = clients * one["up"] / one["client_rounds"]  # C payloads of LoRA, as the paper counts FedEx
+        alone = ours["up"] / ours["client_rounds"]
+        total = {name: r["up"] + r["down"] + r["setup"] for name, r in (("sb", ours), ("it", one), ("ex", theirs))}
+        basis = BASIS[study.split("-")[0]] * small * 4 * clients * ours["rounds"]
+        print(f"{study}, Fed-SB r={small} against r={big}, {clients:g} clients a round, {ours['rounds']} rounds:")
+        print(f"  the paper's way, C LoRA payloads over one R (head in both): {stacked / alone:.1f}")
+        print(f"  all measured bytes, FedEx-LoRA over Fed-SB: {total['ex'] / total['sb']:.1f}", end="; ")
+        print(f"FedIT over Fed-SB: {total['it'] / total['sb']:.1f}")
+        print(f"  FedIT over Fed-SB, had B and A been sent to each: {total['it'] / (total['sb'] + basis):.2f}")
+
+
 if __name__ == "__main__":
     os.nice(19)
-    {"tune": tune, "sst2": sst2}[sys.argv[1]]()
+    what = sys.argv[1]
+    known = [tune, tune_shakespeare, sst2, trec, newsgroups, shakespeare, private, collect, figure, ratio]
+    {f.__name__: f for f in known}[what]()
