@@ -90,9 +90,10 @@ def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0) -
         for track in tracks:
             _alone(track)
         return
-    waiting = deque(tracks)
-    with _lanes(runtime, share) as start:
-        _feed(waiting, start, int(runtime.parallel or 1))
+    waiting = deque((track, config) for track in tracks if (config := next(track, None)) is not None)
+    if waiting:  # Ray is not started for runs that are all finished
+        with _lanes(runtime, share) as start:
+            _feed(waiting, start, min(len(waiting), int(runtime.parallel or 1)))
 
 
 def _alone(track: Track) -> None:
@@ -113,17 +114,15 @@ def _after(track: Track, outcome: WorldError | None) -> Config | None:
         return None
 
 
-def _feed(waiting: deque[Track], start: Callable[[], Any], count: int) -> None:
+def _feed(waiting: deque[tuple[Track, Config]], start: Callable[[], Any], count: int) -> None:
     import ray
 
     lanes = [start() for _ in range(count)]
     busy: dict[Any, tuple[Any, Track]] = {}
     while True:
         while lanes and waiting:
-            track = waiting.popleft()
-            if (config := next(track, None)) is not None:
-                lane = lanes.pop()
-                busy[lane.play.remote(config)] = (lane, track)
+            (track, config), lane = waiting.popleft(), lanes.pop()
+            busy[lane.play.remote(config)] = (lane, track)
         if not busy:
             return
         (done,), _ = ray.wait(list(busy), num_returns=1)
@@ -135,8 +134,9 @@ def _feed(waiting: deque[Track], start: Callable[[], Any], count: int) -> None:
             lane = start()
         if kind == "user":
             raise UserError(line)
-        if (config := _after(track, WorldError(line) if kind else None)) is not None:
-            busy[lane.play.remote(config)] = (lane, track)
+        more = _after(track, WorldError(line) if kind else None)
+        if more is not None:
+            busy[lane.play.remote(more)] = (lane, track)
         else:
             lanes.append(lane)
 

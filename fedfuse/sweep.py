@@ -17,7 +17,7 @@ from fedfuse.directory import changed
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import as_yaml, device_of, load_config
 from fedfuse.lanes import Track, drive, shared_out
-from fedfuse.results.run import find
+from fedfuse.results.run import find, load
 from fedfuse.results.table import print_table
 
 
@@ -110,13 +110,13 @@ def _once(path: Path, config: Config, console: Console, failed: list[str]) -> Tr
     if (path / "summary.json").exists() and not config.overwrite:
         console.print(f"{path}: finished already", markup=False)
         return
-    started = time.time()
     error = yield config
     if error is not None:
         console.print(f"{path}: {error}", markup=False, style="red")
         failed.append(str(path))
     elif (config.runtime.parallel or 1) > 1:
-        console.print(f"{path}: {time.time() - started:.1f} s", markup=False)
+        seconds = (load(path).summary or {})["seconds"]["total"]
+        console.print(f"{path}: {seconds:.1f} s", markup=False)
 
 
 def folder(config: Config, varied: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from fedfuse.config import Config
 from fedfuse.results.run import Run
 from fedfuse.results.setting import flatten
 
-LEFT_OUT = ("out", "overwrite")
+LEFT_OUT = ("out", "overwrite", "search.trials", "search.keys")  # what a search found is spelled out as plain keys
 _WORD = re.compile(r"[A-Za-z0-9_./:%@+-]+")
 _SPECIAL = {"null", "true", "false", "nan", "inf"}
 

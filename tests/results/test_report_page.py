@@ -241,6 +241,10 @@ def test_reproduce_round_trips(tmp_path):
     command = shlex.split(reproduce(load(path)))
     assert command[:3] == ["fedfuse", "run", "strategy=fedprox"]
     assert yaml.safe_load(as_yaml(compose(command[2:]))) == yaml.safe_load(config)
+    tuned = config.replace("trials: null", "trials: 9").replace("keys: []", "keys: [train.lr]")
+    assert tuned.count("9") > config.count("9")
+    (path / "config.yaml").write_text(tuned)
+    assert shlex.split(reproduce(load(path))) == command  # a run that was tuned is played as a run, not as a search
 
 
 def test_size_and_time(tmp_path):
