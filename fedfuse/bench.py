@@ -238,7 +238,7 @@ def plot(results: dict[str, Any], sides: Sequence[str], path: Path) -> None:
         values = [c["sides"].get(side, {}).get("ms_per_client", float("nan")) for c in contests]
         axes.bar([i + k * width for i in range(len(contests))], values, width, label=side)
     axes.set_yscale("log")
-    axes.set_ylabel("ms per client (median round / 50)")
+    axes.set_ylabel("ms per client (median round / clients of a round)")
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(contests))])
     axes.set_xticklabels([f"{c['workload']}\n{c['clients']:,} clients" for c in contests], fontsize=8)
     axes.legend(fontsize=8)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fedfuse.config import TrainConfig
 from fedfuse.errors import UserError
 from fedfuse.knowledge import Item
 from fedfuse.records import Arrays
@@ -139,6 +140,11 @@ class FusionClient:
         return self.scenario.seed
 
     @property
+    def training(self) -> TrainConfig:
+        """This client's training settings."""
+        return self.scenario.training(self.client)
+
+    @property
     def x(self) -> Tensor:
         """Private training inputs."""
         return self.examples("train")[0]
@@ -242,7 +248,7 @@ class FusionClient:
         own = x is None
         private = own and self.scenario.config.privacy.on
         moment = (self.seed, purpose or self._purpose, self.client, self._moment)
-        keep = own and self.scenario.config.train.optimizer_state == "keep" and self.personal
+        keep = own and self.training.optimizer_state == "keep" and self.personal
         if keep:
             options["optimizer"] = self._kept_optimizer(options)
         if private:
@@ -255,7 +261,7 @@ class FusionClient:
         span = self.scenario.span(self._moment)
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
             result = local.train(
-                self.model, inputs, labels, loss or _task, self.scenario.config.train, moment, **{**more, **options}
+                self.model, inputs, labels, loss or _task, self.training, moment, **{**more, **options}
             )
         if keep:
             self._keep_optimizer(options["optimizer"])
@@ -269,7 +275,7 @@ class FusionClient:
         """
         config, ledger = self.scenario.config, self.residents.ledger
         who, examples = f"client {self.client}", self.scenario.examples(self.client)
-        budget = Budget(config.privacy, config.train, config.rounds, examples, self.state, ledger, who)
+        budget = Budget(config.privacy, self.training, config.rounds, examples, self.state, ledger, who)
         purposes = ("private sample", "private noise")
         sampling, noising = (own_entropy() if ledger else generator(*moment, purpose) for purpose in purposes)
         self._private = True
@@ -290,7 +296,7 @@ class FusionClient:
             rate, steps = budget.steps(epochs, size)
             noise = budget.noise((rate, steps))
             budget.spend(noise, rate, steps)
-            train, privacy = self.scenario.config.train, self.scenario.config.privacy
+            train, privacy = self.training, self.scenario.config.privacy
             dp_sgd(
                 self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
                 seed_parts=moment, **options,
@@ -305,7 +311,7 @@ class FusionClient:
 
     def _kept_optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
         params = options.get("params") or [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = local.optimizer(params, self.scenario.config.train)
+        optimizer = local.optimizer(params, self.training)
         if "optimizer" in self.state:
             whole = optimizer.state_dict()
             whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}

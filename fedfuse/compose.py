@@ -207,9 +207,9 @@ def check(config: Config) -> None:
     """
     at_least = {"clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.batch_size": 1, "train.weight_decay": 0}
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
-    at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
+    at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
     for key, low in at_least.items():
         value = _value(config, key)
         if value is not None and not low <= value < float("inf"):
@@ -230,6 +230,11 @@ def check(config: Config) -> None:
         ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
         ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
     ]
+    for word in config.train.pool or ():
+        name, at, rate = word.partition("@")
+        good = name in WORDS["train.optimizer"] and (not at or _positive(rate))
+        allowed = " or ".join(", ".join(WORDS["train.optimizer"]).rsplit(", ", 1))
+        rules.append(("train.pool", word, good, f"{allowed}, and a rate after @ as in adam@0.001"))
     server = config.runtime.server_device
     known = server is None or re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", server) is not None
     rules.append(("runtime.server_device", server, known, "null, auto, cpu, cuda or cuda:<number>"))
@@ -244,6 +249,13 @@ WORDS = {
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
 }
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _value(config: Config, key: str) -> Any:

@@ -81,6 +81,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     optimizer_state: str = "fresh"  # fresh | keep (only for strategies with private state)
+    pool: list[str] | None = None  # the clients' optimisers, round-robin: [sgd@0.05, adam@0.001]; null: all alike
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedfuse import models
-from fedfuse.config import Config
+from fedfuse.config import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
 from fedfuse.models.shared import share
 from fedfuse.records import Arrays, Layout, Scope, layout_of
@@ -56,6 +56,14 @@ class Scenario:
         """Rows of the transfer set a lesson stands on: the user's `transfer.subset`, else the strategy's, else all."""
         total = 0 if self.data.transfer is None else len(self.data.transfer)
         return min(total, self.config.transfer.subset or subset or total)
+
+    def training(self, client: int) -> TrainConfig:
+        """A client's training settings: `train.*`, with the optimiser that `train.pool` deals it."""
+        train = self.config.train
+        if not train.pool:
+            return train
+        name, at, rate = train.pool[client % len(train.pool)].partition("@")
+        return replace(train, optimizer=name, lr=float(rate) if at else train.lr, pool=None)
 
     def examples(self, client: int) -> int:
         """Training examples of a client."""

@@ -52,7 +52,7 @@ class FedNovaClient(FusionClient):
 
     def fit(self) -> Metrics:
         """τ_i local steps."""
-        train = self.scenario.config.train
+        train = self.training
         metrics = self.train()
         self.progress = normaliser(int(metrics["steps"]), train.momentum if train.optimizer == "sgd" else 0.0)
         return {**metrics, "progress": self.progress}

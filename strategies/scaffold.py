@@ -73,7 +73,7 @@ class ScaffoldClient(FusionClient):
         steps = int(metrics["steps"])
         new = own
         if steps and self.hyper.variate == "difference":
-            new = renewed(own, self.common, self.start, self.weights(), steps, self.scenario.config.train.lr)
+            new = renewed(own, self.common, self.start, self.weights(), steps, self.training.lr)
         elif steps:
             new = {name: (total / steps).to(own[name].dtype) for name, total in met.items()}
         self.change = {name: c - own[name] for name, c in new.items()}
@@ -95,8 +95,9 @@ class Scaffold(FusionStrategy):
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
         super().__init__(hyper, residents)
-        train = self.scenario.config.train
-        if hyper.variate == "difference" and (train.optimizer != "sgd" or train.momentum):
+        trains = [self.scenario.training(i) for i in range(self.scenario.clients)]
+        train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
+        if hyper.variate == "difference" and train is not None:
             raise UserError(
                 f"strategy.variate=difference: (x − y)/(Kη) is a gradient only under plain SGD, the run has "
                 f"train.optimizer={train.optimizer} train.momentum={train.momentum}; allowed: train.momentum=0, or path"
