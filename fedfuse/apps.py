@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.errors import UserError
 from fedfuse.runtime.app import SiteApp
-from fedfuse.runtime.host import Host, Seat, seat_from
+from fedfuse.runtime.host import Host
+from fedfuse.runtime.seat import Seat, seat_from
 
 SEAT = "FEDFUSE_SEAT"  # environment: path of the seat's file, written by `fedfuse deploy node`
 

@@ -16,6 +16,10 @@ class WorldError(Exception):
     """The world failed (no client succeeded, disk full, lost workers): exit code 1, the run can be resumed."""
 
 
+class Refused(Exception):
+    """A message, an order or a bundle asks for something that this node does not do."""
+
+
 def in_words(error: BaseException) -> str:
     """Say an exception and where it was raised in one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:500]

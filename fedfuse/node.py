@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedfuse import registry
 from fedfuse.client import FusionClient
-from fedfuse.errors import UserError, in_words
+from fedfuse.errors import Refused, UserError, in_words
 from fedfuse.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.records import (
     InvalidArrays,
@@ -43,10 +43,6 @@ from fedfuse.store import INITIAL, ClientStore, is_full
 from fedfuse.sums import Sum
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
-
-
-class Refused(Exception):
-    """The message asks for something this node does not do."""
 
 
 class Node:

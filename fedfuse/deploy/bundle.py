@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedfuse.node import Refused
+from fedfuse.errors import Refused
 
 PYPROJECT = """\
 [build-system]

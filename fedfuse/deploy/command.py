@@ -137,7 +137,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
 def _node(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.launch import follow, run_node
     from fedfuse.deploy.policy import read_policy
-    from fedfuse.runtime.host import Seat
+    from fedfuse.runtime.seat import Seat
 
     follow(args.follow)
     if (args.partition is None) == (args.client_id is None):
@@ -185,7 +185,7 @@ def _health(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from fedfuse.deploy.submit import Link
+    from fedfuse.deploy.link import Link
 
     return Link(args.server, args.ca, args.insecure)
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import QUIET
-from fedfuse.deploy.serve import RUNS
+from fedfuse.deploy.processes import QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runtime.host import Seat
+from fedfuse.runtime.seat import Seat
 
 
 def _home(state: Path, **more: str) -> None:
@@ -136,6 +135,8 @@ def greet(server: str, ca: Path | None) -> bool:
             secure = True
     except ssl.SSLCertVerificationError as error:
         raise WorldError(f"--ca {ca}: does not vouch for the server at {server}: {error.verify_message}") from error
+    except ssl.SSLEOFError:
+        return False  # a relay or balancer took the call, with no server behind it yet
     except ssl.SSLError as error:
         secure = False
         if ca is not None:
@@ -187,10 +188,11 @@ def run_node(
         seat = replace(seat, data=str(Path(seat.data).resolve()))
     seat = replace(seat, state=state.resolve() / "runs")
     write_private(state / "seat.json", seat.as_json().encode(), secret=True)
-    if key is not None and ca is not None and not insecure:
+    known = key is not None and not insecure
+    if known:
         from fedfuse.deploy.successor import succeed
 
-        succeed(server, ca, key, state)
+        succeed(server, _there(ca, "--ca"), _there(key, "--key"), state)
     secret = _secret(state)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -198,4 +200,11 @@ def run_node(
     _executor("client", f"127.0.0.1:{port}", ["--insecure"], secret)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(secret)]
-    return _become("flower-supernode", words, flower_supernode)
+    code = _become("flower-supernode", words, flower_supernode)
+    if known and code == 0:
+        from fedfuse.deploy.successor import revoked
+
+        if revoked(server, _there(ca, "--ca"), _there(key, "--key"), state):
+            print("fedfuse: the server does not know this node's key any more: it was revoked", flush=True)
+            return 1
+    return code

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config import Config
-from fedfuse.errors import UserError, nearest
-from fedfuse.node import Refused
+from fedfuse.errors import Refused, UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedfuse.errors import UserError
 
+RUNS = "FEDFUSE_RUNS"  # environment: where the server keeps run directories
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -16,6 +16,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedfuse.deploy.processes import RUNS
 from fedfuse.directory import RunDirectory
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import as_yaml
@@ -23,7 +24,6 @@ from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.serve import serve
 from fedfuse.runtime.settings import from_json
 
-RUNS = "FEDFUSE_RUNS"  # environment: where the server keeps run directories
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PIECE = 3000  # bytes of a packed run directory in a line of log
 LARGEST = 8 * 2**20  # bytes of run directory that travel in the log; larger ones stay at the server

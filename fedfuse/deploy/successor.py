@@ -7,15 +7,15 @@ time after time. The key is the same, so it may say goodbye in the predecessor's
 from __future__ import annotations
 
 import hashlib
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
-from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -23,7 +23,27 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedfuse.errors import UserError
 
-LAPSE = 75.0  # seconds; Flower's own is 2 × 30
+Reach = tuple[FleetHttpClient, bytes]
+
+
+@contextmanager
+def _client(server: str, ca: Path, key: Path) -> Iterator[Reach]:
+    """A connection that speaks as the node, and its public key."""
+    try:
+        private = load_ssh_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"--key {key}: not a private key without a password ({error})") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise UserError(f"--key {key}: an elliptic-curve key is needed")
+    public = private.public_key()
+    speaks: Any = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
+    with FleetHttpClient.from_server_address(server, False, str(ca), interceptors=speaks) as client:
+        yield client, public_key_to_bytes(public)
+
+
+def _kept(public: bytes, state: Path) -> Path:
+    """Where the id that the server has given to a key is kept."""
+    return state / f"node-{hashlib.sha256(public).hexdigest()[:12]}"
 
 
 def succeed(server: str, ca: Path, key: Path, state: Path) -> None:
@@ -36,40 +56,28 @@ def succeed(server: str, ca: Path, key: Path, state: Path) -> None:
     ca, key : Path
         Certificate of the server's CA, private key of this node.
     state : Path
-        Where the id that the server has given to this key is kept.
+        The node's folder.
 
     Raises
     ------
     UserError
         If the key cannot be read.
     """
+    with _client(server, ca, key) as (client, public), suppress(httpx.HTTPError):
+        kept = _kept(public, state)
+        if not kept.exists():
+            found = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30)).node_id
+            kept.write_text(str(found))
+        client.DeactivateNode(DeactivateNodeRequest(node_id=int(kept.read_text())))
+
+
+def revoked(server: str, ca: Path, key: Path, state: Path) -> bool:
+    """Whether the server does not know a node's key any more, which it knew; False if it cannot be asked."""
     try:
-        private = load_ssh_private_key(key.read_bytes(), None)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"--key {key}: not a private key without a password ({error})") from error
-    if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise UserError(f"--key {key}: an elliptic-curve key is needed")
-    public = public_key_to_bytes(private.public_key())
-    kept = state / f"node-{hashlib.sha256(public).hexdigest()[:12]}"
-    speaks = [
-        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-        NodeAuthHttpInterceptor(private, private.public_key()),
-    ]
-    until = time.monotonic() + LAPSE
-    with FleetHttpClient.from_server_address(server, False, str(ca), interceptors=speaks) as client:
-        while True:
-            try:
-                if kept.exists():
-                    with suppress(httpx.HTTPStatusError):  # it went by itself, or is registered no more
-                        client.DeactivateNode(DeactivateNodeRequest(node_id=int(kept.read_text())))
-                    return
-                found = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30)).node_id
-                kept.write_text(str(found))
-            except httpx.HTTPStatusError as error:
-                told = FlowerError.from_json(error.response.text)
-                if told is None or told.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or time.monotonic() > until:
-                    return
-                print("fedfuse: another node with this key is online, or was until it was killed; waiting", flush=True)
-                time.sleep(5)
-            except httpx.HTTPError:
-                return
+        with _client(server, ca, key) as (client, public):
+            client.DeactivateNode(DeactivateNodeRequest(node_id=int(_kept(public, state).read_text())))
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code == httpx.codes.UNAUTHORIZED
+    except (httpx.HTTPError, OSError):
+        pass
+    return False

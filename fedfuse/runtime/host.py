@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedfuse import registry
 from fedfuse.config import Config
-from fedfuse.deploy.policy import Policy, policy_from
-from fedfuse.errors import UserError
+from fedfuse.errors import Refused, UserError
 from fedfuse.knowledge import Stale
-from fedfuse.node import Node, Refused, place
+from fedfuse.node import Node, place
 from fedfuse.records import settled
 from fedfuse.runtime.hello import identity
 from fedfuse.runtime.inline import single_thread
 from fedfuse.runtime.own import site_scenario
+from fedfuse.runtime.seat import Seat
 from fedfuse.runtime.settings import from_json
 from fedfuse.runtime.site import Site
 from fedfuse.scenario import Scenario, prepare_scenario
@@ -28,53 +27,6 @@ from fedfuse.shares import FAILED, REFUSED, STALE
 from fedfuse.store import ClientStore
 
 RUN = re.compile(r"[0-9a-f]{32}")
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Which client a site is, and where its things lie. The server has no say in any of it.
-
-    Attributes
-    ----------
-    client : int
-        Index of the client (with `clients`, of the first one).
-    state : Path
-        Folder for everything that must survive; one folder a run below it.
-    clients : int or None
-        Acts for simulation (`--partition i/n`) as every n-th client from `client` on, so with n clients as exactly
-        one; None: the site has data of its own.
-    data : str or None
-        Folder of the data; None follows $FEDFUSE_DATA.
-    store : Path or None
-        Where client states lie, if not beside the rest.
-    device : str
-        `cpu` or `cuda`.
-    """
-
-    client: int
-    state: Path
-    clients: int | None = None
-    data: str | None = None
-    policy: Policy = field(default_factory=Policy)
-    store: Path | None = None
-    device: str = "cpu"
-
-    def acts_as(self, clients: int) -> list[int]:
-        """The clients of a run that this site is."""
-        return [self.client] if self.clients is None else list(range(self.client, clients, self.clients))
-
-    def as_json(self) -> str:
-        """Write it for the site's other processes."""
-        values = {**vars(self), "state": str(self.state), "store": self.store and str(self.store)}
-        return json.dumps({**values, "policy": json.loads(self.policy.as_json())})
-
-
-def seat_from(text: str) -> Seat:
-    """Read back what `Seat.as_json` wrote."""
-    values = json.loads(text)
-    policy = policy_from(values.pop("policy"), "policy")
-    store = values.pop("store")
-    return Seat(**{**values, "state": Path(values["state"]), "store": store and Path(store)}, policy=policy)
 
 
 class Host:

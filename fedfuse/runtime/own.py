@@ -16,8 +16,7 @@ from fedfuse.data.dataset import SPLITS, Dataset
 from fedfuse.data.federated import FederatedData, split_counts
 from fedfuse.data.load import load
 from fedfuse.data.transfer import cut_transfer
-from fedfuse.errors import UserError
-from fedfuse.node import Refused
+from fedfuse.errors import Refused, UserError
 from fedfuse.scenario import Scenario
 from fedfuse.seeding import numpy_generator
 

@@ -44,3 +44,11 @@ def test_a_client_process_stays_light(strategy: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "HEAVY []"
+
+
+def test_what_only_starts_processes_imports_nothing_heavy() -> None:
+    """A health check runs every 20 seconds, and a SuperNode's own process computes nothing."""
+    code = "import sys, fedfuse.deploy.command, fedfuse.deploy.launch, fedfuse.deploy.link, fedfuse.runtime.seat\n"
+    code += "print([name for name in ('torch', 'flwr', 'polars', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -11,8 +11,7 @@ import pytest
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
 from fedfuse.deploy.policy import Policy, read_policy
 from fedfuse.deploy.serve import deployed, packed, read_patience, unpack, write_patience
-from fedfuse.errors import UserError
-from fedfuse.node import Refused
+from fedfuse.errors import Refused, UserError
 from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.settings import as_json, from_json
 from tests.deploy.network import tiny

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,23 +158,33 @@ def test_a_stranger_stays_outside(words: list[str], reason: str, federation: Fed
         started.stop()
 
 
+def test_the_server_answers_nobody_without_tls(federation: Federation) -> None:
+    with socket.create_connection(("127.0.0.1", federation.port), 10) as plain:
+        plain.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: server\r\nContent-Length: 0\r\n\r\n")
+        assert b"HTTP" not in plain.recv(1000)
+
+
 @long
-def test_a_revoked_node_stays_outside(federation: Federation, tmp_path: Path) -> None:
+def test_a_revoked_node_is_turned_away_and_stays_outside(federation: Federation, tmp_path: Path) -> None:
     node_keys(tmp_path, "late")
     said = federation.link.flwr("supernode", "register", str(tmp_path / "late.pub"), "fedfuse")
     which = next(
         word for word in said.replace("`", " ").replace(".", " ").split() if word.isdecimal() and len(word) > 12
     )
-    federation.link.flwr("supernode", "unregister", which, "fedfuse")
-    started = node(
-        federation, tmp_path, "--server", federation.link.address, "--ca", str(federation.link.ca),
-        "--key", str(tmp_path / "late.key"),
-    )  # fmt: skip
+    reach = ["--server", federation.link.address, "--ca", str(federation.link.ca), "--key", str(tmp_path / "late.key")]
+    started = node(federation, tmp_path, *reach)
     try:
-        assert started.wait_for("Exit Code", 90), started.text()[-2000:]
-        assert "SuperNode ID" not in started.text()
+        assert started.wait_for("SuperNode ID", 120), started.text()
+        federation.link.flwr("supernode", "unregister", which, "fedfuse")
+        assert started.wait_for("does not know this node's key any more: it was revoked", 120), started.text()
+        started.stop()
+        heard = len(started.text())
+        started.start()
+        assert started.wait_for("its key must be registered there and not revoked", 120), started.text()
+        assert "SuperNode ID" not in started.text()[heard:]
     finally:
         started.stop()
+    assert online(federation) == 3
 
 
 FOREIGN = """\
