@@ -47,7 +47,8 @@ def shared_out(config: Config, runs: int) -> RuntimeConfig:
     lanes = max(1, min(runtime.parallel or cores, cores // each, runs))
     if lanes == 1:
         return replace(runtime, parallel=1)
-    each = max(each, cores // lanes) if runtime.name == "ray" and runtime.workers is None else each
+    if runtime.name == "ray" and runtime.workers is None:
+        each = max(1, min(cores // lanes, config.clients or cores))
     if each == 1:  # an actor for each client's work would be one more process to no gain
         return replace(runtime, name="inline", workers=None, parallel=lanes)
     return replace(runtime, workers=each, parallel=lanes)

@@ -44,7 +44,8 @@ def cores(monkeypatch, count: int) -> None:
     ("words", "runs", "on", "expected"),
     [
         ([], 8, 4, ("inline", None, 4)),  # a core each
-        ([], 2, 8, ("ray", 4, 2)),  # cores left over go to the runs' workers
+        ([], 2, 4, ("ray", 2, 2)),  # cores left over go to the runs' workers
+        ([], 2, 8, ("ray", 3, 2)),  # of which there are no more than clients
         ([], 1, 8, ("ray", None, 1)),
         (["runtime.workers=2"], 8, 4, ("ray", 2, 2)),
         (["runtime.workers=8"], 8, 4, ("ray", 8, 1)),
