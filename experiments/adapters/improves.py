@@ -78,24 +78,28 @@ def killed_and_resumed(words: list[str], out: Path) -> None:
 
 def main(task: str) -> int:
     bad = 0
-    shutil.rmtree(RUNS / task, ignore_errors=True)
     for seed in range(3):
         digests = {}
         for runtime in ("inline", "ray"):
             words = [*TASKS[task], *COMMON, f"seed={seed}", f"runtime={runtime}"]
             out = RUNS / task / f"{runtime}-{seed}"
-            if code := fedfuse("run", *words, f"out={out}").wait():
-                return code
+            if not (out / "summary.json").exists():  # the same command goes on where it stopped
+                shutil.rmtree(out, ignore_errors=True)
+                if code := fedfuse("run", *words, f"out={out}").wait():
+                    return code
             start, end = losses(words, out)
             digests[runtime] = (load(out).summary or {})["digest"]
             good = end < start and digests[runtime] == digests["inline"]
             bad += not good
-            print(f"{task} seed {seed} {runtime:6} loss {start:.4f} -> {end:.4f}  {digests[runtime][:12]}  {good}")
+            print(f"{task} seed {seed} {runtime:6} loss {start:.4f} -> {end:.4f}  {digests[runtime][:12]}  {good}", flush=True)
         if seed == 0:
-            killed_and_resumed([*words[:-1], "runtime=inline"], again := RUNS / task / "resumed")
+            again = RUNS / task / "resumed"
+            if not (again / "summary.json").exists():
+                shutil.rmtree(again, ignore_errors=True)
+                killed_and_resumed([*words[:-1], "runtime=inline"], again)
             same = (load(again).summary or {})["digest"] == digests["inline"]
             bad += not same
-            print(f"{task} seed 0 resumed: digest {'as undisturbed' if same else 'DIFFERS'}")
+            print(f"{task} seed 0 resumed: digest {'as undisturbed' if same else 'DIFFERS'}", flush=True)
     return int(bad > 0)
 
 

@@ -41,3 +41,25 @@ def test_office_caltech10(real_data):
     assert f.dataset.group_names == ("amazon", "caltech10", "dslr", "webcam")
     assert len(f.dataset.train) + len(f.dataset.test) == 958 + 1123 + 157 + 295
     assert f.clients == 4
+
+
+def test_texts_have_natural_clients(real_data):
+    """Questions by intent, reviews by domain; SST-2 under its folder's name."""
+    for name in ("trec", "amazon_reviews", "glue"):
+        present(real_data, name)
+    hashed = {"text": "tokens", "length": 12}
+    f = prepare(
+        DataConfig(name="trec", groups="fine", extra=hashed),
+        PartitionConfig(name="natural"),
+        TransferConfig(size=10),
+        None,
+        0,
+    )
+    assert (len(f.dataset.train), len(f.dataset.test), f.clients) == (5452, 500, 50)
+    assert "NUM:dist" in f.dataset.group_names
+    domains = DataConfig(name="amazon_reviews", inputs="title", groups="domain", extra=hashed)
+    f = prepare(domains, PartitionConfig(name="domain", clients_per_domain=2), TransferConfig(size=10), None, 0)
+    assert f.dataset.group_names == ("books", "dvd", "electronics", "kitchen")
+    assert (f.clients, len(f.dataset.train) + len(f.dataset.test)) == (8, 8000)
+    few = {**hashed, "train": "sst2_validation.jsonl.gz", "test": "sst2_validation.jsonl.gz"}
+    assert load(DataConfig(name="sst2", extra=few)).shape == (12,)

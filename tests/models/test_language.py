@@ -155,6 +155,46 @@ def test_roles_need_a_tokenizer_and_words(tmp_path: Path) -> None:
         scenario_of((*base, "strategy=fed_sb", "+data.extra.least=500"))
 
 
+def loss_of(strategy, classes: int) -> float:
+    """Next-token loss of the server's model on the global test set."""
+    x, y = strategy.residents.tensors("test")
+    architecture, arrays = strategy.server_models()["model"]
+    model = strategy.residents.loaded(architecture, arrays)
+    return scored(lambda part: strategy.predict(model, part, 64), x, y, classes)["loss"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fed_sb_on_language_improves_and_resumes_to_the_same_bits(seed: int, tmp_path: Path) -> None:
+    from tests.contract.test_matrix import Crash
+    from tests.federations import federation, play
+
+    words, base = ("strategy.rank=8", "rounds=2", f"seed={seed}"), lm(tmp_path)
+    with federation("fed_sb", *words, base=base) as (built, _):
+        built.strategy.ensure_begun()
+        before = loss_of(built.strategy, 60)
+        built.run()
+        assert loss_of(built.strategy, 60) < before
+    crashed = federation("fed_sb", *words, base=base, path=tmp_path / "run", callbacks=(Crash(1),))
+    with crashed as (again, _), pytest.raises(KeyboardInterrupt):
+        again.run()
+    assert play("fed_sb", *words, base=base, path=tmp_path / "run").digest == built.digest
+
+
+def test_fed_sb_on_language_gives_the_same_bits_on_workers(tmp_path: Path, ray_session) -> None:
+    from tests.federations import play
+
+    words = ("strategy.rank=8", "rounds=1")
+    assert (
+        play("fed_sb", *words, base=lm(tmp_path), grid="ray").digest == play("fed_sb", *words, base=lm(tmp_path)).digest
+    )
+
+
+def test_no_text_at_all_has_no_logits() -> None:
+    none = torch.zeros(0, 4, dtype=torch.int64)
+    assert build("causal_lm", (4,), 20, ModelConfig())(none).shape == (0, 4, 20)
+    assert build("text_classifier", (4,), 3, ModelConfig())(none).shape == (0, 3)
+
+
 @needs_stories
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fed_sb_improves_stories_on_shakespeare(seed: int) -> None:
@@ -168,15 +208,7 @@ def test_fed_sb_improves_stories_on_shakespeare(seed: int) -> None:
         "train.lr=0.005", "rounds=2", "transfer.size=4", "strategy.rank=16",
     )  # fmt: skip
     with federation("fed_sb", f"seed={seed}", base=base) as (built, _):
-        strategy = built.strategy
-        strategy.ensure_begun()
-        x, y = strategy.residents.tensors("test")
-
-        def loss() -> float:
-            architecture, arrays = strategy.server_models()["model"]
-            model = strategy.residents.loaded(architecture, arrays)
-            return scored(lambda part: strategy.predict(model, part, 64), x, y, 512)["loss"]
-
-        before = loss()
+        built.strategy.ensure_begun()
+        before = loss_of(built.strategy, 512)
         built.run()
-        assert loss() < before - 0.05
+        assert loss_of(built.strategy, 512) < before - 0.05
