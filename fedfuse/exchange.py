@@ -148,11 +148,11 @@ class Exchange(Strategy):
         WorldError
             If no client succeeded, or the algorithm failed.
         """
-        sums = {name: Sum() for name in self.sums}
+        sums, known = {name: Sum() for name in self.sums}, len(self.left_out)
         stream = self._accepted(replies, sums)
         first = next(stream, None)
         if first is None:
-            cause = f": {self.left_out[-1]}" if self.left_out else ""
+            cause = f": {self.left_out[known]}" if len(self.left_out) > known else ""
             raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{cause}")
         shares = Shares(_chain(first, stream), sums)
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)

@@ -75,7 +75,7 @@ def trusted(kind: type[Kind], values: dict[str, Any]) -> Kind:
     """Make a Flower record of values that we wrote ourselves, without Flower's check of every key and value.
 
     The checks cost 3 µs a value, a third of what a client that does nothing costs. Flower 1.41 keeps the content
-    in `_data`; this function is the only place that knows.
+    in `_data`; this function and `config_in` are the only places that know.
     """
     made = kind()
     made.__dict__["_data"] = values
@@ -126,9 +126,12 @@ def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
 
 
 def config_in(content: RecordDict, name: str = "config") -> Mapping[str, Any] | None:
-    """A message's config record of that name, if there is one."""
+    """What a message's config record of that name says, if there is one; not to be written to.
+
+    It is the record's own dict: a look-up through the record takes five times as long, and a client makes forty.
+    """
     found = content.get(name)
-    return found if isinstance(found, ConfigRecord) else None
+    return found.__dict__["_data"] if isinstance(found, ConfigRecord) else None
 
 
 def settled(content: ArrayRecord) -> ArrayRecord:

@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedfuse.knowledge import Cache
 from fedfuse.node import Node
+from fedfuse.records import config_in
 
 
 def claim_identity() -> None:
@@ -103,7 +104,7 @@ class LocalGrid(Grid):
 
 def group_of(message: Message) -> int:
     """The group that the cohort fixed for this message, or its own where nobody fixed one."""
-    config: Any = message.content.config_records.get("config")
+    config = config_in(message.content)
     if config is None or "group" not in config:
         return -message.metadata.dst_node_id
     return int(config["group"])
