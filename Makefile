@@ -30,7 +30,7 @@ test: setup
 
 # real processes, real kills: minutes, so not in CI
 test-deploy: setup
-	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" -v
+	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" -v --durations=0 --timeout=1200
 
 check: setup
 	$(BIN)/ruff check .

@@ -111,7 +111,7 @@ class Process:
         while time.monotonic() < until and (self.alive or members(self.child.pid)):
             time.sleep(0.1)
         self._signal(signal.SIGKILL)
-        self.child.wait()
+        self.child.wait(60)
 
     def _signal(self, which: signal.Signals) -> None:
         # the session's members are looked up one by one: a group whose leader is gone may not be ours any more
