@@ -100,7 +100,7 @@ class RuntimeConfig:
     name: str = "ray"
     workers: int | None = None  # default min(cores, clients)
     device: str = "auto"  # auto | cpu | cuda
-    server_device: str | None = None  # where the server's own networks train: auto | cpu | cuda | cuda:<i>; null: device
+    server_device: str | None = None  # where the server trains its networks: auto | cpu | cuda | cuda:<i>; null: device
     gpu_fraction: float = 1.0  # share of a GPU each actor takes on cuda
     memory: int | None = None  # MB that a run may take; default: Ray's own choice for its object store
     address: str | None = None  # join this Ray cluster

@@ -315,12 +315,12 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
             f"loss={scenario.config.loss.name} needs labels, and strategy={strategy.name} distils on an unlabelled "
             f"transfer set: set transfer.labelled=true, or choose another loss"
         )
-    if strategy.needs_features:
-        for name in pool:
-            if not hasattr(strategy.residents.model(name), "features"):
-                raise UserError(
-                    f"strategy={strategy.name} needs models with features(x), head(z), feature_dim; {name} has none"
-                )
+    for name in pool:  # refuses one that cannot be built, instead of leaving out its clients
+        model = strategy.residents.model(name)
+        if strategy.needs_features and not hasattr(model, "features"):
+            raise UserError(
+                f"strategy={strategy.name} needs models with features(x), head(z), feature_dim; {name} has none"
+            )
     if strategy.same_features:
         sizes = {name: int(strategy.residents.model(name).feature_dim) for name in pool}  # type: ignore[arg-type]
         if len(set(sizes.values())) > 1:

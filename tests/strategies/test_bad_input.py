@@ -125,3 +125,9 @@ def test_the_server_cannot_teach_other_shapes_either(monkeypatch) -> None:
     monkeypatch.setattr(KnFu, "publish", wider)
     with pytest.raises(WorldError, match=r"soft_labels/p: shape \(24, 11\), expected \(24, 10\)"):
         play("knfu")
+
+
+def test_a_pool_with_a_model_that_cannot_be_built_does_not_start() -> None:
+    """Else its clients would be left out, round by round, of a run that seems to succeed."""
+    with pytest.raises(UserError, match=r"model\.build=nowhere_at_all:fn: cannot import nowhere_at_all"):
+        server("knfu", "model.pool=[mlp,'nowhere_at_all:fn']")
