@@ -91,7 +91,10 @@ def main(task: str) -> int:
             digests[runtime] = (load(out).summary or {})["digest"]
             good = end < start and digests[runtime] == digests["inline"]
             bad += not good
-            print(f"{task} seed {seed} {runtime:6} loss {start:.4f} -> {end:.4f}  {digests[runtime][:12]}  {good}", flush=True)
+            print(
+                f"{task} seed {seed} {runtime:6} loss {start:.4f} -> {end:.4f}  {digests[runtime][:12]}  {good}",
+                flush=True,
+            )
         if seed == 0:
             again = RUNS / task / "resumed"
             if not (again / "summary.json").exists():

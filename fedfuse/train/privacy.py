@@ -106,7 +106,7 @@ def noise_for(target: float, delta: float, plan: tuple[tuple[float, int], ...]) 
 
     aim, low, high = 0.995 * target, (0.0, 0.0), (0.0, 0.0)  # σ and its ε, too little and enough
     trial = 4.0
-    while high[1] < 0.99 * target and not (low[0] and high[0] < 1.001 * low[0]):
+    while not high[0] or (high[1] < 0.99 * target and not high[0] < 1.001 * low[0]):
         if (found := cost(trial)) <= target:
             high = (trial, found)
         else:

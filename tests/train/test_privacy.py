@@ -166,30 +166,37 @@ def test_a_simulation_says_that_it_is_one(private_run) -> None:
 
 
 @pytest.mark.parametrize("name", ["fed_sb", "scaffold"])
-def test_private_runs_are_deterministic(name) -> None:
+def test_private_runs_are_deterministic_and_resume_with_what_was_spent(name, tmp_path) -> None:
+    from tests.contract.test_matrix import Crash
+
     words = (*NOISY, "strategy.rank=8") if name == "fed_sb" else NOISY
-    assert play(name, *words).digest == play(name, *words, grid="serial").digest
-    assert play(name, *words).digest != play(name, *words, "privacy.clip=0.4").digest
+    digest = play(name, *words).digest
+    assert play(name, *words, grid="serial").digest == digest
+    assert play(name, *words, "privacy.clip=0.4").digest != digest
+    crashed = federation(name, *words, path=tmp_path / "run", callbacks=(Crash(1),))
+    with crashed as (built, _), pytest.raises(KeyboardInterrupt):
+        built.run()
+    assert play(name, *words, path=tmp_path / "run").digest == digest
 
 
 def test_the_least_noise_is_found_and_lasts_exactly_as_long_as_planned(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
-    noise = noise_for(0.5, 0.01, ((0.5, 4),))
-    assert 0.49 < epsilon(((noise, 0.5, 4),), 0.01) <= 0.5
+    noise = noise_for(0.2, 0.01, ((0.25, 8),))
+    assert 0.198 <= epsilon(((noise, 0.25, 8),), 0.01) <= 0.2
     noise_for.cache_clear()
     monkeypatch.setattr("fedfuse.train.privacy.epsilon", None)  # found in the cache, not computed again
-    assert noise_for(0.5, 0.01, ((0.5, 4),)) == noise
+    assert noise_for(0.2, 0.01, ((0.25, 8),)) == noise
     monkeypatch.undo()
     state: dict = {}
-    config = PrivacyConfig(epsilon=0.5)
+    config = PrivacyConfig(epsilon=0.2)
     for _ in range(2):  # state survives between rounds, the object does not
-        budget = Budget(config, TrainConfig(batch_size=50), 2, 100, state)
+        budget = Budget(config, TrainConfig(batch_size=25), 2, 100, state)
         rate, steps = budget.steps()
-        assert (rate, steps) == (0.5, 2)
+        assert (rate, steps) == (0.25, 4)
         budget.spend(budget.noise((rate, steps)), rate, steps)
     assert budget.noise((rate, steps)) == noise
-    assert budget.epsilon == epsilon(((noise, 0.5, 4),), 0.01)
-    with pytest.raises(UserError, match=r"privacy.epsilon=0.5 is spent"):
+    assert budget.epsilon == epsilon(((noise, 0.25, 8),), 0.01)
+    with pytest.raises(UserError, match=r"privacy.epsilon=0.2 is spent"):
         budget.spend(noise, rate, steps)
 
 
