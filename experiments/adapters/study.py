@@ -113,7 +113,8 @@ def private() -> None:
     """One round, as the released private script plays; SGD at 0.5 and clip 1 for all, not tuned; N ≈ 533, δ = 1/N."""
     words = [
         "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=1604", "data.extra.test_limit=872",
-        "data.test_limit=436", "clients=3", "rounds=1", "train.batch_size=32", "train.optimizer=sgd", "train.momentum=0",
+        "data.test_limit=436", "clients=3", "rounds=1", "train.batch_size=32", "train.optimizer=sgd",
+        "train.momentum=0",
     ]  # fmt: skip
     chosen = dict.fromkeys([("ffa_lora", 8), ("fed_sb", 32)], 0.5)
     for budget in ("3", "1", "8", "null"):

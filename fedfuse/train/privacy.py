@@ -203,6 +203,7 @@ class Budget:
         UserError
             If the budget does not last.
         """
+        assert noise > 0
         after = joined(self.history, ((noise, rate, steps),))
         cost = epsilon(after, self.delta)
         if self.config.epsilon is not None and cost > self.config.epsilon:
