@@ -20,7 +20,8 @@ from flwr.serverapp import Grid, ServerApp
 SHAPES = {"0.weight": (32, 64), "0.bias": (32,), "2.weight": (10, 32), "2.bias": (10,)}  # of a small network
 WORD = "plain-rounds: "
 
-server, client = ServerApp(), ClientApp()
+server = ServerApp()  # a line each: `flwr run` looks for them in the source
+client = ClientApp()
 
 
 def weights() -> ArrayRecord:
