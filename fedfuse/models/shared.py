@@ -6,6 +6,8 @@ another. Pages are mapped privately: a process that writes to them (merging an a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 
 from torch import nn
@@ -56,4 +58,12 @@ def share(model: nn.Module, names: frozenset[str]) -> int:
         raise WorldError(f"{path}: is not the base it is named after; delete it")
     for name, parameter in found.items():
         parameter.data = mapped[name]
+    arrays.clear()
+    give_back()
     return size
+
+
+def give_back() -> None:
+    """Return freed pages to the system; glibc would keep those of the copy that the mapped base replaces."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
