@@ -39,3 +39,10 @@ def test_the_documented_strategy_keeps_the_contract(documented: str) -> None:
     assert play(documented, "evaluate.every=2").totals["down_bytes"] == first.totals["down_bytes"]
     assert first.totals["up_bytes"] > 0
     assert "accuracy/personal" in first.federation.headline
+
+
+def test_tests_that_the_pages_name_exist() -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/distillation.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    assert [f"{file}::{name}" for file, name in named if f"def {name}(" not in files.get(file, "")] == []

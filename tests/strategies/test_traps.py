@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from fedfuse.label_code import quantise, unpack
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, draw_labels
 from fedfuse.train import local
 from fedfuse.train.losses import loss
+from tests.federations import play
 from tests.strategies.halves import client, random_labels, server, shares, take
 
 FROZEN = ("train.lr=1e-30", "train.momentum=0", "loss=kl", "transfer.subset=20")
@@ -202,3 +204,17 @@ def test_what_discloses_examples_says_so():
     assert registry.entry("fedgkt").server.discloses == ("labels", "features")
     loud = {name for name in registry.listed() if registry.entry(name).server.discloses}
     assert loud == {"fedgkt"}
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg"])
+def test_both_test_sets_and_last_beside_best_are_always_said(name, tmp_path):
+    """Traps 9 and 10: the last round is the result, the best stands apart; personal and global never mix."""
+    words = ("partition=shards", "clients=4", "rounds=3", "train.lr=0.3")
+    played = play(name, *words, path=tmp_path / "run")
+    told = json.loads((tmp_path / "run/summary.json").read_text())
+    history = played.federation.history
+    for key in ("accuracy/global", "accuracy/personal"):
+        assert told["final"][key] == history[-1][key]
+        assert told["best"][key] == max(h[key] for h in history) >= told["final"][key]
+    if name == "local":  # a client that knows two digits: right on its own, wrong on all ten
+        assert told["final"]["accuracy/personal"] > told["final"]["accuracy/global"] + 0.2
