@@ -17,20 +17,25 @@ from typing import Any
 
 from fedfuse.contestants import COHORT, WORKLOADS
 from fedfuse.errors import UserError
+from fedfuse.footprint import MEASURES
 
 USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
 
 Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
-  default: noop@100 noop@1000 noop@10000 noop@100000 noop-large@1000 logistic@1000 cnn@1000
+  startup, cohort-memory, state-memory: whole commands; see `fedfuse.footprint`
+  default: all, at the sizes of docs/performance.md
 Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), flower (its simulator), guest (the same Flower app on
   FedFuse's engine), pfl (pfl-research, two processes; needs `pip install pfl==0.6.0`)
 Each side is a process of its own; sides take turns round by round; the first two rounds warm up.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
 SIDES = ("fedfuse", "inline", "plain", "guest", "flower", "pfl")
-DEFAULT = ("noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000")
+DEFAULT = (
+    "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000",
+    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "startup", "cohort-memory", "state-memory",
+)  # fmt: skip
 WARM = 2
 
 
@@ -187,11 +192,14 @@ def command(argv: Sequence[str]) -> int:
             picked.append(word)
     if unknown := [side for side in chosen if side not in SIDES]:
         raise UserError(f"--against={unknown[0]}: unknown; {nearest(unknown[0], SIDES)}")
-    jobs = []
+    jobs, measures = [], []
     for word in picked or DEFAULT:
         name, _, count = word.partition("@")
+        if word in MEASURES:
+            measures.append(word)
+            continue
         if name not in WORKLOADS:
-            raise UserError(f"{name}: no such workload; {nearest(name, WORKLOADS)}")
+            raise UserError(f"{name}: no such workload; {nearest(name, [*WORKLOADS, *MEASURES])}")
         least = WORKLOADS[name].cohort(20)
         if count and (not count.isdigit() or int(count) < least):
             raise UserError(f"{word}: at least {least} clients are needed")
@@ -205,8 +213,13 @@ def command(argv: Sequence[str]) -> int:
         print(f"{name + '@' + str(clients):<18}" + "".join(f"{_cell(result, side):>10}" for side in chosen), flush=True)
         print(f"{'  × fedfuse':<18}" + "".join(f"{_ratio(result, side):>10}" for side in chosen), flush=True)
         (out / "bench.json").write_text(json.dumps(results, indent=1))
-    plot(results, chosen, out / "bench.svg")
-    print(f"written: {out / 'bench.json'}, {out / 'bench.svg'}")
+    for name in measures:
+        results[name] = MEASURES[name]()
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+        (out / "bench.json").write_text(json.dumps(results, indent=1))
+    if jobs:
+        plot(results, chosen, out / "bench.svg")
+    print(f"written: {out}")
     return 0
 
 

@@ -98,7 +98,7 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
     return Scenario(compose([*settings, *words]), data, (workload.model,) * clients)
 
 
-def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
+def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHORT) -> Callable[[], None]:
     """FedAvg on FedFuse's own runtimes."""
     from fedfuse import registry
     from fedfuse.client import FusionClient
@@ -109,7 +109,7 @@ def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], No
     from fedfuse.store import ClientStore
 
     claim_identity()
-    scenario, entry = scenario_of(workload, clients), registry.entry("fedavg")
+    scenario, entry = scenario_of(workload, clients, cohort), registry.entry("fedavg")
     if not workload.trains:
 
         class Idle(FusionClient):

@@ -1,0 +1,152 @@
+"""What whole commands cost: seconds to the end of the first round, and memory as cohorts and client state grow.
+
+`fedfuse bench startup cohort-memory state-memory` measures; figures join the others in bench.json.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+LOGISTIC = (
+    "strategy=fedavg", "data=digits", "model.build=fedfuse.contestants:linear", "clients=100", "participation=0.5",
+    "partition=iid", "train.batch_size=10", "rounds=1",
+)  # fmt: skip
+BUDGET = 1000  # MiB, for 2,000 clients of three architectures with 1.0 to 1.1 MB of weights of their own
+STATEFUL = (
+    "strategy=local", "data=mnist", "model.pool=[mlp_wide@0.6,mlp@2.3,lenet@2.4]", "clients=2000", "partition=prior",
+    "partition.examples=20", "participation=1", "train.epochs=1", "train.batch_size=10", "rounds=2",
+    "evaluate.every=2", "data.test_limit=20", f"runtime.memory={BUDGET}",
+)  # fmt: skip
+
+
+def _fedfuse(words: Iterable[str], out: str) -> list[str]:
+    return [sys.executable, "-m", "fedfuse.cli", "run", *words, f"out={out}"]
+
+
+def _until(command: list[str], reached: Callable[[str], bool]) -> float:
+    """Seconds from a command's start to the first line of its output that `reached` is true of; then it is ended."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        process.stdin.write("go\n")  # contestants play a round a line
+        process.stdin.flush()
+        seconds = next((time.perf_counter() - started for line in process.stdout if reached(line)), float("nan"))
+        process.stdin.close()
+        process.stdout.read()
+    return seconds
+
+
+def startup(times: int = 3) -> dict[str, Any]:
+    """Seconds from the command to the end of round 1 of logistic regression, 50 of 100 clients; partition cached.
+
+    Returns
+    -------
+    dict
+        Per side (ray, inline, flower): seconds, and their median. Sides take turns; a first turn warms the caches.
+    """
+    flower = [sys.executable, "-m", "fedfuse.contestants", "flower", "logistic", "100"]
+    found: dict[str, list[float]] = {"ray": [], "inline": [], "flower": []}
+    with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
+        for i in range(times + 1):
+            for side, seconds in found.items():
+                words = (*LOGISTIC, f"runtime={side}")
+                command = flower if side == "flower" else _fedfuse(words, f"{folder}/{side}{i}")
+                mark = "seconds" if side == "flower" else "round 1/1"
+                seconds.append(_until(command, lambda line, mark=mark: mark in line))  # type: ignore[misc]
+    return {side: {"seconds": s[1:], "median": statistics.median(s[1:])} for side, s in found.items()}
+
+
+def cohort_memory() -> dict[str, Any]:
+    """Peak resident memory (MiB) of a driver whose cohorts of 100 and 1,000 clients share 6.65 MB each."""
+    return {str(cohort): _peak(cohort) for cohort in (100, 1000)}
+
+
+def _peak(cohort: int) -> float:
+    command = [sys.executable, "-m", "fedfuse.footprint", str(cohort)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _drive(cohort: int) -> None:
+    """Play two rounds in this process and print its peak."""
+    from fedfuse import contestants
+
+    play = contestants.fedfuse_side(contestants.WORKLOADS["noop-large"], cohort, "ray", cohort)
+    for _ in range(2):
+        play()
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+
+
+def state_memory() -> dict[str, Any]:
+    """Peak of the sum of PSS (the object store's mapped pages with it) over all processes of a run, in MiB."""
+    with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
+        process = subprocess.Popen(_fedfuse(STATEFUL, f"{folder}/run"), stdout=subprocess.DEVNULL)
+        seen: list[float] = [0.0]
+        watch = threading.Thread(target=_watch, args=(process, seen))
+        started = time.perf_counter()
+        watch.start()
+        code = process.wait()
+        watch.join()
+        state = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / MIB
+    return {
+        "exit": code,
+        "seconds": time.perf_counter() - started,
+        "budget": BUDGET,
+        "peak": max(seen),
+        "first": next((value for value in seen if value > 300), 0.0),
+        "on disk": state,
+    }
+
+
+def _watch(process: subprocess.Popen[Any], seen: list[float]) -> None:
+    while process.poll() is None:
+        seen.append(sum(map(_pss, family(process.pid))))
+        time.sleep(0.5)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:  # it ended meanwhile
+                continue
+    found = [pid]
+    for one in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def _pss(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return int(text.split("Pss:")[1].split()[0]) / 1024 if "Pss:" in text else 0.0
+
+
+MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "startup": startup,
+    "cohort-memory": cohort_memory,
+    "state-memory": state_memory,
+}
+
+if __name__ == "__main__":
+    _drive(int(sys.argv[1]))
