@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.processes import QUIET, RUNS
@@ -38,17 +39,22 @@ def _home(state: Path, **more: str) -> None:
 def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
     """Turn this process into a Flower command; its parents and signals see one process."""
     sys.argv = [command, *words]
+    node = "--superlink" in words
     try:
         entry()
     except SystemExit as end:
-        if words.count("--superlink") and end.code:
+        if node and end.code:
             print(
                 "fedfuse: the server did not take this node; its key must be registered there and not revoked "
                 "(fedfuse deploy register KEY.pub)",
                 flush=True,
             )
         return int(end.code or 0) if isinstance(end.code, int | None) else 1
-    return 0
+    if not node:
+        return 0
+    print("fedfuse: the connection was lost for good; this node ends, to be started again", flush=True)
+    threading.Timer(5.0, os._exit, [1]).start()  # Flower's own threads would keep it half alive
+    return 1
 
 
 def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
@@ -148,10 +154,29 @@ def greet(server: str, ca: Path | None) -> bool:
     return True
 
 
-def _poll_every(seconds: float) -> None:
-    """Ask for work so often: Flower 1.41 has its SuperNode wait 3 s, and this name is the only place to change it."""
-    module = importlib.import_module("flwr.supernode.start_client_internal")
-    module.time = SimpleNamespace(sleep=lambda wait: time.sleep(min(wait, seconds)))  # type: ignore[attr-defined]
+def _patient(poll: float) -> None:
+    """Change two habits of Flower 1.41's SuperNode, in the only places that have them.
+
+    It asks for work every 3 s: here every `poll`. And it takes a connection that ends within TLS, as a killed server's
+    or one behind a relay does, for a wrong certificate, and gives up for good: here it tries on.
+    """
+    worker = importlib.import_module("flwr.supernode.start_client_internal")
+    worker.time = SimpleNamespace(sleep=lambda wait: time.sleep(min(wait, poll)))  # type: ignore[attr-defined]
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    make = connection.make_simple_http_retry_invoker
+
+    def invoker() -> Any:
+        made = make()
+        give_up = made.should_giveup
+        made.should_giveup = lambda error: not broken_off(error) and give_up(error)
+        return made
+
+    connection.make_simple_http_retry_invoker = invoker  # type: ignore[attr-defined]
+
+
+def broken_off(error: BaseException) -> bool:
+    """Whether a connection ended in the midst of TLS; a refused certificate is something else."""
+    return "EOF" in str(error) and "CERTIFICATE" not in str(error)
 
 
 def run_node(
@@ -196,7 +221,7 @@ def run_node(
     secret = _secret(state)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    _poll_every(poll)
+    _patient(poll)
     _executor("client", f"127.0.0.1:{port}", ["--insecure"], secret)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(secret)]

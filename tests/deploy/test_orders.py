@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
@@ -122,3 +124,21 @@ def test_a_run_directory_travels_in_the_log(tmp_path: Path) -> None:
     found = sorted(str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file())
     assert found == ["final/model", "summary.json"]
     assert (tmp_path / "back/final/model").read_bytes() == bytes(range(256)) * 100
+
+
+def test_a_node_tries_on_when_a_connection_ends_within_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a killed server's does; Flower takes it for a wrong certificate and gives up."""
+    from flwr.supernode import fleet_http_connection, start_client_internal
+
+    from fedfuse.deploy.launch import _patient
+
+    for module, name in ((fleet_http_connection, "make_simple_http_retry_invoker"), (start_client_internal, "time")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back after the test
+    _patient(0.01)
+    give_up = fleet_http_connection.make_simple_http_retry_invoker().should_giveup
+    assert give_up is not None
+    assert not give_up(httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"))
+    assert give_up(httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"))
+    started = time.monotonic()
+    start_client_internal.time.sleep(3)
+    assert time.monotonic() - started < 1
