@@ -98,6 +98,19 @@ def test_lanes_are_processes_that_may_die_and_change_no_bit(tmp_path: Path, monk
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
 
 
+def test_a_ray_that_does_not_start_is_the_worlds_failure(tmp_path: Path, monkeypatch) -> None:
+    import ray
+
+    def late(**options) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    cores(monkeypatch, 2)
+    with pytest.raises(WorldError, match="Ray did not start on this machine: The current node timed out"):
+        sweep([*SMALL, "strategy=local", "seed=0,1", "runtime.parallel=2", f"out={tmp_path / 'c'}"])
+
+
 def test_seeds_share_one_composition() -> None:
     jobs = [[*SMALL, "strategy=local", f"seed={seed}"] for seed in (0, 3)]
     found = composed(jobs)

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError
 
 _PREFIX = "fedfuse-ray-"
 _own: list[Path] = []  # the directory of the Ray that this process started
@@ -34,6 +34,8 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     ------
     UserError
         If there is no cluster at the address.
+    WorldError
+        If Ray does not start here, as on a machine that is far too busy.
     """
     if ray.is_initialized():
         return
@@ -54,7 +56,11 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     # replies of a few small groups come with the call, without the object store's two extra turns
     options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20}
     atexit.register(disconnect)
-    ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+    try:
+        ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+    except Exception as error:  # Ray raises a bare one where it takes more than half a minute
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise WorldError(f"Ray did not start on this machine: {told[0]} The same command goes on.") from error
 
 
 def disconnect() -> None:
