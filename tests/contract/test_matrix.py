@@ -10,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedfuse import registry
+from fedfuse.errors import UserError
 from fedfuse.federation import Callback
 from fedfuse.records import nbytes, record, tensors
 from tests.federations import federation, play
@@ -114,6 +115,18 @@ def test_bytes_are_true(name: str) -> None:
         )
         assert sum(totals[key] for key in names) == sent["down"] + sent["up"]
         assert totals["resent_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pool_of_architectures_runs_or_is_refused(name: str) -> None:
+    pool = ("model.pool=[mlp_small,mlp,mlp_wide]", "model.feature_dim=16", "rounds=1")
+    if not registry.entry(name).server.heterogeneous:
+        with pytest.raises(UserError, match="one architecture"):
+            play(name, *pool)
+        return
+    played = play(name, *pool)
+    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.left_out
+    assert played.digest
 
 
 def _nan(content: ArrayRecord) -> ArrayRecord:
