@@ -83,7 +83,9 @@ class Plain(Federation):
         (app / "pyproject.toml").write_text(APP.format(rounds=count, nodes=self.count), encoding="utf-8")
         with self.link.home() as home:
             words = [flower("flwr"), "run", str(app), "fedfuse", "--stream"]
-            done = subprocess.run(words, env=surroundings(home), capture_output=True, text=True, timeout=120 * count)
+            done = subprocess.run(
+                words, env=surroundings(home), capture_output=True, text=True, timeout=300 * (count + 1)
+            )
         found = [line for line in done.stdout.splitlines() if line.startswith(WORD)]
         if not found:
             raise WorldError(f"the plain app failed: {(done.stdout + done.stderr)[-500:]}")

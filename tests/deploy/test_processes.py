@@ -101,6 +101,19 @@ def test_the_digest_is_that_of_a_simulation(strategy: str, federation: Federatio
         assert (tmp_path / "out" / name).exists()
 
 
+@long
+def test_the_wire_carries_what_is_reported_and_little_else(wired: Wired, tmp_path: Path) -> None:
+    keys = ("strategy=fedavg", "data=digits", "clients=3", "rounds=2", "model=mlp_wide", "model.width=2")
+    before, started = (wired.relay.up, wired.relay.down), time.monotonic()
+    traffic = wired.federation.play(order(*keys), tmp_path / "out")["traffic"]
+    seconds, messages = time.monotonic() - started, 3 * (1 + 2 * 2)
+    for direction, wire in (("up", wired.relay.up - before[0]), ("down", wired.relay.down - before[1])):
+        reported = traffic[f"{direction}_bytes"] + traffic[f"evaluate_{direction}_bytes"]
+        assert reported > 5e6
+        framing = 0.02 * reported + 30e3 * messages + 20e3 * seconds  # records and headers, requests, polls
+        assert reported < wire < reported + framing
+
+
 # --- refusals: each with a named reason, nothing changed --------------------------------------------------
 
 
