@@ -133,7 +133,7 @@ def collect() -> None:
     rows = []
     for run in find([RUNS])[0]:
         place = run.dir.relative_to(RUNS).parts
-        if run.summary is None or place[0].startswith(("tune", "improves")):
+        if run.summary is None or place[0].startswith(("tune", "improves", "memory")):
             continue
         told = run.metrics.filter(pl.col("metric").is_in(["loss/global", "epsilon"])).collect()
         last = told.filter(metric="loss/global").sort("round")["value"].to_list()
@@ -197,7 +197,7 @@ def ratio() -> None:
         stacked = clients * one["up"] / one["client_rounds"]  # C payloads of LoRA, as the paper counts FedEx
         alone = ours["up"] / ours["client_rounds"]
         total = {name: r["up"] + r["down"] + r["setup"] for name, r in (("sb", ours), ("it", one), ("ex", theirs))}
-        basis = BASIS[study.split("-")[0]] * small * 4 * clients * ours["rounds"]
+        basis = BASIS[study.split("-")[0]] * small * 4 * ours["setup"] / 32  # once to every client that was ever drawn
         print(f"{study}, Fed-SB r={small} against r={big}, {clients:g} clients a round, {ours['rounds']} rounds:")
         print(f"  the paper's way, C LoRA payloads over one R (head in both): {stacked / alone:.1f}")
         print(f"  all measured bytes, FedEx-LoRA over Fed-SB: {total['ex'] / total['sb']:.1f}", end="; ")
