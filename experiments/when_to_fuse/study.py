@@ -5,8 +5,9 @@
 
 Blocks: MNIST, 10 clients, `partition=prior` with 50, 200, 1000 examples a client × α ∈ {0.1, 1, 100}, and the clustered
 partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice
-on personal test sets and on 2,000 examples of the official test split; one local epoch; seeds 0, 1, 2. CIFAR-10: 200 and
-1,000 examples × α ∈ {0.1, 100}, local, fedavg, knfu (cut for time: 50 examples, α = 1, clustered, fedmd, dsfl, fedproto).
+on personal test sets and on 2,000 examples of the official test split; one local epoch; seeds 0, 1, 2. CIFAR-10: 200
+and 1,000 examples × α ∈ {0.1, 100}, local, fedavg, knfu (cut for time: 50 examples, α = 1, clustered, and the other
+three strategies).
 """
 
 from __future__ import annotations
