@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/when_to_fuse")
 COMMON = [
     "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=500", "train.epochs=1",
-    "train.batch_size=16", "train.lr=0.02", "runtime=inline",
+    "train.batch_size=16", "train.lr=0.02",
 ]  # fmt: skip
 BLOCKS = {
     "mnist-prior": [
