@@ -14,6 +14,7 @@ import ray
 
 from fedfuse.errors import UserError, WorldError
 
+STARTS = 3  # a busy machine may need more than the half minute that Ray grants itself
 _PREFIX = "fedfuse-ray-"
 _own: list[Path] = []  # the directory of the Ray that this process started
 
@@ -56,11 +57,15 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     # replies of a few small groups come with the call, without the object store's two extra turns
     options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20}
     atexit.register(disconnect)
-    try:
-        ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
-    except Exception as error:  # Ray raises a bare one where it takes more than half a minute
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise WorldError(f"Ray did not start on this machine: {told[0]} The same command goes on.") from error
+    for attempt in range(STARTS):
+        try:
+            ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+            return
+        except Exception as error:  # Ray raises a bare one where it takes more than half a minute
+            ray.shutdown()
+            if attempt + 1 == STARTS:
+                told = str(error).strip().splitlines() or [type(error).__name__]
+                raise WorldError(f"Ray did not start on this machine: {told[0]} The same command goes on.") from error
 
 
 def disconnect() -> None:

@@ -52,7 +52,7 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def gone(mark: str, seconds: float = 30) -> list[str]:
+def gone(mark: str, seconds: float = 90) -> list[str]:
     """Wait until no marked process lives; return those that still do."""
     end = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < end:

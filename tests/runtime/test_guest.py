@@ -59,7 +59,11 @@ def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path:
     words = ["-m", "fedfuse.cli", "flower", app, "--nodes", str(NODES), "--run-config", f"{override} out='{ours}'"]
     started(words, mark, tmp_path)
     assert not gone(mark)
-    started(["-c", SIMULATOR, app, str(NODES), f"{override} out='{theirs}'"], mark, tmp_path)
+    for _ in range(3):  # Flower's simulator goes on without nodes whose Ray actor is late: then it is no reference
+        started(["-c", SIMULATOR, app, str(NODES), f"{override} out='{theirs}'"], mark, tmp_path)
+        with np.load(theirs) as found:
+            if all(np.isfinite(found[key]).all() for key in found.files):
+                break
     with np.load(ours) as a, np.load(theirs) as b:
         assert set(a.files) == set(b.files)
         for key in a.files:
