@@ -6,13 +6,10 @@ epoch), train on private examples (50, batch 10, one epoch), predict the transfe
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fedfuse.contestants import EXAMPLES, Workload, build, pool, start_of
+from fedfuse.contestants import EXAMPLES, Workload, build, pool, rounds_of, start_of
 
 ROWS = 1000  # |D_t|
 BATCH = 64  # of the distillation
@@ -51,32 +48,8 @@ def shared(workload: Workload) -> Any:
 def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
     """The strategy as users run it, without evaluation and the run directory."""
     from fedfuse import registry
-    from fedfuse.experiment import build_strategy
-    from fedfuse.federation import Federation
-    from fedfuse.node import place
-    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
-    from fedfuse.store import ClientStore
 
-    claim_identity()
-    scenario, entry = scenario_of(workload, clients), registry.entry(workload.strategy)
-    store = ClientStore(Path(tempfile.mkdtemp(prefix="fedfuse-bench-")))
-    if grid == "inline":
-        transport: LocalGrid = InlineGrid(place(entry, scenario, store))
-    else:
-        from fedfuse.runtime.ray import RayGrid
-
-        transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)))
-    federation = Federation(build_strategy(entry, scenario), transport, 100000)
-    federation.strategy.ensure_begun()
-
-    def play() -> None:
-        federation.done += 1
-        federation._phase(federation.done, "train")
-        federation._collect(federation.done)
-        federation.strategy.traffic.take_rows()
-        federation.rows, federation.timing = [], []
-
-    return play
+    return rounds_of(registry.entry(workload.strategy), scenario_of(workload, clients), grid)
 
 
 def plain_side(workload: Workload, clients: int) -> Callable[[], None]:

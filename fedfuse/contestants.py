@@ -102,13 +102,7 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
     """FedAvg on FedFuse's own runtimes."""
     from fedfuse import registry
     from fedfuse.client import FusionClient
-    from fedfuse.experiment import build_strategy
-    from fedfuse.federation import Federation
-    from fedfuse.node import place
-    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
-    from fedfuse.store import ClientStore
 
-    claim_identity()
     scenario, entry = scenario_of(workload, clients, cohort), registry.entry("fedavg")
     if not workload.trains:
 
@@ -119,6 +113,18 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
                 return {"num-examples": EXAMPLES}
 
         entry = entry._replace(client=Idle)
+    return rounds_of(entry, scenario, grid)
+
+
+def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
+    """Rounds of a strategy on `inline` or `ray`, without commits and evaluation."""
+    from fedfuse.experiment import build_strategy
+    from fedfuse.federation import Federation
+    from fedfuse.node import place
+    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
+    from fedfuse.store import ClientStore
+
+    claim_identity()
     store = ClientStore(Path(tempfile.mkdtemp(prefix="fedfuse-bench-")))
     if grid == "inline":
         transport: LocalGrid = InlineGrid(place(entry, scenario, store))
