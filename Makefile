@@ -7,6 +7,8 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS := 1
+# where it is set, every process compiles torch, ray and flwr anew, twice the time of a start
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-deploy check format bench clean
 

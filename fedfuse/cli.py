@@ -262,7 +262,7 @@ def _flower(words: list[str], started: float) -> int:
 
 
 def _bench(words: list[str], started: float) -> int:
-    from fedfuse.bench import command
+    from fedfuse.bench.command import command
 
     return command(words)
 

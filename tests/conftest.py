@@ -22,3 +22,11 @@ def ray_session():
     connect(2, None)
     yield
     disconnect()
+
+
+PROCESSES = ("tests/deploy/test_processes", "tests/runtime/test_", "tests/deploy/test_simulator", "tests/test_sweep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes goes first: it waits a lot, and at the end nobody would work meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith(PROCESSES))

@@ -1,7 +1,7 @@
 """Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
 
 Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
-`python -m fedfuse.contestants SIDE WORKLOAD CLIENTS` starts one; sides: fedfuse, inline, plain, flower, guest, pfl.
+`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one; sides: fedfuse, inline, plain, flower, guest, pfl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Workload:
     model: str
     shape: tuple[int, ...]
     trains: bool
-    strategy: str = "fedavg"  # another: `fedfuse.contestant_distil`, all clients take part
+    strategy: str = "fedavg"  # another: `fedfuse.bench.distillation`, all clients take part
 
     def cohort(self, clients: int) -> int:
         """Clients of a round."""
@@ -34,9 +34,9 @@ class Workload:
 
 
 WORKLOADS = {
-    "noop": Workload("fedfuse.contestants:linear", (3072,), False),  # 30,730 parameters, 123 kB
+    "noop": Workload("fedfuse.bench.contestants:linear", (3072,), False),  # 30,730 parameters, 123 kB
     "noop-large": Workload("cnn_large", (1, 28, 28), False),  # 1,663,370 parameters, 6.65 MB
-    "logistic": Workload("fedfuse.contestants:linear", (784,), True),  # 7,850 parameters
+    "logistic": Workload("fedfuse.bench.contestants:linear", (784,), True),  # 7,850 parameters
     "cnn": Workload("cnn_large", (1, 28, 28), True),
     "fedmd": Workload("cnn", (1, 28, 28), True, "fedmd"),
     "dsfl": Workload("cnn", (1, 28, 28), True, "dsfl"),
@@ -264,7 +264,7 @@ def guest_side(name: str, clients: int) -> None:
     claim_identity()
     cores = len(os.sched_getaffinity(0))
     connect(cores)
-    grid = GuestGrid(f"fedfuse.contestants:app_{name.replace('-', '_')}", os.getcwd(), {}, clients, cores)
+    grid = GuestGrid(f"fedfuse.bench.contestants:app_{name.replace('-', '_')}", os.getcwd(), {}, clients, cores)
     serve(flower_round(WORKLOADS[name], grid, clients))
 
 
@@ -290,11 +290,11 @@ def main(side: str, name: str, clients: int) -> None:
     """Run one contestant."""
     workload = WORKLOADS[name]
     if workload.strategy != "fedavg":
-        from fedfuse import contestant_distil as distil
+        from fedfuse.bench import distillation
 
         grid = "inline" if side == "inline" else "ray"
         plain = side == "plain"
-        serve(distil.plain_side(workload, clients) if plain else distil.fedfuse_side(workload, clients, grid))
+        serve(distillation.plain_side(workload, clients) if plain else distillation.fedfuse_side(workload, clients, grid))
     elif side == "flower":
         flower_side(name, clients)
     elif side == "guest":
@@ -302,7 +302,7 @@ def main(side: str, name: str, clients: int) -> None:
     elif side == "plain":
         serve(plain_side(workload, clients))
     elif side == "pfl":
-        from fedfuse.contestant_pfl import pfl_side
+        from fedfuse.bench.pfl import pfl_side
 
         pfl_side(workload)
     else:

@@ -18,7 +18,7 @@ from typing import Any
 
 MIB = 2**20
 LOGISTIC = (
-    "strategy=fedavg", "data=digits", "model.build=fedfuse.contestants:linear", "clients=100", "participation=0.5",
+    "strategy=fedavg", "data=digits", "model.build=fedfuse.bench.contestants:linear", "clients=100", "participation=0.5",
     "partition=iid", "train.batch_size=10", "rounds=1",
 )  # fmt: skip
 BUDGET = 1000  # MiB, for 2,000 clients of three architectures with 1.0 to 1.1 MB of weights of their own
@@ -58,7 +58,7 @@ def startup(times: int = 3) -> dict[str, Any]:
     dict
         Per side (ray, inline, flower): seconds, and their median. Sides take turns; a first turn warms the caches.
     """
-    flower = [sys.executable, "-m", "fedfuse.contestants", "flower", "logistic", "100"]
+    flower = [sys.executable, "-m", "fedfuse.bench.contestants", "flower", "logistic", "100"]
     found: dict[str, list[float]] = {"ray": [], "inline": [], "flower": []}
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         for i in range(times + 1):
@@ -76,14 +76,14 @@ def cohort_memory() -> dict[str, Any]:
 
 
 def _peak(cohort: int) -> float:
-    command = [sys.executable, "-m", "fedfuse.footprint", str(cohort)]
+    command = [sys.executable, "-m", "fedfuse.bench.footprint", str(cohort)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def _drive(cohort: int) -> None:
     """Play two rounds in this process and print its peak."""
-    from fedfuse import contestants
+    from fedfuse.bench import contestants
 
     play = contestants.fedfuse_side(contestants.WORKLOADS["noop-large"], cohort, "ray", cohort)
     for _ in range(2):

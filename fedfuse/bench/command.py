@@ -15,16 +15,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedfuse.contestants import COHORT, WORKLOADS
+from fedfuse.bench.contestants import COHORT, WORKLOADS
 from fedfuse.errors import UserError
-from fedfuse.footprint import MEASURES
+from fedfuse.bench.footprint import MEASURES
 
 USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
 
 Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
-  startup, cohort-memory, state-memory: whole commands; see `fedfuse.footprint`
+  startup, cohort-memory, state-memory: whole commands; see `fedfuse.bench.footprint`
   default: all, at the sizes of docs/performance.md
 Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), flower (its simulator), guest (the same Flower app on
   FedFuse's engine), pfl (pfl-research, two processes; needs `pip install pfl==0.6.0`)
@@ -54,7 +54,7 @@ class Side:
                 str(29500 + os.getpid() % 1000),
                 "-m",
             ]
-        command += ["fedfuse.contestants", side, workload, str(clients)]
+        command += ["fedfuse.bench.contestants", side, workload, str(clients)]
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder)}
         self.log = open(folder / f"{side}.log", "w+")  # noqa: SIM115 - closed in end()

@@ -1,4 +1,4 @@
-"""pfl-research as a contestant, where it is installed: `torchrun --nproc_per_node 2 -m fedfuse.contestants pfl …`."""
+"""pfl-research as a contestant, where it is installed: `torchrun --nproc_per_node 2 -m fedfuse.bench.contestants pfl …`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from fedfuse.contestants import COHORT, EXAMPLES, Workload, build, pool, start_of
+from fedfuse.bench.contestants import COHORT, EXAMPLES, Workload, build, pool, start_of
 
 
 def pfl_side(workload: Workload) -> None:

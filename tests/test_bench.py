@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedfuse import contestant_distil
-from fedfuse.bench import sides_of
-from fedfuse.contestants import WORKLOADS
+from fedfuse.bench import distillation
+from fedfuse.bench.command import sides_of
+from fedfuse.bench.contestants import WORKLOADS
 
 
 @pytest.mark.parametrize("name", ["fedmd", "dsfl", "knfu"])
 def test_both_sides_take_the_same_steps(name: str, monkeypatch) -> None:
-    monkeypatch.setattr(contestant_distil, "ROWS", 70)
+    monkeypatch.setattr(distillation, "ROWS", 70)
     workload, steps = WORKLOADS[name], []
     step = torch.optim.SGD.step
 
@@ -22,7 +22,7 @@ def test_both_sides_take_the_same_steps(name: str, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.optim.SGD, "step", counted)
     found = []
-    for side in (contestant_distil.fedfuse_side(workload, 2, "inline"), contestant_distil.plain_side(workload, 2)):
+    for side in (distillation.fedfuse_side(workload, 2, "inline"), distillation.plain_side(workload, 2)):
         for _ in range(2):
             steps.clear()
             side()

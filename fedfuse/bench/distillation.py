@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedfuse.contestants import EXAMPLES, Workload, build, pool, rounds_of, start_of
+from fedfuse.bench.contestants import EXAMPLES, Workload, build, pool, rounds_of, start_of
 
 ROWS = 1000  # |D_t|
 BATCH = 64  # of the distillation
