@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.bench.contestants import COHORT, WORKLOADS
-from fedfuse.errors import UserError
 from fedfuse.bench.footprint import MEASURES
+from fedfuse.errors import UserError
 
 USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]

@@ -1,7 +1,8 @@
 """Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
 
 Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
-`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one; sides: fedfuse, inline, plain, flower, guest, pfl.
+`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one. Sides:
+fedfuse, inline, plain, flower, guest, pfl.
 """
 
 from __future__ import annotations
@@ -293,8 +294,10 @@ def main(side: str, name: str, clients: int) -> None:
         from fedfuse.bench import distillation
 
         grid = "inline" if side == "inline" else "ray"
-        plain = side == "plain"
-        serve(distillation.plain_side(workload, clients) if plain else distillation.fedfuse_side(workload, clients, grid))
+        if side == "plain":
+            serve(distillation.plain_side(workload, clients))
+        else:
+            serve(distillation.fedfuse_side(workload, clients, grid))
     elif side == "flower":
         flower_side(name, clients)
     elif side == "guest":
