@@ -208,6 +208,7 @@ def check(config: Config) -> None:
     at_least = {"clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.batch_size": 1, "train.weight_decay": 0}
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
+    at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
     for key, low in at_least.items():
@@ -230,6 +231,11 @@ def check(config: Config) -> None:
         ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
         ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
     ]
+    exact = train.precision == "float32" or not privacy.on
+    rules.append(("train.precision", train.precision, exact, "float32 under privacy: its noise is exact there"))
+    share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
+    rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
+    rules.append(("runtime.client_timeout", limit, limit is None or 0 < limit < float("inf"), "more than 0 (seconds)"))
     for word in config.train.pool or ():
         name, at, rate = word.partition("@")
         good = name in WORDS["train.optimizer"] and (not at or _positive(rate))
@@ -246,6 +252,7 @@ def check(config: Config) -> None:
 WORDS = {
     "train.optimizer": ("sgd", "adam", "adamw"),
     "train.optimizer_state": ("fresh", "keep"),
+    "train.precision": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
 }

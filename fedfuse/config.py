@@ -81,6 +81,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     optimizer_state: str = "fresh"  # fresh | keep (only for strategies with private state)
+    precision: str = "float32"  # float32 | bf16: forward and backward by torch.autocast, weights stay float32
     pool: list[str] | None = None  # the clients' optimisers, round-robin: [sgd@0.05, adam@0.001]; null: all alike
 
 
@@ -107,7 +108,7 @@ class RuntimeConfig:
     retries: int = 2
     client_timeout: float | None = None  # seconds; off by default
     reverse: bool = False  # run clients in reversed order (a check: the digest must not change)
-    state_dir: str | None = None
+    state_dir: str | None = None  # shared directory for client state, seen by every node; null: with the driver
     parallel: int | None = None  # runs of a sweep at once; default as many as have a core each
 
 

@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -64,8 +65,8 @@ class RunDirectory(Callback):
         Committed client state, below the checkpoint.
     """
 
-    def __init__(self, path: Path, config: str, started: float) -> None:
-        self.path, self.config, self.started = Path(path), config, started
+    def __init__(self, path: Path, config: str, started: float, state_dir: str | None = None) -> None:
+        self.path, self.config, self.started, self.state_dir = Path(path), config, started, state_dir
         self.seconds = {"startup": 0.0, "rounds": 0.0, "before": 0.0}
         self._lock: IO[str] | None = None
         self.clients: ClientStore
@@ -98,6 +99,7 @@ class RunDirectory(Callback):
                 if not (self.path / "config.yaml").exists():
                     raise UserError(f"out={self.path}: holds something that is not a run; it is not overwritten")
                 self._hold()
+                self._drop_linked_state()
                 for child in self.path.iterdir():
                     if child.name != "lock":
                         shutil.rmtree(child) if child.is_dir() else child.unlink()
@@ -107,7 +109,9 @@ class RunDirectory(Callback):
             (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", self.config)
             write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
-            self.clients = ClientStore(self.checkpoint / "clients")
+            if self.state_dir is not None:
+                self._link_state(self.state_dir)
+            self.clients = ClientStore((self.checkpoint / "clients").resolve())
         except OSError as error:
             self.discard()
             raise UserError(f"out={self.path}: cannot be written ({error.strerror or error})") from error
@@ -118,11 +122,27 @@ class RunDirectory(Callback):
         if (self.checkpoint / "state.safetensors").exists():
             return
         if self._ours:
+            self._drop_linked_state()
             for child in self.path.iterdir():
                 shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    def _link_state(self, state_dir: str) -> None:
+        """Put client state into `runtime.state_dir`, which every node of a cluster sees."""
+        place = Path(state_dir).resolve() / f"{self.path.name}-{uuid.uuid4().hex[:12]}"
+        try:
+            place.mkdir(parents=True)
+        except OSError as error:
+            self.discard()
+            told = error.strerror or error
+            raise UserError(f"runtime.state_dir={state_dir}: cannot be written ({told})") from error
+        (self.checkpoint / "clients").symlink_to(place)
+
+    def _drop_linked_state(self) -> None:
+        if (link := self.checkpoint / "clients").is_symlink():
+            shutil.rmtree(link.resolve(), ignore_errors=True)
 
     def reopen(self) -> None:
         """Take the lock of a run that shall go on.
@@ -134,7 +154,7 @@ class RunDirectory(Callback):
         """
         try:
             self._hold()
-            self.clients = ClientStore(self.checkpoint / "clients")
+            self.clients = ClientStore((self.checkpoint / "clients").resolve())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
@@ -166,9 +186,6 @@ class RunDirectory(Callback):
                 "partition",
                 [(r["client"], r["split"], str(r["label"]), r["examples"]) for r in rows],
             )
-            from fedfuse.data.picture import draw_partition
-
-            draw_partition(rows, self.path / "partition.svg")
         self.seconds["startup"] += time.time() - self.started
         self._clock = time.perf_counter()
 
@@ -193,7 +210,10 @@ class RunDirectory(Callback):
         write_text(self.checkpoint / "round.json", json.dumps(progress))
 
     def end(self, federation: Federation) -> None:
-        """Merge the rows, write the final models, and last the summary."""
+        """Merge the rows, draw the partition, write the final models, and last the summary."""
+        from fedfuse.data.picture import draw_partition  # not before the first round, which would wait for it
+
+        draw_partition(federation.scenario.data.histogram(), self.path / "partition.svg")
         self._final_models(federation)
         for kind in ("metrics", "traffic", "timing"):
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))

@@ -21,6 +21,7 @@ from fedfuse.records import (
     Spec,
     arrays_in,
     config_in,
+    entries,
     flatten,
     nbytes,
     plain_record,
@@ -324,7 +325,7 @@ class Exchange(Strategy):
             except InvalidArrays as error:
                 self._leave_out(client, str(error), INVALID)
                 continue
-            config: Any = reply.content["config"]
+            config: Any = config_in(reply.content)
             self.failures["retried"] += _count(config.get("retried"))
             label = "evaluate" if evaluate else self.label
             if self.inside:
@@ -339,7 +340,7 @@ class Exchange(Strategy):
                 self._earlier[client] = self.tags.get(client, INITIAL)
                 self.tags[client] = self._tag if config.get("tag") == self._tag else INITIAL
                 for name, total in sums.items():
-                    if self.inside and isinstance(sent := reply.content.get(f"sum:{name}"), ArrayRecord):
+                    if self.inside and isinstance(sent := entries(reply.content).get(f"sum:{name}"), ArrayRecord):
                         group = tensors(sent)
                         dtypes = json.loads(str(config[f"dtypes:{name}"]))
                         total.add_group(self.groups[client], group, float(config[f"weight:{name}"]), dtypes)
@@ -381,14 +382,14 @@ class Exchange(Strategy):
 
     def _checked(self, reply: Message, client: int, evaluate: bool) -> Share:
         content = reply.content
-        config, measured = config_in(content), content.get("metrics")
+        config, measured = config_in(content), entries(content).get("metrics")
         if config is None or not isinstance(measured, MetricRecord):
             raise InvalidArrays("a reply needs a config and a metrics record")
         records: Records = {}
         for name, value in arrays_in(content).items():
             if not name.startswith("sum:"):
                 records["model" if name == "arrays" else name] = tensors(value)
-        metrics: dict[str, Any] = dict(measured)
+        metrics: dict[str, Any] = dict(entries(measured))
         if not evaluate:
             summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
             check_share(type(self), self.hyper, self.residents, client, self.phase, records, metrics, summed)

@@ -130,7 +130,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     scenario = prepare_scenario(config)
     strategy = build_strategy(entry, scenario, server_device_of(config))
     path = Path(config.out) if config.out else default_out(config)
-    directory = RunDirectory(path, as_yaml(config), started)
+    directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
     if config.runtime.name == "flower":
         from fedfuse.runtime.flower import run_on_flower
 

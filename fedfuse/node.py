@@ -25,6 +25,7 @@ from fedfuse.records import (
     LiveArray,
     arrays_in,
     config_in,
+    entries,
     flatten,
     measured,
     nbytes,
@@ -140,8 +141,7 @@ class Node:
 
     def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
         content: RecordDict = reply.content
-        config: Any = content["config"]
-        metrics: Any = content["metrics"]
+        config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
         hyper = self._hyper[1] if self._hyper else self._default
         check_share(self.entry.server, hyper, self.residents, client, str(config["phase"]), records, metrics)
@@ -153,7 +153,7 @@ class Node:
                 total.add(0, records[name], weight)
                 names.append(name)
                 sizes.append(nbytes(records[name]))
-                del content["arrays" if name == "model" else name]
+                del entries(content)["arrays" if name == "model" else name]
         if names:
             config["summed.record"], config["summed.bytes"] = names, sizes
 

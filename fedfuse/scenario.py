@@ -207,12 +207,18 @@ class Residents:
             value = (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
         else:
             value = data.tensors(*key)
-        value = tuple(None if t is None else t.to(self.device) for t in value) if value is not None else None
+        value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
         self._tensors[key] = value
         self._cached += _size(value)
         while self._cached > self._room and len(self._tensors) > 1:
             self._cached -= _size(self._tensors.popitem(last=False)[1])
         return value
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on this process's device; pinned on the way to a GPU, so that the copy does not stop the loop."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def frozen(model: nn.Module) -> frozenset[str]:

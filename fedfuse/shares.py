@@ -74,9 +74,9 @@ def check_share(
     """
     wanted = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
     scope = residents.scope(client, hyper)
-    if missing := sorted(set(wanted) - set(records) - summed):
-        raise InvalidArrays(f"missing record {', '.join(missing)}")
-    if extra := sorted(set(records) - set(wanted)):
+    if missing := [name for name in wanted if name not in records and name not in summed]:
+        raise InvalidArrays(f"missing record {', '.join(sorted(missing))}")
+    if extra := sorted(records.keys() - wanted.keys()):
         raise InvalidArrays(f"unexpected record {', '.join(extra)}")
     for name, content in records.items():
         spec = wanted[name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -110,14 +111,18 @@ _BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
 
 
 def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
-    """Add float64(value)·weight in place, rounded after the product and after the sum, without large temporaries."""
-    if value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
+    """Add float64(value)·weight in place, rounded after the product and after the sum, without temporaries."""
+    if not (value.is_contiguous() and total.is_contiguous()):
         total.add_(value.double() * weight)
         return
-    flat, source = total.view(-1), value.view(-1)
-    block = torch.empty(_BLOCK, dtype=torch.float64, device=total.device)
+    flat, source, block = total.view(-1), value.view(-1), _block(total.device)
     for start in range(0, source.numel(), _BLOCK):
         piece = source[start : start + _BLOCK]
         scaled = block[: piece.numel()]
         scaled.copy_(piece).mul_(weight)
         flat[start : start + _BLOCK].add_(scaled)
+
+
+@cache
+def _block(device: torch.device) -> torch.Tensor:
+    return torch.empty(_BLOCK, dtype=torch.float64, device=device)

@@ -409,6 +409,23 @@ def test_a_run_that_cannot_begin_leaves_nothing(monkeypatch, tmp_path: Path) -> 
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+def test_client_state_in_a_shared_directory(tmp_path: Path) -> None:
+    """`runtime.state_dir`: the state lies there, and a run that is overwritten takes its own away."""
+    shared, where = tmp_path / "shared", tmp_path / "run"
+    words = (f"runtime.state_dir={shared}", "rounds=3")
+    done = run(configured("knfu", where, *words), quiet=True)
+    (place,) = shared.iterdir()
+    assert list(place.rglob("*.state"))
+    assert (where / "checkpoint" / "clients").resolve() == place
+    plain = run(configured("knfu", tmp_path / "plain", "rounds=3"), quiet=True)
+    assert summary_of(done)["digest"] == summary_of(plain)["digest"]
+    run(configured("knfu", where, *words, "overwrite=true"), quiet=True)
+    (other,) = shared.iterdir()
+    assert other != place
+    refused(configured("knfu", tmp_path / "none", "runtime.state_dir=/proc/fedfuse"), "runtime.state_dir=/proc/fedfuse")
+    assert not (tmp_path / "none").exists()
+
+
 # --- small and read-only disks ----------------------------------------------------------------------------
 
 

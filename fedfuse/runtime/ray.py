@@ -18,6 +18,7 @@ import ray
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from ray.exceptions import RayError
 
+from fedfuse.errors import UserError
 from fedfuse.knowledge import Address
 from fedfuse.node import parcels
 from fedfuse.records import LiveArray, config_in, reply_to, tensors, trusted
@@ -87,6 +88,11 @@ class RayGrid(LocalGrid):
         self._foreign: tuple[Any, Any] | None = None
         self.seconds, self.bytes = 1.0, LARGE  # of one group, as last seen: how many go into one call
         self.crew = [Member(self._start()) for _ in range(workers)]
+        for member in self.crew:
+            self.prepare(member)
+        if runtime.state_dir is not None and not all(ray.get([member.ready for member in self.crew])):
+            self.close()
+            raise UserError(f"runtime.state_dir={runtime.state_dir}: not every node sees it; a shared one is needed")
 
     def _start(self, again: bool = False) -> Any:
         """Take an idle worker, or start one; a worker that cannot take the run on says so at its first group."""

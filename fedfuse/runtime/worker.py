@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.knowledge import Address, Cache, Item, Stale
 from fedfuse.node import Node
-from fedfuse.records import flatten, message_to, trusted, unflatten
+from fedfuse.records import entries, flatten, message_to, trusted, unflatten
 from fedfuse.registry import Entry
 from fedfuse.runtime.inline import claim_identity, single_thread
 from fedfuse.scenario import Scenario
@@ -168,9 +168,9 @@ def answer_of(reply: Message) -> Answer:
     if reply.has_error():
         return reply.error.code, reply.error.reason
     records, plain = {}, []
-    for name, value in reply.content.items():
+    for name, value in entries(reply.content).items():
         if isinstance(value, ArrayRecord):
-            records[name] = {key: array.numpy() for key, array in value.items()}
+            records[name] = {key: array.numpy() for key, array in entries(value).items()}
         else:
-            plain.append((name, isinstance(value, ConfigRecord), dict(value)))
+            plain.append((name, isinstance(value, ConfigRecord), dict(entries(value))))
     return records, plain

@@ -158,7 +158,9 @@ def train(
     elif lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr
-    call = model if forward is None else forward
+    call: Callable[[Tensor], Any] = model if forward is None else forward
+    if config.precision == "bf16":
+        call = _mixed(call, x.device.type)
     planned = epochs * len(sizes_of(len(x), batch_size, least)) if after_step is not None else 0
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     steps = 0
@@ -171,7 +173,8 @@ def train(
             for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
                 optimizer.zero_grad()
-                value = loss(call(x.index_select(0, rows)), None if y is None else y.index_select(0, rows), rows)
+                out = call(x.index_select(0, rows))
+                value = loss(out, None if y is None else y.index_select(0, rows), rows)
                 cast(Any, value).backward()
                 if after_backward is not None:
                     after_backward(model)
@@ -229,6 +232,24 @@ def seed(device: torch.device, *parts: object) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(number)
+
+
+def _mixed(call: Callable[[Tensor], Any], device: str) -> Callable[[Tensor], Any]:
+    """`train.precision=bf16`: matrix products in bfloat16; weights, optimiser and losses in float32."""
+
+    def cheaper(x: Tensor) -> Any:
+        with torch.autocast(device, torch.bfloat16):
+            out = call(x)
+        return _single(out)
+
+    return cheaper
+
+
+def _single(out: Any) -> Any:
+    """A network's output with what autocast left in bfloat16 as float32: losses need the digits."""
+    if isinstance(out, Tensor):
+        return out.float() if out.dtype == torch.bfloat16 else out
+    return type(out)(map(_single, out)) if isinstance(out, tuple | list) else out
 
 
 _fresh = optimizer  # `train` has a parameter of that name

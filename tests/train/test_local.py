@@ -270,3 +270,23 @@ def test_overhead_over_a_bare_loop_is_small():
 
     ours = best(lambda: train(model, x, y, cross_entropy, CONFIG, ("speed",), epochs=1))
     assert ours < 3 * best(loop)
+
+
+def test_bf16_trains_float32_weights_to_nearly_the_same():
+    full, _ = fit()
+    config = TrainConfig(epochs=2, batch_size=8, lr=0.1, precision="bf16")
+    seen = []
+
+    def loss(logits, y, rows):
+        seen.append(logits.dtype)
+        return F.cross_entropy(logits, y)
+
+    mixed, told = fit(config=config, loss=loss)
+    again, _ = fit(config=config)
+    assert set(seen) == {torch.float32}
+    assert all(p.dtype == torch.float32 for p in mixed.parameters())
+    assert same(mixed, again)
+    assert not same(mixed, full)
+    for a, b in zip(mixed.parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0.03, rtol=0.1)
+    assert math.isfinite(told["loss"])
