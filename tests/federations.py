@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -129,10 +128,10 @@ def federation(
             transport = RayGrid(entry, scenario, directory.clients.directory, workers)
         else:
             transport = InlineGrid(place(entry, scenario, directory.clients), reverse)
-        undrawn = mock.patch("fedfuse.data.picture.draw_partition")  # takes longer than the whole run
+        # what takes longer than the whole run: the picture, and Flower's collecting garbage after each aggregation
+        undrawn, uncollected = mock.patch("fedfuse.data.picture.draw_partition"), mock.patch("gc.collect")
         undrawn.start()
-        if gc.get_freeze_count() == 0:
-            gc.freeze()  # Flower collects garbage after each aggregation; what is imported and built by now is none
+        uncollected.start()
         try:
             whole = [Evaluation(config.evaluate.every), directory, *callbacks]
             built = Federation(strategy, transport, config.rounds, whole)
@@ -141,6 +140,7 @@ def federation(
                 transport.cache.update(strategy.board.items)
             yield built, directory
         finally:
+            uncollected.stop()
             undrawn.stop()
             transport.close()
             directory.close()

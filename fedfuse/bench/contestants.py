@@ -7,6 +7,7 @@ fedfuse, inline, plain, flower, guest, pfl.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
@@ -126,7 +127,9 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     from fedfuse.store import ClientStore
 
     claim_identity()
-    store = ClientStore(Path(tempfile.mkdtemp(prefix="fedfuse-bench-")))
+    folder = tempfile.TemporaryDirectory(prefix="fedfuse-bench-")
+    atexit.register(folder.cleanup)
+    store = ClientStore(Path(folder.name))
     if grid == "inline":
         transport: LocalGrid = InlineGrid(place(entry, scenario, store))
     else:
