@@ -11,24 +11,20 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
 import torch
-import yaml
 
+from fedfuse.checkpoint import FORMAT, restore, snapshot
 from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
-from fedfuse.knowledge import Address, Item, Parcel
 from fedfuse.results.run import COLUMNS
-from fedfuse.store import ClientStore, read_tree, replaced, write_arrays, write_tree
-from fedfuse.traffic import Traffic
+from fedfuse.store import ClientStore, replaced, write_arrays, write_tree
 from fedfuse.train.privacy import private_notes
 
-FORMAT = 1
 _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
     **dict.fromkeys(("value", "seconds"), pl.Float64),
@@ -204,7 +200,7 @@ class RunDirectory(Callback):
             write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
         federation.rows, federation.timing = [], []
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
-        write_tree(self.checkpoint / "state.safetensors", self._snapshot(federation))
+        write_tree(self.checkpoint / "state.safetensors", snapshot(federation, self.config, self.seconds))
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
         progress["failures"] = dict(strategy.failures)
         write_text(self.checkpoint / "round.json", json.dumps(progress))
@@ -273,42 +269,6 @@ class RunDirectory(Callback):
                 about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
                 write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), **about)
 
-    # -- checkpoint ----------------------------------------------------------------------------------------
-
-    def _snapshot(self, federation: Federation) -> dict[str, Any]:
-        strategy = federation.strategy
-        board = {}
-        for i, ((topic, to), item) in enumerate(sorted(strategy.board.items.items())):
-            chain = strategy.board.chains.get((topic, to), [])
-            board[str(i)] = {
-                "about": json.dumps([topic, to, item.version, item.sha]),
-                "value": _listed(item.arrays),
-                "chain": {
-                    str(j): {"about": json.dumps([p.version, p.since, p.sha]), "value": _listed(p.arrays)}
-                    for j, p in enumerate(chain)
-                },
-            }
-        plain = {
-            "format": FORMAT,
-            "config": self.config,
-            "run_id": strategy.run_id,
-            "done": federation.done,
-            "evaluated": federation.evaluated,
-            "set_up": federation.set_up,
-            "stop": federation.stop,
-            "headline": federation.headline,
-            "history": federation.history,
-            "digest": federation.digest,
-            "digest_missing": federation.digest_missing,
-            "tags": {str(c): tag for c, tag in strategy.tags.items()},
-            "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
-            "traffic": strategy.traffic.saved(),
-            "failures": strategy.failures,
-            "left_out": strategy.ever_left_out,
-            "seconds": self.seconds,
-        }
-        return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
-
     def restore(self, federation: Federation) -> None:
         """Put a federation back to the last complete round, and drop rows of rounds that were not completed.
 
@@ -317,52 +277,11 @@ class RunDirectory(Callback):
         UserError
             If the checkpoint is of another format or configuration, or cannot be read.
         """
-        strategy = federation.strategy
-        path = self.checkpoint / "state.safetensors"
-        done = -1
+        path, done = self.checkpoint / "state.safetensors", -1
         if path.exists():
-            try:
-                tree, _ = read_tree(path)
-                plain = json.loads(tree["plain"])
-            except Exception as error:
-                raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
-            if plain.get("format") != FORMAT:
-                raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
-            if different := changed(plain.get("config", ""), self.config):
-                raise UserError(f"{self.path}/config.yaml: {different}; a run goes on with what it began with")
-            items: dict[Address, Item] = {}
-            chains: dict[Address, list[Parcel]] = {}
-            for slot in tree.get("board", {}).values():
-                topic, to, version, hashed = json.loads(slot["about"])
-                items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
-                steps = sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
-                chains[topic, to] = []
-                for _, step in steps:
-                    reached, since, folded = json.loads(step["about"])
-                    chains[topic, to].append(Parcel(topic, to, reached, since, _unlisted(step["value"]), folded))
-            strategy.board.restore(items, chains)
-            strategy.state = tree.get("state", {})
-            strategy.begun = True
-            strategy.run_id = plain["run_id"]
-            strategy.tags = {int(c): tag for c, tag in plain["tags"].items()}
-            strategy.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
-            strategy.traffic = Traffic.restored(plain["traffic"])
-            strategy.failures, strategy.ever_left_out = plain["failures"], plain["left_out"]
-            strategy.round = plain["done"]
-            for name in (
-                "done",
-                "evaluated",
-                "set_up",
-                "stop",
-                "headline",
-                "history",
-                "digest",
-                "digest_missing",
-            ):
-                setattr(federation, name, plain[name])
-            self.seconds = plain["seconds"]
+            self.seconds = restore(federation, path, self.config)
             self.seconds["before"] = self.seconds["rounds"]
-            done = plain["done"]
+            done = federation.done
         rows = self.checkpoint / "rows"
         rows.mkdir(parents=True, exist_ok=True)
         for piece in rows.glob("*.parquet"):
@@ -379,33 +298,6 @@ def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
         else:
             out[prefix + key] = value.contiguous().clone()
     return out
-
-
-def changed(begun: str, now: str) -> str:
-    """Say which setting that can change a result differs from the one a run began with; empty if none does."""
-    before, after = (dict(_flat(yaml.safe_load(text) or {})) for text in (begun, now))
-    free = ("out", "overwrite", "runtime.", "tracking.")  # where and how it runs changes no bit
-    for key, value in before.items():
-        if not key.startswith(free) and after.get(key) != value:
-            return f"says {key}={after.get(key)}, the run began with {key}={value}"
-    return ""
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _listed(arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
-    names = sorted(arrays)
-    return {"names": names, "arrays": {str(i): arrays[name] for i, name in enumerate(names)}}
-
-
-def _unlisted(slot: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: slot["arrays"][str(i)] for i, name in enumerate(slot["names"])}
 
 
 def _numbers(values: dict[str, float]) -> dict[str, float | None]:

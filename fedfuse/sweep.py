@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedfuse import search, tracking
+from fedfuse.checkpoint import changed
 from fedfuse.compose import compose, expand
 from fedfuse.config import Config
-from fedfuse.directory import changed
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import as_yaml, device_of, load_config
 from fedfuse.lanes import Track, drive, shared_out

@@ -45,6 +45,12 @@ def test_compose_is_well_formed() -> None:
     assert {"server", "node-0", "node-1", "node-2"} <= {n for n, s in SERVICES.items() if "healthcheck" in s}
 
 
+def test_hadolint_finds_nothing() -> None:
+    tool = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([tool, ROOT / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("service", list(SERVICES))
 def test_every_command_is_one_of_ours(service: str) -> None:
     args = parser().parse_args(words(service))
