@@ -2,6 +2,7 @@
 
     python experiments/when_to_fuse/study.py run [--quick]     # resumable: the same command goes on where it stopped
     python experiments/when_to_fuse/study.py figure            # draws the figure from metrics.parquet beside this file
+    python experiments/when_to_fuse/study.py table             # prints the gains as README.md has them
 
 Blocks: MNIST, 10 clients, `partition=prior` with 50, 200, 1000 examples a client × α ∈ {0.1, 1, 100}, and the clustered
 partition (3 groups, α = 0.1) at the same sizes; local, fedavg, fedmd, dsfl, fedproto, knfu; 6 rounds, evaluated twice
@@ -15,8 +16,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
+METRICS = ("accuracy/personal", "accuracy/global")
+FUSING = ("fedavg", "fedmd", "dsfl", "fedproto", "knfu")
 RUNS = Path("runs/when_to_fuse")
 COMMON = [
     "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=500", "train.epochs=1",
@@ -70,6 +74,40 @@ def collect() -> int:
     return figure()
 
 
+def gains(part: Any, name: str, metric: str) -> list[float]:
+    """Points a strategy has over local training, seed by seed, in one cell of the study."""
+    part = part.filter(metric=metric)
+    alone = dict(part.filter(strategy="local").select("seed", "value").iter_rows())
+    found = part.filter(strategy=name).sort("seed").select("seed", "value").iter_rows()
+    return [100 * (value - alone[seed]) for seed, value in found if seed in alone]
+
+
+def table() -> int:
+    """Print gains over local training with their 95 % t intervals over seeds; those that leave out 0 in bold."""
+    import polars as pl
+
+    from fedfuse.results.statistics import mean_interval
+
+    frame = pl.read_parquet(HERE / "metrics.parquet")
+    for metric in METRICS:
+        print(
+            f"\n**{metric.split('/')[1]}**\n\n| data, partition | α | examples | local % | " + " | ".join(FUSING) + " |"
+        )
+        print("|---" * (4 + len(FUSING)) + "|")
+        for (block, alpha, size), part in sorted(frame.group_by("block", "alpha", "examples")):
+            alone = 100 * part.filter(strategy="local", metric=metric)["value"].mean()
+            cells = []
+            for name in FUSING:
+                if not (found := gains(part, name, metric)):
+                    cells.append("–")
+                    continue
+                interval = mean_interval(found)
+                text = f"{interval.mean:+.1f} ± {interval.high - interval.mean:.1f}"
+                cells.append(f"**{text}**" if interval.low > 0 or interval.high < 0 else text)
+            print(f"| {block.replace('-', ', ')} | {alpha:g} | {size} | {alone:.1f} | " + " | ".join(cells) + " |")
+    return 0
+
+
 def figure() -> int:
     """Draw the gain over local training, with 95 % t intervals over seeds, paired by seed."""
     import matplotlib
@@ -82,30 +120,21 @@ def figure() -> int:
 
     frame = pl.read_parquet(HERE / "metrics.parquet")
     panels = sorted({(r["block"], r["alpha"]) for r in frame.iter_rows(named=True)})
-    metrics = ("accuracy/personal", "accuracy/global")
     grid, axes = plt.subplots(
-        len(metrics), len(panels), figsize=(2.6 * len(panels), 5.6), sharex=True, sharey="row", squeeze=False
+        2, len(panels), figsize=(2.6 * len(panels), 5.6), sharex=True, sharey="row", squeeze=False
     )
     for column, (block, alpha) in enumerate(panels):
-        for line, metric in enumerate(metrics):
+        for line, metric in enumerate(METRICS):
             axis = axes[line][column]
-            part = frame.filter((pl.col("block") == block) & (pl.col("alpha") == alpha) & (pl.col("metric") == metric))
-            alone = {
-                (r["examples"], r["seed"]): r["value"] for r in part.filter(strategy="local").iter_rows(named=True)
-            }
-            for i, name in enumerate(sorted(set(part["strategy"]) - {"local"})):
+            part = frame.filter(block=block, alpha=alpha)
+            for i, name in enumerate(n for n in FUSING if n in set(part["strategy"])):
                 sizes, middle, half = [], [], []
                 for size in sorted(set(part["examples"])):
-                    gains = [
-                        100 * (r["value"] - alone[size, r["seed"]])
-                        for r in part.filter(strategy=name, examples=size).iter_rows(named=True)
-                        if (size, r["seed"]) in alone
-                    ]
-                    if gains:
-                        interval = mean_interval(gains)
+                    if found := gains(part.filter(examples=size), name, metric):
+                        interval = mean_interval(found)
                         sizes.append(size * 1.06 ** (i - 2))
                         middle.append(interval.mean)
-                        half.append(interval.high - interval.mean if len(gains) > 1 else 0.0)
+                        half.append(interval.high - interval.mean if len(found) > 1 else 0.0)
                 axis.errorbar(sizes, middle, half, label=name, marker="o", markersize=3, linewidth=1, capsize=2)
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set_xscale("log")
@@ -124,4 +153,5 @@ def figure() -> int:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    sys.exit(figure() if words[:1] == ["figure"] else run("--quick" in words))
+    shown = {"figure": figure, "table": table}.get(words[0] if words else "")
+    sys.exit(shown() if shown else run("--quick" in words))
