@@ -113,6 +113,7 @@ def figure() -> int:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
     import polars as pl
 
@@ -127,7 +128,7 @@ def figure() -> int:
         for line, metric in enumerate(METRICS):
             axis = axes[line][column]
             part = frame.filter(block=block, alpha=alpha)
-            for i, name in enumerate(n for n in FUSING if n in set(part["strategy"])):
+            for i, name in enumerate(FUSING):
                 sizes, middle, half = [], [], []
                 for size in sorted(set(part["examples"])):
                     if found := gains(part.filter(examples=size), name, metric):
@@ -135,9 +136,13 @@ def figure() -> int:
                         sizes.append(size * 1.06 ** (i - 2))
                         middle.append(interval.mean)
                         half.append(interval.high - interval.mean if len(found) > 1 else 0.0)
-                axis.errorbar(sizes, middle, half, label=name, marker="o", markersize=3, linewidth=1, capsize=2)
+                style = {"marker": "o", "markersize": 3, "linewidth": 1, "capsize": 2}
+                axis.errorbar(sizes, middle, half, label=name, color=f"C{i}", **style)
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set_xscale("log")
+            axis.set_yscale("symlog", linthresh=10)  # gains of a few points beside losses of forty
+            axis.set_yticks([-50, -20, -10, -5, 0, 5, 10, 20, 50], minor=False)
+            axis.yaxis.set_major_formatter("{x:g}")
             if line == 0:
                 axis.set_title(f"{block}\nα = {alpha:g}", fontsize=9)
             if column == 0:
