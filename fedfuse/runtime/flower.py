@@ -214,7 +214,7 @@ class FlowerGrid(Grid):
         needed = min(self.patience.minimum, len(sent))
         if _good(answered) < needed:
             self.say(f"fedfuse: {_good(answered)} of {len(sent)} replied, {needed} are needed; asking again")
-            answered = [(item, reply) for item, reply in answered if reply.has_content()]
+            answered = [(item, reply) for item, reply in answered if _counts(reply)]
             kept = {id(item) for item, _ in answered}
             again = [Sent(item.original, item.client, item.node) for item in sent if id(item) not in kept]
             self._exchange(again, limit, answered)
@@ -305,7 +305,12 @@ class FlowerGrid(Grid):
 
 
 def _good(answered: list[tuple[Sent, Message]]) -> int:
-    return sum(reply.has_content() for _, reply in answered)
+    return sum(_counts(reply) for _, reply in answered)
+
+
+def _counts(reply: Message) -> bool:
+    """Whether a client has answered; one that lacks what it should hold has, and is sent the whole by the loop."""
+    return reply.has_content() or reply.error.code == STALE
 
 
 def run_on_flower(config: Any, directory: Any, resumed: bool = False) -> Any:

@@ -33,6 +33,7 @@ from fedfuse.store import INITIAL, ClientStore
 __all__ = ["RayGrid", "connect", "disconnect"]
 
 WINDOW = 256 * 2**20  # bytes of replies that may wait for their turn
+SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
 SHORT = 0.05  # seconds of work that one call shall last at least, so that calls cost little
 
@@ -141,7 +142,7 @@ class RayGrid(LocalGrid):
     def _broadcast(self, arrays: ArrayRecord) -> tuple[int, Any]:
         if self._foreign is None or self._foreign[0] is not arrays:
             value = {k: v.numpy() for k, v in tensors(arrays).items()}
-            self._foreign = (arrays, ray.put((value, id(arrays))))  # kept, so that its id stays taken
+            self._foreign = (arrays, _placed(value, id(arrays)))  # kept, so that its id stays taken
         return id(arrays), self._foreign[1]
 
     def _reference(self, address: Address) -> tuple[int, Any]:
@@ -149,7 +150,7 @@ class RayGrid(LocalGrid):
         known = self._references.get(address)
         if known is None or known[0] != item.version:
             value = {k: v.numpy() for k, v in item.arrays.items()}
-            known = self._references[address] = (item.version, ray.put((value, item.version)))
+            known = self._references[address] = (item.version, _placed(value, item.version))
         return known
 
     # -- workers -------------------------------------------------------------------------------------------
@@ -344,6 +345,12 @@ class Exchange:
             if member.calls:
                 member.calls.clear()
                 self.grid.replace(member)
+
+
+def _placed(arrays: dict[str, Any], version: int) -> Any:
+    """Knowledge as it goes to workers: itself if it is small, else where it lies in the object store."""
+    value = arrays, version
+    return value if sum(array.nbytes for array in arrays.values()) <= SMALL else ray.put(value)
 
 
 class _Lost(Exception):

@@ -154,12 +154,14 @@ class Worker:
         return message_to(node, kind, trusted(RecordDict, content), self._like)
 
     def _fetch(self, needs: dict[Address, tuple[int, Any]]) -> None:
-        missing = {}
-        for address, (version, reference) in needs.items():
+        missing, lying = {}, {}
+        for address, (version, value) in needs.items():
             held = self.cache.get(address)
             if held is None or held.version != version:
-                missing[address] = reference
-        for address, (arrays, version) in zip(missing, ray.get(list(missing.values())), strict=True):
+                (missing if isinstance(value, tuple) else lying)[address] = value
+        if lying:
+            missing |= zip(lying, ray.get(list(lying.values())), strict=True)
+        for address, (arrays, version) in missing.items():
             self.cache[address] = Item({k: torch.from_numpy(v) for k, v in arrays.items()}, version)
 
 
