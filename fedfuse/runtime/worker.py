@@ -154,7 +154,8 @@ class Worker:
         return message_to(node, kind, trusted(RecordDict, content), self._like)
 
     def _fetch(self, needs: dict[Address, tuple[int, Any]]) -> None:
-        missing, lying = {}, {}
+        missing: dict[Address, Any] = {}
+        lying: dict[Address, Any] = {}
         for address, (version, value) in needs.items():
             held = self.cache.get(address)
             if held is None or held.version != version:
