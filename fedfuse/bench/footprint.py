@@ -65,7 +65,7 @@ def startup(times: int = 3) -> dict[str, Any]:
             for side, seconds in found.items():
                 words = (*LOGISTIC, f"runtime={side}")
                 command = flower if side == "flower" else _fedfuse(words, f"{folder}/{side}{i}")
-                mark = "seconds" if side == "flower" else "round 1/1"
+                mark = "seconds" if side == "flower" else " 1/1 "
                 seconds.append(_until(command, lambda line, mark=mark: mark in line))  # type: ignore[misc]
     return {side: {"seconds": s[1:], "median": statistics.median(s[1:])} for side, s in found.items()}
 

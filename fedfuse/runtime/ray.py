@@ -32,7 +32,7 @@ from fedfuse.store import INITIAL, ClientStore
 
 __all__ = ["RayGrid", "connect", "disconnect"]
 
-WINDOW = 256 * 2**20  # bytes of replies that may wait for their turn
+WINDOW = 128 * 2**20  # bytes of replies that may wait for their turn
 SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
 SHORT = 0.05  # seconds of work that one call shall last at least, so that calls cost little
