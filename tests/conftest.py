@@ -24,9 +24,9 @@ def ray_session():
     disconnect()
 
 
-PROCESSES = ("tests/deploy/test_processes", "tests/runtime/test_", "tests/deploy/test_simulator", "tests/test_sweep")
+LONG = ("tests/runtime/test_resume", "tests/deploy/test_processes", "tests/runtime/", "tests/deploy/test_simulator")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes goes first: it waits a lot, and at the end nobody would work meanwhile."""
-    items.sort(key=lambda item: not item.nodeid.startswith(PROCESSES))
+    """The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))

@@ -34,6 +34,7 @@ def test_simulator_equals_inline(strategy: str, tmp_path: Path) -> None:
     assert digest(tmp_path / "flower", f"strategy={strategy}", "runtime=flower") == inline
 
 
+@pytest.mark.deploy
 def test_idle_workers_do_not_keep_the_cores_from_it(tmp_path: Path) -> None:
     ray = digest(tmp_path / "ray", "strategy=knfu", "runtime=ray", "runtime.workers=2")
     assert digest(tmp_path / "flower", "strategy=knfu", "runtime=flower") == ray

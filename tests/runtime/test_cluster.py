@@ -30,12 +30,11 @@ with federation("knfu", *words, f"runtime.address={address}", grid="ray", path=w
     ray.get([built.grid.prepare(m) or m.ready for m in built.grid.crew])
     seen = [ray.get(m.ready) for m in built.grid.crew]
     assert sorted(seen) == [False, True], seen  # one worker a node, and the second does not see our directory
-    if second:
-        def lose():
-            while built.done < 1:
-                time.sleep(0.01)
-            os.killpg(second, signal.SIGKILL)
-        threading.Thread(target=lose, daemon=True).start()
+    def lose():
+        while built.done < 1:
+            time.sleep(0.01)
+        os.killpg(second, signal.SIGKILL)
+    threading.Thread(target=lose, daemon=True).start()
     built.run()
     assert not built.strategy.ever_left_out, built.strategy.left_out
     print("digest", built.digest)
@@ -98,16 +97,15 @@ def ready(address: str, environment: dict[str, str], seconds: float = 90) -> Non
     pytest.fail("the cluster did not come up")
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_two_nodes_and_one_that_is_lost(lost: bool, cluster) -> None:
+def test_two_nodes_and_one_that_is_lost(cluster) -> None:
+    """Round 1 runs on both nodes, then the second is killed and its directory gone: the digest of one machine."""
     address, private, second, environment = cluster
     ready(address, environment)
-    words = [str(second.pid) if lost else "0", *WIDE]
+    words = [str(second.pid), *WIDE]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, address, str(private / "run"), *words],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.split()[-1] == play("knfu", *WIDE).digest
-    if lost:
-        assert marked(environment[MARK])  # the head lives on
+    assert marked(environment[MARK])  # the head lives on
