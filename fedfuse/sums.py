@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 
@@ -28,6 +27,7 @@ class Sum:
         self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
         self._total: Arrays = {}
         self._weights = 0.0
+        self._block: torch.Tensor | None = None  # of products on their way into the sum
         self._borrowed = False  # whether the open group lies in a message's memory, which is never written to
 
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
@@ -45,7 +45,9 @@ class Sum:
             self._weight = weight
             return
         for name, value in arrays.items():
-            _add_scaled(self._current[name], value, weight)
+            if self._block is None:
+                self._block = torch.empty(_BLOCK, dtype=torch.float64, device=value.device)
+            _add_scaled(self._current[name], value, weight, self._block)
         self._weight += weight
 
     def check(self, arrays: Arrays, weight: float) -> None:
@@ -110,19 +112,14 @@ class Sum:
 _BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
 
 
-def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float, block: torch.Tensor) -> None:
     """Add float64(value)·weight in place, rounded after the product and after the sum, without temporaries."""
     if not (value.is_contiguous() and total.is_contiguous()):
         total.add_(value.double() * weight)
         return
-    flat, source, block = total.view(-1), value.view(-1), _block(total.device)
+    flat, source = total.view(-1), value.view(-1)
     for start in range(0, source.numel(), _BLOCK):
         piece = source[start : start + _BLOCK]
         scaled = block[: piece.numel()]
         scaled.copy_(piece).mul_(weight)
         flat[start : start + _BLOCK].add_(scaled)
-
-
-@cache
-def _block(device: torch.device) -> torch.Tensor:
-    return torch.empty(_BLOCK, dtype=torch.float64, device=device)

@@ -1,7 +1,8 @@
 """`runtime=ray`: a fixed pool of actors, each holding resident models; whole lists of groups pushed at once.
 
-An array sent to many clients enters the object store once a round. Groups are handed out longest first; replies are
-streamed back in client order. Committed client state lies outside the actors, so a dead actor costs one retry.
+A large array sent to many clients enters the object store once a round, a small one travels with the calls. Groups are
+handed out longest first; replies are streamed back in client order. Committed client state lies outside the actors, so
+a dead actor costs one retry.
 """
 
 from __future__ import annotations
