@@ -1,8 +1,8 @@
 """Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
 
 Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
-`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one. Sides:
-fedfuse, inline, plain, flower, guest, pfl.
+`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one; the sides are those of
+`fedfuse.bench.command.SIDES`.
 """
 
 from __future__ import annotations
