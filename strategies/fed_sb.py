@@ -20,7 +20,13 @@ b·q·(d+k) (`sketch`, their q leading triples) or nothing (`transfer`: the serv
 basis has another hash refuses to take part. The released code pools the clients' training data for the
 gradient, which no federation can do; it sends A and B as well, and averages the R of all rounds so far: three
 things not done here. Clients of smaller rank (`ranks`) train the leading r_i × r_i block, padded with zeros:
-exact too. Choice of ours: R = 0 at the start, because S_r is as small as η.
+exact too. Choices of ours: R = 0 at the start, because S_r is as small as η; and `refresh`, after every so many
+rounds (Δ = 0 before):
+
+    Δ ← Δ + s·B R A,  R ← 0,  m ← 0,  B and A anew, over W₀ + Δ, as `init` says
+
+which leaves the model as it is and lets later rounds learn outside the first basis. A refresh sends each node
+2·b·r·(d+k) numbers once (or Δ, once that is smaller); gradient inits ask that round's clients for gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +38,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, pad, part, rank_of
+from fedfuse.adaptation import (
+    AdapterClient,
+    AdapterStrategy,
+    RankedHyper,
+    at_most,
+    cut,
+    equip,
+    is_head,
+    pad,
+    part,
+    rank_of,
+)
 from fedfuse.client import Records
 from fedfuse.errors import UserError
 from fedfuse.knowledge import Item, Topic
@@ -40,8 +57,9 @@ from fedfuse.records import Arrays, Layout, Scope, arrays
 from fedfuse.registry import hyper, strategy
 from fedfuse.strategy import Shares
 from fedfuse.train import basis
-from fedfuse.train.adapters import LoRASB, layer_names
+from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
 from fedfuse.train.privacy import drawn
+from fedfuse.train.stack import deltas, empty, fold, increments
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class FedSBHyper(RankedHyper):
     oversample: int = hyper(4, "triples sent beyond r in a sketch", low=0)
     rate: float = hyper(1e-3, "η of the first step, only for the size of S_r", above=0)
     r0: str = hyper("zero", "R at the start", choices=("zero", "singular"))
+    refresh: int | None = hyper(None, "rounds between merging B R A and taking a new basis; null: never", low=1)
     server_momentum: float = hyper(0.0, "β", low=0, high=0.999)
     server_lr: float = hyper(1.0, "γ", above=0)
 
@@ -91,14 +110,17 @@ class FedSBClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: FedSBHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """Adapters in a random orthonormal basis from the run's seed, or in W₀'s leading directions."""
-        model = equip(model, hyper, LoRASB, ("lora_R",), default_scale=1.0)
+        delta = hyper.refresh is not None
+        model = equip(model, hyper, LoRASB, ("lora_R",), default_scale=1.0, delta=delta)
         if hyper.init == "weight_svd":
             found, _, _ = basis.basis_of(basis.base_weights(model), hyper.rank)
             model.load_state_dict(found, strict=False)
         return model
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take the basis, if it is sent, make sure that it is the server's, then take R and the head."""
+        """Take Δ and the basis, if they are sent, make sure that it is the server's, then take R and the head."""
+        if "merged" in knowledge:
+            self.load(deltas(knowledge["merged"].arrays), strict=False)
         if "basis" in knowledge:
             self.load(knowledge["basis"].arrays, strict=False)
         if "sha" in knowledge:
@@ -125,6 +147,11 @@ class FedSBClient(AdapterClient):
             else:
                 out[f"{name}.gradient"] = gradient
         return {"gradient": out}
+
+    def refresh(self) -> Records:
+        """The same at W₀ + Δ: R, which is part of Δ by now, counts no longer."""
+        self.load({name: torch.zeros_like(value) for name, value in self.parts("lora_R", head=False).items()}, False)
+        return self.setup()
 
     def private_gradients(self) -> tuple[Arrays, float]:
         """The same as one release of the budget: a Poisson sample of about `init_rows`, which is the count told."""
@@ -169,16 +196,30 @@ class FedSB(AdapterStrategy):
     topics = {
         "sha": Topic("state", arrays(sha=("uint8", 32)), once=True),
         "basis": Topic("state", part("basis_A", "basis_B", head=False), once=True),
+        "merged": Topic("fold", fold=fold, increment=increments),
         "R": Topic("state", at_most(part("lora_R"))),
     }
     records = {"R": at_most(part("lora_R"))}
-    records_setup = {"gradient": gradient_arrays}
+    records_setup = records_refresh = {"gradient": gradient_arrays}
     sums = {}
 
     @property
     def setup(self) -> tuple[str, ...]:  # type: ignore[override]
         """One phase of gradients where the basis is made of the clients' gradients."""
-        return ("setup",) if self.hyper.needs_gradient and self.hyper.init_from != "transfer" else ()
+        return ("setup",) if self.asks_clients else ()
+
+    @property
+    def asks_clients(self) -> bool:
+        """Whether bases are made of the clients' gradients."""
+        return self.hyper.needs_gradient and self.hyper.init_from != "transfer"
+
+    def refreshes(self, round: int) -> bool:
+        """Whether a round ends with a new basis."""
+        return self.hyper.refresh is not None and round % self.hyper.refresh == 0
+
+    def phases(self, round: int) -> tuple[str, ...]:
+        """Training, and gradients for a new basis."""
+        return ("train", "refresh") if self.refreshes(round) and self.asks_clients else ("train",)
 
     @property
     def made_from(self) -> str:
@@ -192,6 +233,14 @@ class FedSB(AdapterStrategy):
     def begin(self) -> None:
         """Publish hash and R; where the basis is made of gradients, later."""
         self.check_ranks()
+        if self.hyper.refresh is not None:
+            if self.asks_clients and self.scenario.config.privacy.on:
+                raise UserError(
+                    f"strategy.refresh={self.hyper.refresh}: the privacy budget has room for one release of gradients; "
+                    "allowed with privacy: init=random_orthonormal or weight_svd, init_from=transfer, or refresh=null"
+                )
+            layers = adapted(self.residents.model(self.architecture))
+            self.publish("merged", empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
         if not self.hyper.needs_gradient:
             if self.hyper.r0 == "singular":
                 raise UserError(f"strategy.r0=singular: init={self.hyper.init} has no first step; allowed: zero")
@@ -207,7 +256,7 @@ class FedSB(AdapterStrategy):
         x, y = self.residents.tensors("transfer")
         if y is None:
             raise UserError("strategy.init_from=transfer: needs labels; set transfer.labelled=true")
-        model = self.residents.fresh(self.architecture)
+        model = self.residents.loaded(self.architecture, self.state_of_model())
         rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows]
         size = self.scenario.config.train.batch_size
         return basis.gradients(model, lambda i: F.cross_entropy(model(x[i]), y[i]), rows, size)
@@ -225,13 +274,15 @@ class FedSB(AdapterStrategy):
                 total[name] = total.get(name, 0) + sent[f"{name}.U"].double() @ sent[f"{name}.V"].double()
         self.start_from({name: value / rows for name, value in total.items()})
 
+    fuse_refresh = fuse_setup
+
     def start_from(self, gradient: Arrays) -> None:
         """Basis and R₀ of the first step."""
         steps = {n: basis.first_step(g, self.hyper.init, self.hyper.rate) for n, g in gradient.items()}
         found, latents, captured = basis.basis_of(steps, self.hyper.rank)
         for name, share in captured.items():
             self.log(f"energy/{name}", share)
-        start = self.parts("lora_R")
+        start = self.state.get("R") or self.parts("lora_R")
         self.settle(found, start | latents if self.hyper.r0 == "singular" else start, True)
 
     def settle(self, found: Arrays, latents: Arrays, sent: bool) -> None:
@@ -252,8 +303,39 @@ class FedSB(AdapterStrategy):
         mean, _ = self.mean((share, pad(share.records["R"], old)) for share in shares)
         beta, rate = self.hyper.server_momentum, self.hyper.server_lr
         new, self.state["momentum"] = step(old, mean, self.state.get("momentum", {}), beta, rate)
-        self.publish_latents(new)
+        if self.refreshes(self.round):
+            self.merge(new)
+        else:
+            self.publish_latents(new)
+
+    def merge(self, latents: Arrays) -> None:
+        """Δ ← Δ + s·B R A, R ← 0, m ← 0 and a new basis, or what the clients need to make it of."""
+        now, folded = self.state_of_model(), {}
+        layers = adapted(self.residents.model(self.architecture))
+        for name, layer in layers.items():
+            r = latents[f"{name}.lora_R.weight"]
+            left = layer.scale * now[f"{name}.basis_B"].double() @ r.double()
+            folded[f"{name}.B"], folded[f"{name}.A"] = left.to(r.dtype), now[f"{name}.basis_A"].to(r.dtype)
+        self.publish("merged", folded)
+        zero = {name: torch.zeros_like(value) for name, value in latents.items() if not is_head(name)}
+        self.state |= {"R": latents | zero, "momentum": {}}
+        if self.asks_clients:
+            return
+        if self.hyper.needs_gradient:
+            self.start_from(self.transfer_gradient())
+            return
+        if self.hyper.init == "weight_svd":
+            delta = deltas(self.published("merged"))
+            base = basis.base_weights(self.residents.model(self.architecture))
+            found, _, _ = basis.basis_of({n: w + delta[f"{n}.delta"] for n, w in base.items()}, self.hyper.rank)
+        else:
+            found, draw = {}, self.generator("basis")
+            for name, layer in layers.items():
+                found[f"{name}.basis_B"] = orthonormal(layer.outputs, self.hyper.rank, generator=draw)
+                found[f"{name}.basis_A"] = orthonormal(layer.inputs, self.hyper.rank, generator=draw).T.contiguous()
+        self.settle(found, self.state["R"], True)
 
     def state_of_model(self) -> Arrays:
-        """Basis, R and head."""
-        return super().state_of_model() | self.state.get("R", {})
+        """Basis, R and head, over W₀ + Δ."""
+        merged = deltas(self.published("merged")) if self.hyper.refresh is not None else {}
+        return super().state_of_model() | self.state.get("R", {}) | merged

@@ -24,9 +24,25 @@ def ray_session():
     disconnect()
 
 
-LONG = ("tests/runtime/test_resume", "tests/deploy/test_processes", "tests/runtime/", "tests/deploy/test_simulator")
+LONG = (
+    ("tests/runtime/test_resume", "tests/runtime/"),
+    ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/test_sweep"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile."""
-    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
+    """The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile.
+
+    Two pytest workers begin with a half of the list each: one has a group of long files first, one the other.
+    """
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        for half, files in enumerate(LONG):
+            for i, name in enumerate(files):
+                if item.nodeid.startswith(name):
+                    return half, i
+        return len(LONG), 0
+
+    first, second, rest = ([i for i in items if order(i)[0] == half] for half in (0, 1, 2))
+    cut = max(0, len(items) // 2 - len(first))
+    items[:] = [*sorted(first, key=order), *rest[:cut], *sorted(second, key=order), *rest[cut:]]

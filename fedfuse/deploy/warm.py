@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
-
 import fedfuse.data.federated
 import fedfuse.models.plain  # noqa: F401
 from fedfuse import registry
@@ -16,5 +14,3 @@ for _name in registry.listed():
         registry.entry(_name)
 
 bundle_hash()
-# a process's first optimiser imports torch's compiler, seconds of work; no backward pass, which must not be forked
-torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -7,8 +7,11 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 
@@ -59,7 +62,8 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     atexit.register(disconnect)
     for attempt in range(STARTS):
         try:
-            ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+            with _lean():
+                ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
             return
         except Exception as error:  # Ray raises a bare one where it takes more than half a minute
             ray.shutdown()
@@ -77,6 +81,24 @@ def disconnect() -> None:
         ray.shutdown()
     while _own:
         shutil.rmtree(_own.pop(), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Let Ray start without its autoscaler, log monitor and dashboard's server, which serve nobody here.
+
+    They are three Python processes and half of the time of a start. Ray has no option for it; `start_api_server` and
+    these two settings are private.
+    """
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    settings = partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=False)
+    with (
+        patch.object(RayParams, "__init__", settings),
+        patch.object(Node, "start_api_server", lambda node, **options: None),
+    ):
+        yield
 
 
 def _directory() -> Path:

@@ -137,5 +137,4 @@ class InlineGrid(LocalGrid):
             yield from reversed(done)
             return
         for group in groups:
-            for message in group:
-                yield self.node.handle(message, self.cache)
+            yield from self.node.handle_group(group, [self.cache] * len(group))

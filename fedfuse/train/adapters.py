@@ -169,9 +169,11 @@ class LoRASB(Adapted):
         return self.scale * (self.basis_B @ self.lora_R.weight @ self.basis_A)
 
 
-def orthonormal(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A random matrix with orthonormal columns, from torch's global generator; signs fixed as by R's diagonal > 0."""
-    q, r = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))
+def orthonormal(
+    rows: int, columns: int, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
+) -> Tensor:
+    """A random matrix with orthonormal columns, by default from torch's global generator; R's diagonal is positive."""
+    q, r = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).to(dtype).contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -13,7 +14,23 @@ from fedfuse.config import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
 
-_OPTIMIZERS = ("sgd", "adam", "adamw")
+
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """An optimiser of torch's without the wrappers that tell torch.compile to stay out of its methods.
+
+    Nothing here is compiled, and at their first call they import torch._dynamo: 2 s in every process that trains.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    bare: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    bare["step"] = torch.no_grad()(bare["step"])
+    return type(kind.__name__, (kind,), bare)
+
+
+_OPTIMIZERS = {
+    "sgd": _uncompiled(torch.optim.SGD),
+    "adam": _uncompiled(torch.optim.Adam),
+    "adamw": _uncompiled(torch.optim.AdamW),
+}
 
 
 def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
@@ -37,8 +54,8 @@ def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Opti
     fused = all(p.dtype in (torch.float32, torch.float64) and p.device.type in ("cpu", "cuda") for p in chosen)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(chosen, momentum=config.momentum, **options)
-    return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(chosen, **options)
+        options["momentum"] = config.momentum
+    return _OPTIMIZERS[config.optimizer](chosen, **options)
 
 
 def batches(n: int, size: int, epochs: int, *seed_parts: object, least: int = 2) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -82,6 +84,40 @@ def test_equals_a_bare_torch_loop():
     assert report["loss"] == pytest.approx(np.mean(values), rel=1e-6)
     for key, value in bare.state_dict().items():
         assert torch.allclose(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_optimisers_are_torchs_own(name):
+    """The same bits and the same state as torch's class, also when one goes on from the other's state."""
+    config = TrainConfig(optimizer=name, lr=0.05, momentum=0.9, weight_decay=0.01)
+    theirs_of = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    own = {"momentum": 0.9} if name == "sgd" else {}
+    models_ = make(), make()
+    pair = (
+        optimizer(models_[0].parameters(), config),
+        theirs_of(models_[1].parameters(), lr=0.05, weight_decay=0.01, fused=True, **own),
+    )
+    for step in range(4):
+        for model, one in zip(models_, pair, strict=True):
+            one.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            one.step()
+        if step == 1:
+            kept = [one.state_dict() for one in pair]
+            assert str(kept[0]) == str(kept[1])
+            for one, other in zip(pair, reversed(kept), strict=True):
+                one.load_state_dict(copy.deepcopy(other))
+    assert same(*models_)
+
+
+def test_training_does_not_import_torchs_compiler():
+    """torch._dynamo takes 2 s to import, in every process that trains."""
+    code = (
+        "import sys, torch; from fedfuse.config import TrainConfig; from fedfuse.train.local import train; "
+        "train(torch.nn.Linear(2, 2), torch.ones(4, 2), None, lambda out, y, rows: out.sum(), TrainConfig(), (0,)); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_rows_name_examples_by_index():
