@@ -23,6 +23,7 @@ from fedfuse.records import (
     config_in,
     entries,
     flatten,
+    message_to,
     nbytes,
     plain_record,
     record,
@@ -252,6 +253,7 @@ class Exchange(Strategy):
         self._type = kind + suffix
         self._tag = self.tag() if kind == "train" else ""
         self._wire: dict[Any, ArrayRecord] = {}
+        self._like = Message(RecordDict(), dst_node_id=1, message_type=self._type)
         return [self._message(client) for client in clients]
 
     def _message(self, client: int, again: bool = False) -> Message:
@@ -294,7 +296,7 @@ class Exchange(Strategy):
             label = "evaluate" if self._kind == "evaluate" else self.label
             self.traffic.down(label, self.round, client, needed, parcels, self.board)
         node = client + 1 if self.nodes is None else self.nodes[client]
-        return Message(trusted(RecordDict, content), dst_node_id=node, message_type=self._type)
+        return message_to(node, self._type, trusted(RecordDict, content), self._like)
 
     def message_again(self, client: int) -> Message:
         """Build a client's message anew, with whole values, after its node said that it could not follow."""

@@ -117,7 +117,14 @@ class Federation:
         strategy.round, strategy.phase = round, phase
         messages = strategy.configure_train(round, ArrayRecord(), ConfigRecord(), self.grid)
         strategy.aggregate_train(round, self.exchange(messages))
-        self.timing.append((round, "server", phase, time.perf_counter() - started))
+        self._time(round, phase, started)
+
+    def _time(self, round: int, what: str, started: float) -> None:
+        """Note what a phase took here, and on the way if the grid is a network."""
+        self.timing.append((round, "server", what, time.perf_counter() - started))
+        on_the_way: list[tuple[str, str, float]] = getattr(self.grid, "timed", [])
+        self.timing += [(round, *row) for row in on_the_way]
+        on_the_way.clear()
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages; a node that cannot follow gets the whole values and is asked again, in its turn."""
@@ -179,7 +186,7 @@ class Federation:
         self.headline = {"loss/train": self.headline.get("loss/train", math.nan), **headline}
         self.history.append({"round": float(round), **headline})
         self.evaluated = round
-        self.timing.append((round, "server", "evaluate", time.perf_counter() - started))
+        self._time(round, "evaluate", started)
         if final:
             self._seal()
         return headline

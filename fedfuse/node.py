@@ -362,13 +362,13 @@ def state_sha(private: dict[str, Any]) -> str:
 def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> ArrayRecord:
     # what shares memory with the resident model is copied: the next client overwrites it in place
     resident = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-    out = ArrayRecord()
+    out: dict[str, Any] = {}
     for name, value in arrays.items():
         value = value.detach()
         if value.untyped_storage().data_ptr() in resident:
             value = value.clone()
-        out[name] = LiveArray(value.cpu().contiguous().numpy())
-    return out
+        out[name] = LiveArray(value.cpu().contiguous())
+    return trusted(ArrayRecord, out)
 
 
 def place(entry: Entry, scenario: Scenario, store: ClientStore, **options: Any) -> Node:

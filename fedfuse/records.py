@@ -36,27 +36,26 @@ def _text(dtype: Any) -> str:
 
 
 class LiveArray(Array):
-    """A Flower array that has not left the machine: it holds the ndarray and is serialised only if asked to.
+    """A Flower array that has not left the machine: it holds the tensor or ndarray, and is serialised only if asked to.
 
-    Everything that reads `.data` sees Flower's own encoding; `.numpy()` costs nothing. `Array.data` is
+    Everything that reads `.data` sees Flower's own encoding; `.numpy()` copies nothing. `Array.data` is
     computed, never set.
     """
 
-    def __init__(self, ndarray: np.ndarray) -> None:
-        self.__dict__.update(
-            dtype=_text(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", live=ndarray
-        )
+    def __init__(self, live: np.ndarray | torch.Tensor) -> None:
+        self.__dict__.update(dtype=_text(live.dtype), shape=tuple(live.shape), stype="numpy.ndarray", live=live)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The `.npy` bytes Flower would have made."""
         buffer = BytesIO()
-        np.save(buffer, self.__dict__["live"], allow_pickle=False)
+        np.save(buffer, self.numpy(), allow_pickle=False)
         return buffer.getvalue()
 
     def numpy(self) -> np.ndarray:
-        """Return the ndarray itself (not a copy)."""
-        return self.__dict__["live"]
+        """Return the ndarray itself, or one that shares the tensor's memory."""
+        live: np.ndarray | torch.Tensor = self.__dict__["live"]
+        return live.numpy() if isinstance(live, torch.Tensor) else live
 
     def settled(self) -> Array:
         """Return a plain Flower `Array` for transports that serialise by class name."""
@@ -65,7 +64,7 @@ class LiveArray(Array):
 
 def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
-    return trusted(ArrayRecord, {name: LiveArray(value.detach().cpu().numpy()) for name, value in arrays.items()})
+    return trusted(ArrayRecord, {name: LiveArray(value.detach().cpu()) for name, value in arrays.items()})
 
 
 Kind = TypeVar("Kind", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
@@ -153,10 +152,19 @@ def settled(content: ArrayRecord) -> ArrayRecord:
     return out
 
 
+_NUMBERS = frozenset(torch.from_numpy(np.zeros(1, kind)).dtype for kind in ("?", *"bhilq", *"BHIL", *"efd"))
+
+
 def tensors(content: ArrayRecord) -> Arrays:
     """Return the record's arrays as tensors; they may share memory with the message and must not be written to."""
     out: Arrays = {}
     for name, array in entries(content).items():
+        live = array.__dict__.get("live")
+        if isinstance(live, torch.Tensor):
+            if live.dtype not in _NUMBERS:
+                raise InvalidArrays(f"array {name!r} has dtype {_text(live.dtype)}; only numbers are taken")
+            out[name] = live.contiguous()
+            continue
         if array.stype != "numpy.ndarray":
             raise InvalidArrays(f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken")
         try:

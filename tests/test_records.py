@@ -92,6 +92,9 @@ def test_arrays_that_cannot_be_read_are_refused() -> None:
         tensors(hostile(Array(np.array(["text"]))))
     with pytest.raises(InvalidArrays, match="only numbers are taken"):
         tensors(hostile(Array(np.ones(2, dtype=np.complex64))))
+    for kind in (torch.complex64, torch.bfloat16):  # numpy has none of the latter: it could not leave the machine
+        with pytest.raises(InvalidArrays, match="only numbers are taken"):
+            tensors(record({"w": torch.ones(2, dtype=kind)}))
 
 
 def test_pickled_arrays_are_never_unpickled() -> None:

@@ -39,7 +39,7 @@ COMMON = [
 TEXT = ["data=custom", "data.load=last_layer:texts", "model=custom", "model.build=last_layer:Last"]
 SST2 = [
     "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=1604", "data.extra.test_limit=872", "clients=20",
-    "data.limit=1284", "data.test_limit=436", "participation=0.2", "rounds=4", "evaluate.every=2", "train.batch_size=8",
+    "data.limit=1284", "participation=0.2", "rounds=20", "evaluate.every=5", "train.batch_size=8",
 ]  # fmt: skip
 IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=8"]
 
@@ -54,7 +54,7 @@ STORIES = Path(os.environ.get("FEDFUSE_DATA", "../shared/data")).parent / "model
 SHAKESPEARE = [
     "data=tiny_shakespeare", f"data.extra.tokenizer={STORIES}", "data.extra.length=32", "data.extra.roles=20",
     "data.extra.least=20", "partition=natural", "model=causal_lm", f"model.path={STORIES}", "data.limit=1280",
-    "data.test_limit=200", "participation=0.2", "rounds=5", "evaluate.every=5", "train.batch_size=16",
+    "data.test_limit=200", "participation=0.2", "rounds=15", "evaluate.every=5", "train.batch_size=16",
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def tune() -> None:
     """`fedex_lora` takes `fedit`'s rate and `ffa_lora` of rank 16 that of rank 8."""
     for rate in RATES:
         few = [arm for arm in ARMS if arm not in (("fedex_lora", 8), ("ffa_lora", 16))]
-        words = [*COMMON, *TEXT, *SST2, *IID, "seed=100", "rounds=3", "data.limit=null", "data.test_limit=null"]
+        words = [*COMMON, *TEXT, *SST2, *IID, "seed=100", "rounds=3", "data.limit=null"]
         arms(f"tune/{rate:g}", words, dict.fromkeys(few, rate))
 
 
@@ -95,7 +95,7 @@ def newsgroups() -> None:
     """RAVAN's 20 clients, 3 a round, at equal budget; their 50 local steps cut to 6, T5-base to MiniLM's last layer."""
     words = [
         "data.extra.name=newsgroups", "data.extra.length=48", "data.extra.limit=1004", "data.extra.test_limit=400",
-        "clients=20", "participation=0.15", "rounds=6", "evaluate.every=6", "train.batch_size=8",
+        "clients=20", "participation=0.15", "rounds=20", "evaluate.every=5", "train.batch_size=8",
     ]  # fmt: skip
     equal = {arm: RATE[arm] for arm in (("fedit", 8), ("fedex_lora", 8), ("ffa_lora", 16), ("fed_sb", 96))}
     for label, split in (("dirichlet", SKEWED), ("iid", IID)):

@@ -51,6 +51,7 @@ class Sent:
     ids: set[str] = field(default_factory=set)
     tries: int = 0
     due: bool = True  # to be sent (again) as soon as its node is there
+    at: float = 0.0  # when it was last sent, by this machine's clock
     stamp: str = ""  # when its node was last activated, as of sending
     away_since: float | None = None
 
@@ -70,6 +71,12 @@ class FlowerGrid(Grid):
     patience : Patience
     say : callable
         Takes one line of log.
+
+    Attributes
+    ----------
+    timed : list
+        Of each answer the seconds out (sent, until the client began), at work, and back (answered, until it was here).
+        Out and back compare two machines' clocks; their sum needs the server's alone.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class FlowerGrid(Grid):
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
         self._looked = 0.0
+        self.timed: list[tuple[str, str, float]] = []
 
     # -- Flower's interface --------------------------------------------------------------------------------
 
@@ -269,6 +277,7 @@ class FlowerGrid(Grid):
                         continue
                 waiting.remove(found)
                 answered.append((found, reply))
+                self._time(found, reply)
             now = time.monotonic()
             for item in [i for i in waiting if i.away_since is not None and now - i.away_since > self.patience.absence]:
                 waiting.remove(item)
@@ -281,6 +290,15 @@ class FlowerGrid(Grid):
             if waiting:
                 time.sleep(POLL)
 
+    def _time(self, item: Sent, reply: Message) -> None:
+        """Note where an answer's time went, if the client says how long it worked."""
+        measured = reply.content.metric_records.get("metrics") if reply.has_content() else None
+        if measured is not None and isinstance(seconds := measured.get("seconds"), int | float):
+            who, (verb, _, phase) = f"wire:{item.client}", item.original.metadata.message_type.partition(".")
+            parts = {"out": reply.metadata.created_at - seconds - item.at, "work": seconds}
+            parts["back"] = time.time() - reply.metadata.created_at
+            self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
+
     def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
         """A node that was started again has lost what it was working on: it is asked again."""
         if item.node not in online:
@@ -292,10 +310,11 @@ class FlowerGrid(Grid):
                 item.due = True
 
     def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
+        now = time.time()
         for item, key in zip(
             due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True
         ):
-            item.due = False
+            item.due, item.at = False, now
             item.tries += 1
             item.stamp = online[item.node]
             if key:

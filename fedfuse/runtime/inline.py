@@ -137,4 +137,5 @@ class InlineGrid(LocalGrid):
             yield from reversed(done)
             return
         for group in groups:
-            yield from self.node.handle_group(group, [self.cache] * len(group))
+            for message in group:
+                yield self.node.handle(message, self.cache)

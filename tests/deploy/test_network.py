@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, Message
 from fedfuse.deploy.policy import Policy
 from fedfuse.errors import UserError, WorldError
 from fedfuse.experiment import as_yaml, resume
+from fedfuse.results.run import load
 from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.host import Host
 from tests.deploy.network import Network, lost, run, seats, tiny
@@ -29,6 +30,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sites_give_the_digest_of_inline(strategy: str, tmp_path: Path) -> None:
     built, _ = run(tiny(strategy), Network(seats(tmp_path, 3)), tmp_path / "run")
     assert built.digest == play(strategy).digest
+
+
+def test_where_a_rounds_time_went_is_kept(tmp_path: Path) -> None:
+    run(tiny("fedavg"), Network(seats(tmp_path, 3)), tmp_path / "run")
+    timing = load(tmp_path / "run").timing.collect()
+    parts = [f"{phase}/{part}" for phase in ("train", "evaluate") for part in ("out", "work", "back")]
+    for client in range(3):
+        mine = timing.filter(scope=f"wire:{client}")
+        assert sorted(mine["what"].unique()) == sorted(parts)
+        assert (mine["seconds"] >= 0).all()
+    for phase in ("train", "evaluate"):  # all three are inside the phase, as the server timed it
+        for round in (1, 2):
+            whole = timing.filter(scope="server", what=phase, round=round)["seconds"].item()
+            one = timing.filter(timing["what"].str.starts_with(phase), scope="wire:1", round=round)["seconds"].sum()
+            assert 0 < one < whole
 
 
 def test_a_node_may_act_as_several_clients(tmp_path: Path) -> None:

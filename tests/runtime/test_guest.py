@@ -69,7 +69,9 @@ def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path:
         for key in a.files:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-6)
         if name == "stateful":
-            assert a["asked"] == 4  # every node's state came back in every round
+            assert a["asked"] == pytest.approx(
+                4
+            )  # a weighted mean, in whatever order: every node's state came back in every round
 
 
 FLAKY = """
