@@ -44,15 +44,10 @@ class Sum:
             self._current = {name: value.to(torch.float64, copy=True).mul_(weight) for name, value in arrays.items()}
             self._weight = weight
             return
-        if sum(value.numel() for value in arrays.values()) <= _BLOCK:
-            scaled = [value.to(torch.float64, copy=True) for value in arrays.values()]
-            torch._foreach_mul_(scaled, weight)
-            torch._foreach_add_([self._current[name] for name in arrays], scaled)
-        else:
-            for name, value in arrays.items():
-                if self._block is None:
-                    self._block = torch.empty(_BLOCK, dtype=torch.float64, device=value.device)
-                _add_scaled(self._current[name], value, weight, self._block)
+        for name, value in arrays.items():
+            if self._block is None:
+                self._block = torch.empty(_BLOCK, dtype=torch.float64, device=value.device)
+            _add_scaled(self._current[name], value, weight, self._block)
         self._weight += weight
 
     def check(self, arrays: Arrays, weight: float) -> None:
