@@ -33,7 +33,7 @@ from fedfuse.store import INITIAL, ClientStore
 
 __all__ = ["RayGrid", "connect", "disconnect"]
 
-WINDOW = 128 * 2**20  # bytes of replies that may wait for their turn
+WINDOW = 48 * 2**20  # bytes of replies that may wait for their turn
 SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
 SHORT = 0.05  # seconds of work that one call shall last at least, so that calls cost little
@@ -248,7 +248,7 @@ class Exchange:
     def _hand_out(self, next: int) -> None:
         """Push whole lists, longest first, within a window that bounds what waits for its turn."""
         grid = self.grid
-        window = max(4 * len(grid.crew), min(4096, int(grid.window // max(grid.bytes, 1))))
+        window = max(2 * len(grid.crew), min(4096, int(grid.window // max(grid.bytes, 1))))
         if not self.todo or (self.todo[0] > next and self.todo[0] - next > window // 2):
             return
         chosen = []
