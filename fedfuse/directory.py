@@ -22,7 +22,7 @@ from fedfuse.checkpoint import FORMAT, restore, snapshot
 from fedfuse.errors import UserError
 from fedfuse.federation import Callback, Federation
 from fedfuse.results.run import COLUMNS
-from fedfuse.store import ClientStore, replaced, write_arrays, write_tree
+from fedfuse.store import INITIAL, ClientStore, replaced, write_arrays, write_tree
 from fedfuse.train.privacy import private_notes
 
 _KINDS = {
@@ -219,6 +219,8 @@ class RunDirectory(Callback):
                 pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
         write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
         shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
+        for client in range(federation.scenario.clients):
+            self.clients.settle(client, federation.strategy.tags.get(client, INITIAL))
 
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""

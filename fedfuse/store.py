@@ -140,3 +140,9 @@ class ClientStore:
             if (file.metadata() or {}).get("key") != key:
                 return None
         return read_tree(path)[0]
+
+    def settle(self, client: int, tag: str) -> None:
+        """Drop what only an unfinished run needs: all but the state under a tag."""
+        for path in self._folder(client).glob("*"):
+            if path.name != f"{tag}.state":
+                path.unlink(missing_ok=True)

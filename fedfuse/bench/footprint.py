@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fedfuse.errors import WorldError
+
 MIB = 2**20
 LOGISTIC = (
     "strategy=fedavg", "data=digits", "model.build=fedfuse.bench.contestants:linear", "clients=100",
@@ -106,24 +108,34 @@ def _status(key: str) -> float:
 
 
 def state_memory() -> dict[str, Any]:
-    """Peak of the sum of PSS (the object store's mapped pages with it) over all processes of a run, in MiB."""
+    """Peak of the sum of PSS (the object store's mapped pages with it) over all processes of a run, in MiB.
+
+    Returns
+    -------
+    dict
+        `peak` with 2,000 clients, `base` with 20, their difference `grows`, and the `budget` it must keep.
+    """
+    base, _, _ = _stateful("clients=20")
+    peak, seconds, state = _stateful()
+    grows = {"grows": peak - base, "budget": BUDGET}
+    return {"peak": peak, "base": base, **grows, "seconds": seconds, "on disk": state}
+
+
+def _stateful(*more: str) -> tuple[float, float, float]:
+    """Peak (MiB), seconds, and MiB that the run directory takes in the end."""
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
-        process = subprocess.Popen(_fedfuse(STATEFUL, f"{folder}/run"), stdout=subprocess.DEVNULL)
+        words = [word for word in STATEFUL if not any(word.split("=")[0] == m.split("=")[0] for m in more)]
+        process = subprocess.Popen(_fedfuse([*words, *more], f"{folder}/run"), stdout=subprocess.DEVNULL)
         seen: list[float] = [0.0]
         watch = threading.Thread(target=_watch, args=(process, seen))
         started = time.perf_counter()
         watch.start()
         code = process.wait()
         watch.join()
-        state = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / MIB
-    return {
-        "exit": code,
-        "seconds": time.perf_counter() - started,
-        "budget": BUDGET,
-        "peak": max(seen),
-        "first": next((value for value in seen if value > 300), 0.0),
-        "on disk": state,
-    }
+        if code:
+            raise WorldError(f"state-memory: the run ended with {code}")
+        kept = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / MIB
+        return max(seen), time.perf_counter() - started, kept
 
 
 def _watch(process: subprocess.Popen[Any], seen: list[float]) -> None:
