@@ -108,7 +108,7 @@ class Residents:
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
         budget = scenario.config.runtime.memory
-        self._room = min(512, 512 if budget is None else budget // 16) * 2**20
+        self._room = min(512, 512 if budget is None else budget // 32) * 2**20
 
     def build(self, architecture: str) -> nn.Module:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""

@@ -64,6 +64,6 @@ def share(model: nn.Module, names: frozenset[str]) -> int:
 
 
 def give_back() -> None:
-    """Return freed pages to the system; glibc would keep those of the copy that the mapped base replaces."""
+    """Return freed pages to the system, which glibc would keep: a replaced copy's, those between two states."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
         ctypes.CDLL(None).malloc_trim(0)

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from fedfuse.errors import UserError
 from fedfuse.knowledge import Address
+from fedfuse.models.shared import give_back
 from fedfuse.node import parcels
 from fedfuse.records import LiveArray, config_in, reply_to, tensors, trusted
 from fedfuse.registry import Entry
@@ -114,6 +115,8 @@ class RayGrid(LocalGrid):
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Hand out groups longest first and stream the replies back in order."""
+        if self._scenario.config.runtime.memory is not None:
+            give_back()
         round = Exchange(self, groups)
         try:
             for i in range(len(groups)):

@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.knowledge import Address, Cache, Item, Stale
+from fedfuse.models.shared import give_back
 from fedfuse.node import Node
 from fedfuse.records import entries, flatten, message_to, trusted, unflatten
 from fedfuse.registry import Entry
@@ -143,6 +144,8 @@ class Worker:
         for address in needs:  # what was meant for one client is not kept in every actor
             if address[1].startswith("client:"):
                 self.cache.pop(address, None)
+        if self.node.residents.scenario.config.runtime.memory is not None:
+            give_back()
         kept = self.store.kept if isinstance(self.store, CarriedStore) else []
         return out, kept, time.perf_counter() - started
 
