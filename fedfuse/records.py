@@ -57,10 +57,6 @@ class LiveArray(Array):
         live: np.ndarray | torch.Tensor = self.__dict__["live"]
         return live.numpy() if isinstance(live, torch.Tensor) else live
 
-    def settled(self) -> Array:
-        """Return a plain Flower `Array` for transports that serialise by class name."""
-        return Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=self.data)
-
 
 def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
@@ -142,14 +138,6 @@ def config_in(content: RecordDict, name: str = "config") -> Mapping[str, Any] | 
     """What a message's config record of that name says, if there is one; not to be written to."""
     found = entries(content).get(name)
     return entries(found) if isinstance(found, ConfigRecord) else None
-
-
-def settled(content: ArrayRecord) -> ArrayRecord:
-    """Return the record with every live array serialised, for Flower's own transports."""
-    out = ArrayRecord()
-    for name, array in content.items():
-        out[name] = array.settled() if isinstance(array, LiveArray) else array
-    return out
 
 
 _NUMBERS = frozenset(torch.from_numpy(np.zeros(1, kind)).dtype for kind in ("?", *"bhilq", *"BHIL", *"efd"))

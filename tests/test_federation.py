@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedfuse.client import FusionClient
 from fedfuse.errors import WorldError
 from fedfuse.federation import Callback
-from fedfuse.records import record, settled
+from fedfuse.records import record
 from fedfuse.registry import NoHyper
 from fedfuse.runtime.serial import SerialGrid
 from fedfuse.store import ClientStore
@@ -161,7 +161,7 @@ def as_bytes(reply: Message) -> dict:
     out: dict = {}
     for name, value in reply.content.items():
         if isinstance(value, ArrayRecord):
-            out[name] = {k: (a.dtype, tuple(a.shape), a.data) for k, a in settled(value).items()}
+            out[name] = {k: (a.dtype, tuple(a.shape), a.data) for k, a in value.items()}
         else:
             out[name] = dict(value)
     return out

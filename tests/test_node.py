@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedfuse import registry
 from fedfuse.knowledge import Cache, Parcel
 from fedfuse.node import Node, parcels, place, state_sha
-from fedfuse.records import nbytes, record, settled, sha_arrays, tensors
+from fedfuse.records import nbytes, record, sha_arrays, tensors
 from fedfuse.registry import Entry
 from fedfuse.runtime.site import Site
 from fedfuse.shares import FAILED, FULL, INVALID, REFUSED, STALE
@@ -294,7 +294,7 @@ def test_a_cached_reply_keeps_every_bit(tmp_path: Path) -> None:
     first = Site(tmp_path, node("knfu", tmp_path)).handle(message)
     again = Site(tmp_path, node("knfu", tmp_path)).handle(message)
     for name, content in first.content.array_records.items():
-        a, b = settled(content), settled(again.content.array_records[name])
+        a, b = content, again.content.array_records[name]
         assert {k: (v.dtype, v.shape, v.data) for k, v in a.items()} == {
             k: (v.dtype, v.shape, v.data) for k, v in b.items()
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,13 +19,13 @@ from fedfuse.records import (
     layout_nbytes,
     nbytes,
     record,
-    settled,
     sha,
     sha_arrays,
     tensors,
     unflatten,
     validate,
 )
+from fedfuse.runtime.wire import packed, unpacked
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=6)
@@ -56,10 +56,12 @@ def same(a: dict, b: dict) -> bool:
 @settings(max_examples=60, deadline=None)
 def test_records_come_back_as_they_went(content) -> None:
     assert same(tensors(record(content)), content)
-    assert same(tensors(settled(record(content))), content)
-    plain = settled(record(content))
-    assert not any(isinstance(array, LiveArray) for array in plain.values())
-    assert nbytes(record(content)) == nbytes(plain) == nbytes(content)
+    sent = packed(RecordDict({"a": record(content)}))
+    assert not any(isinstance(array, LiveArray) for array in sent["a"].values())
+    back = unpacked(sent)["a"]
+    assert list(back) == list(content)
+    assert same(tensors(back), content)
+    assert nbytes(record(content)) == nbytes(back) == nbytes(content)
 
 
 def test_live_arrays_are_what_flower_would_have_made() -> None:

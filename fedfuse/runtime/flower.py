@@ -11,8 +11,9 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedfuse.errors import WorldError
-from fedfuse.runtime.host import on_the_wire
+from fedfuse.records import InvalidArrays
 from fedfuse.runtime.replies import fault_of
+from fedfuse.runtime.wire import packed, unpacked
 from fedfuse.shares import FAILED, INVALID, REFUSED, STALE
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
@@ -241,13 +242,16 @@ class FlowerGrid(Grid):
                 return Message(reply.error, reply_to=item.original)
             return Message(Error(FAILED, reply.error.reason or "the transport failed"), reply_to=item.original)
         fault = fault_of(reply, item.client)
-        if fault is not None:
-            self.say(f"fedfuse: client {item.client}: reply rejected: {fault}")
-            return Message(Error(INVALID, fault), reply_to=item.original)
-        return Message(reply.content, reply_to=item.original)
+        if fault is None:
+            try:
+                return Message(unpacked(reply.content), reply_to=item.original)
+            except InvalidArrays as error:
+                fault = str(error)
+        self.say(f"fedfuse: client {item.client}: reply rejected: {fault}")
+        return Message(Error(INVALID, fault), reply_to=item.original)
 
     def _dressed(self, message: Message, node: int) -> Message:
-        content = on_the_wire(message.content)
+        content = packed(message.content)
         content["setting"] = self.setting
         metadata = message.metadata
         return Message(content, node, metadata.message_type, group_id=metadata.group_id)

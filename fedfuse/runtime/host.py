@@ -15,15 +15,16 @@ from fedfuse.config import Config
 from fedfuse.errors import Refused, UserError
 from fedfuse.knowledge import Stale
 from fedfuse.node import Node, place
-from fedfuse.records import settled
+from fedfuse.records import InvalidArrays
 from fedfuse.runtime.hello import identity
 from fedfuse.runtime.inline import single_thread
 from fedfuse.runtime.own import site_scenario
 from fedfuse.runtime.seat import Seat
 from fedfuse.runtime.settings import from_json
 from fedfuse.runtime.site import Site
+from fedfuse.runtime.wire import packed, unpacked
 from fedfuse.scenario import Scenario, prepare_scenario
-from fedfuse.shares import FAILED, REFUSED, STALE
+from fedfuse.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.store import ClientStore
 
 RUN = re.compile(r"[0-9a-f]{32}")
@@ -45,6 +46,8 @@ class Host:
             return self._error(REFUSED, f"refused: {error}", message)
         except Stale as error:
             return self._error(STALE, str(error), message)
+        except InvalidArrays as error:
+            return self._error(INVALID, f"received {error}", message)
         except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             return self._error(FAILED, text[:500], message)
@@ -73,12 +76,13 @@ class Host:
             raise Refused(f"a message for client {client!r}; this site is client {', '.join(map(str, mine))}")
         if message.content.config_records.get("run", ConfigRecord()).get("run") != run:
             raise Refused("a message whose run is not that of its setting")
+        message.content = unpacked(message.content)
         folder = self.seat.state / run / str(client)
         reply = Site(folder, self._node(config, scenario, folder)).handle(message)
         if reply.has_error():
             print(f"fedfuse: client {client}: {reply.error.reason}", flush=True)
             return reply
-        return Message(on_the_wire(reply.content), reply_to=message)
+        return Message(packed(reply.content), reply_to=message)
 
     def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
         store = ClientStore(self.seat.store or folder)
@@ -117,12 +121,3 @@ class Host:
                 self.seat.policy.check_examples(scenario.examples(client))
             self._scenarios = {text: (config, scenario)}
         return self._scenarios[text]
-
-
-def on_the_wire(content: RecordDict) -> RecordDict:
-    """Return the content with every live array serialised; what it was made of stays as it is."""
-    out = RecordDict()
-    arrays = content.array_records
-    for name, value in content.items():
-        out[name] = settled(arrays[name]) if name in arrays else value
-    return out

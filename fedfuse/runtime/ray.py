@@ -19,7 +19,7 @@ import ray
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from ray.exceptions import RayError
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.knowledge import Address
 from fedfuse.models.shared import give_back
 from fedfuse.node import parcels
@@ -93,9 +93,18 @@ class RayGrid(LocalGrid):
         self.crew = [Member(self._start()) for _ in range(workers)]
         for member in self.crew:
             self.prepare(member)
-        if runtime.state_dir is not None and not all(ray.get([member.ready for member in self.crew])):
+        if runtime.state_dir is not None:
+            self._check_shared(runtime.state_dir)
+
+    def _check_shared(self, state_dir: str) -> None:
+        try:
+            seen = ray.get([member.ready for member in self.crew])
+        except RayError as error:
+            self.crew = []
+            raise WorldError(f"a worker died before its first round ({_cause(error)})") from error
+        if not all(seen):
             self.close()
-            raise UserError(f"runtime.state_dir={runtime.state_dir}: not every node sees it; a shared one is needed")
+            raise UserError(f"runtime.state_dir={state_dir}: not every node sees it; a shared one is needed")
 
     def _start(self, again: bool = False) -> Any:
         """Take an idle worker, or start one; a worker that cannot take the run on says so at its first group."""

@@ -12,24 +12,24 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedfuse.node import Node
-from fedfuse.records import settled
 from fedfuse.runtime.inline import LocalGrid
 from fedfuse.runtime.site import Site
+from fedfuse.runtime.wire import packed, unpacked
 
 
 def over_the_wire(content: RecordDict) -> RecordDict:
-    """Serialise records as Flower does and read them back."""
+    """Serialise records as a deployment does and read them back."""
     out = RecordDict()
-    for name, value in content.items():
+    for name, value in packed(content).items():
         if isinstance(value, ArrayRecord):
             clone = ArrayRecord()
-            for key, array in settled(value).items():
+            for key, array in value.items():
                 clone[key] = type(array)(array.dtype, tuple(array.shape), array.stype, bytes(array.data))
             out[name] = clone
         else:
             plain: Any = value
             out[name] = type(plain)(dict(plain))
-    return out
+    return unpacked(out)
 
 
 class SerialGrid(LocalGrid):

@@ -21,6 +21,7 @@ from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.host import Host, Seat
 from fedfuse.runtime.inline import claim_identity
 from fedfuse.runtime.serve import serve
+from fedfuse.runtime.wire import PACKED, unpacked
 from tests.federations import TINY
 
 claim_identity()
@@ -41,6 +42,7 @@ class Network(Grid):
         self.before: Callable[[Message], bool] = lambda message: True
         self.replies: dict[str, Message] = {}
         self.log: list[str] = []
+        self.packed: set[str] = set()  # records that came as one array
         self._ids = itertools.count()
 
     def get_nodes(self) -> list[Any]:
@@ -75,6 +77,9 @@ class Network(Grid):
             if not self.before(message):
                 continue
             reply = Host(self.seats[message.metadata.dst_node_id]).handle(message)
+            if reply.has_content():  # what a test changes is plain; nodes may send it so
+                self.packed |= {name for name, value in reply.content.items() if set(value) == {PACKED}}
+                reply.content = unpacked(reply.content)
             changed = self.reply(message, reply)
             if changed is not None:
                 self.replies[key] = changed

@@ -20,6 +20,7 @@ from fedfuse import registry
 from fedfuse.experiment import build_strategy
 from fedfuse.runtime.flower import FlowerGrid
 from fedfuse.runtime.inline import claim_identity
+from fedfuse.runtime.wire import packed
 from fedfuse.scenario import prepare_scenario
 from fedfuse.strategy import FusionStrategy
 from tests.deploy.network import Network, tiny
@@ -127,6 +128,7 @@ def wrong_arrays(parts: dict[str, Any], draw: Any) -> dict[str, Any]:
                 "cut",
                 "stype",
                 "pickle",
+                "packed",
                 "empty",
             ]
         )
@@ -161,6 +163,12 @@ def wrong_arrays(parts: dict[str, Any], draw: Any) -> dict[str, Any]:
     elif kind == "pickle":
         bomb = draw(st.sampled_from([pickle.dumps(list), npy(np.array([print], dtype=object)).data]))
         arrays[name] = Array("float32", tuple(value.shape), "numpy.ndarray", bomb)
+    elif kind == "packed":
+        whole = packed(content({"arrays": dict(arrays)}))["arrays"]["safetensors"].numpy()
+        cut = draw(st.integers(0, whole.size - 1))
+        value = draw(st.sampled_from([whole[:cut], whole[::-1].copy(), whole.astype("int16"), np.zeros((), "uint8")]))
+        arrays.clear()
+        arrays["safetensors"] = npy(value)
     else:
         arrays.clear()
     return parts
