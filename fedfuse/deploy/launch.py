@@ -23,6 +23,8 @@ from fedfuse.deploy.processes import QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runtime.seat import Seat
 
+LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
+
 
 def _home(state: Path, **more: str) -> None:
     """Prepare this process to become one of Flower's."""
@@ -61,7 +63,7 @@ def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
     """Start our executor; it ends when this process does, and this process when it does."""
     words = [sys.executable, "-m", "fedfuse.deploy.executor", kind, "--runtime-api-address", address, *tls]
     words += ["--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(secret)]
-    child = subprocess.Popen(words)
+    child = subprocess.Popen(words, env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK, **os.environ})
 
     def watch() -> None:
         child.wait()
