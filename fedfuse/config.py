@@ -103,9 +103,7 @@ class RuntimeConfig:
     device: str = "auto"  # auto | cpu | cuda
     server_device: str | None = None  # where the server trains its networks: auto | cpu | cuda | cuda:<i>; null: device
     gpu_fraction: float = 1.0  # share of a GPU each actor takes on cuda
-    memory: int | None = (
-        None  # MB for what grows with clients: object store, waiting replies, cached data; default: Ray's
-    )
+    memory: int | None = None  # MB for what grows: object store, waiting replies, caches; default: Ray's own
     address: str | None = None  # join this Ray cluster
     retries: int = 2
     client_timeout: float | None = None  # seconds; off by default

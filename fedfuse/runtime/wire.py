@@ -7,7 +7,6 @@ server's database. One array a record instead costs the same for a model of two 
 from __future__ import annotations
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import safetensors.torch
 from flwr.app import Array, ArrayRecord, RecordDict
