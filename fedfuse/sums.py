@@ -110,16 +110,23 @@ class Sum:
 
 
 _BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
+# what has at most 24 significant bits: times a whole number below 2²⁹ it is exact in float64's 53
+_SHORT = {torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
 def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float, block: torch.Tensor) -> None:
-    """Add float64(value)·weight in place, rounded after the product and after the sum, without temporaries."""
-    if not (value.is_contiguous() and total.is_contiguous()):
-        total.add_(value.double() * weight)
+    """Add float64(value)·weight in place, rounded after the product and after the sum, without large temporaries.
+
+    Weights are counts as a rule: then the product is exact, and torch's fused multiply-add rounds the same.
+    """
+    exact = value.dtype in _SHORT and weight < 2**29 and weight % 1 == 0
+    if value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
+        total.add_(value, alpha=weight) if exact else total.add_(value.double() * weight)
         return
     flat, source = total.view(-1), value.view(-1)
     for start in range(0, source.numel(), _BLOCK):
-        piece = source[start : start + _BLOCK]
-        scaled = block[: piece.numel()]
-        scaled.copy_(piece).mul_(weight)
-        flat[start : start + _BLOCK].add_(scaled)
+        piece, part = source[start : start + _BLOCK], flat[start : start + _BLOCK]
+        if exact:
+            part.add_(piece, alpha=weight)
+        else:
+            part.add_(block[: piece.numel()].copy_(piece).mul_(weight))

@@ -158,3 +158,22 @@ def test_strange_weights_do_not_enter(weight: float) -> None:
     with pytest.raises(InvalidArrays, match="weight"):
         total.add(0, arrays(2), weight)
     assert sha_arrays(total.mean()) == sha_arrays(arrays(1))
+
+
+@pytest.mark.parametrize("size", [(), (7,), (2 * 32768 + 5,), (300, 300)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("weight", [1.0, 17.0, 2.0**29 - 1, 2.0**29 + 1, 0.1])
+def test_products_and_sums_are_rounded_apart(size: tuple[int, ...], dtype: torch.dtype, weight: float) -> None:
+    """Also where the product and the sum are one instruction: it is used only where the product is exact."""
+    draw = torch.Generator().manual_seed(0)
+    first, second = ((torch.randn(size, generator=draw) * 1e4).to(dtype) for _ in range(2))
+    total = Sum()
+    total.add(0, {"w": first}, 3.0)
+    total.add(0, {"w": second}, weight)
+    product = second.double() * weight
+    assert torch.equal(total.group()[0]["w"], first.double() * 3.0 + product)
+    turned = Sum()  # transposed: not contiguous
+    turned.add(0, {"w": first.t() if first.dim() == 2 else first}, 3.0)
+    turned.add(0, {"w": second.t() if second.dim() == 2 else second}, weight)
+    other = turned.group()[0]["w"]
+    assert torch.equal(other.t() if other.dim() == 2 else other, total.group()[0]["w"])

@@ -7,21 +7,23 @@
     python experiments/adapters/study.py private           # (d)
     python experiments/adapters/study.py figure            # plot and text from metrics.csv beside this file
 
-Each is resumable: the same command goes on where it stopped. Learning rates were chosen by `study.py tune`: on
-seed 100 (used nowhere else), the IID split and three rounds, from `RATES`. README.md says what was cut to fit.
+Each is resumable: the same command goes on where it stopped. Learning rates were chosen by `study.py tune`,
+`tune_shakespeare` and `rates`: every arm at each of `RATES`, over the study's own length, on seed 100 (used nowhere
+else), scored on a fifth of the clients' examples that it did not train on. README.md says what was cut to fit.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedfuse.sweep import sweep
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/adapters")
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = "0.001,0.003,0.01,0.03,0.1"
 
 # Adapted: the 6 matrices of MiniLM's last layer (last_layer.py). (strategy, rank): numbers sent up a round, head apart
 ARMS = {
@@ -58,26 +60,39 @@ SHAKESPEARE = [
 ]  # fmt: skip
 
 
-def arms(out: str, words: list[str], rates: dict[tuple[str, int], float] = RATE) -> None:
+def arms(out: str, words: list[str], rates: Mapping[tuple[str, int], float | str] = RATE) -> None:
     """Run the methods on one task."""
     for (name, rank), rate in rates.items():
         own = [f"strategy={name}", f"strategy.rank={rank}", f"train.lr={rate}", f"out={RUNS / out / f'{name}-{rank}'}"]
         sweep([*words, *own])
 
 
+TUNING = ["seed=100", "data.limit=null", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=20"]
+
+
 def tune() -> None:
-    """`fedex_lora` takes `fedit`'s rate and `ffa_lora` of rank 16 that of rank 8."""
-    for rate in RATES:
-        few = [arm for arm in ARMS if arm not in (("fedex_lora", 8), ("ffa_lora", 16))]
-        words = [*COMMON, *TEXT, *SST2, *IID, "seed=100", "rounds=3", "data.limit=null"]
-        arms(f"tune/{rate:g}", words, dict.fromkeys(few, rate))
+    arms("tune/sst2", [*COMMON, *TEXT, *SST2, *IID, *TUNING], dict.fromkeys(ARMS, RATES))
 
 
 def tune_shakespeare() -> None:
-    """Ranks 4 take the rate of rank 8, `fedex_lora` that of `fedit`."""
-    for rate in RATES:
-        few = [("fedit", 8), ("ffa_lora", 8), ("fed_sb", 8), ("fed_sb", 26)]
-        arms(f"tune-lm/{rate:g}", [*COMMON, *SHAKESPEARE, "seed=100", "rounds=3"], dict.fromkeys(few, rate))
+    words = [*COMMON, *SHAKESPEARE, *TUNING, "data.limit=1600"]
+    arms("tune/shakespeare", words, dict.fromkeys(LM_ARMS, RATES))
+
+
+def rates() -> None:
+    """Print validation accuracy by arm and rate."""
+    import polars as pl
+
+    from fedfuse.results.run import find
+
+    for task in ("sst2", "shakespeare"):
+        rows = []
+        for run in find([RUNS / "tune" / task])[0]:
+            if run.summary is not None:
+                told = run.metrics.filter(metric="accuracy/validation").sort("round").collect()["value"].to_list()
+                rows.append((run.dir.relative_to(RUNS / "tune" / task).parts[0], run.config["train"]["lr"], told[-1]))
+        frame = pl.DataFrame(rows, ["arm", "rate", "accuracy"], orient="row").sort("arm", "rate")
+        print(task, frame.pivot("rate", index="arm", values="accuracy"))
 
 
 def sst2() -> None:
@@ -203,5 +218,5 @@ def ratio() -> None:
 
 if __name__ == "__main__":
     (what,) = sys.argv[1:]
-    known = [tune, tune_shakespeare, sst2, trec, newsgroups, shakespeare, private, collect, figure, ratio]
+    known = [tune, tune_shakespeare, rates, sst2, trec, newsgroups, shakespeare, private, collect, figure, ratio]
     {f.__name__: f for f in known}[what]()

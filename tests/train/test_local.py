@@ -110,6 +110,11 @@ def test_optimisers_are_torchs_own(name):
     assert same(*models_)
 
 
+def test_an_optimiser_that_would_not_run_a_hook_refuses_it():
+    with pytest.raises(TypeError, match="after_step"):
+        optimizer(make().parameters(), TrainConfig()).register_step_post_hook(lambda *_: None)
+
+
 def test_training_does_not_import_torchs_compiler():
     """torch._dynamo takes 2 s to import, in every process that trains."""
     code = (

@@ -1,0 +1,39 @@
+"""How Ray starts: without what serves nobody here, and as it is where Ray's private names have changed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+START = """
+import os, sys, time
+import ray
+from ray import _raylet
+from tests.runtime.processes import below
+if "gone" in sys.argv:
+    del _raylet.METRICS_AGENT_PORT_NAME
+else:  # a runtime environment would need an agent
+    os.environ["RAY_RUNTIME_ENV_HOOK"] = "no.such.hook"
+from fedfuse.runtime import cluster
+cluster.connect(1)
+one = ray.remote(lambda: 1)
+print(ray.get(one.remote()))
+commands = [open(f"/proc/{pid}/cmdline").read() for pid in below(os.getpid())]
+print(any("agent.py" in c or "agent/main.py" in c or "Agent" in c[:30] for c in commands))
+cluster.disconnect()
+end = time.monotonic() + 30
+while below(os.getpid()) and time.monotonic() < end:
+    time.sleep(0.1)
+print(len(below(os.getpid())))
+"""
+
+
+@pytest.mark.parametrize(("names", "agents"), [("there", "False"), ("gone", "True")])
+def test_a_start_leaves_out_what_serves_nobody(names: str, agents: str) -> None:
+    here = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", START, names], capture_output=True, text=True, timeout=300, cwd=here)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["1", agents, "0"]
