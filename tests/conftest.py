@@ -9,6 +9,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",
     OMP_NUM_THREADS="1",
+    RAY_worker_niceness="0",  # of Ray that tests or Flower start: at Ray's 15, a busy neighbour stops its workers
 )
 
 import pytest

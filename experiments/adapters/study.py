@@ -23,7 +23,7 @@ from fedfuse.sweep import sweep
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/adapters")
-RATES = "0.001,0.003,0.01,0.03,0.1"
+RATES = "0.0003,0.001,0.003,0.01,0.03,0.1"
 
 # Adapted: the 6 matrices of MiniLM's last layer (last_layer.py). (strategy, rank): numbers sent up a round, head apart
 ARMS = {

@@ -59,8 +59,9 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     folder = _directory()
     if memory is not None:
         options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less
-    # replies of a few small groups come with the call, without the object store's two extra turns
-    options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20}
+    # Replies of a few small groups come with the call, without the object store's two extra turns. Workers are as
+    # urgent as their driver: at Ray's niceness of 15, one busy process beside them leaves them a thirtieth of a core.
+    options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20, "worker_niceness": 0}
     atexit.register(disconnect)
     # a busy machine may need more than the half minute that Ray grants itself
     for lean in (True, True, False):

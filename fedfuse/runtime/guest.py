@@ -122,7 +122,7 @@ class GuestGrid(Grid):
         self.nodes, self.retries = nodes, retries
         self.actors = [self._start() for _ in range(workers)]
         self.states: dict[int, RecordDict] = {}
-        self.failed = 0
+        self.failed = self.succeeded = 0  # messages
         self._ids = itertools.count(1)
         self._pending: dict[str, _Sent] = {}
         self._ready: dict[str, Message] = {}
@@ -224,10 +224,11 @@ class GuestGrid(Grid):
                 log.warning("node %d (partition %d) failed: %s", node, node - 1, reply)
                 self.failed += 1
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply), reply_to=item.message)
-            elif state is None:
-                self.states.pop(node, None)
             else:
-                self.states[node] = state
+                self.succeeded += not reply.has_error()
+                self.states.pop(node, None)
+                if state is not None:
+                    self.states[node] = state
             reply.metadata.__dict__["_message_id"] = f"r{item.key}"
             del self._pending[item.key]
             self._ready[item.key] = reply
@@ -240,7 +241,7 @@ class GuestGrid(Grid):
         Raises
         ------
         WorldError
-            If every node failed: Flower would go on and end untrained.
+            If no node ever succeeded: Flower would go on and end untrained.
         """
         keys = list(self.push_messages(messages))
         end = None if timeout is None else time.monotonic() + timeout
@@ -251,7 +252,7 @@ class GuestGrid(Grid):
             for reply in self._pull(left, rest):
                 found[reply.metadata.reply_to_message_id] = reply
         replies = [found[key] for key in keys if key in found]
-        if replies and all(reply.has_error() for reply in replies):
+        if replies and not self.succeeded:
             raise WorldError(f"no node succeeded: {replies[0].error.reason}")
         return replies
 

@@ -120,6 +120,41 @@ def test_failed_nodes_are_tried_again_and_named(tmp_path: Path) -> None:
     assert "1 messages were left out" in said
 
 
+HALF = """
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.query("known")
+def known(message, context):
+    return Message(RecordDict(), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    for kind in context.run_config["kinds"].split():
+        asked = [Message(RecordDict(), n, kind) for n in grid.get_node_ids()]
+        print(kind, sum(reply.has_error() for reply in grid.send_and_receive(asked)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code", "said"),
+    [("query.known evaluate query.known", 0, "query.known 0\nevaluate 2\nquery.known 0"), ("evaluate", 1, "")],
+)
+def test_an_app_goes_on_where_all_nodes_fail_unless_none_ever_answered(kinds, code, said, tmp_path: Path) -> None:
+    """As in Flower, a ClientApp may lack what it is asked for; one that never answers does not end as if it had."""
+    table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app", "half_app")
+    (tmp_path / "pyproject.toml").write_text(table + 'kinds = ""\n')
+    (tmp_path / "half_app.py").write_text(HALF)
+    words = ["flower", str(tmp_path), "--nodes", "2", "--retries", "0", "--run-config", f"kinds='{kinds}'"]
+    done = subprocess.run([sys.executable, "-m", "fedfuse.cli", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.strip() == said
+    assert ("fedfuse: no node succeeded: ValueError: No evaluate function" in done.stderr) == bool(code)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
