@@ -7,9 +7,9 @@
     python experiments/adapters/study.py private           # (d)
     python experiments/adapters/study.py figure            # plot and text from metrics.csv beside this file
 
-Each is resumable: the same command goes on where it stopped. Learning rates were chosen by `study.py tune`,
-`tune_shakespeare` and `rates`: every arm at each of `RATES`, over the study's own length, on seed 100 (used nowhere
-else), scored on a fifth of the clients' examples that it did not train on. README.md says what was cut to fit.
+Each is resumable: the same command goes on where it stopped. Learning rates were chosen by `study.py tune TASK` and
+`rates TASK`: every arm at each of `RATES`, over the study's own length, on seed 100 (used nowhere else) and the IID
+split, scored on a fifth of the clients' examples that it did not train on. README.md says what was cut to fit.
 """
 
 from __future__ import annotations
@@ -23,113 +23,116 @@ from fedfuse.sweep import sweep
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/adapters")
-RATES = "0.0003,0.001,0.003,0.01,0.03,0.1"
+RATES = "0.0003,0.001,0.003,0.01,0.03,0.1"  # tried by `tune` for every arm of every task
 
 # Adapted: the 6 matrices of MiniLM's last layer (last_layer.py). (strategy, rank): numbers sent up a round, head apart
 ARMS = {
     ("fedit", 8): 55_296, ("fedex_lora", 8): 55_296, ("ffa_lora", 8): 27_648, ("fed_sb", 8): 384,  # equal rank
     ("ffa_lora", 16): 55_296, ("fed_sb", 96): 55_296,  # equal budget: with fedit and fedex_lora of rank 8
 }  # fmt: skip
-RATE = {  # by `tune`: 120 steps, 872 test sentences
-    ("fedit", 8): 3e-3, ("fedex_lora", 8): 3e-3, ("ffa_lora", 8): 3e-2, ("fed_sb", 8): 3e-2, ("ffa_lora", 16): 3e-2,
-    ("fed_sb", 96): 1e-2,
-}  # fmt: skip
-
-COMMON = [
-    "data.personal_test=0", "data.validation=0", "transfer.size=4", "train.optimizer=adamw", "runtime=inline",
-]  # fmt: skip
-TEXT = ["data=custom", "data.load=last_layer:texts", "model=custom", "model.build=last_layer:Last"]
-SST2 = [
-    "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=1604", "data.extra.test_limit=872", "clients=20",
-    "data.limit=1284", "participation=0.2", "rounds=20", "evaluate.every=5", "train.batch_size=8",
-]  # fmt: skip
-IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=2"]
-
-
+EQUAL = [("fedit", 8), ("fedex_lora", 8), ("ffa_lora", 16), ("fed_sb", 96)]
 # Shakespeare: all 35 matrices of stories260K; 46,240 numbers for LoRA of rank 8
 LM_ARMS = {
     ("fedit", 8): 46_240, ("fedex_lora", 8): 46_240, ("ffa_lora", 8): 24_000, ("fed_sb", 8): 2_240,  # equal rank
     ("fedit", 4): 23_120, ("fedex_lora", 4): 23_120, ("fed_sb", 26): 23_660,  # equal budget, with ffa_lora of rank 8
 }  # fmt: skip
-LM_RATE = dict.fromkeys(LM_ARMS, 1e-2) | {("fed_sb", 8): 3e-2}  # by `tune_shakespeare`
-STORIES = Path(os.environ.get("FEDFUSE_DATA", "../shared/data")).parent / "models" / "stories260K"
-SHAKESPEARE = [
-    "data=tiny_shakespeare", f"data.extra.tokenizer={STORIES}", "data.extra.length=32", "data.extra.roles=20",
-    "data.extra.least=20", "partition=natural", "model=causal_lm", f"model.path={STORIES}", "data.limit=1280",
-    "data.test_limit=200", "participation=0.2", "rounds=15", "evaluate.every=5", "train.batch_size=16",
+CHOSEN = {  # by `rates`
+    "sst2": {
+        ("fedit", 8): 3e-4, ("fedex_lora", 8): 1e-3, ("ffa_lora", 8): 3e-3, ("fed_sb", 8): 1e-2,
+        ("ffa_lora", 16): 3e-3, ("fed_sb", 96): 3e-3,
+    },
+    "shakespeare": {
+        ("fedit", 8): 3e-3, ("fedex_lora", 8): 3e-3, ("ffa_lora", 8): 3e-3, ("fed_sb", 8): 3e-2, ("fedit", 4): 3e-3,
+        ("fedex_lora", 4): 1e-2, ("fed_sb", 26): 3e-3,
+    },
+}  # fmt: skip
+
+COMMON = [
+    "data.personal_test=0", "data.validation=0", "transfer.size=4", "train.optimizer=adamw", "runtime=inline",
 ]  # fmt: skip
+TEXT = [*COMMON, "data=custom", "data.load=last_layer:texts", "model=custom", "model.build=last_layer:Last"]
+IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=2"]
+STORIES = Path(os.environ.get("FEDFUSE_DATA", "../shared/data")).parent / "models" / "stories260K"
+TUNING = ["seed=100", "data.limit=null", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=20"]
 
 
-def arms(out: str, words: list[str], rates: Mapping[tuple[str, int], float | str] = RATE) -> None:
+def texts(name: str, test: int) -> list[str]:
+    """20 clients with 1,284 sentences between them, 4 a round."""
+    return [
+        *TEXT, f"data.extra.name={name}", "data.extra.length=24", "data.extra.limit=1604",
+        f"data.extra.test_limit={test}", "clients=20", "data.limit=1284", "participation=0.2", "rounds=20",
+        "evaluate.every=5", "train.batch_size=8",
+    ]  # fmt: skip
+
+
+TASKS = {
+    "sst2": texts("sst2", 872),
+    "trec": texts("trec", 500),
+    # RAVAN's 20 clients, 3 a round; their 50 local steps cut to 6, T5-base to MiniLM's last layer
+    "newsgroups": [
+        *TEXT, "data.extra.name=newsgroups", "data.extra.length=48", "data.extra.limit=1004",
+        "data.extra.test_limit=400", "clients=20", "participation=0.15", "rounds=20", "evaluate.every=5",
+        "train.batch_size=8",
+    ],
+    "shakespeare": [
+        *COMMON, "data=tiny_shakespeare", f"data.extra.tokenizer={STORIES}", "data.extra.length=32",
+        "data.extra.roles=20", "data.extra.least=20", "partition=natural", "model=causal_lm", f"model.path={STORIES}",
+        "data.limit=1280", "data.test_limit=200", "participation=0.2", "rounds=15", "evaluate.every=5",
+        "train.batch_size=16",
+    ],
+}  # fmt: skip
+
+
+def arms(out: str, words: list[str], rates: Mapping[tuple[str, int], float | str]) -> None:
     """Run the methods on one task."""
     for (name, rank), rate in rates.items():
         own = [f"strategy={name}", f"strategy.rank={rank}", f"train.lr={rate}", f"out={RUNS / out / f'{name}-{rank}'}"]
         sweep([*words, *own])
 
 
-TUNING = ["seed=100", "data.limit=null", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=20"]
+def tune(task: str) -> None:
+    """Every arm at every rate."""
+    split = ["data.limit=1600"] if task == "shakespeare" else IID
+    methods = {"newsgroups": EQUAL, "shakespeare": LM_ARMS}.get(task, ARMS)
+    arms(f"tune/{task}", [*TASKS[task], *TUNING, *split], dict.fromkeys(methods, RATES))
 
 
-def tune() -> None:
-    arms("tune/sst2", [*COMMON, *TEXT, *SST2, *IID, *TUNING], dict.fromkeys(ARMS, RATES))
-
-
-def tune_shakespeare() -> None:
-    words = [*COMMON, *SHAKESPEARE, *TUNING, "data.limit=1600"]
-    arms("tune/shakespeare", words, dict.fromkeys(LM_ARMS, RATES))
-
-
-def rates() -> None:
+def rates(task: str) -> None:
     """Print validation accuracy by arm and rate."""
     import polars as pl
 
     from fedfuse.results.run import find
 
-    for task in ("sst2", "shakespeare"):
-        rows = []
-        for run in find([RUNS / "tune" / task])[0]:
-            if run.summary is not None:
-                told = run.metrics.filter(metric="accuracy/validation").sort("round").collect()["value"].to_list()
-                rows.append((run.dir.relative_to(RUNS / "tune" / task).parts[0], run.config["train"]["lr"], told[-1]))
-        frame = pl.DataFrame(rows, ["arm", "rate", "accuracy"], orient="row").sort("arm", "rate")
+    rows = []
+    for run in find([RUNS / "tune" / task])[0]:
+        if run.summary is not None:
+            told = run.metrics.filter(metric="accuracy/validation").sort("round").collect()["value"].to_list()
+            arm = run.dir.relative_to(RUNS / "tune" / task).parts[0]
+            rows.append((arm, f"{run.config['train']['lr']:g}", 100 * told[-1]))
+    frame = pl.DataFrame(rows, ["arm", "rate", "accuracy"], orient="row").sort("arm", pl.col("rate").cast(float))
+    with pl.Config(tbl_formatting="ASCII_MARKDOWN", tbl_hide_column_data_types=True, float_precision=1):
         print(task, frame.pivot("rate", index="arm", values="accuracy"))
 
 
-def sst2() -> None:
+def compare(task: str) -> None:
+    """Every arm at its own rate."""
+    seeds = "seed=0,1,2" if task in ("sst2", "shakespeare") else "seed=0"
+    if task == "shakespeare":
+        arms("shakespeare-roles", [*TASKS[task], seeds], CHOSEN[task])
+        return
     for label, split in (("iid", IID), ("dirichlet", SKEWED)):
-        arms(f"sst2-{label}", [*COMMON, *TEXT, *SST2, *split, "seed=0,1,2"])
-
-
-def trec() -> None:
-    words = [word.replace("sst2", "trec").replace("test_limit=872", "test_limit=500") for word in SST2]
-    for label, split in (("iid", IID), ("dirichlet", SKEWED)):
-        arms(f"trec-{label}", [*COMMON, *TEXT, *words, *split, "seed=0"])
-
-
-def newsgroups() -> None:
-    """RAVAN's 20 clients, 3 a round, at equal budget; their 50 local steps cut to 6, T5-base to MiniLM's last layer."""
-    words = [
-        "data.extra.name=newsgroups", "data.extra.length=48", "data.extra.limit=1004", "data.extra.test_limit=400",
-        "clients=20", "participation=0.15", "rounds=20", "evaluate.every=5", "train.batch_size=8",
-    ]  # fmt: skip
-    equal = {arm: RATE[arm] for arm in (("fedit", 8), ("fedex_lora", 8), ("ffa_lora", 16), ("fed_sb", 96))}
-    for label, split in (("dirichlet", SKEWED), ("iid", IID)):
-        arms(f"newsgroups-{label}", [*COMMON, *TEXT, *words, *split, "seed=0"], equal)
-
-
-def shakespeare() -> None:
-    arms("shakespeare-roles", [*COMMON, *SHAKESPEARE, "seed=0,1,2"], LM_RATE)
+        arms(f"{task}-{label}", [*TASKS[task], *split, seeds], CHOSEN[task])
 
 
 def private() -> None:
     """One round, as the released private script plays; SGD at 0.5 and clip 1 for all, not tuned; N ≈ 2,000, δ = 1/N."""
     words = [
-        "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=6004", "data.extra.test_limit=872",
+        *TEXT, "data.extra.name=sst2", "data.extra.length=24", "data.extra.limit=6004", "data.extra.test_limit=872",
         "clients=3", "rounds=1", "train.epochs=2", "train.batch_size=64", "train.optimizer=sgd", "train.momentum=0",
     ]  # fmt: skip
-    chosen = dict.fromkeys([("ffa_lora", 8), ("fed_sb", 8), ("fed_sb", 32)], 0.5)
+    fixed = dict.fromkeys([("ffa_lora", 8), ("fed_sb", 8), ("fed_sb", 32)], 0.5)
     for budget in ("3", "1", "8", "null"):
-        arms(f"private-{budget}", [*COMMON, *TEXT, *words, *IID, f"privacy.epsilon={budget}", "seed=0"], chosen)
+        arms(f"private-{budget}", [*words, *IID, f"privacy.epsilon={budget}", "seed=0"], fixed)
 
 
 # --- what came out -----------------------------------------------------------------------------------------
@@ -217,6 +220,7 @@ def ratio() -> None:
 
 
 if __name__ == "__main__":
-    (what,) = sys.argv[1:]
-    known = [tune, tune_shakespeare, rates, sst2, trec, newsgroups, shakespeare, private, collect, figure, ratio]
-    {f.__name__: f for f in known}[what]()
+    what, *task = sys.argv[1:]
+    if what in TASKS:
+        what, task = "compare", [what]
+    {f.__name__: f for f in (tune, rates, compare, private, collect, figure, ratio)}[what](*task)

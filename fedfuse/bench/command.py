@@ -26,12 +26,13 @@ Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a roun
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
   startup, cohort-memory, state-memory: whole commands; see `fedfuse.bench.footprint`
   default: all, at the sizes of docs/performance.md
-Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), flower (its simulator), guest (the same Flower app on
-  FedFuse's engine), pfl (pfl-research, two processes; needs `pip install pfl==0.6.0`)
+Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), cores (that loop on every core at once), flower (its
+  simulator), guest (the same Flower app on FedFuse's engine), pfl (pfl-research, two processes; needs
+  `pip install pfl==0.6.0`)
 Each side is a process of its own; sides take turns round by round; the first two rounds warm up.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
-SIDES = ("fedfuse", "inline", "plain", "guest", "flower", "pfl")
+SIDES = ("fedfuse", "inline", "plain", "cores", "guest", "flower", "pfl")
 DEFAULT = (
     "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000",
     "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "startup", "cohort-memory", "state-memory",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -152,7 +153,7 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
 # --- a plain loop -----------------------------------------------------------------------------------------
 
 
-def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
+def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callable[[], None]:
     """The limit: one thread, one model, no federation around it."""
     import torch
     import torch.nn.functional as F
@@ -166,7 +167,7 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
 
     def play() -> None:
         total = [torch.zeros_like(p) for p in common]
-        for client in torch.randperm(clients, generator=draw)[:COHORT].tolist():
+        for client in torch.randperm(clients, generator=draw)[:cohort].tolist():
             with torch.no_grad():
                 torch._foreach_copy_(params, common)
             if workload.trains:
@@ -177,9 +178,31 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
                     F.cross_entropy(model(x[rows]), y[rows]).backward()
                     optimizer.step()
             with torch.no_grad():
-                torch._foreach_add_(total, params, alpha=1 / COHORT)
+                torch._foreach_add_(total, params, alpha=1 / cohort)
         common[:] = total
 
+    return play
+
+
+def cores_side(name: str, clients: int) -> Callable[[], None]:
+    """A plain loop on every core at once, each with its share of the cohort, nothing exchanged: the cores' limit."""
+    cores = len(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "fedfuse.bench.contestants", "share", name, str(clients)]
+    loops = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(cores)]
+
+    def answers() -> None:
+        for loop in loops:
+            assert loop.stdout is not None
+            if not loop.stdout.readline():
+                raise RuntimeError("a plain loop ended")
+
+    def play() -> None:
+        for loop in loops:
+            assert loop.stdin is not None
+            print("go", file=loop.stdin, flush=True)
+        answers()
+
+    answers()
     return play
 
 
@@ -307,6 +330,10 @@ def main(side: str, name: str, clients: int) -> None:
         guest_side(name, clients)
     elif side == "plain":
         serve(plain_side(workload, clients))
+    elif side == "cores":
+        serve(cores_side(name, clients))
+    elif side == "share":  # of `cores`
+        serve(plain_side(workload, clients, COHORT // len(os.sched_getaffinity(0))))
     elif side == "pfl":
         from fedfuse.bench.pfl import pfl_side
 
