@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedfuse import models
 from fedfuse.config import ModelConfig, TrainConfig
@@ -110,9 +111,14 @@ def test_optimisers_are_torchs_own(name):
     assert same(*models_)
 
 
-def test_an_optimiser_that_would_not_run_a_hook_refuses_it():
-    with pytest.raises(TypeError, match="after_step"):
-        optimizer(make().parameters(), TrainConfig()).register_step_post_hook(lambda *_: None)
+def test_step_hooks_run():
+    model, seen = make(), []
+    one = optimizer(model.parameters(), TrainConfig())
+    one.register_step_pre_hook(lambda *_: seen.append("before"))
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append("after"))
+    one.step()
+    handle.remove()
+    assert seen == ["before", "after"]
 
 
 def test_training_does_not_import_torchs_compiler():
