@@ -41,6 +41,11 @@ CHOSEN = {  # by `rates`
         ("fedit", 8): 3e-4, ("fedex_lora", 8): 1e-3, ("ffa_lora", 8): 3e-3, ("fed_sb", 8): 1e-2,
         ("ffa_lora", 16): 3e-3, ("fed_sb", 96): 3e-3,
     },
+    "trec": {
+        ("fedit", 8): 3e-3, ("fedex_lora", 8): 3e-3, ("ffa_lora", 8): 1e-2, ("fed_sb", 8): 1e-2,
+        ("ffa_lora", 16): 1e-2, ("fed_sb", 96): 3e-2,
+    },
+    "newsgroups": {("fedit", 8): 3e-3, ("fedex_lora", 8): 3e-3, ("ffa_lora", 16): 1e-2, ("fed_sb", 96): 1e-2},
     "shakespeare": {
         ("fedit", 8): 3e-3, ("fedex_lora", 8): 3e-3, ("ffa_lora", 8): 3e-3, ("fed_sb", 8): 3e-2, ("fedit", 4): 3e-3,
         ("fedex_lora", 4): 1e-2, ("fed_sb", 26): 3e-3,
