@@ -27,7 +27,7 @@ from fedfuse.records import LiveArray, config_in, reply_to, tensors, trusted
 from fedfuse.registry import Entry
 from fedfuse.runtime.cluster import connect, disconnect
 from fedfuse.runtime.inline import LocalGrid, single_thread
-from fedfuse.runtime.worker import Answer, Bare, Tree, Worker, packed
+from fedfuse.runtime.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.scenario import Scenario
 from fedfuse.shares import FAILED
 from fedfuse.store import INITIAL, ClientStore
@@ -320,8 +320,6 @@ class Exchange:
         self.grid.bytes = max(sum(map(_size, found)) for found in answers)
 
     def _keep(self, verb: str, client: int, key: str, tree: Tree, previous: str) -> None:
-        from fedfuse.runtime.worker import unpacked
-
         if verb == "save":
             self.grid.store.save(client, key, unpacked(tree), previous)
         else:
