@@ -186,9 +186,11 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
 
 def cores_side(name: str, clients: int) -> Callable[[], None]:
     """A plain loop on every core at once, each with its share of the cohort, nothing exchanged: the cores' limit."""
-    cores = len(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "fedfuse.bench.contestants", "share", name, str(clients)]
-    loops = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(cores)]
+    loops, cores = [], min(len(os.sched_getaffinity(0)), COHORT)
+    for i in range(cores):
+        share = COHORT * (i + 1) // cores - COHORT * i // cores
+        command = [sys.executable, "-m", "fedfuse.bench.contestants", f"share-{share}", name, str(clients)]
+        loops.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
     def answers() -> None:
         for loop in loops:
@@ -332,8 +334,8 @@ def main(side: str, name: str, clients: int) -> None:
         serve(plain_side(workload, clients))
     elif side == "cores":
         serve(cores_side(name, clients))
-    elif side == "share":  # of `cores`
-        serve(plain_side(workload, clients, COHORT // len(os.sched_getaffinity(0))))
+    elif side.startswith("share-"):  # of `cores`
+        serve(plain_side(workload, clients, int(side.removeprefix("share-"))))
     elif side == "pfl":
         from fedfuse.bench.pfl import pfl_side
 
