@@ -27,7 +27,6 @@ class Sum:
         self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
         self._total: Arrays = {}
         self._weights = 0.0
-        self._block: torch.Tensor | None = None  # of products on their way into the sum
         self._borrowed = False  # whether the open group lies in a message's memory, which is never written to
 
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
@@ -45,9 +44,7 @@ class Sum:
             self._weight = weight
             return
         for name, value in arrays.items():
-            if self._block is None:
-                self._block = torch.empty(_BLOCK, dtype=torch.float64, device=value.device)
-            _add_scaled(self._current[name], value, weight, self._block)
+            _add_scaled(self._current[name], value, weight)
         self._weight += weight
 
     def check(self, arrays: Arrays, weight: float) -> None:
@@ -114,19 +111,18 @@ _BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
 _SHORT = {torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
-def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float, block: torch.Tensor) -> None:
+def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
     """Add float64(value)·weight in place, rounded after the product and after the sum, without large temporaries.
 
     Weights are counts as a rule: then the product is exact, and torch's fused multiply-add rounds the same.
     """
-    exact = value.dtype in _SHORT and weight < 2**29 and weight % 1 == 0
     if value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
-        total.add_(value, alpha=weight) if exact else total.add_(value.double() * weight)
-        return
-    flat, source = total.view(-1), value.view(-1)
-    for start in range(0, source.numel(), _BLOCK):
-        piece, part = source[start : start + _BLOCK], flat[start : start + _BLOCK]
+        pieces = [(total, value)]  # views of it would take longer than the sum
+    else:
+        pieces = list(zip(total.view(-1).split(_BLOCK), value.view(-1).split(_BLOCK), strict=True))
+    exact = value.dtype in _SHORT and weight < 2**29 and weight % 1 == 0
+    for part, piece in pieces:
         if exact:
             part.add_(piece, alpha=weight)
         else:
-            part.add_(block[: piece.numel()].copy_(piece).mul_(weight))
+            part.add_(piece.double() * weight)

@@ -19,7 +19,10 @@ import ray
 
 from fedfuse.errors import UserError, WorldError
 
-PORTS = ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT")
+AGENTS = {  # of a raylet: the option that starts one, and the ports it writes down
+    "--dashboard_agent_command": ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"),
+    "--runtime_env_agent_command": ("RUNTIME_ENV_AGENT",),
+}
 _PREFIX = "fedfuse-ray-"
 _own: list[Path] = []  # the directory of the Ray that this process started
 
@@ -102,15 +105,15 @@ def _lean() -> Iterator[None]:
     from ray._private.parameter import RayParams
 
     _raylet: Any = importlib.import_module("ray._raylet")
-    names = [getattr(_raylet, f"{name}_PORT_NAME") for name in PORTS]
+    ports = {flag: [getattr(_raylet, f"{name}_PORT_NAME") for name in names] for flag, names in AGENTS.items()}
     start = services.start_ray_process
 
     def without_agents(command: list[str], *args: Any, **options: Any) -> Any:
         for i, word in enumerate(command):
             flag, _, agent = word.partition("=")
-            if flag in ("--dashboard_agent_command", "--runtime_env_agent_command"):
+            if flag in ports:
                 told = dict(part.partition("=")[::2] for part in shlex.split(agent))
-                for name in names:
+                for name in ports[flag]:
                     _raylet.persist_port(told["--session-dir"], told["--node-id"], name, -1)
                 command[i] = f"{flag}=cat"
         return start(command, *args, **options)

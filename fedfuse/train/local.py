@@ -32,8 +32,16 @@ def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         return (hooked if own or _pre_hooks or _post_hooks else plain)(self, closure)
 
+    def zero_grad(self: Any, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            bare["zero_grad"](self, False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     step.hooked = True  # type: ignore[attr-defined]  # torch wraps a class's `step` that does not say so
-    return type(kind.__name__, (kind,), {**bare, "step": step})
+    return type(kind.__name__, (kind,), {**bare, "step": step, "zero_grad": zero_grad})
 
 
 _OPTIMIZERS = {
@@ -185,7 +193,6 @@ def train(
     elif lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     call: Callable[[Tensor], Any] = model if forward is None else forward
     if config.precision == "bf16":
         call = _mixed(call, x.device.type)
@@ -200,8 +207,7 @@ def train(
             seed(x.device, *seed_parts, "layers")
             for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
-                for parameter in trained:  # optimizer.zero_grad() without the profiler's label
-                    parameter.grad = None
+                optimizer.zero_grad()
                 out = call(x.index_select(0, rows))
                 value = loss(out, None if y is None else y.index_select(0, rows), rows)
                 cast(Any, value).backward()
@@ -213,8 +219,7 @@ def train(
                 if after_step is not None and after_step(steps, planned):
                     break
     finally:
-        for parameter in trained:
-            parameter.grad = None
+        optimizer.zero_grad()
         for parameter in frozen:
             parameter.requires_grad_(True)
     return {"steps": steps, "loss": total.item() / steps if steps else float("nan")}

@@ -111,6 +111,15 @@ def test_optimisers_are_torchs_own(name):
     assert same(*models_)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad_is_torchs_own(to_none):
+    model = make()
+    one = optimizer(model.parameters(), TrainConfig())
+    F.cross_entropy(model(X), Y).backward()
+    one.zero_grad(to_none)
+    assert all(p.grad is None if to_none else not p.grad.any() for p in model.parameters())
+
+
 def test_step_hooks_run():
     model, seen = make(), []
     one = optimizer(model.parameters(), TrainConfig())
