@@ -6,7 +6,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.knowledge import Board, Topic
+from fedfuse.knowledge import Address, Board, Parcel, Topic
 from fedfuse.records import (
     InvalidArrays,
     Scope,
@@ -39,6 +39,15 @@ from fedfuse.store import INITIAL
 from fedfuse.sums import GROUP, Sum
 from fedfuse.traffic import Traffic
 from fedfuse.train.objective import Loss
+
+
+class Delivery(NamedTuple):
+    """The knowledge of a message, alike for all clients who need the same and lack the same of it."""
+
+    parcels: list[Parcel]
+    records: dict[str, ArrayRecord]
+    columns: dict[str, list[Any]]  # of the message's config
+    versions: dict[Address, int]  # what the node holds afterwards
 
 
 class Exchange(Strategy):
@@ -253,50 +262,60 @@ class Exchange(Strategy):
         self._type = kind + suffix
         self._tag = self.tag() if kind == "train" else ""
         self._wire: dict[Any, ArrayRecord] = {}
+        self._deliveries: dict[Any, Delivery] = {}
         self._like = Message(RecordDict(), dst_node_id=1, message_type=self._type)
         return [self._message(client) for client in clients]
 
     def _message(self, client: int, again: bool = False) -> Message:
         held = self.held.get(client, {})
-        needed = list(self.board.addresses(client, self.scenario.architectures[client]))
-        self.sent[client] = {address: self.board.items[address].version for address in needed}
+        needed = tuple(self.board.addresses(client, self.scenario.architectures[client]))
         parcels = [p for address in needed for p in self.board.path(address, held.get(address, -1))]
-        content: dict[str, Any] = {}
-        names: list[str] = []
-        for parcel in parcels:
-            name = "arrays" if parcel.topic == "model" else parcel.topic
-            if name in names:
-                name = f"{name}@{parcel.version}{parcel.to}"
-            key = (parcel.address, parcel.version, parcel.since)
-            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
-                self._wire[key] = record(parcel.arrays)
-            content[name] = self._wire[key]
-            names.append(name)
+        key = (needed, tuple(map(id, parcels)))  # ids of what the deliveries keep
+        delivery = self._deliveries.get(key)
+        if delivery is None:
+            delivery = self._deliveries[key] = self._deliver(needed, parcels)
+        self.sent[client] = delivery.versions
         config: dict[str, Any] = {
             "client": client,
             "group": self.groups[client],
             "tag": self.tags.get(client, INITIAL),
             "new-tag": self._tag,
+            **delivery.columns,
         }
-        if parcels:
-            config["parcel.record"] = names
-            config["parcel.topic"] = [p.topic for p in parcels]
-            config["parcel.to"] = [p.to for p in parcels]
-            config["parcel.version"] = [p.version for p in parcels]
-            config["parcel.since"] = [p.since for p in parcels]
-            config["parcel.sha"] = [p.sha for p in parcels]
-        if needed:
-            config["needs.topic"] = [topic for topic, _ in needed]
-            config["needs.to"] = [to for _, to in needed]
-            config["needs.version"] = [self.board.items[address].version for address in needed]
-        content["config"], content["run"] = trusted(ConfigRecord, config), self._common
+        content = {**delivery.records, "config": trusted(ConfigRecord, config), "run": self._common}
         if again:
-            self.traffic.resent(self.round, client, parcels)
+            self.traffic.resent(self.round, client, delivery.parcels)
         else:
             label = "evaluate" if self._kind == "evaluate" else self.label
-            self.traffic.down(label, self.round, client, needed, parcels, self.board)
+            self.traffic.down(label, self.round, client, needed, delivery.parcels, self.board)
         node = client + 1 if self.nodes is None else self.nodes[client]
         return message_to(node, self._type, trusted(RecordDict, content), self._like)
+
+    def _deliver(self, needed: tuple[Address, ...], parcels: list[Parcel]) -> Delivery:
+        """What brings a node to the newest version of all that it needs."""
+        records: dict[str, ArrayRecord] = {}
+        for parcel in parcels:
+            name = "arrays" if parcel.topic == "model" else parcel.topic
+            if name in records:
+                name = f"{name}@{parcel.version}{parcel.to}"
+            key = (parcel.address, parcel.version, parcel.since)
+            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
+                self._wire[key] = record(parcel.arrays)
+            records[name] = self._wire[key]
+        versions = {address: self.board.items[address].version for address in needed}
+        columns: dict[str, list[Any]] = {}
+        if parcels:
+            columns["parcel.record"] = list(records)
+            columns["parcel.topic"] = [p.topic for p in parcels]
+            columns["parcel.to"] = [p.to for p in parcels]
+            columns["parcel.version"] = [p.version for p in parcels]
+            columns["parcel.since"] = [p.since for p in parcels]
+            columns["parcel.sha"] = [p.sha for p in parcels]
+        if needed:
+            columns["needs.topic"] = [topic for topic, _ in needed]
+            columns["needs.to"] = [to for _, to in needed]
+            columns["needs.version"] = list(versions.values())
+        return Delivery(parcels, records, columns, versions)
 
     def message_again(self, client: int) -> Message:
         """Build a client's message anew, with whole values, after its node said that it could not follow."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from fedfuse.records import Arrays, Spec, model_arrays, nbytes, sha_arrays
@@ -76,7 +77,7 @@ class Parcel:
         """Which topic it belongs to and whom it is for."""
         return self.topic, self.to
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Array payload in bytes."""
         return nbytes(self.arrays)
@@ -100,6 +101,7 @@ class Board:
     items: dict[Address, Item] = field(default_factory=dict)
     chains: dict[Address, list[Parcel]] = field(default_factory=dict)
     by_receiver: dict[str, list[Address]] = field(default_factory=dict)
+    _wholes: dict[Address, Parcel] = field(default_factory=dict)  # newest values as they travel
 
     def publish(self, topic: str, arrays: Arrays, to: int | str | None, version: int) -> None:
         """Put a value (or, for a fold topic that has one, an increment) on the board.
@@ -129,6 +131,7 @@ class Board:
         if old is None:
             self.by_receiver.setdefault(address[1], []).append(address)
         self.items[address] = Item(arrays, version, hashed)
+        self._wholes.pop(address, None)
 
     def addresses(self, client: int, architecture: str) -> Iterator[Address]:
         """Everything on the board that is for this client."""
@@ -140,9 +143,12 @@ class Board:
         item = self.items[address]
         if have >= item.version:
             return []
-        topic, to = address
-        whole = Parcel(topic, to, item.version, -1, item.arrays, item.sha)
-        chain = self.chains.get(address, [])
+        whole = self._wholes.get(address)
+        if whole is None:
+            whole = self._wholes[address] = Parcel(*address, item.version, -1, item.arrays, item.sha)
+        chain = self.chains.get(address)
+        if not chain:
+            return [whole]
         start = next((i for i, step in enumerate(chain) if step.since == have), None)
         if have < 0 or start is None or sum(step.nbytes for step in chain[start:]) >= whole.nbytes:
             return [whole]
@@ -150,7 +156,7 @@ class Board:
 
     def restore(self, items: dict[Address, Item], chains: dict[Address, list[Parcel]]) -> None:
         """Take over a checkpoint."""
-        self.items, self.chains, self.by_receiver = items, chains, {}
+        self.items, self.chains, self.by_receiver, self._wholes = items, chains, {}, {}
         for address in items:
             self.by_receiver.setdefault(address[1], []).append(address)
 

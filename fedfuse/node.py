@@ -124,7 +124,7 @@ class Node:
             reply = self.handle(message, cache, "model" in sums)
             if not reply.has_error():
                 try:
-                    self._sum(reply, totals, sums, self._client(message))
+                    self._sum(reply, totals, sums)
                     last = reply
                 except InvalidArrays as error:
                     reply = self._error(INVALID, self._client(message), str(error), message)
@@ -139,12 +139,12 @@ class Node:
                 config[f"dtypes:{name}"] = json.dumps(dtypes)
         return replies
 
-    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None], client: int) -> None:
+    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None]) -> None:
         content: RecordDict = reply.content
         config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
         hyper = self._hyper[1] if self._hyper else self._default
-        check_share(self.entry.server, hyper, self.residents, client, str(config["phase"]), records, metrics)
+        check_share(self.entry.server, hyper, self.residents, config["client"], config["phase"], records, metrics)
         names, sizes = [], []
         for name, total in totals.items():
             if name in records:
@@ -339,6 +339,8 @@ class Node:
 
 def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None = None) -> list[Parcel]:
     """Read the knowledge a message carries, but for what the cache holds already."""
+    if not config.get("parcel.record"):
+        return []
     columns = ("record", "topic", "to", "version", "since", "sha")
     lists = [config.get(f"parcel.{name}", []) for name in columns]
     out = []

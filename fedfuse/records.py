@@ -60,7 +60,8 @@ class LiveArray(Array):
 
 def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
-    return trusted(ArrayRecord, {name: LiveArray(value.detach().cpu()) for name, value in arrays.items()})
+    plain = {k: v.detach().cpu() if v.requires_grad or not v.is_cpu else v for k, v in arrays.items()}
+    return trusted(ArrayRecord, {name: LiveArray(value) for name, value in plain.items()})
 
 
 Kind = TypeVar("Kind", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)

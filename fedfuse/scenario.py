@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,6 +105,7 @@ class Residents:
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
         self._layouts: dict[str, Layout] = {}
+        self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
         budget = scenario.config.runtime.memory
@@ -166,17 +167,18 @@ class Residents:
 
     def scope(self, client: int, hyper: Any) -> Scope:
         """The sizes a spec may name, for one client."""
-        architecture = self.scenario.architectures[client]
-        model = self.model(architecture)
-        transfer = self.scenario.data.transfer
-        dims = {
-            "classes": self.scenario.classes,
-            "transfer": 0 if transfer is None else len(transfer),
-            "subset": self.scenario.rows_of(getattr(hyper, "subset", None)),
-            "examples": self.scenario.examples(client),
-            "features": int(getattr(model, "feature_dim", 0) or 0),
-        }
-        return Scope(dims, self.layout(architecture), hyper, module=model)
+        architecture, subset = self.scenario.architectures[client], getattr(hyper, "subset", None)
+        common = self._dims.get((architecture, subset))
+        if common is None:
+            transfer = self.scenario.data.transfer
+            common = self._dims[architecture, subset] = {
+                "classes": self.scenario.classes,
+                "transfer": 0 if transfer is None else len(transfer),
+                "subset": self.scenario.rows_of(subset),
+                "features": int(getattr(self.model(architecture), "feature_dim", 0) or 0),
+            }
+        dims = {**common, "examples": self.scenario.examples(client)}
+        return Scope(dims, self.layout(architecture), hyper, module=self._models[architecture])
 
     def layout(self, architecture: str) -> Layout:
         """Names, dtypes and shapes of an architecture's arrays."""
@@ -223,13 +225,18 @@ class Residents:
 
 def frozen(model: nn.Module) -> frozenset[str]:
     """Names of parameters that never change and never travel: `model.frozen`, which adapters set; default none."""
-    return getattr(model, "frozen", frozenset())
+    return cast("frozenset[str]", model.__dict__.get("frozen") or getattr(type(model), "frozen", _NONE))
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 def variable(model: nn.Module) -> Arrays:
     """The model's parameters and buffers but the frozen ones, not copied."""
-    fixed = frozen(model)
-    return {name: value for name, value in model.state_dict().items() if name not in fixed}
+    fixed, found = frozen(model), _contents(model)
+    if found is None:
+        found = model.state_dict()
+    return {name: value for name, value in found.items() if name not in fixed} if fixed else found
 
 
 def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
@@ -240,31 +247,53 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
     RuntimeError
         If `arrays` has a name or shape the model has not, or, if strict, lacks one that is not frozen.
     """
-    own = variable(model)
-    if own.keys() == arrays.keys() and _plain(model) and all(own[k].shape == v.shape for k, v in arrays.items()):
-        with torch.no_grad():  # what load_state_dict does for such models, at a tenth of its cost
-            torch._foreach_copy_(list(own.values()), [arrays[name] for name in own])
-        return
-    found = model.load_state_dict(arrays, strict=False)
-    missing = sorted(set(found.missing_keys) - frozen(model)) if strict else []
-    if missing or found.unexpected_keys:
-        raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {found.unexpected_keys[:3]}")
+    fixed, found = frozen(model), _contents(model)
+    if found is not None:  # what load_state_dict does for such models, at a tenth of its cost
+        own = [value for name, value in found.items() if name not in fixed]
+        new = [arrays[name] for name in found if name in arrays and name not in fixed]
+        if len(own) == len(new) == len(arrays) and all(a.shape == b.shape for a, b in zip(own, new, strict=True)):
+            with torch.no_grad():
+                torch._foreach_copy_(own, new)
+            return
+    answer = model.load_state_dict(arrays, strict=False)
+    missing = sorted(set(answer.missing_keys) - fixed) if strict else []
+    if missing or answer.unexpected_keys:
+        raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {answer.unexpected_keys[:3]}")
 
 
-def _plain(model: nn.Module) -> bool:
-    """Whether loading is just copying: no module has a hook or its own way to load."""
-    known = _loads.get(model)
-    if known is None:
-        known = _loads[model] = all(
-            type(module)._load_from_state_dict in _COPYING and not module._load_state_dict_pre_hooks
-            and not module._load_state_dict_post_hooks and not module._state_dict_hooks
-            for module in model.modules()
-        )  # fmt: skip
-    return known
+def _contents(model: nn.Module) -> Arrays | None:
+    """What `state_dict()` gives at half its cost; None if a module has a hook or its own way to save or load."""
+    found: Arrays = {}
+    rest: list[tuple[str, nn.Module]] = [("", model)]
+    while rest:
+        prefix, module = rest.pop()
+        own = module.__dict__
+        hooked = own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]
+        hooked = hooked or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]
+        if hooked or not _plain(cast(Any, type(module))):
+            return None
+        for name, value in own["_parameters"].items():
+            if value is not None:
+                found[prefix + name] = value.detach()
+        for name, value in own["_buffers"].items():
+            if value is not None and name not in own["_non_persistent_buffers_set"]:
+                found[prefix + name] = value.detach()
+        if own["_modules"]:
+            inner = [(f"{prefix}{name}.", child) for name, child in own["_modules"].items() if child is not None]
+            rest += reversed(inner)
+    return found
 
 
 _COPYING = (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
-_loads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@cache
+def _plain(kind: Any) -> bool:
+    """Whether modules of this class are saved and loaded by copying parameters and buffers."""
+    inherited = ("state_dict", "load_state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
+    return kind._load_from_state_dict in _COPYING and all(
+        getattr(kind, name) is getattr(nn.Module, name) for name in inherited
+    )
 
 
 def _size(value: Any) -> int:

@@ -17,6 +17,9 @@ from fedfuse.knowledge import Address, Board, Parcel
 Row = tuple[int, int, str, str, str, int]  # round, client, direction, message, record, bytes
 
 
+_TOTALS = {"setup": "setup_bytes", "resend": "resent_bytes"}
+
+
 @dataclass
 class Traffic:
     """Rows of this round, totals of the run, and evaluation deliveries that training may still need."""
@@ -30,8 +33,8 @@ class Traffic:
     def _row(self, round: int, client: int, direction: str, message: str, record: str, size: int) -> None:
         if size:
             self.rows.append((round, client, direction, message, record, size))
-            key = {"train": f"{direction}_bytes", "setup": "setup_bytes", "resend": "resent_bytes"}
-            self.totals[key.get(message, f"evaluate_{direction}_bytes")] += size
+            key = f"{direction}_bytes" if message == "train" else _TOTALS.get(message, f"evaluate_{direction}_bytes")
+            self.totals[key] += size
 
     def down(
         self,
@@ -43,9 +46,9 @@ class Traffic:
         board: Board,
     ) -> None:
         """Charge one message to a client; `needed` is everything on the board that is meant for it."""
-        sent: Counter[Address] = Counter()
+        sent: dict[Address, int] = {}
         for parcel in parcels:
-            sent[parcel.address] += parcel.nbytes
+            sent[parcel.address] = sent.get(parcel.address, 0) + parcel.nbytes
         if message == "evaluate":
             for address, size in sent.items():
                 self.pending.setdefault((client, address), []).append((round, size))
@@ -55,11 +58,11 @@ class Traffic:
             label = "setup" if board.topics[address[0]].once else message
             have = self.used.get(key, -1)
             if have >= version:
-                self._row(round, client, "down", "resend", address[0], sent[address])
+                self._row(round, client, "down", "resend", address[0], sent.get(address, 0))
                 continue
             path = board.path(address, have)
             earlier = self.pending.pop(key, [])
-            carried = sent[address] + sum(size for _, size in earlier)
+            carried = sent.get(address, 0) + sum(size for _, size in earlier)
             charged = min(carried, sum(step.nbytes for step in path))
             self._row(round, client, "down", label, address[0], charged)
             rest = carried - charged

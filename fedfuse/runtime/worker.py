@@ -24,6 +24,15 @@ from fedfuse.store import INITIAL, ClientStore
 
 Bare = tuple[int, str, dict[str, Any]]  # a message without its arrays: node, type, config
 Tree = tuple[dict[str, Any], dict[str, Any]]  # a client's state: arrays, and the rest
+# a call: what all messages say, groups, knowledge (version, arrays or where they lie), states of clients, and whether
+# members are answered one by one, nothing summed (after a worker died on the group)
+Task = tuple[
+    dict[str, Any] | None,
+    list[list[Bare]],
+    dict[Address, tuple[int, Any]],
+    dict[tuple[int, str], Tree | None],
+    bool,
+]
 Answer = tuple[Any, ...]  # (records, metrics, config), or (error code, reason)
 
 
@@ -116,19 +125,10 @@ class Worker:
         """Process id, for tests that kill."""
         return os.getpid()
 
-    def work(
-        self,
-        run: dict[str, Any] | None,
-        groups: list[list[Bare]],
-        needs: dict[Address, tuple[int, Any]],
-        states: dict[tuple[int, str], Tree | None],
-        alone: bool,
-    ) -> tuple[list[list[Answer]], list[Any], float]:
-        """Run groups in the order given; return each group's answers, states to keep, and the seconds it took.
-
-        `alone`: members are answered one by one, nothing is summed (after a worker died on the group).
-        """
+    def work(self, task: Task) -> tuple[list[list[Answer]], list[Any], float]:
+        """Run groups in the order given; return each group's answers, states to keep, and the seconds it took."""
         started = time.perf_counter()
+        run, groups, needs, states, alone = task
         self._fetch(needs)
         if isinstance(self.store, CarriedStore):
             self.store.given, self.store.kept = states, []

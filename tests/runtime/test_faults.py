@@ -109,20 +109,23 @@ def test_hanging_client(undisturbed, with_fault, ray_session) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments(seed, undisturbed, ray_session) -> None:
+def test_killed_at_random_moments(seed, ray_session) -> None:
     """Several `kill -9` in one run, whatever the workers are doing."""
-    expected, draw, over = undisturbed("knfu"), random.Random(seed), threading.Event()
+    long = (*WIDE, "rounds=12")  # else it may be over before the first kill
+    expected, draw, over = play("knfu", *long).digest, random.Random(seed), threading.Event()
     killed = []
 
     def killer() -> None:
         for _ in range(3):
             if over.wait(draw.uniform(0.0, 0.3)):
                 return
-            if found := workers():
-                killed.append(draw.choice(found))
-                os.kill(killed[-1], signal.SIGKILL)
+            while not (found := workers()):  # they may still be starting
+                if over.wait(0.02):
+                    return
+            killed.append(draw.choice(found))
+            os.kill(killed[-1], signal.SIGKILL)
 
-    with federation("knfu", *WIDE, grid="ray") as (built, _):
+    with federation("knfu", *long, grid="ray") as (built, _):
         thread = threading.Thread(target=killer)
         thread.start()
         try:
