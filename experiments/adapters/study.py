@@ -5,7 +5,8 @@
     python experiments/adapters/study.py newsgroups        # (b) a smoke comparison
     python experiments/adapters/study.py shakespeare       # (c)
     python experiments/adapters/study.py private           # (d)
-    python experiments/adapters/study.py figure            # plot and text from metrics.csv beside this file
+    python experiments/adapters/study.py collect           # metrics.csv beside this file, one row a run
+    python experiments/adapters/study.py table             # README.md's tables from it; also: figure, ratio
 
 Each is resumable: the same command goes on where it stopped. Learning rates were chosen by `study.py tune TASK` and
 `rates TASK`: every arm at each of `RATES`, over the study's own length, on seed 100 (used nowhere else) and the IID
@@ -168,6 +169,45 @@ def collect() -> None:
     pl.DataFrame(rows, schema=names, orient="row").sort(names[:4]).write_csv(HERE / "metrics.csv")
 
 
+def table() -> None:
+    """Print README.md's tables: mean ± standard deviation over seeds, bytes of a client's round (IID)."""
+    import polars as pl
+
+    frame = pl.read_csv(HERE / "metrics.csv").with_columns(
+        *((pl.col(way) / pl.col("client_rounds") / 1e3).alias(f"kB {way}") for way in ("up", "down"))
+    )
+
+    def told(column: pl.Series, digits: int) -> str:
+        spread = f" ± {column.std():.{digits}f}" if len(column) > 1 else ""
+        return f"{column.mean():.{digits}f}{spread}"
+
+    for task in ("sst2", "trec", "newsgroups"):
+        names = ["method, rank", "IID, accuracy %", "Dirichlet 0.3, accuracy %", "seeds", "kB up", "kB down"]
+        names += ["RAVAN's row for T5-base, IID / Dirichlet"] * (task == "newsgroups")
+        print(f"\n{task}\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
+        mine = frame.filter(pl.col("study").str.starts_with(task))
+        for (name, rank), part in sorted(mine.group_by("strategy", "rank")):
+            iid, skewed = (part.filter(study=f"{task}-{split}") for split in ("iid", "dirichlet"))
+            cells = [f"{name} {rank}", told(100 * iid["accuracy"], 1), told(100 * skewed["accuracy"], 1), str(len(iid))]
+            cells += [f"{iid[way].mean():.2f}" for way in ("kB up", "kB down")]
+            print(f"| {' | '.join(cells + [RAVAN[name]] * (task == 'newsgroups'))} |")
+    print("\nshakespeare\n\n| method, rank | test loss | seeds | kB up | kB down |\n|---|---|---|---|---|")
+    for (name, rank), part in sorted(frame.filter(study="shakespeare-roles").group_by("strategy", "rank")):
+        up, down = (f"{part[way].mean():.2f}" for way in ("kB up", "kB down"))
+        print(f"| {name} {rank} | {told(part['loss'], 3)} | {len(part)} | {up} | {down} |")
+    print("\nprivate\n\n| ε | method, rank | accuracy % | ε spent |\n|---|---|---|---|")
+    for row in frame.filter(pl.col("study").str.starts_with("private")).sort("study", "strategy").iter_rows(named=True):
+        asked = row["study"].removeprefix("private-").replace("null", "none")
+        spent = "–" if row["epsilon"] is None else f"{row['epsilon']:.3f}"
+        print(f"| {asked} | {row['strategy']} {row['rank']} | {100 * row['accuracy']:.1f} | {spent} |")
+
+
+# RAVAN (2025), 20 Newsgroups, its table for T5-base: accuracy %, IID / Dirichlet 0.3
+RAVAN = {
+    "fed_sb": "67.15 / 63.10", "fedex_lora": "69.04 / 62.52", "fedit": "69.07 / 61.98", "ffa_lora": "68.11 / 62.36",
+}  # fmt: skip
+
+
 def figure() -> None:
     """Draw performance over bytes: filled by a client's round, hollow what a download of the basis would add once."""
     import matplotlib
@@ -228,4 +268,4 @@ if __name__ == "__main__":
     what, *task = sys.argv[1:]
     if what in TASKS:
         what, task = "compare", [what]
-    {f.__name__: f for f in (tune, rates, compare, private, collect, figure, ratio)}[what](*task)
+    {f.__name__: f for f in (tune, rates, compare, private, collect, table, figure, ratio)}[what](*task)

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedfuse.bench import footprint
 from fedfuse.bench.contestants import COHORT, WORKLOADS
-from fedfuse.bench.footprint import MEASURES
 from fedfuse.errors import UserError
 
 USAGE = """\
@@ -24,20 +24,24 @@ fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out 
 
 Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
+  flat: noop with 100, 1,000, 10,000 and 100,000 clients, which take turns
   startup, cohort-memory, state-memory: whole commands; see `fedfuse.bench.footprint`
   default: all, at the sizes of docs/performance.md
 Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), cores (that loop on every core at once), flower (its
   simulator), guest (the same Flower app on FedFuse's engine), pfl (pfl-research, two processes; needs
   `pip install pfl==0.6.0`)
-Each side is a process of its own; sides take turns round by round; the first two rounds warm up.
+Each side is a process of its own; sides take turns round by round; the first two rounds warm up. At least N rounds are
+played (default 5), up to 25 while they take less than two minutes. A ratio is the median over rounds of what two sides
+took in the same one.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
 SIDES = ("fedfuse", "inline", "plain", "cores", "guest", "flower", "pfl")
 DEFAULT = (
     "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000",
-    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "startup", "cohort-memory", "state-memory",
+    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "flat", "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2
+ENOUGH, MOST = 120.0, 25  # seconds, and rounds, after which no more are played than were asked for
 
 
 class Side:
@@ -104,6 +108,11 @@ class Side:
         """Seconds of a round, warm."""
         return statistics.median(self.seconds[WARM:]) if len(self.seconds) > WARM else float("nan")
 
+    def over(self, other: Side) -> float:
+        """What it took over what another took in the same round, median: the machine has slow minutes and fast ones."""
+        pairs = list(zip(self.seconds[WARM:], other.seconds[WARM:], strict=False))
+        return statistics.median(mine / yours for mine, yours in pairs) if pairs else float("nan")
+
 
 def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[str, Any]:
     """Let sides take turns on one workload.
@@ -115,21 +124,54 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[
     """
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         playing = [Side(side, name, clients, Path(folder)) for side in sides]
-        try:
-            for _ in range(rounds + WARM):
-                for side in playing:
-                    side.round()
-        finally:
-            for side in playing:
-                side.end()
+        take_turns(playing, rounds)
     found: dict[str, Any] = {}
     cohort = WORKLOADS[name].cohort(clients)
     for side in playing:
         if side.failed:
             found[side.name] = {"failed": side.failed}
-        else:
-            found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / cohort * 1e3}
+            continue
+        found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / cohort * 1e3}
+        if not playing[0].failed:
+            found[side.name]["ratio"] = side.over(playing[0])
     return {"workload": name, "clients": clients, "sides": found}
+
+
+def take_turns(playing: Sequence[Side], rounds: int) -> None:
+    """Let sides play, round by round, and end them."""
+    started = time.perf_counter()
+    try:
+        for played in range(max(rounds, MOST) + WARM):
+            if played >= rounds + WARM and time.perf_counter() - started > ENOUGH:
+                break
+            for side in playing:
+                side.round()
+    finally:
+        for side in playing:
+            side.end()
+
+
+def flat() -> dict[str, Any]:
+    """A no-op client's cost with ever more clients registered, all sizes in turn: whether it grows.
+
+    Returns
+    -------
+    dict
+        ms_per_client by clients, and ratio: medians over rounds of what a size took over what 100 took.
+    """
+    sizes = (100, 1000, 10000, 100000)
+    with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
+        playing = [Side("fedfuse", "noop", clients, Path(folder)) for clients in sizes]
+        take_turns(playing, MOST)
+    if failed := [side.failed for side in playing if side.failed]:
+        return {"failed": failed[0]}
+    return {
+        "ms_per_client": {n: side.median / COHORT * 1e3 for n, side in zip(sizes, playing, strict=True)},
+        "ratio": {n: side.over(playing[0]) for n, side in zip(sizes, playing, strict=True)},
+    }
+
+
+MEASURES = {"flat": flat, **footprint.MEASURES}
 
 
 def sides_of(workload: str, clients: int, chosen: Sequence[str]) -> list[str]:
@@ -232,10 +274,8 @@ def _cell(result: dict[str, Any], side: str) -> str:
 
 
 def _ratio(result: dict[str, Any], side: str) -> str:
-    ours, found = result["sides"].get("fedfuse", {}), result["sides"].get(side, {})
-    if "ms_per_client" not in ours or "ms_per_client" not in found:
-        return ""
-    return f"{found['ms_per_client'] / ours['ms_per_client']:.2f}"
+    ratio = result["sides"].get(side, {}).get("ratio")
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def plot(results: dict[str, Any], sides: Sequence[str], path: Path) -> None:
