@@ -46,3 +46,15 @@ def test_tests_that_the_pages_name_exist() -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/distillation.md").read_text(encoding="utf-8"))
     assert len(named) > 50
     assert [f"{file}::{name}" for file, name in named if f"def {name}(" not in files.get(file, "")] == []
+
+
+def test_the_adapters_tables_are_what_their_command_prints(capsys) -> None:
+    folder = ROOT / "experiments/adapters"
+    spec = importlib.util.spec_from_file_location("adapters_study", folder / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    study.table()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    stands = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(printed) > 40
+    assert [line for line in printed if line not in stands] == []
