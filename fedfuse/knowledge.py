@@ -101,7 +101,7 @@ class Board:
     items: dict[Address, Item] = field(default_factory=dict)
     chains: dict[Address, list[Parcel]] = field(default_factory=dict)
     by_receiver: dict[str, list[Address]] = field(default_factory=dict)
-    _wholes: dict[Address, Parcel] = field(default_factory=dict)  # newest values as they travel
+    _wholes: dict[Address, Parcel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def publish(self, topic: str, arrays: Arrays, to: int | str | None, version: int) -> None:
         """Put a value (or, for a fold topic that has one, an increment) on the board.

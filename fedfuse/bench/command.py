@@ -30,9 +30,9 @@ Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a roun
 Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), cores (that loop on every core at once), flower (its
   simulator), guest (the same Flower app on FedFuse's engine), pfl (pfl-research, two processes; needs
   `pip install pfl==0.6.0`)
-Each side is a process of its own; sides take turns round by round; the first two rounds warm up. At least N rounds are
-played (default 5), up to 25 while they take less than two minutes. A ratio is the median over rounds of what two sides
-took in the same one.
+Each side is a process of its own; sides take turns round by round; the first two rounds warm up. N rounds are played,
+by default at least 5, and up to 25 while they take less than two minutes. A ratio is the median over rounds of what two
+sides took in the same one.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
 SIDES = ("fedfuse", "inline", "plain", "cores", "guest", "flower", "pfl")
@@ -41,7 +41,7 @@ DEFAULT = (
     "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "flat", "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2
-ENOUGH, MOST = 120.0, 25  # seconds, and rounds, after which no more are played than were asked for
+LEAST, MOST, ENOUGH = 5, 25, 120.0  # rounds at least and at most, and seconds after which no more than the least
 
 
 class Side:
@@ -114,7 +114,7 @@ class Side:
         return statistics.median(mine / yours for mine, yours in pairs) if pairs else float("nan")
 
 
-def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[str, Any]:
+def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -> dict[str, Any]:
     """Let sides take turns on one workload.
 
     Returns
@@ -137,12 +137,12 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int) -> dict[
     return {"workload": name, "clients": clients, "sides": found}
 
 
-def take_turns(playing: Sequence[Side], rounds: int) -> None:
-    """Let sides play, round by round, and end them."""
+def take_turns(playing: Sequence[Side], rounds: int | None = None) -> None:
+    """Let sides play, round by round, and end them; without a number of rounds, as many as time allows."""
     started = time.perf_counter()
     try:
-        for played in range(max(rounds, MOST) + WARM):
-            if played >= rounds + WARM and time.perf_counter() - started > ENOUGH:
+        for played in range(WARM + (rounds or MOST)):
+            if rounds is None and played >= LEAST + WARM and time.perf_counter() - started > ENOUGH:
                 break
             for side in playing:
                 side.round()
@@ -162,7 +162,7 @@ def flat() -> dict[str, Any]:
     sizes = (100, 1000, 10000, 100000)
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         playing = [Side("fedfuse", "noop", clients, Path(folder)) for clients in sizes]
-        take_turns(playing, MOST)
+        take_turns(playing)
     if failed := [side.failed for side in playing if side.failed]:
         return {"failed": failed[0]}
     return {
@@ -212,7 +212,8 @@ def command(argv: Sequence[str]) -> int:
     """
     from fedfuse.errors import nearest
 
-    words, chosen, rounds, out, picked = list(argv), list(SIDES), 5, Path("bench"), []
+    words, chosen, out, picked = list(argv), list(SIDES), Path("bench"), []
+    rounds: int | None = None
     if any(word in ("-h", "--help") for word in words):
         print(USAGE, end="")
         return 0
