@@ -1,5 +1,6 @@
 """A strategy of its own over Flower's Grid: coordinate-wise median of gradients."""
 
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,7 +49,8 @@ class Median(Strategy):
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    nodes = list(grid.get_node_ids())
+    while len(nodes := list(grid.get_node_ids())) < int(context.run_config["nodes"]):
+        time.sleep(0.1)  # Flower's simulator may start us before its nodes
     ids = grid.push_messages([Message(RecordDict(), dst_node_id=node, message_type="query.scale") for node in nodes])
     waiting, scales = set(ids), []
     while waiting:

@@ -50,7 +50,8 @@ def evaluate(message: Message, context: Context) -> Message:
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     start = ArrayRecord({"w": Array(np.zeros(SIZE))})
-    result = FedAvg().start(grid, start, num_rounds=int(context.run_config["rounds"]))
+    strategy = FedAvg(min_available_nodes=int(context.run_config["nodes"]))
+    result = strategy.start(grid, start, num_rounds=int(context.run_config["rounds"]))
     if context.run_config["out"]:
         asked = result.train_metrics_clientapp[int(context.run_config["rounds"])]["asked"]
         np.savez(str(context.run_config["out"]), w=result.arrays["w"].numpy(), asked=asked)
