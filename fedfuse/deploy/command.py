@@ -32,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories lie")
     server.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
 
+    server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
+
     node = commands.add_parser("node", help="run a node (SuperNode) on this site's data")
     _reach(node)
     node.add_argument("--key", type=Path, help="this node's private key, registered with the server")
@@ -130,7 +132,13 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
 
     follow(args.follow)
     return run_server(
-        host=args.host, port=args.port, certs=args.certs, state=args.state_dir, runs=args.runs, insecure=args.insecure
+        host=args.host,
+        port=args.port,
+        certs=args.certs,
+        state=args.state_dir,
+        runs=args.runs,
+        insecure=args.insecure,
+        allow_code=args.allow_code,
     )
 
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import QUIET, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runtime.seat import Seat
 
@@ -93,7 +93,15 @@ def _there(path: Path | None, flag: str) -> Path:
 
 
 def run_server(
-    *, host: str, port: int, certs: Path | None, state: Path, runs: Path, insecure: bool, database: Path | None = None
+    *,
+    host: str,
+    port: int,
+    certs: Path | None,
+    state: Path,
+    runs: Path,
+    insecure: bool,
+    database: Path | None = None,
+    allow_code: bool = False,
 ) -> int:
     """Be the SuperLink, with TLS and node authentication unless `insecure`.
 
@@ -111,7 +119,7 @@ def run_server(
         tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
         tls.append("--enable-supernode-auth")
         executor_tls = ["--root-certificates", str(ca)]
-    _home(state, **{RUNS: str(runs.resolve())})
+    _home(state, **{RUNS: str(runs.resolve()), ALLOW_CODE: str(int(allow_code))})
     secret = _secret(state)
     from flwr.superlink.cli.flower_superlink import flower_superlink
 

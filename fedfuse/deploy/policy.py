@@ -59,10 +59,6 @@ class Policy:
             raise Refused(f"site policy: train.epochs={config.train.epochs}; allowed: at most {self.max_epochs}")
         if self.require_dp and not config.privacy.on:
             raise Refused("site policy: differential privacy is required, the run has none")
-        if not self.allow_code:
-            for key, value in code_of(config).items():
-                if value:
-                    raise Refused(f"site policy: {key}={value} names code or files of this site; allowed: none")
 
     def check_examples(self, examples: int) -> None:
         """Refuse to join with too few training examples.
@@ -78,20 +74,6 @@ class Policy:
     def as_json(self) -> str:
         """Write it for the site's own processes."""
         return json.dumps(dataclasses.asdict(self))
-
-
-def code_of(config: Config) -> dict[str, Any]:
-    """What in a configuration would make a site import, fetch or open something of the asker's choice."""
-    return {
-        "data.load": config.data.load,
-        "data.hub": config.data.hub,
-        "data.download": config.data.download,
-        "model.build": config.model.build,
-        "model.checkpoint": config.model.checkpoint,
-        "model.checkpoints": config.model.checkpoints,
-        "loss.build": config.loss.build,
-        "transfer.root": config.transfer.root,
-    }
 
 
 def policy_from(values: dict[str, Any], where: str) -> Policy:

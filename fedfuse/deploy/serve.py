@@ -16,9 +16,11 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from fedfuse.deploy.processes import RUNS
+from fedfuse.config import Config
+from fedfuse.deploy.processes import ALLOW_CODE, RUNS
 from fedfuse.directory import RunDirectory
-from fedfuse.errors import UserError, WorldError
+from fedfuse.dotted import code
+from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.experiment import as_yaml
 from fedfuse.runtime.flower import Patience
 from fedfuse.runtime.serve import serve
@@ -43,6 +45,9 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     say("fedfuse: server app starts")
     try:
         _deployed(grid, orders)
+    except Refused as error:
+        say(f"fedfuse: refused: {error}")
+        raise UserError(str(error)) from error
     except (UserError, WorldError) as error:
         say(f"fedfuse: {'refused' if isinstance(error, UserError) else 'failed'}: {error}")
         raise
@@ -56,7 +61,12 @@ def _deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     name = str(orders.get("name", ""))
     if not NAME.fullmatch(name):
         raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
-    config = from_json(str(orders.get("config", "")))
+    allowed = os.environ.get(ALLOW_CODE) == "1"
+    with code(allowed):
+        _carried_out(grid, orders, name, from_json(str(orders.get("config", "")), allowed, at_server=True), started)
+
+
+def _carried_out(grid: Grid, orders: Mapping[str, Any], name: str, config: Config, started: float) -> None:
     patience = read_patience(str(orders.get("patience", "{}")))
     path = Path(os.environ.get(RUNS, "runs")) / name
     directory = RunDirectory(path, as_yaml(config), started)

@@ -56,7 +56,9 @@ class Order:
         kept = path / "order.json"
         if kept.exists():
             values = json.loads(kept.read_text(encoding="utf-8"))
-            return Order(from_json(values["config"]), values["name"], read_patience(values["patience"]), values["own"])
+            return Order(
+                from_json(values["config"], code=True), values["name"], read_patience(values["patience"]), values["own"]
+            )
         if (path / "config.yaml").exists():
             from fedfuse.experiment import load_config
 

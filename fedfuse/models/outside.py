@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fedfuse.dotted import resolve
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,39 +26,6 @@ class Logits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (B, classes)."""
         return self.model(x).logits
-
-
-def resolve(path: str, key: str) -> Callable[..., Any]:
-    """Import what `pkg.mod:name` names; the working directory counts as a place to look.
-
-    Parameters
-    ----------
-    path
-        The dotted path; `name` may have dots (`transformers:AutoModel.from_pretrained`).
-    key
-        The configuration key, for error lines.
-
-    Raises
-    ------
-    UserError
-        If the path is malformed, its module cannot be imported, or the name is missing or not callable.
-    """
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise UserError(f"{key}={path!r} must be written pkg.mod:name")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"{key}={path}: cannot import {module_name}: {error}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"{key}={path}: {module_name} has no {name!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"{key}={path} is not a function or class")
-    return found
 
 
 def model(path: str, shape: tuple[int, ...], classes: int, config: ModelConfig) -> nn.Module:

@@ -12,10 +12,12 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedfuse import registry
 from fedfuse.config import Config
+from fedfuse.dotted import code
 from fedfuse.errors import Refused, UserError
 from fedfuse.knowledge import Stale
 from fedfuse.node import Node, place
 from fedfuse.records import InvalidArrays
+from fedfuse.runtime.allowed import check_texts
 from fedfuse.runtime.hello import identity
 from fedfuse.runtime.inline import single_thread
 from fedfuse.runtime.own import site_scenario
@@ -41,7 +43,8 @@ class Host:
     def handle(self, message: Message) -> Message:
         """Answer one message; whatever is refused becomes an error reply with a named reason."""
         try:
-            return self._handle(message)
+            with code(self.seat.policy.allow_code):
+                return self._handle(message)
         except (Refused, UserError) as error:
             return self._error(REFUSED, f"refused: {error}", message)
         except Stale as error:
@@ -74,8 +77,13 @@ class Host:
         client = message.content.config_records.get("config", ConfigRecord()).get("client")
         if client not in mine:
             raise Refused(f"a message for client {client!r}; this site is client {', '.join(map(str, mine))}")
-        if message.content.config_records.get("run", ConfigRecord()).get("run") != run:
+        about = message.content.config_records.get("run", ConfigRecord())
+        if about.get("run") != run:
             raise Refused("a message whose run is not that of its setting")
+        given = {key.removeprefix("hyper."): value for key, value in about.items() if key.startswith("hyper.")}
+        given.pop("unset", None)  # names of fields, as JSON
+        if not self.seat.policy.allow_code:
+            check_texts({"strategy": given})
         message.content = unpacked(message.content)
         folder = self.seat.state / run / str(client)
         reply = Site(folder, self._node(config, scenario, folder)).handle(message)
@@ -104,7 +112,7 @@ class Host:
 
     def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
         if text not in self._scenarios:
-            config = from_json(text)
+            config = from_json(text, code=self.seat.policy.allow_code)
             self.seat.policy.check(config)
             config = replace(config, data=replace(config.data, root=self.seat.data))
             if (self.seat.clients is None) != bool(task):

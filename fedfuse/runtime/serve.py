@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedfuse import registry
 from fedfuse.config import Config
 from fedfuse.data.dataset import SPLITS
+from fedfuse.deploy.policy import Policy
 from fedfuse.directory import RunDirectory, write_rows, write_text
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.experiment import build_strategy, callbacks, server_device_of
@@ -27,7 +28,7 @@ from fedfuse.runtime.hello import differences, identity
 from fedfuse.runtime.host import Host, Seat
 from fedfuse.runtime.inline import single_thread
 from fedfuse.runtime.own import counts_of, server_scenario, task_of
-from fedfuse.runtime.settings import as_json
+from fedfuse.runtime.settings import as_json, for_sites
 from fedfuse.scenario import prepare_scenario
 
 
@@ -79,7 +80,8 @@ def _serve(
     run_id = _kept(directory.path / "run_id", uuid.uuid4().hex)
     attempt = int(_kept(directory.path / "attempt", "0")) + 1
     write_text(directory.path / "attempt", str(attempt))
-    setting = {"config": as_json(config), "run": run_id, "attempt": attempt, "task": task_of(scenario) if own else ""}
+    task = task_of(scenario) if own else ""
+    setting = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
     adapter = FlowerGrid(grid, setting, patience, say)
     counts: dict[int, list[int]] = {}
 
@@ -223,7 +225,7 @@ def simulated(sites: Path, store: Path, clients: int, data: str | None) -> Clien
         client = int(context.node_config["partition-id"])
         key = (str(sites), client)
         if key not in _hosts:
-            _hosts[key] = Host(Seat(client, sites, clients, data, store=store))
+            _hosts[key] = Host(Seat(client, sites, clients, data, Policy(allow_code=True), store))
         return _hosts[key].handle(message)
 
     return SiteApp(answer)

@@ -10,8 +10,9 @@ from typing import Any
 
 from fedfuse import registry
 from fedfuse.compose import check
-from fedfuse.config import Config
+from fedfuse.config import Config, TrackingConfig
 from fedfuse.errors import UserError, nearest
+from fedfuse.runtime.allowed import check_texts
 
 LONGEST = 65536  # characters; a configuration is a few thousand
 
@@ -21,13 +22,30 @@ def as_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
-def from_json(text: str) -> Config:
+def for_sites(config: Config) -> Config:
+    """The configuration as sites are told it: without what is the server's own (folders, trackers, passwords)."""
+    told = dataclasses.replace(config, out=None, tracking=TrackingConfig())
+    return dataclasses.replace(told, data=dataclasses.replace(config.data, root=None))
+
+
+def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     """Read a configuration that somebody else wrote; every key, type and value is checked.
+
+    Parameters
+    ----------
+    text : str
+        JSON.
+    code : bool
+        Whether it may name code and files, which this machine's own operator has allowed.
+    at_server : bool
+        See `check_texts`.
 
     Raises
     ------
     UserError
         Naming the key, the value and what is allowed; for an unregistered strategy too.
+    Refused
+        If it says anything but registered names and numbers.
     """
     if len(text) > LONGEST:
         raise UserError(f"configuration: {len(text)} characters; allowed are {LONGEST}")
@@ -37,6 +55,8 @@ def from_json(text: str) -> Config:
         raise UserError(f"configuration: not JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
         raise UserError("configuration: an object with a strategy is needed")
+    if not code:
+        check_texts(values, at_server)
     name = values["strategy"].get("name")
     if not isinstance(name, str):
         raise UserError(f"strategy={name!r}: a name is needed")

@@ -212,7 +212,7 @@ class Outside(Loss):
     """
 
     def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        from fedfuse.models.outside import resolve
+        from fedfuse.dotted import resolve
 
         kind = resolve(path, "loss.build")
         options = dict(options)

@@ -160,7 +160,7 @@ REFUSED = [
     ({"extra": {"size": 3}}, {}, "data.extra.size"),
     ({"layout": "custom"}, {}, "expected pkg.mod:fn"),
     ({"layout": "custom", "load": "no_such_package:make"}, {}, "no_such_package"),
-    ({"layout": "custom", "load": "json:dumps_all"}, {}, "no function"),
+    ({"layout": "custom", "load": "json:dumps_all"}, {}, "has no .dumps_all"),
 ]
 
 

@@ -1,0 +1,65 @@
+"""Code of the user's own, named in a configuration as `pkg.mod:name`: imported here, and nowhere else.
+
+For one's own machine. Where a configuration came by wire, `code(False)` shuts this door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from fedfuse.errors import Refused, UserError
+
+_own_machine: ContextVar[bool] = ContextVar("own_machine", default=True)
+
+
+@contextlib.contextmanager
+def code(allowed: bool) -> Iterator[None]:
+    """Whether names in a configuration may be imported while this lasts: not where the configuration came by wire."""
+    token = _own_machine.set(allowed)
+    try:
+        yield
+    finally:
+        _own_machine.reset(token)
+
+
+def resolve(path: str, key: str) -> Callable[..., Any]:
+    """Import what `pkg.mod:name` names; the working directory counts as a place to look.
+
+    Parameters
+    ----------
+    path
+        The dotted path; `name` may have dots (`transformers:AutoModel.from_pretrained`).
+    key
+        The configuration key, for error lines.
+
+    Raises
+    ------
+    UserError
+        If the path is malformed, its module cannot be imported, or the name is missing or not callable.
+    Refused
+        If the configuration came by wire.
+    """
+    if not _own_machine.get():
+        raise Refused(f"{key}={path[:80]!r}: over the wire nothing is imported")
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise UserError(f"{key}={path!r} must be written pkg.mod:name")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"{key}={path}: cannot import {module_name}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{key}={path}: {module_name} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{key}={path} is not a function or class")
+    return found
