@@ -6,14 +6,14 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "FusionClient": "fedfuse.client",
-    "FusionStrategy": "fedfuse.strategy",
-    "Share": "fedfuse.strategy",
-    "Shares": "fedfuse.strategy",
-    "Topic": "fedfuse.knowledge",
-    "Item": "fedfuse.knowledge",
-    "arrays": "fedfuse.records",
-    "model_arrays": "fedfuse.records",
+    "FusionClient": "fedfuse.core.client",
+    "FusionStrategy": "fedfuse.core.strategy",
+    "Share": "fedfuse.core.strategy",
+    "Shares": "fedfuse.core.strategy",
+    "Topic": "fedfuse.wire.knowledge",
+    "Item": "fedfuse.wire.knowledge",
+    "arrays": "fedfuse.wire.records",
+    "model_arrays": "fedfuse.wire.records",
     "UserError": "fedfuse.errors",
     "WorldError": "fedfuse.errors",
     "Run": "fedfuse.api",

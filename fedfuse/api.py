@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from fedfuse.results.run import Run as Kept
-from fedfuse.results.run import load as load_kept
+from fedfuse.results.run_data import Run as Kept
+from fedfuse.results.run_data import load as load_kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Run:
         UserError
             If there is no such model.
         """
-        from fedfuse.export import rebuild
+        from fedfuse.runs.export import rebuild
 
         return rebuild(self.dir, client)[0]
 
@@ -74,8 +74,8 @@ class Run:
         inputs : ndarray
             Examples as the data set holds them (uint8 images NCHW, float32 features, int64 tokens).
         """
-        from fedfuse.export import rebuild
-        from fedfuse.train.local import predict
+        from fedfuse.runs.export import rebuild
+        from fedfuse.train.training import predict
 
         model, scenario = rebuild(self.dir, client)
         return predict(model, scenario.data.dataset.tensor(inputs))
@@ -109,8 +109,8 @@ def run(settings: Mapping[str, Any], *, quiet: bool = True) -> Run:
     WorldError
         If the run failed; it can be resumed.
     """
-    from fedfuse.compose import compose
-    from fedfuse.experiment import run as run_experiment
+    from fedfuse.config.compose import compose
+    from fedfuse.runs.experiment import run as run_experiment
 
     return load(run_experiment(compose(overrides(settings)), quiet=quiet))
 

@@ -15,9 +15,9 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.errors import UserError
-from fedfuse.runtime.app import SiteApp
-from fedfuse.runtime.host import Host
-from fedfuse.runtime.seat import Seat, seat_from
+from fedfuse.network.app import SiteApp
+from fedfuse.network.site import Site
+from fedfuse.network.site_config import SiteConfig, site_config_from
 
 SEAT = "FEDFUSE_SEAT"  # environment: path of the seat's file, written by `fedfuse deploy node`
 
@@ -27,27 +27,27 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Play one run on Flower's Deployment Runtime."""
-    from fedfuse.deploy.serve import deployed
+    from fedfuse.deploy.orders import deployed
 
     deployed(grid, dict(context.run_config))
 
 
 def answer(message: Message, context: Context) -> Message:
     """Answer one message; a new process each time, so everything that must survive is on the site's disk."""
-    return Host(_seat(dict(context.node_config))).handle(message)
+    return Site(_seat(dict(context.node_config))).handle(message)
 
 
 client = SiteApp(answer)
 
 
-def _seat(config: dict[str, Any]) -> Seat:
+def _seat(config: dict[str, Any]) -> SiteConfig:
     """The seat: from the file that our own launcher wrote, else from Flower's `--node-config`."""
     path = os.environ.get(SEAT)
     if path:
-        return seat_from(Path(path).read_text(encoding="utf-8"))
+        return site_config_from(Path(path).read_text(encoding="utf-8"))
     try:
         state = Path(str(config["state-dir"]))
-        return Seat(int(config["partition-id"]), state, int(config["num-partitions"]), config.get("data"))
+        return SiteConfig(int(config["partition-id"]), state, int(config["num-partitions"]), config.get("data"))
     except KeyError as error:
         raise UserError(
             f"--node-config: {error.args[0]} is missing; needed: state-dir, partition-id, num-partitions"

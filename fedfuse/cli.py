@@ -72,8 +72,8 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DI
 
 
 def _end_ray() -> None:
-    if "fedfuse.runtime.ray" in sys.modules:
-        from fedfuse.runtime.ray import disconnect
+    if "fedfuse.engines.ray" in sys.modules:
+        from fedfuse.engines.ray import disconnect
 
         disconnect()
 
@@ -112,11 +112,11 @@ def _run(words: list[str], started: float) -> int:
     overrides, flags = _flags(words, "-m", "--multirun", "--dry-run")
     sweep = "-m" in flags or "--multirun" in flags
     if sweep:
-        from fedfuse.sweep import sweep as run_sweep
+        from fedfuse.runs.sweep import sweep as run_sweep
 
         run_sweep(overrides)
         return 0
-    from fedfuse.compose import compose, expand
+    from fedfuse.config.compose import compose, expand
 
     jobs = expand(overrides)
     if len(jobs) > 1:
@@ -125,11 +125,11 @@ def _run(words: list[str], started: float) -> int:
     if config.search.trials is not None:
         raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     if "--dry-run" in flags:
-        from fedfuse.preview import preview
+        from fedfuse.runs.preview import preview
 
         preview(config)
         return 0
-    from fedfuse.experiment import run
+    from fedfuse.runs.experiment import run
 
     return _show(run(config, started))
 
@@ -137,7 +137,7 @@ def _run(words: list[str], started: float) -> int:
 def _show(path: Path) -> int:
     from rich.console import Console
 
-    from fedfuse.results.run import load
+    from fedfuse.results.run_data import load
     from fedfuse.results.table import print_table
 
     console = Console(highlight=False)
@@ -150,7 +150,7 @@ def _show(path: Path) -> int:
 
 def _compare(words: list[str], started: float) -> int:
     overrides, _ = _flags(words)
-    from fedfuse.sweep import sweep as run_sweep
+    from fedfuse.runs.sweep import sweep as run_sweep
 
     run_sweep(overrides, report=True)
     return 0
@@ -162,12 +162,12 @@ def _resume(words: list[str], started: float) -> int:
         raise UserError("fedfuse resume: needs one run directory")
     path = Path(rest[0])
     if (path / "summary.json").exists():
-        from fedfuse.results.run import load
+        from fedfuse.results.run_data import load
 
         load(path)
         print(f"{path}: finished already")
         return _show(path)
-    from fedfuse.experiment import resume
+    from fedfuse.runs.experiment import resume
 
     return _show(resume(path))
 
@@ -197,7 +197,7 @@ def _watch(words: list[str], started: float) -> int:
 
 
 def _list(words: list[str], started: float) -> int:
-    from fedfuse.compose import preset_files
+    from fedfuse.config.compose import preset_files
 
     rest, _ = _flags(words)
     kinds = ("strategies", "datasets", "partitions", "models", "losses", "experiments")
@@ -213,7 +213,7 @@ def _list(words: list[str], started: float) -> int:
 
 def _lines(kind: str, presets: Callable[[], dict[str, Path]]) -> list[tuple[str, str]]:
     if kind == "strategies":
-        from fedfuse.registry import listed
+        from fedfuse.config.registry import listed
 
         return [(s.name, f"{s.summary} [{s.paper}]" if s.paper else s.summary) for s in listed().values()]
     if kind == "datasets":
@@ -239,7 +239,7 @@ def _export(words: list[str], started: float) -> int:
     rest, flags = _flags(words, "--client", "--out")
     if len(rest) != 1:
         raise UserError("fedfuse export: needs one run directory")
-    from fedfuse.export import export
+    from fedfuse.runs.export import export
 
     client = flags.get("--client")
     if client is not None and not client.isdigit():
@@ -256,13 +256,13 @@ def _deploy(words: list[str], started: float) -> int:
 
 
 def _flower(words: list[str], started: float) -> int:
-    from fedfuse.runtime.app import command
+    from fedfuse.network.app import command
 
     return command(words)
 
 
 def _bench(words: list[str], started: float) -> int:
-    from fedfuse.bench.command import command
+    from fedfuse.bench.suite import command
 
     return command(words)
 

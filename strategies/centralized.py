@@ -6,10 +6,10 @@ each way a round. With a single client this is FedAvg on that client, bit for bi
 
 from __future__ import annotations
 
-from fedfuse.client import FusionClient
-from fedfuse.records import Arrays
-from fedfuse.registry import strategy
-from fedfuse.strategy import FusionStrategy, Shares
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Shares
+from fedfuse.wire.records import Arrays
 
 
 @strategy("centralized", client=FusionClient, paper="baseline")

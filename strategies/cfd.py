@@ -27,13 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.client import FusionClient, Metrics, transfer_rows
-from fedfuse.knowledge import Item, Topic
-from fedfuse.label_code import BITS, bytes_of, code_of, decode, encode, pack, probabilities, quantise, unpack
-from fedfuse.records import Arrays, InvalidArrays, Layout, Scope, distributions
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import Records, Shares
-from fedfuse.student import StudentStrategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics, transfer_rows
+from fedfuse.core.strategy import Records, Shares
+from fedfuse.families.student import StudentStrategy
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.label_code import BITS, bytes_of, code_of, decode, encode, pack, probabilities, quantise, unpack
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, distributions
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Scope, arrays, distributions
-from fedfuse.registry import hyper, strategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.seeding import seed_of
-from fedfuse.strategy import FusionStrategy, Records, Shares
-from fedfuse.train import local
+from fedfuse.train import training
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Scope, arrays, distributions
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class CometClient(FusionClient):
         if h.distill == "separate":
             self.train(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)
             return self.train()
-        steps = local.batches(len(x), h.distill_batch, 2**30, self.seed, "distil", self.client, self.round)
+        steps = training.batches(len(x), h.distill_batch, 2**30, self.seed, "distil", self.client, self.round)
 
         def joint(logits: Tensor, labels: Tensor, _: Tensor) -> Tensor:
             i = next(steps).to(x.device)

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
-from fedfuse.train.local import proximal
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.train.training import proximal
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays, InvalidArrays, Scope, arrays, distributions
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays, InvalidArrays, Scope, arrays, distributions
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.adaptation import (
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import Records
+from fedfuse.core.strategy import Shares
+from fedfuse.errors import UserError
+from fedfuse.families.adapters import (
     AdapterClient,
     AdapterStrategy,
     RankedHyper,
@@ -50,16 +54,12 @@ from fedfuse.adaptation import (
     part,
     rank_of,
 )
-from fedfuse.client import Records
-from fedfuse.errors import UserError
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays, Layout, Scope, arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import Shares
 from fedfuse.train import basis
 from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
 from fedfuse.train.privacy import drawn
 from fedfuse.train.stack import deltas, empty, fold, increments
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays, Layout, Scope, arrays
 
 
 @dataclass(frozen=True)

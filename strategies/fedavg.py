@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.client import FusionClient
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Shares
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

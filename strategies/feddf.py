@@ -29,15 +29,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.client import FusionClient
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Residents, variable
+from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.errors import UserError
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Residents, variable
 from fedfuse.seeding import generator
-from fedfuse.strategy import FusionStrategy, Shares
-from fedfuse.sums import Sum
-from fedfuse.train import local
+from fedfuse.train import training
+from fedfuse.wire.records import Arrays
+from fedfuse.wire.sums import Sum
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class FedDF(FusionStrategy):
         compare = loss.from_probabilities if h.ensemble == "prob" else loss
         model = self.residents.loaded(name, student)
         config = dataclasses.replace(self.scenario.config.train, optimizer="adam", lr=h.distill_lr, weight_decay=0.0)
-        optimizer = local.optimizer(model.parameters(), config)
-        epoch = len(local.sizes_of(len(x), h.distill_batch, max(2, loss.min_batch)))
+        optimizer = training.optimizer(model.parameters(), config)
+        epoch = len(training.sizes_of(len(x), h.distill_batch, max(2, loss.min_batch)))
         steps, best = h.distill_epochs * epoch, Best(self.accuracy(model), student) if h.patience else None
         step = iter(range(steps))
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.scenario import Scenario
+from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.models.parts import parameters
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Scenario
-from fedfuse.strategy import FusionStrategy, Shares
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

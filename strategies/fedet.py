@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.client import FusionClient
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Residents
+from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.models.parts import classes_of, seeded_by
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Residents
-from fedfuse.strategy import FusionStrategy, Shares
-from fedfuse.sums import Sum
+from fedfuse.wire.records import Arrays
+from fedfuse.wire.sums import Sum
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays
-from fedfuse.registry import strategy
-from fedfuse.strategy import Shares
+from fedfuse.config.registry import strategy
+from fedfuse.core.strategy import Shares
+from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
 from fedfuse.train.adapters import adapted
 from fedfuse.train.stack import compact, deltas, empty, fold, increments
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays
 
 
 def residual(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic, model_topic
-from fedfuse.records import Arrays, InvalidArrays, Layout, Scope, arrays, layout_of, model_arrays
-from fedfuse.registry import hyper, strategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.seeding import seed_of
-from fedfuse.strategy import FusionStrategy, Records, Shares
-from fedfuse.sums import Sum
-from fedfuse.train import local
+from fedfuse.train import training
+from fedfuse.wire.knowledge import Item, Topic, model_topic
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, arrays, layout_of, model_arrays
+from fedfuse.wire.sums import Sum
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class FedGenClient(FusionClient):
         (net, held), head = self.taught, cast(Any, self.model).head
         fade, distance, draw = h.decay**self.round, self.loss("kl"), self.generator("features")
         size, device = self.scenario.config.train.batch_size, self.residents.device
-        left = h.regularised_epochs * sum(1 for _ in local.batches(len(self.x), size, 1))
+        left = h.regularised_epochs * sum(1 for _ in training.batches(len(self.x), size, 1))
 
         def loss(logits: Tensor, y: Tensor, _: Tensor) -> Tensor:
             nonlocal left

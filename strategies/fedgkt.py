@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse import models
-from fedfuse.client import FusionClient
-from fedfuse.config import ModelConfig
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays, InvalidArrays, Layout, Scope, arrays, validate
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Metrics, Records, Share, Shares
-from fedfuse.train import local
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.config.schema import ModelConfig
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Metrics, Records, Share, Shares
+from fedfuse.train import training
 from fedfuse.train.scores import scores
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, arrays, validate
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class FedGKTClient(FusionClient):
         return records, {}
 
     def _features(self, x: Tensor) -> Tensor:
-        return local.predict(self.model, x, self.scenario.config.evaluate.batch_size, features=True)
+        return training.predict(self.model, x, self.scenario.config.evaluate.batch_size, features=True)
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.knowledge import Topic
-from fedfuse.registry import strategy
+from fedfuse.config.registry import strategy
+from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
+from fedfuse.wire.knowledge import Topic
 
 
 class FedITClient(AdapterClient):

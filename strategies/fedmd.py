@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import arrays
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.models.parts import parameters
-from fedfuse.records import Arrays, model_arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays, model_arrays
 
 
 @dataclass(frozen=True)

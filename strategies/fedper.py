@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.models.parts import body_arrays, head, without
-from fedfuse.registry import strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
 
 
 class FedPerClient(FusionClient):

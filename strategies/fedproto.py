@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import InvalidArrays, Scope, arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.train.classwise import class_means, mean_over_holders, pull
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import InvalidArrays, Scope, arrays
 
 
 @dataclass(frozen=True)

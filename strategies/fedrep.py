@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.models.parts import body_arrays, head, without
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.client import Records
-from fedfuse.knowledge import Topic
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import Records
+from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
+from fedfuse.wire.knowledge import Topic
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

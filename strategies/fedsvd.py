@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.client import Records
-from fedfuse.knowledge import Topic
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import Records
+from fedfuse.core.strategy import Shares
+from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
 from fedfuse.train.adapters import layer_names
 from fedfuse.train.basis import leading
+from fedfuse.wire.knowledge import Topic
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.client import Records
-from fedfuse.knowledge import Topic
-from fedfuse.registry import strategy
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import Records
+from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
+from fedfuse.wire.knowledge import Topic
 
 
 class FFALoRAClient(AdapterClient):

@@ -18,15 +18,15 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
-from fedfuse.client import Records
-from fedfuse.knowledge import Item
-from fedfuse.records import Arrays
-from fedfuse.registry import strategy
-from fedfuse.strategy import Share, Shares
-from fedfuse.sums import Sum
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import Records
+from fedfuse.core.strategy import Share, Shares
+from fedfuse.families.adapters import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
 from fedfuse.train.adapters import adapted, layer_names
 from fedfuse.train.basis import leading
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
+from fedfuse.wire.sums import Sum
 
 
 def truncated(update: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, part, rank_of
-from fedfuse.client import Metrics, Records
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays
-from fedfuse.registry import strategy
-from fedfuse.strategy import Shares
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import Metrics, Records
+from fedfuse.core.strategy import Shares
+from fedfuse.families.adapters import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, part, rank_of
 from fedfuse.train.adapters import LoRA, adapted
 from fedfuse.train.stack import compact, deltas, empty, fold, increments
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays
 
 
 def stack(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Every `flwr_*` strategy builds the class of `flwr.serverapp.strategy` that it is named after, hands it the cohort as
 a grid (`fraction_train=1`: the platform has sampled already), sends the keys it adds to the training configuration
-(`proximal-mu`), and gives it the shares as Flower replies (see `fedfuse.foreign`).
+(`proximal-mu`), and gives it the shares as Flower replies (see `fedfuse.families.flower_rules`).
 
 Travels: the model both ways, P·B_f bytes a client and round. Server learning rates are Flower's defaults; the
 clients' rate is `train.lr`. Readings of ours: integer buffers (BatchNorm's counters) never reach Flower's rules,
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from fedfuse.client import Metrics
-from fedfuse.foreign import FlowerClient, FlowerHyper, FlowerStrategy
-from fedfuse.records import record
-from fedfuse.registry import hyper, strategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import Metrics
+from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
+from fedfuse.wire.records import record
 
 
 class QFedAvgClient(FlowerClient):

@@ -22,12 +22,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.scenario import Residents
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.models.pair import joined, paired, private_part, shared_arrays, shared_part
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Residents
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.adaptation import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
-from fedfuse.client import Metrics, Records
-from fedfuse.knowledge import Item
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import Share, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import Metrics, Records
+from fedfuse.core.strategy import Share, Shares
+from fedfuse.families.adapters import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
 from fedfuse.train.adapters import LoRA, adapted, layer_names
+from fedfuse.wire.knowledge import Item
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.client import FusionClient
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Scope, arrays, distributions
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Scope, arrays, distributions
 
 
 @dataclass(frozen=True)

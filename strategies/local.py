@@ -5,9 +5,9 @@ Travels: nothing (0 bytes).
 
 from __future__ import annotations
 
-from fedfuse.client import FusionClient
-from fedfuse.registry import strategy
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 
 
 class LocalClient(FusionClient):

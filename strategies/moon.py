@@ -23,12 +23,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.models.parts import classes_of, seeded_by
-from fedfuse.records import Arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.strategy import FusionStrategy, Shares
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,21 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.adaptation import AdapterClient, AdapterHyper, AdapterStrategy, at_most, cut, equip, is_head, part
-from fedfuse.client import Metrics, Records
-from fedfuse.knowledge import Topic
-from fedfuse.registry import strategy
-from fedfuse.strategy import INVALID, Shares
+from fedfuse.config.registry import strategy
+from fedfuse.core.client import Metrics, Records
+from fedfuse.core.strategy import INVALID, Shares
+from fedfuse.families.adapters import (
+    AdapterClient,
+    AdapterHyper,
+    AdapterStrategy,
+    at_most,
+    cut,
+    equip,
+    is_head,
+    part,
+)
 from fedfuse.train.adapters import in_parts
+from fedfuse.wire.knowledge import Topic
 
 
 def active(round: int) -> str:

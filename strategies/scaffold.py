@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedfuse.client import FusionClient, Metrics
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.scenario import Residents
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.errors import UserError
-from fedfuse.knowledge import Item, Topic, model_topic
 from fedfuse.models.parts import parameter_arrays, parameters
-from fedfuse.records import Arrays, model_arrays
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Residents
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic, model_topic
+from fedfuse.wire.records import Arrays, model_arrays
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.client import FusionClient, transfer_rows
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import Arrays, Scope, arrays, distributions
-from fedfuse.registry import hyper, strategy
-from fedfuse.scenario import Scenario
-from fedfuse.strategy import Records, Shares
-from fedfuse.student import StudentStrategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient, transfer_rows
+from fedfuse.core.scenario import Scenario
+from fedfuse.core.strategy import Records, Shares
+from fedfuse.families.student import StudentStrategy
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import Arrays, Scope, arrays, distributions
 
 
 @dataclass(frozen=True)

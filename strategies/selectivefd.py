@@ -30,12 +30,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.client import FusionClient
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import InvalidArrays, Scope, arrays, distributions
-from fedfuse.registry import hyper, strategy
+from fedfuse.config.registry import hyper, strategy
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
 from fedfuse.seeding import generator
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import InvalidArrays, Scope, arrays, distributions
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pytest
 @pytest.fixture(scope="session")
 def ray_session():
     """Two idle workers that every test of this process shares."""
-    from fedfuse.runtime.ray import connect, disconnect
+    from fedfuse.engines.ray import connect, disconnect
 
     connect(2, None)
     yield

@@ -13,19 +13,20 @@ from unittest import mock
 
 from omegaconf import OmegaConf
 
-from fedfuse import models, registry
-from fedfuse.compose import GROUPS, check, compose
-from fedfuse.config import Config
+from fedfuse import models
+from fedfuse.config import registry
+from fedfuse.config.compose import GROUPS, check, compose
+from fedfuse.config.schema import Config
+from fedfuse.core.loop import Callback, Evaluation, Federation
+from fedfuse.core.node import place
+from fedfuse.core.scenario import Scenario
+from fedfuse.core.strategy import FusionStrategy
 from fedfuse.data import FederatedData, prepare
-from fedfuse.directory import RunDirectory
-from fedfuse.experiment import as_yaml, build_strategy
-from fedfuse.federation import Callback, Evaluation, Federation
-from fedfuse.node import place
-from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity, single_thread
-from fedfuse.runtime.serial import SerialGrid
-from fedfuse.scenario import Scenario
-from fedfuse.store import ClientStore
-from fedfuse.strategy import FusionStrategy
+from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity, single_thread
+from fedfuse.engines.serial import SerialGrid
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.experiment import as_yaml, build_strategy
+from fedfuse.wire.client_store import ClientStore
 
 single_thread()
 claim_identity()
@@ -123,7 +124,7 @@ def federation(
                 drop,
             )
         elif grid == "ray":
-            from fedfuse.runtime.ray import RayGrid
+            from fedfuse.engines.ray import RayGrid
 
             transport = RayGrid(entry, scenario, directory.clients.directory, workers)
         else:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedfuse import registry
-from fedfuse.client import FusionClient, Metrics
-from fedfuse.knowledge import Item, Topic
-from fedfuse.records import arrays
-from fedfuse.registry import Entry, hyper
-from fedfuse.strategy import FusionStrategy, Records, Shares
+from fedfuse.config import registry
+from fedfuse.config.registry import Entry, hyper
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.wire.knowledge import Item, Topic
+from fedfuse.wire.records import arrays
 
 
 def grown(value: dict[str, torch.Tensor], increment: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

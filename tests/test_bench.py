@@ -6,8 +6,8 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedfuse.bench import distillation
-from fedfuse.bench.command import sides_of
 from fedfuse.bench.contestants import WORKLOADS
+from fedfuse.bench.suite import sides_of
 
 
 @pytest.mark.parametrize("name", ["fedmd", "dsfl", "knfu"])

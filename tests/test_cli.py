@@ -131,7 +131,7 @@ def test_the_exported_model_scores_what_the_summary_says(tmp_path: Path) -> None
     from fedfuse.train.scores import scores
 
     run = fedfuse.run({"strategy": "fedavg", **dict(w.split("=") for w in SMALL), "out": tmp_path / "run"})
-    from fedfuse.export import rebuild
+    from fedfuse.runs.export import rebuild
 
     _, scenario = rebuild(run.dir)
     test = scenario.data.dataset.test

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fedfuse.coding import Counts, Decoder, Encoder
+from fedfuse.wire.arithmetic_code import Counts, Decoder, Encoder
 
 
 def code(symbols, size, sizes=None):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse import models, registry
-from fedfuse.compose import compose, options, presets
+from fedfuse import models
+from fedfuse.config import registry
+from fedfuse.config.compose import compose, options, presets
 from fedfuse.train.losses import loss
 
 DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -66,7 +67,7 @@ def test_experiment_presets_compose() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_experiment_presets_run_short(name: str, tmp_path: Path) -> None:
     """Each preset, cut down: its own data, partition and models, two rounds, few examples."""
-    from fedfuse.experiment import run
+    from fedfuse.runs.experiment import run
 
     if name != "smoke" and not DATA.exists():
         pytest.skip("the data folder ../shared/data is not here (FEDFUSE_DATA)")

@@ -15,14 +15,14 @@ import pytest
 import torch
 import yaml
 
-from fedfuse.compose import compose
-from fedfuse.config import Config
-from fedfuse.directory import RunDirectory
+from fedfuse.config.compose import compose
+from fedfuse.config.schema import Config
+from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError, WorldError
-from fedfuse.experiment import as_yaml, load_config, resume, run
-from fedfuse.federation import Callback
-from fedfuse.records import sha_arrays
-from fedfuse.store import read_tree, write_tree
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.experiment import as_yaml, load_config, resume, run
+from fedfuse.wire.client_store import read_tree, write_tree
+from fedfuse.wire.records import sha_arrays
 from tests.federations import TINY, federation, play
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter
 
@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_a_resumable_run(name: str, before_commit: bool, tmp_path:
 
 def test_a_commit_that_was_cut_short_does_not_count(monkeypatch, tmp_path: Path) -> None:
     """Killed after the rows, before the checkpoint: the rows are dropped and written again."""
-    from fedfuse import directory as module
+    from fedfuse.runs import directory as module
 
     where, there = tmp_path / "run", tmp_path / "there"
     with federation("fedavg", "rounds=3", path=there) as (built, _):

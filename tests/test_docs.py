@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse import registry
+from fedfuse.config import registry
 from tests.federations import play
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
-from fedfuse.experiment import run
+from fedfuse.runs.experiment import run
 from tests.federations import TINY
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter
 

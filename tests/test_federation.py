@@ -10,14 +10,14 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedfuse.client import FusionClient
+from fedfuse.config.registry import NoHyper
+from fedfuse.core.client import FusionClient
+from fedfuse.core.loop import Callback
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.engines.serial import SerialGrid
 from fedfuse.errors import WorldError
-from fedfuse.federation import Callback
-from fedfuse.records import record
-from fedfuse.registry import NoHyper
-from fedfuse.runtime.serial import SerialGrid
-from fedfuse.store import ClientStore
-from fedfuse.strategy import FusionStrategy
+from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.records import record
 from tests.federations import federation, play
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
 
@@ -514,7 +514,7 @@ def test_several_phases_are_refused_under_flowers_own_loop(monkeypatch) -> None:
 
 
 def test_early_stop_looks_at_validation_only() -> None:
-    from fedfuse.federation import EarlyStop
+    from fedfuse.core.loop import EarlyStop
 
     with federation("local", "rounds=6", "stop.patience=1", "train.lr=1e-9") as (built, directory):
         built.callbacks.insert(1, EarlyStop(1))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.knowledge import Board, Cache, Item, Parcel, Stale, Topic, address_of, model_topic, reaches
-from fedfuse.records import nbytes, sha_arrays
+from fedfuse.wire.knowledge import Board, Cache, Item, Parcel, Stale, Topic, address_of, model_topic, reaches
+from fedfuse.wire.records import nbytes, sha_arrays
 
 
 def merged(value, increment):

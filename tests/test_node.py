@@ -9,15 +9,15 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedfuse import registry
-from fedfuse.knowledge import Cache, Parcel
-from fedfuse.node import Node, parcels, place, state_sha
-from fedfuse.records import nbytes, record, sha_arrays, tensors
-from fedfuse.registry import Entry
-from fedfuse.runtime.site import Site
-from fedfuse.shares import FAILED, FULL, INVALID, REFUSED, STALE
-from fedfuse.store import INITIAL, ClientStore
-from fedfuse.sums import Sum
+from fedfuse.config import registry
+from fedfuse.config.registry import Entry
+from fedfuse.core.node import Node, parcels, place, state_sha
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
+from fedfuse.network.site_memory import SiteMemory
+from fedfuse.wire.client_store import INITIAL, ClientStore
+from fedfuse.wire.knowledge import Cache, Parcel
+from fedfuse.wire.records import nbytes, record, sha_arrays, tensors
+from fedfuse.wire.sums import Sum
 from tests.federations import TINY, federation, scenario_of
 from tests.ledger import Ledger, LedgerClient, enter
 
@@ -261,7 +261,7 @@ def test_a_groups_last_valid_member_carries_the_sum(tmp_path: Path) -> None:
 
 
 def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monkeypatch) -> None:
-    from fedfuse.client import FusionClient
+    from fedfuse.core.client import FusionClient
 
     class Poisons(FusionClient):
         def share(self):
@@ -282,17 +282,17 @@ def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monke
 
 def test_a_site_answers_a_repeated_message_from_its_disk(tmp_path: Path, monkeypatch) -> None:
     message = asked("local")[0]
-    first = Site(tmp_path, node("local", tmp_path)).handle(message)
+    first = SiteMemory(tmp_path, node("local", tmp_path)).handle(message)
     monkeypatch.setattr(Node, "handle", lambda *a, **k: pytest.fail("computed a second time"))
-    again = Site(tmp_path, node("local", tmp_path)).handle(message)
+    again = SiteMemory(tmp_path, node("local", tmp_path)).handle(message)
     assert dict(again.content["config"]) == dict(first.content["config"])
     assert dict(again.content["metrics"]) == dict(first.content["metrics"])
 
 
 def test_a_cached_reply_keeps_every_bit(tmp_path: Path) -> None:
     message = asked("knfu")[1]
-    first = Site(tmp_path, node("knfu", tmp_path)).handle(message)
-    again = Site(tmp_path, node("knfu", tmp_path)).handle(message)
+    first = SiteMemory(tmp_path, node("knfu", tmp_path)).handle(message)
+    again = SiteMemory(tmp_path, node("knfu", tmp_path)).handle(message)
     for name, content in first.content.array_records.items():
         a, b = content, again.content.array_records[name]
         assert {k: (v.dtype, v.shape, v.data) for k, v in a.items()} == {
@@ -304,7 +304,7 @@ def test_a_cached_reply_keeps_every_bit(tmp_path: Path) -> None:
 def test_another_start_is_another_message(tmp_path: Path) -> None:
     """After a lost commit the server names another state: the cached reply is not it."""
     message = asked("local")[0]
-    site = Site(tmp_path, node("local", tmp_path))
+    site = SiteMemory(tmp_path, node("local", tmp_path))
     site.handle(message)
     other = changed(message, run={"round": 2}, config={"new-tag": "2.1"})
     assert site.handle(other).content["config"]["tag"] == "2.1"

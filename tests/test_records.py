@@ -9,7 +9,8 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.records import (
+from fedfuse.wire.packing import packed, unpacked
+from fedfuse.wire.records import (
     InvalidArrays,
     LiveArray,
     Scope,
@@ -25,7 +26,6 @@ from fedfuse.records import (
     unflatten,
     validate,
 )
-from fedfuse.runtime.wire import packed, unpacked
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=6)

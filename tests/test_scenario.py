@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fedfuse import models
-from fedfuse.config import ModelConfig
-from fedfuse.scenario import overlay, variable
+from fedfuse.config.schema import ModelConfig
+from fedfuse.core.scenario import overlay, variable
 
 
 class Odd(nn.Module):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedfuse import experiment
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
+from fedfuse.runs import experiment
 from tests.federations import TINY
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.records import InvalidArrays, sha_arrays
-from fedfuse.sums import GROUP, Sum
+from fedfuse.wire.records import InvalidArrays, sha_arrays
+from fedfuse.wire.sums import GROUP, Sum
 
 
 def arrays(seed: int) -> dict[str, torch.Tensor]:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse import lanes, search
-from fedfuse.compose import compose
-from fedfuse.config import Config
+from fedfuse.config.compose import compose
+from fedfuse.config.schema import Config
 from fedfuse.errors import UserError, WorldError
-from fedfuse.results.run import find, load
+from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, group
 from fedfuse.results.table import notes
-from fedfuse.sweep import composed, sweep
+from fedfuse.runs import parallel, search
+from fedfuse.runs.sweep import composed, sweep
 from tests.federations import TINY, scenario_of
 
 SMALL = [*TINY, "rounds=1"]
@@ -59,7 +59,7 @@ def cores(monkeypatch, count: int) -> None:
 def test_cores_are_shared_out(words, runs, on, expected, monkeypatch) -> None:
     cores(monkeypatch, on)
     config, _ = scenario_of((*TINY, "runtime=ray", "strategy=local", *words))
-    found = lanes.shared_out(config, runs)
+    found = parallel.shared_out(config, runs)
     assert (found.name, found.workers, found.parallel) == expected
     assert (found.parallel or 1) * (found.workers or 1) <= max(on, config.runtime.workers or 0)
 
@@ -68,7 +68,7 @@ def test_cores_are_shared_out(words, runs, on, expected, monkeypatch) -> None:
 def test_what_takes_the_whole_machine_has_no_neighbour(words, monkeypatch) -> None:
     config, _ = scenario_of((*TINY, "runtime=ray", "strategy=local", *words, "runtime.parallel=2"))
     with pytest.raises(UserError, match=r"runtime.parallel=2: allowed is 1 with runtime"):
-        lanes.shared_out(config, 4)
+        parallel.shared_out(config, 4)
 
 
 def test_lanes_are_processes_that_may_die_and_change_no_bit(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -77,7 +77,7 @@ def test_lanes_are_processes_that_may_die_and_change_no_bit(tmp_path: Path, monk
     words = [*SMALL, "strategy=local,fedavg"]
     sweep([*words, f"out={tmp_path / 'one'}"])
 
-    class Doomed(lanes.Lane):
+    class Doomed(parallel.Lane):
         def play(self, config: Config) -> tuple[str, str]:
             Path(f"{config.out}.pid").parent.mkdir(parents=True, exist_ok=True)
             Path(f"{config.out}.pid").write_text(str(os.getpid()))
@@ -85,7 +85,7 @@ def test_lanes_are_processes_that_may_die_and_change_no_bit(tmp_path: Path, monk
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().play(config)
 
-    monkeypatch.setattr(lanes, "Lane", Doomed)
+    monkeypatch.setattr(parallel, "Lane", Doomed)
     with pytest.raises(WorldError, match="1 of 2 runs failed"):
         sweep([*words, "runtime.parallel=2", f"out={tmp_path / 'two'}"])
     assert "the process of this run died" in capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
     words = [*SMALL, "strategy=local,fedprox", "seed=1", *SPACE, "search.trials=2"]
     straight = sweep([*words, f"out={tmp_path / 'straight'}"])
 
-    begin, calls = lanes.begin, []
+    begin, calls = parallel.begin, []
 
     def stops(config, started=None, quiet=False):
         calls.append(config.out)
@@ -173,7 +173,7 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
         begin(config, started, quiet)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lanes, "begin", stops)
+        patch.setattr(parallel, "begin", stops)
         with pytest.raises(KeyboardInterrupt):
             sweep([*words, f"out={tmp_path / 'broken'}"])
     done = mtimes(tmp_path / "broken")

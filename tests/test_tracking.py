@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import fedfuse
-from fedfuse import federation, tracking
-from fedfuse.config import TrackingConfig
+from fedfuse.config.schema import TrackingConfig
+from fedfuse.core import loop
 from fedfuse.errors import UserError, WorldError
-from fedfuse.experiment import resume, run
-from fedfuse.results.run import load
+from fedfuse.results.run_data import load
+from fedfuse.runs import tracking
+from fedfuse.runs.experiment import resume, run
 from tests.federations import TINY, scenario_of
 
 BYTES = {"bytes/up", "bytes/down"}
@@ -28,7 +29,7 @@ def play(out: Path, *words: str, rounds: int = 3) -> Path:
 
 def killed_after(out: Path, round: int, monkeypatch, *words: str) -> Path:
     """A run that ends before it commits `round` + 1."""
-    evaluate = federation.Evaluation.round
+    evaluate = loop.Evaluation.round
 
     def stop(self, running) -> None:
         if running.done == round + 1:
@@ -36,7 +37,7 @@ def killed_after(out: Path, round: int, monkeypatch, *words: str) -> Path:
         evaluate(self, running)
 
     with monkeypatch.context() as patch:
-        patch.setattr(federation.Evaluation, "round", stop)
+        patch.setattr(loop.Evaluation, "round", stop)
         with pytest.raises(KeyboardInterrupt):
             play(out, *words)
     return out

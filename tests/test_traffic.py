@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.knowledge import Board, Topic
-from fedfuse.records import nbytes
-from fedfuse.traffic import Traffic
+from fedfuse.wire.knowledge import Board, Topic
+from fedfuse.wire.records import nbytes
+from fedfuse.wire.traffic import Traffic
 from tests.federations import federation, play
 from tests.ledger import enter, grown, losing
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fedfuse import registry
-from fedfuse.client import FusionClient
-from fedfuse.experiment import build_strategy
-from fedfuse.knowledge import Item
-from fedfuse.records import Arrays
-from fedfuse.strategy import FusionStrategy
+from fedfuse.config import registry
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.runs.experiment import build_strategy
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
 from tests.federations import TINY, federation, scenario_of
 
 PLAIN = ("train.momentum=0", "train.batch_size=1000")  # plain SGD on all examples at once: steps are epochs

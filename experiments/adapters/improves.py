@@ -17,11 +17,11 @@ from pathlib import Path
 from prepare import MINILM
 from safetensors.torch import load_file
 
-from fedfuse import registry
-from fedfuse.compose import compose
-from fedfuse.experiment import build_strategy
-from fedfuse.results.run import load
-from fedfuse.scenario import prepare_scenario
+from fedfuse.config import registry
+from fedfuse.config.compose import compose
+from fedfuse.core.scenario import prepare_scenario
+from fedfuse.results.run_data import load
+from fedfuse.runs.experiment import build_strategy
 from fedfuse.train.scores import scored
 from fedfuse.train.task import task_loss
 

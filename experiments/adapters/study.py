@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedfuse.sweep import sweep
+from fedfuse.runs.sweep import sweep
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/adapters")
@@ -107,7 +107,7 @@ def rates(task: str) -> None:
     """Print validation accuracy by arm and rate."""
     import polars as pl
 
-    from fedfuse.results.run import find
+    from fedfuse.results.run_data import find
 
     rows = []
     for run in find([RUNS / "tune" / task])[0]:
@@ -148,7 +148,7 @@ def collect() -> None:
     """Write `metrics.csv`: one row per run."""
     import polars as pl
 
-    from fedfuse.results.run import find
+    from fedfuse.results.run_data import find
 
     rows = []
     for run in find([RUNS])[0]:

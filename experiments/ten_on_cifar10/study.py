@@ -36,7 +36,7 @@ def collect() -> int:
     """Write `metrics.csv` (a row per run, round and figure; final rows hold bytes too), `table.md` and `figure.svg`."""
     import polars as pl
 
-    from fedfuse.results.run import find
+    from fedfuse.results.run_data import find
     from fedfuse.results.table import compare, to_markdown
 
     runs, skipped = find([RUNS])

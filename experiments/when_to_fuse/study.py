@@ -58,7 +58,7 @@ def collect() -> int:
     """Write `metrics.parquet`: one row per run and figure."""
     import polars as pl
 
-    from fedfuse.results.run import find
+    from fedfuse.results.run_data import find
 
     rows = []
     for name in BLOCKS:

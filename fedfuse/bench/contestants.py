@@ -2,7 +2,7 @@
 
 Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
 `python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one; the sides are those of
-`fedfuse.bench.command.SIDES`.
+`fedfuse.bench.suite.SIDES`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def start_of(client: int) -> int:
 def build(workload: Workload) -> Any:
     """The workload's model."""
     from fedfuse import models
-    from fedfuse.config import ModelConfig
+    from fedfuse.config.schema import ModelConfig
 
     return models.build(workload.model, shape=workload.shape, classes=10, config=ModelConfig(), seed=0)
 
@@ -83,10 +83,10 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
     """A scenario over the pool; clients share rows, so that a hundred thousand need no memory."""
     import numpy as np
 
-    from fedfuse.compose import compose
+    from fedfuse.config.compose import compose
+    from fedfuse.core.scenario import Scenario
     from fedfuse.data.dataset import Dataset, Examples
     from fedfuse.data.federated import FederatedData
-    from fedfuse.scenario import Scenario
 
     settings = [
         "strategy=fedavg", f"clients={clients}", f"participation={cohort / clients}", "train.batch_size=10",
@@ -103,8 +103,8 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
 
 def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHORT) -> Callable[[], None]:
     """FedAvg on FedFuse's own runtimes."""
-    from fedfuse import registry
-    from fedfuse.client import FusionClient
+    from fedfuse.config import registry
+    from fedfuse.core.client import FusionClient
 
     scenario, entry = scenario_of(workload, clients, cohort), registry.entry("fedavg")
     if not workload.trains:
@@ -121,11 +121,11 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
 
 def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     """Rounds of a strategy on `inline` or `ray`, without commits and evaluation."""
-    from fedfuse.experiment import build_strategy
-    from fedfuse.federation import Federation
-    from fedfuse.node import place
-    from fedfuse.runtime.inline import InlineGrid, LocalGrid, claim_identity
-    from fedfuse.store import ClientStore
+    from fedfuse.core.loop import Federation
+    from fedfuse.core.node import place
+    from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity
+    from fedfuse.runs.experiment import build_strategy
+    from fedfuse.wire.client_store import ClientStore
 
     claim_identity()
     folder = tempfile.TemporaryDirectory(prefix="fedfuse-bench-")
@@ -134,7 +134,7 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     if grid == "inline":
         transport: LocalGrid = InlineGrid(place(entry, scenario, store))
     else:
-        from fedfuse.runtime.ray import RayGrid
+        from fedfuse.engines.ray import RayGrid
 
         transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)))
     federation = Federation(build_strategy(entry, scenario), transport, 100000)
@@ -286,9 +286,9 @@ def flower_side(name: str, clients: int) -> None:
 
 def guest_side(name: str, clients: int) -> None:
     """The same Flower app on FedFuse's engine."""
-    from fedfuse.runtime.cluster import connect
-    from fedfuse.runtime.guest import GuestGrid
-    from fedfuse.runtime.inline import claim_identity
+    from fedfuse.engines.cluster import connect
+    from fedfuse.engines.guest import GuestGrid
+    from fedfuse.engines.inline import claim_identity
 
     claim_identity()
     cores = len(os.sched_getaffinity(0))

@@ -19,10 +19,10 @@ def scenario_of(workload: Workload, clients: int) -> Any:
     """All clients take part, over a pool they share and a transfer set of noise."""
     import numpy as np
 
-    from fedfuse.compose import compose
+    from fedfuse.config.compose import compose
+    from fedfuse.core.scenario import Scenario
     from fedfuse.data.dataset import Dataset, Examples
     from fedfuse.data.federated import FederatedData
-    from fedfuse.scenario import Scenario
 
     batch = {"fedmd": "digest_batch", "knfu": "finetune_batch", "dsfl": "distill_batch"}[workload.strategy]
     words = [
@@ -47,7 +47,7 @@ def shared(workload: Workload) -> Any:
 
 def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
     """The strategy as users run it, without evaluation and the run directory."""
-    from fedfuse import registry
+    from fedfuse.config import registry
 
     return rounds_of(registry.entry(workload.strategy), scenario_of(workload, clients), grid)
 

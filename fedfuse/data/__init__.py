@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedfuse.data.catalog import names, partition_names
+from fedfuse.config.catalogue import names, partition_names
 
 if TYPE_CHECKING:
     from fedfuse.data.dataset import Dataset, Examples, Provided

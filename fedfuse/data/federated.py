@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data.dataset import SPLITS, Dataset, Examples
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import strata_of, stratified
-from fedfuse.data.catalog import LAYOUTS, SOURCES
+from fedfuse.config.catalogue import LAYOUTS, SOURCES
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import strata_of, stratified
 from fedfuse.data.dataset import Dataset, Examples, check
-from fedfuse.data.places import root_of
+from fedfuse.data.locations import root_of
 from fedfuse.errors import UserError, nearest
 
 ROOTLESS = ("digits", "custom", "mixed")

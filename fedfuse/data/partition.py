@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedfuse.config import PartitionConfig
-from fedfuse.data.catalog import PARTITIONS
+from fedfuse.config.catalogue import PARTITIONS
+from fedfuse.config.schema import PartitionConfig
 from fedfuse.data.draw import deal_by_prior
-from fedfuse.data.flower import deal_by_flower, refuse_impossible
+from fedfuse.data.flwr_partitions import deal_by_flower, refuse_impossible
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfuse.data.places import reason_of
+from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedfuse.config import DataConfig
+from fedfuse.config.dotted import resolve
+from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import Dataset
-from fedfuse.dotted import resolve
 from fedfuse.errors import UserError
 
 

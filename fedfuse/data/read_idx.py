@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.dataset import Dataset
 from fedfuse.errors import UserError
 

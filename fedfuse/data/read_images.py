@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import Table, assemble, options
+from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.pixels import decode
-from fedfuse.data.store import key_of, stored_dataset
 from fedfuse.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import Table, assemble, options
+from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.places import split_files
-from fedfuse.data.store import key_of, stored_dataset
+from fedfuse.data.locations import split_files
 from fedfuse.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import options
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.read_pfllib import provided_dataset
 from fedfuse.errors import UserError

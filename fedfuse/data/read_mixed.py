@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import channel_statistics, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import channel_statistics, options
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.pixels import reshape
 from fedfuse.errors import UserError

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.columns import TARGETS, column_of
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.places import reason_of, split_files
+from fedfuse.data.locations import reason_of, split_files
 from fedfuse.errors import UserError
 
 INPUTS = ("inputs", "x", "X", "data", "features", "images", "x_train")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import Table, assemble, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import Table, assemble, options
+from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.locations import reason_of, split_files
 from fedfuse.data.pixels import decode
-from fedfuse.data.places import reason_of, split_files
-from fedfuse.data.store import key_of, stored_dataset
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:

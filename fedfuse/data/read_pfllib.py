@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import kind_of, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import kind_of, options
 from fedfuse.data.dataset import Dataset, Examples, Provided
 from fedfuse.data.unpickle import read_client
 from fedfuse.errors import UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.config import DataConfig
-from fedfuse.data.assemble import cut_test, options
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.build import cut_test, options
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.read_jsonl import lines
 from fedfuse.data.tokenize import Tokenizer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedfuse.config import DataConfig, TransferConfig
-from fedfuse.data.catalog import SOURCES
+from fedfuse.config.catalogue import SOURCES
+from fedfuse.config.schema import DataConfig, TransferConfig
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.pixels import reshape
 from fedfuse.errors import UserError, nearest

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.data.places import reason_of
+from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
 PLAIN = "biufcSU"

@@ -15,6 +15,6 @@ def command(argv: Sequence[str]) -> int:
     WorldError
         If the world failed.
     """
-    from fedfuse.deploy.command import main
+    from fedfuse.deploy.commands import main
 
     return main(list(argv))

@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import write_certificates
 from fedfuse.deploy.local import Federation
-from fedfuse.deploy.plain import WORD
+from fedfuse.deploy.plain_app import WORD
 from fedfuse.deploy.processes import Process, flower, free_port, surroundings
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import order_of
 from fedfuse.errors import WorldError
-from fedfuse.runtime.flower import Patience
+from fedfuse.network.remote_grid import Patience
 
 KEYS = ("strategy=fedavg", "data=digits", "seed=0", "train.epochs=1")
 APP = """\
@@ -35,8 +35,8 @@ dependencies = []
 [tool.flwr.app]
 publisher = "plain"
 [tool.flwr.app.components]
-serverapp = "fedfuse.deploy.plain:server"
-clientapp = "fedfuse.deploy.plain:client"
+serverapp = "fedfuse.deploy.plain_app:server"
+clientapp = "fedfuse.deploy.plain_app:client"
 [tool.flwr.app.config]
 rounds = {rounds}
 nodes = {nodes}

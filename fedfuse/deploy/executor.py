@@ -18,7 +18,7 @@ from typing import Any
 RUNS = {"client": "flwr.supernode.runtime.run_clientapp", "server": "flwr.superlink.runtime.run_serverapp"}
 PRELOAD = {
     "client": ["fedfuse.apps", "fedfuse.deploy.warm", RUNS["client"]],
-    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.serve", RUNS["server"]],
+    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.orders", RUNS["server"]],
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runtime.seat import Seat
+from fedfuse.network.site_config import SiteConfig
 
 LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
 
@@ -190,7 +190,7 @@ def broken_off(error: BaseException) -> bool:
 
 
 def run_node(
-    seat: Seat,
+    seat: SiteConfig,
     *,
     server: str,
     ca: Path | None,

@@ -32,7 +32,7 @@ class Federation:
     work : Path
         Gets certificates, logs, states and run directories.
     policy : Path, optional
-        Site policy of every node.
+        SiteMemory policy of every node.
     """
 
     poll = "0.3"  # seconds between a node's calls; three nodes on one machine burden nobody

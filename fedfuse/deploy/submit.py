@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedfuse.config import Config
+from fedfuse.config.message import as_json, from_json
+from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link
+from fedfuse.deploy.orders import MARK, unpack, write_patience
 from fedfuse.deploy.processes import flower, surroundings
-from fedfuse.deploy.serve import MARK, unpack, write_patience
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runtime.flower import Patience
-from fedfuse.runtime.settings import as_json, from_json
+from fedfuse.network.remote_grid import Patience
 
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
 
@@ -51,7 +51,7 @@ class Order:
         UserError
             If there is none.
         """
-        from fedfuse.deploy.serve import read_patience
+        from fedfuse.deploy.orders import read_patience
 
         kept = path / "order.json"
         if kept.exists():
@@ -60,7 +60,7 @@ class Order:
                 from_json(values["config"], code=True), values["name"], read_patience(values["patience"]), values["own"]
             )
         if (path / "config.yaml").exists():
-            from fedfuse.experiment import load_config
+            from fedfuse.runs.experiment import load_config
 
             return Order(load_config(path), path.resolve().name, Patience())
         raise UserError(f"{path}: neither order.json nor config.yaml is there: not the directory of a run")

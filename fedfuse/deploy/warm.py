@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import fedfuse.data.federated
-import fedfuse.models.plain  # noqa: F401
-from fedfuse import registry
+import fedfuse.models.feedforward  # noqa: F401
+from fedfuse.config import registry
 from fedfuse.deploy.bundle import bundle_hash
 
 for _name in registry.listed():

@@ -14,7 +14,7 @@ from fedfuse.seeding import seed_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedfuse.config import ModelConfig
+    from fedfuse.config.schema import ModelConfig
 
 _NAMES = {
     "mlp": "two hidden layers (128, 64); any input",
@@ -99,7 +99,7 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
     """
     import torch
 
-    from fedfuse.models import checkpoint, outside, plain, residual
+    from fedfuse.models import by_path, feedforward, residual, weights
 
     shape = tuple(int(side) for side in shape)
     name = _resolve(name, config, "features" if len(shape) == 1 else "images", shape)
@@ -111,19 +111,19 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "model", name))
         if ":" in name:
-            model = outside.model(name, shape, classes, config)
+            model = by_path.model(name, shape, classes, config)
         elif name in _LANGUAGE:
             from fedfuse.models import language
 
             model = language.build(name, shape, classes, config)
         else:
             base, width = _split(name)
-            builders = {**plain.ARCHITECTURES, **residual.ARCHITECTURES}
+            builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
     model.float()
     path = config.checkpoints.get(name, config.checkpoint)
     if path:
-        checkpoint.load(model, path, head=config.checkpoint_head)
+        weights.load(model, path, head=config.checkpoint_head)
     return model
 
 

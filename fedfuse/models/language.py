@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
-    from fedfuse.config import ModelConfig
+    from fedfuse.config.schema import ModelConfig
 
 ARCHITECTURES = ("causal_lm", "text_classifier")
 PAD = 0  # what fills short texts, where a model names no padding token

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.models.parts import seeded_by
-from fedfuse.records import Arrays, Layout, Scope
+from fedfuse.wire.records import Arrays, Layout, Scope
 
 _PREFIX = "shared."
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # the base of all BatchNorm and InstanceNorm classes
 
-from fedfuse.records import Arrays, Layout, Scope, sha_arrays
 from fedfuse.seeding import seed_of
+from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
 
 def parameters(module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.models.plain import channels_last, check_image, scaled
+from fedfuse.models.feedforward import channels_last, check_image, scaled
 
 
 class Block(nn.Module):

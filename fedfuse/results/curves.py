@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.results import svg
-from fedfuse.results.evidence import Evidence
+from fedfuse.results.measures import Measures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +26,13 @@ class Series:
     label
         Its name.
     finished, unfinished
-        Evidence per run.
+        Measures per run.
     """
 
     index: int
     label: str
-    finished: tuple[Evidence, ...]
-    unfinished: tuple[Evidence, ...] = ()
+    finished: tuple[Measures, ...]
+    unfinished: tuple[Measures, ...] = ()
 
     @property
     def colour(self) -> str:
@@ -40,8 +40,8 @@ class Series:
         return svg.series_colour(self.index)
 
     @property
-    def everything(self) -> tuple[Evidence, ...]:
-        """Evidence of all runs."""
+    def everything(self) -> tuple[Measures, ...]:
+        """Measures of all runs."""
         return self.finished + self.unfinished
 
 
@@ -58,7 +58,7 @@ def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     A series that sends nothing has no place on a logarithmic axis: a dotted line marks its level.
     """
 
-    def megabytes(one: Evidence, rounds: np.ndarray) -> np.ndarray:
+    def megabytes(one: Measures, rounds: np.ndarray) -> np.ndarray:
         return one.cumulative_bytes[np.clip(rounds, 0, len(one.cumulative_bytes) - 1)] / 1e6
 
     ends: list[tuple[float, float]] = []
@@ -92,7 +92,7 @@ def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     return _curves(series, metric, prefix, megabytes, "MB up and down until then (log)", finish)
 
 
-def _with(one: Series, metric: str) -> list[Evidence]:
+def _with(one: Series, metric: str) -> list[Measures]:
     return [run for run in one.finished if metric in run.curves and len(run.cumulative_bytes)]
 
 
@@ -100,7 +100,7 @@ def _curves(
     series: Sequence[Series],
     metric: str,
     prefix: str,
-    place: Callable[[Evidence, np.ndarray], np.ndarray],
+    place: Callable[[Measures, np.ndarray], np.ndarray],
     xlabel: str,
     finish: Callable[[Axes], None] | None = None,
 ) -> str | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedfuse.errors import UserError
-from fedfuse.results.assemble import Page, build
-from fedfuse.results.run import Run, find
+from fedfuse.results.page import Page, build
+from fedfuse.results.run_data import Run, find
 from fedfuse.results.table import to_csv, to_latex, to_markdown
 
 if TYPE_CHECKING:

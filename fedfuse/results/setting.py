@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedfuse.results.run import Run
+from fedfuse.results.run_data import Run
 
 # Keys that by the platform's promises cannot change a result, or only name places.
 WITHOUT_EFFECT = (

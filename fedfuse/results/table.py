@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fedfuse.results.run import Run
+from fedfuse.results.run_data import Run
 from fedfuse.results.setting import Group, differences, group, tuning
 from fedfuse.results.statistics import Interval, few_seeds_note, mean_interval
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedfuse.results.evidence import Evidence
+from fedfuse.results.measures import Measures
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reached:
     megabytes: float
 
 
-def targets(evidence: Sequence[Evidence], metric: str) -> list[float]:
+def targets(evidence: Sequence[Measures], metric: str) -> list[float]:
     """Return 80, 90 and 95 % of the best run's last value, in whole per cent: targets nobody picked."""
     finals = [one.curves[metric][1][-1] for one in evidence if metric in one.curves]
     best = max((value for value in finals if math.isfinite(value)), default=math.nan)
@@ -40,7 +40,7 @@ def targets(evidence: Sequence[Evidence], metric: str) -> list[float]:
     return sorted({math.floor(100 * share * best) / 100 for share in (0.8, 0.9, 0.95)} - {0.0})
 
 
-def reach(evidence: Sequence[Evidence], metric: str, target: float) -> Reached:
+def reach(evidence: Sequence[Measures], metric: str, target: float) -> Reached:
     """Return rounds, seconds and bytes until `metric` is first at or above `target` in an evaluated round."""
     costs = []
     for one in evidence:

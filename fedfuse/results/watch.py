@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedfuse.errors import UserError
-from fedfuse.results.assemble import build, run_names
+from fedfuse.results.page import build, run_names
 from fedfuse.results.report import document, fragment, render
-from fedfuse.results.run import Run, find
-from fedfuse.results.strip import line
+from fedfuse.results.run_data import Run, find
+from fedfuse.results.status import line
 from fedfuse.results.table import printable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedfuse.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from fedfuse.config import LossConfig
+    from fedfuse.config.schema import LossConfig
     from fedfuse.train.objective import Loss
 
 _NAMES = {

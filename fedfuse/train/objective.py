@@ -168,12 +168,12 @@ def followed(
     span
         Shares of the whole run done before and after this training.
     then
-        Called after each step besides, as `fedfuse.train.local.train` does.
+        Called after each step besides, as `fedfuse.train.training.train` does.
 
     Yields
     ------
     dict
-        Options for `fedfuse.train.local.train`.
+        Options for `fedfuse.train.training.train`.
     """
     stateful = {f"{purpose} {i}": loss for i, loss in enumerate(losses) if loss.state_dict()}
     kept = state.get("losses", {})
@@ -212,7 +212,7 @@ class Outside(Loss):
     """
 
     def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        from fedfuse.dotted import resolve
+        from fedfuse.config.dotted import resolve
 
         kind = resolve(path, "loss.build")
         options = dict(options)

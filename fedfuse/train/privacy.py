@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config import PrivacyConfig, TrainConfig
-from fedfuse.data.store import key_of, store_arrays, stored_arrays
+from fedfuse.config.schema import PrivacyConfig, TrainConfig
+from fedfuse.data.cache import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError
-from fedfuse.train import local
+from fedfuse.train import training
 from fedfuse.train.task import task_losses
 
 History = tuple[tuple[float, float, int], ...]  # noise multiplier σ, sampling rate q, steps
@@ -276,7 +276,7 @@ def train(
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
     wanted = {id(p) for p in chosen}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
-    inner = local.optimizer(chosen, config) if optimizer is None else optimizer
+    inner = training.optimizer(chosen, config) if optimizer is None else optimizer
     if lr is not None:
         for group in inner.param_groups:
             group["lr"] = lr
@@ -297,7 +297,7 @@ def train(
         more = {"max_grad_norm": privacy.clip} if ghost else {}
         hooks = get_hooks_class("ghost" if ghost else "hooks")(model, **more)
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            local.seed(x.device, *seed_parts, "layers")
+            training.seed(x.device, *seed_parts, "layers")
             for _ in range(steps):
                 rows = drawn(len(x), rate, sampling).to(x.device)
                 chunks = rows.split(privacy.chunk or max(1, len(rows))) if len(rows) else (rows,)

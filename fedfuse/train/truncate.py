@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedfuse.records import Arrays, InvalidArrays, Layout
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout
 
 
 def truncate(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor, Tensor]:

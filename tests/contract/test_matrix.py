@@ -9,10 +9,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fedfuse import registry
+from fedfuse.config import registry
+from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError
-from fedfuse.federation import Callback
-from fedfuse.records import nbytes, record, tensors
+from fedfuse.wire.records import nbytes, record, tensors
 from tests.federations import federation, play
 
 NAMES = sorted(registry.listed())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import Dataset, Examples, prepare
 from fedfuse.data.dataset import SPLITS
 from fedfuse.errors import UserError

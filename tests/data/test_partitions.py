@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.config.catalogue import SOURCES
+from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import partition_names, prepare
-from fedfuse.data.catalog import SOURCES
 from fedfuse.data.draw import draw_by_prior
 from fedfuse.data.federated import split_counts
 from fedfuse.data.partition import largest_remainder, partition_rows
@@ -98,7 +98,7 @@ def test_least_size_is_kept_or_refused():
 def test_cached_indices_need_no_flwr_datasets(tmp_path):
     """The second process reads the indices from disk; both processes deal the same rows."""
     code = (
-        "import sys, hashlib; from fedfuse.config import *; from fedfuse.data import prepare\n"
+        "import sys, hashlib; from fedfuse.config.schema import *; from fedfuse.data import prepare\n"
         "f = prepare(DataConfig(), PartitionConfig(alpha=0.3), TransferConfig(), 10, 5)\n"
         "print(hashlib.sha256(f.rows.tobytes() + f.offsets.tobytes()).hexdigest(), f.transfer_hash())\n"
         "print('flwr_datasets' in sys.modules, 'torch' in sys.modules, 'sklearn' in sys.modules)"
@@ -228,7 +228,7 @@ def test_every_shipped_configuration_has_its_name():
     for group, known in (("data", SOURCES), ("partition", partition_names())):
         shipped = {
             entry.name.removesuffix(".yaml"): entry.read_text()
-            for entry in (files("fedfuse.conf") / group).iterdir()
+            for entry in (files("fedfuse.config.conf") / group).iterdir()
             if entry.name.endswith(".yaml")
         }
         assert shipped.keys() == known.keys()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
 from fedfuse.data.load import load
 

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from fedfuse.config import DataConfig, PartitionConfig, TransferConfig
+from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
 from fedfuse.data.unpickle import read_client
 from fedfuse.errors import UserError

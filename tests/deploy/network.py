@@ -12,16 +12,16 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
 
-from fedfuse.compose import compose
-from fedfuse.config import Config
-from fedfuse.directory import RunDirectory
-from fedfuse.experiment import as_yaml
-from fedfuse.federation import Federation
-from fedfuse.runtime.flower import Patience
-from fedfuse.runtime.host import Host, Seat
-from fedfuse.runtime.inline import claim_identity
-from fedfuse.runtime.serve import serve
-from fedfuse.runtime.wire import PACKED, unpacked
+from fedfuse.config.compose import compose
+from fedfuse.config.schema import Config
+from fedfuse.core.loop import Federation
+from fedfuse.engines.inline import claim_identity
+from fedfuse.network.remote_grid import Patience
+from fedfuse.network.server import serve
+from fedfuse.network.site import Site, SiteConfig
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.experiment import as_yaml
+from fedfuse.wire.packing import PACKED, unpacked
 from tests.federations import TINY
 
 claim_identity()
@@ -29,12 +29,12 @@ Fault = Callable[[Message, Message | None], Message | None]
 
 
 class Network(Grid):
-    """Nodes 100, 101, … are hosts; every message is answered by a new Host object, as by a new process.
+    """Nodes 100, 101, … are hosts; every message is answered by a new Site object, as by a new process.
 
     `reply(message, reply)` may change or drop a reply; `before(message)` may drop a message.
     """
 
-    def __init__(self, seats: list[Seat]) -> None:
+    def __init__(self, seats: list[SiteConfig]) -> None:
         self.seats = {100 + i: seat for i, seat in enumerate(seats)}
         self.stamps = dict.fromkeys(self.seats, "start")
         self.away: set[int] = set()
@@ -76,7 +76,7 @@ class Network(Grid):
             self.log.append(f"{message.metadata.message_type}>{message.metadata.dst_node_id}")
             if not self.before(message):
                 continue
-            reply = Host(self.seats[message.metadata.dst_node_id]).handle(message)
+            reply = Site(self.seats[message.metadata.dst_node_id]).handle(message)
             if reply.has_content():  # what a test changes is plain; nodes may send it so
                 self.packed |= {name for name, value in reply.content.items() if set(value) == {PACKED}}
                 reply.content = unpacked(reply.content)
@@ -94,8 +94,8 @@ def lost(message: Message) -> Message:
     return Message(Error(3, "Node Unavailable"), reply_to=message)
 
 
-def seats(path: Path, count: int) -> list[Seat]:
-    return [Seat(i, path / f"site-{i}", count) for i in range(count)]
+def seats(path: Path, count: int) -> list[SiteConfig]:
+    return [SiteConfig(i, path / f"site-{i}", count) for i in range(count)]
 
 
 def run(

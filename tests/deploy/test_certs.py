@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from fedfuse.deploy import command
+from fedfuse.deploy.commands import main as command
 from fedfuse.errors import UserError
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from fedfuse.compose import keys
-from fedfuse.config import Config
-from fedfuse.deploy.policy import Policy
-from fedfuse.deploy.serve import deployed
-from fedfuse.dotted import code, resolve
+from fedfuse.config.allowed import NEVER, TEXTS, check_texts, leaves
+from fedfuse.config.compose import keys
+from fedfuse.config.dotted import code, resolve
+from fedfuse.config.message import as_json, from_json
+from fedfuse.config.schema import Config
+from fedfuse.deploy.orders import deployed
 from fedfuse.errors import Refused, UserError, WorldError
-from fedfuse.runtime.allowed import NEVER, TEXTS, check_texts, leaves
-from fedfuse.runtime.host import Host
-from fedfuse.runtime.settings import as_json, from_json
+from fedfuse.network.policy import Policy
+from fedfuse.network.site import Site
 from tests.deploy.network import Network, run, seats, tiny
 
 TRAP = """
@@ -139,7 +139,7 @@ def test_a_site_whose_operator_allows_code_takes_it(mark: Path, tmp_path: Path) 
     bad = replace(config, model=replace(config.model, name="trap_module:fn"))
     seat = seats(tmp_path, 3)[0]
     for allowed in (False, True):
-        host = Host(replace(seat, policy=Policy(allow_code=allowed)))
+        host = Site(replace(seat, policy=Policy(allow_code=allowed)))
         if allowed:
             assert from_json(as_json(bad), code=host.seat.policy.allow_code).model.name == "trap_module:fn"
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedfuse.deploy.command import parser
+from fedfuse.deploy.commands import parser
 from fedfuse.deploy.processes import Process, free_port, surroundings
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedfuse import registry
-from fedfuse.experiment import build_strategy
-from fedfuse.runtime.flower import FlowerGrid
-from fedfuse.runtime.inline import claim_identity
-from fedfuse.runtime.wire import packed
-from fedfuse.scenario import prepare_scenario
-from fedfuse.strategy import FusionStrategy
+from fedfuse.config import registry
+from fedfuse.core.scenario import prepare_scenario
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.engines.inline import claim_identity
+from fedfuse.network.remote_grid import FlowerGrid
+from fedfuse.runs.experiment import build_strategy
+from fedfuse.wire.packing import packed
 from tests.deploy.network import Network, tiny
 
 claim_identity()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import write_certificates
 from fedfuse.deploy.processes import Process, free_port, surroundings
 from fedfuse.deploy.submit import Link, order_of, submit
-from fedfuse.experiment import run
-from fedfuse.runtime.flower import Patience
+from fedfuse.network.remote_grid import Patience
+from fedfuse.runs.experiment import run
 from tests.deploy.wire import Wire
 
 pytestmark = pytest.mark.deploy

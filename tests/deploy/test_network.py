@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 
-from fedfuse.deploy.policy import Policy
 from fedfuse.errors import UserError, WorldError
-from fedfuse.experiment import as_yaml, resume
-from fedfuse.results.run import load
-from fedfuse.runtime.flower import Patience
-from fedfuse.runtime.host import Host
+from fedfuse.network.policy import Policy
+from fedfuse.network.remote_grid import Patience
+from fedfuse.network.site import Site
+from fedfuse.results.run_data import load
+from fedfuse.runs.experiment import as_yaml, resume
 from tests.deploy.network import Network, lost, run, seats, tiny
 from tests.federations import play
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.runtime.flower.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedmd", "knfu"])
@@ -133,7 +133,7 @@ def test_a_full_disk_is_the_worlds_failure(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedfuse.directory.RunDirectory.round", full)
+    monkeypatch.setattr("fedfuse.runs.directory.RunDirectory.round", full)
     with pytest.raises(WorldError, match=r"No space left on device.*the run can be resumed"):
         run(tiny("fedavg"), Network(seats(tmp_path, 3)), tmp_path / "run")
 
@@ -195,7 +195,7 @@ def test_what_a_replaced_server_sends_is_refused(tmp_path: Path) -> None:
     network.reply = keeps
     run(tiny("fedavg"), network, tmp_path / "run")
     old[0].content["setting"]["attempt"] = 0
-    reply = Host(network.seats[100]).handle(old[0])
+    reply = Site(network.seats[100]).handle(old[0])
     assert reply.has_error()
     assert "was replaced by attempt" in reply.error.reason
 
@@ -220,10 +220,10 @@ def test_site_policy_is_named(policy: Policy, reason: str, tmp_path: Path) -> No
 
 
 def test_nodes_must_agree_on_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedfuse.runtime import host
-    from fedfuse.runtime.hello import identity
+    from fedfuse.network import site
+    from fedfuse.network.handshake import identity
 
-    monkeypatch.setattr(host, "identity", lambda *words: {**identity(*words), "transfer": "0" * 64})
+    monkeypatch.setattr(site, "identity", lambda *words: {**identity(*words), "transfer": "0" * 64})
     with pytest.raises(WorldError, match="transfer: the node has 000000000000, the server"):
         run(tiny("fedmd"), Network(seats(tmp_path, 3)), tmp_path / "run")
 

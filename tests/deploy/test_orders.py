@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
+from fedfuse.config.message import as_json, from_json
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
-from fedfuse.deploy.policy import Policy, read_policy
-from fedfuse.deploy.serve import deployed, packed, read_patience, unpack, write_patience
+from fedfuse.deploy.orders import deployed, packed, read_patience, unpack, write_patience
 from fedfuse.errors import Refused, UserError
-from fedfuse.runtime.flower import Patience
-from fedfuse.runtime.settings import as_json, from_json
+from fedfuse.network.policy import Policy, read_policy
+from fedfuse.network.remote_grid import Patience
 from tests.deploy.network import tiny
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedfuse.compose import compose
-from fedfuse.config import Config
+from fedfuse.config.compose import compose
+from fedfuse.config.schema import Config
 from fedfuse.data.read_digits import _pixels
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runtime.flower import Patience
-from fedfuse.runtime.host import Seat
+from fedfuse.network.remote_grid import Patience
+from fedfuse.network.site import SiteConfig
 from tests.deploy import network
 from tests.deploy.network import Network
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.runtime.flower.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
 
 
 def archive(folder: Path, rows: np.ndarray, shift: int = 0) -> str:
@@ -44,7 +44,7 @@ def sites(tmp_path: Path) -> tuple[Config, Network]:
         ["data=npz", f"data.root={server}", "data.test_fraction=0.8", "clients=3", "rounds=2", "seed=0",
          "model=mlp_small", "runtime=inline", "transfer.source=noise", "transfer.size=24", "strategy=fedavg"]
     )  # fmt: skip
-    return config, Network([Seat(i, tmp_path / f"site-{i}", None, root) for i, root in enumerate(roots)])
+    return config, Network([SiteConfig(i, tmp_path / f"site-{i}", None, root) for i, root in enumerate(roots)])
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "knfu"])
@@ -64,7 +64,7 @@ def test_sites_learn_together(strategy: str, sites: tuple[Config, Network], tmp_
 def test_a_foreign_class_is_refused(sites: tuple[Config, Network], tmp_path: Path) -> None:
     config, grid = sites
     archive(tmp_path / "odd", np.arange(100), shift=7)
-    grid.seats[102] = Seat(2, tmp_path / "site-2", None, str(tmp_path / "odd"))
+    grid.seats[102] = SiteConfig(2, tmp_path / "site-2", None, str(tmp_path / "odd"))
     with pytest.raises(WorldError, match=r"class '10' of this site's data is not one of the task's 10"):
         network.run(config, grid, tmp_path / "run", Patience(join=0.3), own=True)
 
@@ -73,7 +73,7 @@ def test_partitions_and_own_data_do_not_mix(sites: tuple[Config, Network], tmp_p
     config, grid = sites
     with pytest.raises(WorldError, match="this site acts on own data, the run is for a simulation"):
         network.run(config, grid, tmp_path / "run", Patience(join=0.3))
-    grid.seats[100] = Seat(0, tmp_path / "site-0", 3)
+    grid.seats[100] = SiteConfig(0, tmp_path / "site-0", 3)
     with pytest.raises(WorldError, match="this site acts on a partition, the run is for own data"):
         network.run(config, grid, tmp_path / "again", Patience(join=0.3), own=True)
 

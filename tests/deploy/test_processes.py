@@ -18,15 +18,15 @@ from typing import Any
 
 import pytest
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import node_keys, write_certificates
 from fedfuse.deploy.local import Federation
 from fedfuse.deploy.processes import Process, flower, free_port, surroundings
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import Link, Order, order_of
 from fedfuse.errors import WorldError
-from fedfuse.experiment import run
-from fedfuse.runtime.flower import Patience
+from fedfuse.network.remote_grid import Patience
+from fedfuse.runs.experiment import run
 
 KEYS = ("data=digits", "clients=3", "rounds=3", "seed=0", "model=mlp_small")
 long = pytest.mark.deploy

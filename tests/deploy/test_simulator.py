@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from flwr.serverapp import ServerApp
 
-from fedfuse.compose import compose
-from fedfuse.directory import RunDirectory
+from fedfuse.config.compose import compose
+from fedfuse.core.loop import Federation
 from fedfuse.errors import WorldError
-from fedfuse.experiment import resume, run
-from fedfuse.federation import Federation
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.experiment import resume, run
 from tests.deploy.network import Network, seats, tiny
 from tests.federations import TINY
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedfuse import models
-from fedfuse.config import ModelConfig
+from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)]

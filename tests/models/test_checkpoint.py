@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from fedfuse import models
-from fedfuse.config import ModelConfig
+from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
-from fedfuse.train.local import predict
+from fedfuse.train.training import predict
 
 DATA = Path(os.environ.get("FEDFUSE_DATA") or Path(__file__).parents[3] / "shared/data")
 PUBLISHED = DATA.parent / "models/resnet_cifar10/resnet20-12fca82f.th"

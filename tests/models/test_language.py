@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedfuse.config import ModelConfig
+from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
 from fedfuse.train.scores import scored, scores
 from fedfuse.train.task import IGNORED, task_loss

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedfuse import models
-from fedfuse.config import ModelConfig
+from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
 
 

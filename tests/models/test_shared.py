@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from fedfuse.core.scenario import overlay, variable
 from fedfuse.errors import WorldError
-from fedfuse.models import shared
-from fedfuse.scenario import overlay, variable
+from fedfuse.models import shared_memory
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
-    monkeypatch.setattr(shared, "LEAST", 1)
+    monkeypatch.setattr(shared_memory, "LEAST", 1)
     return tmp_path / "bases"
 
 
@@ -31,8 +31,8 @@ FROZEN = frozenset({"0.weight", "0.bias"})
 def test_two_models_map_one_file_and_compute_the_same(small: Path) -> None:
     first, second = net(), net()
     want = net()(torch.ones(1, 8))
-    assert shared.share(first, FROZEN) == 4 * 72
-    assert shared.share(second, FROZEN) == 4 * 72
+    assert shared_memory.share(first, FROZEN) == 4 * 72
+    assert shared_memory.share(second, FROZEN) == 4 * 72
     assert len(list(small.iterdir())) == 1
     assert torch.equal(first(torch.ones(1, 8)), want)
     with torch.no_grad():
@@ -41,18 +41,18 @@ def test_two_models_map_one_file_and_compute_the_same(small: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(small: Path) -> None:
-    shared.share(net(), FROZEN)
+    shared_memory.share(net(), FROZEN)
     (path,) = small.iterdir()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(WorldError, match="is not the base it is named after"):
-        shared.share(net(), FROZEN)
+        shared_memory.share(net(), FROZEN)
 
 
 def test_small_bases_stay_in_the_process(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
-    assert shared.share(net(), FROZEN) == 0
+    assert shared_memory.share(net(), FROZEN) == 0
     assert not (tmp_path / "bases").exists()
 
 

@@ -11,7 +11,7 @@ import yaml
 from synthetic import write_run
 
 from fedfuse.errors import UserError
-from fedfuse.results.run import find, load
+from fedfuse.results.run_data import find, load
 
 
 def test_finished(tmp_path):

@@ -16,10 +16,10 @@ import pytest
 from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
-from fedfuse.results.command import reproduce
-from fedfuse.results.evidence import gather, label_counts, similarities
+from fedfuse.results.measures import gather, label_counts, similarities
 from fedfuse.results.report import report
-from fedfuse.results.run import load
+from fedfuse.results.rerun import reproduce
+from fedfuse.results.run_data import load
 from fedfuse.results.target import reach, targets
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'$\\frac{a$&amp;{{7*7}}{%x%}\x00\x1b[31m"
@@ -231,8 +231,8 @@ def test_targets(tmp_path):
 def test_reproduce_round_trips(tmp_path):
     """The printed command composes to the very configuration of the run."""
     yaml = pytest.importorskip("yaml")
-    compose = pytest.importorskip("fedfuse.compose").compose
-    as_yaml = pytest.importorskip("fedfuse.experiment").as_yaml
+    compose = pytest.importorskip("fedfuse.config.compose").compose
+    as_yaml = pytest.importorskip("fedfuse.runs.experiment").as_yaml
     words = ["strategy=fedprox", "strategy.mu=0.25", "data=digits", "partition.alpha=0.1", "clients=7", "seed=3"]
     words += ["model.pool=[mlp,mlp]", "data.root='a b, {c}=$d\\'e'", "participation=0.5", "runtime=inline"]
     config = as_yaml(compose(words))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from synthetic import write_run, write_sweep
 
-from fedfuse.results.run import find, load
+from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
 from fedfuse.results.table import compare, notes, print_table, to_csv, to_latex, to_markdown

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedfuse import registry
-from fedfuse.client import FusionClient
+from fedfuse.config import registry
+from fedfuse.core.client import FusionClient
 from fedfuse.errors import WorldError
 from tests.federations import federation, play
 from tests.runtime.processes import workers

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedfuse.compose import compose
-from fedfuse.experiment import run
+from fedfuse.config.compose import compose
+from fedfuse.runs.experiment import run
 from tests.federations import TINY
 
 pytestmark = [

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedfuse.engines.guest_run import command
 from fedfuse.errors import UserError
-from fedfuse.runtime.guest_command import command
 from tests.runtime.processes import MARK, gone
 
 APPS = Path(__file__).parent.parent / "apps"

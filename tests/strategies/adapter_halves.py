@@ -6,12 +6,12 @@ import copy
 
 import torch
 
-from fedfuse import registry
-from fedfuse.experiment import build_strategy
-from fedfuse.strategy import Share, Shares
-from fedfuse.sums import Sum
+from fedfuse.config import registry
+from fedfuse.core.strategy import Share, Shares
+from fedfuse.runs.experiment import build_strategy
 from fedfuse.train.adapters import adapted, products
 from fedfuse.train.stack import deltas
+from fedfuse.wire.sums import Sum
 from tests.federations import TINY, scenario_of
 
 LAYER = "body.1"  # the adapted layer of mlp_small on digits: 32 × 64, not square

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from fedfuse import registry
-from fedfuse.client import FusionClient
-from fedfuse.experiment import build_strategy
-from fedfuse.knowledge import Item
-from fedfuse.records import Arrays
-from fedfuse.scenario import Residents
-from fedfuse.strategy import FusionStrategy, Share, Shares
-from fedfuse.sums import Sum
+from fedfuse.config import registry
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Residents
+from fedfuse.core.strategy import FusionStrategy, Share, Shares
+from fedfuse.runs.experiment import build_strategy
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
+from fedfuse.wire.sums import Sum
 from tests.federations import TINY, scenario_of
 
 

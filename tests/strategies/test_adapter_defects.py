@@ -30,8 +30,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedfuse import registry
-from fedfuse.config import PrivacyConfig, TrainConfig
+from fedfuse.config import registry
+from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.strategies.fedex_lora import residual
 from fedfuse.train.adapters import LoRA, LoRASB, adapted, inject
 from fedfuse.train.basis import leading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedfuse import registry
+from fedfuse.config import registry
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.basis import basis_sha
 from tests.federations import federation, play

@@ -10,10 +10,10 @@ import pytest
 import torch
 from flwr.app import Error, Message, RecordDict
 
-from fedfuse import registry
+from fedfuse.config import registry
+from fedfuse.core.shares import FAILED, check_share
 from fedfuse.errors import UserError
-from fedfuse.records import Arrays, InvalidArrays, arrays_in, record, tensors
-from fedfuse.shares import FAILED, check_share
+from fedfuse.wire.records import Arrays, InvalidArrays, arrays_in, record, tensors
 from tests.federations import federation, play
 from tests.strategies.halves import client, server
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 
-from fedfuse.label_code import BITS as ALLOWED
-from fedfuse.label_code import decode, encode, pack, probabilities, quantise, unpack
-from fedfuse.records import InvalidArrays, record
 from fedfuse.strategies.cfd import fold
+from fedfuse.wire.label_code import BITS as ALLOWED
+from fedfuse.wire.label_code import decode, encode, pack, probabilities, quantise, unpack
+from fedfuse.wire.records import InvalidArrays, record
 from tests.federations import federation, play
 from tests.strategies.halves import client, random_labels, server, shares, take
 

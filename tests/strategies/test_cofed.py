@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from flwr.app import Message, RecordDict
 
-from fedfuse import registry
-from fedfuse.records import InvalidArrays, Scope, record
+from fedfuse.config import registry
 from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
+from fedfuse.wire.records import InvalidArrays, Scope, record
 from tests.federations import federation, play
 
 

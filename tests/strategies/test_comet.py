@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse import registry
-from fedfuse.records import InvalidArrays
+from fedfuse.config import registry
 from fedfuse.strategies.comet import cluster, means, memberships, nearest
+from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
 
 
@@ -93,9 +93,9 @@ def test_the_mean_of_ones_cluster_reaches_each_client():
 def test_a_joint_step_sees_both_terms(monkeypatch):
     """One private batch and one public batch a step."""
     seen = []
-    from fedfuse.train import local
+    from fedfuse.train import training
 
-    original = local.train
+    original = training.train
 
     def spied(model, x, y, loss, config, seed_parts, **options):
         def watched(logits, labels, rows):
@@ -105,7 +105,7 @@ def test_a_joint_step_sees_both_terms(monkeypatch):
 
         return original(model, x, y, watched, config, seed_parts, **options)
 
-    monkeypatch.setattr(local, "train", spied)
+    monkeypatch.setattr(training, "train", spied)
     play("comet", "strategy.lam=3", "strategy.clusters=1")
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert all(total == ce for total, ce in first)  # nothing to be drawn to yet

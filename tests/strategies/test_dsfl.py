@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse.records import InvalidArrays, Scope
 from fedfuse.strategies.dsfl import DSFL, DSFLHyper, aggregate, era
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import play
 from tests.strategies.halves import client, random_labels, server, shares, take
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedfuse.client import FusionClient
-from fedfuse.scenario import Scenario
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Scenario
 from tests.federations import play
 from tests.strategies.test_bad_input import DISTIL
 

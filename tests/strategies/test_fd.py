@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse.records import InvalidArrays, Scope
 from fedfuse.strategies.fd import FD, label_means, targets
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import play
 from tests.strategies.halves import client, server, shares, take
 

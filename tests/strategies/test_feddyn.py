@@ -50,8 +50,8 @@ def test_the_pull_grows_with_the_distance() -> None:
 
 def test_server_rule_with_absent_clients() -> None:
     """h ← h − α/m Σ_P(θ_k − θ_t) over all m clients, θ ← mean_P θ_k − h/α."""
-    from fedfuse.strategy import Share, Shares
-    from fedfuse.sums import Sum
+    from fedfuse.core.strategy import Share, Shares
+    from fedfuse.wire.sums import Sum
 
     strategy = server("feddyn", "strategy.alpha=0.1")
     start = {k: v.clone() for k, v in strategy.model.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedfuse import registry
+from fedfuse.config import registry
 from fedfuse.strategies.fedet import consensus, layer, weights_of
 from tests.federations import play
 from tests.waking import server, wake
@@ -89,7 +89,7 @@ def test_it_says_that_it_is_a_reconstruction() -> None:
 
 
 def test_a_client_without_examples_neither_counts_nor_teaches() -> None:
-    from fedfuse.strategy import Share, Shares
+    from fedfuse.core.strategy import Share, Shares
 
     strategy = server("fedet", "strategy.distill_epochs=1")
     strategy.round, strategy.groups = 1, {0: 0, 1: 0}

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse import registry
+from fedfuse.config import registry
 from fedfuse.errors import UserError
-from fedfuse.records import InvalidArrays
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
+from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
 
 

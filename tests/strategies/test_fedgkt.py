@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse import experiment
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
+from fedfuse.core.scenario import prepare_scenario
+from fedfuse.core.strategy import Share
 from fedfuse.errors import UserError
-from fedfuse.records import InvalidArrays, Scope
-from fedfuse.scenario import prepare_scenario
-from fedfuse.strategy import Share
+from fedfuse.runs import experiment
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import TINY, play
 from tests.strategies.halves import client, server, shares, take
 
@@ -155,7 +155,7 @@ def test_the_tail_is_kept_exported_and_stands_behind_each_client(tmp_path):
     from safetensors import safe_open
 
     import fedfuse
-    from fedfuse.export import export
+    from fedfuse.runs.export import export
 
     where = experiment.run(compose([*TINY, "strategy=fedgkt", f"out={tmp_path / 'run'}"]), quiet=True)
     assert (where / "final/server-tail.safetensors").exists()

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse import registry
+from fedfuse.config import registry
 from fedfuse.errors import UserError
-from fedfuse.records import InvalidArrays
 from fedfuse.strategies.fedhkd import hyper_knowledge
 from fedfuse.train.losses import loss
+from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse.records import InvalidArrays, layout_nbytes, layout_of, nbytes, validate
 from fedfuse.strategies.fedkd import FedKDHyper, apply, energy
 from fedfuse.train.truncate import check_packed, most, pack, packed_layout, truncate, unpack
+from fedfuse.wire.records import InvalidArrays, layout_nbytes, layout_of, nbytes, validate
 from tests.federations import play
 from tests.waking import PLAIN, final_states, server, wake
 

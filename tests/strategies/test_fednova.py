@@ -44,8 +44,8 @@ def test_unequal_steps_against_numbers_by_hand() -> None:
 
 
 def _two(n, a, moved):
-    from fedfuse.strategy import Share, Shares
-    from fedfuse.sums import Sum
+    from fedfuse.core.strategy import Share, Shares
+    from fedfuse.wire.sums import Sum
 
     strategy, total = server("fednova"), Sum()
 

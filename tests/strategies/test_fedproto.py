@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse import registry
+from fedfuse.config import registry
 from fedfuse.errors import UserError
 from fedfuse.strategies.fedproto import nearness, pull
-from fedfuse.train import local
+from fedfuse.train import training
 from tests.federations import federation, play
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
@@ -48,7 +48,7 @@ def test_a_round_against_numpy(weighting):
             state = directory.clients.load(client, server.tags[client])
             model = server.residents.loaded("mlp_small", state["model"])
             x, y = built.scenario.data.tensors(client, "train")
-            z = local.predict(model, x, features=True).double().numpy()
+            z = training.predict(model, x, features=True).double().numpy()
             for c in range(classes):
                 mine = z[y.numpy() == c]
                 lacking += len(mine) == 0
@@ -95,7 +95,7 @@ def test_three_architectures_of_one_embedding_size():
 
 
 def test_negative_counts_are_refused():
-    from fedfuse.records import InvalidArrays
+    from fedfuse.wire.records import InvalidArrays
 
     with pytest.raises(InvalidArrays, match="negative"):
         registry.entry("fedproto").server.examine(None, {"prototypes": {"counts": torch.tensor([1, -1])}})

@@ -10,13 +10,13 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from fedfuse import registry
+from fedfuse.config import registry
+from fedfuse.core.node import place
+from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError
-from fedfuse.experiment import build_strategy
-from fedfuse.node import place
-from fedfuse.records import record, tensors
-from fedfuse.runtime.inline import InlineGrid
-from fedfuse.store import ClientStore
+from fedfuse.runs.experiment import build_strategy
+from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.records import record, tensors
 from tests.federations import TINY, federation, play, scenario_of
 
 

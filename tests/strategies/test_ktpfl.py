@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse import registry
-from fedfuse.records import InvalidArrays
+from fedfuse.config import registry
 from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project
+from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
 
 
@@ -64,7 +64,7 @@ def test_alike_clients_find_each_other():
 
 def test_frozen_uniform_equals_plain_averaging():
     """With c = 1/N every client gets FedMD's consensus: the mean of all soft predictions."""
-    from fedfuse.sums import Sum
+    from fedfuse.wire.sums import Sum
 
     uploads = []
     with federation("ktpfl", "strategy.coefficient_lr=0", "rounds=1") as (built, _):

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedfuse import registry
-from fedfuse.config import LossConfig
+from fedfuse.config import registry
+from fedfuse.config.schema import LossConfig
+from fedfuse.core.loop import Federation
+from fedfuse.core.node import place
+from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError
-from fedfuse.experiment import build_strategy
-from fedfuse.federation import Federation
-from fedfuse.node import place
-from fedfuse.records import sha_arrays
-from fedfuse.runtime.inline import InlineGrid
-from fedfuse.store import ClientStore
+from fedfuse.runs.experiment import build_strategy
 from fedfuse.train.losses import names
+from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.records import sha_arrays
 from tests.federations import TINY, federation, play, scenario_of
 from tests.waking import final_states
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse import registry
-from fedfuse.records import InvalidArrays, Scope
+from fedfuse.config import registry
 from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import federation, play
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedfuse import registry
-from fedfuse.label_code import quantise, unpack
+from fedfuse.config import registry
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, draw_labels
-from fedfuse.train import local
+from fedfuse.train import training
 from fedfuse.train.losses import loss
+from fedfuse.wire.label_code import quantise, unpack
 from tests.federations import play
 from tests.strategies.halves import client, random_labels, server, shares, take
 
@@ -42,7 +42,7 @@ def watched(half):
 
 def lesson(name, half, wrong):
     """The client's own answers on version 3's rows, as a server would teach them; wrong: each row its neighbour's."""
-    from fedfuse.label_code import pack
+    from fedfuse.wire.label_code import pack
 
     rows = half.subset(20, 0 if name == "cfd" else 3)
     z = half.predict(half.transfer[rows]).roll(int(wrong), 0)
@@ -114,7 +114,7 @@ def test_cfds_labels_go_down_quantised_by_default():
 
 
 def _code(levels):
-    from fedfuse.label_code import code_of, encode
+    from fedfuse.wire.label_code import code_of, encode
 
     return code_of(encode(levels, 1))
 
@@ -128,12 +128,12 @@ def test_fedgens_client_loss_by_hand(round):
     held = torch.arange(10) != 3
     values = watched(half)
     half.begin("receive")
-    from fedfuse.knowledge import Item
+    from fedfuse.wire.knowledge import Item
 
     arrays = {k: v.detach().clone() for k, v in net.state_dict().items()}
     half.receive({"generator": Item({**arrays, "held": held}, 1)})
     half.begin("train")
-    order = next(local.batches(len(half.x), 1000, 1, half.seed, "train", half.client, round))
+    order = next(training.batches(len(half.x), 1000, 1, half.seed, "train", half.client, round))
     half.fit()
     draw, head = half.generator("features"), half.model.head
     y = half.y[order]
@@ -179,7 +179,7 @@ def test_the_proximal_pull_by_hand():
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
-    local.proximal(anchor, 0.7)(model)
+    training.proximal(anchor, 0.7)(model)
     for p, want in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-14, atol=1e-14)
 

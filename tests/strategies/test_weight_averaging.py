@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedfuse.records import record, tensors
+from fedfuse.wire.records import record, tensors
 from tests.federations import federation, play
 
 ROUNDS = ("rounds=3", "clients=4", "participation=0.5")

@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedfuse import models
-from fedfuse.config import ModelConfig, TrainConfig
+from fedfuse.config.schema import ModelConfig, TrainConfig
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator
-from fedfuse.train.local import batches, optimizer, predict, train
 from fedfuse.train.scores import scores
+from fedfuse.train.training import batches, optimizer, predict, train
 
 N = 37
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ def test_step_hooks_run():
 def test_training_does_not_import_torchs_compiler():
     """torch._dynamo takes 2 s to import, in every process that trains."""
     code = (
-        "import sys, torch; from fedfuse.config import TrainConfig; from fedfuse.train.local import train; "
+        "import sys, torch; from fedfuse.config.schema import TrainConfig; from fedfuse.train.training import train; "
         "train(torch.nn.Linear(2, 2), torch.ones(4, 2), None, lambda out, y, rows: out.sum(), TrainConfig(), (0,)); "
         "assert 'torch._dynamo' not in sys.modules"
     )

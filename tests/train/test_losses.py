@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from fedfuse.config import LossConfig
+from fedfuse.config.schema import LossConfig
 from fedfuse.errors import UserError
 from fedfuse.train.losses import Loss, loss, names
 
@@ -357,7 +357,7 @@ def test_modules_that_take_labels_or_dictionaries():
 def test_shipped_configurations_build():
     import yaml
 
-    folder = Path(__file__).parents[2] / "fedfuse/conf/loss"
+    folder = Path(__file__).parents[2] / "fedfuse/config/conf/loss"
     allowed = {field.name for field in fields(LossConfig)}
     found = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")}
     assert set(found) == {*names(), "default", "custom"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedfuse.compose import compose
+from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
 from tests.federations import TINY, play, scenario_of
 from tests.waking import final_states

@@ -17,7 +17,7 @@ from torch import nn
 
 pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
 
-from fedfuse.config import PrivacyConfig, TrainConfig
+from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.adapters import LoRA, LoRASB, inject
 from fedfuse.train.privacy import Budget, check, drawn, epsilon, joined, noise_for, train

@@ -1,0 +1,132 @@
+"""What a configuration from the wire may say: registered names and plain numbers, by key; server and sites share it.
+
+A configuration that a message or an order brings is somebody else's. Nothing in it may import code, open a file of the
+asker's choice, or fetch anything: text is taken only under keys listed here, and only where it is a name that is
+registered, or a word that cannot be a path. An operator may lift that for people who may run code there anyway
+(`allow_code` in a site's policy, `fedfuse deploy server --allow-code`). Behind this list is a second lock: where code
+is not allowed, `fedfuse.config.dotted.resolve` refuses to import whatever it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fedfuse import models
+from fedfuse.config import catalogue
+from fedfuse.errors import Refused
+from fedfuse.train import losses
+
+WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .@*,\-]{0,99}", re.ASCII)  # a column, a pattern of layers: never a path
+OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
+DATA = frozenset(catalogue.SOURCES) - {"custom"}
+LAYOUTS = (frozenset(catalogue.LAYOUTS) | {"builtin"}) - {"custom"}
+EXTRA = frozenset({"text", "features", "length", "least", "per_source", "shape", "size", "sources", "train", "test"})
+
+
+def _architecture(value: Any) -> bool:
+    base, at, width = str(value).partition("@")
+    return base in {"auto", *models.names()} and (not at or re.fullmatch(r"\d{1,3}(\.\d{1,3})?", width) is not None)
+
+
+def _word(value: Any) -> bool:
+    return WORD.fullmatch(value) is not None and ".." not in value
+
+
+def _nothing(value: Any) -> bool:
+    return not value
+
+
+# every key that can hold text: what it may say. A value of None is always allowed; a list, item by item.
+TEXTS: dict[str, Callable[[Any], bool]] = {
+    "data.name": DATA.__contains__,
+    "data.layout": LAYOUTS.__contains__,
+    "data.inputs": _word,
+    "data.targets": _word,
+    "data.groups": _word,
+    "data.load": _nothing,
+    "data.hub": _nothing,
+    "data.root": _nothing,
+    "partition.name": frozenset(catalogue.PARTITIONS).__contains__,
+    "partition.sizes": frozenset({"dirichlet", "linear"}).__contains__,
+    "transfer.source": (DATA | {"holdout", "noise"}).__contains__,
+    "transfer.root": _nothing,
+    "model.name": _architecture,
+    "model.pool": _architecture,
+    "model.build": _nothing,
+    "model.path": _nothing,
+    "model.checkpoint": _nothing,
+    "train.optimizer": _word,
+    "train.optimizer_state": _word,
+    "train.precision": _word,
+    "train.pool": _word,
+    "loss.name": frozenset(losses.names()).__contains__,
+    "loss.build": _nothing,
+    "runtime.name": frozenset({"inline", "ray", "flower"}).__contains__,
+    "runtime.device": _word,
+    "runtime.server_device": lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value) is not None,
+    "runtime.address": _nothing,
+    "runtime.state_dir": _nothing,
+    "tracking.name": frozenset({"none", "csv", "tensorboard", "mlflow"}).__contains__,
+    "tracking.uri": _nothing,
+    "tracking.experiment": _word,
+    "privacy.clipping": _word,
+    "search.keys": _word,
+    "stop.metric": _word,
+    "out": _nothing,
+}
+NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type
+OWNERS = frozenset({"data.root", "tracking.uri", "out"})  # the operator's own at the server; never told to sites
+
+
+def check_texts(values: Any, at_server: bool = False) -> None:
+    """Refuse a configuration, as it came from the wire, that says anything but registered names and numbers.
+
+    Parameters
+    ----------
+    values : dict
+        The configuration's values, nested by group.
+    at_server : bool
+        The operator's order to the server, which may name the server's own data folder and tracker.
+
+    Raises
+    ------
+    Refused
+        Naming the key and the value.
+    """
+    for key, value in leaves(values):
+        if at_server and key in OWNERS:
+            continue
+        if not _allowed(key, value):
+            raise Refused(f"{key}={str(value)[:80]!r}: over the wire only registered names and numbers are taken")
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested configuration with its dotted key; what is empty, too."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), values
+
+
+def _allowed(key: str, value: Any) -> bool:
+    for name, only in NEVER.items():
+        if key == name or key.startswith(f"{name}."):
+            return bool(value == only)
+    if isinstance(value, list):
+        return len(value) <= 10_000 and all(_allowed(key, item) for item in value)
+    if value is None or isinstance(value, bool | int | float) or value == {}:
+        return True
+    if not isinstance(value, str):
+        return False
+    if key in TEXTS:
+        return bool(TEXTS[key](value))
+    group, _, rest = key.partition(".")
+    if group == "strategy":
+        return _word(value) and OPTION.fullmatch(rest) is not None
+    if key.startswith("data.extra."):
+        return rest.removeprefix("extra.") in EXTRA and _word(value)
+    option = key.removeprefix("loss.options.")
+    return option != key and OPTION.fullmatch(option) is not None and _word(value)

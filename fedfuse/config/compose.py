@@ -1,0 +1,272 @@
+"""From words on a command line to a checked `Config`, by Hydra; every mistake is one line."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from fedfuse.config import registry
+from fedfuse.config.schema import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PartitionConfig,
+    RuntimeConfig,
+    TrackingConfig,
+)
+from fedfuse.errors import UserError, nearest
+
+GROUPS = {
+    "data": DataConfig,
+    "partition": PartitionConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "runtime": RuntimeConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def options(group: str) -> list[str]:
+    """Names that a group's word may be, from the files that are shipped."""
+    from importlib import resources
+
+    folder = resources.files("fedfuse.config.conf") / group
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def preset_files() -> dict[str, Path]:
+    """The experiment presets by name."""
+    from importlib import resources
+
+    folder = Path(str(resources.files("fedfuse.experiments")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def presets() -> list[str]:
+    """Names of the experiment presets."""
+    return list(preset_files())
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Expand a sweep (`seed=0,1 strategy=a,b`) into the overrides of its runs, as Hydra's basic sweeper does.
+
+    Raises
+    ------
+    UserError
+        If an override cannot be parsed.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import IntervalSweep
+
+    parser, choices = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except Exception as error:
+            raise UserError(f"{text!r}: not of the form key=value ({_first_line(error)})") from error
+        if parsed.is_sweep_override():
+            key = parsed.get_key_element()
+            if isinstance(parsed.value(), IntervalSweep):
+                raise UserError(f"{text}: is a space to search; say search.trials=<number> with fedfuse compare")
+            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        else:
+            choices.append([text])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def strategy_of(overrides: Sequence[str]) -> str | None:
+    """The strategy that overrides name, if they do."""
+    for text in reversed(overrides):
+        if text.startswith("strategy="):
+            return text.split("=", 1)[1].strip("'\"")
+    return None
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and check the configuration of one run.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        As typed: `key=value`.
+
+    Raises
+    ------
+    UserError
+        For an unknown key or name (with the nearest valid one) and for an impossible value.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    overrides = list(overrides)
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"{text!r}: not of the form key=value")
+    _check_keys(overrides)
+    overrides = [f"++{text}" if text.startswith(_OPEN) else text for text in overrides]  # whether there yet or not
+    chosen = strategy_of(overrides) or "fedavg"
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, node in GROUPS.items():
+        store.store(group=group, name="schema", node=node)
+    store.store(group="strategy", name=chosen, node=registry.schema(chosen))
+    asked = [o for o in overrides if o.startswith("experiment=")]
+    for name, path in preset_files().items() if asked else ():
+        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("fedfuse.config.conf", version_base="1.3"):
+            extra = [f"strategy={chosen}"] if strategy_of(overrides) is None else []
+            found = hydra_compose("config", overrides=[*overrides, *extra])
+        config: Config = OmegaConf.to_object(found)  # type: ignore[assignment]
+        config.strategy = registry.typed(config.strategy)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error, overrides, chosen)) from error
+    check(config)
+    return config
+
+
+def _check_keys(overrides: Sequence[str]) -> None:
+    """Find an unknown key or group word before anything heavy is imported."""
+    known = keys(Config, "")
+    for text in overrides:
+        key, value = re.split("=", text.lstrip("+~"), maxsplit=1)
+        value = value.strip("'\"")
+        key = key.split("@")[0]
+        if key.startswith(("hydra.", "strategy.")) or key == "hydra":
+            continue
+        if key == "experiment":
+            if value not in presets():
+                raise UserError(f"experiment={value}: unknown; {nearest(value, presets())}")
+            continue
+        if key == "strategy":
+            if value not in registry.listed():
+                registry.entry(value)  # says what is wrong
+            continue
+        if key in GROUPS:
+            allowed = [name for name in options(key) if name != "schema"]
+            if value not in allowed and not value.startswith(("{", "[", "${")):
+                raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
+            continue
+        if key not in known and not key.startswith(_OPEN):
+            raise UserError(f"{key}: no such key; {nearest(key, [*known, *GROUPS, 'strategy'])}")
+
+
+_OPEN = ("data.extra.", "model.extra.", "loss.options.")
+
+
+def keys(node: Any, prefix: str) -> list[str]:
+    """All dotted keys of a configuration dataclass."""
+    import typing
+
+    hints = typing.get_type_hints(node)
+    out = []
+    for field in fields(node):
+        name = f"{prefix}{field.name}"
+        if is_dataclass(hints[field.name]):
+            out += keys(hints[field.name], name + ".")
+        else:
+            out.append(name)
+    return out
+
+
+def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
+    text = " ".join(str(part) for part in (error, error.__cause__) if part)
+    known = [f"strategy.{field.name}" for field in fields(registry.schema(strategy))]
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if match:
+        key = match.group(1)
+        return f"{key}: no such key; {nearest(key, known if key.startswith('strategy.') else keys(Config, ''))}"
+    match = re.search(r"Error merging override (.+)", _first_line(error))
+    if match and error.__cause__ is not None:
+        return f"{match.group(1)}: {_first_line(error.__cause__)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check(config: Config) -> None:
+    """Refuse impossible values.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value and what is allowed.
+    """
+    at_least = {"clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.batch_size": 1, "train.weight_decay": 0}
+    at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
+    at_least |= {"runtime.parallel": 1, "search.trials": 1}
+    at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
+    at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
+    at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
+    for key, low in at_least.items():
+        value = _value(config, key)
+        if value is not None and not low <= value < float("inf"):
+            raise UserError(f"{key}={value}: allowed is at least {low}")
+    for key, words in WORDS.items():
+        value = _value(config, key)
+        if value not in words:
+            raise UserError(f"{key}={value}: {nearest(str(value), words)}")
+    part, train, temperature = config.participation, config.train, config.loss.temperature
+    privacy = config.privacy
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
+        ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
+        ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
+        ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),
+        ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "between 0 and 1"),
+        ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
+        ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
+    ]
+    exact = train.precision == "float32" or not privacy.on
+    rules.append(("train.precision", train.precision, exact, "float32 under privacy: its noise is exact there"))
+    share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
+    rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
+    rules.append(("runtime.client_timeout", limit, limit is None or 0 < limit < float("inf"), "more than 0 (seconds)"))
+    for word in config.train.pool or ():
+        name, at, rate = word.partition("@")
+        good = name in WORDS["train.optimizer"] and (not at or _positive(rate))
+        allowed = " or ".join(", ".join(WORDS["train.optimizer"]).rsplit(", ", 1))
+        rules.append(("train.pool", word, good, f"{allowed}, and a rate after @ as in adam@0.001"))
+    server = config.runtime.server_device
+    known = server is None or re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", server) is not None
+    rules.append(("runtime.server_device", server, known, "null, auto, cpu, cuda or cuda:<number>"))
+    for key, value, good, allowed in rules:
+        if not good:
+            raise UserError(f"{key}={value}: allowed is {allowed}")
+
+
+WORDS = {
+    "train.optimizer": ("sgd", "adam", "adamw"),
+    "train.optimizer_state": ("fresh", "keep"),
+    "train.precision": ("float32", "bf16"),
+    "runtime.device": ("auto", "cpu", "cuda"),
+    "privacy.clipping": ("ghost", "plain"),
+}
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node

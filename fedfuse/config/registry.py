@@ -1,0 +1,265 @@
+"""Strategies by name: one decorator in one file, found through the entry-point group `fedfuse.strategies`.
+
+An entry point names a package (or a single module); its modules are read, not imported, to list what there is, and only
+the module of the chosen strategy is imported. So a new strategy is one new file.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedfuse.errors import UserError, in_words, nearest
+
+if TYPE_CHECKING:
+    from fedfuse.core.client import FusionClient
+    from fedfuse.core.strategy import FusionStrategy
+
+GROUP = "fedfuse.strategies"
+
+
+class Entry(NamedTuple):
+    """A registered strategy: both halves and its hyper-parameters."""
+
+    name: str
+    server: type[FusionStrategy]
+    client: type[FusionClient]
+    hyper: type[Any]
+    paper: str
+
+
+class Listed(NamedTuple):
+    """A strategy as read from its source, before anything is imported."""
+
+    name: str
+    module: str
+    paper: str
+    summary: str
+
+
+_entries: dict[str, Entry] = {}
+_files: dict[str, str] = {}  # name -> file that registered it
+_unreadable: dict[str, str] = {}  # file -> why it could not be listed
+
+
+def hyper(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """Declare a hyper-parameter: a dataclass field with its meaning (paper's symbol, unit) and what is allowed.
+
+    Parameters
+    ----------
+    default
+        The paper's or recommended value.
+    meaning : str
+        Shown by `fedfuse list` and in errors.
+    low, high : float, optional
+        Closed bounds.
+    above : float, optional
+        Open lower bound.
+    choices : tuple, optional
+        Allowed values.
+    """
+    metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoHyper:
+    """A strategy without hyper-parameters."""
+
+
+def strategy(
+    name: str, *, client: type[FusionClient], hyper: type[Any] = NoHyper, paper: str = ""
+) -> Callable[[type[Any]], type[Any]]:
+    """Register a server class (with its client class and hyper-parameters) under a name.
+
+    Registering the same name again from the same file replaces the entry, so reloading is harmless.
+
+    Parameters
+    ----------
+    name : str
+        What users type: `strategy=<name>`. Give it and `paper` as literals: they are read without importing.
+    client : type
+        The client half.
+    hyper : dataclass, optional
+        Hyper-parameters: fields of plain types, declared with `fedfuse.hyper`.
+    paper : str
+        Citation.
+
+    Raises
+    ------
+    ValueError
+        If another file has registered the name.
+    """
+
+    file = sys._getframe(1).f_code.co_filename  # a file may be imported under two names
+
+    def register(cls: type[Any]) -> type[Any]:
+        old = _entries.get(name)
+        if old is not None and old.server.__module__ != cls.__module__ and _files.get(name) != file:
+            raise ValueError(f"strategy {name!r} is registered by {old.server.__module__} already")
+        if not dataclasses.is_dataclass(hyper):
+            raise ValueError(f"strategy {name!r}: hyper must be a dataclass")
+        _entries[name], _files[name] = Entry(name, cls, client, hyper, paper), file
+        return cls
+
+    return register
+
+
+def listed() -> dict[str, Listed]:
+    """Return every strategy that is installed, by reading sources; nothing of them is imported."""
+    found: dict[str, Listed] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        spec = importlib.util.find_spec(point.value.split(":")[0])
+        if spec is None:
+            continue
+        if spec.submodule_search_locations:
+            for module in pkgutil.iter_modules(spec.submodule_search_locations):
+                for folder in spec.submodule_search_locations:
+                    path = Path(folder) / f"{module.name}.py"
+                    if path.exists():
+                        found |= {item.name: item for item in _read(path, f"{spec.name}.{module.name}")}
+        elif spec.origin:
+            found |= {item.name: item for item in _read(Path(spec.origin), spec.name)}
+    for entry in _entries.values():
+        if entry.name not in found:
+            found[entry.name] = Listed(
+                entry.name,
+                entry.server.__module__,
+                entry.paper,
+                (entry.server.__doc__ or "").strip().split("\n")[0],
+            )
+    return dict(sorted(found.items()))
+
+
+def _read(path: Path, module: str) -> list[Listed]:
+    return _parsed(path, module, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: Path, module: str, changed: int) -> list[Listed]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        _unreadable[path.name] = " ".join(str(error).split())
+        return []
+    out = []
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")) == "strategy":
+                words = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+                first = call.args[0] if call.args else None
+                name = first.value if isinstance(first, ast.Constant) else words.get("name")
+                if isinstance(name, str):
+                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    out.append(Listed(name, module, str(words.get("paper", "")), summary))
+    return out
+
+
+def entry(name: str) -> Entry:
+    """Return a registered strategy, importing its module if need be.
+
+    Raises
+    ------
+    UserError
+        If there is none of that name, or its module cannot be imported.
+    """
+    if name not in _entries:
+        known = listed()
+        if name not in known:
+            broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(_unreadable.items()))
+            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
+        try:
+            importlib.import_module(known[name].module)
+        except Exception as error:
+            why = f"{known[name].module} cannot be imported ({in_words(error)})"
+            raise UserError(f"strategy={name}: {why}") from error
+        if name not in _entries:
+            raise UserError(f"strategy={name}: {known[name].module} did not register it")
+    return _entries[name]
+
+
+def check(name: str, values: Any) -> None:
+    """Check hyper-parameters against what their fields allow.
+
+    Raises
+    ------
+    UserError
+        One line naming the strategy, the field, the value and what is allowed.
+    """
+    for field in dataclasses.fields(values):
+        value, rule = getattr(values, field.name), field.metadata
+        where = f"strategy.{field.name}={value}"
+        if value is None or not rule:
+            continue
+        if rule.get("choices") is not None and value not in rule["choices"]:
+            raise UserError(f"{where}: {name} allows {', '.join(map(str, rule['choices']))}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{where}: {name} needs a finite number")
+            if rule.get("low") is not None and value < rule["low"]:
+                raise UserError(f"{where}: {name} needs at least {rule['low']}")
+            if rule.get("above") is not None and value <= rule["above"]:
+                raise UserError(f"{where}: {name} needs more than {rule['above']}")
+            if rule.get("high") is not None and value > rule["high"]:
+                raise UserError(f"{where}: {name} needs at most {rule['high']}")
+
+
+def schema(name: str) -> type[Any]:
+    """Return the schema of Hydra's group `strategy`: the strategy's fields and its `name`.
+
+    OmegaConf makes frozen dataclasses read-only, so this is an open copy; `typed` makes the real thing of it.
+    """
+    hints = typing.get_type_hints(entry(name).hyper)
+    columns: list[Any] = [("name", str, dataclasses.field(default=name))]
+    for field in dataclasses.fields(entry(name).hyper):
+        missing = field.default_factory is dataclasses.MISSING
+        default = {"default": field.default} if missing else {"default_factory": field.default_factory}
+        columns.append((field.name, hints[field.name], dataclasses.field(**default)))
+    return dataclasses.make_dataclass(f"{entry(name).hyper.__name__}Schema", columns)
+
+
+def typed(values: Any) -> Any:
+    """Return hyper-parameters as the strategy's own dataclass, with the strategy's `name` beside them.
+
+    Raises
+    ------
+    UserError
+        If a value is not allowed.
+    """
+    chosen = entry(values.name)
+    named = dataclasses.make_dataclass(
+        chosen.hyper.__name__,
+        [("name", str, dataclasses.field(default=chosen.name))],
+        bases=(chosen.hyper,),
+        frozen=chosen.hyper.__dataclass_params__.frozen,  # type: ignore[attr-defined]
+    )
+    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(named)}
+    try:
+        made = named(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"strategy={chosen.name}: {error}") from error
+    check(chosen.name, made)
+    return made

@@ -1,0 +1,338 @@
+"""The client half every algorithm extends: receive, fit, share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.config.schema import TrainConfig
+from fedfuse.core.scenario import Residents, Scenario, overlay, variable
+from fedfuse.errors import UserError
+from fedfuse.seeding import generator, seed_everything
+from fedfuse.train import training
+from fedfuse.train.losses import Loss, chosen
+from fedfuse.train.objective import followed
+from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
+from fedfuse.train.privacy import train as dp_sgd
+from fedfuse.train.scores import scored
+from fedfuse.train.task import task_loss
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays
+
+Metrics = dict[str, float | int]
+Records = dict[str, Arrays]
+
+
+class FusionClient:
+    """One client for the length of one message.
+
+    The platform builds it from committed state, calls `receive` with the knowledge that is new to it, then
+    `fit` and `share` for a `train` message (or the method named like the phase), or `evaluate`. Everything that
+    must survive goes into `state`; for a `personal` client the whole model is kept there by the platform.
+
+    Attributes
+    ----------
+    hyper
+        The strategy's hyper-parameters.
+    model : nn.Module
+        The architecture's resident model, holding initial weights overlaid with the client's private state.
+    state : dict
+        Private state: nested dicts of tensors and plain values.
+    client, round, version : int
+        This client, the current round, and the newest version of a lesson in this message.
+    x, y : Tensor
+        Private training examples and labels, in index order.
+    """
+
+    personal: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        hyper: Any,
+        model: nn.Module,
+        residents: Residents,
+        client: int,
+        state: dict[str, Any],
+        round: int,
+        phase: str,
+        splits: tuple[str, ...] = ("personal",),
+        pooled: bool = False,
+    ) -> None:
+        self.hyper, self.model, self.residents, self.client = hyper, model, residents, client
+        self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
+        self.version = -1
+        self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
+        self.lends = False  # whether what is shared is summed at once, so that nobody needs a copy (platform use)
+        self._purpose = "receive"
+        self._losses: list[Loss] = []  # made for the next training
+        self._private = False  # whether private examples are being used inside the privacy budget
+
+    # -- what an algorithm writes --------------------------------------------------------------------------
+
+    @staticmethod
+    def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
+        """Add what the algorithm needs to every client's model (adapters, a second network); default nothing."""
+        return model
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Take in what the server sent. Depends on state, knowledge and seed only, never on the round."""
+        if "model" in knowledge:
+            self.load(knowledge["model"].arrays)
+
+    def fit(self) -> Metrics:
+        """Train on private data; must return `num-examples`."""
+        return self.train()
+
+    def share(self) -> Records:
+        """Say what was learned: records of arrays. Per-sample rows stand in index order."""
+        return {"model": variable(self.model) if self.lends else self.weights()}
+
+    def evaluate(self) -> tuple[Records, Metrics]:
+        """Score the model this client would use. Never changes the client."""
+        metrics: Metrics = {}
+        for split in self.splits:
+            examples = self.examples(split)
+            if examples is not None:
+                x, y = examples
+                for name, value in scored(self.predict, x, y, self.classes).items():
+                    metrics[f"{split}/{name}"] = value
+        return {}, metrics
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B × C) of the model this client would use."""
+        return training.predict(self.model, x, self.scenario.config.evaluate.batch_size)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features (B × feature_dim) of the model this client would use, in evaluation mode."""
+        return training.predict(self.model, x, self.scenario.config.evaluate.batch_size, features=True)
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of a batch, with gradients: a `forward` for `train`."""
+        model = cast(Any, self.model)
+        z = model.features(x)
+        return z, model.head(z)
+
+    # -- what it uses --------------------------------------------------------------------------------------
+
+    @property
+    def scenario(self) -> Scenario:
+        """The experiment this client lives in."""
+        return self.residents.scenario
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.scenario.classes
+
+    @property
+    def architecture(self) -> str:
+        """Name of this client's architecture."""
+        return self.scenario.architectures[self.client]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.scenario.seed
+
+    @property
+    def training(self) -> TrainConfig:
+        """This client's training settings."""
+        return self.scenario.training(self.client)
+
+    @property
+    def x(self) -> Tensor:
+        """Private training inputs."""
+        return self.examples("train")[0]
+
+    @property
+    def y(self) -> Tensor:
+        """Private training labels."""
+        return self.examples("train")[1]
+
+    @property
+    def transfer(self) -> Tensor:
+        """Inputs of the transfer set D_t."""
+        return self.residents.tensors("transfer")[0]
+
+    @property
+    def transfer_labels(self) -> Tensor | None:
+        """Labels of the transfer set, or None where it is unlabelled."""
+        return self.residents.tensors("transfer")[1]
+
+    def examples(self, split: str) -> Any:
+        """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
+        if split == "global":
+            return self.residents.tensors("test")
+        if split == "train" and self.scenario.config.privacy.on and not self._private:
+            raise UserError(
+                "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover "
+                "them; allowed are those that only train on them"
+            )
+        if split == "train" and self.pooled:
+            return self.residents.tensors("pooled")
+        return self.residents.tensors(self.client, split)
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator seeded by (run seed, purpose, client, round or lesson version)."""
+        return generator(self.seed, *purpose, self.client, self._moment)
+
+    @property
+    def _moment(self) -> int:
+        # what is received depends on the lesson's version, not on the round that happened to bring it
+        return self.version if self._purpose == "receive" else self.round
+
+    def begin(self, purpose: str) -> None:
+        """Enter a verb: global generators restart, so what came before does not matter (platform use)."""
+        self._purpose, self._losses = purpose, []
+        seed_everything(self.seed, purpose, self.client, self._moment)
+
+    def load(self, arrays: Arrays, strict: bool = True) -> None:
+        """Overwrite the model's parameters and buffers in place; if not strict, some of them."""
+        overlay(self.model, arrays, strict)
+
+    def weights(self) -> Arrays:
+        """A copy of the model's parameters and buffers, without a frozen base."""
+        return {name: value.detach().clone() for name, value in variable(self.model).items()}
+
+    def subset(self, size: int | None, version: int | None = None) -> Tensor:
+        """Rows of the transfer set used in a round: all, or `size` redrawn by that round's number.
+
+        A lesson uses its own version's rows: pass `version=item.version` when taking one in.
+        """
+        return transfer_rows(self.scenario, size, self.round if version is None else version)
+
+    def objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of the task: mean cross-entropy of classes, or of next tokens."""
+        return task_loss(logits, labels)
+
+    def loss(self, default: str = "kl", **options: Any) -> Loss:
+        """The next training's distillation objective: `loss=<name>` if the user chose one, else the paper's own.
+
+        What a stateful one learns (TAID's τ) is kept in `state["losses"]`.
+        """
+        self._losses.append(chosen(self.scenario.config.loss, default, **options))
+        return self._losses[-1]
+
+    def train(
+        self,
+        loss: Callable[[Any, Any, Tensor], Tensor] | None = None,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        purpose: str | None = None,
+        **options: Any,
+    ) -> Metrics:
+        """Minimise a loss by mini-batches; rows are named by index, never by batch order.
+
+        Parameters
+        ----------
+        loss : callable, optional
+            `loss(logits, labels, rows) -> scalar`; default cross-entropy.
+        x, y : Tensor, optional
+            Examples and labels; default the private training set.
+        purpose : str, optional
+            Names the random stream that orders the batches; default the verb's name.
+        **options
+            Passed to `fedfuse.train.training.train`: epochs, batch_size, lr, params, after_backward, after_step,
+            forward.
+
+        Returns
+        -------
+        dict
+            num-examples, steps, loss (mean over steps).
+        """
+        own = x is None
+        private = own and self.scenario.config.privacy.on
+        moment = (self.seed, purpose or self._purpose, self.client, self._moment)
+        keep = own and self.training.optimizer_state == "keep" and self.personal
+        if keep:
+            options["optimizer"] = self._kept_optimizer(options)
+        if private:
+            result = self._train_privately(loss, moment, options)
+            if keep:
+                self._keep_optimizer(options["optimizer"])
+            return result
+        inputs, labels = (self.x, self.y) if x is None else (x, y)
+        losses, self._losses = self._losses, []
+        span = self.scenario.span(self._moment)
+        with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
+            result = training.train(
+                self.model, inputs, labels, loss or _task, self.training, moment, **{**more, **options}
+            )
+        if keep:
+            self._keep_optimizer(options["optimizer"])
+        return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
+
+    @contextlib.contextmanager
+    def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, torch.Generator, torch.Generator]]:
+        """Let private examples be used: the budget, and what to draw samples and noise from.
+
+        In a simulation both come from the seed; at a deployed site from its own entropy.
+        """
+        config, ledger = self.scenario.config, self.residents.ledger
+        who, examples = f"client {self.client}", self.scenario.examples(self.client)
+        budget = Budget(config.privacy, self.training, config.rounds, examples, self.state, ledger, who)
+        purposes = ("private sample", "private noise")
+        sampling, noising = (own_entropy() if ledger else generator(*moment, purpose) for purpose in purposes)
+        self._private = True
+        try:
+            yield budget, sampling, noising
+        finally:
+            self._private = False
+
+    def _train_privately(self, loss: Any, moment: tuple[object, ...], options: dict[str, Any]) -> Metrics:
+        """DP-SGD on the task's loss; the loss itself is not told, as it would be a release of its own."""
+        if loss is not None or (unknown := set(options) - PRIVATE):
+            what = "a loss of its own" if loss is not None else f"{sorted(unknown)[0]}= of its own"
+            raise UserError(
+                f"privacy: this strategy trains on private examples with {what}; only the task's is covered"
+            )
+        epochs, size = options.pop("epochs", None), options.pop("batch_size", None)
+        with self.inside_budget(moment) as (budget, sampling, noising):
+            rate, steps = budget.steps(epochs, size)
+            noise = budget.noise((rate, steps))
+            budget.spend(noise, rate, steps)
+            train, privacy = self.training, self.scenario.config.privacy
+            dp_sgd(
+                self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
+                seed_parts=moment, **options,
+            )  # fmt: skip
+            return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
+
+    def _keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        slots = optimizer.state_dict()["state"]
+        self.state["optimizer"] = {
+            str(i): {k: torch.as_tensor(v).clone() for k, v in s.items() if v is not None} for i, s in slots.items()
+        }
+
+    def _kept_optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
+        params = options.get("params") or [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = training.optimizer(params, self.training)
+        if "optimizer" in self.state:
+            whole = optimizer.state_dict()
+            whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}
+            optimizer.load_state_dict(whole)
+        return optimizer
+
+
+def _task(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    return task_loss(logits, labels)
+
+
+def transfer_rows(scenario: Scenario, size: int | None, version: int) -> Tensor:
+    """Rows of the transfer set that version `version` of a lesson stands on, in ascending order.
+
+    The user's `transfer.subset` goes before the strategy's own size; `transfer.redraw=false` keeps one subset.
+    """
+    data, config = scenario.data, scenario.config.transfer
+    total = 0 if data.transfer is None else len(data.transfer)
+    size = scenario.rows_of(size)
+    if size == total:
+        return torch.arange(total)
+    draw = generator(scenario.seed, "transfer subset", version if config.redraw else 0)
+    return torch.randperm(total, generator=draw)[:size].sort().values

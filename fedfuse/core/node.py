@@ -1,0 +1,380 @@
+"""A client's place: takes one message, wakes the client from committed state, and answers.
+
+The same code serves every runtime; what differs is where the cache of knowledge comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+
+from fedfuse.config import registry
+from fedfuse.config.registry import Entry
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Residents, Scenario
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, check_share
+from fedfuse.errors import Refused, UserError, in_words
+from fedfuse.wire.client_store import INITIAL, ClientStore, is_full
+from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
+from fedfuse.wire.records import (
+    InvalidArrays,
+    LiveArray,
+    arrays_in,
+    config_in,
+    entries,
+    flatten,
+    measured,
+    nbytes,
+    plain_record,
+    record,
+    reply_to,
+    sha,
+    tensors,
+    trusted,
+    validate,
+)
+from fedfuse.wire.sums import Sum
+
+TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
+
+
+class Node:
+    """Runs clients of one strategy, one after another, in this process.
+
+    Parameters
+    ----------
+    entry : Entry
+        The strategy it runs; a message that names another is refused.
+    scenario : Scenario
+    store : ClientStore
+        Where committed client state lies.
+    device : torch.device or str
+    retries : int
+        How often a client that fails is tried again from committed state.
+    ledger : Path or None
+        See `Residents`.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        scenario: Scenario,
+        store: ClientStore,
+        device: torch.device | str = "cpu",
+        retries: int = 0,
+        ledger: Path | None = None,
+    ) -> None:
+        self.entry, self.store, self.retries = entry, store, retries
+        self._hyper: tuple[Any, Any] | None = None
+        self._default = entry.hyper()
+        self._asked: Any = None
+        self.residents = Residents(scenario, self._equip, device, ledger)
+
+    def _equip(self, model: Any, build: Any) -> Any:
+        return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
+
+    # -- messages in, messages out -------------------------------------------------------------------------
+
+    def handle(self, message: Message, cache: Cache, lends: bool = False) -> Message:
+        """Answer one message; every failure becomes an error reply that names the client and the cause.
+
+        If the caller is done with the reply's arrays before the next message, they may be lent, not copied.
+        """
+        who = self._client(message)
+        for attempt in range(self.retries + 1):
+            try:
+                reply = self._handle(message, cache, who, lends)
+                if attempt:
+                    reply.content.config_records["config"]["retried"] = attempt
+                return reply
+            except Stale as error:
+                return self._error(STALE, who, str(error), message)
+            except Refused as error:
+                return self._error(REFUSED, who, str(error), message)
+            except InvalidArrays as error:
+                return self._error(INVALID, who, f"received {error}", message)
+            except Exception as error:
+                if is_full(error):
+                    return self._error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
+                if attempt == self.retries:
+                    return self._error(FAILED, who, in_words(error), message)
+        raise AssertionError("unreachable")
+
+    def handle_group(self, messages: Sequence[Message], caches: Sequence[Cache]) -> list[Message]:
+        """Answer a group of messages in client order, adding up what the strategy only needs the sum of.
+
+        The arrays of summed records leave with the group's last valid member; every reply says their bytes.
+        """
+        run = config_in(messages[0].content, "run") or {}
+        sums = json.loads(str(run.get("sums", "{}")))
+        if not sums or messages[0].metadata.message_type.startswith("evaluate"):
+            return [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
+        totals = {name: Sum() for name in sums}
+        last: Message | None = None
+        replies = []
+        for message, cache in zip(messages, caches, strict=True):
+            reply = self.handle(message, cache, "model" in sums)
+            if not reply.has_error():
+                try:
+                    self._sum(reply, totals, sums)
+                    last = reply
+                except InvalidArrays as error:
+                    reply = self._error(INVALID, self._client(message), str(error), message)
+            replies.append(reply)
+        for name, total in totals.items():
+            arrays, weight = total.group()
+            if last is not None and arrays:
+                last.content[f"sum:{name}"] = record(arrays)
+                config = last.content.config_records["config"]
+                config[f"weight:{name}"] = weight
+                dtypes = {k: str(v).removeprefix("torch.") for k, v in total.dtypes.items()}
+                config[f"dtypes:{name}"] = json.dumps(dtypes)
+        return replies
+
+    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None]) -> None:
+        content: RecordDict = reply.content
+        config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
+        records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
+        hyper = self._hyper[1] if self._hyper else self._default
+        check_share(self.entry.server, hyper, self.residents, config["client"], config["phase"], records, metrics)
+        names, sizes = [], []
+        for name, total in totals.items():
+            if name in records:
+                key = sums[name]
+                weight = float(metrics[key]) if key else 1.0
+                total.add(0, records[name], weight)
+                names.append(name)
+                sizes.append(nbytes(records[name]))
+                del entries(content)["arrays" if name == "model" else name]
+        if names:
+            config["summed.record"], config["summed.bytes"] = names, sizes
+
+    def _client(self, message: Message) -> int:
+        config: Any = config_in(message.content) if message.has_content() else None
+        if config is not None and "client" in config:
+            return int(config["client"])
+        return message.metadata.dst_node_id - 1
+
+    def _error(self, code: int, client: int, reason: str, message: Message) -> Message:
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+    # -- one message ---------------------------------------------------------------------------------------
+
+    def _handle(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
+        started = time.perf_counter()
+        content = message.content
+        kind, _, suffix = message.metadata.message_type.partition(".")
+        phase = suffix or "train"
+        config: Any = config_in(content) or {}
+        run: Any = config_in(content, "run") or {}
+        if not 0 <= who < self.residents.scenario.clients:
+            raise Refused(f"client {who} does not live here")
+        if kind not in ("train", "evaluate"):
+            raise Refused(f"message type {message.metadata.message_type!r} is not known")
+        if phase != "train" and not hasattr(self.entry.server, f"fuse_{phase}"):
+            raise Refused(f"phase {phase!r} is not one of {self.entry.name}'s")
+        for named in (config.get("tag", INITIAL), config.get("new-tag", "")):
+            if not TAG.fullmatch(str(named)):
+                raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
+        if run.get("strategy", self.entry.name) != self.entry.name:
+            raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
+        hyper = self._hyper_of(run)
+        foreign = "run" not in content  # one of Flower's own strategies, driven by Flower's own loop
+        round = int(run.get("round", config.get("server-round", 0)))
+        self._take(content, config, cache, who, round, foreign, hyper)
+
+        client_type, topics = self.entry.client, self.entry.server.topics
+        architecture = self.residents.scenario.architectures[who]
+        tag = str(config.get("tag", INITIAL))
+        knowledge = cache.for_client(who, architecture, topics)
+        state = self.store.load(who, tag)
+        seen = state.pop("seen", {})
+        lessons = {}
+        for topic, item in list(knowledge.items()):
+            if topics[topic].kind == "lesson":
+                if item.version > int(seen.get(topic, -1)):
+                    lessons[topic] = item.version
+                else:
+                    del knowledge[topic]
+        new_seen = {**seen, **lessons}
+        # an evaluation may have taken these lessons in already: same bits, no second distillation
+        memo = client_type.personal and bool(lessons) and len(lessons) == len(knowledge)
+        key = json.dumps([str(run.get("run", "")), tag, sorted(lessons.items())]) if memo else ""
+        staged = self.store.staged(who, key) if memo else None
+        if staged is not None:
+            state, knowledge = staged, {}
+            state.pop("seen", None)
+
+        # a model that the platform overwrites whole in the next lines need not be reset before
+        whole = client_type.receive is FusionClient.receive and not client_type.personal and "model" in knowledge
+        whole = whole and knowledge["model"].arrays.keys() == self.residents.initial(architecture).keys()
+        model = self.residents.unset(architecture) if whole else self.residents.fresh(architecture)
+        extra = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
+        if foreign:
+            extra = {k: v for k, v in config.items() if k != "server-round"}
+        client = client_type(
+            hyper=hyper,
+            model=model,
+            residents=self.residents,
+            client=who,
+            state=state,
+            round=round,
+            phase=phase,
+            splits=tuple(map(str, run.get("splits", ["personal"]))),
+            pooled=bool(run.get("pooled", False)),
+        )
+        client.config, client.lends = extra, lends and kind == "train"
+        if client.personal and "model" in state:
+            client.load(state["model"])
+        client.version = max(lessons.values(), default=-1)
+        if knowledge:
+            if not whole:  # copying weights draws nothing
+                client.begin("receive")
+            client.receive(knowledge)
+
+        def kept() -> dict[str, Any]:
+            private = {k: v for k, v in client.state.items() if k != "model"}
+            if client.personal:
+                private["model"] = client.weights()
+            return private
+
+        if memo and staged is None and kind == "evaluate":
+            self.store.stage(who, key, {**kept(), "seen": new_seen})
+        client.begin(kind if kind == "evaluate" else phase)
+        answer: dict[str, Any] = {"client": who, "phase": phase}
+        if kind == "evaluate":
+            before = kept()
+            records, metrics = client.evaluate()
+            answer["sha"] = state_sha(before)
+            if extra.get("final") and before:  # the model this client ends with, for `final/` and export
+                self.store.stage(who, "final", {"model": client.weights()})
+        else:
+            if phase == "train":
+                metrics = client.fit()
+                records = client.share()
+            else:
+                records = getattr(client, phase)()
+                metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}
+            private = kept()
+            kept_state = {**private, **({"seen": new_seen} if new_seen else {})}
+            answer["tag"] = (str(config.get("new-tag", "")) or f"{round}.1") if kept_state else INITIAL
+            if kept_state:
+                self.store.save(who, answer["tag"], kept_state, tag)
+        out: dict[str, Any] = {}
+        for name, arrays in records.items():
+            lent = client.lends and name == "model"
+            out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
+        metrics.setdefault("num-examples", self.residents.scenario.examples(who))
+        metrics["seconds"] = time.perf_counter() - started
+        out["metrics"] = measured(metrics)
+        if not foreign:
+            out["config"] = trusted(ConfigRecord, answer)
+        return reply_to(message, trusted(RecordDict, out))
+
+    def _take(
+        self,
+        content: RecordDict,
+        config: Mapping[str, Any],
+        cache: Cache,
+        who: int,
+        round: int,
+        foreign: bool,
+        hyper: Any,
+    ) -> None:
+        """Bring the cache up to date with the message, and make sure that it holds what the server believes."""
+        topics = self.entry.server.topics
+        if foreign:
+            if isinstance(arrays := content.get("arrays"), ArrayRecord):
+                cache["model", ""] = Item(tensors(arrays), round)
+            return
+        if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
+            raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
+        for parcel in parcels(content, config, cache):
+            scope = self.residents.scope(who, hyper)
+            spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
+            validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
+            cache.take(parcel, topics)
+        for topic, to, version in zip(
+            config.get("needs.topic", []),
+            config.get("needs.to", []),
+            config.get("needs.version", []),
+            strict=True,
+        ):
+            item = cache.get((topic, to))
+            if item is None or item.version != version:
+                have = "nothing" if item is None else f"version {item.version}"
+                raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
+
+    def _hyper_of(self, run: Mapping[str, Any]) -> Any:
+        if run is self._asked and self._hyper is not None:  # one record object for a whole list of messages
+            return self._hyper[1]
+        self._asked = run
+        given = {k.removeprefix("hyper."): v for k, v in run.items() if k.startswith("hyper.")}
+        if not given:
+            return self._default
+        key = repr(sorted(given.items()))
+        if self._hyper is None or self._hyper[0] != key:
+            unset = json.loads(str(given.pop("unset", "[]")))
+            known = {field.name for field in fields(self.entry.hyper)}
+            if unknown := sorted((set(given) | set(unset)) - known):
+                raise Refused(f"hyper-parameter {unknown[0]!r} is not one of {self.entry.name}'s")
+            try:
+                hyper = self.entry.hyper(**given, **dict.fromkeys(unset))
+                registry.check(self.entry.name, hyper)
+            except (TypeError, ValueError, UserError) as error:
+                raise Refused(str(error)) from error
+            self._hyper = (key, hyper)
+            old = self.residents
+            self.residents = Residents(old.scenario, self._equip, old.device, old.ledger)
+        return self._hyper[1]
+
+
+def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None = None) -> list[Parcel]:
+    """Read the knowledge a message carries, but for what the cache holds already."""
+    if not config.get("parcel.record"):
+        return []
+    columns = ("record", "topic", "to", "version", "since", "sha")
+    lists = [config.get(f"parcel.{name}", []) for name in columns]
+    out = []
+    for name, topic, to, version, since, hashed in zip(*lists, strict=True):
+        held = None if cache is None else cache.get((topic, to))
+        if held is not None and held.version >= int(version):
+            continue
+        arrays = content.get(name)
+        if not isinstance(arrays, ArrayRecord):
+            raise InvalidArrays(f"record {name!r} is announced but not there")
+        out.append(Parcel(topic, to, int(version), int(since), tensors(arrays), hashed))
+    return out
+
+
+def state_sha(private: dict[str, Any]) -> str:
+    """Hash a client's private state; an empty one hashes the empty record."""
+    flat, rest = flatten(private)
+    return sha({"state": flat, **plain_record({k: v for k, v in rest.items() if v != {}})})
+
+
+def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> ArrayRecord:
+    # what shares memory with the resident model is copied: the next client overwrites it in place
+    resident = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+    out: dict[str, Any] = {}
+    for name, value in arrays.items():
+        value = value.detach()
+        if value.untyped_storage().data_ptr() in resident:
+            value = value.clone()
+        out[name] = LiveArray(value.cpu().contiguous())
+    return trusted(ArrayRecord, out)
+
+
+def place(entry: Entry, scenario: Scenario, store: ClientStore, **options: Any) -> Node:
+    """Build a node after making sure the two halves fit together."""
+    if not issubclass(entry.client, FusionClient):
+        raise TypeError(f"{entry.name}: the client half does not extend FusionClient")
+    return Node(entry, scenario, store, **options)

@@ -1,0 +1,93 @@
+"""What clients share in a phase: checked against what their strategy declares, streamed, summed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.core.scenario import Residents
+from fedfuse.wire.records import Arrays, InvalidArrays, validate
+from fedfuse.wire.sums import Sum
+
+if TYPE_CHECKING:
+    from fedfuse.core.exchange import Exchange
+
+Metrics = dict[str, float | int]
+Records = dict[str, Arrays]
+
+STALE, REFUSED, FAILED, INVALID, FULL = 1001, 1002, 1003, 1004, 1005  # codes of error replies
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one client shared in a phase: valid records and metrics. Records that `sums` declares are not here."""
+
+    client: int
+    records: Records
+    metrics: Mapping[str, Any]
+
+    @property
+    def examples(self) -> int:
+        """The client's training examples, as it says."""
+        return int(self.metrics["num-examples"])
+
+
+class Shares(Iterable[Share]):
+    """A round's shares, in client order, streamed as they arrive; and the weighted sums that `sums` declares."""
+
+    def __init__(self, stream: Iterator[Share], sums: Mapping[str, Sum]) -> None:
+        self._stream, self._sums = stream, sums
+
+    def __iter__(self) -> Iterator[Share]:
+        return self._stream
+
+    def mean(self, record: str) -> Arrays:
+        """Weighted mean Σ wᵢ·xᵢ / Σ wᵢ of a record declared in `sums`, summed in float64 in fixed groups."""
+        for _ in self._stream:
+            pass
+        return self._sums[record].mean()
+
+    def total(self, record: str) -> tuple[Arrays, float]:
+        """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
+        for _ in self._stream:
+            pass
+        return self._sums[record].total()
+
+
+def check_share(
+    server: type[Exchange],
+    hyper: Any,
+    residents: Residents,
+    client: int,
+    phase: str,
+    records: Records,
+    metrics: Mapping[str, Any],
+    summed: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    """Check what a client shared against what its strategy declares; run beside the client or at the server.
+
+    Raises
+    ------
+    InvalidArrays
+        Naming the record and what is wrong.
+    """
+    wanted = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
+    scope = residents.scope(client, hyper)
+    if missing := [name for name in wanted if name not in records and name not in summed]:
+        raise InvalidArrays(f"missing record {', '.join(sorted(missing))}")
+    if extra := sorted(records.keys() - wanted.keys()):
+        raise InvalidArrays(f"unexpected record {', '.join(extra)}")
+    for name, content in records.items():
+        spec = wanted[name]
+        validate(name, content, spec(scope) if spec is not None else None)
+    server.examine(scope, records)
+    examples = metrics.get("num-examples")
+    if not isinstance(examples, int | float) or not 0 <= examples < 2**53:
+        raise InvalidArrays(f"num-examples is {examples!r}; a count is needed")
+    if isinstance(metrics.get("seconds"), list):
+        raise InvalidArrays("metric seconds is a list; a number is needed")
+    for key, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            if key != "loss" and number != number:
+                raise InvalidArrays(f"metric {key} is not a number")

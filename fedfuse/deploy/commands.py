@@ -1,0 +1,277 @@
+"""The words of `fedfuse deploy`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedfuse.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe all subcommands."""
+    top = argparse.ArgumentParser(
+        prog="fedfuse deploy", description="The same strategy file as real processes over TLS with authenticated nodes."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    certs = commands.add_parser(
+        "certs", help="make a local CA, a server certificate and node keys; keeps what is there"
+    )
+    certs.add_argument("directory", type=Path)
+    certs.add_argument("--name", action="append", default=[], help="DNS name or IP address of the server (repeatable)")
+    certs.add_argument("--node", action="append", default=[], help="node to make a key pair for (repeatable)")
+    certs.add_argument("--nodes", type=int, default=0, help="make node-0 … node-(N-1)")
+    certs.add_argument("--days", type=int, default=365, help="validity of the server's certificate")
+
+    server = commands.add_parser("server", help="run the server (SuperLink) with TLS and node authentication")
+    server.add_argument("--certs", type=Path, help="directory with ca.crt, server.pem and server.key")
+    server.add_argument("--host", default="0.0.0.0")
+    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--state-dir", type=Path, default=Path("fedfuse-server"), help="database and Flower's home")
+    server.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories lie")
+    server.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
+
+    server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
+
+    node = commands.add_parser("node", help="run a node (SuperNode) on this site's data")
+    _reach(node)
+    node.add_argument("--key", type=Path, help="this node's private key, registered with the server")
+    node.add_argument("--no-key", action="store_true", help="join a server that asks for none")
+    node.add_argument("--data", help="folder of this site's data")
+    node.add_argument("--client-id", type=int, help="which client this site is")
+    node.add_argument("--partition", metavar="I/N", help="act as every N-th simulated client from I on")
+    node.add_argument("--state-dir", type=Path, required=True, help="this site's memory; keep it across restarts")
+    node.add_argument("--policy", type=Path, help="site policy (TOML)")
+    node.add_argument("--port", type=int, default=9094, help="local port between node and executor")
+    node.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    node.add_argument("--poll", type=float, default=1.0, metavar="S", help="seconds between asking for work")
+
+    for sub in (server, node):
+        sub.add_argument("--follow", type=int, help=argparse.SUPPRESS)  # end when this process ends
+
+    for name, what in (("register", "let a node's public key join"), ("unregister", "revoke a node, by node id")):
+        sub = commands.add_parser(name, help=what)
+        _reach(sub)
+        sub.add_argument("which", nargs="+", metavar="KEY.pub" if name == "register" else "NODE_ID")
+
+    health = commands.add_parser("health", help="exit code 0 if the server answers and the CA vouches for it")
+    _reach(health)
+
+    run = commands.add_parser("run", help="submit a run, stream its log, fetch its run directory")
+    _reach(run)
+    _patience(run)
+    run.add_argument("keys", nargs="*", metavar="key=value")
+
+    run.add_argument("--own-data", action="store_true", help="clients are sites with data of their own, not partitions")
+
+    resume = commands.add_parser("resume", help="continue a run whose server was lost")
+    _reach(resume)
+    resume.add_argument("directory", type=Path, help="the directory that `deploy run` was writing")
+
+    status = commands.add_parser("status", help="runs and nodes of a server")
+    _reach(status)
+    stop = commands.add_parser("stop", help="stop a run (it can be resumed)")
+    _reach(stop)
+    stop.add_argument("run", help="Flower's run id, from `status`")
+
+    local = commands.add_parser("local", help="server and nodes as real processes on this machine, one run, all ended")
+    local.add_argument("--nodes", type=int, default=3)
+    local.add_argument("--work", type=Path, help="keep certificates, states and logs here")
+    local.add_argument("--policy", type=Path, help="site policy of every node (TOML)")
+    _patience(local)
+    local.add_argument("keys", nargs="*", metavar="key=value")
+
+    bench = commands.add_parser("bench", help="a round against a plain Flower app's, and bytes on the wire")
+    bench.add_argument("--rounds", type=int, default=6, help="of a block")
+    bench.add_argument("--blocks", type=int, default=2, help="of each side, in turns")
+    bench.add_argument("--out", type=Path, default=Path("bench"), help="where deploy.json is written")
+    return top
+
+
+def _reach(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
+    sub.add_argument("--ca", type=Path, help="certificate of the CA that signed the server's")
+    sub.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
+
+
+def _patience(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--join", type=float, default=300.0, metavar="S", help="seconds until all clients must be there")
+    sub.add_argument(
+        "--deadline", type=float, metavar="S", help="seconds a round waits for stragglers; default: always"
+    )
+    sub.add_argument("--absence", type=float, default=180.0, metavar="S", help="seconds a lost node may be away")
+    sub.add_argument("--min-replies", type=int, default=1, metavar="K", help="fewer good replies: again, then stop")
+
+
+def main(argv: list[str]) -> int:
+    """Carry out one command; returns the exit code."""
+    try:
+        args, rest = parser().parse_known_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0) if isinstance(end.code, int | None) else 2
+    keys = [*getattr(args, "keys", []), *rest]
+    if rest and (not hasattr(args, "keys") or any(word.startswith("-") for word in rest)):
+        raise UserError(
+            f"deploy {args.command}: {rest[0]}: no such word; fedfuse deploy {args.command} --help says which"
+        )
+    return COMMANDS[args.command](args, keys)
+
+
+def _certs(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.certs import write_certificates
+
+    names = [*args.node, *(f"node-{i}" for i in range(args.nodes))]
+    for path in write_certificates(args.directory, args.name, names, args.days):
+        print(path)
+    return 0
+
+
+def _server(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.launch import follow, run_server
+
+    follow(args.follow)
+    return run_server(
+        host=args.host,
+        port=args.port,
+        certs=args.certs,
+        state=args.state_dir,
+        runs=args.runs,
+        insecure=args.insecure,
+        allow_code=args.allow_code,
+    )
+
+
+def _node(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.launch import follow, run_node
+    from fedfuse.network.policy import read_policy
+    from fedfuse.network.site_config import SiteConfig
+
+    follow(args.follow)
+    if (args.partition is None) == (args.client_id is None):
+        raise UserError("deploy node: one of --client-id I (own data) and --partition I/N (simulated) is needed")
+    if not 0.05 <= args.poll <= 60:
+        raise UserError(f"--poll {args.poll:g}: allowed are 0.05 to 60 seconds")
+    client, clients = args.client_id, None
+    if args.partition is not None:
+        parts = args.partition.split("/")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+            raise UserError(f"--partition {args.partition}: I/N with 0 ≤ I < N is needed, for example 0/3")
+        client, clients = int(parts[0]), int(parts[1])
+    elif args.data is None:
+        raise UserError("--client-id needs --data, the folder of this site's own data")
+    seat = SiteConfig(client, args.state_dir, clients, args.data, read_policy(args.policy), device=args.device)
+    return run_node(
+        seat,
+        server=args.server,
+        ca=args.ca,
+        key=args.key,
+        insecure=args.insecure,
+        port=args.port,
+        no_key=args.no_key,
+        poll=args.poll,
+    )
+
+
+def _register(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.errors import WorldError
+
+    for which in args.which:
+        try:
+            print(_link(args).flwr("supernode", args.command, which, "fedfuse").strip())
+        except WorldError as error:
+            if args.command == "unregister" or "already" not in str(error):
+                raise
+            print(f"{which}: registered already")
+    return 0
+
+
+def _health(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.launch import greet
+
+    return 0 if greet(args.server, None if args.insecure else args.ca) else 1
+
+
+def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from fedfuse.deploy.link import Link
+
+    return Link(args.server, args.ca, args.insecure)
+
+
+def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untyped-def]
+    """Order and output directory from the command line."""
+    from fedfuse.config.compose import compose
+    from fedfuse.deploy.submit import order_of
+    from fedfuse.network.remote_grid import Patience
+    from fedfuse.runs.experiment import default_out
+
+    config = compose(keys)
+    out = Path(config.out) if config.out else default_out(config)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
+        raise UserError(f"out={out}: holds something already; choose another or say overwrite=true")
+    patience = Patience(args.join, args.deadline, args.absence, args.min_replies, config.runtime.retries)
+    return order_of(config, patience, getattr(args, "own_data", False)), out
+
+
+def _run(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.submit import submit
+
+    order, out = _order(args, keys)
+    return _told(submit(_link(args), order, out), out)
+
+
+def _resume(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.submit import Order, submit
+
+    return _told(submit(_link(args), Order.read(args.directory), args.directory, resume=True), args.directory)
+
+
+def _told(summary: dict | None, out: Path) -> int:  # type: ignore[type-arg]
+    if summary is None:
+        print(f"fedfuse: the log ended before the run did; go on with: fedfuse deploy resume {out}")
+        return 1
+    print(f"digest {summary['digest']}\nrun directory: {out}")
+    return 0
+
+
+def _status(args: argparse.Namespace, keys: list[str]) -> int:
+    link = _link(args)
+    print(link.flwr("list", "fedfuse").strip())
+    print(link.flwr("supernode", "list", "fedfuse").strip())
+    return 0
+
+
+def _stop(args: argparse.Namespace, keys: list[str]) -> int:
+    print(_link(args).flwr("stop", args.run, "fedfuse").strip())
+    return 0
+
+
+def _local(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.local import play_locally
+
+    order, out = _order(args, keys)
+    return _told(play_locally(order, args.nodes, out, args.work, args.policy), out)
+
+
+def _bench(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.bench import bench
+
+    if min(args.rounds, args.blocks) < 1:
+        raise UserError(f"--rounds {args.rounds} --blocks {args.blocks}: at least 1 is needed")
+    return bench(args.rounds, args.blocks, args.out)
+
+
+COMMANDS = {
+    "certs": _certs,
+    "server": _server,
+    "node": _node,
+    "health": _health,
+    "register": _register,
+    "unregister": _register,
+    "run": _run,
+    "resume": _resume,
+    "status": _status,
+    "stop": _stop,
+    "local": _local,
+    "bench": _bench,
+}

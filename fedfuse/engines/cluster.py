@@ -1,0 +1,146 @@
+"""Ray itself: started once a process on this machine, or joined where it runs; ended without a trace."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import ray
+
+from fedfuse.errors import UserError, WorldError
+
+AGENTS = {  # of a raylet: the option that starts one, and the ports it writes down
+    "--dashboard_agent_command": ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"),
+    "--runtime_env_agent_command": ("RUNTIME_ENV_AGENT",),
+}
+_PREFIX = "fedfuse-ray-"
+_own: list[Path] = []  # the directory of the Ray that this process started
+
+
+def connect(workers: int, address: str | None = None, memory: int | None = None) -> None:
+    """Start Ray on this machine, or join a cluster, once a process.
+
+    Parameters
+    ----------
+    workers : int
+        Actors that shall run at once.
+    address : str, optional
+        Cluster to join (`auto`, or `host:port`).
+    memory : int, optional
+        Bytes of the object store; default Ray's own choice.
+
+    Raises
+    ------
+    UserError
+        If there is no cluster at the address.
+    WorldError
+        If Ray does not start here, as on a machine that is far too busy.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise UserError(f"runtime.address={address}: no Ray cluster answers there ({error})") from error
+        return
+    # thread limits reach the actors before they import anything
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
+    folder = _directory()
+    if memory is not None:
+        options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less
+    # Replies of a few small groups come with the call, without the object store's two extra turns. Workers are as
+    # urgent as their driver: at Ray's niceness of 15, one busy process beside them leaves them a thirtieth of a core.
+    options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20, "worker_niceness": 0}
+    atexit.register(disconnect)
+    # a busy machine may need more than the half minute that Ray grants itself
+    for lean in (True, True, False):
+        try:
+            with _lean() if lean else contextlib.nullcontext():
+                ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+            return
+        except Exception as error:  # Ray raises a bare one where it takes more than half a minute
+            ray.shutdown()
+            if not lean:
+                told = str(error).strip().splitlines() or [type(error).__name__]
+                raise WorldError(f"Ray did not start on this machine: {told[0]} The same command goes on.") from error
+
+
+def disconnect() -> None:
+    """End what `connect` started, its sockets and logs included."""
+    from fedfuse.engines import ray as grid
+
+    grid.forget()
+    if ray.is_initialized():
+        ray.shutdown()
+    while _own:
+        shutil.rmtree(_own.pop(), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Let Ray start without the Python processes that serve nobody here: five, two thirds of the time of a start.
+
+    The autoscaler, the log monitor, the dashboard's server, and the raylet's two agents: one reports to the dashboard,
+    one builds runtime environments, of which our actors have none. A raylet must have its agents, and waits for the
+    ports they write down. So the ports of "no service" are written here, and `cat`, which ends with the pipe from the
+    raylet, stands in. Ray has no option for any of it, and all these names are private: `connect` starts Ray as it
+    is if they are gone.
+    """
+    from ray._private import ray_constants, services
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    _raylet: Any = importlib.import_module("ray._raylet")
+    ports = {flag: [getattr(_raylet, f"{name}_PORT_NAME") for name in names] for flag, names in AGENTS.items()}
+    start = services.start_ray_process
+
+    def without_agents(command: list[str], *args: Any, **options: Any) -> Any:
+        for i, word in enumerate(command):
+            flag, _, agent = word.partition("=")
+            if flag in ports:
+                told = dict(part.partition("=")[::2] for part in shlex.split(agent))
+                for name in ports[flag]:
+                    _raylet.persist_port(told["--session-dir"], told["--node-id"], name, -1)
+                command[i] = f"{flag}=cat"
+        return start(command, *args, **options)
+
+    settings = partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=False)
+    with (
+        patch.object(RayParams, "__init__", settings),
+        patch.object(Node, "start_api_server", lambda node, **options: None),
+        patch.object(services, "start_ray_process", without_agents),
+        # under `uv run` or with a hook, Ray would give every actor a runtime environment
+        patch.object(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
+        patch.object(ray_constants, "RAY_RUNTIME_ENV_HOOK", "FEDFUSE_NO_HOOK"),
+    ):
+        yield
+
+
+def _directory() -> Path:
+    """A short path of our own for sockets and logs (Unix sockets allow 107 characters); sweep those of the dead."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > 30:
+        root = Path("/tmp")
+    for old in root.glob(f"{_PREFIX}*"):
+        owner = old.name.removeprefix(_PREFIX)
+        with contextlib.suppress(OSError):
+            if owner.isdigit() and old.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(old, ignore_errors=True)  # its driver was killed
+    folder = root / f"{_PREFIX}{os.getpid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _own.append(folder)
+    return folder

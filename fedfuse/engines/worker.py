@@ -1,0 +1,182 @@
+"""What runs inside an actor: a node with resident models, handed bare messages, answering with bare records."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedfuse.config.registry import Entry
+from fedfuse.core.node import Node
+from fedfuse.core.scenario import Scenario
+from fedfuse.engines.inline import claim_identity, single_thread
+from fedfuse.models.shared_memory import give_back
+from fedfuse.wire.client_store import INITIAL, ClientStore
+from fedfuse.wire.knowledge import Address, Cache, Item, Stale
+from fedfuse.wire.records import entries, flatten, message_to, trusted, unflatten
+
+Bare = tuple[int, str, dict[str, Any]]  # a message without its arrays: node, type, config
+Tree = tuple[dict[str, Any], dict[str, Any]]  # a client's state: arrays, and the rest
+# a call: what all messages say, groups, knowledge (version, arrays or where they lie), states of clients, and whether
+# members are answered one by one, nothing summed (after a worker died on the group)
+Task = tuple[
+    dict[str, Any] | None,
+    list[list[Bare]],
+    dict[Address, tuple[int, Any]],
+    dict[tuple[int, str], Tree | None],
+    bool,
+]
+Answer = tuple[Any, ...]  # (records, metrics, config), or (error code, reason)
+
+
+class CarriedStore(ClientStore):
+    """Client state that travels with the messages, where driver and actor share no directory."""
+
+    def __init__(self) -> None:
+        self.given: dict[tuple[int, str], Tree | None] = {}
+        self.kept: list[tuple[str, int, str, Tree, str]] = []  # verb, client, tag or key, state, previous
+
+    def load(self, client: int, tag: str) -> dict[str, Any]:
+        """Return the state that came with the message."""
+        if tag == INITIAL:
+            return {}
+        tree = self.given.get((client, tag))
+        if tree is None:
+            raise Stale(f"client {client}: state {tag} is not here")
+        return unpacked(tree)
+
+    def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:
+        """Send the state back with the replies."""
+        self.kept.append(("save", client, tag, packed(state), previous))
+
+    def stage(self, client: int, key: str, state: dict[str, Any]) -> None:
+        """Send the memo back with the replies."""
+        self.kept.append(("stage", client, key, packed(state), ""))
+
+    def staged(self, client: int, key: str) -> dict[str, Any] | None:
+        """No memo travels: what it saves is computed anew, to the same bits."""
+        return None
+
+
+def packed(state: dict[str, Any]) -> Tree:
+    """A client's state as arrays and plain values."""
+    flat, rest = flatten(state)
+    return {k: v.detach().cpu().contiguous().numpy().copy() for k, v in flat.items()}, rest
+
+
+def unpacked(tree: Tree) -> dict[str, Any]:
+    """Undo `packed`; the tensors may be written to."""
+    return unflatten({k: torch.from_numpy(v.copy()) for k, v in tree[0].items()}, tree[1])
+
+
+class TimedNode(Node):
+    """A node whose process ends if a client takes too long; whoever waits for it sees it die and tries again."""
+
+    limit: float | None = None
+
+    def _handle(self, message: Message, *args: Any) -> Message:
+        if self.limit is None:
+            return super()._handle(message, *args)
+        # a C thread: it needs no interpreter lock, so a client that hangs in foreign code is ended too
+        faulthandler.dump_traceback_later(self.limit, exit=True)
+        try:
+            return super()._handle(message, *args)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+class Worker:
+    """One process with one torch thread, kept from run to run; runs groups of clients it is handed."""
+
+    def __init__(self) -> None:
+        single_thread()
+        claim_identity()
+        self.cache = Cache()
+        self._like = Message(RecordDict(), dst_node_id=1, message_type="train")
+        gc.collect()
+        gc.freeze()  # what was imported is never garbage: looking through it takes 0.1 s
+
+    def prepare(
+        self,
+        entry: Entry,
+        scenario: Scenario,
+        state_dir: str,
+        token: str,
+        device: str,
+        retries: int,
+        limit: float | None,
+    ) -> bool:
+        """Take on a run: what it builds from here on is resident. Say whether the driver's directory is seen."""
+        self.cache = Cache()
+        seen = Path(state_dir, token).exists()
+        self.store: ClientStore = ClientStore(Path(state_dir)) if seen else CarriedStore()
+        self.node = TimedNode(entry, scenario, self.store, device, retries)
+        self.node.limit = limit
+        return seen
+
+    def pid(self) -> int:
+        """Process id, for tests that kill."""
+        return os.getpid()
+
+    def work(self, task: Task) -> tuple[list[list[Answer]], list[Any], float]:
+        """Run groups in the order given; return each group's answers, states to keep, and the seconds it took."""
+        started = time.perf_counter()
+        run, groups, needs, states, alone = task
+        self._fetch(needs)
+        if isinstance(self.store, CarriedStore):
+            self.store.given, self.store.kept = states, []
+        common = None if run is None else trusted(ConfigRecord, run)
+        out = []
+        for group in groups:
+            messages = [self._message(bare, common) for bare in group]
+            if alone:
+                replies = [self.node.handle(message, self.cache) for message in messages]
+            else:
+                replies = self.node.handle_group(messages, [self.cache] * len(messages))
+            out.append([answer_of(reply) for reply in replies])
+        for address in needs:  # what was meant for one client is not kept in every actor
+            if address[1].startswith("client:"):
+                self.cache.pop(address, None)
+        if self.node.residents.scenario.config.runtime.memory is not None:
+            give_back()
+        kept = self.store.kept if isinstance(self.store, CarriedStore) else []
+        return out, kept, time.perf_counter() - started
+
+    def _message(self, bare: Bare, run: ConfigRecord | None) -> Message:
+        node, kind, config = bare
+        content = {"config": trusted(ConfigRecord, config)}
+        if run is not None:
+            content["run"] = run
+        return message_to(node, kind, trusted(RecordDict, content), self._like)
+
+    def _fetch(self, needs: dict[Address, tuple[int, Any]]) -> None:
+        missing: dict[Address, Any] = {}
+        lying: dict[Address, Any] = {}
+        for address, (version, value) in needs.items():
+            held = self.cache.get(address)
+            if held is None or held.version != version:
+                (missing if isinstance(value, tuple) else lying)[address] = value
+        if lying:
+            missing |= zip(lying, ray.get(list(lying.values())), strict=True)
+        for address, (arrays, version) in missing.items():
+            self.cache[address] = Item({k: torch.from_numpy(v) for k, v in arrays.items()}, version)
+
+
+def answer_of(reply: Message) -> Answer:
+    """A reply as plain values; arrays stay arrays."""
+    if reply.has_error():
+        return reply.error.code, reply.error.reason
+    records, plain = {}, []
+    for name, value in entries(reply.content).items():
+        if isinstance(value, ArrayRecord):
+            records[name] = {key: array.numpy() for key, array in entries(value).items()}
+        else:
+            plain.append((name, isinstance(value, ConfigRecord), dict(entries(value))))
+    return records, plain

@@ -1,0 +1,199 @@
+"""Flower's own strategies as fusion strategies.
+
+Sampling, commits, resume and traffic are ours, the rule is theirs. Flower's object is built anew each round and
+sees the cohort as a grid; what must survive a round lives in `state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower_strategies
+from torch import nn
+
+from fedfuse.config.registry import hyper
+from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.exchange import round_half_up
+from fedfuse.core.scenario import Residents
+from fedfuse.core.strategy import FusionStrategy, Share, Shares
+from fedfuse.engines.inline import LocalGrid
+from fedfuse.errors import UserError
+from fedfuse.seeding import seed_everything
+from fedfuse.wire.knowledge import Item
+from fedfuse.wire.records import Arrays, LiveArray, record, tensors
+
+
+class FlowerClient(FusionClient):
+    """Trains the received model; honours the configuration keys of Flower's strategies."""
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """W ← w_t, and remember w_t."""
+        self.anchor = knowledge["model"].arrays
+        self.load(self.anchor)
+
+    def fit(self) -> Metrics:
+        """Cross-entropy, with FedProx's (μ/2)‖w − w_t‖² where the server sent `proximal-mu`."""
+        mu = float(self.config.get("proximal-mu", 0.0))
+
+        def pull(model: nn.Module) -> None:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - self.anchor[name], alpha=mu)
+
+        return self.train(after_backward=pull) if mu else self.train()
+
+
+class Cohort(LocalGrid):
+    """A grid that shows a Flower strategy this round's nodes and nothing else."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        super().__init__(len(nodes))
+        self._nodes = nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Nodes of the round."""
+        return self._nodes
+
+
+@dataclass(frozen=True)
+class FlowerHyper:
+    """What every strategy of Flower's takes."""
+
+    min_train_nodes: int = hyper(2, "least clients in a round", low=1)
+
+
+class FlowerStrategy(FusionStrategy):
+    """One of Flower's strategies; a subclass names it.
+
+    Class attributes
+    ----------------
+    rule : str
+        Class of `flwr.serverapp.strategy`; the hyper-parameters are its keyword arguments.
+    kept : tuple of str
+        Its attributes that must survive a round. FedOpt's `current_arrays` is set from the board each round.
+
+    Raises
+    ------
+    UserError
+        If the cohort is smaller than the rule allows.
+    """
+
+    rule: ClassVar[str] = "FedAvg"
+    kept: ClassVar[tuple[str, ...]] = ()
+    heterogeneous = False
+
+    def __init__(self, hyper: Any, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        size = max(1, round_half_up(self.scenario.clients * self.scenario.config.participation))
+        if size < self.minimum():
+            raise UserError(
+                f"strategy=flwr_{self.rule.lower()} needs at least {self.minimum()} clients a round as it is set, "
+                f"clients={self.scenario.clients} with participation="
+                f"{self.scenario.config.participation} give {size}"
+            )
+
+    def minimum(self) -> int:
+        """Least number of clients in a round."""
+        return int(self.hyper.min_train_nodes)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the rule."""
+        names = (field.name for field in fields(self.hyper))
+        return {name: getattr(self.hyper, name) for name in names if name != "name"}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let Flower's rule configure the round; send its keys with our messages."""
+        self.ensure_begun()
+        self.round = server_round
+        cohort = self.plan(server_round)
+        nodes = [client + 1 if self.nodes is None else self.nodes[client] for client in cohort]
+        seed_everything(self.scenario.seed, "flower", server_round)
+        keys = ConfigRecord(dict(config))
+        with quiet():
+            self.inner = getattr(flower_strategies, self.rule)(
+                fraction_train=1.0, min_available_nodes=self.hyper.min_train_nodes, **self.options()
+            )
+            for name in self.kept:
+                if name in self.state:
+                    setattr(self.inner, name, self.revive(name, self.state[name]))
+            model = record(self.floating(self.model))
+            asked = list(self.inner.configure_train(server_round, model, keys, Cohort(nodes)))
+        clients = dict(zip(nodes, cohort, strict=True))
+        self.asked = {clients[message.metadata.dst_node_id]: message for message in asked}
+        return self.messages(cohort, "train", {k: v for k, v in keys.items() if k != "server-round"})
+
+    def fuse(self, shares: Shares) -> None:
+        """Give Flower's rule the replies, publish its arrays, and keep what must survive."""
+        everyone = [share for share in shares if share.examples > 0]
+        replies = [self.reply(share) for share in everyone]
+        with quiet():
+            arrays, _ = self.inner.aggregate_train(self.round, replies)
+        if arrays is None:
+            self.log("skipped", 1)
+            return
+        new, old = tensors(arrays), self.model
+        new = {name: value.reshape(old[name].shape).to(old[name].dtype) for name, value in new.items()}
+        weight = sum(share.examples for share in everyone)
+        for name, value in old.items():
+            if not value.is_floating_point():  # a counter
+                total = sum(share.records["model"][name].double() * share.examples for share in everyone)
+                new[name] = torch.as_tensor(total / weight).round().to(value.dtype)
+        self.publish("model", {name: new[name] for name in old})
+        for name in self.kept:
+            value = getattr(self.inner, name)
+            if value is not None:
+                self.state[name] = plain(value)
+
+    def reply(self, share: Share) -> Message:
+        """A share as the reply that Flower's rule expects; arrays are copies: some rules write into them."""
+        arrays = ArrayRecord()
+        for name, value in self.floating(share.records["model"]).items():
+            arrays[name] = LiveArray(value.numpy().copy())
+        numbers = {k: v for k, v in share.metrics.items() if k in ("num-examples", "train_loss")}
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
+        return Message(content, reply_to=self.asked[share.client])
+
+    def floating(self, arrays: Arrays) -> Arrays:
+        """Return the floating-point arrays, in the architecture's own order.
+
+        FedAvgM and QFedAvg pair arrays by position, and a checkpoint or a wire may bring them in another order.
+        """
+        order = self.residents.initial(self.architecture)
+        return {name: arrays[name] for name, value in order.items() if value.is_floating_point()}
+
+    def revive(self, name: str, kept: Mapping[str, torch.Tensor]) -> Any:
+        """An attribute of the rule from what `state` holds."""
+        return {key: value.numpy().copy() for key, value in kept.items()}
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}
+
+
+def plain(value: Any) -> Arrays:
+    """An attribute of a Flower strategy (a record, arrays by name or a list) as tensors by name."""
+    if isinstance(value, ArrayRecord):
+        return tensors(value)
+    named = value.items() if isinstance(value, Mapping) else ((str(i), v) for i, v in enumerate(value))
+    return {name: torch.from_numpy(np.array(array)) for name, array in named}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Flower's progress lines to itself: ours say more."""
+    logger = logging.getLogger("flwr")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,343 @@
+"""Flower's own runtimes under a fusion strategy: who holds which client, and patience with a real network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
+from fedfuse.errors import WorldError
+from fedfuse.network.replies import fault_of
+from fedfuse.wire.packing import packed, unpacked
+from fedfuse.wire.records import InvalidArrays
+
+OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
+POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server waits, and for how many.
+
+    Attributes
+    ----------
+    join, deadline, absence : float or None
+        Seconds until all clients must have said hello; until a phase's replies must be there (None: as long as
+        their nodes are online); until a node that went away must be back.
+    minimum : int
+        Least number of good replies in a phase; below it, those who failed are asked once more, then the run stops.
+    retries : int
+        How often a message that the transport lost is sent again.
+    """
+
+    join: float = 300.0
+    deadline: float | None = None
+    absence: float = 180.0
+    minimum: int = 1
+    retries: int = 2
+
+
+@dataclass
+class Sent:
+    """One message under way, and everything it was sent as."""
+
+    original: Message
+    client: int
+    node: int
+    ids: set[str] = field(default_factory=set)
+    tries: int = 0
+    due: bool = True  # to be sent (again) as soon as its node is there
+    at: float = 0.0  # when it was last sent, by this machine's clock
+    stamp: str = ""  # when its node was last activated, as of sending
+    away_since: float | None = None
+
+
+class FlowerGrid(Grid):
+    """Adapts any grid of Flower's to what a fusion strategy expects: known clients, ordered replies, retries.
+
+    Strategies see client i as node i + 1, as on every grid of ours; which of Flower's nodes acts as which client
+    (one node may act as several) is known here alone.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's own.
+    setting : dict
+        Goes with every message: the run's configuration, id and attempt.
+    patience : Patience
+    say : callable
+        Takes one line of log.
+
+    Attributes
+    ----------
+    timed : list
+        Of each answer the seconds out (sent, until the client began), at work, and back (answered, until it was here).
+        Out and back compare two machines' clocks; their sum needs the server's alone.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        setting: Mapping[str, Any],
+        patience: Patience | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.grid, self.patience, self.say = grid, patience or Patience(), say
+        self.setting = ConfigRecord(dict(setting))
+        self.nodes: dict[int, int] = {}  # client -> Flower's node
+        self._online: dict[int, str] | None = None
+        self._looked = 0.0
+        self.timed: list[tuple[str, str, float]] = []
+
+    # -- Flower's interface --------------------------------------------------------------------------------
+
+    def set_run(self, run: Any) -> None:
+        """Pass on the run."""
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Flower's run."""
+        return self.grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message (Flower's older spelling)."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Clients as nodes, in client order."""
+        return [client + 1 for client in sorted(self.nodes)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages without waiting."""
+        return self.grid.push_messages([self._dressed(m, self.nodes[m.metadata.dst_node_id - 1]) for m in messages])
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Take replies that are there."""
+        return self.grid.pull_messages(message_ids)
+
+    # -- who is there --------------------------------------------------------------------------------------
+
+    def online(self) -> dict[int, str]:
+        """Nodes that are online, and when each was last activated; asked at most once a second."""
+        if self._online is None or time.monotonic() - self._looked > 1.0:
+            get = getattr(self.grid, "get_nodes", None)
+            if get is None:
+                self._online = dict.fromkeys(self.grid.get_node_ids(), "")
+            else:
+                self._online = {node.node_id: node.last_activated_at for node in get()}
+            self._looked = time.monotonic()
+        return self._online
+
+    def join(self, clients: int, check: Callable[[Mapping[str, Any]], list[str]]) -> dict[int, int]:
+        """Learn which node holds which client, and that both sides agree on everything that matters.
+
+        Parameters
+        ----------
+        clients : int
+            How many the run has; all must answer.
+        check : callable
+            `check(hello) -> differences`, in words.
+
+        Raises
+        ------
+        WorldError
+            If in time not every client is there; it says who refused and why.
+        """
+        until, reasons = time.monotonic() + self.patience.join, dict[int, str]()
+        asked: dict[int, str] = {}
+        while len(self.nodes) < clients:
+            taken, online = set(self.nodes.values()), self.online()
+            new = sorted(n for n, stamp in online.items() if n not in taken and asked.get(n) != stamp)
+            if new:
+                asked |= {node: online[node] for node in new}
+                left = max(1.0, until - time.monotonic())
+                hellos = [Message(RecordDict(), node, "query.hello") for node in new]
+                for node, found, reason in self._greeted(hellos, left, clients, check):
+                    if reason is None:
+                        self.nodes |= dict.fromkeys(found, node)
+                        self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
+                    else:
+                        reasons[node] = reason
+                        self.say(f"fedfuse: node {node} is not taken: {reason}")
+            elif time.monotonic() > until:
+                missing = sorted(set(range(clients)) - set(self.nodes))
+                why = f"; turned away: {'; '.join(reasons.values())}" if reasons else ""
+                raise WorldError(f"after {self.patience.join:g} s no node acts as client {missing}{why}")
+            else:
+                if len(set(self.online())) >= clients and reasons:
+                    missing = sorted(set(range(clients)) - set(self.nodes))
+                    raise WorldError(f"no node acts as client {missing}; turned away: {'; '.join(reasons.values())}")
+                time.sleep(POLL)
+        return self.nodes
+
+    def _greeted(
+        self, hellos: list[Message], timeout: float, clients: int, check: Callable[[Mapping[str, Any]], list[str]]
+    ) -> Iterable[tuple[int, list[int], str | None]]:
+        sent = [Sent(message, -1, message.metadata.dst_node_id) for message in hellos]
+        answered: list[tuple[Sent, Message]] = []
+        self._exchange(sent, timeout, answered)
+        for item, reply in answered:
+            if reply.has_error():
+                yield item.node, [], reply.error.reason
+                continue
+            records = [
+                dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"
+            ]
+            found: list[Any] = [hello.get("client") for hello in records]
+            if not found or not all(isinstance(client, int) and 0 <= client < clients for client in found):
+                yield item.node, [], f"says it acts as clients {found}; the run has {clients}"
+            elif taken := [client for client in found if client in self.nodes]:
+                yield item.node, [], f"client {taken[0]} is node {self.nodes[taken[0]]} already"
+            elif wrong := [line for hello in records for line in check(hello)]:
+                yield item.node, [], f"does not agree: {'; '.join(wrong[:4])}"
+            else:
+                yield item.node, sorted(found), None
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages, wait, and return the replies in client order.
+
+        What the transport loses is sent again; stragglers past the deadline are left out.
+
+        Raises
+        ------
+        WorldError
+            If too few clients succeeded even when asked a second time.
+        """
+        sent = []
+        for message in messages:
+            client = message.metadata.dst_node_id - 1
+            sent.append(Sent(message, client, self.nodes[client]))
+        limit = timeout if timeout is not None else self.patience.deadline
+        answered: list[tuple[Sent, Message]] = []
+        self._exchange(sent, limit, answered)
+        needed = min(self.patience.minimum, len(sent))
+        if _good(answered) < needed:
+            self.say(f"fedfuse: {_good(answered)} of {len(sent)} replied, {needed} are needed; asking again")
+            answered = [(item, reply) for item, reply in answered if _counts(reply)]
+            kept = {id(item) for item, _ in answered}
+            again = [Sent(item.original, item.client, item.node) for item in sent if id(item) not in kept]
+            self._exchange(again, limit, answered)
+            if _good(answered) < needed:
+                causes = [f"client {i.client}: {r.error.reason}" for i, r in answered if r.has_error()]
+                raise WorldError(
+                    f"{_good(answered)} of {len(sent)} clients replied, at least {needed} are needed"
+                    + (f" ({'; '.join(causes)})" if causes else "")
+                )
+        answered.sort(key=lambda pair: pair[0].client)
+        return [self._looked_at(item, reply) for item, reply in answered]
+
+    def _looked_at(self, item: Sent, reply: Message) -> Message:
+        if reply.has_error():
+            if reply.error.code in OURS:
+                return Message(reply.error, reply_to=item.original)
+            return Message(Error(FAILED, reply.error.reason or "the transport failed"), reply_to=item.original)
+        fault = fault_of(reply, item.client)
+        if fault is None:
+            try:
+                return Message(unpacked(reply.content), reply_to=item.original)
+            except InvalidArrays as error:
+                fault = str(error)
+        self.say(f"fedfuse: client {item.client}: reply rejected: {fault}")
+        return Message(Error(INVALID, fault), reply_to=item.original)
+
+    def _dressed(self, message: Message, node: int) -> Message:
+        content = packed(message.content)
+        content["setting"] = self.setting
+        metadata = message.metadata
+        return Message(content, node, metadata.message_type, group_id=metadata.group_id)
+
+    def _exchange(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
+        """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
+        started = time.monotonic()
+        waiting = list(sent)
+        while waiting:
+            online = self.online()
+            for item in waiting:
+                self._watch(item, online)
+            if due := [item for item in waiting if item.due and item.node in online]:
+                self._push(due, online)
+            owner = {key: item for item in waiting for key in item.ids}
+            for reply in self.grid.pull_messages(owner) if owner else ():
+                found = owner.get(reply.metadata.reply_to_message_id)
+                if found is None or found not in waiting:
+                    continue
+                if reply.has_error() and reply.error.code not in OURS:
+                    found.ids.discard(reply.metadata.reply_to_message_id)
+                    if found.ids or found.due:
+                        continue  # an older copy was lost; a newer one is under way
+                    if found.tries <= self.patience.retries:
+                        self.say(f"fedfuse: client {found.client}: {reply.error.reason}; sending again")
+                        found.due = True
+                        continue
+                waiting.remove(found)
+                answered.append((found, reply))
+                self._time(found, reply)
+            now = time.monotonic()
+            for item in [i for i in waiting if i.away_since is not None and now - i.away_since > self.patience.absence]:
+                waiting.remove(item)
+                gone = Error(FAILED, f"its node was away for more than {self.patience.absence:g} s")
+                answered.append((item, Message(gone, reply_to=item.original)))
+            if limit is not None and now - started > limit:
+                for item in waiting:
+                    self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
+                return
+            if waiting:
+                time.sleep(POLL)
+
+    def _time(self, item: Sent, reply: Message) -> None:
+        """Note where an answer's time went, if the client says how long it worked."""
+        measured = reply.content.metric_records.get("metrics") if reply.has_content() else None
+        if measured is not None and isinstance(seconds := measured.get("seconds"), int | float):
+            who, (verb, _, phase) = f"wire:{item.client}", item.original.metadata.message_type.partition(".")
+            parts = {"out": reply.metadata.created_at - seconds - item.at, "work": seconds}
+            parts["back"] = time.time() - reply.metadata.created_at
+            self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
+
+    def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
+        """A node that was started again has lost what it was working on: it is asked again."""
+        if item.node not in online:
+            item.away_since = item.away_since or time.monotonic()
+        else:
+            item.away_since = None
+            if item.ids and not item.due and online[item.node] != item.stamp:
+                self.say(f"fedfuse: client {item.client}: its node was started again; sending again")
+                item.due = True
+
+    def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
+        now = time.time()
+        for item, key in zip(
+            due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True
+        ):
+            item.due, item.at = False, now
+            item.tries += 1
+            item.stamp = online[item.node]
+            if key:
+                item.ids.add(key)
+            else:
+                item.due = item.tries <= self.patience.retries
+
+
+def _good(answered: list[tuple[Sent, Message]]) -> int:
+    return sum(_counts(reply) for _, reply in answered)
+
+
+def _counts(reply: Message) -> bool:
+    """Whether a client has answered; one that lacks what it should hold has, and is sent the whole by the loop."""
+    return reply.has_content() or reply.error.code == STALE
+
+
+def run_on_flower(config: Any, directory: Any, resumed: bool = False) -> Any:
+    """`runtime=flower`: see `fedfuse.network.server.run_on_flower`."""
+    from fedfuse.network import server
+
+    return server.run_on_flower(config, directory, resumed)

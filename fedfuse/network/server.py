@@ -1,0 +1,231 @@
+"""The server's side of a run on one of Flower's runtimes: meet the nodes, play the rounds, keep the run directory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedfuse.config import registry
+from fedfuse.config.message import as_json, for_sites
+from fedfuse.config.schema import Config
+from fedfuse.core.loop import Federation
+from fedfuse.core.scenario import prepare_scenario
+from fedfuse.data.dataset import SPLITS
+from fedfuse.engines.inline import single_thread
+from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.network.app import SiteApp
+from fedfuse.network.handshake import differences, identity
+from fedfuse.network.own_data import counts_of, server_scenario, task_of
+from fedfuse.network.policy import Policy
+from fedfuse.network.remote_grid import FlowerGrid, Patience
+from fedfuse.network.site import Site, SiteConfig
+from fedfuse.runs.directory import RunDirectory, write_rows, write_text
+from fedfuse.runs.experiment import build_strategy, callbacks, server_device_of
+
+
+def serve(
+    grid: Grid,
+    config: Config,
+    directory: RunDirectory,
+    patience: Patience,
+    *,
+    resumed: bool = False,
+    quiet: bool = False,
+    own: bool = False,
+    say: Any = print,
+) -> Federation:
+    """Play what is left of a run over Flower's grid; the directory has been created or reopened.
+
+    Parameters
+    ----------
+    own : bool
+        The clients are sites with data of their own; the server's `data=` is the task's reference (class list,
+        global test set) and is not dealt.
+
+    Raises
+    ------
+    UserError
+        If the configuration cannot be carried out.
+    WorldError
+        If not all clients join, in a phase too few succeed, or the server's disk fails.
+    """
+    try:
+        return _serve(grid, config, directory, patience, resumed, quiet, own, say)
+    except OSError as error:
+        raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
+
+
+def _serve(
+    grid: Grid,
+    config: Config,
+    directory: RunDirectory,
+    patience: Patience,
+    resumed: bool,
+    quiet: bool,
+    own: bool,
+    say: Any,
+) -> Federation:
+    single_thread()
+    entry = registry.entry(config.strategy.name)
+    scenario = prepare_scenario(config)
+    run_id = _kept(directory.path / "run_id", uuid.uuid4().hex)
+    attempt = int(_kept(directory.path / "attempt", "0")) + 1
+    write_text(directory.path / "attempt", str(attempt))
+    task = task_of(scenario) if own else ""
+    setting = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
+    adapter = FlowerGrid(grid, setting, patience, say)
+    counts: dict[int, list[int]] = {}
+
+    def check(hello: Mapping[str, Any]) -> list[str]:
+        client = int(hello["client"])
+        wanted = identity(scenario, client, entry.name)
+        if own:
+            counts[client] = wanted["examples"] = counts_of(hello)
+            if entry.server.transfer == "none":
+                wanted["transfer"] = hello.get("transfer")  # nobody uses it; sites have none
+        return differences(wanted, dict(hello))
+
+    if own:
+        check_own(config)
+    else:
+        build_strategy(entry, scenario)  # what does not fit is said before anybody is asked
+    adapter.join(scenario.clients, check)
+    if own:
+        scenario = server_scenario(scenario, counts)
+        write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
+    strategy = build_strategy(entry, scenario, server_device_of(config))
+    federation = Federation(strategy, adapter, config.rounds, callbacks(config, directory, quiet))
+    if resumed:
+        directory.restore(federation)
+    strategy.run_id = run_id
+    federation.run()
+    return federation
+
+
+def check_own(config: Config) -> None:
+    """Refuse what cannot be done with data that the server does not see.
+
+    Raises
+    ------
+    UserError
+        Naming the key and what is allowed.
+    """
+    if config.clients is None:
+        raise UserError("clients=null: with --own-data the number of sites is needed, for example clients=3")
+    if registry.entry(config.strategy.name).server.transfer != "none" and config.transfer.source == "holdout":
+        raise UserError(
+            f"transfer.source=holdout: strategy={config.strategy.name} needs a transfer set that every site has; "
+            "with --own-data allowed are noise and the name of a data set"
+        )
+
+
+def _split_rows(counts: Mapping[int, list[int]]) -> list[tuple[int, str, str, int]]:
+    return [(c, split, "", n) for c in sorted(counts) for split, n in zip(SPLITS, counts[c], strict=True)]
+
+
+def _kept(path: Path, value: str) -> str:
+    """The value that an earlier attempt wrote, else this one, written."""
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    write_text(path, value)
+    return value
+
+
+def run_on_flower(config: Config, directory: RunDirectory, resumed: bool = False) -> Path:
+    """`runtime=flower`: Flower's own simulator, for parity checks; the digest is that of `runtime=inline`.
+
+    Parameters
+    ----------
+    resumed : bool
+        The directory has been reopened and goes on after its last complete round.
+
+    Raises
+    ------
+    WorldError
+        If the run failed.
+    """
+    os.environ.update(QUIET)
+    from flwr.simulation import run_simulation
+
+    from fedfuse.engines.cluster import disconnect
+
+    disconnect()  # Flower's actors would wait for ever for cores that our idle workers hold
+    if not resumed:
+        directory.create(config.overwrite)
+    failures: list[BaseException] = []
+    server, over = ServerApp(), threading.Event()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            patience = Patience(retries=config.runtime.retries)
+            serve(unless(over, grid), config, directory, patience, resumed=resumed, say=lambda line: None)
+        except BaseException as error:
+            failures.append(error)
+
+    clients = prepare_scenario(config).clients
+    workers = config.runtime.workers or max(1, min(len(os.sched_getaffinity(0)), clients))
+    backend: Any = {"init_args": {"num_cpus": workers}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    with tempfile.TemporaryDirectory() as sites:
+        try:
+            run_simulation(
+                server,
+                simulated(Path(sites), directory.clients.directory, clients, config.data.root),
+                num_supernodes=clients,
+                backend_config=backend,
+            )
+        except Exception as error:
+            failures.append(error)
+        finally:
+            over.set()
+            directory.close()
+    if failures:
+        if isinstance(failures[0], WorldError | UserError):
+            raise failures[0]
+        raise WorldError(f"Flower's simulator: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
+    return directory.path
+
+
+def unless(over: threading.Event, grid: Grid) -> Grid:
+    """A grid that fails when `over` is set: Flower's would wait, in a thread that keeps the process from ending."""
+    pull = grid.pull_messages
+
+    def checked(message_ids: Iterable[str]) -> Iterable[Message]:
+        if over.is_set():
+            raise WorldError("Flower's simulator ended before the run did")
+        return pull(message_ids)
+
+    grid.pull_messages = checked  # type: ignore[method-assign]
+    return grid
+
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+_hosts: dict[tuple[str, int], Site] = {}
+
+
+def simulated(sites: Path, store: Path, clients: int, data: str | None) -> ClientApp:
+    """A ClientApp that acts as whichever simulated client its node's partition id says."""
+
+    def answer(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        key = (str(sites), client)
+        if key not in _hosts:
+            _hosts[key] = Site(SiteConfig(client, sites, clients, data, Policy(allow_code=True), store))
+        return _hosts[key].handle(message)
+
+    return SiteApp(answer)

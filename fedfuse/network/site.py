@@ -1,0 +1,131 @@
+"""A site's side of the wire: checks what a message asks for, then lets the site's own client answer it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from fedfuse.config import registry
+from fedfuse.config.allowed import check_texts
+from fedfuse.config.dotted import code
+from fedfuse.config.message import from_json
+from fedfuse.config.schema import Config
+from fedfuse.core.node import Node, place
+from fedfuse.core.scenario import Scenario, prepare_scenario
+from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
+from fedfuse.engines.inline import single_thread
+from fedfuse.errors import Refused, UserError
+from fedfuse.network.handshake import identity
+from fedfuse.network.own_data import site_scenario
+from fedfuse.network.site_config import SiteConfig
+from fedfuse.network.site_memory import SiteMemory
+from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.knowledge import Stale
+from fedfuse.wire.packing import packed, unpacked
+from fedfuse.wire.records import InvalidArrays
+
+RUN = re.compile(r"[0-9a-f]{32}")
+
+
+class Site:
+    """Answers the messages of any run for one site."""
+
+    def __init__(self, seat: SiteConfig) -> None:
+        self.seat = seat
+        self._scenarios: dict[str, tuple[Config, Scenario]] = {}
+        single_thread()
+
+    def handle(self, message: Message) -> Message:
+        """Answer one message; whatever is refused becomes an error reply with a named reason."""
+        try:
+            with code(self.seat.policy.allow_code):
+                return self._handle(message)
+        except (Refused, UserError) as error:
+            return self._error(REFUSED, f"refused: {error}", message)
+        except Stale as error:
+            return self._error(STALE, str(error), message)
+        except InvalidArrays as error:
+            return self._error(INVALID, f"received {error}", message)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return self._error(FAILED, text[:500], message)
+
+    def _error(self, code: int, reason: str, message: Message) -> Message:
+        print(f"fedfuse: {reason}", flush=True)
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+    def _handle(self, message: Message) -> Message:
+        setting = message.content.config_records.get("setting")
+        if setting is None:
+            raise Refused("a message without a setting: not from a FedFuse server")
+        run = str(setting.get("run", ""))
+        if not RUN.fullmatch(run):
+            raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
+        self._not_orphaned(self.seat.state / run, setting)
+        config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
+        mine = self.seat.acts_as(scenario.clients)
+        if message.metadata.message_type == "query.hello":
+            found: dict[str, Any] = {
+                f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine
+            }
+            return Message(RecordDict(found), reply_to=message)
+        client = message.content.config_records.get("config", ConfigRecord()).get("client")
+        if client not in mine:
+            raise Refused(f"a message for client {client!r}; this site is client {', '.join(map(str, mine))}")
+        about = message.content.config_records.get("run", ConfigRecord())
+        if about.get("run") != run:
+            raise Refused("a message whose run is not that of its setting")
+        given = {key.removeprefix("hyper."): value for key, value in about.items() if key.startswith("hyper.")}
+        given.pop("unset", None)  # names of fields, as JSON
+        if not self.seat.policy.allow_code:
+            check_texts({"strategy": given})
+        message.content = unpacked(message.content)
+        folder = self.seat.state / run / str(client)
+        reply = SiteMemory(folder, self._node(config, scenario, folder)).handle(message)
+        if reply.has_error():
+            print(f"fedfuse: client {client}: {reply.error.reason}", flush=True)
+            return reply
+        return Message(packed(reply.content), reply_to=message)
+
+    def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
+        store = ClientStore(self.seat.store or folder)
+        entry = registry.entry(config.strategy.name)
+        ledger = None if self.seat.store else folder / "privacy.jsonl"  # Flower's simulator is no deployment
+        return place(entry, scenario, store, device=self.seat.device, retries=config.runtime.retries, ledger=ledger)
+
+    def _not_orphaned(self, folder: Path, setting: Mapping[str, Any]) -> None:
+        """A server that was started again counts up; what an older one still sends is refused."""
+        attempt, path = int(setting.get("attempt", 1)), folder / "attempt"
+        known = int(path.read_text()) if path.exists() else 0
+        if attempt < known:
+            raise Refused(f"attempt {attempt} of this run was replaced by attempt {known}")
+        if attempt > known:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(".attempt")
+            partial.write_text(str(attempt))
+            partial.replace(path)
+
+    def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
+        if text not in self._scenarios:
+            config = from_json(text, code=self.seat.policy.allow_code)
+            self.seat.policy.check(config)
+            config = replace(config, data=replace(config.data, root=self.seat.data))
+            if (self.seat.clients is None) != bool(task):
+                own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")
+                raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")
+            if task:
+                scenario = site_scenario(config, self.seat.client, config.clients or 0, task)
+            else:
+                scenario = prepare_scenario(config)
+            mine = self.seat.acts_as(scenario.clients)
+            if not mine or mine[-1] >= scenario.clients or mine[0] < 0:
+                raise Refused(f"the run has {scenario.clients} clients, this site is client {self.seat.client}")
+            for client in mine:
+                self.seat.policy.check_examples(scenario.examples(client))
+            self._scenarios = {text: (config, scenario)}
+        return self._scenarios[text]

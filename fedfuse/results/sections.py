@@ -1,0 +1,296 @@
+"""The tables of the report page, as plain values; the template makes them markup and escapes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from fedfuse.results import wording
+from fedfuse.results.curves import Series
+from fedfuse.results.measures import Measures
+from fedfuse.results.setting import Group
+from fedfuse.results.statistics import Interval, average_ranks, few_seeds_note, holm, paired
+from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, percent, printable
+from fedfuse.results.target import reach, targets
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is read and what is sorted by; `series` puts a colour before the text."""
+
+    text: str
+    sort: str = ""
+    series: int | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """Name of a column; `word` for text, else numbers."""
+
+    name: str
+    word: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sortable table of the page."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    id: str = ""
+
+
+def word(text: str, series: int | None = None) -> Cell:
+    """Return a cell of text."""
+    return Cell(printable(text), printable(text), series)
+
+
+def number(value: float, text: str | None = None) -> Cell:
+    """Return a cell of a number; NaN is shown as a dash and sorts last."""
+    if math.isnan(value):
+        return Cell(text or "–")
+    return Cell(amount(value) if text is None else text, repr(float(value)))
+
+
+def _share(value: Interval) -> Cell:
+    return number(value.mean, percent(value))
+
+
+def _columns(*names: str) -> tuple[Column, ...]:
+    """Return columns; a name that starts with `:` holds words."""
+    return tuple(Column(name.removeprefix(":"), name.startswith(":")) for name in names)
+
+
+def scores(groups: Sequence[Group], metric: str) -> dict[str, dict[Hashable, float]]:
+    """Return final values of `metric` by strategy and seed."""
+    return {one.label: {run.seed: run.final.get(metric, math.nan) for run in one.runs} for one in groups}
+
+
+def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Series]) -> Table:
+    """Return the main table: accuracy after the last round, spread over clients, ranks, cost, failures."""
+    ranks = {metric: average_ranks(scores([one for one in groups if one.runs], metric)) for metric in BEST}
+    lines = []
+    for row, one in zip(rows, series, strict=True):
+        spreads = [float(np.nanstd(list(run.clients.values()))) for run in one.finished if run.clients]
+        rank = [ranks[metric][0].get(row.strategy, math.nan) for metric in BEST]
+        lines.append(
+            (
+                word(row.strategy, one.index),
+                number(row.n, str(row.n)),
+                *(_share(row.final[metric]) for metric in METRICS),
+                number(100 * float(np.mean(spreads)) if spreads else math.nan, None),
+                *(number(value, f"{value:.2f}" if not math.isnan(value) else None) for value in rank),
+                number(row.up_mb),
+                number(row.down_mb),
+                number(row.seconds),
+                number(row.failures, str(row.failures) + ("" if row.cohort_complete else " *")),
+            )
+        )
+    names = list(METRICS.values())
+    spread = "spread over clients"
+    columns = _columns(
+        ":strategy",
+        "n",
+        *names,
+        spread,
+        "rank global",
+        "rank personal",
+        "up MB",
+        "down MB",
+        "seconds",
+        "failed",
+    )
+    on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
+    note = f"{FOOT} {wording.COMPARISON.format(seeds=on)}"
+    return Table("After the last round", columns, tuple(lines), note, "comparison")
+
+
+def intervals(rows: Sequence[Row]) -> Table:
+    """Return every headline metric with both intervals."""
+    lines = []
+    for row in rows:
+        for metric in METRICS:
+            t, boot = row.final[metric], row.bootstrap[metric]
+            lines.append(
+                (
+                    word(row.strategy),
+                    word(METRICS[metric].removesuffix(" %") if metric in BEST else METRICS[metric]),
+                    number(t.n, str(t.n)),
+                    number(t.mean, percent(Interval(t.mean, None, None, t.n))),
+                    *(_end(end) for end in (t.low, t.high, boot.low, boot.high)),
+                )
+            )
+    columns = _columns(":strategy", ":accuracy", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
+    return Table("Intervals", columns, tuple(lines), wording.INTERVALS)
+
+
+def _end(value: float | None) -> Cell:
+    return Cell("–") if value is None else number(value, f"{100 * value:.2f}")
+
+
+def best(rows: Sequence[Row]) -> Table:
+    """Return the best evaluated rounds, apart from the result."""
+    lines = [
+        (word(row.strategy), number(row.n, str(row.n)), *(_share(row.best[name]) for name in BEST)) for row in rows
+    ]
+    return Table(
+        "Best round",
+        _columns(":strategy", "n", "best global %", "best personal %"),
+        tuple(lines),
+        wording.BEST,
+    )
+
+
+def to_targets(series: Sequence[Series]) -> Table | None:
+    """Return rounds, seconds and bytes to target accuracies, global and personal."""
+    lines = []
+    for metric in BEST:
+        for target in targets([run for one in series for run in one.finished], metric):
+            for one in series:
+                if not one.finished:
+                    continue
+                cost = reach(one.finished, metric, target)
+                lines.append(
+                    (
+                        word(one.label, one.index),
+                        word(metric.partition("/")[2]),
+                        number(target, f"{100 * target:.0f} %"),
+                        number(cost.reached, f"{cost.reached} of {cost.n}"),
+                        number(cost.rounds, None),
+                        number(cost.seconds),
+                        number(cost.megabytes),
+                    )
+                )
+    if not lines:
+        return None
+    columns = _columns(":strategy", ":test set", "target", "reached by", "rounds", "seconds", "MB")
+    return Table("To a target accuracy", columns, tuple(lines), wording.TARGETS, "targets")
+
+
+def tests(groups: Sequence[Group]) -> Table | None:
+    """Return paired tests of all pairs of strategies on shared seeds, Holm-corrected per test set."""
+    groups = [one for one in groups if one.runs]
+    lines = []
+    most = 0
+    for metric in BEST:
+        values = scores(groups, metric)
+        pairs = list(combinations(values, 2))
+        found = [paired(values[a], values[b]) for a, b in pairs]
+        t_holm, rank_holm = holm([one.t_p for one in found]), holm([one.signed_rank_p for one in found])
+        for (a, b), one, t_p, rank_p in zip(pairs, found, t_holm, rank_holm, strict=True):
+            if one.n == 0 and not one.unpaired:
+                continue
+            most = max(most, one.n)
+            half = one.difference.half_width
+            shown = f"{100 * one.difference.mean:+.2f}".replace("-", "−") + (
+                f" ± {100 * half:.2f}" if half is not None else ""
+            )
+            unused = f"unpaired seeds {', '.join(map(str, one.unpaired))}" if one.unpaired else ""
+            lines.append(
+                (
+                    word(metric.partition("/")[2]),
+                    word(f"{a} − {b}"),
+                    number(one.n, str(one.n)),
+                    number(one.difference.mean, shown if not math.isnan(one.difference.mean) else None),
+                    *(number(p, probability(p)) for p in (one.t_p, t_p, one.signed_rank_p, rank_p)),
+                    word("; ".join(part for part in (one.note, unused) if part)),
+                )
+            )
+    if not lines:
+        return None
+    note = f"{wording.TESTS} {few_seeds_note(most)}"
+    names = (
+        ":test set",
+        ":pair",
+        "n",
+        "difference",
+        "t p",
+        "t p, Holm",
+        "signed rank p",
+        "signed rank p, Holm",
+        ":note",
+    )
+    return Table("Paired tests over seeds", _columns(*names), tuple(lines), note, "tests")
+
+
+def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
+    """Say in a sentence per test set who is highest, by how much, and whether the seeds can tell it apart."""
+    lines = []
+    for metric in BEST:
+        ranked = sorted((row for row in rows if not math.isnan(row.final[metric].mean)), key=_descending(metric))
+        if len(ranked) < 2:
+            continue
+        first, second = ranked[:2]
+        kind = metric.partition("/")[2]
+        top = first.final[metric]
+        lead = 100 * (top.mean - second.final[metric].mean)
+        text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
+        text += f" (n = {top.n}), {lead:.2f} points above {printable(second.strategy)}"
+        values = scores([one for one in groups if one.runs], metric)
+        pairs = [(a, b) for a, b in combinations(values, 2)]
+        adjusted = holm([paired(values[a], values[b]).t_p for a, b in pairs])
+        p = next(q for pair, q in zip(pairs, adjusted, strict=True) if set(pair) == {first.strategy, second.strategy})
+        if math.isnan(p):
+            why = paired(values[first.strategy], values[second.strategy]).note
+            text += f"; not tested ({why})."
+        else:
+            told = "the seeds tell them apart" if p < 0.05 else "the seeds cannot tell them apart"
+            text += f"; {told} (paired t, Holm-adjusted p = {probability(p)})."
+        lines.append(text)
+    return lines
+
+
+def _descending(metric: str) -> Callable[[Row], float]:
+    return lambda row: -row.final[metric].mean
+
+
+def probability(p: float) -> str:
+    """Write a p-value."""
+    return "–" if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+
+
+def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], places: Mapping[Path, str]) -> Table:
+    """Return one line per run, unfinished ones too."""
+    place = {run.run.dir: one for one, _ in series for run in one.everything}
+    setting = {run.run.dir: text for one, text in series for run in one.everything}
+    settings = len(set(setting.values())) > 1
+    lines = []
+    for one in evidence:
+        run, owner = one.run, place.get(one.run.dir)
+        if owner is None:
+            continue
+        summary = run.summary or {}
+        seconds = one.cumulative_seconds[-1] if len(one.cumulative_seconds) else math.nan
+        finals = [run.final.get(metric, math.nan) for metric in METRICS]
+        lines.append(
+            (
+                word(places[run.dir]),
+                word(owner.label, owner.index),
+                *([word(setting[run.dir])] if settings else []),
+                number(run.seed, str(run.seed)),
+                word(run.status),
+                number(run.rounds_done, f"{run.rounds_done} of {run.rounds}"),
+                *(number(value, f"{100 * value:.2f}" if not math.isnan(value) else None) for value in finals),
+                number(one.cumulative_bytes[-1] / 1e6),
+                number(float(seconds)),
+                word(str(summary.get("digest") or "")[:12]),
+            )
+        )
+    names = [
+        ":run",
+        ":strategy",
+        *([":setting"] if settings else []),
+        "seed",
+        ":status",
+        "rounds",
+        *METRICS.values(),
+    ]
+    columns = _columns(*names, "MB", "seconds", ":digest")
+    return Table("Every run", columns, tuple(lines), wording.RUNS, "runs")

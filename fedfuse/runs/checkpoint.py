@@ -1,0 +1,124 @@
+"""A run's checkpoint: what a round commits, as one tree of tensors and plain values, and back into a federation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fedfuse.errors import UserError
+from fedfuse.core.loop import Federation
+from fedfuse.wire.knowledge import Address, Item, Parcel
+from fedfuse.wire.client_store import read_tree
+from fedfuse.wire.traffic import Traffic
+
+FORMAT = 1
+
+
+def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> dict[str, Any]:
+    """Everything that a resumed run needs, as one tree."""
+    strategy = federation.strategy
+    board = {}
+    for i, ((topic, to), item) in enumerate(sorted(strategy.board.items.items())):
+        chain = strategy.board.chains.get((topic, to), [])
+        board[str(i)] = {
+            "about": json.dumps([topic, to, item.version, item.sha]),
+            "value": _listed(item.arrays),
+            "chain": {
+                str(j): {"about": json.dumps([p.version, p.since, p.sha]), "value": _listed(p.arrays)}
+                for j, p in enumerate(chain)
+            },
+        }
+    plain = {
+        "format": FORMAT,
+        "config": config,
+        "run_id": strategy.run_id,
+        "done": federation.done,
+        "evaluated": federation.evaluated,
+        "set_up": federation.set_up,
+        "stop": federation.stop,
+        "headline": federation.headline,
+        "history": federation.history,
+        "digest": federation.digest,
+        "digest_missing": federation.digest_missing,
+        "tags": {str(c): tag for c, tag in strategy.tags.items()},
+        "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
+        "traffic": strategy.traffic.saved(),
+        "failures": strategy.failures,
+        "left_out": strategy.ever_left_out,
+        "seconds": seconds,
+    }
+    return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
+
+
+def restore(federation: Federation, path: Path, config: str) -> dict[str, float]:
+    """Put a federation back to what `snapshot` wrote to a file; return the seconds it had taken.
+
+    Raises
+    ------
+    UserError
+        If the checkpoint is of another format or configuration, or cannot be read.
+    """
+    strategy = federation.strategy
+    try:
+        tree, _ = read_tree(path)
+        plain = json.loads(tree["plain"])
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
+    if plain.get("format") != FORMAT:
+        raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
+    if different := changed(plain.get("config", ""), config):
+        raise UserError(f"{path.parent.parent}/config.yaml: {different}; a run goes on with what it began with")
+    items: dict[Address, Item] = {}
+    chains: dict[Address, list[Parcel]] = {}
+    for slot in tree.get("board", {}).values():
+        topic, to, version, hashed = json.loads(slot["about"])
+        items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
+        steps = sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
+        chains[topic, to] = []
+        for _, step in steps:
+            reached, since, folded = json.loads(step["about"])
+            chains[topic, to].append(Parcel(topic, to, reached, since, _unlisted(step["value"]), folded))
+    strategy.board.restore(items, chains)
+    strategy.state = tree.get("state", {})
+    strategy.begun = True
+    strategy.run_id = plain["run_id"]
+    strategy.tags = {int(c): tag for c, tag in plain["tags"].items()}
+    strategy.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
+    strategy.traffic = Traffic.restored(plain["traffic"])
+    strategy.failures, strategy.ever_left_out = plain["failures"], plain["left_out"]
+    strategy.round = plain["done"]
+    for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
+        setattr(federation, name, plain[name])
+    return plain["seconds"]
+
+
+def changed(begun: str, now: str) -> str:
+    """Say which setting that can change a result differs from the one a run began with; empty if none does."""
+    before, after = (dict(_flat(yaml.safe_load(text) or {})) for text in (begun, now))
+    free = ("out", "overwrite", "runtime.", "tracking.")  # where and how it runs changes no bit
+    for key, value in before.items():
+        if not key.startswith(free) and after.get(key) != value:
+            return f"says {key}={after.get(key)}, the run began with {key}={value}"
+    return ""
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _listed(arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
+    names = sorted(arrays)
+    return {"names": names, "arrays": {str(i): arrays[name] for i, name in enumerate(names)}}
+
+
+def _unlisted(slot: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: slot["arrays"][str(i)] for i, name in enumerate(slot["names"])}

@@ -1,0 +1,332 @@
+"""The run directory: a round commits at once, by one atomic rename; a killed run goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import torch
+
+from fedfuse.runs.checkpoint import FORMAT, restore, snapshot
+from fedfuse.errors import UserError
+from fedfuse.core.loop import Callback, Federation
+from fedfuse.results.run_data import COLUMNS
+from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, write_arrays, write_tree
+from fedfuse.train.privacy import private_notes
+
+_KINDS = {
+    **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
+    **dict.fromkeys(("value", "seconds"), pl.Float64),
+}
+SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, kind: str, rows: list[Any]) -> None:
+    """Write rows as parquet, atomically."""
+    with replaced(path) as partial:
+        pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False).write_parquet(partial)
+
+
+class RunDirectory(Callback):
+    """Keeps a run: rows and checkpoint every round, summary and final models at the end.
+
+    Parameters
+    ----------
+    path : Path
+    config : str
+        The resolved configuration as YAML.
+    started : float
+        `time.time()` when the command started, for `seconds.startup`.
+
+    Attributes
+    ----------
+    clients : ClientStore
+        Committed client state, below the checkpoint.
+    """
+
+    def __init__(self, path: Path, config: str, started: float, state_dir: str | None = None) -> None:
+        self.path, self.config, self.started, self.state_dir = Path(path), config, started, state_dir
+        self.seconds = {"startup": 0.0, "rounds": 0.0, "before": 0.0}
+        self._lock: IO[str] | None = None
+        self.clients: ClientStore
+        self._made: list[Path] = []  # directories that `create` made, the innermost first
+        self._ours = False  # whether all that the directory holds is this run's
+        self.deployed = False  # whether clients are real sites, whose noise comes from their own entropy
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the last complete round lies."""
+        return self.path / "checkpoint"
+
+    # -- opening -------------------------------------------------------------------------------------------
+
+    def create(self, overwrite: bool) -> None:
+        """Make the directory and take its lock.
+
+        Raises
+        ------
+        UserError
+            If it holds another run, or cannot be written.
+        """
+        try:
+            self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"out={self.path}: is a file; a directory is needed")
+            if self.path.exists() and any(self.path.iterdir()):
+                if not overwrite:
+                    raise UserError(f"out={self.path}: holds something already; choose another or say overwrite=true")
+                if not (self.path / "config.yaml").exists():
+                    raise UserError(f"out={self.path}: holds something that is not a run; it is not overwritten")
+                self._hold()
+                self._drop_linked_state()
+                for child in self.path.iterdir():
+                    if child.name != "lock":
+                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            self._ours = True
+            (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", self.config)
+            write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            if self.state_dir is not None:
+                self._link_state(self.state_dir)
+            self.clients = ClientStore((self.checkpoint / "clients").resolve())
+        except OSError as error:
+            self.discard()
+            raise UserError(f"out={self.path}: cannot be written ({error.strerror or error})") from error
+
+    def discard(self) -> None:
+        """Take back what `create` made, if no round was committed: a run that could not begin leaves nothing."""
+        self.close()
+        if (self.checkpoint / "state.safetensors").exists():
+            return
+        if self._ours:
+            self._drop_linked_state()
+            for child in self.path.iterdir():
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _link_state(self, state_dir: str) -> None:
+        """Put client state into `runtime.state_dir`, which every node of a cluster sees."""
+        place = Path(state_dir).resolve() / f"{self.path.name}-{uuid.uuid4().hex[:12]}"
+        try:
+            place.mkdir(parents=True)
+        except OSError as error:
+            self.discard()
+            told = error.strerror or error
+            raise UserError(f"runtime.state_dir={state_dir}: cannot be written ({told})") from error
+        (self.checkpoint / "clients").symlink_to(place)
+
+    def _drop_linked_state(self) -> None:
+        if (link := self.checkpoint / "clients").is_symlink():
+            shutil.rmtree(link.resolve(), ignore_errors=True)
+
+    def reopen(self) -> None:
+        """Take the lock of a run that shall go on.
+
+        Raises
+        ------
+        UserError
+            If another process has it, or the directory cannot be written.
+        """
+        try:
+            self._hold()
+            self.clients = ClientStore((self.checkpoint / "clients").resolve())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+
+    def _hold(self) -> None:
+        if self._lock is not None:
+            return
+        lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(f"out={self.path}: another process is writing this run") from error
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- the loop's hooks ----------------------------------------------------------------------------------
+
+    def start(self, federation: Federation) -> None:
+        """Write what is known before the first round."""
+        if not (self.path / "partition.parquet").exists():
+            rows = federation.scenario.data.histogram()
+            write_rows(
+                self.path / "partition.parquet",
+                "partition",
+                [(r["client"], r["split"], str(r["label"]), r["examples"]) for r in rows],
+            )
+        self.seconds["startup"] += time.time() - self.started
+        self._clock = time.perf_counter()
+
+    def round(self, federation: Federation) -> None:
+        """Commit: rows first, then the checkpoint that makes them count."""
+        strategy = federation.strategy
+        round = federation.done
+        if federation.evaluated == round and (round == federation.rounds or federation.stop):
+            strategy.traffic.settle()
+        rows: dict[str, list[Any]] = {
+            "metrics": federation.rows,
+            "traffic": strategy.traffic.take_rows(),
+            "timing": federation.timing,
+        }
+        for kind, values in rows.items():
+            write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
+        federation.rows, federation.timing = [], []
+        self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
+        write_tree(self.checkpoint / "state.safetensors", snapshot(federation, self.config, self.seconds))
+        progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
+        progress["failures"] = dict(strategy.failures)
+        write_text(self.checkpoint / "round.json", json.dumps(progress))
+
+    def end(self, federation: Federation) -> None:
+        """Merge the rows, draw the partition, write the final models, and last the summary."""
+        from fedfuse.data.picture import draw_partition  # not before the first round, which would wait for it
+
+        rows = pl.read_parquet(self.path / "partition.parquet").to_dicts()
+        if all(row["label"] for row in rows):  # sites with data of their own tell no labels
+            draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
+        self._final_models(federation)
+        for kind in ("metrics", "traffic", "timing"):
+            pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
+            with replaced(self.path / f"{kind}.parquet") as partial:
+                pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
+        write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
+        shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
+        for client in range(federation.scenario.clients):
+            self.clients.settle(client, federation.strategy.tags.get(client, INITIAL))
+
+    def summary(self, federation: Federation) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        strategy, config = federation.strategy, federation.scenario.config
+        keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
+        final = {**dict.fromkeys(keys, math.nan), **federation.headline}
+        best = {}
+        for key in ("accuracy/global", "accuracy/personal"):
+            values = [h[key] for h in federation.history if h.get(key) == h.get(key) and key in h]
+            best[key] = max(values, default=math.nan)
+        total = self.seconds["startup"] + self.seconds["rounds"]
+        return {
+            "format": FORMAT,
+            "run_id": strategy.run_id,
+            "strategy": strategy.name,
+            "data": config.data.name,
+            "seed": config.seed,
+            "clients": federation.scenario.clients,
+            "rounds": federation.rounds,
+            "rounds_done": federation.done,
+            "stopped": federation.stop,
+            "final": _numbers(final),
+            "best": _numbers(best),
+            "traffic": strategy.traffic.summary(),
+            "failures": dict(strategy.failures),
+            "cohort_complete": not strategy.ever_left_out,
+            "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
+            "digest": federation.digest,
+            "digest_missing": federation.digest_missing,
+            **({"dp": "deployed" if self.deployed else "simulated"} if config.privacy.on else {}),
+            "notes": [
+                *federation.scenario.data.notes,
+                *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
+                *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
+            ],
+        }
+
+    def _final_models(self, federation: Federation) -> None:
+        final = self.path / "final"
+        final.mkdir(exist_ok=True)
+        for name, (architecture, arrays) in federation.strategy.server_models().items():
+            about = {"architecture": architecture, "server": name}
+            write_arrays(final / f"server-{name}.safetensors", arrays, **about)
+        for name, (architecture, arrays, shape) in federation.strategy.server_halves().items():
+            about = {"architecture": architecture, "server": name, "shape": json.dumps(shape)}
+            write_arrays(final / f"server-{name}.safetensors", arrays, **about)
+        for client in range(federation.scenario.clients):
+            kept = self.clients.staged(client, "final")
+            if kept is not None:
+                about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
+                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), **about)
+
+    def restore(self, federation: Federation) -> None:
+        """Put a federation back to the last complete round, and drop rows of rounds that were not completed.
+
+        Raises
+        ------
+        UserError
+            If the checkpoint is of another format or configuration, or cannot be read.
+        """
+        path, done = self.checkpoint / "state.safetensors", -1
+        if path.exists():
+            self.seconds = restore(federation, path, self.config)
+            self.seconds["before"] = self.seconds["rounds"]
+            done = federation.done
+        rows = self.checkpoint / "rows"
+        rows.mkdir(parents=True, exist_ok=True)
+        for piece in rows.glob("*.parquet"):
+            if int(piece.stem.rsplit("-", 1)[1]) > done:
+                piece.unlink()
+
+
+def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Undo the nesting of names that hold a slash."""
+    out: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= named(value, f"{prefix}{key}/")
+        else:
+            out[prefix + key] = value.contiguous().clone()
+    return out
+
+
+def _numbers(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: (None if v != v else v) for k, v in values.items()}
+
+
+def environment() -> dict[str, Any]:
+    """What equal digests depend on beside the configuration, and the command that was typed."""
+    flags = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_flags": flags,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "command": " ".join(sys.argv),
+    }

@@ -1,0 +1,252 @@
+"""One run from a checked configuration: scenario, strategy, grid and callbacks put together."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedfuse.config import registry
+from fedfuse.config.schema import Config, RuntimeConfig
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.core.loop import Callback, EarlyStop, Evaluation, Federation, check_fit
+from fedfuse.core.node import Node, place
+from fedfuse.runs.progress import Progress
+from fedfuse.config.registry import Entry
+from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity, single_thread
+from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.runs.tracking import check as check_tracking
+from fedfuse.runs.tracking import tracker
+
+
+def device_of(config: Config) -> str:
+    """`cpu` or `cuda`; `auto` takes a GPU where there is one.
+
+    Raises
+    ------
+    UserError
+        If a GPU is asked for and there is none.
+    """
+    import torch
+
+    wanted = config.runtime.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device=cuda: this machine has no CUDA device; allowed here: auto, cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def server_device_of(config: Config) -> str:
+    """Where the server's networks live and train: `runtime.server_device`, else the clients' device.
+
+    Raises
+    ------
+    UserError
+        If a GPU is asked for that is not there.
+    """
+    import torch
+
+    wanted = config.runtime.server_device
+    if wanted is None:
+        return device_of(config)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.startswith("cuda") and there <= int(wanted.partition(":")[2] or 0):
+        gpus = f"{there} CUDA device{'s' if there > 1 else ''}" if there else "no CUDA device"
+        raise UserError(f"runtime.server_device={wanted}: this machine has {gpus}; allowed here: auto, cpu")
+    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
+
+
+def workers_of(config: Config, clients: int) -> int:
+    """Number of actors: as asked for, else min(cores, clients)."""
+    return config.runtime.workers or max(1, min(len(os.sched_getaffinity(0)), clients))
+
+
+def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> FusionStrategy:
+    """The server half over a scenario, checked against it."""
+    hyper = scenario.config.strategy
+
+    def equip(model: Any, build: Any) -> Any:
+        return entry.client.equip(model, hyper, build)
+
+    strategy = entry.server(hyper, Residents(scenario, equip, device))
+    strategy.name = entry.name
+    strategy.run_id = uuid.uuid4().hex
+    check_fit(strategy, entry.client.personal)
+    return strategy
+
+
+def build_grid(entry: Entry, scenario: Scenario, directory: RunDirectory) -> LocalGrid:
+    """The grid that `runtime=` names.
+
+    Raises
+    ------
+    UserError
+        If there is no such runtime.
+    """
+    runtime, device = scenario.config.runtime, device_of(scenario.config)
+    if runtime.name == "inline":
+        node: Node = place(entry, scenario, directory.clients, device=device, retries=runtime.retries)
+        return InlineGrid(node, runtime.reverse)
+    if runtime.name == "ray":
+        from fedfuse.engines.ray import RayGrid
+
+        workers = workers_of(scenario.config, scenario.clients)
+        return RayGrid(entry, scenario, directory.clients.directory, workers, device, runtime.retries, runtime.address)
+    raise UserError(f"runtime={runtime.name}: unknown; allowed: inline, ray, flower")
+
+
+def default_out(config: Config) -> Path:
+    """`runs/<time>-<strategy>-<data>-s<seed>`."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stamp}-{config.strategy.name}-{config.data.name}-s{config.seed}"
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def run(config: Config, started: float | None = None, quiet: bool = False) -> Path:
+    """Run one experiment and return its directory.
+
+    Raises
+    ------
+    UserError
+        If the configuration cannot be carried out; nothing is written then.
+    WorldError
+        If the world failed; the run can be resumed.
+    """
+    started = time.time() if started is None else started
+    check_tracking(config.tracking)
+    single_thread()
+    claim_identity()
+    entry = registry.entry(config.strategy.name)
+    scenario = prepare_scenario(config)
+    strategy = build_strategy(entry, scenario, server_device_of(config))
+    path = Path(config.out) if config.out else default_out(config)
+    directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
+    if config.runtime.name == "flower":
+        from fedfuse.network.remote_grid import run_on_flower
+
+        return run_on_flower(config, directory)
+    directory.create(config.overwrite)
+    return play(entry, strategy, directory, quiet)
+
+
+def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet: bool, resumed: bool = False) -> Path:
+    """Put the grid and the callbacks together, run what is left of the rounds, and end what was started.
+
+    Raises
+    ------
+    UserError
+        If the run cannot begin; a directory that was made for it is taken back.
+    WorldError
+        If the world failed, a full disk included; the run can be resumed.
+    """
+    scenario = strategy.scenario
+    grid: LocalGrid | None = None
+    try:
+        grid = build_grid(entry, scenario, directory)
+        federation = Federation(strategy, grid, scenario.config.rounds, callbacks(scenario.config, directory, quiet))
+        if resumed:
+            directory.restore(federation)
+            grid.cache.update(strategy.board.items)
+        federation.run()
+    except UserError:
+        if not resumed:
+            directory.discard()
+        raise
+    except OSError as error:
+        path = directory.path
+        raise WorldError(f"{path}: {in_words(error)}; fedfuse resume {path} goes on") from error
+    finally:
+        if grid is not None:
+            grid.close()
+        directory.close()
+    return directory.path
+
+
+def callbacks(config: Config, directory: RunDirectory, quiet: bool) -> list[Callback]:
+    """Evaluation first, the commit next, then who reads what was committed; the progress line last."""
+    chosen: list[Callback] = [Evaluation(config.evaluate.every)]
+    if config.stop.patience is not None:
+        chosen.append(EarlyStop(config.stop.patience))
+    chosen.append(directory)
+    if (told := tracker(config.tracking, directory.path)) is not None:
+        chosen.append(told)
+    if not quiet:
+        chosen.append(Progress())
+    return chosen
+
+
+def load_config(path: Path) -> Config:
+    """Read a run directory's `config.yaml` back as a checked `Config`.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it is not one of this version's.
+    """
+    from omegaconf import OmegaConf
+
+    from fedfuse.config.compose import check
+
+    file = path / "config.yaml"
+    if not file.exists():
+        raise UserError(f"{path}: not a run directory (no config.yaml)")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        name = raw["strategy"]["name"]
+        base = OmegaConf.structured(Config)
+        values = {k: v for k, v in raw.items() if k != "strategy"}
+        config: Config = OmegaConf.to_object(OmegaConf.merge(base, values))  # type: ignore[assignment]
+        schema = OmegaConf.structured(registry.schema(name))
+        config.strategy = registry.typed(OmegaConf.to_object(OmegaConf.merge(schema, raw["strategy"])))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
+    check(config)
+    return config
+
+
+def resume(path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None) -> Path:
+    """Go on after the last complete round of a run directory.
+
+    Parameters
+    ----------
+    path : Path
+    quiet : bool
+    runtime : RuntimeConfig, optional
+        Where it goes on; default where it began.
+
+    Raises
+    ------
+    UserError
+        If it is not a run directory that this version can resume.
+    """
+    started = time.time()
+    if (path / "order.json").exists():
+        raise UserError(f"{path}: belongs to a deployment; fedfuse deploy resume {path} goes on")
+    config = load_config(path)
+    config.runtime = runtime or config.runtime
+    flower = config.runtime.name == "flower"
+    if (path / "attempt").exists() and not flower:  # its clients' states, and maybe data, are at the nodes
+        raise UserError(f"{path}: was played by a deployment; fedfuse deploy resume {path} goes on")
+    single_thread()
+    claim_identity()
+    entry = registry.entry(config.strategy.name)
+    directory = RunDirectory(path, as_yaml(config), started)
+    directory.reopen()
+    if flower:
+        from fedfuse.network.remote_grid import run_on_flower
+
+        return run_on_flower(config, directory, resumed=True)
+    strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
+    return play(entry, strategy, directory, quiet, resumed=True)

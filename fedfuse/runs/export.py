@@ -1,0 +1,145 @@
+"""Final models of a run: as a safetensors file with architecture and preprocessing, or rebuilt in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def final_file(path: Path, client: int | None) -> Path:
+    """Find the file of the server's model, or of a client's own.
+
+    Raises
+    ------
+    UserError
+        If the run is not finished, or has no such model.
+    """
+    if not (path / "summary.json").exists():
+        raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
+    final = path / "final"
+    if client is not None:
+        own = final / f"client-{client}.safetensors"
+        if own.exists():
+            return own
+        clients = json.loads((path / "summary.json").read_text())["clients"]
+        if client >= clients:
+            raise UserError(f"--client={client}: the run has clients 0 to {clients - 1}")
+        # a client without a model of its own uses the server's
+    servers = sorted(final.glob("server-*.safetensors"))
+    if len(servers) == 1:
+        return servers[0]
+    if servers and client is not None:
+        from safetensors import safe_open
+
+        from fedfuse.runs.experiment import load_config
+        from fedfuse.core.scenario import prepare_scenario
+
+        wanted = prepare_scenario(load_config(path)).architectures[client]
+        for file in servers:
+            with safe_open(file, framework="pt") as handle:
+                if (handle.metadata() or {}).get("architecture") == wanted:
+                    return file
+    if servers:
+        raise UserError(f"{path}: has one model per architecture; say which client's: --client i")
+    raise UserError(f"{path}: the server has no model of its own; say which client's: --client i")
+
+
+def export(path: Path, client: int | None = None, out: str | None = None) -> Path:
+    """Write a final model with what is needed to use it.
+
+    Metadata: architecture, data set, input shape, classes, preprocessing, strategy, seed, digest, and the model's
+    configuration.
+
+    Raises
+    ------
+    UserError
+        If there is no such model, or `out` cannot be written.
+    """
+    from dataclasses import asdict
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from fedfuse.config.schema import ModelConfig
+    from fedfuse.runs.experiment import load_config
+    from fedfuse.core.scenario import prepare_scenario
+
+    source = final_file(path, client)
+    config = load_config(path)
+    scenario = prepare_scenario(config)
+    dataset, summary = scenario.data.dataset, json.loads((path / "summary.json").read_text())
+    with safe_open(source, framework="pt") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        about = dict(file.metadata() or {})
+    half = "shape" in about  # a network of the server behind the clients': it takes their features
+    about |= {
+        "data": config.data.name,
+        "shape": about.get("shape", json.dumps(list(dataset.shape))),
+        "classes": json.dumps(list(dataset.classes)),
+        "preprocessing": "the features of a client's network" if half else dataset.preprocessing(),
+        "strategy": config.strategy.name,
+        "seed": str(config.seed),
+        "digest": str(summary["digest"]),
+        "model": json.dumps(asdict(ModelConfig() if half else config.model)),
+    }
+    target = Path(out) if out else path / f"{source.stem}-export.safetensors"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, target, metadata=about)
+    except Exception as error:
+        raise UserError(f"--out={target}: cannot be written ({error})") from error
+    return target
+
+
+def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
+    """Build a final model with its weights.
+
+    Returns
+    -------
+    model : nn.Module
+        In evaluation mode; a client's own with the server's half behind it, where a strategy splits them.
+    scenario : Scenario
+        What it was trained in.
+    """
+    from safetensors import safe_open
+
+    from fedfuse import models
+    from fedfuse.config import registry
+    from fedfuse.config.schema import ModelConfig
+    from fedfuse.runs.experiment import load_config
+    from fedfuse.models.pair import Split
+    from fedfuse.core.scenario import Residents, prepare_scenario
+
+    source = final_file(path, client)
+    config = load_config(path)
+    scenario = prepare_scenario(config)
+    chosen = registry.entry(config.strategy.name)
+    residents = Residents(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))
+
+    def read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(source, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    def half(arrays: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+        shape = tuple(json.loads(about["shape"]))
+        built = models.build(
+            about["architecture"], shape=shape, classes=scenario.classes, config=ModelConfig(), seed=config.seed
+        )
+        built.load_state_dict(arrays)
+        return built
+
+    arrays, about = read(source)
+    if "shape" in about:
+        return half(arrays, about).eval(), scenario
+    model = residents.loaded(about["architecture"], arrays)
+    for file in sorted((path / "final").glob("server-*.safetensors")):
+        behind = read(file)
+        if "shape" in behind[1]:
+            model = Split(model, half(*behind))
+    return model.eval(), scenario

@@ -1,0 +1,55 @@
+"""`--dry-run`: what a run would do, without doing it."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+
+from fedfuse.config import registry
+from fedfuse.config.schema import Config
+from fedfuse.core.exchange import round_half_up
+from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
+from fedfuse.wire.records import layout_nbytes
+from fedfuse.core.scenario import prepare_scenario
+
+
+def preview(config: Config, console: Console | None = None) -> None:
+    """Print the resolved configuration, partition sizes, parameters, bytes per round and memory.
+
+    Bytes are upper bounds where a strategy's records have an open size.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    scenario = prepare_scenario(config)
+    entry = registry.entry(config.strategy.name)
+    strategy = build_strategy(entry, scenario, server_device_of(config))
+    console.print(as_yaml(config), markup=False)
+    sizes = np.diff(scenario.data.offsets, axis=1)
+    console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")
+    for i, split in enumerate(("train", "validation", "personal test")):
+        column = sizes[:, i]
+        console.print(f"  {split}: {column.sum()} examples, {column.min()} to {column.max()} a client")
+    transfer = scenario.data.transfer
+    console.print(f"  transfer set: {0 if transfer is None else len(transfer)}")
+    for note in scenario.data.notes:
+        console.print(f"  note: {note}", markup=False)
+    total = 0
+    for name in sorted(set(scenario.architectures)):
+        layout = strategy.residents.layout(name)
+        count = sum(int(np.prod(shape)) for _, shape in layout.values())
+        total += layout_nbytes(layout)
+        console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
+    cohort = max(1, round_half_up(scenario.clients * config.participation))
+    up = down = 0
+    for client in range(scenario.clients):
+        scope = strategy.residents.scope(client, config.strategy)
+        up += sum(layout_nbytes(spec(scope)) for spec in type(strategy).records.values() if spec is not None)
+        for topic in type(strategy).topics.values():
+            spec = topic.increment or topic.arrays
+            down += layout_nbytes(spec(scope)) if spec is not None and not topic.once else 0
+    share = cohort / scenario.clients
+    console.print(f"round: {cohort} clients, up {up * share:,.0f} bytes, down {down * share:,.0f} bytes (at most)")
+    data = scenario.data.dataset.train.inputs.nbytes
+    workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
+    console.print(
+        f"memory: data {data:,} bytes once a machine; {workers} workers with {2 * total:,} bytes of models each"
+    )

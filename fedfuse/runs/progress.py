@@ -1,0 +1,48 @@
+"""One line a round."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from fedfuse.core.loop import Callback, Federation
+
+
+class Progress(Callback):
+    """Prints a line per round: scores, loss, bytes so far, seconds, and whoever was left out."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def start(self, federation: Federation) -> None:
+        """Say what begins."""
+        scenario = federation.scenario
+        models = ", ".join(sorted(set(scenario.architectures)))
+        self.console.print(
+            f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {scenario.clients} clients, "
+            f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
+        )
+        for note in scenario.data.notes:
+            self.console.print(f"  note: {note}", markup=False)
+        self._clock = time.perf_counter()
+
+    def round(self, federation: Federation) -> None:
+        """Say how it stands."""
+        if not federation.done:
+            return
+        now = time.perf_counter()
+        head, traffic = federation.headline, federation.strategy.traffic.totals
+        parts = [f"round {federation.done:>3}/{federation.rounds}"]
+        if federation.evaluated == federation.done:
+            for key, label in (("accuracy/global", "global"), ("accuracy/personal", "personal")):
+                value = head.get(key, float("nan"))
+                parts.append(f"{label} {100 * value:5.2f} %" if value == value else f"{label}     –  ")
+        loss = head.get("loss/train", float("nan"))
+        parts.append(f"loss {loss:.4f}" if loss == loss else "loss –")
+        parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")
+        parts.append(f"{now - self._clock:.2f} s")
+        self._clock = now
+        self.console.print("  ".join(parts), markup=False)
+        for line in federation.strategy.left_out:
+            self.console.print(f"  left out: {line}", markup=False)

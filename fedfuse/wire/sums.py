@@ -1,0 +1,128 @@
+"""Weighted sums over a cohort: float64, in client order within groups fixed by the cohort, groups in order.
+
+The same groups are used everywhere, so one worker, many workers and a network server give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of
+
+GROUP = 8  # clients summed together, in one actor where there are actors
+
+
+class Sum:
+    """Σ wᵢ·xᵢ and Σ wᵢ of one record over a cohort, holding one group and the groups before it, added up.
+
+    Clients and groups must come in order: they do, since replies are streamed in client order.
+    """
+
+    def __init__(self) -> None:
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._layout: Layout = {}
+        self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
+        self._total: Arrays = {}
+        self._weights = 0.0
+        self._borrowed = False  # whether the open group lies in a message's memory, which is never written to
+
+    def add(self, group: int, arrays: Arrays, weight: float) -> None:
+        """Add one client's arrays.
+
+        Raises
+        ------
+        InvalidArrays
+            If they are laid out otherwise than those before, or the weight is negative or not finite.
+        """
+        self.check(arrays, weight)
+        if group != self._group:
+            self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
+            self._current = {name: value.to(torch.float64, copy=True).mul_(weight) for name, value in arrays.items()}
+            self._weight = weight
+            return
+        for name, value in arrays.items():
+            _add_scaled(self._current[name], value, weight)
+        self._weight += weight
+
+    def check(self, arrays: Arrays, weight: float) -> None:
+        """Refuse what cannot be added: an addition would broadcast other shapes without a word."""
+        if not 0 <= weight < math.inf:
+            raise InvalidArrays(f"weight {weight}; at least 0 is needed")
+        layout = layout_of(arrays)
+        if self._layout and layout != self._layout:
+            raise InvalidArrays("arrays to be summed differ from those of the clients before in name, shape or dtype")
+        self._layout = layout
+
+    def add_group(self, group: int, arrays: Arrays, weight: float, dtypes: Mapping[str, str]) -> None:
+        """Add a whole group that was summed beside its clients."""
+        self._open(group, dtypes)
+        self._current, self._weight = arrays, weight
+        self._borrowed = True
+
+    def _open(self, group: int, dtypes: Mapping[str, str]) -> None:
+        if group < self._group:
+            raise ValueError(f"group {group} after group {self._group}: sums need client order")
+        self.dtypes.update({name: getattr(torch, text) for name, text in dtypes.items()})
+        self._close()
+        self._group = group
+
+    def _close(self) -> None:
+        for name, value in self._current.items():
+            if name in self._total:
+                self._total[name].add_(value)
+            else:
+                self._total[name] = value.clone() if self._borrowed else value
+        self._weights += self._weight
+        self._current, self._weight, self._borrowed = {}, 0.0, False
+
+    def group(self) -> tuple[Arrays, float]:
+        """The open group's sum and weight, to be sent in place of its members' arrays."""
+        return self._current, self._weight
+
+    def total(self) -> tuple[Arrays, float]:
+        """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
+        self._close()
+        return self._total, self._weights
+
+    def mean(self) -> Arrays:
+        """Divide once and cast once; integer buffers keep their dtype, rounded.
+
+        Raises
+        ------
+        ValueError
+            If all weights are 0.
+        """
+        total, weight = self.total()
+        if weight <= 0:
+            raise ValueError("a weighted mean needs a positive total weight")
+        out: Arrays = {}
+        for name, value in total.items():
+            dtype = self.dtypes[name]
+            quotient = value / weight
+            out[name] = (quotient if dtype.is_floating_point else quotient.round()).to(dtype)
+        return out
+
+
+_BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
+# what has at most 24 significant bits: times a whole number below 2²⁹ it is exact in float64's 53
+_SHORT = {torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
+def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
+    """Add float64(value)·weight in place, rounded after the product and after the sum, without large temporaries.
+
+    Weights are counts as a rule: then the product is exact, and torch's fused multiply-add rounds the same.
+    """
+    if value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
+        pieces = [(total, value)]  # views of it would take longer than the sum
+    else:
+        pieces = list(zip(total.view(-1).split(_BLOCK), value.view(-1).split(_BLOCK), strict=True))
+    exact = value.dtype in _SHORT and weight < 2**29 and weight % 1 == 0
+    for part, piece in pieces:
+        if exact:
+            part.add_(piece, alpha=weight)
+        else:
+            part.add_(piece.double() * weight)
