@@ -133,7 +133,7 @@ class FedDF(FusionStrategy):
                 logits = self.predict(model, x, h.distill_batch).double()
                 outputs = logits.softmax(1) if h.ensemble == "prob" else logits
                 used = worst if h.drop_worst and self.accuracy(model) <= 1 / self.classes else good
-            used.add(name, self.groups[share.client], weights, share.examples, outputs)
+            used.add(name, share.group, weights, share.examples, outputs)
         if h.drop_worst:
             self.log("dropped", worst.models if good.models else 0)
         used = good if good.models else worst

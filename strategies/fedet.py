@@ -141,7 +141,7 @@ class FedET(FusionStrategy):
             if share.examples == 0:
                 continue
             name, arrays = self.scenario.architectures[share.client], share.records["model"]
-            group = self.groups[share.client]
+            group = share.group
             means.setdefault(name, Sum()).add(group, arrays, share.examples)
             common.add(group, layer(arrays), share.examples)
             if h.distill_epochs:

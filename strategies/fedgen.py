@@ -198,7 +198,7 @@ class FedGen(FusionStrategy):
         total, heads, counts = Sum(), [], []
         for share in shares:  # the heads are all that is kept of a model, so it is summed here and not by `sums`
             model = share.records["model"]
-            total.add(self.groups[share.client], model, float(share.examples))
+            total.add(share.group, model, float(share.examples))
             heads.append({k.removeprefix("head."): v for k, v in model.items() if k.startswith("head.")})
             counts.append(share.records["counts"]["counts"])
         self.publish("model", total.mean())

@@ -64,7 +64,7 @@ class FlexLoRA(RankedStrategy):
         scale = float(next(iter(self.layers().values())))
         for share in shares:
             dtype = next(iter(share.records["adapter"].values())).dtype
-            total.add(self.groups[share.client], self.update(share, scale), self.weight_of(share))
+            total.add(share.group, self.update(share, scale), self.weight_of(share))
         summed, weight = total.total()
         out = {name: (summed[name] / weight).to(old[name].dtype) for name in old if name in summed}
         for name in self.layers():

@@ -19,7 +19,7 @@ from torch import nn
 
 from fedfuse.config.registry import strategy
 from fedfuse.core.client import Metrics, Records
-from fedfuse.core.strategy import INVALID, Shares
+from fedfuse.core.strategy import Shares
 from fedfuse.families.adapters import (
     AdapterClient,
     AdapterHyper,
@@ -93,7 +93,7 @@ class RoLoRA(AdapterStrategy):
             if all(value.shape == wanted[name].shape for name, value in whole(share).items()):
                 fitting.append(share)
             else:
-                self._leave_out(share.client, f"sent another factor than {kind}", INVALID)
+                self.exclude(share, f"sent another factor than {kind}")
         mean, _ = self.mean((share, whole(share)) for share in fitting)
         self.publish(kind[-1], {n: v for n, v in mean.items() if not is_head(n)})
         if head := {n: v for n, v in mean.items() if is_head(n)}:

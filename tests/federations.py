@@ -17,7 +17,8 @@ from fedfuse import models
 from fedfuse.config import registry
 from fedfuse.config.compose import GROUPS, check, compose
 from fedfuse.config.schema import Config
-from fedfuse.core.loop import Callback, Evaluation, Federation
+from fedfuse.core.callbacks import Evaluation
+from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.strategy import FusionStrategy
@@ -47,12 +48,12 @@ class Played:
 
     @property
     def digest(self) -> str:
-        assert self.federation.digest is not None, self.strategy.left_out
+        assert self.federation.digest is not None, self.strategy.inbox.left_out
         return self.federation.digest
 
     @property
     def totals(self) -> dict[str, int]:
-        return self.strategy.traffic.summary()
+        return self.strategy.outbox.traffic.summary()
 
 
 @cache

@@ -32,7 +32,7 @@ def check_books(built, sites: Path) -> None:
     """What each client believes it gave, in the state the server believes in, is what the server took."""
     strategy = built.strategy
     for client in range(strategy.scenario.clients):
-        state = ClientStore(sites / str(client)).load(client, strategy.tags.get(client, "0"))
+        state = ClientStore(sites / str(client)).load(client, strategy.outbox.tags.get(client, "0"))
         taken = strategy.state["books"].get(str(client), torch.zeros(1, dtype=torch.float64))
         assert torch.equal(state.get("total", torch.zeros(1, dtype=torch.float64)), taken), f"client {client}"
 
@@ -48,10 +48,12 @@ def test_a_lost_reply_rolls_back_to_accepted_state(ledger: str, tmp_path: Path) 
     ):
         built.run()
         check_books(built, tmp_path / "run" / "sites")
-        assert built.strategy.failures["replies"] == 5
-        assert built.strategy.ever_left_out
+        assert built.strategy.inbox.failures["replies"] == 5
+        assert built.strategy.inbox.ever_left_out
         for client in range(3):  # each lesson once: those of the rounds in which the reply arrived, but for the last
-            state = ClientStore(tmp_path / "run" / "sites" / str(client)).load(client, built.strategy.tags[client])
+            state = ClientStore(tmp_path / "run" / "sites" / str(client)).load(
+                client, built.strategy.outbox.tags[client]
+            )
             versions = state["advice"]["versions"]
             assert versions == sorted(set(versions))
 
@@ -118,7 +120,7 @@ def test_a_node_that_lost_its_cache_gets_whole_values_again(ledger: str, tmp_pat
     lost = play(ledger, *words, grid="serial", path=tmp_path / "run", callbacks=(Forget(3, cache),))
     there = play(ledger, *words, grid="serial")
     assert lost.digest == there.digest
-    assert lost.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert lost.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     assert there.totals["resent_bytes"] == 0
     assert lost.totals["resent_bytes"] > 0
     for key in ("up_bytes", "down_bytes"):
@@ -133,8 +135,8 @@ def test_a_node_that_lost_its_state_is_refused_by_name(ledger: str, tmp_path: Pa
         directory,
     ):
         built.run()
-        assert any("client 1: state 2.1 is not here" in why for why in built.strategy.left_out)
-        assert built.strategy.failures["replies"] == 3  # rounds 3 and 4, and the evaluation
+        assert any("client 1: state 2.1 is not here" in why for why in built.strategy.inbox.left_out)
+        assert built.strategy.inbox.failures["replies"] == 3  # rounds 3 and 4, and the evaluation
         assert (built.digest, built.digest_missing) == (None, [1])
         assert directory.summary(built)["cohort_complete"] is False
         assert directory.summary(built)["digest_missing"] == [1]
@@ -212,7 +214,7 @@ class CrashIn(Callback):
     def round(self, federation) -> None:
         if federation.done == self.after:
             for phase in federation.strategy.phases(self.after + 1)[: self.phases]:
-                federation._phase(self.after + 1, phase)
+                federation.play(self.after + 1, phase)
             raise KeyboardInterrupt
 
 
@@ -260,7 +262,7 @@ def test_a_client_that_raises_is_left_out_and_named(monkeypatch, tmp_path: Path)
 
     class Listen(Callback):
         def round(self, federation) -> None:
-            said.append(list(federation.strategy.left_out))
+            said.append(list(federation.strategy.inbox.left_out))
 
     with federation(name, "rounds=3", "evaluate.every=3", callbacks=(Listen(),)) as (built, directory):
         built.run()
@@ -272,7 +274,7 @@ def test_a_client_that_raises_is_left_out_and_named(monkeypatch, tmp_path: Path)
         assert summary["failures"] == {"replies": 1, "rejected": 0, "retried": 0}
         assert summary["cohort_complete"] is False
         assert sorted(built.strategy.state["books"]) == ["0", "1", "2"]
-        assert built.strategy.tags == {0: "3.1", 1: "3.1", 2: "3.1"}
+        assert built.strategy.outbox.tags == {0: "3.1", 1: "3.1", 2: "3.1"}
         for client in range(3):
             total = directory.clients.load(client, "3.1")["total"]
             assert torch.equal(total, built.strategy.state["books"][str(client)])
@@ -287,8 +289,8 @@ def test_a_retry_that_succeeds_changes_nothing(monkeypatch) -> None:
         built.grid.node.retries = 2
         built.run()
         assert built.digest == there.digest
-        assert built.strategy.failures == {"replies": 0, "rejected": 0, "retried": 2}
-        assert not built.strategy.ever_left_out
+        assert built.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 2}
+        assert not built.strategy.inbox.ever_left_out
 
 
 def test_if_every_client_fails_the_run_stops(monkeypatch, tmp_path: Path) -> None:
@@ -392,10 +394,10 @@ def test_lies_are_rejected_and_counted(lie: str) -> None:
 
         built.grid.send_and_receive = lying
         built.run()
-        assert built.strategy.failures["rejected"] == 1
-        assert built.strategy.tags[1] == built.strategy.tags[0] == "0"  # stateless
+        assert built.strategy.inbox.failures["rejected"] == 1
+        assert built.strategy.outbox.tags[1] == built.strategy.outbox.tags[0] == "0"  # stateless
         left = play("fedavg", grid="serial", drop=losing((2, 1)))
-        assert built.strategy.server_sha() == left.strategy.server_sha()
+        assert built.strategy.sha() == left.strategy.sha()
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ def test_strange_evaluations_do_no_harm(lie) -> None:
         built.grid.send_and_receive = lying
         built.run()
         assert 0 <= built.headline["accuracy/personal"] <= 1
-        assert built.strategy.failures["retried"] == 0
+        assert built.strategy.inbox.failures["retried"] == 0
 
 
 def test_a_second_reply_and_a_stranger_are_rejected() -> None:
@@ -438,7 +440,7 @@ def test_a_second_reply_and_a_stranger_are_rejected() -> None:
 
         built.grid.send_and_receive = crowded
         built.run()
-        assert built.strategy.failures == {"replies": 0, "rejected": 4, "retried": 0}
+        assert built.strategy.inbox.failures == {"replies": 0, "rejected": 4, "retried": 0}
         assert built.digest == play("fedavg").digest
 
 
@@ -456,7 +458,7 @@ def test_replies_in_any_order_give_the_same_bits(name: str) -> None:
         built.grid.send_and_receive = shuffled
         built.run()
         assert built.digest == there.digest
-        assert built.strategy.traffic.summary() == there.totals
+        assert built.strategy.outbox.traffic.summary() == there.totals
 
 
 def test_knowledge_published_while_replies_stream_is_not_taken_for_sent(monkeypatch, tmp_path: Path) -> None:
@@ -514,7 +516,7 @@ def test_several_phases_are_refused_under_flowers_own_loop(monkeypatch) -> None:
 
 
 def test_early_stop_looks_at_validation_only() -> None:
-    from fedfuse.core.loop import EarlyStop
+    from fedfuse.core.callbacks import EarlyStop
 
     with federation("local", "rounds=6", "stop.patience=1", "train.lr=1e-9") as (built, directory):
         built.callbacks.insert(1, EarlyStop(1))
@@ -539,7 +541,7 @@ def test_shares_nobody_looked_at_are_accepted(monkeypatch) -> None:
             return {}
 
     played = play(enter(monkeypatch, Silent, Quiet, NoHyper, "silent"))
-    assert played.strategy.failures["replies"] == 0
+    assert played.strategy.inbox.failures["replies"] == 0
     assert played.totals["up_bytes"] == 0
 
 

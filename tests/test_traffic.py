@@ -32,7 +32,7 @@ def test_fedavg_costs_the_model_both_ways(every: int, tmp_path: Path) -> None:
         size = nbytes(built.strategy.model)
         sampled = sum(len(built.strategy.plan(r)) for r in range(1, 6))
         assert sampled == 10
-        totals = built.strategy.traffic.summary()
+        totals = built.strategy.outbox.traffic.summary()
     assert totals["up_bytes"] == totals["down_bytes"] == sampled * size
     assert totals["down_unique_bytes"] == 5 * size
     assert totals["setup_bytes"] == totals["resent_bytes"] == totals["evaluate_up_bytes"] == 0
@@ -63,7 +63,7 @@ def test_knfu_costs_soft_labels(subset: int | None, tmp_path: Path) -> None:
     with federation("knfu", "rounds=3", *words, path=tmp_path / "run") as (built, _):
         built.run()
         lesson = (subset or 24) * built.scenario.classes * 4
-        totals = built.strategy.traffic.summary()
+        totals = built.strategy.outbox.traffic.summary()
     assert totals["up_bytes"] == 3 * 3 * lesson
     assert totals["down_bytes"] == 2 * 3 * lesson  # round 1 has nothing to bring, round 3's lessons serve evaluation
     assert totals["evaluate_down_bytes"] == 3 * lesson
@@ -95,7 +95,7 @@ def test_rows_add_up_to_the_totals(monkeypatch, tmp_path: Path) -> None:
     words = ("clients=4", "rounds=6", "participation=0.5", "strategy.every=1")
     with federation(name, *words, path=tmp_path / "run", grid="serial", drop=losing((2, 0), (2, 1))) as (built, _):
         built.run()
-        totals = built.strategy.traffic.summary()
+        totals = built.strategy.outbox.traffic.summary()
     rows = rows_of(tmp_path / "run")
     found: Counter[str] = Counter()
     for _, _, direction, message, _, size in rows.iter_rows():

@@ -66,5 +66,5 @@ def final_states(name: str, *overrides: str) -> tuple[FusionStrategy, list[dict[
     with federation(name, *overrides) as (built, directory):
         built.run()
         strategy = built.strategy
-        tags = [strategy.tags.get(c, "0") for c in range(strategy.scenario.clients)]
+        tags = [strategy.outbox.tags.get(c, "0") for c in range(strategy.scenario.clients)]
         return strategy, [directory.clients.load(c, tag) for c, tag in enumerate(tags)]

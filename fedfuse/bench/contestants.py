@@ -142,9 +142,9 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
 
     def play() -> None:
         federation.done += 1
-        federation._phase(federation.done, "train")
-        federation._collect(federation.done)
-        federation.strategy.traffic.take_rows()
+        federation.play(federation.done, "train")
+        federation.collect(federation.done)
+        federation.strategy.outbox.traffic.take_rows()
         federation.rows, federation.timing = [], []
 
     return play

@@ -9,9 +9,9 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
@@ -20,9 +20,10 @@ from fedfuse.config import registry
 from fedfuse.config.registry import Entry
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents, Scenario
-from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, check_share
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
 from fedfuse.errors import Refused, UserError, in_words
 from fedfuse.wire.client_store import INITIAL, ClientStore, is_full
+from fedfuse.wire.group_sums import hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.wire.records import (
     InvalidArrays,
@@ -32,7 +33,6 @@ from fedfuse.wire.records import (
     entries,
     flatten,
     measured,
-    nbytes,
     plain_record,
     record,
     reply_to,
@@ -44,6 +44,41 @@ from fedfuse.wire.records import (
 from fedfuse.wire.sums import Sum
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A message that this node takes."""
+
+    message: Message
+    who: int
+    kind: str  # train | evaluate
+    phase: str
+    round: int
+    config: Mapping[str, Any]
+    run: Mapping[str, Any]
+    said: dict[str, Any]  # what the server half added for its clients
+    hyper: Any
+    ours: bool  # from a fusion strategy, not from one of Flower's own under Flower's own loop
+
+    @property
+    def tag(self) -> str:
+        """The state that the client wakes from."""
+        return str(self.config.get("tag", INITIAL))
+
+
+class Awake(NamedTuple):
+    """A client that has received what is new to it, and the versions of lessons it has then seen."""
+
+    client: FusionClient
+    seen: dict[str, int]
+
+    def private(self) -> dict[str, Any]:
+        """The client's private state as it stands."""
+        kept = {k: v for k, v in self.client.state.items() if k != "model"}
+        if self.client.personal:
+            kept["model"] = self.client.weights()
+        return kept
 
 
 class Node:
@@ -91,7 +126,7 @@ class Node:
         who = self._client(message)
         for attempt in range(self.retries + 1):
             try:
-                reply = self._handle(message, cache, who, lends)
+                reply = self._answer(message, cache, who, lends)
                 if attempt:
                     reply.content.config_records["config"]["retried"] = attempt
                 return reply
@@ -113,8 +148,7 @@ class Node:
 
         The arrays of summed records leave with the group's last valid member; every reply says their bytes.
         """
-        run = config_in(messages[0].content, "run") or {}
-        sums = json.loads(str(run.get("sums", "{}")))
+        sums = wanted(messages[0])
         if not sums or messages[0].metadata.message_type.startswith("evaluate"):
             return [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
         totals = {name: Sum() for name in sums}
@@ -124,38 +158,23 @@ class Node:
             reply = self.handle(message, cache, "model" in sums)
             if not reply.has_error():
                 try:
-                    self._sum(reply, totals, sums)
+                    keep_back(reply, self._checked(reply), totals, sums)
                     last = reply
                 except InvalidArrays as error:
                     reply = self._error(INVALID, self._client(message), str(error), message)
             replies.append(reply)
-        for name, total in totals.items():
-            arrays, weight = total.group()
-            if last is not None and arrays:
-                last.content[f"sum:{name}"] = record(arrays)
-                config = last.content.config_records["config"]
-                config[f"weight:{name}"] = weight
-                dtypes = {k: str(v).removeprefix("torch.") for k, v in total.dtypes.items()}
-                config[f"dtypes:{name}"] = json.dumps(dtypes)
+        if last is not None:
+            hand_over(last, totals)
         return replies
 
-    def _sum(self, reply: Message, totals: dict[str, Sum], sums: Mapping[str, str | None]) -> None:
+    def _checked(self, reply: Message) -> Records:
+        """A reply's records, checked as the server would: what is summed here, it never sees."""
         content: RecordDict = reply.content
         config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
         hyper = self._hyper[1] if self._hyper else self._default
         check_share(self.entry.server, hyper, self.residents, config["client"], config["phase"], records, metrics)
-        names, sizes = [], []
-        for name, total in totals.items():
-            if name in records:
-                key = sums[name]
-                weight = float(metrics[key]) if key else 1.0
-                total.add(0, records[name], weight)
-                names.append(name)
-                sizes.append(nbytes(records[name]))
-                del entries(content)["arrays" if name == "model" else name]
-        if names:
-            config["summed.record"], config["summed.bytes"] = names, sizes
+        return records
 
     def _client(self, message: Message) -> int:
         config: Any = config_in(message.content) if message.has_content() else None
@@ -166,10 +185,25 @@ class Node:
     def _error(self, code: int, client: int, reason: str, message: Message) -> Message:
         return Message(Error(code=code, reason=reason), reply_to=message)
 
-    # -- one message ---------------------------------------------------------------------------------------
+    # -- one message, in four steps --------------------------------------------------------------------------
 
-    def _handle(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
+    def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
         started = time.perf_counter()
+        asked = self._admit(message, cache, who)
+        awake = self._wake(asked, cache, lends)
+        records, metrics, answer = self._play(asked, awake)
+        metrics.setdefault("num-examples", self.residents.scenario.examples(who))
+        metrics["seconds"] = time.perf_counter() - started
+        return self._reply(asked, awake.client, records, metrics, answer)
+
+    def _admit(self, message: Message, cache: Cache, who: int) -> Asked:
+        """Refuse what this node does not do, and bring its knowledge up to date with the message.
+
+        Raises
+        ------
+        Refused, Stale, InvalidArrays
+            Saying what is wrong with the message.
+        """
         content = message.content
         kind, _, suffix = message.metadata.message_type.partition(".")
         phase = suffix or "train"
@@ -187,114 +221,110 @@ class Node:
         if run.get("strategy", self.entry.name) != self.entry.name:
             raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
         hyper = self._hyper_of(run)
-        foreign = "run" not in content  # one of Flower's own strategies, driven by Flower's own loop
+        ours = "run" in content  # else one of Flower's own strategies, driven by Flower's own loop
         round = int(run.get("round", config.get("server-round", 0)))
-        self._take(content, config, cache, who, round, foreign, hyper)
+        if ours:
+            said = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
+            self._take(content, config, cache, who, hyper)
+        else:
+            said = {k: v for k, v in config.items() if k != "server-round"}
+            if isinstance(arrays := content.get("arrays"), ArrayRecord):
+                cache["model", ""] = Item(tensors(arrays), round)
+        return Asked(message, who, kind, phase, round, config, run, said, hyper, ours)
 
-        client_type, topics = self.entry.client, self.entry.server.topics
+    def _wake(self, asked: Asked, cache: Cache, lends: bool) -> Awake:
+        """Load the client's committed state, and let it receive what is new to it."""
+        who, topics = asked.who, self.entry.server.topics
         architecture = self.residents.scenario.architectures[who]
-        tag = str(config.get("tag", INITIAL))
         knowledge = cache.for_client(who, architecture, topics)
-        state = self.store.load(who, tag)
+        state = self.store.load(who, asked.tag)
         seen = state.pop("seen", {})
-        lessons = {}
-        for topic, item in list(knowledge.items()):
-            if topics[topic].kind == "lesson":
-                if item.version > int(seen.get(topic, -1)):
-                    lessons[topic] = item.version
-                else:
-                    del knowledge[topic]
-        new_seen = {**seen, **lessons}
+        new = {
+            topic: item.version
+            for topic, item in knowledge.items()
+            if topics[topic].kind == "lesson" and item.version > int(seen.get(topic, -1))
+        }
+        knowledge = {t: item for t, item in knowledge.items() if topics[t].kind != "lesson" or t in new}
         # an evaluation may have taken these lessons in already: same bits, no second distillation
-        memo = client_type.personal and bool(lessons) and len(lessons) == len(knowledge)
-        key = json.dumps([str(run.get("run", "")), tag, sorted(lessons.items())]) if memo else ""
-        staged = self.store.staged(who, key) if memo else None
+        staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
+        key = json.dumps([str(asked.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
+        staged = self.store.staged(who, key) if staging else None
         if staged is not None:
             state, knowledge = staged, {}
             state.pop("seen", None)
 
-        # a model that the platform overwrites whole in the next lines need not be reset before
-        whole = client_type.receive is FusionClient.receive and not client_type.personal and "model" in knowledge
-        whole = whole and knowledge["model"].arrays.keys() == self.residents.initial(architecture).keys()
-        model = self.residents.unset(architecture) if whole else self.residents.fresh(architecture)
-        extra = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
-        if foreign:
-            extra = {k: v for k, v in config.items() if k != "server-round"}
-        client = client_type(
-            hyper=hyper,
-            model=model,
+        whole = self._replaces_all(knowledge, architecture)
+        client = self.entry.client(
+            hyper=asked.hyper,
+            model=self.residents.unset(architecture) if whole else self.residents.fresh(architecture),
             residents=self.residents,
             client=who,
             state=state,
-            round=round,
-            phase=phase,
-            splits=tuple(map(str, run.get("splits", ["personal"]))),
-            pooled=bool(run.get("pooled", False)),
+            round=asked.round,
+            phase=asked.phase,
+            splits=tuple(map(str, asked.run.get("splits", ["personal"]))),
+            pooled=bool(asked.run.get("pooled", False)),
         )
-        client.config, client.lends = extra, lends and kind == "train"
+        client.config, client.lends = asked.said, lends and asked.kind == "train"
         if client.personal and "model" in state:
             client.load(state["model"])
-        client.version = max(lessons.values(), default=-1)
+        client.version = max(new.values(), default=-1)
         if knowledge:
             if not whole:  # copying weights draws nothing
                 client.begin("receive")
             client.receive(knowledge)
+        awake = Awake(client, {**seen, **new})
+        if staging and staged is None and asked.kind == "evaluate":
+            self.store.stage(who, key, {**awake.private(), "seen": awake.seen})
+        return awake
 
-        def kept() -> dict[str, Any]:
-            private = {k: v for k, v in client.state.items() if k != "model"}
-            if client.personal:
-                private["model"] = client.weights()
-            return private
+    def _replaces_all(self, knowledge: Mapping[str, Item], architecture: str) -> bool:
+        """Whether the platform is about to overwrite the whole model, which then need not be reset before."""
+        kind = self.entry.client
+        if kind.receive is not FusionClient.receive or kind.personal or "model" not in knowledge:
+            return False
+        return knowledge["model"].arrays.keys() == self.residents.initial(architecture).keys()
 
-        if memo and staged is None and kind == "evaluate":
-            self.store.stage(who, key, {**kept(), "seen": new_seen})
-        client.begin(kind if kind == "evaluate" else phase)
-        answer: dict[str, Any] = {"client": who, "phase": phase}
-        if kind == "evaluate":
-            before = kept()
+    def _play(self, asked: Asked, awake: Awake) -> tuple[Records, dict[str, Any], dict[str, Any]]:
+        """Let the client do what is asked, and commit its state if that is training."""
+        client, who = awake.client, asked.who
+        client.begin(asked.kind if asked.kind == "evaluate" else asked.phase)
+        answer: dict[str, Any] = {"client": who, "phase": asked.phase}
+        if asked.kind == "evaluate":
+            before = awake.private()
             records, metrics = client.evaluate()
             answer["sha"] = state_sha(before)
-            if extra.get("final") and before:  # the model this client ends with, for `final/` and export
+            if asked.said.get("final") and before:  # the model this client ends with, for `final/` and export
                 self.store.stage(who, "final", {"model": client.weights()})
+            return records, metrics, answer
+        if asked.phase == "train":
+            metrics = client.fit()
+            records = client.share()
         else:
-            if phase == "train":
-                metrics = client.fit()
-                records = client.share()
-            else:
-                records = getattr(client, phase)()
-                metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}
-            private = kept()
-            kept_state = {**private, **({"seen": new_seen} if new_seen else {})}
-            answer["tag"] = (str(config.get("new-tag", "")) or f"{round}.1") if kept_state else INITIAL
-            if kept_state:
-                self.store.save(who, answer["tag"], kept_state, tag)
+            records = getattr(client, asked.phase)()
+            metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}
+        kept = {**awake.private(), **({"seen": awake.seen} if awake.seen else {})}
+        answer["tag"] = (str(asked.config.get("new-tag", "")) or f"{asked.round}.1") if kept else INITIAL
+        if kept:
+            self.store.save(who, answer["tag"], kept, asked.tag)
+        return records, metrics, answer
+
+    def _reply(
+        self, asked: Asked, client: FusionClient, records: Records, metrics: dict[str, Any], answer: dict[str, Any]
+    ) -> Message:
+        """What the client shared, in Flower's records."""
         out: dict[str, Any] = {}
         for name, arrays in records.items():
             lent = client.lends and name == "model"
             out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
-        metrics.setdefault("num-examples", self.residents.scenario.examples(who))
-        metrics["seconds"] = time.perf_counter() - started
         out["metrics"] = measured(metrics)
-        if not foreign:
+        if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)
-        return reply_to(message, trusted(RecordDict, out))
+        return reply_to(asked.message, trusted(RecordDict, out))
 
-    def _take(
-        self,
-        content: RecordDict,
-        config: Mapping[str, Any],
-        cache: Cache,
-        who: int,
-        round: int,
-        foreign: bool,
-        hyper: Any,
-    ) -> None:
+    def _take(self, content: RecordDict, config: Mapping[str, Any], cache: Cache, who: int, hyper: Any) -> None:
         """Bring the cache up to date with the message, and make sure that it holds what the server believes."""
         topics = self.entry.server.topics
-        if foreign:
-            if isinstance(arrays := content.get("arrays"), ArrayRecord):
-                cache["model", ""] = Item(tensors(arrays), round)
-            return
         if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
             raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
         for parcel in parcels(content, config, cache):

@@ -16,7 +16,7 @@ from fedfuse import models
 from fedfuse.config.schema import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
 from fedfuse.models.shared_memory import share
-from fedfuse.seeding import seed_of
+from fedfuse.seeding import generator, seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
 
@@ -56,6 +56,20 @@ class Scenario:
         """Rows of the transfer set a lesson stands on: the user's `transfer.subset`, else the strategy's, else all."""
         total = 0 if self.data.transfer is None else len(self.data.transfer)
         return min(total, self.config.transfer.subset or subset or total)
+
+    def sampled(self, round: int) -> list[int]:
+        """The clients drawn for a round, in order; alike for every strategy."""
+        n = self.clients
+        size = self.cohort_size
+        if size == n:
+            return list(range(n))
+        draw = generator(self.seed, "cohort", round)
+        return sorted(torch.randperm(n, generator=draw)[:size].tolist())
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients drawn for a round: `participation` of them, halves up (0.25 of 10 is 3), at least one."""
+        return max(1, int(self.clients * self.config.participation + 0.5))
 
     def training(self, client: int) -> TrainConfig:
         """A client's training settings: `train.*`, with the optimiser that `train.pool` deals it."""

@@ -11,7 +11,7 @@ from fedfuse.wire.records import Arrays, InvalidArrays, validate
 from fedfuse.wire.sums import Sum
 
 if TYPE_CHECKING:
-    from fedfuse.core.exchange import Exchange
+    from fedfuse.core.strategy import FusionStrategy
 
 Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
@@ -26,6 +26,7 @@ class Share:
     client: int
     records: Records
     metrics: Mapping[str, Any]
+    group: int = 0  # of the cohort's, within which clients are summed first
 
     @property
     def examples(self) -> int:
@@ -56,7 +57,7 @@ class Shares(Iterable[Share]):
 
 
 def check_share(
-    server: type[Exchange],
+    server: type[FusionStrategy],
     hyper: Any,
     residents: Residents,
     client: int,

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedfuse.core.exchange import Exchange
-from fedfuse.core.scenario import variable
-from fedfuse.core.shares import INVALID, Metrics, Records, Share, Shares
-from fedfuse.seeding import generator
+from fedfuse.core.inbox import Inbox
+from fedfuse.core.outbox import Outbox, Request
+from fedfuse.core.scenario import Residents, Scenario, variable
+from fedfuse.core.shares import Metrics, Records, Share, Shares
+from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
-from fedfuse.wire.knowledge import Topic, address_of, model_topic
-from fedfuse.wire.records import Arrays, Scope, Spec, model_arrays
+from fedfuse.wire.group_sums import asked
+from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
+from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
+from fedfuse.wire.sums import Sum
 
 
-class FusionStrategy(Exchange):
+class FusionStrategy(Strategy):
     """One federated knowledge-fusion algorithm, server half.
 
     A subclass declares what travels and overrides `fuse`; often nothing else. It runs on any Flower `Grid`.
@@ -66,6 +76,18 @@ class FusionStrategy(Exchange):
     needs_features: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
+    name: str = ""
+
+    def __init__(self, hyper: Any, residents: Residents) -> None:
+        self.hyper, self.residents = hyper, residents
+        self.state: dict[str, Any] = {}
+        self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
+        self.board = Board(self.topics)
+        self.outbox = Outbox(residents.scenario, self.board)
+        self.inbox = Inbox(self, self.outbox)
+        self.splits: tuple[str, ...] = ("personal",)  # what an evaluation scores
+        self.logged: list[tuple[str, int, str, str, float]] = []  # rows: scope, client, split, metric, value
+        self._losses: list[Loss] = []  # made for the next training at the server
 
     # -- what an algorithm writes --------------------------------------------------------------------------
 
@@ -125,6 +147,11 @@ class FusionStrategy(Exchange):
         return "initial weights, which no private example has touched"
 
     # -- what it uses --------------------------------------------------------------------------------------
+
+    @property
+    def scenario(self) -> Scenario:
+        """The experiment."""
+        return self.residents.scenario
 
     @property
     def classes(self) -> int:
@@ -199,9 +226,7 @@ class FusionStrategy(Exchange):
 
         The client goes on from the state before it: what both ends keep of earlier rounds still agrees.
         """
-        if share.client in self._earlier:
-            self.tags[share.client] = self._earlier[share.client]
-        self._leave_out(share.client, reason, INVALID)
+        self.inbox.exclude(share.client, reason)
 
     def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
         """Keep a figure of this round in `metrics.parquet`."""
@@ -212,3 +237,133 @@ class FusionStrategy(Exchange):
         for i, row in zip(clients, matrix.tolist(), strict=True):
             for j, value in zip(clients, row, strict=True):
                 self.log(f"{name}/{i}/{j}", value, scope="matrix")
+
+    # -- Flower's four hooks -------------------------------------------------------------------------------
+
+    def plan(self, round: int) -> list[int]:
+        """This round's clients: the platform's seeded sample, alike for every strategy, plus what `cohort` adds."""
+        if self.pooled:
+            return [0]
+        sampled = self.scenario.sampled(round)
+        chosen = sorted(set(self.cohort(round, sampled)))
+        if not set(sampled) <= set(chosen):
+            raise ValueError("cohort() may only add clients to the sample")
+        return chosen
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages of this phase, one a client, each with just the knowledge its node lacks."""
+        self.ensure_begun()
+        self.round = server_round
+        return self.messages(self.plan(server_round), "train", config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check every reply, let the algorithm fuse what is valid, and count the rest.
+
+        Raises
+        ------
+        WorldError
+            If no client succeeded, or the algorithm failed.
+        """
+        sums = dict(self.sums)
+        totals, known = {name: Sum() for name in sums}, len(self.inbox.left_out)
+        stream = self.inbox.shares(replies, sums, totals)
+        first = next(stream, None)
+        if first is None:
+            why = self.inbox.left_out[known:]
+            raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{': ' + why[0] if why else ''}")
+        seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
+        verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
+        try:
+            getattr(self, verb)(Shares(chain([first], stream), totals))
+        except (UserError, WorldError):
+            raise
+        except Exception as error:
+            raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
+        for _ in stream:  # what fuse did not look at is still accepted and counted
+            pass
+        item = self.board.items.get(("model", ""))
+        return (record(item.arrays) if item is not None else ArrayRecord()), MetricRecord()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages to every client; evaluation works on what a client would use and commits nothing."""
+        self.round = server_round
+        return self.messages(range(self.scenario.clients), "evaluate", config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Collect the clients' scores into `inbox.scored` and the hashes of their states into `inbox.shas`."""
+        inbox = self.inbox
+        inbox.scored, inbox.shas = {}, {}
+        for share in (shares := list(inbox.shares(replies, {}, {}))):
+            numbers = {k: v for k, v in share.metrics.items() if "/" in k and isinstance(v, int | float)}
+            inbox.scored[share.client] = numbers
+        for client, metrics in self.judge(shares):
+            inbox.scored.setdefault(client, {}).update(metrics)
+        values = [m["personal/accuracy"] for m in inbox.scored.values() if "personal/accuracy" in m]
+        return MetricRecord({"accuracy": sum(values) / len(values)}) if values else MetricRecord()
+
+    def summary(self) -> None:
+        """Flower asks for a log line; the run directory says it all."""
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
+        """Run under Flower's own loop, if the algorithm has one phase a round and no set-up.
+
+        Raises
+        ------
+        ValueError
+            If it needs several phases: Flower's loop has one.
+        """
+        if self.setup or self.phases(1) != ("train",):
+            raise ValueError(f"{self.name} has phases {self.setup + self.phases(1)}: run it with fedfuse, not start()")
+        return super().start(grid, initial_arrays, *args, **kwargs)
+
+    # -- what the platform asks of it ----------------------------------------------------------------------
+
+    def ensure_begun(self) -> None:
+        """Publish version 0 once."""
+        if not self.begun:
+            self.begun = True
+            self.begin()
+
+    def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
+        """Build the messages of this phase, in client order; `extra` reaches the clients' `config`."""
+        in_setup = self.phase in self.setup
+        order = self.setup if in_setup else self.phases(self.round)
+        train = kind == "train"
+        request = Request(
+            kind,
+            self.round,
+            self.phase,
+            label=("setup" if in_setup else "train") if train else "evaluate",
+            tag=f"{self.round}.{order.index(self.phase) + 1}" if train else "",
+            said=self._said(asked(self.sums if train else {}), extra),
+        )
+        self.inbox.expect(request)
+        return self.outbox.messages(request, clients)
+
+    def _said(self, sums: str, extra: Mapping[str, Any]) -> ConfigRecord:
+        """What every message of a phase says alike."""
+        values: dict[str, Any] = {
+            "run": self.run_id,
+            "strategy": self.name,
+            "round": self.round,
+            "phase": self.phase,
+            "pooled": self.pooled,
+            "splits": list(self.splits),
+            "sums": sums,
+        }
+        hypers = {k: v for k, v in asdict(self.hyper).items() if k != "name"}
+        values |= {f"hyper.{k}": v for k, v in hypers.items() if v is not None}
+        values["hyper.unset"] = json.dumps(sorted(k for k, v in hypers.items() if v is None))
+        return ConfigRecord({**values, **{f"server.{k}": v for k, v in extra.items()}})
+
+    def sha(self) -> str:
+        """Hash of the board's current values and `state`: the server's part of a digest."""
+        flat, rest = flatten(self.state)
+        records = {f"{topic}|{to}": item.arrays for (topic, to), item in self.board.items.items()}
+        return sha({**records, "state": flat, **plain_record(rest)})

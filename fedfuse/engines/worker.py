@@ -81,13 +81,13 @@ class TimedNode(Node):
 
     limit: float | None = None
 
-    def _handle(self, message: Message, *args: Any) -> Message:
+    def _answer(self, message: Message, *args: Any) -> Message:
         if self.limit is None:
-            return super()._handle(message, *args)
+            return super()._answer(message, *args)
         # a C thread: it needs no interpreter lock, so a client that hangs in foreign code is ended too
         faulthandler.dump_traceback_later(self.limit, exit=True)
         try:
-            return super()._handle(message, *args)
+            return super()._answer(message, *args)
         finally:
             faulthandler.cancel_dump_traceback_later()
 

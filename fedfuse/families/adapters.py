@@ -232,7 +232,7 @@ class AdapterStrategy(FusionStrategy):
         """Weighted mean of arrays made from shares, in float64 and client order; and the shares without arrays."""
         total, seen = Sum(), []
         for share, arrays in shares:
-            total.add(self.groups[share.client], arrays, self.weight_of(share))
+            total.add(share.group, arrays, self.weight_of(share))
             seen.append(Share(share.client, {}, share.metrics))
         return total.mean(), seen
 

@@ -21,7 +21,6 @@ from torch import nn
 
 from fedfuse.config.registry import hyper
 from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.exchange import round_half_up
 from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Share, Shares
 from fedfuse.engines.inline import LocalGrid
@@ -92,12 +91,11 @@ class FlowerStrategy(FusionStrategy):
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
         super().__init__(hyper, residents)
-        size = max(1, round_half_up(self.scenario.clients * self.scenario.config.participation))
-        if size < self.minimum():
+        if self.scenario.cohort_size < self.minimum():
             raise UserError(
                 f"strategy=flwr_{self.rule.lower()} needs at least {self.minimum()} clients a round as it is set, "
                 f"clients={self.scenario.clients} with participation="
-                f"{self.scenario.config.participation} give {size}"
+                f"{self.scenario.config.participation} give {self.scenario.cohort_size}"
             )
 
     def minimum(self) -> int:
@@ -116,7 +114,7 @@ class FlowerStrategy(FusionStrategy):
         self.ensure_begun()
         self.round = server_round
         cohort = self.plan(server_round)
-        nodes = [client + 1 if self.nodes is None else self.nodes[client] for client in cohort]
+        nodes = [self.outbox.node_of(client) for client in cohort]
         seed_everything(self.scenario.seed, "flower", server_round)
         keys = ConfigRecord(dict(config))
         with quiet():

@@ -45,11 +45,11 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         "history": federation.history,
         "digest": federation.digest,
         "digest_missing": federation.digest_missing,
-        "tags": {str(c): tag for c, tag in strategy.tags.items()},
-        "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.held.items()},
-        "traffic": strategy.traffic.saved(),
-        "failures": strategy.failures,
-        "left_out": strategy.ever_left_out,
+        "tags": {str(c): tag for c, tag in strategy.outbox.tags.items()},
+        "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.outbox.held.items()},
+        "traffic": strategy.outbox.traffic.saved(),
+        "failures": strategy.inbox.failures,
+        "left_out": strategy.inbox.ever_left_out,
         "seconds": seconds,
     }
     return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
@@ -87,10 +87,10 @@ def restore(federation: Federation, path: Path, config: str) -> dict[str, float]
     strategy.state = tree.get("state", {})
     strategy.begun = True
     strategy.run_id = plain["run_id"]
-    strategy.tags = {int(c): tag for c, tag in plain["tags"].items()}
-    strategy.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
-    strategy.traffic = Traffic.restored(plain["traffic"])
-    strategy.failures, strategy.ever_left_out = plain["failures"], plain["left_out"]
+    strategy.outbox.tags = {int(c): tag for c, tag in plain["tags"].items()}
+    strategy.outbox.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
+    strategy.outbox.traffic = Traffic.restored(plain["traffic"])
+    strategy.inbox.failures, strategy.inbox.ever_left_out = plain["failures"], plain["left_out"]
     strategy.round = plain["done"]
     for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
         setattr(federation, name, plain[name])

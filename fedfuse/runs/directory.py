@@ -190,10 +190,10 @@ class RunDirectory(Callback):
         strategy = federation.strategy
         round = federation.done
         if federation.evaluated == round and (round == federation.rounds or federation.stop):
-            strategy.traffic.settle()
+            strategy.outbox.traffic.settle()
         rows: dict[str, list[Any]] = {
             "metrics": federation.rows,
-            "traffic": strategy.traffic.take_rows(),
+            "traffic": strategy.outbox.traffic.take_rows(),
             "timing": federation.timing,
         }
         for kind, values in rows.items():
@@ -202,7 +202,7 @@ class RunDirectory(Callback):
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
         write_tree(self.checkpoint / "state.safetensors", snapshot(federation, self.config, self.seconds))
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
-        progress["failures"] = dict(strategy.failures)
+        progress["failures"] = dict(strategy.inbox.failures)
         write_text(self.checkpoint / "round.json", json.dumps(progress))
 
     def end(self, federation: Federation) -> None:
@@ -220,7 +220,7 @@ class RunDirectory(Callback):
         write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
         shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
         for client in range(federation.scenario.clients):
-            self.clients.settle(client, federation.strategy.tags.get(client, INITIAL))
+            self.clients.settle(client, federation.strategy.outbox.tags.get(client, INITIAL))
 
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""
@@ -244,9 +244,9 @@ class RunDirectory(Callback):
             "stopped": federation.stop,
             "final": _numbers(final),
             "best": _numbers(best),
-            "traffic": strategy.traffic.summary(),
-            "failures": dict(strategy.failures),
-            "cohort_complete": not strategy.ever_left_out,
+            "traffic": strategy.outbox.traffic.summary(),
+            "failures": dict(strategy.inbox.failures),
+            "cohort_complete": not strategy.inbox.ever_left_out,
             "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,

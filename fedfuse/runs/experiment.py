@@ -15,7 +15,9 @@ from fedfuse.config import registry
 from fedfuse.config.schema import Config, RuntimeConfig
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.core.loop import Callback, EarlyStop, Evaluation, Federation, check_fit
+from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.callbacks import EarlyStop, Evaluation
+from fedfuse.core.fit import check_fit
 from fedfuse.core.node import Node, place
 from fedfuse.runs.progress import Progress
 from fedfuse.config.registry import Entry

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
-from fedfuse.core.exchange import round_half_up
 from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
 from fedfuse.wire.records import layout_nbytes
 from fedfuse.core.scenario import prepare_scenario
@@ -38,7 +37,7 @@ def preview(config: Config, console: Console | None = None) -> None:
         count = sum(int(np.prod(shape)) for _, shape in layout.values())
         total += layout_nbytes(layout)
         console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
-    cohort = max(1, round_half_up(scenario.clients * config.participation))
+    cohort = scenario.cohort_size
     up = down = 0
     for client in range(scenario.clients):
         scope = strategy.residents.scope(client, config.strategy)

@@ -32,7 +32,7 @@ class Progress(Callback):
         if not federation.done:
             return
         now = time.perf_counter()
-        head, traffic = federation.headline, federation.strategy.traffic.totals
+        head, traffic = federation.headline, federation.strategy.outbox.traffic.totals
         parts = [f"round {federation.done:>3}/{federation.rounds}"]
         if federation.evaluated == federation.done:
             for key, label in (("accuracy/global", "global"), ("accuracy/personal", "personal")):
@@ -44,5 +44,5 @@ class Progress(Callback):
         parts.append(f"{now - self._clock:.2f} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
-        for line in federation.strategy.left_out:
+        for line in federation.strategy.inbox.left_out:
             self.console.print(f"  left out: {line}", markup=False)

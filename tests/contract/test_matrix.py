@@ -27,7 +27,7 @@ class Crash(Callback):
     def round(self, federation) -> None:
         if federation.done == self.after:
             phase = federation.strategy.phases(self.after + 1)[0]
-            federation._phase(self.after + 1, phase)  # the clients have worked and the server has fused …
+            federation.play(self.after + 1, phase)  # the clients have worked and the server has fused …
             raise KeyboardInterrupt  # … but nothing of it was committed
 
 
@@ -104,7 +104,7 @@ def test_bytes_are_true(name: str) -> None:
 
         built.grid.send_and_receive = counted
         built.run()
-        totals = built.strategy.traffic.summary()
+        totals = built.strategy.outbox.traffic.summary()
         names = (
             "down_bytes",
             "up_bytes",
@@ -125,7 +125,7 @@ def test_a_pool_of_architectures_runs_or_is_refused(name: str) -> None:
             play(name, *pool)
         return
     played = play(name, *pool)
-    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.left_out
+    assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.inbox.left_out
     assert played.digest
 
 
@@ -179,7 +179,7 @@ def test_hostile_replies_are_refused(name: str, spoil) -> None:
         built.run()
         if not spoilt:
             pytest.skip("this strategy's second round carries no array that can be spoilt so")
-        assert built.strategy.failures["rejected"] >= 1
+        assert built.strategy.inbox.failures["rejected"] >= 1
         for item in built.strategy.board.items.values():
             assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())
 

@@ -250,9 +250,9 @@ def wrong_metrics(parts: dict[str, Any], draw: Any) -> dict[str, Any]:
 def test_nothing_malformed_is_averaged_in(table: Table, data: st.DataObject) -> None:
     way = data.draw(st.sampled_from([wrong_arrays, wrong_arrays, wrong_records, wrong_words, wrong_metrics]))
     bad = content(way(table.good(2, 1e6), data.draw))
-    before = table.strategy.failures["rejected"]
+    before = table.strategy.inbox.failures["rejected"]
     strategy = table.ask(bad)
-    assert strategy.failures["rejected"] == before + 1, strategy.left_out
+    assert strategy.inbox.failures["rejected"] == before + 1, strategy.inbox.left_out
     for name, value in strategy.model.items():  # the mean of 0 and 1, whatever the third said
         assert torch.equal(value, torch.full_like(value, 0.5)), name
 
@@ -261,4 +261,4 @@ def test_a_good_reply_is_averaged_in(table: Table) -> None:
     strategy = table.ask(content(table.good(2)))
     for value in strategy.model.values():
         assert torch.equal(value, torch.full_like(value, 1.0))
-    assert strategy.left_out == []
+    assert strategy.inbox.left_out == []

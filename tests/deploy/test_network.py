@@ -65,7 +65,7 @@ def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:
     network.reply = first_is_lost
     built, said = run(tiny("knfu"), network, tmp_path / "run")
     assert built.digest == play("knfu").digest
-    assert built.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert built.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     assert any("sending again" in line for line in said)
 
 
@@ -125,7 +125,7 @@ def test_a_forged_reply_is_named_in_the_log(
 
     network.reply = forge
     built, _ = run(tiny("fedavg"), network, tmp_path / "run", quiet=False)
-    assert built.strategy.failures == {"replies": 0, "rejected": 1, "retried": 0}
+    assert built.strategy.inbox.failures == {"replies": 0, "rejected": 1, "retried": 0}
     assert re.search(reason, capsys.readouterr().out)
 
 
@@ -152,8 +152,8 @@ def test_a_straggler_is_left_out_and_counted(tmp_path: Path) -> None:
         not (message.metadata.dst_node_id == 102 and message.metadata.message_type == "train")
     )
     built, said = run(tiny("fedavg"), network, tmp_path / "run", Patience(deadline=0.5))
-    assert built.strategy.failures["replies"] == 2
-    assert built.strategy.ever_left_out
+    assert built.strategy.inbox.failures["replies"] == 2
+    assert built.strategy.inbox.ever_left_out
     assert any("client 2: no reply within 0.5 s" in line for line in said)
 
 

@@ -36,7 +36,7 @@ with federation("knfu", *words, f"runtime.address={address}", grid="ray", path=w
         os.killpg(second, signal.SIGKILL)
     threading.Thread(target=lose, daemon=True).start()
     built.run()
-    assert not built.strategy.ever_left_out, built.strategy.left_out
+    assert not built.strategy.inbox.ever_left_out, built.strategy.inbox.left_out
     print("digest", built.digest)
 """
 

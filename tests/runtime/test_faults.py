@@ -69,8 +69,8 @@ def test_passing_fault_changes_nothing(name, fault, undisturbed, with_fault, ray
     with_fault(name, fault)
     run = play(name, *WIDE, grid="ray")
     assert run.digest == expected
-    assert run.strategy.failures["retried"] >= 1
-    assert not run.strategy.ever_left_out
+    assert run.strategy.inbox.failures["retried"] >= 1
+    assert not run.strategy.inbox.ever_left_out
 
 
 @pytest.mark.parametrize("fault", ["raise!", "die!"])
@@ -78,13 +78,13 @@ def test_lasting_fault_is_left_out_and_named(fault, with_fault, ray_session) -> 
     with_fault("fedavg", fault)
     with federation("fedavg", *WIDE, grid="ray") as (built, directory):
         left_out: list[str] = []
-        accept = built.strategy._leave_out
+        accept = built.strategy.inbox.leave_out
 
         def note(client, reason, code):
             left_out.append(f"{client}: {reason}")
             accept(client, reason, code)
 
-        built.strategy._leave_out = note
+        built.strategy.inbox.leave_out = note
         built.run()
         assert built.done == 3
         assert [line[:3] for line in left_out] == ["1: "], left_out
@@ -105,7 +105,7 @@ def test_hanging_client(undisturbed, with_fault, ray_session) -> None:
     with_fault("knfu", "hang")
     run = play("knfu", *WIDE, "runtime.client_timeout=20", grid="ray")
     assert run.digest == expected
-    assert run.strategy.failures["retried"] >= 1
+    assert run.strategy.inbox.failures["retried"] >= 1
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -134,7 +134,7 @@ def test_killed_at_random_moments(seed, ray_session) -> None:
             over.set()
             thread.join()
         assert killed
-        assert not built.strategy.ever_left_out, built.strategy.left_out
+        assert not built.strategy.inbox.ever_left_out, built.strategy.inbox.left_out
         assert built.digest == expected
 
 

@@ -23,7 +23,7 @@ def server(name: str, *overrides: str):
     base = (*TINY, f"strategy={name}", "strategy.rank=4", *overrides)
     _, scenario = scenario_of(base)
     strategy = build_strategy(registry.entry(name), scenario)
-    strategy.groups = dict.fromkeys(range(scenario.clients), 0)
+    strategy.outbox.groups = dict.fromkeys(range(scenario.clients), 0)
     strategy.ensure_begun()
     return strategy
 

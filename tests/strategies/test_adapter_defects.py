@@ -66,7 +66,7 @@ def test_1_a_round_averages_only_its_own_latents() -> None:
 def test_2_every_aggregation_rule_runs(name) -> None:
     played = play(name, "strategy.rank=2", "rounds=1")
     assert played.federation.done == 1
-    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
 
 
 @pytest.mark.parametrize("alpha", [2, 8])  # s = 1/2 and 2 at rank 4

@@ -98,7 +98,7 @@ def test_a_wrong_basis_is_refused_and_never_averaged() -> None:
         sha[0] ^= 1
         with pytest.raises(WorldError, match="its basis has hash"):
             built.run()
-        assert built.strategy.failures["replies"] == C
+        assert built.strategy.inbox.failures["replies"] == C
 
 
 def test_every_site_makes_the_same_basis() -> None:

@@ -86,7 +86,7 @@ def test_what_is_refused_is_as_good_as_lost(name: str, tmp_path: Path) -> None:
     spoilt, told, count = disturbed(name, False, tmp_path / "spoilt")
     lost, _, _ = disturbed(name, True, tmp_path / "lost")
     assert count >= 1
-    assert told["failures"] == {"replies": 0, "rejected": count, "retried": 0}, spoilt.strategy.left_out
+    assert told["failures"] == {"replies": 0, "rejected": count, "retried": 0}, spoilt.strategy.inbox.left_out
     assert told["cohort_complete"] is False
     assert spoilt.digest == lost.digest
     assert spoilt.digest is not None

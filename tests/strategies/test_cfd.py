@@ -144,7 +144,7 @@ def test_clients_start_from_the_common_beginning():
 def test_both_ends_hold_the_same_previous_labels(tmp_path):
     done = play("cfd", "rounds=4", "participation=0.7", path=tmp_path / "run")
     for who, levels in done.strategy.state["sent"].items():
-        kept = done.directory.clients.load(int(who), done.strategy.tags[int(who)])
+        kept = done.directory.clients.load(int(who), done.strategy.outbox.tags[int(who)])
         assert torch.equal(kept["sent"], levels)
     assert done.digest == play("cfd", "rounds=4", "participation=0.7", grid="serial").digest
 
@@ -166,10 +166,10 @@ def test_an_excluded_code_leaves_both_ends_in_step(tmp_path):
 
         built.grid.send_and_receive = tampered
         built.run()
-        assert strategy.failures["rejected"] == 1
-        kept = directory.clients.load(1, strategy.tags[1])
+        assert strategy.inbox.failures["rejected"] == 1
+        kept = directory.clients.load(1, strategy.outbox.tags[1])
         assert torch.equal(kept["sent"], strategy.state["sent"]["1"])
-        assert strategy.tags[1] == strategy.tags[0]
+        assert strategy.outbox.tags[1] == strategy.outbox.tags[0]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_an_excluded_code_leaves_both_ends_in_step(tmp_path):
 )
 def test_settings_run(over):
     done = play("cfd", *(f"strategy.{o}" for o in over), "model.pool=[mlp,mlp_small,mlp_wide]")
-    assert done.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert done.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     if over[0] == "bits_up=32":
         assert done.totals["up_bytes"] == 2 * 3 * 24 * 10 * 4
 
@@ -188,6 +188,6 @@ def test_a_code_of_other_rows_is_excluded_and_counted():
     good = torch.tensor(list(encode(quantise(random_labels(24, 10), 1), 1)), dtype=torch.uint8)
     bad = torch.full((60,), 255, dtype=torch.uint8)
     strategy.fuse(shares(strategy, {"labels": {"code": good}}, {"labels": {"code": bad}}))
-    assert strategy.failures["rejected"] == 1
+    assert strategy.inbox.failures["rejected"] == 1
     assert set(strategy.state["sent"]) == {"0"}
     assert ALLOWED[-1] == 32

@@ -92,4 +92,4 @@ def test_hostile_votes_are_refused():
 
         built.grid.send_and_receive = tampered
         built.run()
-        assert built.strategy.failures["rejected"] == 1
+        assert built.strategy.inbox.failures["rejected"] == 1

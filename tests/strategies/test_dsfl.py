@@ -94,4 +94,4 @@ def test_rows_that_are_no_distributions_are_refused():
 
 def test_pool_of_three_and_every_loss_by_name():
     for over in (("model.pool=[mlp,mlp_small,mlp_wide]",), ("loss=reverse_kl",), ("strategy.server_model=false",)):
-        assert play("dsfl", *over).strategy.failures["replies"] == 0
+        assert play("dsfl", *over).strategy.inbox.failures["replies"] == 0

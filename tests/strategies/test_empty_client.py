@@ -21,7 +21,7 @@ def test_a_client_without_examples(name, monkeypatch):
     monkeypatch.setattr(FusionClient, "examples", examples)
     monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
     played = play(name)
-    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.left_out
+    assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}, played.strategy.inbox.left_out
     assert played.digest
     for item in played.strategy.board.items.values():
         assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())

@@ -84,7 +84,7 @@ def test_client_loss_by_hand(space):
 
 def test_without_gamma_it_is_local():
     fd, local = play("fd", "strategy.gamma=0"), play("local")
-    assert fd.strategy.client_shas == local.strategy.client_shas
+    assert fd.strategy.inbox.shas == local.strategy.inbox.shas
 
 
 def test_absent_clients_get_the_mean_over_all_holders():
@@ -110,4 +110,4 @@ def test_skewed_pool_runs_and_counts_bytes():
     skewed = ("partition=dirichlet", "partition.alpha=0.1", "partition.min_size=5", "clients=4")
     done = play("fd", *skewed, "model.pool=[mlp,mlp_small,mlp_wide]")
     assert done.totals["up_bytes"] == 2 * 4 * (100 * 4 + 10)
-    assert done.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert done.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}

@@ -175,4 +175,4 @@ def test_a_student_that_gains_nothing_stops_and_its_best_is_kept(curve, steps, b
 
 def test_patience_beyond_the_budget_still_keeps_the_best():
     many, few = (play("feddf", *LABELLED, f"strategy.patience={p}", POOL) for p in (1000, 1))
-    assert many.strategy.failures == few.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert many.strategy.inbox.failures == few.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}

@@ -92,7 +92,7 @@ def test_a_client_without_examples_neither_counts_nor_teaches() -> None:
     from fedfuse.core.strategy import Share, Shares
 
     strategy = server("fedet", "strategy.distill_epochs=1")
-    strategy.round, strategy.groups = 1, {0: 0, 1: 0}
+    strategy.round, strategy.outbox.groups = 1, {0: 0, 1: 0}
     strong = {k: v + 100 for k, v in strategy.model.items()}
     told = [(strategy.model, 5), (strong, 0)]
     shares = [Share(i, {"model": arrays}, {"num-examples": n}) for i, (arrays, n) in enumerate(told)]

@@ -106,7 +106,7 @@ def test_judge_scores_with_both_halves():
     records, metrics = half.evaluate()
     assert metrics == {}
     assert set(records["global"]) == {"features"}
-    strategy.awaited = {0}
+    strategy.outbox.awaited = {0}
     ((who, found),) = strategy.judge([Share(0, records, {"num-examples": 1})])
     for split in ("personal", "global"):
         x, y = half.examples(split)
@@ -130,7 +130,7 @@ def test_hostile_evaluation_is_left_out(spoil):
     else:
         records = {"secret": content}
     assert strategy.judge([Share(0, records, {"num-examples": 1})]) == []
-    assert strategy.failures["rejected"] == 1
+    assert strategy.inbox.failures["rejected"] == 1
 
 
 def test_labels_outside_the_classes_are_refused():
@@ -179,4 +179,4 @@ def test_pool_needs_one_feature_size():
     with pytest.raises(UserError, match=r"model\.feature_dim"):
         play("fedgkt", "model.pool=[mlp,mlp_small]")
     pool = ("model.pool=[mlp,mlp_small,mlp_wide]", "model.feature_dim=16")
-    assert play("fedgkt", *pool).strategy.failures["replies"] == 0
+    assert play("fedgkt", *pool).strategy.inbox.failures["replies"] == 0

@@ -149,7 +149,7 @@ def test_truncation_saves_bytes_and_the_student_folds() -> None:
 def test_absent_clients_and_pools() -> None:
     pool = ("model.pool=[mlp_small,mlp,mlp_wide]", "strategy.student=mlp_small", "participation=0.6", "rounds=3")
     strategy, states = final_states("fedkd", *pool)
-    assert strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     assert any(states)
 
 

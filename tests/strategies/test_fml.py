@@ -65,7 +65,7 @@ def test_twins_start_from_different_weights() -> None:
 
 def test_a_pool_of_three_architectures() -> None:
     played = play("fml", "model.pool=[mlp_small,mlp,mlp_wide]", "strategy.meme=mlp_small")
-    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
 
 
 def test_an_unknown_meme_is_refused() -> None:

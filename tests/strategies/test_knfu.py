@@ -138,7 +138,7 @@ def test_bytes_up_are_rows_times_classes_times_four() -> None:
 )
 def test_every_open_choice_runs(option: str) -> None:
     first = play("knfu", option)
-    assert first.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert first.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     assert play("knfu", option, grid="serial").digest == first.digest
 
 

@@ -49,9 +49,9 @@ def test_all_losses_run_and_each_is_another(name: str, tmp_path: Path) -> None:
         federation = Federation(build_strategy(entry, other), grid, 2)
         federation.run()
         strategy = federation.strategy
-        assert strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}, (chosen, strategy.left_out)
+        assert strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}, (chosen, strategy.inbox.left_out)
         assert math.isfinite(federation.headline["loss/train"]), chosen
-        models = [store.load(c, strategy.tags[c]) for c in range(2)]
+        models = [store.load(c, strategy.outbox.tags[c]) for c in range(2)]
         kept = [model.get("model", model.get("own", {})) for model in models]
         kept += [arrays for _, arrays in strategy.server_models().values()]
         kept += [item.arrays for item in strategy.board.items.values()]
@@ -113,7 +113,7 @@ def test_taid_rises_with_the_run_at_both_halves() -> None:
         built.callbacks.append(Watch())
         built.run()
         strategy = built.strategy
-        mine = [directory.clients.load(c, strategy.tags[c])["losses"]["receive 0"] for c in range(3)]
+        mine = [directory.clients.load(c, strategy.outbox.tags[c])["losses"]["receive 0"] for c in range(3)]
     assert seen[0] == 0.4  # one batch a round: the first step only records
     assert all(tau >= 0.4 + 0.6 * t / 4 for t, tau in enumerate(seen[1:], start=2))
     assert seen == sorted(seen)

@@ -96,7 +96,7 @@ def test_answers_to_another_request_are_excluded():
     strategy = server("scarlet", "strategy.subset=5", "strategy.server_model=false")
     good, bad = random_labels(5, 10).float(), random_labels(4, 10).float()
     strategy.fuse(shares(strategy, {"labels": {"p": good}}, {"labels": {"p": bad}}))
-    assert strategy.failures["rejected"] == 1
+    assert strategy.inbox.failures["rejected"] == 1
     np.testing.assert_allclose(strategy.published("cache")["p"], enhanced_era(good.double(), 1.5), rtol=1e-5)
 
 

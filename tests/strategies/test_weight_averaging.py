@@ -34,7 +34,7 @@ def test_the_pool_is_everybodys_data_in_client_order() -> None:
         assert torch.equal(y, torch.cat([p[1] for p in parts]))
         assert built.strategy.plan(1) == [0]
         built.run()
-        assert built.strategy.tags == {0: "0"}
+        assert built.strategy.outbox.tags == {0: "0"}
 
 
 def test_the_mean_is_weighted_by_examples() -> None:
@@ -75,9 +75,9 @@ def test_fedmd_refuses_a_lesson_on_too_few_rows() -> None:
 
         built.grid.send_and_receive = short
         built.strategy.ensure_begun()
-        built._phase(1, "train")
-        assert built.strategy.failures["rejected"] == 1
-        assert built.strategy.left_out == ["client 1: logits/logits: shape (1, 10), expected (8, 10)"]
+        built.play(1, "train")
+        assert built.strategy.inbox.failures["rejected"] == 1
+        assert built.strategy.inbox.left_out == ["client 1: logits/logits: shape (1, 10), expected (8, 10)"]
 
 
 @pytest.mark.parametrize("name", ["fedmd", "knfu", "local"])

@@ -28,7 +28,7 @@ def test_each_client_trains_with_its_own() -> None:
 def test_kept_states_are_of_each_ones_optimiser() -> None:
     words = ("train.pool=[sgd,adam@0.001]", "train.optimizer_state=keep", "model.pool=[mlp_small,mlp,mlp_wide]")
     played = play("fedmd", *words)
-    assert played.strategy.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
     _, states = final_states("fedmd", *words)
     assert [set(state["optimizer"]["0"]) for state in states[:2]] == [
         {"momentum_buffer"}, {"exp_avg", "exp_avg_sq", "step"},

@@ -215,7 +215,7 @@ def test_a_gradient_basis_is_noised_inside_the_budget() -> None:
             built.run()
             rate = 20 / built.scenario.examples(0)
             if grid == "inline":
-                kept = directory.clients.load(0, built.strategy.tags[0])["privacy"]
+                kept = directory.clients.load(0, built.strategy.outbox.tags[0])["privacy"]
                 assert json.loads(kept["history"])[0] == [4.0, rate, 1]
                 assert len(json.loads(kept["history"])) == 2
             assert "inside each client's budget" in built.strategy.made_from

@@ -1,0 +1,89 @@
+"""What a round's evaluation says: the clients' scores in one line, and the server's models on the global test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.train.scores import scored
+from fedfuse.wire.records import Arrays
+
+Row = tuple[int, str, int, str, str, float]  # round, scope, client, split, metric, value
+
+
+def splits_of(strategy: FusionStrategy) -> tuple[str, ...]:
+    """The sets that clients score: their own test, the global one if the server has no model, validation if asked."""
+    config, splits = strategy.scenario.config, ["personal"]
+    if strategy.scenario.data.dataset.test is not None and not strategy.server_models():
+        splits.append("global")
+    if config.stop.patience is not None or config.evaluate.validation:
+        splits.append("validation")
+    return tuple(splits)
+
+
+def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The clients' scores in one line.
+
+    Returns
+    -------
+    dict
+        accuracy/personal (mean over clients), accuracy/personal_worst10 (mean of the lowest ⌈N/10⌉), and the
+        clients' means on the global test set; NaN where nobody has such a score.
+    """
+    scored = list(scored)
+
+    def values(key: str) -> list[float]:
+        found = (m[key] for m in scored if key in m)
+        return [float(v) for v in found if v == v]
+
+    personal = sorted(values("personal/accuracy"))
+    worst = personal[: math.ceil(len(personal) / 10)]
+    out = {
+        "accuracy/global": _mean(values("global/accuracy_macro")),
+        "accuracy/global_plain": _mean(values("global/accuracy")),
+        "accuracy/personal": _mean(personal),
+        "accuracy/personal_worst10": _mean(worst),
+    }
+    if validation := values("validation/accuracy"):
+        out["accuracy/validation"] = _mean(validation)
+    return out
+
+
+def of_server(
+    strategy: FusionStrategy, models: Mapping[str, tuple[str, Arrays]], round: int
+) -> tuple[dict[str, float], list[Row]]:
+    """Server models on the global test set, weighted by the clients of their architecture; and rows of each."""
+    residents, names = strategy.residents, strategy.scenario.architectures
+    x, y = residents.tensors("test")
+    total: dict[str, float] = {}
+    rows: list[Row] = []
+    weights = 0
+    for name, (architecture, arrays) in models.items():
+        model = residents.loaded(architecture, arrays)
+        found = scored(partial(_predict, strategy, model), x, y, strategy.classes)
+        count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
+        weights += count
+        for key in ("accuracy_macro", "accuracy"):
+            total[key] = total.get(key, 0.0) + count * found[key]
+        if "perplexity" in found:
+            for key in ("loss", "perplexity"):
+                rows.append((round, "server", -1, "global", f"{key}/global", found[key]))
+        if len(models) > 1:
+            rows.append((round, "server", -1, "global", f"accuracy/global/{name}", found["accuracy_macro"]))
+    headline = {
+        "accuracy/global": total["accuracy_macro"] / weights,
+        "accuracy/global_plain": total["accuracy"] / weights,
+    }
+    return headline, rows
+
+
+def _predict(strategy: FusionStrategy, model: nn.Module, x: Tensor) -> Tensor:
+    return strategy.predict(model, x, strategy.scenario.config.evaluate.batch_size)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,169 @@
+"""What comes in: which replies are taken, what they are worth, and who is left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Message, MetricRecord
+
+from fedfuse.core.outbox import Outbox, Request
+from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, check_share
+from fedfuse.errors import WorldError
+from fedfuse.wire.client_store import INITIAL
+from fedfuse.wire.group_sums import CARRIED, Sums, add_up, handed_over, kept_back
+from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, nbytes, tensors, validate
+from fedfuse.wire.sums import Sum
+
+if TYPE_CHECKING:
+    from fedfuse.core.strategy import FusionStrategy
+
+
+class Inbox:
+    """Checks every reply of a phase, and moves a client's accepted state on.
+
+    Attributes
+    ----------
+    inside : bool
+        Whether nodes are processes of this run, whose sums of a group are believed; the grid says so.
+    failures : dict
+        Clients that raised or timed out (`replies`), invalid replies (`rejected`), second tries (`retried`).
+    left_out : list of str
+        This round's failures, in words.
+    ever_left_out : bool
+        Whether any client was left out in any round.
+    timed : list
+        Rows of this round: scope, what, seconds.
+    losses : list
+        Of this round's clients: examples, training loss.
+    scored, shas : dict
+        Of the last evaluation: a client's metrics, and the hash of its state.
+    """
+
+    def __init__(self, strategy: FusionStrategy, outbox: Outbox) -> None:
+        self.strategy, self.outbox, self.inside = strategy, outbox, False
+        self.failures = {"replies": 0, "rejected": 0, "retried": 0}
+        self.left_out: list[str] = []
+        self.ever_left_out = False
+        self.timed: list[tuple[str, str, float]] = []
+        self.losses: list[tuple[float, float]] = []
+        self.scored: dict[int, Metrics] = {}
+        self.shas: dict[int, str] = {}
+        self._told = -1  # the round that `left_out` is of
+        self._before: dict[int, str] = {}  # each client's state before the one accepted in this phase
+
+    def expect(self, request: Request) -> None:
+        """A phase begins."""
+        self._before = {}
+        if self._told != request.round:  # an evaluation does not hide who failed in training
+            self.left_out, self._told = [], request.round
+
+    def shares(self, replies: Iterable[Message], sums: Sums, totals: dict[str, Sum]) -> Iterator[Share]:
+        """The valid shares among replies, in client order, without what only enters `totals`.
+
+        Raises
+        ------
+        WorldError
+            If the disk that clients' states lie on is full.
+        """
+        outbox, request = self.outbox, self.outbox.request
+        expected = set(outbox.awaited)
+        if isinstance(replies, Sequence):  # a grid of Flower's, in no order; ours stream in client order
+            replies = sorted(replies, key=outbox.client_of)
+        for reply in replies:
+            client = outbox.client_of(reply)
+            if client not in expected:
+                self._reject(f"a reply from {client}, who was not asked or has answered already")
+                continue
+            expected.discard(client)
+            if reply.has_error():
+                if reply.error.code == FULL and self.inside:
+                    raise WorldError(f"round {request.round}, client {client}: {reply.error.reason}")
+                self.leave_out(client, reply.error.reason or "failed", reply.error.code)
+                continue
+            try:
+                share = self._checked(reply, client, request)
+                sizes = {name: nbytes(content) for name, content in share.records.items()}
+                add_up(share.records, share.metrics, share.group, totals, sums)
+            except InvalidArrays as error:
+                self.leave_out(client, str(error), INVALID)
+                continue
+            self._take(reply, share, sizes, request, totals)
+            yield share
+        for client in sorted(expected):
+            self.leave_out(client, "did not answer", FAILED)
+
+    def _take(
+        self, reply: Message, share: Share, sizes: dict[str, int], request: Request, totals: dict[str, Sum]
+    ) -> None:
+        """Count a valid reply's bytes, and move its client's state on."""
+        client, outbox = share.client, self.outbox
+        config: Any = config_in(reply.content)
+        self.failures["retried"] += _count(config.get("retried"))
+        if self.inside:
+            sizes |= kept_back(config)
+        for name, size in sizes.items():
+            outbox.traffic.up(request.label, request.round, client, name, size)
+        outbox.arrived(client)
+        if request.kind == "evaluate":
+            self.shas[client] = str(config.get("sha", ""))
+            return
+        self._note(share)
+        self._before[client] = outbox.tags.get(client, INITIAL)
+        outbox.tags[client] = request.tag if config.get("tag") == request.tag else INITIAL
+        if self.inside:
+            for name, arrays, weight, dtypes in handed_over(reply, totals):
+                totals[name].add_group(share.group, arrays, weight, dtypes)
+
+    def _checked(self, reply: Message, client: int, request: Request) -> Share:
+        content = reply.content
+        config, measured = config_in(content), entries(content).get("metrics")
+        if config is None or not isinstance(measured, MetricRecord):
+            raise InvalidArrays("a reply needs a config and a metrics record")
+        records: Records = {}
+        for name, value in arrays_in(content).items():
+            if not name.startswith(CARRIED):
+                records["model" if name == "arrays" else name] = tensors(value)
+        metrics: dict[str, Any] = dict(entries(measured))
+        if request.kind == "evaluate":
+            for name, arrays in records.items():
+                validate(name, arrays, None)
+        else:
+            strategy = self.strategy
+            summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
+            check_share(
+                type(strategy), strategy.hyper, strategy.residents, client, request.phase, records, metrics, summed
+            )
+        return Share(client, records, metrics, self.outbox.groups[client])
+
+    def _note(self, share: Share) -> None:
+        """Keep a client's own figures; seconds are timing, not a result."""
+        for key, value in share.metrics.items():
+            if key == "seconds":
+                self.timed.append((f"client:{share.client}", self.outbox.request.phase, float(value)))
+            elif not isinstance(value, list) and key != "num-examples":
+                self.strategy.log(key, float(value), client=share.client, scope="client")
+        loss = share.metrics.get("loss")
+        if isinstance(loss, int | float) and loss == loss:
+            self.losses.append((float(share.examples), float(loss)))
+
+    def exclude(self, client: int, reason: str) -> None:
+        """Reject a share that was taken: its client goes on from the state before it."""
+        if client in self._before:
+            self.outbox.tags[client] = self._before[client]
+        self.leave_out(client, reason, INVALID)
+
+    def leave_out(self, client: int, reason: str, code: int) -> None:
+        """Count a client that is not part of the phase, and say why."""
+        self.failures["rejected" if code == INVALID else "replies"] += 1
+        self.ever_left_out = True
+        self.left_out.append(f"client {client}: {reason}")
+
+    def _reject(self, reason: str) -> None:
+        self.failures["rejected"] += 1
+        self.left_out.append(reason)
+
+
+def _count(value: Any) -> int:
+    """How often a client says it was tried again, if that makes sense."""
+    return value if isinstance(value, int) and 0 < value < 100 else 0

@@ -1,0 +1,159 @@
+"""What goes out: each client's message, with just the knowledge that its node lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedfuse.core.scenario import Scenario
+from fedfuse.wire.client_store import INITIAL
+from fedfuse.wire.knowledge import Address, Board, Parcel
+from fedfuse.wire.records import message_to, record, trusted
+from fedfuse.wire.sums import GROUP
+from fedfuse.wire.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a phase asks of its clients, all alike.
+
+    Attributes
+    ----------
+    kind : {"train", "evaluate"}
+    round : int
+    phase : str
+    label : {"setup", "train", "evaluate"}
+        How its bytes are counted.
+    tag : str
+        Name of the client state it makes; "" for an evaluation, which makes none.
+    said : ConfigRecord
+        What every message says: run, strategy, round, phase, hyper-parameters.
+    """
+
+    kind: str
+    round: int
+    phase: str
+    label: str
+    tag: str
+    said: ConfigRecord
+
+    @property
+    def type(self) -> str:
+        """Flower's message type."""
+        return self.kind if self.kind == "evaluate" or self.phase == "train" else f"{self.kind}.{self.phase}"
+
+
+class Delivery(NamedTuple):
+    """The knowledge of a message, alike for all clients who need the same and lack the same of it."""
+
+    parcels: list[Parcel]
+    records: dict[str, ArrayRecord]
+    columns: dict[str, list[Any]]  # of the message's config
+    versions: dict[Address, int]  # what the node holds afterwards
+
+
+class Outbox:
+    """Builds messages, and keeps what the server believes of each client.
+
+    Attributes
+    ----------
+    tags : dict of int to str
+        The state last accepted from each client.
+    held : dict of int to dict
+        Versions of knowledge that each client's node holds.
+    traffic : Traffic
+        Bytes, both ways.
+    groups : dict of int to int
+        This phase's clients, each in the group that is summed together.
+    awaited : set of int
+        Clients of this phase.
+    """
+
+    def __init__(self, scenario: Scenario, board: Board) -> None:
+        self.scenario, self.board, self.traffic = scenario, board, Traffic()
+        self.tags: dict[int, str] = {}
+        self.held: dict[int, dict[Address, int]] = {}
+        self.groups: dict[int, int] = {}
+        self.awaited: set[int] = set()
+        self._sent: dict[int, dict[Address, int]] = {}  # versions a node holds once it has answered
+
+    def messages(self, request: Request, clients: Iterable[int]) -> list[Message]:
+        """The messages of one phase, in client order."""
+        clients = sorted(clients)
+        self.request, self.awaited, self._sent = request, set(clients), {}
+        self.groups = {client: i // GROUP for i, client in enumerate(clients)}
+        self._wire: dict[Any, ArrayRecord] = {}
+        self._deliveries: dict[Any, Delivery] = {}
+        self._like = Message(RecordDict(), dst_node_id=1, message_type=request.type)
+        return [self._message(client) for client in clients]
+
+    def again(self, client: int) -> Message:
+        """A client's message anew, with whole values, after its node said that it could not follow."""
+        self.held.pop(client, None)
+        return self._message(client, again=True)
+
+    @staticmethod
+    def node_of(client: int) -> int:
+        """A client's node, as grids of ours number them."""
+        return client + 1
+
+    @staticmethod
+    def client_of(reply: Message) -> int:
+        """The client a reply comes from."""
+        return reply.metadata.src_node_id - 1
+
+    def arrived(self, client: int) -> None:
+        """A client has answered: its node holds what it was sent."""
+        self.held[client] = self._sent[client]
+
+    def _message(self, client: int, again: bool = False) -> Message:
+        request, held = self.request, self.held.get(client, {})
+        needed = tuple(self.board.addresses(client, self.scenario.architectures[client]))
+        parcels = [p for address in needed for p in self.board.path(address, held.get(address, -1))]
+        key = (needed, tuple(map(id, parcels)))  # ids of what the deliveries keep
+        delivery = self._deliveries.get(key)
+        if delivery is None:
+            delivery = self._deliveries[key] = self._deliver(needed, parcels)
+        self._sent[client] = delivery.versions
+        config: dict[str, Any] = {
+            "client": client,
+            "group": self.groups[client],
+            "tag": self.tags.get(client, INITIAL),
+            "new-tag": request.tag,
+            **delivery.columns,
+        }
+        content = {**delivery.records, "config": trusted(ConfigRecord, config), "run": request.said}
+        if again:
+            self.traffic.resent(request.round, client, delivery.parcels)
+        else:
+            self.traffic.down(request.label, request.round, client, needed, delivery.parcels, self.board)
+        return message_to(self.node_of(client), request.type, trusted(RecordDict, content), self._like)
+
+    def _deliver(self, needed: tuple[Address, ...], parcels: list[Parcel]) -> Delivery:
+        """What brings a node to the newest version of all that it needs."""
+        records: dict[str, ArrayRecord] = {}
+        for parcel in parcels:
+            name = "arrays" if parcel.topic == "model" else parcel.topic
+            if name in records:
+                name = f"{name}@{parcel.version}{parcel.to}"
+            key = (parcel.address, parcel.version, parcel.since)
+            if key not in self._wire:  # one record object per distinct array and phase: grids broadcast it once
+                self._wire[key] = record(parcel.arrays)
+            records[name] = self._wire[key]
+        versions = {address: self.board.items[address].version for address in needed}
+        columns: dict[str, list[Any]] = {}
+        if parcels:
+            columns["parcel.record"] = list(records)
+            columns["parcel.topic"] = [p.topic for p in parcels]
+            columns["parcel.to"] = [p.to for p in parcels]
+            columns["parcel.version"] = [p.version for p in parcels]
+            columns["parcel.since"] = [p.since for p in parcels]
+            columns["parcel.sha"] = [p.sha for p in parcels]
+        if needed:
+            columns["needs.topic"] = [topic for topic, _ in needed]
+            columns["needs.to"] = [to for _, to in needed]
+            columns["needs.version"] = list(versions.values())
+        return Delivery(parcels, records, columns, versions)

@@ -1,0 +1,104 @@
+"""How a group of clients is summed beside them, and what of it travels: the protocol between a node and the server.
+
+A strategy declares records of which it needs only the weighted sum. Where nodes are processes of the run, a group's
+members stay at the node: each reply says which of its records were summed and how many bytes they had
+(`summed.record`, `summed.bytes`), and the last valid reply of the group carries, for each record, the array record
+`sum:<record>` in float64 with the entries `weight:<record>` and `dtypes:<record>` in its config. The server believes
+these words only from processes of its own run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, nbytes, record, tensors
+from fedfuse.wire.sums import Sum
+
+Sums = Mapping[str, str | None]  # record -> metric that weighs it (None: 1)
+CARRIED = "sum:"
+
+
+def asked(sums: Sums) -> str:
+    """What a message says of the sums that the server needs."""
+    return json.dumps(dict(sums))
+
+
+def wanted(message: Message) -> dict[str, str | None]:
+    """The sums that a message asks its group for."""
+    run: Mapping[str, Any] = config_in(message.content, "run") or {}
+    return json.loads(str(run.get("sums", "{}")))
+
+
+def keep_back(reply: Message, records: Mapping[str, Arrays], totals: Mapping[str, Sum], sums: Sums) -> None:
+    """Add a valid reply's summed records to the group's totals, and say so in their place.
+
+    Raises
+    ------
+    InvalidArrays
+        If they cannot be added to those of the members before.
+    """
+    content, config = reply.content, entries(reply.content["config"])  # type: ignore[arg-type]
+    metrics = entries(reply.content["metrics"])  # type: ignore[arg-type]
+    names, sizes = [], []
+    for name, total in totals.items():
+        if name in records:
+            key = sums[name]
+            total.add(0, records[name], float(metrics[key]) if key else 1.0)
+            names.append(name)
+            sizes.append(nbytes(records[name]))
+            del entries(content)["arrays" if name == "model" else name]
+    if names:
+        config["summed.record"], config["summed.bytes"] = names, sizes
+
+
+def hand_over(reply: Message, totals: Mapping[str, Sum]) -> None:
+    """Put the group's sums into the reply that carries them."""
+    config = entries(reply.content["config"])  # type: ignore[arg-type]
+    for name, total in totals.items():
+        arrays, weight = total.group()
+        if arrays:
+            reply.content[f"{CARRIED}{name}"] = record(arrays)
+            config[f"weight:{name}"] = weight
+            config[f"dtypes:{name}"] = json.dumps(
+                {key: str(dtype).removeprefix("torch.") for key, dtype in total.dtypes.items()}
+            )
+
+
+def kept_back(config: Mapping[str, Any]) -> dict[str, int]:
+    """Records of a reply that were summed beside its client, and their bytes."""
+    return dict(zip(config.get("summed.record", []), map(int, config.get("summed.bytes", [])), strict=True))
+
+
+def handed_over(reply: Message, names: Iterable[str]) -> Iterator[tuple[str, Arrays, float, dict[str, str]]]:
+    """The sums of a group that a reply carries: record, arrays, weight, dtypes of what was summed."""
+    config: Any = config_in(reply.content)
+    for name in names:
+        if isinstance(sent := entries(reply.content).get(f"{CARRIED}{name}"), ArrayRecord):
+            yield name, tensors(sent), float(config[f"weight:{name}"]), json.loads(str(config[f"dtypes:{name}"]))
+
+
+def add_up(
+    records: dict[str, Arrays], metrics: Mapping[str, Any], group: int, totals: dict[str, Sum], sums: Sums
+) -> None:
+    """Move the records that are only summed from a client's share into the totals; all of them or none.
+
+    Raises
+    ------
+    InvalidArrays
+        If one of them, or what weighs it, cannot be added.
+    """
+    weights: dict[str, float] = {}
+    for name, total in totals.items():
+        if name in records:
+            key = sums[name]
+            number = metrics.get(key) if key else 1.0
+            if not isinstance(number, int | float):
+                raise InvalidArrays(f"metric {key} is {number!r}; it weighs {name}")
+            weights[name] = float(number)
+            total.check(records[name], weights[name])
+    for name, weight in weights.items():
+        totals[name].add(group, records.pop(name), weight)
