@@ -14,6 +14,7 @@ from unittest import mock
 from omegaconf import OmegaConf
 
 from fedfuse import models
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.config.compose import GROUPS, check, compose
 from fedfuse.config.schema import Config
@@ -22,8 +23,10 @@ from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.threads import single_thread
 from fedfuse.data import FederatedData, prepare
-from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity, single_thread
+from fedfuse.engines.grid import LocalGrid
+from fedfuse.engines.inline import InlineGrid
 from fedfuse.engines.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml, build_strategy

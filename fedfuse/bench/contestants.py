@@ -121,9 +121,11 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
 
 def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     """Rounds of a strategy on `inline` or `ray`, without commits and evaluation."""
+    from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.core.loop import Federation
     from fedfuse.core.node import place
-    from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity
+    from fedfuse.engines.grid import LocalGrid
+    from fedfuse.engines.inline import InlineGrid
     from fedfuse.runs.experiment import build_strategy
     from fedfuse.wire.client_store import ClientStore
 
@@ -286,9 +288,9 @@ def flower_side(name: str, clients: int) -> None:
 
 def guest_side(name: str, clients: int) -> None:
     """The same Flower app on FedFuse's engine."""
+    from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.engines.cluster import connect
     from fedfuse.engines.guest import GuestGrid
-    from fedfuse.engines.inline import claim_identity
 
     claim_identity()
     cores = len(os.sched_getaffinity(0))

@@ -20,11 +20,12 @@ import ray
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.object_ref import load_app
 from ray.exceptions import RayError
 
-from fedfuse.engines.inline import claim_identity, single_thread
+from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.core.threads import single_thread
+from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import UserError, WorldError
 from fedfuse.wire.records import trusted
 
@@ -96,7 +97,7 @@ def own(record: Any) -> Any:
     return trusted(type(record), values)
 
 
-class GuestGrid(Grid):
+class GuestGrid(FusionGrid):
     """A Flower grid for apps that know nothing of FedFuse: node i + 1 has `partition-id` i.
 
     Replies come back in the order of the messages. A node's `Context.state` is kept here, by the driver: it is
@@ -117,7 +118,7 @@ class GuestGrid(Grid):
     def __init__(
         self, reference: str, directory: str, run_config: dict[str, Any], nodes: int, workers: int, retries: int = 2
     ) -> None:
-        claim_identity()
+        super().__init__()
         self._args = (reference, directory, run_config, nodes)
         self.nodes, self.retries = nodes, retries
         self.actors = [self._start() for _ in range(workers)]
@@ -127,25 +128,9 @@ class GuestGrid(Grid):
         self._pending: dict[str, _Sent] = {}
         self._ready: dict[str, Message] = {}
         self._puts: dict[int, tuple[Any, Any]] = {}
-        self._run: Any = None
 
     def _start(self) -> Any:
         return ray.remote(GuestWorker).options(num_cpus=1).remote(*self._args)
-
-    def set_run(self, run: Any) -> None:
-        """Remember the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """The run."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Create a message (Flower's older spelling)."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""

@@ -42,9 +42,9 @@ def command(argv: Sequence[str]) -> int:
     from flwr.serverapp import ServerApp
     from flwr.supercore.run import Run
 
+    from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.engines.cluster import connect
     from fedfuse.engines.guest import GuestGrid, load, nodes_of, read_app
-    from fedfuse.engines.inline import claim_identity
 
     server, client, config, table = read_app(app, given["--run-config"])
     nodes = _count(given, "--nodes", nodes_of(table), 1)

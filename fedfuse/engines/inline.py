@@ -1,118 +1,14 @@
-"""`runtime=inline`: clients one after another in this process, friendly to debuggers; and what local grids share."""
+"""`runtime=inline`: clients one after another in this process, friendly to debuggers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 
 from fedfuse.core.node import Node
-from fedfuse.wire.knowledge import Cache
-from fedfuse.wire.records import config_in
-
-
-def claim_identity() -> None:
-    """Let `Message(...)` be made in this process: outside Flower's own runtimes nobody has said who we are.
-
-    Flower 1.41 keeps this in a private, process-wide class; this function is the only place that touches it.
-    """
-    for name in ("run_id", "task_id", "node_id"):
-        try:
-            getattr(TaskIdentity, name)
-        except RuntimeError:
-            setattr(TaskIdentity, name, 1)
-
-
-def single_thread() -> None:
-    """Compute on one thread: equal bits on any number of workers, and the fastest for small models."""
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    torch.set_num_threads(1)
-    threadpool_limits(1)
-
-
-class LocalGrid(Grid):
-    """A Flower grid whose nodes are the simulated clients: client i is node i + 1.
-
-    Replies come back in client order, whatever the order of work. An unmodified Flower strategy runs on it.
-    """
-
-    inside = True  # its nodes are processes of this run
-
-    def __init__(self, clients: int) -> None:
-        claim_identity()
-        self.clients = clients
-        self.cache = Cache()  # one copy a machine: what one client was sent, no other needs a copy of
-        self._pushed: dict[str, Message] = {}
-        self._run: Any = None
-
-    def set_run(self, run: Any) -> None:
-        """Remember the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """The run, if one was set."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message (Flower's older spelling)."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """All nodes, in client order."""
-        return range(1, self.clients + 1)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; they run when they are pulled."""
-        ids = []
-        for message in messages:
-            key = f"m{len(self._pushed)}"
-            self._pushed[key] = message
-            ids.append(key)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run what was pushed and return the replies."""
-        found = [self._pushed.pop(key) for key in message_ids if key in self._pushed]
-        return list(self.send_and_receive(found))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Run messages; replies are streamed in client order."""
-        ordered = sorted(messages, key=lambda message: message.metadata.dst_node_id)
-        return self.exchange(grouped(ordered))
-
-    def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
-        """Run groups of messages and yield the replies in order."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End everything this grid started."""
-
-
-def group_of(message: Message) -> int:
-    """The group that the cohort fixed for this message, or its own where nobody fixed one."""
-    config = config_in(message.content)
-    if config is None or "group" not in config:
-        return -message.metadata.dst_node_id
-    return int(config["group"])
-
-
-def grouped(ordered: Sequence[Message]) -> list[list[Message]]:
-    """Cut messages in client order into the groups that the cohort fixed."""
-    return [list(members) for _, members in groupby(ordered, key=group_of)]
+from fedfuse.core.threads import single_thread
+from fedfuse.engines.grid import LocalGrid
 
 
 class InlineGrid(LocalGrid):

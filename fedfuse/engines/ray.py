@@ -23,8 +23,9 @@ from fedfuse.config.registry import Entry
 from fedfuse.core.node import parcels
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED
+from fedfuse.core.threads import single_thread
 from fedfuse.engines.cluster import connect, disconnect
-from fedfuse.engines.inline import LocalGrid, single_thread
+from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back

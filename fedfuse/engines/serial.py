@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedfuse.core.node import Node
-from fedfuse.engines.inline import LocalGrid
+from fedfuse.engines.grid import LocalGrid
 from fedfuse.network.site_memory import SiteMemory
 from fedfuse.wire.packing import packed, unpacked
 

@@ -13,10 +13,11 @@ import ray
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.registry import Entry
 from fedfuse.core.node import Node
 from fedfuse.core.scenario import Scenario
-from fedfuse.engines.inline import claim_identity, single_thread
+from fedfuse.core.threads import single_thread
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address, Cache, Item, Stale

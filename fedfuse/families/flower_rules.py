@@ -23,7 +23,7 @@ from fedfuse.config.registry import hyper
 from fedfuse.core.client import FusionClient, Metrics
 from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Share, Shares
-from fedfuse.engines.inline import LocalGrid
+from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError
 from fedfuse.seeding import seed_everything
 from fedfuse.wire.knowledge import Item

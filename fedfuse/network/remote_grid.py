@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
+from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import WorldError
 from fedfuse.network.replies import fault_of
 from fedfuse.wire.packing import packed, unpacked
@@ -57,7 +58,7 @@ class Sent:
     away_since: float | None = None
 
 
-class FlowerGrid(Grid):
+class RemoteGrid(FusionGrid):
     """Adapts any grid of Flower's to what a fusion strategy expects: known clients, ordered replies, retries.
 
     Strategies see client i as node i + 1, as on every grid of ours; which of Flower's nodes acts as which client
@@ -87,12 +88,12 @@ class FlowerGrid(Grid):
         patience: Patience | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
+        super().__init__()
         self.grid, self.patience, self.say = grid, patience or Patience(), say
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
         self._looked = 0.0
-        self.timed: list[tuple[str, str, float]] = []
 
     # -- Flower's interface --------------------------------------------------------------------------------
 
@@ -104,12 +105,6 @@ class FlowerGrid(Grid):
     def run(self) -> Any:
         """Flower's run."""
         return self.grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Create a message (Flower's older spelling)."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Clients as nodes, in client order."""

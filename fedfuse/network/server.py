@@ -19,14 +19,14 @@ from fedfuse.config.message import as_json, for_sites
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
 from fedfuse.core.scenario import prepare_scenario
+from fedfuse.core.threads import single_thread
 from fedfuse.data.dataset import SPLITS
-from fedfuse.engines.inline import single_thread
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.network.app import SiteApp
 from fedfuse.network.handshake import differences, identity
 from fedfuse.network.own_data import counts_of, server_scenario, task_of
 from fedfuse.network.policy import Policy
-from fedfuse.network.remote_grid import FlowerGrid, Patience
+from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.runs.directory import RunDirectory, write_rows, write_text
 from fedfuse.runs.experiment import build_strategy, callbacks, server_device_of
@@ -82,7 +82,7 @@ def _serve(
     write_text(directory.path / "attempt", str(attempt))
     task = task_of(scenario) if own else ""
     setting = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
-    adapter = FlowerGrid(grid, setting, patience, say)
+    adapter = RemoteGrid(grid, setting, patience, say)
     counts: dict[int, list[int]] = {}
 
     def check(hello: Mapping[str, Any]) -> list[str]:

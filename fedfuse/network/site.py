@@ -18,7 +18,7 @@ from fedfuse.config.schema import Config
 from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
-from fedfuse.engines.inline import single_thread
+from fedfuse.core.threads import single_thread
 from fedfuse.errors import Refused, UserError
 from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario

@@ -21,7 +21,10 @@ from fedfuse.core.fit import check_fit
 from fedfuse.core.node import Node, place
 from fedfuse.runs.progress import Progress
 from fedfuse.config.registry import Entry
-from fedfuse.engines.inline import InlineGrid, LocalGrid, claim_identity, single_thread
+from fedfuse.engines.inline import InlineGrid
+from fedfuse.engines.grid import LocalGrid
+from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.core.threads import single_thread
 from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.runs.tracking import check as check_tracking

@@ -12,10 +12,10 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
 
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
-from fedfuse.engines.inline import claim_identity
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.server import serve
 from fedfuse.network.site import Site, SiteConfig

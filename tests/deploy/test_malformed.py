@@ -16,11 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.engines.inline import claim_identity
-from fedfuse.network.remote_grid import FlowerGrid
+from fedfuse.network.remote_grid import RemoteGrid
 from fedfuse.runs.experiment import build_strategy
 from fedfuse.wire.packing import packed
 from tests.deploy.network import Network, tiny
@@ -61,7 +61,7 @@ class Table:
         self.strategy.ensure_begun()
         self.start = {k: v.clone() for k, v in self.strategy.model.items()}
         self.grid = Scripted()
-        self.adapter = FlowerGrid(self.grid, {}, say=lambda line: None)
+        self.adapter = RemoteGrid(self.grid, {}, say=lambda line: None)
         self.adapter.nodes = {0: 100, 1: 101, 2: 102}
 
     def good(self, client: int, value: float | None = None) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def test_read_only(client, path):
 
 
 def test_other_names_are_refused(client):
-    assert client.get("/body", headers={"Site": "evil.example"}).status_code == 400
-    assert client.get("/live", headers={"Site": "localhost:8642"}).status_code == 200
+    assert client.get("/body", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/live", headers={"Host": "localhost:8642"}).status_code == 200
 
 
 def test_version_moves_with_the_run(tmp_path):

@@ -17,7 +17,7 @@ if "gone" in sys.argv:
     del _raylet.METRICS_AGENT_PORT_NAME
 else:  # a runtime environment would need an agent
     os.environ["RAY_RUNTIME_ENV_HOOK"] = "no.such.hook"
-from fedfuse.runtime import cluster
+from fedfuse.engines import cluster
 cluster.connect(1)
 one = ray.remote(lambda: 1)
 print(ray.get(one.remote()))
