@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedfuse import models
-from fedfuse.config import registry
-from fedfuse.config.compose import compose, options, presets
+from fedfuse.config import catalogue, registry
+from fedfuse.config import compose as compose_module
+from fedfuse.config.compose import GROUPS, compose, options, presets
 from fedfuse.train.losses import loss
 
 DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -22,11 +23,34 @@ def test_strategies_compose_with_their_defaults(name: str) -> None:
     assert isinstance(config.strategy, registry.entry(name).hyper)
 
 
-@pytest.mark.parametrize("group", ["data", "partition", "runtime"])
+@pytest.mark.parametrize("group", sorted(GROUPS))
 def test_groups_compose(group: str) -> None:
+    """Every word of a group gives the configuration of that name; a layout reads by itself."""
     for name in options(group):
-        config = compose([f"{group}={name}"])
-        assert getattr(config, group).name == name
+        chosen = getattr(compose([f"{group}={name}"]), group)
+        assert chosen.name == (None if (group, name) == ("loss", "default") else name)
+        if group == "data":
+            assert chosen.layout == (name if name in catalogue.LAYOUTS else "builtin")
+
+
+def test_a_file_is_shipped_only_for_what_says_more_than_its_name() -> None:
+    import yaml
+
+    for path in (Path(compose_module.__file__).parent / "conf").glob("*/*.yaml"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert path.stem in options(path.parent.name)
+        assert content.pop("defaults") == ["schema", "_self_"]
+        assert content.pop("name") == path.stem
+        assert content
+
+
+def test_names_are_listed_where_they_are_built() -> None:
+    from fedfuse.models import feedforward, residual
+    from fedfuse.train import divergences, relations
+
+    built = {*feedforward.ARCHITECTURES, *residual.ARCHITECTURES}
+    assert set(catalogue.MODELS) == built | set(catalogue.LANGUAGE)
+    assert set(catalogue.LOSSES) == {*divergences.LOSSES, *relations.LOSSES}
 
 
 OTHERS = ("auto", "custom", "causal_lm", "text_classifier")  # need a directory or a builder: tests/models builds them

@@ -13,10 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fedfuse import models
 from fedfuse.config import catalogue
 from fedfuse.errors import Refused
-from fedfuse.train import losses
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .@*,\-]{0,99}", re.ASCII)  # a column, a pattern of layers: never a path
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
@@ -27,7 +25,7 @@ EXTRA = frozenset({"text", "features", "length", "least", "per_source", "shape",
 
 def _architecture(value: Any) -> bool:
     base, at, width = str(value).partition("@")
-    return base in {"auto", *models.names()} and (not at or re.fullmatch(r"\d{1,3}(\.\d{1,3})?", width) is not None)
+    return base in {"auto", *catalogue.MODELS} and (not at or re.fullmatch(r"\d{1,3}(\.\d{1,3})?", width) is not None)
 
 
 def _word(value: Any) -> bool:
@@ -61,14 +59,14 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "train.optimizer_state": _word,
     "train.precision": _word,
     "train.pool": _word,
-    "loss.name": frozenset(losses.names()).__contains__,
+    "loss.name": frozenset(catalogue.LOSSES).__contains__,
     "loss.build": _nothing,
-    "runtime.name": frozenset({"inline", "ray", "flower"}).__contains__,
+    "runtime.name": frozenset(catalogue.RUNTIMES).__contains__,
     "runtime.device": _word,
     "runtime.server_device": lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value) is not None,
     "runtime.address": _nothing,
     "runtime.state_dir": _nothing,
-    "tracking.name": frozenset({"none", "csv", "tensorboard", "mlflow"}).__contains__,
+    "tracking.name": frozenset(catalogue.TRACKERS).__contains__,
     "tracking.uri": _nothing,
     "tracking.experiment": _word,
     "privacy.clipping": _word,

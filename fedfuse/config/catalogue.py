@@ -1,4 +1,8 @@
-"""What data sets and partitions there are, known without importing anything heavy."""
+"""What there is by name: data sets, partitions, models, losses, runtimes, trackers; nothing heavy is imported for it.
+
+Whoever builds one of them and whoever asks for one reads its names here. Hydra's groups are made of them, too, so a new
+name is one new line; a file in `conf/<group>/` is needed only for a name that sets more than itself.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +83,52 @@ PARTITIONS: dict[str, str] = {
     "domain": "clients_per_domain clients for each domain of the data",
     "prior": "each client's class prior from Dir(alpha), exactly `examples` examples each",
     "clustered": "`groups` groups of clients that share a class prior from Dir(alpha)",
+}
+
+
+MODELS: dict[str, str] = {
+    "mlp": "two hidden layers (128, 64); any input",
+    "mlp_small": "one hidden layer (32); any input",
+    "mlp_wide": "two hidden layers (512, 128); any input",
+    "cnn": "two 3×3 convolutions (8, 16) and a layer of 64; images",
+    "cnn_large": "McMahan et al. 2017: two 5×5 convolutions (32, 64) and a layer of 512; images",
+    "lenet": "LeCun et al. 1998: two 5×5 convolutions (6, 16) and layers of 120 and 84; images",
+    "resnet8": "He et al. 2016 for CIFAR, 1 block per stage, GroupNorm; images",
+    "resnet8_bn": "He et al. 2016 for CIFAR, 1 block per stage, BatchNorm; images",
+    "resnet20": "He et al. 2016 for CIFAR, 3 blocks per stage, GroupNorm; images",
+    "resnet20_bn": "He et al. 2016 for CIFAR, 3 blocks per stage, BatchNorm; images",
+    "causal_lm": "a Hugging Face language model (model.path), next tokens; tokens",
+    "text_classifier": "a Hugging Face encoder (model.path) with a head, a class per text; tokens",
+}
+
+LANGUAGE = ("causal_lm", "text_classifier")  # of these, the ones that are read from `model.path`
+
+LOSSES: dict[str, str] = {
+    "kl": "forward Kullback-Leibler divergence, T² scaled (Hinton et al. 2015)",
+    "reverse_kl": "reverse Kullback-Leibler divergence, T² scaled; mode seeking",
+    "js": "Jensen-Shannon divergence; symmetric, at most log 2",
+    "mse": "mean squared difference of logits",
+    "mae": "mean absolute difference of logits (FedMD's digest)",
+    "soft_ce": "cross-entropy with soft labels (DS-FL)",
+    "taid": "KL to a teacher interpolated from the student, adaptively (TAID, ICLR 2025)",
+    "sinkhorn": "entropic transport between the batch's predictions (SinKD, LREC-COLING 2024)",
+    "bdkd": "forward and reverse KL weighted per sample by the entropy gap (BD-KD; constants ours)",
+    "rkd": "distances and angles between samples (RKD, CVPR 2019)",
+    "dkd": "target and non-target parts of KL weighed apart; needs labels (DKD, CVPR 2022)",
+}
+
+RUNTIMES = ("inline", "ray", "flower")
+
+TRACKERS = ("none", "csv", "tensorboard", "mlflow")
+
+# what a group's word may be: `data=<word>`
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": tuple(SOURCES),
+    "partition": tuple(PARTITIONS),
+    "model": ("auto", *MODELS, "custom"),
+    "loss": ("default", *LOSSES, "custom"),
+    "runtime": RUNTIMES,
+    "tracking": TRACKERS,
 }
 
 

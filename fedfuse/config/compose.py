@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fedfuse.config import registry
+from fedfuse.config import catalogue, registry
 from fedfuse.config.schema import (
     Config,
     DataConfig,
@@ -32,11 +33,33 @@ GROUPS = {
 
 
 def options(group: str) -> list[str]:
-    """Names that a group's word may be, from the files that are shipped."""
+    """Names that a group's word may be."""
+    return sorted(catalogue.GROUPS[group])
+
+
+@functools.cache
+def _offer() -> None:
+    """Tell Hydra the schema, and of each group every word of the catalogue that no file in `conf/` says more about."""
     from importlib import resources
 
-    folder = resources.files("fedfuse.config.conf") / group
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    from hydra.core.config_store import ConfigStore
+
+    store, shipped = ConfigStore.instance(), resources.files("fedfuse.config.conf")
+    store.store(name="schema", node=Config)
+    for group, node in GROUPS.items():
+        store.store(group=group, name="schema", node=node)
+        for word in options(group):
+            if not (shipped / group / f"{word}.yaml").is_file():
+                store.store(group=group, name=word, node=_named(group, word))
+
+
+def _named(group: str, word: str) -> Any:
+    """A group's configuration that says its name, and nothing else."""
+    if group == "data":
+        return DataConfig(name=word, layout=word if word in catalogue.LAYOUTS else "builtin")
+    if group == "loss":
+        return LossConfig(name=None if word == "default" else word)  # default: each strategy uses its paper's own
+    return GROUPS[group](name=word)
 
 
 def preset_files() -> dict[str, Path]:
@@ -113,10 +136,8 @@ def compose(overrides: Sequence[str]) -> Config:
     _check_keys(overrides)
     overrides = [f"++{text}" if text.startswith(_OPEN) else text for text in overrides]  # whether there yet or not
     chosen = strategy_of(overrides) or "fedavg"
+    _offer()
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, node in GROUPS.items():
-        store.store(group=group, name="schema", node=node)
     store.store(group="strategy", name=chosen, node=registry.schema(chosen))
     asked = [o for o in overrides if o.startswith("experiment=")]
     for name, path in preset_files().items() if asked else ():
@@ -154,7 +175,7 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 registry.entry(value)  # says what is wrong
             continue
         if key in GROUPS:
-            allowed = [name for name in options(key) if name != "schema"]
+            allowed = options(key)
             if value not in allowed and not value.startswith(("{", "[", "${")):
                 raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
             continue

@@ -49,7 +49,7 @@ class Listed(NamedTuple):
 
 
 _entries: dict[str, Entry] = {}
-_files: dict[str, str] = {}  # name -> file that registered it
+_files: dict[str, str | None] = {}  # name -> file that registered it
 _unreadable: dict[str, str] = {}  # file -> why it could not be listed
 
 
@@ -112,11 +112,10 @@ def strategy(
         If another file has registered the name.
     """
 
-    file = sys._getframe(1).f_code.co_filename  # a file may be imported under two names
-
     def register(cls: type[Any]) -> type[Any]:
-        old = _entries.get(name)
-        if old is not None and old.server.__module__ != cls.__module__ and _files.get(name) != file:
+        old, file = _entries.get(name), getattr(sys.modules.get(cls.__module__), "__file__", None)
+        same = file is not None and _files.get(name) == file  # a file may be imported under two names
+        if old is not None and old.server.__module__ != cls.__module__ and not same:
             raise ValueError(f"strategy {name!r} is registered by {old.server.__module__} already")
         if not dataclasses.is_dataclass(hyper):
             raise ValueError(f"strategy {name!r}: hyper must be a dataclass")

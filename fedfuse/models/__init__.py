@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedfuse.config.catalogue import LANGUAGE, MODELS
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import seed_of
 
@@ -16,27 +17,10 @@ if TYPE_CHECKING:
 
     from fedfuse.config.schema import ModelConfig
 
-_NAMES = {
-    "mlp": "two hidden layers (128, 64); any input",
-    "mlp_small": "one hidden layer (32); any input",
-    "mlp_wide": "two hidden layers (512, 128); any input",
-    "cnn": "two 3×3 convolutions (8, 16) and a layer of 64; images",
-    "cnn_large": "McMahan et al. 2017: two 5×5 convolutions (32, 64) and a layer of 512; images",
-    "lenet": "LeCun et al. 1998: two 5×5 convolutions (6, 16) and layers of 120 and 84; images",
-    "resnet8": "He et al. 2016 for CIFAR, 1 block per stage, GroupNorm; images",
-    "resnet8_bn": "He et al. 2016 for CIFAR, 1 block per stage, BatchNorm; images",
-    "resnet20": "He et al. 2016 for CIFAR, 3 blocks per stage, GroupNorm; images",
-    "resnet20_bn": "He et al. 2016 for CIFAR, 3 blocks per stage, BatchNorm; images",
-    "causal_lm": "a Hugging Face language model (model.path), next tokens; tokens",
-    "text_classifier": "a Hugging Face encoder (model.path) with a head, a class per text; tokens",
-}
-
-_LANGUAGE = ("causal_lm", "text_classifier")
-
 
 def names() -> dict[str, str]:
     """Return the built-in architectures: name to one line."""
-    return dict(_NAMES)
+    return dict(MODELS)
 
 
 def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int) -> list[str]:
@@ -68,8 +52,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
             f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
             "use +model.checkpoints={architecture: path}"
         )
-    if config.path and not set(pool) & set(_LANGUAGE):
-        raise UserError(f"model.path={config.path} is for {' and '.join(_LANGUAGE)}, not for {','.join(pool)}")
+    if config.path and not set(pool) & set(LANGUAGE):
+        raise UserError(f"model.path={config.path} is for {' and '.join(LANGUAGE)}, not for {','.join(pool)}")
     for name in config.checkpoints:
         if name not in pool:
             raise UserError(f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}")
@@ -112,7 +96,7 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
         torch.default_generator.manual_seed(seed_of(seed, "model", name))
         if ":" in name:
             model = by_path.model(name, shape, classes, config)
-        elif name in _LANGUAGE:
+        elif name in LANGUAGE:
             from fedfuse.models import language
 
             model = language.build(name, shape, classes, config)
@@ -140,8 +124,8 @@ def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) 
     if name == "auto":
         return "mlp" if kind == "features" or len(shape) != 3 or max(shape[1:]) <= 8 else "cnn"
     base, width = _split(name)
-    if base not in _NAMES:
-        raise UserError(f"model={name!r} is not known: {nearest(base, [*_NAMES, 'auto', 'custom'])}, or pkg.mod:fn")
+    if base not in MODELS:
+        raise UserError(f"model={name!r} is not known: {nearest(base, [*MODELS, 'auto', 'custom'])}, or pkg.mod:fn")
     for key, value in (("model.width", config.width), (f"the width in model={name!r}", width)):
         if not 0 < value < float("inf"):
             raise UserError(f"{key} is {value}: it must be positive")

@@ -5,30 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from fedfuse.config.catalogue import LOSSES
 from fedfuse.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fedfuse.config.schema import LossConfig
     from fedfuse.train.objective import Loss
 
-_NAMES = {
-    "kl": "forward Kullback-Leibler divergence, T² scaled (Hinton et al. 2015)",
-    "reverse_kl": "reverse Kullback-Leibler divergence, T² scaled; mode seeking",
-    "js": "Jensen-Shannon divergence; symmetric, at most log 2",
-    "mse": "mean squared difference of logits",
-    "mae": "mean absolute difference of logits (FedMD's digest)",
-    "soft_ce": "cross-entropy with soft labels (DS-FL)",
-    "taid": "KL to a teacher interpolated from the student, adaptively (TAID, ICLR 2025)",
-    "sinkhorn": "entropic transport between the batch's predictions (SinKD, LREC-COLING 2024)",
-    "bdkd": "forward and reverse KL weighted per sample by the entropy gap (BD-KD; constants ours)",
-    "rkd": "distances and angles between samples (RKD, CVPR 2019)",
-    "dkd": "target and non-target parts of KL weighed apart; needs labels (DKD, CVPR 2022)",
-}
-
 
 def names() -> dict[str, str]:
     """Return the registered losses: name to one line."""
-    return dict(_NAMES)
+    return dict(LOSSES)
 
 
 def loss(name: str, *, build: str | None = None, **options: Any) -> Loss:
@@ -58,8 +45,8 @@ def loss(name: str, *, build: str | None = None, **options: Any) -> Loss:
         return Outside(build or name, options)
     if name == "custom":
         raise UserError("loss=custom needs loss.build=pkg.mod:Class, a torch.nn.Module")
-    if name not in _NAMES:
-        raise UserError(f"loss={name!r} is not known: {nearest(name, [*_NAMES, 'custom'])}, or pkg.mod:Class")
+    if name not in LOSSES:
+        raise UserError(f"loss={name!r} is not known: {nearest(name, [*LOSSES, 'custom'])}, or pkg.mod:Class")
 
     from fedfuse.train import divergences, relations
 

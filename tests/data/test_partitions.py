@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.config.catalogue import SOURCES
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
-from fedfuse.data import partition_names, prepare
+from fedfuse.data import prepare
 from fedfuse.data.draw import draw_by_prior
 from fedfuse.data.federated import split_counts
 from fedfuse.data.partition import largest_remainder, partition_rows
@@ -220,18 +219,3 @@ def test_largest_remainder(shares, total):
     sizes = largest_remainder(weights, total)
     assert sizes.sum() == total
     assert (np.abs(sizes - weights * total) <= 1 + 1e-9).all()
-
-
-def test_every_shipped_configuration_has_its_name():
-    from importlib.resources import files
-
-    for group, known in (("data", SOURCES), ("partition", partition_names())):
-        shipped = {
-            entry.name.removesuffix(".yaml"): entry.read_text()
-            for entry in (files("fedfuse.config.conf") / group).iterdir()
-            if entry.name.endswith(".yaml")
-        }
-        assert shipped.keys() == known.keys()
-        for name, text in shipped.items():
-            assert text.startswith("defaults: [schema, _self_]\n")
-            assert f"\nname: {name}\n" in text
