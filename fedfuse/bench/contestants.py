@@ -160,6 +160,8 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
     import torch
     import torch.nn.functional as F
 
+    from fedfuse.compat.torch_lists import add_all, copy_all
+
     torch.set_num_threads(1)
     model = build(workload)
     x, y = map(torch.from_numpy, pool(workload))
@@ -171,7 +173,7 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
         total = [torch.zeros_like(p) for p in common]
         for client in torch.randperm(clients, generator=draw)[:cohort].tolist():
             with torch.no_grad():
-                torch._foreach_copy_(params, common)
+                copy_all(params, common)
             if workload.trains:
                 optimizer = torch.optim.SGD(params, lr=0.05, fused=True)
                 first = start_of(client)
@@ -180,7 +182,7 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
                     F.cross_entropy(model(x[rows]), y[rows]).backward()
                     optimizer.step()
             with torch.no_grad():
-                torch._foreach_add_(total, params, alpha=1 / cohort)
+                add_all(total, params, alpha=1 / cohort)
         common[:] = total
 
     return play

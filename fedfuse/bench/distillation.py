@@ -57,6 +57,8 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
     import torch
     import torch.nn.functional as F
 
+    from fedfuse.compat.torch_lists import copy_all
+
     torch.set_num_threads(1)
     model, method = build(workload), workload.strategy
     x, y = map(torch.from_numpy, pool(workload))
@@ -69,11 +71,11 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
 
     def wake(who: int) -> None:
         with torch.no_grad():
-            torch._foreach_copy_([*params, *buffers], owned[who])
+            copy_all([*params, *buffers], owned[who])
 
     def rest(who: int) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(owned[who], [*params, *buffers])
+            copy_all(owned[who], [*params, *buffers])
 
     def steps(inputs: Any, size: int, loss: Callable[[Any, Any], Any]) -> None:
         optimizer = torch.optim.SGD(params, lr=0.05, fused=True)

@@ -35,7 +35,6 @@ from fedfuse.wire.records import (
     measured,
     plain_record,
     record,
-    reply_to,
     sha,
     tensors,
     trusted,
@@ -320,7 +319,7 @@ class Node:
         out["metrics"] = measured(metrics)
         if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)
-        return reply_to(asked.message, trusted(RecordDict, out))
+        return Message(trusted(RecordDict, out), reply_to=asked.message)
 
     def _take(self, content: RecordDict, config: Mapping[str, Any], cache: Cache, who: int, hyper: Any) -> None:
         """Bring the cache up to date with the message, and make sure that it holds what the server believes."""

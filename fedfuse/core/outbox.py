@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedfuse.core.scenario import Scenario
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.knowledge import Address, Board, Parcel
-from fedfuse.wire.records import message_to, record, trusted
+from fedfuse.wire.records import record, trusted
 from fedfuse.wire.sums import GROUP
 from fedfuse.wire.traffic import Traffic
 
@@ -87,7 +87,6 @@ class Outbox:
         self.groups = {client: i // GROUP for i, client in enumerate(clients)}
         self._wire: dict[Any, ArrayRecord] = {}
         self._deliveries: dict[Any, Delivery] = {}
-        self._like = Message(RecordDict(), dst_node_id=1, message_type=request.type)
         return [self._message(client) for client in clients]
 
     def again(self, client: int) -> Message:
@@ -130,7 +129,7 @@ class Outbox:
             self.traffic.resent(request.round, client, delivery.parcels)
         else:
             self.traffic.down(request.label, request.round, client, needed, delivery.parcels, self.board)
-        return message_to(self.node_of(client), request.type, trusted(RecordDict, content), self._like)
+        return Message(trusted(RecordDict, content), self.node_of(client), request.type)
 
     def _deliver(self, needed: tuple[Address, ...], parcels: list[Parcel]) -> Delivery:
         """What brings a node to the newest version of all that it needs."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -247,10 +246,8 @@ _NONE: frozenset[str] = frozenset()
 
 def variable(model: nn.Module) -> Arrays:
     """The model's parameters and buffers but the frozen ones, not copied."""
-    fixed, found = frozen(model), _contents(model)
-    if found is None:
-        found = model.state_dict()
-    return {name: value for name, value in found.items() if name not in fixed} if fixed else found
+    fixed, found = frozen(model), model.state_dict()
+    return {name: value for name, value in found.items() if name not in fixed}
 
 
 def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
@@ -261,53 +258,11 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
     RuntimeError
         If `arrays` has a name or shape the model has not, or, if strict, lacks one that is not frozen.
     """
-    fixed, found = frozen(model), _contents(model)
-    if found is not None:  # what load_state_dict does for such models, at a tenth of its cost
-        own = [value for name, value in found.items() if name not in fixed]
-        new = [arrays[name] for name in found if name in arrays and name not in fixed]
-        if len(own) == len(new) == len(arrays) and all(a.shape == b.shape for a, b in zip(own, new, strict=True)):
-            with torch.no_grad():
-                torch._foreach_copy_(own, new)
-            return
+    fixed = frozen(model)
     answer = model.load_state_dict(arrays, strict=False)
     missing = sorted(set(answer.missing_keys) - fixed) if strict else []
     if missing or answer.unexpected_keys:
         raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {answer.unexpected_keys[:3]}")
-
-
-def _contents(model: nn.Module) -> Arrays | None:
-    """What `state_dict()` gives at half its cost; None if a module has a hook or its own way to save or load."""
-    found: Arrays = {}
-    rest: list[tuple[str, nn.Module]] = [("", model)]
-    while rest:
-        prefix, module = rest.pop()
-        own = module.__dict__
-        hooked = own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]
-        hooked = hooked or own["_load_state_dict_pre_hooks"] or own["_load_state_dict_post_hooks"]
-        if hooked or not _plain(cast(Any, type(module))):
-            return None
-        for name, value in own["_parameters"].items():
-            if value is not None:
-                found[prefix + name] = value.detach()
-        for name, value in own["_buffers"].items():
-            if value is not None and name not in own["_non_persistent_buffers_set"]:
-                found[prefix + name] = value.detach()
-        if own["_modules"]:
-            inner = [(f"{prefix}{name}.", child) for name, child in own["_modules"].items() if child is not None]
-            rest += reversed(inner)
-    return found
-
-
-_COPYING = (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
-
-
-@cache
-def _plain(kind: Any) -> bool:
-    """Whether modules of this class are saved and loaded by copying parameters and buffers."""
-    inherited = ("state_dict", "load_state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
-    return kind._load_from_state_dict in _COPYING and all(
-        getattr(kind, name) is getattr(nn.Module, name) for name in inherited
-    )
 
 
 def _size(value: Any) -> int:

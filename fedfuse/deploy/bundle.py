@@ -50,10 +50,10 @@ def write_bundle(directory: Path) -> Path:
 @cache
 def bundle_hash() -> str:
     """Return sha256 of the thin app's bundle as the installed fedfuse and Flower build it."""
-    from flwr.cli.build import build_fab_from_disk
+    from fedfuse.compat.flower_apps import build_bundle
 
     with tempfile.TemporaryDirectory() as folder:
-        return hashlib.sha256(build_fab_from_disk(write_bundle(Path(folder) / "fedfuse-thin"))).hexdigest()
+        return hashlib.sha256(build_bundle(write_bundle(Path(folder) / "fedfuse-thin"))).hexdigest()
 
 
 def guarded(install: Any) -> Any:

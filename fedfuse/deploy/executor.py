@@ -9,16 +9,17 @@ Run as ``python -m fedfuse.deploy.executor client|server --runtime-api-address â
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import signal
 import sys
 from typing import Any
 
-RUNS = {"client": "flwr.supernode.runtime.run_clientapp", "server": "flwr.superlink.runtime.run_serverapp"}
+from fedfuse.compat import flower_processes
+from fedfuse.compat.flower_processes import TASKS
+
 PRELOAD = {
-    "client": ["fedfuse.apps", "fedfuse.deploy.warm", RUNS["client"]],
-    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.orders", RUNS["server"]],
+    "client": ["fedfuse.apps", "fedfuse.deploy.warm", TASKS["client"]],
+    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.orders", TASKS["server"]],
 }
 
 
@@ -27,18 +28,8 @@ def task(kind: str, arguments: list[str]) -> None:
     from fedfuse.deploy.bundle import guarded
 
     _end_once()
-    sys.argv = [f"flwr-{kind}app", *arguments]
-    # Flower 1.41 has no hook between fetching a bundle and unpacking it; this name is the whole of ours
-    module = importlib.import_module(RUNS[kind])
-    module.install_from_fab = guarded(module.install_from_fab)  # type: ignore[attr-defined]
-    if kind == "client":
-        from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-        flwr_clientapp()
-    else:
-        from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
-
-        flwr_serverapp()
+    flower_processes.guard(kind, guarded)
+    flower_processes.run_task(kind, arguments)
 
 
 class ThinExecutor:
@@ -50,9 +41,7 @@ class ThinExecutor:
     """
 
     def __init__(self, kind: str) -> None:
-        from flwr.supercore.constant import TaskType
-
-        self.kind, self.type = kind, TaskType.CLIENT_APP if kind == "client" else TaskType.SERVER_APP
+        self.kind, self.type = kind, flower_processes.task_type(kind)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD[kind])
         self._running: list[Any] = []
@@ -69,10 +58,8 @@ class ThinExecutor:
 
     def launch(self, spec: Any) -> Any:
         """Start one task's process."""
-        from flwr.supercore.superexec.executor import LaunchResult
-
         if spec.task_type != self.type:
-            return LaunchResult.failed(f"a {spec.task_type} task; this executor runs {self.type} only")
+            return flower_processes.launched(f"a {spec.task_type} task; this executor runs {self.type} only")
         words = ["--runtime-api-address", spec.runtime_api_address, "--token", spec.token]
         if spec.insecure:
             words.append("--insecure")
@@ -83,7 +70,7 @@ class ThinExecutor:
         process = self._context.Process(target=task, args=(self.kind, words), daemon=True)
         process.start()
         self._running.append(process)
-        return LaunchResult.accepted()
+        return flower_processes.launched()
 
     def reconcile(self) -> None:
         """Forget tasks that have ended."""
@@ -105,26 +92,19 @@ def _end_once() -> None:
     Flower ends a process gracefully on the first signal and restores Python's handlers; its parent monitor then sends
     SIGINT (the parent of a killed server or node is gone), which surfaced as a KeyboardInterrupt in the midst of it.
     """
-    from flwr.supercore.exit import add_exit_handler
 
     def deaf() -> None:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.SIG_IGN)
 
-    add_exit_handler(deaf, run_before_force_exit=True)
+    flower_processes.at_exit(deaf)
 
 
 def main() -> None:
     """Serve tasks until the parent process ends."""
-    from flwr.supercore.cli import flower_superexec
-
     kind = sys.argv.pop(1)
     _end_once()
-    executor = ThinExecutor(kind)
-    module = importlib.import_module("flwr.supercore.superexec.run_superexec")
-    module.get_executor = lambda *_, **__: executor  # type: ignore[attr-defined]
-    sys.argv[0] = "flower-superexec"
-    flower_superexec()
+    flower_processes.serve(ThinExecutor(kind))
 
 
 if __name__ == "__main__":

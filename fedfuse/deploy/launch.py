@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 import signal
@@ -11,13 +10,11 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+from fedfuse.compat import flower_processes
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
@@ -76,9 +73,7 @@ def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
 def follow(parent: int | None) -> None:
     """End this process when another one (who started it) ends."""
     if parent is not None:
-        from flwr.supercore.app_utils import start_parent_process_monitor
-
-        start_parent_process_monitor(parent)
+        flower_processes.end_with(parent)
 
 
 def _secret(state: Path) -> Path:
@@ -121,14 +116,12 @@ def run_server(
         executor_tls = ["--root-certificates", str(ca)]
     _home(state, **{RUNS: str(runs.resolve()), ALLOW_CODE: str(int(allow_code))})
     secret = _secret(state)
-    from flwr.superlink.cli.flower_superlink import flower_superlink
-
     near = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1", "localhost") else host
     _executor("server", f"{near}:{port}", executor_tls, secret)
     words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"]
     words += ["--database", str(database or state.resolve() / "link.db")]
-    return _become("flower-superlink", words, flower_superlink)
+    return _become("flower-superlink", words, flower_processes.superlink())
 
 
 def greet(server: str, ca: Path | None) -> bool:
@@ -162,26 +155,6 @@ def greet(server: str, ca: Path | None) -> bool:
     if secure and ca is None:
         raise WorldError(f"the server at {server} speaks TLS only; --insecure is refused there")
     return True
-
-
-def _patient(poll: float) -> None:
-    """Change two habits of Flower 1.41's SuperNode, in the only places that have them.
-
-    It asks for work every 3 s: here every `poll`. And it takes a connection that ends within TLS, as a killed server's
-    or one behind a relay does, for a wrong certificate, and gives up for good: here it tries on.
-    """
-    worker = importlib.import_module("flwr.supernode.start_client_internal")
-    worker.time = SimpleNamespace(sleep=lambda wait: time.sleep(min(wait, poll)))  # type: ignore[attr-defined]
-    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
-    make = connection.make_simple_http_retry_invoker
-
-    def invoker() -> Any:
-        made = make()
-        give_up = made.should_giveup
-        made.should_giveup = lambda error: not broken_off(error) and give_up(error)
-        return made
-
-    connection.make_simple_http_retry_invoker = invoker  # type: ignore[attr-defined]
 
 
 def broken_off(error: BaseException) -> bool:
@@ -229,13 +202,11 @@ def run_node(
 
         succeed(server, _there(ca, "--ca"), _there(key, "--key"), state)
     secret = _secret(state)
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
-    _patient(poll)
+    flower_processes.be_patient(poll, broken_off)
     _executor("client", f"127.0.0.1:{port}", ["--insecure"], secret)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(secret)]
-    code = _become("flower-supernode", words, flower_supernode)
+    code = _become("flower-supernode", words, flower_processes.supernode())
     if known and code == 0:
         from fedfuse.deploy.successor import revoked
 

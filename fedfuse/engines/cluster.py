@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib
+import logging
 import os
-import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import ray
 
+from fedfuse.compat.ray_start import lean_start
 from fedfuse.errors import UserError, WorldError
 
-AGENTS = {  # of a raylet: the option that starts one, and the ports it writes down
-    "--dashboard_agent_command": ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"),
-    "--runtime_env_agent_command": ("RUNTIME_ENV_AGENT",),
-}
+log = logging.getLogger("fedfuse")
 _PREFIX = "fedfuse-ray-"
 _own: list[Path] = []  # the directory of the Ray that this process started
 
@@ -67,16 +61,20 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20, "worker_niceness": 0}
     atexit.register(disconnect)
     # a busy machine may need more than the half minute that Ray grants itself
+    first: str | None = None
     for lean in (True, True, False):
+        if not lean:
+            log.warning("fedfuse: Ray did not start without its helpers (%s); starting it with them", first)
         try:
-            with _lean() if lean else contextlib.nullcontext():
+            with lean_start() if lean else contextlib.nullcontext():
                 ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
             return
         except Exception as error:  # Ray raises a bare one where it takes more than half a minute
             ray.shutdown()
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first or told
             if not lean:
-                told = str(error).strip().splitlines() or [type(error).__name__]
-                raise WorldError(f"Ray did not start on this machine: {told[0]} The same command goes on.") from error
+                raise WorldError(f"Ray did not start on this machine: {told} The same command goes on.") from error
 
 
 def disconnect() -> None:
@@ -88,46 +86,6 @@ def disconnect() -> None:
         ray.shutdown()
     while _own:
         shutil.rmtree(_own.pop(), ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lean() -> Iterator[None]:
-    """Let Ray start without the Python processes that serve nobody here: five, two thirds of the time of a start.
-
-    The autoscaler, the log monitor, the dashboard's server, and the raylet's two agents: one reports to the dashboard,
-    one builds runtime environments, of which our actors have none. A raylet must have its agents, and waits for the
-    ports they write down. So the ports of "no service" are written here, and `cat`, which ends with the pipe from the
-    raylet, stands in. Ray has no option for any of it, and all these names are private: `connect` starts Ray as it
-    is if they are gone.
-    """
-    from ray._private import ray_constants, services
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
-    _raylet: Any = importlib.import_module("ray._raylet")
-    ports = {flag: [getattr(_raylet, f"{name}_PORT_NAME") for name in names] for flag, names in AGENTS.items()}
-    start = services.start_ray_process
-
-    def without_agents(command: list[str], *args: Any, **options: Any) -> Any:
-        for i, word in enumerate(command):
-            flag, _, agent = word.partition("=")
-            if flag in ports:
-                told = dict(part.partition("=")[::2] for part in shlex.split(agent))
-                for name in ports[flag]:
-                    _raylet.persist_port(told["--session-dir"], told["--node-id"], name, -1)
-                command[i] = f"{flag}=cat"
-        return start(command, *args, **options)
-
-    settings = partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=False)
-    with (
-        patch.object(RayParams, "__init__", settings),
-        patch.object(Node, "start_api_server", lambda node, **options: None),
-        patch.object(services, "start_ray_process", without_agents),
-        # under `uv run` or with a hook, Ray would give every actor a runtime environment
-        patch.object(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
-        patch.object(ray_constants, "RAY_RUNTIME_ENV_HOOK", "FEDFUSE_NO_HOOK"),
-    ):
-        yield
 
 
 def _directory() -> Path:

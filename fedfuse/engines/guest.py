@@ -19,15 +19,14 @@ from typing import Any
 import ray
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.supercore.object_ref import load_app
 from ray.exceptions import RayError
 
+from fedfuse.compat.flower_apps import APP_RAISED, as_received, load_app, name_message
 from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.compat.flower_records import trusted
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import UserError, WorldError
-from fedfuse.wire.records import trusted
 
 LIST = 64  # messages in one call at most, so that replies flow while others work
 LARGE = 32 * 1024  # bytes of arrays from which on a record is put into the object store once, not into each message
@@ -71,7 +70,7 @@ class GuestWorker:
 
     def _answer(self, metadata: Any, content: dict[str, Any], state: RecordDict | None) -> tuple[Any, Any]:
         records = {name: own(self.held[v] if isinstance(v, int) else v) for name, v in content.items()}
-        message = Message(metadata=metadata, content=trusted(RecordDict, records))  # type: ignore[call-overload]
+        message = as_received(metadata, trusted(RecordDict, records))
         node = metadata.dst_node_id
         context = Context(
             run_id=metadata.run_id,
@@ -144,7 +143,7 @@ class GuestGrid(FusionGrid):
             if not 1 <= node <= self.nodes:
                 raise ValueError(f"there is no node {node}")
             key = f"m{next(self._ids)}"
-            message.metadata.__dict__["_message_id"] = key
+            name_message(message, key)
             sent.append(_Sent(key, message))
         self._puts = {k: v for k, v in self._puts.items() if any(v[0] is s.message for s in self._pending.values())}
         self._hand_out(sent, min(LIST, -(-len(sent) // len(self.actors)) or 1))
@@ -208,13 +207,13 @@ class GuestGrid(FusionGrid):
                     continue
                 log.warning("node %d (partition %d) failed: %s", node, node - 1, reply)
                 self.failed += 1
-                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply), reply_to=item.message)
+                reply = Message(Error(APP_RAISED, reply), reply_to=item.message)
             else:
                 self.succeeded += not reply.has_error()
                 self.states.pop(node, None)
                 if state is not None:
                     self.states[node] = state
-            reply.metadata.__dict__["_message_id"] = f"r{item.key}"
+            name_message(reply, f"r{item.key}")
             del self._pending[item.key]
             self._ready[item.key] = reply
         if again:
@@ -269,7 +268,7 @@ def read_app(directory: Path, overrides: list[str]) -> tuple[str, str, dict[str,
     UserError
         If it is no Flower app, or an override is wrong.
     """
-    from flwr.common.config import flatten_dict, fuse_dicts, get_project_config, parse_config_args
+    from fedfuse.compat.flower_apps import flatten_dict, fuse_dicts, get_project_config, parse_config_args
 
     try:
         table = get_project_config(directory)

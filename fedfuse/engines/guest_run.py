@@ -40,8 +40,8 @@ def command(argv: Sequence[str]) -> int:
         raise UserError(f"{directory}: no such directory; a Flower app's directory is needed")
     from flwr.app import Context, RecordDict
     from flwr.serverapp import ServerApp
-    from flwr.supercore.run import Run
 
+    from fedfuse.compat.flower_apps import new_run
     from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.engines.cluster import connect
     from fedfuse.engines.guest import GuestGrid, load, nodes_of, read_app
@@ -55,7 +55,7 @@ def command(argv: Sequence[str]) -> int:
     where = str(app.resolve())
     grid = GuestGrid(client, where, config, nodes, workers, retries)
     try:
-        grid.set_run(Run.create_empty(1))
+        grid.set_run(new_run(1))
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
         load(server, where, ServerApp)(grid=grid, context=context)
     except (UserError, WorldError):

@@ -19,6 +19,7 @@ import ray
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from ray.exceptions import RayError
 
+from fedfuse.compat.flower_records import LiveArray, trusted
 from fedfuse.config.registry import Entry
 from fedfuse.core.node import parcels
 from fedfuse.core.scenario import Scenario
@@ -31,7 +32,7 @@ from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address
-from fedfuse.wire.records import LiveArray, config_in, reply_to, tensors, trusted
+from fedfuse.wire.records import config_in, tensors
 
 __all__ = ["RayGrid", "connect", "disconnect"]
 
@@ -403,7 +404,7 @@ def _reply(message: Message, answer: Answer, attempts: int) -> Message:
             values["retried"] = int(values.get("retried", 0)) + attempts
         kind: Any = ConfigRecord if is_config else MetricRecord
         content[name] = trusted(kind, values)
-    return reply_to(message, trusted(RecordDict, content))
+    return Message(trusted(RecordDict, content), reply_to=message)
 
 
 _idle: dict[float, list[Any]] = {}  # workers between two runs, by their share of a GPU

@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.compat.flower_records import entries, trusted
 from fedfuse.config.registry import Entry
 from fedfuse.core.node import Node
 from fedfuse.core.scenario import Scenario
@@ -21,7 +22,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address, Cache, Item, Stale
-from fedfuse.wire.records import entries, flatten, message_to, trusted, unflatten
+from fedfuse.wire.records import flatten, unflatten
 
 Bare = tuple[int, str, dict[str, Any]]  # a message without its arrays: node, type, config
 Tree = tuple[dict[str, Any], dict[str, Any]]  # a client's state: arrays, and the rest
@@ -100,7 +101,6 @@ class Worker:
         single_thread()
         claim_identity()
         self.cache = Cache()
-        self._like = Message(RecordDict(), dst_node_id=1, message_type="train")
         gc.collect()
         gc.freeze()  # what was imported is never garbage: looking through it takes 0.1 s
 
@@ -155,7 +155,7 @@ class Worker:
         content = {"config": trusted(ConfigRecord, config)}
         if run is not None:
             content["run"] = run
-        return message_to(node, kind, trusted(RecordDict, content), self._like)
+        return Message(trusted(RecordDict, content), node, kind)
 
     def _fetch(self, needs: dict[Address, tuple[int, Any]]) -> None:
         missing: dict[Address, Any] = {}

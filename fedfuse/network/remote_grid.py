@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class RemoteGrid(FusionGrid):
     patience : Patience
     say : callable
         Takes one line of log.
+    over : threading.Event, optional
+        Set by whoever sees the grid end.
 
     Attributes
     ----------
@@ -87,9 +90,10 @@ class RemoteGrid(FusionGrid):
         setting: Mapping[str, Any],
         patience: Patience | None = None,
         say: Callable[[str], None] = print,
+        over: threading.Event | None = None,
     ) -> None:
         super().__init__()
-        self.grid, self.patience, self.say = grid, patience or Patience(), say
+        self.grid, self.patience, self.say, self.over = grid, patience or Patience(), say, over
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
@@ -121,7 +125,15 @@ class RemoteGrid(FusionGrid):
     # -- who is there --------------------------------------------------------------------------------------
 
     def online(self) -> dict[int, str]:
-        """Nodes that are online, and when each was last activated; asked at most once a second."""
+        """Nodes that are online, and when each was last activated; asked at most once a second.
+
+        Raises
+        ------
+        WorldError
+            If the grid has ended.
+        """
+        if self.over is not None and self.over.is_set():
+            raise WorldError("Flower's simulator ended before the run did")
         if self._online is None or time.monotonic() - self._looked > 1.0:
             get = getattr(self.grid, "get_nodes", None)
             if get is None:

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def serve(
     quiet: bool = False,
     own: bool = False,
     say: Any = print,
+    over: threading.Event | None = None,
 ) -> Federation:
     """Play what is left of a run over Flower's grid; the directory has been created or reopened.
 
@@ -50,6 +51,8 @@ def serve(
     own : bool
         The clients are sites with data of their own; the server's `data=` is the task's reference (class list,
         global test set) and is not dealt.
+    over : threading.Event, optional
+        Set once the grid has ended: Flower's would wait, in a thread that keeps the process from ending.
 
     Raises
     ------
@@ -59,7 +62,7 @@ def serve(
         If not all clients join, in a phase too few succeed, or the server's disk fails.
     """
     try:
-        return _serve(grid, config, directory, patience, resumed, quiet, own, say)
+        return _serve(grid, config, directory, patience, resumed, quiet, own, say, over)
     except OSError as error:
         raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
 
@@ -73,6 +76,7 @@ def _serve(
     quiet: bool,
     own: bool,
     say: Any,
+    over: threading.Event | None,
 ) -> Federation:
     single_thread()
     entry = registry.entry(config.strategy.name)
@@ -82,7 +86,7 @@ def _serve(
     write_text(directory.path / "attempt", str(attempt))
     task = task_of(scenario) if own else ""
     setting = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
-    adapter = RemoteGrid(grid, setting, patience, say)
+    adapter = RemoteGrid(grid, setting, patience, say, over)
     counts: dict[int, list[int]] = {}
 
     def check(hello: Mapping[str, Any]) -> list[str]:
@@ -168,7 +172,7 @@ def run_on_flower(config: Config, directory: RunDirectory, resumed: bool = False
     def main(grid: Grid, context: Context) -> None:
         try:
             patience = Patience(retries=config.runtime.retries)
-            serve(unless(over, grid), config, directory, patience, resumed=resumed, say=lambda line: None)
+            serve(grid, config, directory, patience, resumed=resumed, say=lambda line: None, over=over)
         except BaseException as error:
             failures.append(error)
 
@@ -193,19 +197,6 @@ def run_on_flower(config: Config, directory: RunDirectory, resumed: bool = False
             raise failures[0]
         raise WorldError(f"Flower's simulator: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
     return directory.path
-
-
-def unless(over: threading.Event, grid: Grid) -> Grid:
-    """A grid that fails when `over` is set: Flower's would wait, in a thread that keeps the process from ending."""
-    pull = grid.pull_messages
-
-    def checked(message_ids: Iterable[str]) -> Iterable[Message]:
-        if over.is_set():
-            raise WorldError("Flower's simulator ended before the run did")
-        return pull(message_ids)
-
-    grid.pull_messages = checked  # type: ignore[method-assign]
-    return grid
 
 
 QUIET = {

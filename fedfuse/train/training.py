@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks as _post_hooks
-from torch.optim.optimizer import _global_optimizer_pre_hooks as _pre_hooks
 
+from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
 
-
-def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """An optimiser of torch's without what is wrapped around its methods; step hooks run where there are any.
-
-    The wrappers that tell torch.compile to stay out import torch._dynamo at their first call, 2 s in every process
-    that trains. The profiler's labels take a quarter of a small client's time.
-    """
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
-    bare: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    plain = torch.no_grad()(bare["step"])
-    hooked = kind.profile_hook_step(plain)
-
-    def step(self: Any, closure: Any = None) -> Any:
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return (hooked if own or _pre_hooks or _post_hooks else plain)(self, closure)
-
-    def zero_grad(self: Any, set_to_none: bool = True) -> None:
-        if not set_to_none:
-            bare["zero_grad"](self, False)
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    step.hooked = True  # type: ignore[attr-defined]  # torch wraps a class's `step` that does not say so
-    return type(kind.__name__, (kind,), {**bare, "step": step, "zero_grad": zero_grad})
-
-
 _OPTIMIZERS = {
-    "sgd": _bare(torch.optim.SGD),
-    "adam": _bare(torch.optim.Adam),
-    "adamw": _bare(torch.optim.AdamW),
+    "sgd": bare(torch.optim.SGD),
+    "adam": bare(torch.optim.Adam),
+    "adamw": bare(torch.optim.AdamW),
 }
 
 

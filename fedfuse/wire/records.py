@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from io import BytesIO
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedfuse.compat.flower_records import LiveArray, dtype_name, entries, live_tensor, trusted
 
 # tensors made of a message's memory are read, never written
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -30,66 +29,10 @@ class InvalidArrays(ValueError):
     """Arrays that are not what the contract says: wrong names, shapes, dtypes, or not finite."""
 
 
-@cache
-def _text(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-class LiveArray(Array):
-    """A Flower array that has not left the machine: it holds the tensor or ndarray, and is serialised only if asked to.
-
-    Everything that reads `.data` sees Flower's own encoding; `.numpy()` copies nothing. `Array.data` is
-    computed, never set.
-    """
-
-    def __init__(self, live: np.ndarray | torch.Tensor) -> None:
-        self.__dict__.update(dtype=_text(live.dtype), shape=tuple(live.shape), stype="numpy.ndarray", live=live)
-
-    @property
-    def data(self) -> bytes:  # type: ignore[override]
-        """The `.npy` bytes Flower would have made."""
-        buffer = BytesIO()
-        np.save(buffer, self.numpy(), allow_pickle=False)
-        return buffer.getvalue()
-
-    def numpy(self) -> np.ndarray:
-        """Return the ndarray itself, or one that shares the tensor's memory."""
-        live: np.ndarray | torch.Tensor = self.__dict__["live"]
-        return live.numpy() if isinstance(live, torch.Tensor) else live
-
-
 def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Wrap tensors as a Flower `ArrayRecord` without copying (CPU) or serialising them."""
     plain = {k: v.detach().cpu() if v.requires_grad or not v.is_cpu else v for k, v in arrays.items()}
     return trusted(ArrayRecord, {name: LiveArray(value) for name, value in plain.items()})
-
-
-Kind = TypeVar("Kind", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
-
-
-def trusted(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """Make a Flower record of values that we wrote ourselves, without Flower's check of every key and value.
-
-    The checks cost 3 µs a value, a third of what a client that does nothing costs. Flower 1.41 keeps the content
-    in `_data`; this function and `entries` are the only places that know.
-    """
-    made = kind.__new__(kind)
-    made.__dict__.update(_empty(kind), _data=values)
-    return made
-
-
-@cache
-def _empty(kind: type[Any]) -> dict[str, Any]:
-    """What Flower keeps in a record beside its content."""
-    return dict(kind().__dict__)
-
-
-def entries(content: RecordDict | ArrayRecord | ConfigRecord | MetricRecord) -> dict[str, Any]:
-    """A record's own dict, to be written to only where `trusted` made the record.
-
-    A look-up through the record takes five times as long, and a client makes forty.
-    """
-    return content.__dict__["_data"]
 
 
 def measured(metrics: dict[str, Any]) -> MetricRecord:
@@ -97,37 +40,6 @@ def measured(metrics: dict[str, Any]) -> MetricRecord:
     if all(type(value) in (int, float) for value in metrics.values()):
         return trusted(MetricRecord, dict(metrics))
     return MetricRecord({**metrics})
-
-
-def message_to(node: int, kind: str, content: RecordDict, like: Message) -> Message:
-    """A message like another, to another node; made without Flower's checks of every argument."""
-    metadata = Metadata.__new__(Metadata)
-    metadata.__dict__.update(like.metadata.__dict__)
-    metadata.__dict__.update(_dst_node_id=node, _message_type=kind)
-    return _message(metadata, content)
-
-
-def reply_to(message: Message, content: RecordDict) -> Message:
-    """What `Message(content, reply_to=message)` makes, without its checks."""
-    metadata, asked, now = Metadata.__new__(Metadata), message.metadata.__dict__, time.time()
-    metadata.__dict__.update(asked)
-    metadata.__dict__.update(
-        _message_id="",
-        _src_node_id=asked["_dst_node_id"],
-        _dst_node_id=asked["_src_node_id"],
-        _reply_to_message_id=asked["_message_id"],
-        _created_at=now,
-        _ttl=asked["_ttl"] - (now - asked["_created_at"]),
-        _src_task_id=asked["_dst_task_id"],
-        _dst_task_id=asked["_src_task_id"],
-    )
-    return _message(metadata, content)
-
-
-def _message(metadata: Metadata, content: RecordDict) -> Message:
-    made = Message.__new__(Message)
-    made.__dict__.update(_metadata=metadata, _content=content, _error=None)
-    return made
 
 
 def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
@@ -148,10 +60,10 @@ def tensors(content: ArrayRecord) -> Arrays:
     """Return the record's arrays as tensors; they may share memory with the message and must not be written to."""
     out: Arrays = {}
     for name, array in entries(content).items():
-        live = array.__dict__.get("live")
-        if isinstance(live, torch.Tensor):
+        live = live_tensor(array)
+        if live is not None:
             if live.dtype not in _NUMBERS:
-                raise InvalidArrays(f"array {name!r} has dtype {_text(live.dtype)}; only numbers are taken")
+                raise InvalidArrays(f"array {name!r} has dtype {dtype_name(live.dtype)}; only numbers are taken")
             out[name] = live.contiguous()
             continue
         if array.stype != "numpy.ndarray":
@@ -242,7 +154,7 @@ def model_arrays(scope: Scope) -> Layout:
 
 def layout_of(arrays: Mapping[str, torch.Tensor]) -> Layout:
     """Return the layout of given tensors."""
-    return {name: (_dtype(t), tuple(t.shape)) for name, t in arrays.items()}
+    return {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in arrays.items()}
 
 
 def layout_nbytes(layout: Layout) -> int:
@@ -251,10 +163,6 @@ def layout_nbytes(layout: Layout) -> int:
         int(np.prod([abs(n) for n in shape], dtype=np.int64)) * np.dtype(dtype).itemsize
         for dtype, shape in layout.values()
     )
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return _text(tensor.dtype)
 
 
 def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) -> None:
@@ -266,8 +174,8 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
             raise InvalidArrays(f"{name}: unexpected {', '.join(sorted(set(got) - set(layout))[:3])}")
         for key, (dtype, shape) in layout.items():
             tensor = got[key]
-            if _dtype(tensor) != dtype:
-                raise InvalidArrays(f"{name}/{key}: dtype {_dtype(tensor)}, expected {dtype}")
+            if dtype_name(tensor.dtype) != dtype:
+                raise InvalidArrays(f"{name}/{key}: dtype {dtype_name(tensor.dtype)}, expected {dtype}")
             if tensor.shape != shape and not _fits(tensor.shape, shape):
                 raise InvalidArrays(f"{name}/{key}: shape {tuple(tensor.shape)}, expected {_pretty(shape)}")
     for key, tensor in got.items():

@@ -14,7 +14,7 @@ import fedfuse.apps, fedfuse.deploy.warm
 from flwr.supernode.runtime import run_clientapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedfuse.network.site import Site, SiteConfig
-from fedfuse.engines.inline import claim_identity
+from fedfuse.compat.flower_identity import claim_identity
 claim_identity()
 setting = ConfigRecord({"config": CONFIG, "run": "0" * 32, "attempt": 1})
 with tempfile.TemporaryDirectory() as folder:

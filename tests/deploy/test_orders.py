@@ -130,11 +130,12 @@ def test_a_node_tries_on_when_a_connection_ends_within_tls(monkeypatch: pytest.M
     """As a killed server's does; Flower takes it for a wrong certificate and gives up."""
     from flwr.supernode import fleet_http_connection, start_client_internal
 
-    from fedfuse.deploy.launch import _patient
+    from fedfuse.compat.flower_processes import be_patient
+    from fedfuse.deploy.launch import broken_off
 
     for module, name in ((fleet_http_connection, "make_simple_http_retry_invoker"), (start_client_internal, "time")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back after the test
-    _patient(0.01)
+    be_patient(0.01, broken_off)
     give_up = fleet_http_connection.make_simple_http_retry_invoker().should_giveup
     assert give_up is not None
     assert not give_up(httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"))

@@ -1,0 +1,62 @@
+"""Ray's start without the processes that serve nobody here.
+
+Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`,
+`.node.Node.start_api_server`, `.parameter.RayParams`, and of `ray._raylet` the port names and `persist_port`.
+
+It buys five Python processes, two thirds of the time of a start (see docs/performance.md): the autoscaler, the log
+monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard and one builds
+runtime environments; our actors have none. If a name is gone, `lean_start` raises, and `engines.cluster.connect`
+says so and starts Ray as it is. Guard: `tests/compat/test_ray.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shlex
+from collections.abc import Iterator
+from functools import partialmethod
+from typing import Any
+from unittest.mock import patch
+
+AGENTS = {  # of a raylet: the option that starts one, and the ports it writes down
+    "--dashboard_agent_command": ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"),
+    "--runtime_env_agent_command": ("RUNTIME_ENV_AGENT",),
+}
+
+
+@contextlib.contextmanager
+def lean_start() -> Iterator[None]:
+    """Let Ray start lean while this lasts.
+
+    A raylet must have its agents, and waits for the ports they write down. So the ports of "no service" are written
+    here, and `cat`, which ends with the pipe from the raylet, stands in. Ray has no option for any of it.
+    """
+    from ray._private import ray_constants, services
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    raylet: Any = importlib.import_module("ray._raylet")
+    ports = {flag: [getattr(raylet, f"{name}_PORT_NAME") for name in names] for flag, names in AGENTS.items()}
+    start = services.start_ray_process
+
+    def without_agents(command: list[str], *args: Any, **options: Any) -> Any:
+        for i, word in enumerate(command):
+            flag, _, agent = word.partition("=")
+            if flag in ports:
+                told = dict(part.partition("=")[::2] for part in shlex.split(agent))
+                for name in ports[flag]:
+                    raylet.persist_port(told["--session-dir"], told["--node-id"], name, -1)
+                command[i] = f"{flag}=cat"
+        return start(command, *args, **options)
+
+    settings = partialmethod(RayParams.__init__, no_monitor=True, include_log_monitor=False)
+    with (
+        patch.object(RayParams, "__init__", settings),
+        patch.object(Node, "start_api_server", lambda node, **options: None),
+        patch.object(services, "start_ray_process", without_agents),
+        # under `uv run` or with a hook, Ray would give every actor a runtime environment
+        patch.object(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
+        patch.object(ray_constants, "RAY_RUNTIME_ENV_HOOK", "FEDFUSE_NO_HOOK"),
+    ):
+        yield
