@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
-from fedfuse.errors import WorldError
+from fedfuse.errors import WorldError, one_line
 from fedfuse.network.replies import fault_of
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
@@ -87,12 +87,16 @@ class FlowerGrid(Grid):
         patience: Patience | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.grid, self.patience, self.say = grid, patience or Patience(), say
+        self.grid, self.patience, self._say = grid, patience or Patience(), say
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
         self._looked = 0.0
         self.timed: list[tuple[str, str, float]] = []
+
+    def say(self, line: str) -> None:
+        """Log one line, whatever a node's words in it hold."""
+        self._say(one_line(line))
 
     # -- Flower's interface --------------------------------------------------------------------------------
 
@@ -165,7 +169,7 @@ class FlowerGrid(Grid):
                         self.nodes |= dict.fromkeys(found, node)
                         self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
                     else:
-                        reasons[node] = reason
+                        reasons[node] = one_line(reason)
                         self.say(f"fedfuse: node {node} is not taken: {reason}")
             elif time.monotonic() > until:
                 missing = sorted(set(range(clients)) - set(self.nodes))
@@ -280,6 +284,8 @@ class FlowerGrid(Grid):
                         found.due = True
                         continue
                 waiting.remove(found)
+                if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal
+                    reply = Message(Error(reply.error.code, one_line(reply.error.reason)), reply_to=found.original)
                 answered.append((found, reply))
                 self._time(found, reply)
             now = time.monotonic()
