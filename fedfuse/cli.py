@@ -17,7 +17,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse compare strategy=a,b seed=0,1 …  a sweep, then the table and the report; out=<dir> holds everything
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
   fedfuse watch DIR [--port N]             the same page, live on localhost
-  fedfuse resume RUN_DIR                   go on after the last complete round
+  fedfuse resume RUN_DIR                   go on after the last complete round; --allow-code if it names code to run
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
@@ -102,7 +102,7 @@ def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
     return rest, found
 
 
-BARE = ("-m", "--multirun", "--dry-run")
+BARE = ("-m", "--multirun", "--dry-run", "--allow-code")
 
 
 # --- run, compare, resume ---------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _compare(words: list[str], started: float) -> int:
 
 
 def _resume(words: list[str], started: float) -> int:
-    rest, _ = _flags(words)
+    rest, flags = _flags(words, "--allow-code")
     if len(rest) != 1:
         raise UserError("fedfuse resume: needs one run directory")
     path = Path(rest[0])
@@ -169,7 +169,7 @@ def _resume(words: list[str], started: float) -> int:
         return _show(path)
     from fedfuse.runs.experiment import resume
 
-    return _show(resume(path))
+    return _show(resume(path, allow_code="--allow-code" in flags))
 
 
 def _report(words: list[str], started: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,9 +21,21 @@ class Refused(Exception):
     """A message, an order or a bundle asks for something that this node does not do."""
 
 
+def one_line(text: object, most: int = 500) -> str:
+    """Say somebody else's words in one printable line, so that they can neither pass for ours nor steer a terminal.
+
+    Control and format characters (line ends, escapes, changes of writing direction), surrogates and unassigned code
+    points become spaces; blanks are joined; what is longer than `most` characters is cut.
+    """
+    said = str(text)[: 4 * most]
+    plain = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else " " for c in said)
+    plain = " ".join(plain.split())
+    return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
 def in_words(error: BaseException) -> str:
     """Say an exception and where it was raised in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    text = one_line(f"{type(error).__name__}: {error}")
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 

@@ -159,17 +159,17 @@ def test_ctrl_c_leaves_a_resumable_run(name: str, before_commit: bool, tmp_path:
 
 def test_a_commit_that_was_cut_short_does_not_count(monkeypatch, tmp_path: Path) -> None:
     """Killed after the rows, before the checkpoint: the rows are dropped and written again."""
-    from fedfuse.runs import directory as module
+    from fedfuse.runs import checkpoint as module
 
     where, there = tmp_path / "run", tmp_path / "there"
     with federation("fedavg", "rounds=3", path=there) as (built, _):
         built.run()
     keep = module.write_tree
 
-    def cut(path, tree, **notes):
+    def cut(path, tree, durable):
         if json.loads(tree["plain"])["done"] == 2:
             raise KeyboardInterrupt
-        keep(path, tree, **notes)
+        keep(path, tree, durable)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_tree", cut)

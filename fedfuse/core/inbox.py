@@ -9,7 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, check_share
-from fedfuse.errors import WorldError
+from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.group_sums import CARRIED, Sums, add_up, handed_over, kept_back
 from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, nbytes, tensors, validate
@@ -157,11 +157,11 @@ class Inbox:
         """Count a client that is not part of the phase, and say why."""
         self.failures["rejected" if code == INVALID else "replies"] += 1
         self.ever_left_out = True
-        self.left_out.append(f"client {client}: {reason}")
+        self.left_out.append(f"client {client}: {one_line(reason)}")
 
     def _reject(self, reason: str) -> None:
         self.failures["rejected"] += 1
-        self.left_out.append(reason)
+        self.left_out.append(one_line(reason))
 
 
 def _count(value: Any) -> int:

@@ -20,7 +20,7 @@ from fedfuse.config.dotted import code
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.processes import ALLOW_CODE, RUNS
-from fedfuse.errors import Refused, UserError, WorldError
+from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.server import serve
 from fedfuse.runs.directory import RunDirectory
@@ -52,7 +52,7 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
         say(f"fedfuse: {'refused' if isinstance(error, UserError) else 'failed'}: {error}")
         raise
     except Exception as error:
-        say(f"fedfuse: failed: {type(error).__name__}: {' '.join(str(error).split())}")
+        say(f"fedfuse: failed: {type(error).__name__}: {error}")
         raise
 
 
@@ -105,8 +105,8 @@ def _patiently(directory: RunDirectory) -> None:
 
 
 def say(line: str) -> None:
-    """Write a line to the run's log."""
-    print(line, flush=True)
+    """Write a line to the run's log; one line, whoever's words it quotes."""
+    print(one_line(line, 100_000), flush=True)
 
 
 def read_patience(text: str) -> Patience:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.engines.grid import FusionGrid
-from fedfuse.errors import WorldError
+from fedfuse.errors import WorldError, one_line
 from fedfuse.network.replies import fault_of
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
@@ -93,11 +93,15 @@ class RemoteGrid(FusionGrid):
         over: threading.Event | None = None,
     ) -> None:
         super().__init__()
-        self.grid, self.patience, self.say, self.over = grid, patience or Patience(), say, over
+        self.grid, self.patience, self._say, self.over = grid, patience or Patience(), say, over
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self._online: dict[int, str] | None = None
         self._looked = 0.0
+
+    def say(self, line: str) -> None:
+        """Log one line, whatever a node's words in it hold."""
+        self._say(one_line(line))
 
     # -- Flower's interface --------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class RemoteGrid(FusionGrid):
                         self.nodes |= dict.fromkeys(found, node)
                         self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
                     else:
-                        reasons[node] = reason
+                        reasons[node] = one_line(reason)
                         self.say(f"fedfuse: node {node} is not taken: {reason}")
             elif time.monotonic() > until:
                 missing = sorted(set(range(clients)) - set(self.nodes))
@@ -287,6 +291,8 @@ class RemoteGrid(FusionGrid):
                         found.due = True
                         continue
                 waiting.remove(found)
+                if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal
+                    reply = Message(Error(reply.error.code, one_line(reply.error.reason)), reply_to=found.original)
                 answered.append((found, reply))
                 self._time(found, reply)
             now = time.monotonic()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int}
 LONGEST = 512  # characters of a text in a reply
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric: it goes into tables and logs
 MOST = 64  # records and metrics of a reply
 
 
@@ -47,8 +49,8 @@ def fault_of(reply: Message, client: int) -> str | None:
     if len(metrics) > MOST:
         return f"{len(metrics)} metrics; allowed are {MOST}"
     for key, value in metrics.items():
-        if len(key) > LONGEST:
-            return "a metric with an endless name"
+        if not NAME.fullmatch(key):
+            return f"metric {key[:80]!r} is no name of a metric"
         if isinstance(value, list) and ("/" in key or key in ("num-examples", "loss", "seconds")):
             return f"metric {key!r} is a list"
         for number in value if isinstance(value, list) else [value]:

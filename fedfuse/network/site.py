@@ -19,7 +19,7 @@ from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.core.threads import single_thread
-from fedfuse.errors import Refused, UserError
+from fedfuse.errors import Refused, UserError, one_line
 from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario
 from fedfuse.network.site_config import SiteConfig
@@ -52,10 +52,10 @@ class Site:
         except InvalidArrays as error:
             return self._error(INVALID, f"received {error}", message)
         except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            return self._error(FAILED, text[:500], message)
+            return self._error(FAILED, f"{type(error).__name__}: {error}", message)
 
     def _error(self, code: int, reason: str, message: Message) -> Message:
+        reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log
         print(f"fedfuse: {reason}", flush=True)
         return Message(Error(code=code, reason=reason), reply_to=message)
 
@@ -88,7 +88,7 @@ class Site:
         folder = self.seat.state / run / str(client)
         reply = SiteMemory(folder, self._node(config, scenario, folder)).handle(message)
         if reply.has_error():
-            print(f"fedfuse: client {client}: {reply.error.reason}", flush=True)
+            print(f"fedfuse: client {client}: {one_line(reply.error.reason)}", flush=True)
             return reply
         return Message(packed(reply.content), reply_to=message)
 

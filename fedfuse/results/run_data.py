@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedfuse.errors import UserError
+from fedfuse.files import checked, opened, read, read_text
 
 if TYPE_CHECKING:
     import polars as pl
@@ -95,8 +96,8 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """`environment.json`; empty where there is none that can be read."""
         try:
-            value = json.loads((self.dir / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            value = json.loads(read_text(self.dir / "environment.json"))
+        except (OSError, ValueError, UserError):
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -135,9 +136,9 @@ class Run:
         import polars as pl
 
         merged = self.dir / f"{kind}.parquet"
-        if merged.is_file():
-            return pl.scan_parquet(merged, glob=False)
-        pieces = [path for round, path in _pieces(self.dir, kind) if round <= self.rounds_done]
+        if merged.exists():
+            return pl.scan_parquet(checked(merged), glob=False)
+        pieces = [checked(path) for round, path in _pieces(self.dir, kind) if round <= self.rounds_done]
         if pieces:
             return pl.scan_parquet(pieces, glob=False)
         types = {name: _type(name) for name in COLUMNS[kind]}
@@ -212,13 +213,11 @@ def _config(path: Path) -> dict[str, Any]:
     import yaml
 
     file = path / "config.yaml"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{path}: not a run directory, it has no config.yaml")
     try:
-        if file.stat().st_size > 1 << 20:
-            raise UserError(f"{file}: larger than 1 MiB, not a configuration of fedfuse")
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        config = yaml.load(file.read_bytes(), Loader=loader)
+        config = yaml.load(read(file, 1 << 20), Loader=loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict) or "strategy" not in config:
@@ -265,8 +264,8 @@ def _locked(path: Path) -> bool | None:
     import fcntl
 
     try:
-        descriptor = os.open(path / LOCK, os.O_RDONLY)
-    except OSError:
+        descriptor = opened(path / LOCK)
+    except (OSError, UserError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -289,8 +288,9 @@ def _pieces(path: Path, kind: str) -> list[tuple[int, Path]]:
 def _check_parquet(file: Path, kind: str) -> None:
     import polars as pl
 
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file.parent}: half-written, it has no {file.name}")
+    checked(file)
     try:
         schema = pl.read_parquet_schema(file)
     except Exception as error:  # polars raises several unrelated types for a damaged file
@@ -314,7 +314,7 @@ def _type(name: str) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(value, dict):

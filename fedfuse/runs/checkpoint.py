@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,64 @@ from typing import Any
 import torch
 import yaml
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, one_line
+from fedfuse.files import checked
 from fedfuse.core.loop import Federation
 from fedfuse.wire.knowledge import Address, Item, Parcel
-from fedfuse.wire.client_store import read_tree
+from fedfuse.wire.client_store import read_tree, synced, write_tree
 from fedfuse.wire.traffic import Traffic
 
 FORMAT = 1
+NEWEST, BEFORE = "state.safetensors", "state.before.safetensors"  # the last two commits
+
+
+class Unreadable(UserError):
+    """A checkpoint that its disk did not keep; the one before it may be there."""
+
+
+def commit(federation: Federation, folder: Path, config: str, seconds: dict[str, float]) -> None:
+    """Write a checkpoint that survives a loss of power, beside the one before it."""
+    newest, partial = folder / NEWEST, folder / f".{BEFORE}"
+    if newest.exists():  # both names, then the older is replaced: one of them is whole at every moment
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(newest, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(newest, partial)
+        os.replace(partial, folder / BEFORE)
+        synced(folder)
+    write_tree(newest, snapshot(federation, config, seconds), durable=True)
+
+
+def recover(federation: Federation, folder: Path, config: str) -> tuple[dict[str, float] | None, str]:
+    """Put a federation back to its last commit that can be read.
+
+    Returns
+    -------
+    dict or None
+        The seconds it had taken; None if nothing was ever committed.
+    str
+        What was wrong with the newest, if the one before it was used; else empty.
+
+    Raises
+    ------
+    UserError
+        If no commit can be read, or the last is of another format or configuration.
+    """
+    newest, before = folder / NEWEST, folder / BEFORE
+    if not newest.exists() and not before.exists():
+        return None, ""
+    try:
+        return restore(federation, newest, config), ""
+    except Unreadable as error:
+        if not before.exists():
+            raise
+        try:
+            seconds = restore(federation, before, config)
+        except Unreadable:
+            raise error from None
+        told = f"{newest} is torn; the run goes on from {BEFORE}, after round {federation.done}"
+        return seconds, told
 
 
 def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> dict[str, Any]:
@@ -65,10 +118,10 @@ def restore(federation: Federation, path: Path, config: str) -> dict[str, float]
     """
     strategy = federation.strategy
     try:
-        tree, _ = read_tree(path)
+        tree, _ = read_tree(checked(path))
         plain = json.loads(tree["plain"])
     except Exception as error:
-        raise UserError(f"{path}: cannot be read ({error}); the run cannot be resumed") from error
+        raise Unreadable(f"{path}: cannot be read ({one_line(error)}); the run cannot be resumed") from error
     if plain.get("format") != FORMAT:
         raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
     if different := changed(plain.get("config", ""), config):

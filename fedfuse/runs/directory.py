@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -18,29 +19,31 @@ from typing import IO, Any
 import polars as pl
 import torch
 
-from fedfuse.runs.checkpoint import FORMAT, restore, snapshot
+from fedfuse.runs.checkpoint import BEFORE, FORMAT, NEWEST, commit, recover
 from fedfuse.errors import UserError
+from fedfuse.files import opened
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.results.run_data import COLUMNS
-from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, write_arrays, write_tree
+from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
 from fedfuse.train.privacy import private_notes
 
 _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
     **dict.fromkeys(("value", "seconds"), pl.Float64),
 }
+OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
 SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    with replaced(path) as partial:
+    """Write a file atomically; once this returns, it has survived a loss of power."""
+    with replaced(path, durable=True) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_rows(path: Path, kind: str, rows: list[Any]) -> None:
-    """Write rows as parquet, atomically."""
-    with replaced(path) as partial:
+    """Write rows as parquet, atomically; once this returns, they have survived a loss of power."""
+    with replaced(path, durable=True) as partial:
         pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False).write_parquet(partial)
 
 
@@ -68,6 +71,8 @@ class RunDirectory(Callback):
         self.clients: ClientStore
         self._made: list[Path] = []  # directories that `create` made, the innermost first
         self._ours = False  # whether all that the directory holds is this run's
+        self._kept: dict[int, str] = {}  # states of clients that are on the disk for good
+        self.fallen_back = ""  # what was wrong with the newest checkpoint, if the one before it was used
         self.deployed = False  # whether clients are real sites, whose noise comes from their own entropy
 
     @property
@@ -87,6 +92,8 @@ class RunDirectory(Callback):
         """
         try:
             self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            if self.path.is_symlink():  # what it points at is not this run's to empty, or to fill
+                raise UserError(f"out={self.path}: is a link; links are not followed here")
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"out={self.path}: is a file; a directory is needed")
             if self.path.exists() and any(self.path.iterdir()):
@@ -98,7 +105,7 @@ class RunDirectory(Callback):
                 self._drop_linked_state()
                 for child in self.path.iterdir():
                     if child.name != "lock":
-                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+                        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
             self._ours = True
@@ -115,12 +122,13 @@ class RunDirectory(Callback):
     def discard(self) -> None:
         """Take back what `create` made, if no round was committed: a run that could not begin leaves nothing."""
         self.close()
-        if (self.checkpoint / "state.safetensors").exists():
+        if (self.checkpoint / NEWEST).exists() or (self.checkpoint / BEFORE).exists():
             return
         if self._ours:
             self._drop_linked_state()
             for child in self.path.iterdir():
-                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+                real = child.is_dir() and not child.is_symlink()
+                shutil.rmtree(child, ignore_errors=True) if real else child.unlink(missing_ok=True)
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -130,6 +138,7 @@ class RunDirectory(Callback):
         place = Path(state_dir).resolve() / f"{self.path.name}-{uuid.uuid4().hex[:12]}"
         try:
             place.mkdir(parents=True)
+            write_text(place / OWNED, str(self.path.resolve()))
         except OSError as error:
             self.discard()
             told = error.strerror or error
@@ -137,8 +146,13 @@ class RunDirectory(Callback):
         (self.checkpoint / "clients").symlink_to(place)
 
     def _drop_linked_state(self) -> None:
-        if (link := self.checkpoint / "clients").is_symlink():
-            shutil.rmtree(link.resolve(), ignore_errors=True)
+        if self._linked():
+            shutil.rmtree((self.checkpoint / "clients").resolve(), ignore_errors=True)
+
+    def _linked(self) -> bool:
+        """Whether client state lies elsewhere, in a folder that a run made for it; no other is touched."""
+        link = self.checkpoint / "clients"
+        return link.is_symlink() and (link.resolve() / OWNED).is_file()
 
     def reopen(self) -> None:
         """Take the lock of a run that shall go on.
@@ -149,6 +163,11 @@ class RunDirectory(Callback):
             If another process has it, or the directory cannot be written.
         """
         try:
+            for folder in (self.path, self.checkpoint, self.checkpoint / "rows"):
+                if folder.is_symlink():
+                    raise UserError(f"{folder}: is a link; links are not followed here")
+            if (self.checkpoint / "clients").is_symlink() and not self._linked():
+                raise UserError(f"{self.checkpoint / 'clients'}: is a link to a folder that is no run's")
             self._hold()
             self.clients = ClientStore((self.checkpoint / "clients").resolve())
         except OSError as error:
@@ -157,7 +176,7 @@ class RunDirectory(Callback):
     def _hold(self) -> None:
         if self._lock is not None:
             return
-        lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the process ends
+        lock = os.fdopen(opened(self.path / "lock", os.O_RDWR | os.O_CREAT), "r+")  # held until the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -200,10 +219,20 @@ class RunDirectory(Callback):
             write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
         federation.rows, federation.timing = [], []
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
-        write_tree(self.checkpoint / "state.safetensors", snapshot(federation, self.config, self.seconds))
+        self._keep_clients(strategy.outbox.tags)
+        commit(federation, self.checkpoint, self.config, self.seconds)
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
         progress["failures"] = dict(strategy.inbox.failures)
         write_text(self.checkpoint / "round.json", json.dumps(progress))
+
+    def _keep_clients(self, tags: dict[int, str]) -> None:
+        """Bring to the disk what a commit names: the states of clients that have new ones. Sites keep their own."""
+        for client, tag in tags.items():
+            path = self.clients.path(client, tag)
+            if self._kept.get(client) != tag and tag != INITIAL and path.exists():
+                synced(path)
+                synced(path.parent)
+            self._kept[client] = tag
 
     def end(self, federation: Federation) -> None:
         """Merge the rows, draw the partition, write the final models, and last the summary."""
@@ -215,7 +244,7 @@ class RunDirectory(Callback):
         self._final_models(federation)
         for kind in ("metrics", "traffic", "timing"):
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
-            with replaced(self.path / f"{kind}.parquet") as partial:
+            with replaced(self.path / f"{kind}.parquet", durable=True) as partial:
                 pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
         write_text(self.path / "summary.json", json.dumps(self.summary(federation), indent=1))
         shutil.rmtree(self.checkpoint / "rows", ignore_errors=True)
@@ -253,6 +282,7 @@ class RunDirectory(Callback):
             **({"dp": "deployed" if self.deployed else "simulated"} if config.privacy.on else {}),
             "notes": [
                 *federation.scenario.data.notes,
+                *([self.fallen_back] if self.fallen_back else ()),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
             ],
@@ -279,13 +309,16 @@ class RunDirectory(Callback):
         Raises
         ------
         UserError
-            If the checkpoint is of another format or configuration, or cannot be read.
+            If the checkpoint is of another format or configuration, or neither it nor the one before can be read.
         """
-        path, done = self.checkpoint / "state.safetensors", -1
-        if path.exists():
-            self.seconds = restore(federation, path, self.config)
+        done = -1
+        seconds, self.fallen_back = recover(federation, self.checkpoint, self.config)
+        if seconds is not None:
+            self.seconds = seconds
             self.seconds["before"] = self.seconds["rounds"]
             done = federation.done
+        if self.fallen_back:
+            print(f"fedfuse: {self.fallen_back}", file=sys.stderr, flush=True)
         rows = self.checkpoint / "rows"
         rows.mkdir(parents=True, exist_ok=True)
         for piece in rows.glob("*.parquet"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from typing import Any
 import yaml
 
 from fedfuse.config import registry
+from fedfuse.config.allowed import leaves
+from fedfuse.config.dotted import code
 from fedfuse.config.schema import Config, RuntimeConfig
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.files import read_text
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.callbacks import EarlyStop, Evaluation
 from fedfuse.core.fit import check_fit
@@ -29,6 +33,10 @@ from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.runs.tracking import check as check_tracking
 from fedfuse.runs.tracking import tracker
+
+
+CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
+ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
 
 
 def device_of(config: Config) -> str:
@@ -206,7 +214,7 @@ def load_config(path: Path) -> Config:
     if not file.exists():
         raise UserError(f"{path}: not a run directory (no config.yaml)")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_text(file, 1 << 20))
         name = raw["strategy"]["name"]
         base = OmegaConf.structured(Config)
         values = {k: v for k, v in raw.items() if k != "strategy"}
@@ -221,7 +229,18 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def resume(path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None) -> Path:
+def code_of(config: Config) -> str:
+    """The first key of a configuration that names code of the user's, with its value; empty if none does."""
+    for key, value in leaves(asdict(config)):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and CODE.fullmatch(item) and key not in ADDRESSES:
+                return f"{key}={item}"
+    return ""
+
+
+def resume(
+    path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None, allow_code: bool | None = None
+) -> Path:
     """Go on after the last complete round of a run directory.
 
     Parameters
@@ -230,6 +249,9 @@ def resume(path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None
     quiet : bool
     runtime : RuntimeConfig, optional
         Where it goes on; default where it began.
+    allow_code : bool, optional
+        Whether code that its configuration names may run; without a word, only with `runtime`, since the caller has
+        said the same configuration then.
 
     Raises
     ------
@@ -240,7 +262,15 @@ def resume(path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None
     if (path / "order.json").exists():
         raise UserError(f"{path}: belongs to a deployment; fedfuse deploy resume {path} goes on")
     config = load_config(path)
+    allowed = runtime is not None if allow_code is None else allow_code
+    if not allowed and (asked := code_of(config)):
+        raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
     config.runtime = runtime or config.runtime
+    with code(allowed):
+        return _resumed(path, config, quiet, started)
+
+
+def _resumed(path: Path, config: Config, quiet: bool, started: float) -> Path:
     flower = config.runtime.name == "flower"
     if (path / "attempt").exists() and not flower:  # its clients' states, and maybe data, are at the nodes
         raise UserError(f"{path}: was played by a deployment; fedfuse deploy resume {path} goes on")

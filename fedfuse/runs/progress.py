@@ -44,5 +44,5 @@ class Progress(Callback):
         parts.append(f"{now - self._clock:.2f} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
-        for line in federation.strategy.inbox.left_out:
-            self.console.print(f"  left out: {line}", markup=False)
+        for line in federation.strategy.inbox.left_out:  # unwrapped, or a node's words might begin a line
+            self.console.print(f"  left out: {line}", markup=False, soft_wrap=True)

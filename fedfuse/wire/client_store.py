@@ -1,4 +1,4 @@
-"""Client state on disk: transactional, outside Flower's `Context.state`, the last two versions of each client."""
+"""Client state on disk: transactional, outside Flower's `Context.state`, the last versions of each client."""
 
 from __future__ import annotations
 
@@ -11,22 +11,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedfuse.wire.knowledge import Stale
-from fedfuse.wire.records import Arrays, flatten, unflatten
+from fedfuse.wire.records import Arrays, flatten, plain_record, sha, unflatten
 
 INITIAL = "0"  # the tag of a client that has committed nothing yet
 
 
-def write_tree(path: Path, tree: dict[str, Any], **notes: str) -> None:
-    """Write nested tensors and plain values as one safetensors file, atomically."""
+class Torn(Exception):
+    """A file does not hold what was written: its disk lost a part of it."""
+
+
+def write_tree(path: Path, tree: dict[str, Any], durable: bool = False, **notes: str) -> None:
+    """Write nested tensors and plain values as one safetensors file, atomically.
+
+    With `durable` it has survived a loss of power once this returns, and its content is hashed, so that `read_tree`
+    knows it again.
+    """
     flat, rest = flatten(tree)
-    write_arrays(path, {f"/{k}": v for k, v in flat.items()}, tree=json.dumps(rest), **notes)  # no name is reserved so
+    notes["tree"] = json.dumps(rest)
+    if durable:
+        notes["sha"] = _sha(flat, notes["tree"])
+    write_arrays(path, {f"/{k}": v for k, v in flat.items()}, durable, **notes)  # no name is reserved so
 
 
-def write_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
+def write_arrays(path: Path, arrays: Arrays, durable: bool = False, **notes: str) -> None:
     """Write tensors as one safetensors file, atomically.
 
     Raises
@@ -34,13 +45,32 @@ def write_arrays(path: Path, arrays: Arrays, **notes: str) -> None:
     OSError
         If the disk is full or not writable.
     """
-    with replaced(path) as partial:
+    with replaced(path, durable) as partial:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=notes)
 
 
+def _sha(flat: Arrays, rest: str) -> str:
+    return sha({"flat": flat, **plain_record({"rest": rest})})
+
+
+def synced(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
     """Give a place to write to, which takes the file's name if all went well and is gone if not.
+
+    Parameters
+    ----------
+    path : Path
+    durable : bool
+        Bring the content to the disk before it takes the name, and the name before this returns.
 
     Raises
     ------
@@ -50,7 +80,11 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial
+        if durable:
+            synced(partial)
         os.replace(partial, path)
+        if durable:
+            synced(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if found := re.search(r"\(os error (\d+)\)", str(error)):
@@ -59,17 +93,27 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read back what `write_tree` wrote, and its notes."""
+    """Read back what `write_tree` wrote, and its notes.
+
+    Raises
+    ------
+    Torn
+        If it was written as durable and holds something else now.
+    """
     flat: Arrays = {}
     with safe_open(path, framework="pt") as file:
         notes = file.metadata() or {}
         for name in file.keys():  # noqa: SIM118 - not a dict
             flat[name[1:]] = file.get_tensor(name)
-    return unflatten(flat, json.loads(notes.pop("tree", "{}"))), notes
+    rest = notes.pop("tree", "{}")
+    if notes.pop("sha", None) not in (None, _sha(flat, rest)):
+        raise Torn(f"{path}: does not hold what was written")
+    return unflatten(flat, json.loads(rest)), notes
 
 
-def _round(tag: str) -> str:
-    return tag.split(".")[0]
+def _order(tag: str) -> tuple[int, ...]:
+    """Round and phase of a tag."""
+    return tuple(int(part) for part in tag.split(".") if part.isdecimal())
 
 
 def is_full(error: BaseException) -> bool:
@@ -81,21 +125,28 @@ class ClientStore:
     """States of many clients in one directory, one file a version.
 
     A state is found by the tag the server believes in, so a retry, a rejected or lost reply, or a crash starts
-    from committed state. `save` keeps the version it started from and drops older ones. Clients whose state is
-    empty leave no file.
+    from committed state. `save` keeps the version it started from, and of the two rounds before the last, which a
+    server that lost its newest checkpoint goes back to; older ones are dropped. Clients whose state is empty leave no
+    file.
 
     Parameters
     ----------
     directory : Path
         Created if missing.
+    durable : bool
+        Bring every saved state to the disk before `save` returns (a deployed site promises it with its reply).
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: Path, durable: bool = False) -> None:
+        self.directory, self.durable = Path(directory), durable
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def _folder(self, client: int) -> Path:
         return self.directory / f"{client % 256:02x}" / str(client)
+
+    def path(self, client: int, tag: str) -> Path:
+        """Where a state lies."""
+        return self._folder(client) / f"{tag}.state"
 
     def load(self, client: int, tag: str) -> dict[str, Any]:
         """Return the state of a client under a tag; empty for the initial tag.
@@ -107,22 +158,30 @@ class ClientStore:
         """
         if tag == INITIAL:
             return {}
-        path = self._folder(client) / f"{tag}.state"
+        path = self.path(client, tag)
         if not path.exists():
             raise Stale(f"client {client}: state {tag} is not here")
-        return read_tree(path)[0]
+        try:
+            return read_tree(path)[0]
+        except (Torn, SafetensorError) as error:
+            raise Stale(f"client {client}: state {tag} is here and torn") from error
 
     def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:
         """Write a new version beside the one it started from, then drop all others but what a crash may need.
 
-        The server commits whole rounds: while the phases of one go on, the state from before it is kept too.
+        The server commits whole rounds, and may have to go back by one whose checkpoint was torn: the last states of
+        the two rounds before this one are kept too.
         """
         folder = self._folder(client)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tree(folder / f"{tag}.state", state)
-        within = _round(previous) == _round(tag)
+        write_tree(folder / f"{tag}.state", state, self.durable)
+        last: dict[int, tuple[tuple[int, ...], str]] = {}  # of each round before this one
         for old in folder.glob("*.state"):
-            if old.stem not in (tag, previous) and not (within and _round(old.stem) != _round(tag)):
+            if (order := _order(old.stem)) and order[0] < _order(tag)[0]:
+                last[order[0]] = max(last.get(order[0], (order, old.stem)), (order, old.stem))
+        kept = {tag, previous, *(last[round][1] for round in sorted(last)[-2:])}
+        for old in folder.glob("*.state"):
+            if old.stem not in kept:
                 old.unlink(missing_ok=True)
 
     def stage(self, client: int, key: str, state: dict[str, Any]) -> None:

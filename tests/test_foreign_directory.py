@@ -1,0 +1,153 @@
+"""Somebody else's run directory: reading, resuming or overwriting it does nothing to this machine but what was asked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedfuse.config.compose import compose
+from fedfuse.core.loop import Callback, Federation
+from fedfuse.errors import UserError
+from fedfuse.results.run_data import find, load
+from fedfuse.runs import experiment
+from fedfuse.runs.experiment import resume, run
+from tests.federations import TINY
+
+TRAP = "import pathlib\npathlib.Path({mark!r}).write_text('ran')\ndef fn(*a, **k): raise SystemExit('called')\n"
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
+
+
+def play(out: Path, *words: str) -> Path:
+    return run(compose([*TINY, "strategy=fedavg", "rounds=1", "runtime=inline", f"out={out}", *words]), quiet=True)
+
+
+class Stop(Callback):
+    def round(self, federation: Federation) -> None:
+        raise KeyboardInterrupt
+
+
+def interrupted(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    usual = experiment.callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "callbacks", lambda *args: [*usual(*args), Stop()])
+        with pytest.raises(KeyboardInterrupt):
+            play(out, "rounds=2")
+    return out
+
+
+def test_overwrite_follows_no_link(tmp_path: Path) -> None:
+    kept = play(tmp_path / "precious")
+    (tmp_path / "link").symlink_to(kept)
+    with pytest.raises(UserError, match="is a link; links are not followed"):
+        play(tmp_path / "link", "overwrite=true")
+    assert (kept / "summary.json").exists()
+
+
+def test_overwrite_deletes_nothing_that_a_link_inside_points_at(tmp_path: Path) -> None:
+    out, mine = play(tmp_path / "run"), tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    for name in ("final2", "checkpoint/clients"):
+        where = out / name
+        if where.is_dir():
+            where.rename(out / "gone")
+        where.symlink_to(mine)
+    play(out, "overwrite=true")
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    assert not (out / "final2").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint/rows", "checkpoint/clients"])
+def test_resume_writes_through_no_link(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = interrupted(tmp_path / "run", monkeypatch)
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    before = sorted(str(p) for p in (tmp_path / "elsewhere").rglob("*"))
+    with pytest.raises(UserError, match="is a link"):
+        resume(out, quiet=True)
+    assert sorted(str(p) for p in (tmp_path / "elsewhere").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        ("model", {"name": "trap_module:fn"}),
+        ("model", {"name": "custom", "build": "trap_module:fn"}),
+        ("model", {"pool": ["mlp", "trap_module:fn"]}),
+        ("data", {"name": "custom", "layout": "custom", "load": "trap_module:fn"}),
+        ("loss", {"name": "custom", "build": "trap_module:fn"}),
+    ],
+)
+def test_resume_runs_no_code_without_consent(
+    group: str, values: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, mark = interrupted(tmp_path / "run", monkeypatch), tmp_path / "mark"
+    (tmp_path / "trap_module.py").write_text(TRAP.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config[group] |= values
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="trap_module:fn is code that it would run; if you know it, say --allow-code"):
+        resume(out, quiet=True)
+    assert not mark.exists()
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - with a word of consent it runs, whatever it does
+        resume(out, quiet=True, allow_code=True)
+    assert mark.exists() or group == "model"  # a changed model is refused first: the run began with another
+    sys.modules.pop("trap_module", None)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def huge(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(2**36)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [pipe, link, device, huge, folder])
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml", "metrics.parquet", "environment.json", "lock"])
+def test_what_is_no_regular_file_of_ours_is_not_read(
+    name: str, kind: Callable[[Path], None], finished: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / name).unlink(missing_ok=True)
+    kind(out / name)
+    if name in ("environment.json", "lock"):  # what nobody needs is left alone
+        assert load(out).environment == {} or name == "lock"
+        return
+    with pytest.raises(UserError, match=r"\A[^\n]+\Z"):
+        load(out)
+    runs, skipped = find([tmp_path])
+    assert (len(runs), len(skipped)) == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
+        return play(tmp_path_factory.mktemp("finished") / "run")
