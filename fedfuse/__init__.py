@@ -1,30 +1,83 @@
-"""FedFuse: federated knowledge fusion. One algorithm file, every runtime, same bits, honest comparison."""
+"""FedFuse: federated knowledge fusion. One algorithm file, every runtime, same bits, honest comparison.
+
+Everything that a strategy needs comes `from fedfuse import …`: the two halves and what they exchange, the families'
+base classes, and a few modules of mathematics (`lora`, `parts`, `pair`, `training`, …) that are used by name, as in
+`lora.part("lora_B")`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the table below; a test keeps them equal
+    from fedfuse import models
+    from fedfuse.api import Run, load, run
+    from fedfuse.config.registry import hyper, strategy
+    from fedfuse.core.client import FusionClient, transfer_rows
+    from fedfuse.core.scenario import Residents, Scenario, variable
+    from fedfuse.core.shares import Metrics, Records, Share, Shares
+    from fedfuse.core.strategy import FusionStrategy
+    from fedfuse.errors import UserError, WorldError
+    from fedfuse.families import lora
+    from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, RankedHyper, RankedStrategy
+    from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
+    from fedfuse.families.student import StudentStrategy
+    from fedfuse.models import pair, parts
+    from fedfuse.seeding import generator, seed_of
+    from fedfuse.train import basis, classwise, training, truncate
+    from fedfuse.train.privacy import drawn
+    from fedfuse.train.scores import scores
+    from fedfuse.wire import label_code
+    from fedfuse.wire.knowledge import Item, Topic, model_topic
+    from fedfuse.wire.records import (
+        Arrays,
+        InvalidArrays,
+        Layout,
+        Scope,
+        arrays,
+        distributions,
+        layout_of,
+        model_arrays,
+        record,
+        validate,
+    )
+    from fedfuse.wire.sums import Sum
 
 _HOMES = {
-    "FusionClient": "fedfuse.core.client",
-    "FusionStrategy": "fedfuse.core.strategy",
-    "Share": "fedfuse.core.strategy",
-    "Shares": "fedfuse.core.strategy",
-    "Topic": "fedfuse.wire.knowledge",
-    "Item": "fedfuse.wire.knowledge",
-    "arrays": "fedfuse.wire.records",
-    "model_arrays": "fedfuse.wire.records",
-    "UserError": "fedfuse.errors",
-    "WorldError": "fedfuse.errors",
-    "Run": "fedfuse.api",
-    "run": "fedfuse.api",
-    "load": "fedfuse.api",
+    "api": "Run load run",
+    "config.registry": "hyper strategy",
+    "core.client": "FusionClient transfer_rows",
+    "core.scenario": "Residents Scenario variable",
+    "core.shares": "Metrics Records Share Shares",
+    "core.strategy": "FusionStrategy",
+    "errors": "UserError WorldError",
+    "families.adapters": "AdapterClient AdapterHyper AdapterStrategy RankedHyper RankedStrategy",
+    "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
+    "families.student": "StudentStrategy",
+    "seeding": "generator seed_of",
+    "train.privacy": "drawn",
+    "train.scores": "scores",
+    "wire.knowledge": "Item Topic model_topic",
+    "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
+    "wire.sums": "Sum",
 }
-__all__ = sorted(_HOMES)
+_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.basis", "train.classwise",
+            "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+
+_WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
+_WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
     # torch, flwr and ray take seconds to import: nothing of them is, until something that needs them is asked for
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'fedfuse' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedfuse' has no attribute {name!r}")
+    home, inside = _WHERE[name]
+    module = importlib.import_module(home)
+    return getattr(module, inside) if inside else module
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,10 +6,7 @@ each way a round. With a single client this is FedAvg on that client, bit for bi
 
 from __future__ import annotations
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Shares, strategy
 
 
 @strategy("centralized", client=FusionClient, paper="baseline")

@@ -27,21 +27,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics, transfer_rows
-from fedfuse.core.strategy import Records, Shares
-from fedfuse.families.student import StudentStrategy
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.label_code import BITS, bytes_of, code_of, decode, encode, pack, probabilities, quantise, unpack
-from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, distributions
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    InvalidArrays,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    StudentStrategy,
+    Topic,
+    distributions,
+    hyper,
+    label_code,
+    strategy,
+    transfer_rows,
+)
 
 
 @dataclass(frozen=True)
 class CFDHyper:
     """Hyper-parameters of CFD."""
 
-    bits_up: int = hyper(1, "b of the clients' labels", choices=BITS)
-    bits_down: int = hyper(1, "b of the server's labels", choices=BITS)
+    bits_up: int = hyper(1, "b of the clients' labels", choices=label_code.BITS)
+    bits_down: int = hyper(1, "b of the server's labels", choices=label_code.BITS)
     delta: bool = hyper(True, "send only rows that changed since the last round")
     dual: bool = hyper(True, "the server distils into a model of its own and sends that model's labels")
     reinit: bool = hyper(True, "clients start each round from the common θ_0 (paper; ports: false)")
@@ -52,8 +63,8 @@ class CFDHyper:
 
 def fold(value: Arrays, increment: Arrays) -> Arrays:
     """The newest labels, coded whole."""
-    levels, bits = unpack(increment["code"], unpack(value["code"])[0])
-    return {"code": pack(levels, bits)}
+    levels, bits = label_code.unpack(increment["code"], label_code.unpack(value["code"])[0])
+    return {"code": label_code.pack(levels, bits)}
 
 
 def coded(scope: Scope) -> Layout:
@@ -75,11 +86,11 @@ class CFDClient(FusionClient):
         if "weights" in self.state:
             self.load(self.state["weights"])
         self.version = item.version  # draws depend on the labels' version, not on the round that brought them
-        levels, bits = unpack(item.arrays["code"])
+        levels, bits = label_code.unpack(item.arrays["code"])
         if levels.shape != (len(self.public), self.classes):
             raise InvalidArrays(f"labels: {tuple(levels.shape)}, expected {(len(self.public), self.classes)}")
         x, y = self.residents.transfer(self.public)
-        distil = self.loss("kl").towards(probabilities(levels, bits).to(self.residents.device))
+        distil = self.loss("kl").towards(label_code.probabilities(levels, bits).to(self.residents.device))
         self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def fit(self) -> Metrics:
@@ -94,11 +105,11 @@ class CFDClient(FusionClient):
         bits = self.hyper.bits_up
         p = self.predict(self.transfer[self.public]).softmax(1).cpu()
         if bits == 32:
-            return {"labels": {"code": code_of(encode(p, bits))}}
-        levels, previous = quantise(p, bits), self.state.get("sent")
+            return {"labels": {"code": label_code.code_of(label_code.encode(p, bits))}}
+        levels, previous = label_code.quantise(p, bits), self.state.get("sent")
         if self.hyper.delta:
             self.state["sent"] = levels
-        return {"labels": {"code": code_of(encode(levels, bits, previous))}}
+        return {"labels": {"code": label_code.code_of(label_code.encode(levels, bits, previous))}}
 
 
 @strategy("cfd", client=CFDClient, hyper=CFDHyper, paper="Sattler et al. 2022, arXiv 2012.00632")
@@ -123,8 +134,8 @@ class CFD(StudentStrategy):
         for share in shares:
             key, code = str(share.client), share.records["labels"]["code"]
             try:
-                levels = decode(bytes_of(code), len(rows), self.classes, h.bits_up, sent.get(key))
-                p = probabilities(levels, h.bits_up)
+                levels = label_code.decode(label_code.bytes_of(code), len(rows), self.classes, h.bits_up, sent.get(key))
+                p = label_code.probabilities(levels, h.bits_up)
                 distributions("labels", p)
             except InvalidArrays as error:
                 self.exclude(share, str(error))
@@ -138,10 +149,12 @@ class CFD(StudentStrategy):
         soft = (total / clients).float()
         if h.dual:
             soft = self._answers(self.teach(self.loss("kl"), soft, rows), rows)
-        new = soft if h.bits_down == 32 else quantise(soft, h.bits_down)
+        new = soft if h.bits_down == 32 else label_code.quantise(soft, h.bits_down)
         old = self.board.items.get(("labels", ""))
         by_delta = old is not None and h.delta and h.bits_down != 32
-        code = pack(new, h.bits_down, unpack(old.arrays["code"])[0] if old is not None and by_delta else None)
+        code = label_code.pack(
+            new, h.bits_down, label_code.unpack(old.arrays["code"])[0] if old is not None and by_delta else None
+        )
         self.log("bits_per_label/down", 8 * len(code) / len(rows))
         self.publish("labels", {"code": code})
 

@@ -24,11 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import InvalidArrays, Layout, Scope, arrays
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.seeding import seed_of
-from fedfuse.train import training
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Scope, arrays, distributions
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    seed_of,
+    strategy,
+    training,
+)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.train.training import proximal
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Records, Shares, hyper, strategy, training
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class DittoClient(FusionClient):
         metrics = self.train(x=self.x, y=self.y)  # not its own examples' optimiser: that one is v_k's
         self.shared = self.weights()
         self.load(own)
-        pull = proximal(self.common, self.hyper.lam)
+        pull = training.proximal(self.common, self.hyper.lam)
         self.train(after_backward=pull if self.hyper.lam else None, epochs=self.hyper.personal_epochs)
         return metrics
 

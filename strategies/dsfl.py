@@ -23,12 +23,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, transfer_rows
-from fedfuse.core.strategy import Records, Shares
-from fedfuse.families.student import StudentStrategy
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Scope, arrays, distributions
+from fedfuse import (
+    FusionClient,
+    Item,
+    Records,
+    Scope,
+    Shares,
+    StudentStrategy,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    strategy,
+    transfer_rows,
+)
 
 
 @dataclass(frozen=True)

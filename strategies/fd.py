@@ -24,11 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays, InvalidArrays, Scope, arrays, distributions
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)

@@ -38,28 +38,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import Records
-from fedfuse.core.strategy import Shares
-from fedfuse.errors import UserError
-from fedfuse.families.adapters import (
+from fedfuse import (
     AdapterClient,
     AdapterStrategy,
+    Arrays,
+    Item,
+    Layout,
     RankedHyper,
-    at_most,
-    cut,
-    equip,
-    is_head,
-    pad,
-    part,
-    rank_of,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    UserError,
+    arrays,
+    basis,
+    drawn,
+    hyper,
+    lora,
+    strategy,
 )
-from fedfuse.train import basis
-from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
-from fedfuse.train.privacy import drawn
-from fedfuse.train.stack import deltas, empty, fold, increments
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays, Layout, Scope, arrays
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class FedSBHyper(RankedHyper):
 def gradient_arrays(scope: Scope) -> Layout:
     """What a client shares in set-up: the gradient of each W₀, or the factors of its sketch; and its rows."""
     out: Layout = {"rows": ("float32", (1,))}
-    for name in layer_names(scope.model, "lora_R.weight"):
+    for name in lora.layer_names(scope.model, "lora_R.weight"):
         d, k = scope.model[f"{name}.basis_B"][1][0], scope.model[f"{name}.basis_A"][1][1]
         if scope.hyper.init_from == "sketch":
             q = min(scope.hyper.rank + scope.hyper.oversample, d, k)
@@ -111,7 +108,7 @@ class FedSBClient(AdapterClient):
     def equip(model: nn.Module, hyper: FedSBHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """Adapters in a random orthonormal basis from the run's seed, or in W₀'s leading directions."""
         delta = hyper.refresh is not None
-        model = equip(model, hyper, LoRASB, ("lora_R",), default_scale=1.0, delta=delta)
+        model = lora.equip(model, hyper, lora.LoRASB, ("lora_R",), default_scale=1.0, delta=delta)
         if hyper.init == "weight_svd":
             found, _, _ = basis.basis_of(basis.base_weights(model), hyper.rank)
             model.load_state_dict(found, strict=False)
@@ -120,13 +117,13 @@ class FedSBClient(AdapterClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take Δ and the basis, if they are sent, make sure that it is the server's, then take R and the head."""
         if "merged" in knowledge:
-            self.load(deltas(knowledge["merged"].arrays), strict=False)
+            self.load(lora.deltas(knowledge["merged"].arrays), strict=False)
         if "basis" in knowledge:
             self.load(knowledge["basis"].arrays, strict=False)
         if "sha" in knowledge:
             basis.check_basis(self.model, knowledge["sha"].arrays["sha"], f"client {self.client}")
         if "R" in knowledge:
-            self.load(pad(knowledge["R"].arrays, self.weights()), strict=False)
+            self.load(lora.pad(knowledge["R"].arrays, self.weights()), strict=False)
         self.restore()
 
     def setup(self) -> Records:
@@ -171,11 +168,11 @@ class FedSBClient(AdapterClient):
 
     def share(self) -> Records:
         """R (its leading block, for a smaller rank) and the head."""
-        return {"R": cut(self.parts("lora_R"), rank_of(self.hyper, self.client))}
+        return {"R": lora.cut(self.parts("lora_R"), lora.rank_of(self.hyper, self.client))}
 
     def fit(self):
         """Train R; outside the leading block of a smaller rank it is zero and stays so."""
-        rank = rank_of(self.hyper, self.client)
+        rank = lora.rank_of(self.hyper, self.client)
         if rank == self.hyper.rank:
             return super().fit()
 
@@ -195,11 +192,11 @@ class FedSB(AdapterStrategy):
 
     topics = {
         "sha": Topic("state", arrays(sha=("uint8", 32)), once=True),
-        "basis": Topic("state", part("basis_A", "basis_B", head=False), once=True),
-        "merged": Topic("fold", fold=fold, increment=increments),
-        "R": Topic("state", at_most(part("lora_R"))),
+        "basis": Topic("state", lora.part("basis_A", "basis_B", head=False), once=True),
+        "merged": Topic("fold", fold=lora.fold, increment=lora.increments),
+        "R": Topic("state", lora.at_most(lora.part("lora_R"))),
     }
-    records = {"R": at_most(part("lora_R"))}
+    records = {"R": lora.at_most(lora.part("lora_R"))}
     records_setup = records_refresh = {"gradient": gradient_arrays}
     sums = {}
 
@@ -239,8 +236,8 @@ class FedSB(AdapterStrategy):
                     f"strategy.refresh={self.hyper.refresh}: the privacy budget has room for one release of gradients; "
                     "allowed with privacy: init=random_orthonormal or weight_svd, init_from=transfer, or refresh=null"
                 )
-            layers = adapted(self.residents.model(self.architecture))
-            self.publish("merged", empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
+            layers = lora.adapted(self.residents.model(self.architecture))
+            self.publish("merged", lora.empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
         if not self.hyper.needs_gradient:
             if self.hyper.r0 == "singular":
                 raise UserError(f"strategy.r0=singular: init={self.hyper.init} has no first step; allowed: zero")
@@ -268,9 +265,9 @@ class FedSB(AdapterStrategy):
         for share in shares:
             sent = share.records["gradient"]
             rows += float(sent["rows"])
-            for name in layer_names(sent, "gradient"):
+            for name in lora.layer_names(sent, "gradient"):
                 total[name] = total.get(name, 0) + sent[f"{name}.gradient"].double()
-            for name in layer_names(sent, "U"):
+            for name in lora.layer_names(sent, "U"):
                 total[name] = total.get(name, 0) + sent[f"{name}.U"].double() @ sent[f"{name}.V"].double()
         self.start_from({name: value / rows for name, value in total.items()})
 
@@ -300,7 +297,7 @@ class FedSB(AdapterStrategy):
     def fuse(self, shares: Shares) -> None:
         """Mean of R, zero-padded, then the server's step."""
         old: Arrays = self.state["R"]
-        mean, _ = self.mean((share, pad(share.records["R"], old)) for share in shares)
+        mean, _ = self.mean((share, lora.pad(share.records["R"], old)) for share in shares)
         beta, rate = self.hyper.server_momentum, self.hyper.server_lr
         new, self.state["momentum"] = step(old, mean, self.state.get("momentum", {}), beta, rate)
         if self.refreshes(self.round):
@@ -311,13 +308,13 @@ class FedSB(AdapterStrategy):
     def merge(self, latents: Arrays) -> None:
         """Δ ← Δ + s·B R A, R ← 0, m ← 0 and a new basis, or what the clients need to make it of."""
         now, folded = self.state_of_model(), {}
-        layers = adapted(self.residents.model(self.architecture))
+        layers = lora.adapted(self.residents.model(self.architecture))
         for name, layer in layers.items():
             r = latents[f"{name}.lora_R.weight"]
             left = layer.scale * now[f"{name}.basis_B"].double() @ r.double()
             folded[f"{name}.B"], folded[f"{name}.A"] = left.to(r.dtype), now[f"{name}.basis_A"].to(r.dtype)
         self.publish("merged", folded)
-        zero = {name: torch.zeros_like(value) for name, value in latents.items() if not is_head(name)}
+        zero = {name: torch.zeros_like(value) for name, value in latents.items() if not lora.is_head(name)}
         self.state |= {"R": latents | zero, "momentum": {}}
         if self.asks_clients:
             return
@@ -325,17 +322,19 @@ class FedSB(AdapterStrategy):
             self.start_from(self.transfer_gradient())
             return
         if self.hyper.init == "weight_svd":
-            delta = deltas(self.published("merged"))
+            delta = lora.deltas(self.published("merged"))
             base = basis.base_weights(self.residents.model(self.architecture))
             found, _, _ = basis.basis_of({n: w + delta[f"{n}.delta"] for n, w in base.items()}, self.hyper.rank)
         else:
             found, draw = {}, self.generator("basis")
             for name, layer in layers.items():
-                found[f"{name}.basis_B"] = orthonormal(layer.outputs, self.hyper.rank, generator=draw)
-                found[f"{name}.basis_A"] = orthonormal(layer.inputs, self.hyper.rank, generator=draw).T.contiguous()
+                found[f"{name}.basis_B"] = lora.orthonormal(layer.outputs, self.hyper.rank, generator=draw)
+                found[f"{name}.basis_A"] = lora.orthonormal(
+                    layer.inputs, self.hyper.rank, generator=draw
+                ).T.contiguous()
         self.settle(found, self.state["R"], True)
 
     def state_of_model(self) -> Arrays:
         """Basis, R and head, over W₀ + Δ."""
-        merged = deltas(self.published("merged")) if self.hyper.refresh is not None else {}
+        merged = lora.deltas(self.published("merged")) if self.hyper.refresh is not None else {}
         return super().state_of_model() | self.state.get("R", {}) | merged

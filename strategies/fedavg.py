@@ -16,10 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Shares, hyper, strategy
 
 
 @dataclass(frozen=True)

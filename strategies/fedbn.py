@@ -16,12 +16,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.parts import norms, without
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Layout, Scope
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    hyper,
+    parts,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class FedBNHyper:
 
 def shared_arrays(scope: Scope) -> Layout:
     """Spec: all arrays but those of the norms kept."""
-    kept = set(norms(scope.module, scope.hyper.norms == "all"))
+    kept = set(parts.norms(scope.module, scope.hyper.norms == "all"))
     return {name: layout for name, layout in scope.model.items() if name not in kept}
 
 
@@ -48,14 +56,14 @@ class FedBNClient(FusionClient):
         """Train all layers; keep the norms."""
         metrics = self.train()
         weights = self.weights()
-        kept = [name for name in norms(self.model, self.hyper.norms == "all") if name in weights]
+        kept = [name for name in parts.norms(self.model, self.hyper.norms == "all") if name in weights]
         if kept:
             self.state["norms"] = {name: weights[name] for name in kept}
         return metrics
 
     def share(self) -> Records:
         """Every layer but the norms."""
-        return {"layers": without(self.weights(), norms(self.model, self.hyper.norms == "all"))}
+        return {"layers": parts.without(self.weights(), parts.norms(self.model, self.hyper.norms == "all"))}
 
 
 @strategy("fedbn", client=FedBNClient, hyper=FedBNHyper, paper="Li et al. 2021, arXiv 2102.07623")
@@ -69,8 +77,8 @@ class FedBN(FusionStrategy):
 
     def begin(self) -> None:
         """Publish the initial layers but the norms."""
-        kept = norms(self.residents.model(self.architecture), self.hyper.norms == "all")
-        self.publish("layers", without(self.residents.initial(self.architecture), kept))
+        kept = parts.norms(self.residents.model(self.architecture), self.hyper.norms == "all")
+        self.publish("layers", parts.without(self.residents.initial(self.architecture), kept))
 
     def fuse(self, shares: Shares) -> None:
         """Mean of the shared layers."""

@@ -29,15 +29,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.scenario import Residents, variable
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.errors import UserError
-from fedfuse.seeding import generator
-from fedfuse.train import training
-from fedfuse.wire.records import Arrays
-from fedfuse.wire.sums import Sum
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    Residents,
+    Shares,
+    Sum,
+    UserError,
+    generator,
+    hyper,
+    strategy,
+    training,
+    variable,
+)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.scenario import Scenario
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.models.parts import parameters
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Scenario, Shares, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class FedDynClient(FusionClient):
         alpha = strength(self.hyper, self.scenario, self.client)
         if alpha == 0:
             return self.train()
-        names = [name for name in parameters(self.model) if name in self.start]
+        names = [name for name in parts.parameters(self.model) if name in self.start]
         slope: Arrays = self.state.get("slope") or {name: torch.zeros_like(self.start[name]) for name in names}
 
         def bend(model: nn.Module) -> None:
@@ -86,7 +80,7 @@ class FedDyn(FusionStrategy):
         total, taking_part = shares.total("model")
         if alpha > 0:
             h: Arrays = self.state.setdefault("h", {})
-            for name in parameters(self.residents.model(self.architecture)):
+            for name in parts.parameters(self.residents.model(self.architecture)):
                 if name in mean:
                     before = h.get(name, torch.zeros_like(total[name]))
                     moved = total[name] - taking_part * old[name].double()

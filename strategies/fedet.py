@@ -29,13 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.scenario import Residents
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.models.parts import classes_of, seeded_by
-from fedfuse.wire.records import Arrays
-from fedfuse.wire.sums import Sum
+from fedfuse import Arrays, FusionClient, FusionStrategy, Residents, Shares, Sum, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ class FedETClient(FusionClient):
         """Add the common layer."""
         if not hasattr(model, "features"):
             return model
-        with seeded_by(model, "common layer"):
-            return Layered(model, hyper.representation, classes_of(model))
+        with parts.seeded_by(model, "common layer"):
+            return Layered(model, hyper.representation, parts.classes_of(model))
 
 
 def layer(arrays: Arrays) -> Arrays:

@@ -20,13 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.strategy import Shares
-from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.train.adapters import adapted
-from fedfuse.train.stack import compact, deltas, empty, fold, increments
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Item, Shares, Topic, lora, strategy
 
 
 def residual(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +45,7 @@ def residual(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], sc
     right = [a - as_[-1] for a in as_[:-1]]
     if not left:
         return bs[0][:, :0], as_[0][:0]
-    return compact(torch.cat(left, 1), torch.cat(right, 0))
+    return lora.compact(torch.cat(left, 1), torch.cat(right, 0))
 
 
 class FedExLoRAClient(AdapterClient):
@@ -60,12 +54,12 @@ class FedExLoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA over a base with Δ."""
-        return equip(model, hyper, delta=True)
+        return lora.equip(model, hyper, delta=True)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take the means and all residuals so far."""
         self.load(knowledge["adapter"].arrays, strict=False)
-        self.load(deltas(knowledge["residual"].arrays), strict=False)
+        self.load(lora.deltas(knowledge["residual"].arrays), strict=False)
         self.restore()
 
 
@@ -74,17 +68,17 @@ class FedExLoRA(AdapterStrategy):
     """Mean of LoRA's A and B, and the residual of their product into the base: exact."""
 
     topics = {
-        "adapter": Topic("state", part("lora_A", "lora_B")),
-        "residual": Topic("fold", fold=fold, increment=increments),
+        "adapter": Topic("state", lora.part("lora_A", "lora_B")),
+        "residual": Topic("fold", fold=lora.fold, increment=lora.increments),
     }
-    records = {"adapter": part("lora_A", "lora_B")}
+    records = {"adapter": lora.part("lora_A", "lora_B")}
     sums = {}
 
     def publish_initial(self) -> None:
         """Version 0: the seed's adapters over Δ = 0."""
         super().publish_initial()
-        layers = adapted(self.residents.model(self.architecture))
-        self.publish("residual", empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
+        layers = lora.adapted(self.residents.model(self.architecture))
+        self.publish("residual", lora.empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
 
     def fuse(self, shares: Shares) -> None:
         """The means, and E of each layer."""
@@ -93,7 +87,7 @@ class FedExLoRA(AdapterStrategy):
         weights = [self.weight_of(share) for share in everyone]
         p = [weight / sum(weights) for weight in weights]
         folded: Arrays = {}
-        for name, layer in adapted(self.residents.model(self.architecture)).items():
+        for name, layer in lora.adapted(self.residents.model(self.architecture)).items():
             bs = [share.records["adapter"][f"{name}.lora_B.weight"].double() for share in everyone]
             as_ = [share.records["adapter"][f"{name}.lora_A.weight"].double() for share in everyone]
             b, a = residual(bs, as_, p, layer.scale)
@@ -104,4 +98,4 @@ class FedExLoRA(AdapterStrategy):
 
     def state_of_model(self) -> Arrays:
         """Means over the base with Δ."""
-        return super().state_of_model() | deltas(self.published("residual"))
+        return super().state_of_model() | lora.deltas(self.published("residual"))

@@ -27,14 +27,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.seeding import seed_of
-from fedfuse.train import training
-from fedfuse.wire.knowledge import Item, Topic, model_topic
-from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, arrays, layout_of, model_arrays
-from fedfuse.wire.sums import Sum
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Sum,
+    Topic,
+    arrays,
+    hyper,
+    layout_of,
+    model_arrays,
+    model_topic,
+    seed_of,
+    strategy,
+    training,
+)
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse import models
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.config.schema import ModelConfig
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Metrics, Records, Share, Shares
-from fedfuse.train import training
-from fedfuse.train.scores import scores
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, arrays, validate
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Scope,
+    Share,
+    Shares,
+    Topic,
+    arrays,
+    hyper,
+    models,
+    scores,
+    strategy,
+    training,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,6 @@ class FedGKT(FusionStrategy):
                 self.hyper.tail,
                 shape=(self._width,),
                 classes=self.classes,
-                config=ModelConfig(),
                 seed=self.scenario.seed,
             )
             self._tail = built.to(self.residents.device)

@@ -26,12 +26,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.train.classwise import class_means, mean_over_holders, pull
-from fedfuse.wire.knowledge import Item, Topic, model_topic
-from fedfuse.wire.records import Arrays, InvalidArrays, Scope, arrays, distributions, model_arrays
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    classwise,
+    distributions,
+    hyper,
+    model_arrays,
+    model_topic,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,8 @@ def hyper_knowledge(z: Tensor, logits: Tensor, y: Tensor, temperature: float) ->
         T.
     """
     classes = logits.shape[1]
-    embeddings, counts = class_means(z, y, classes)
-    predictions, _ = class_means((logits / temperature).softmax(1), y, classes)
+    embeddings, counts = classwise.class_means(z, y, classes)
+    predictions, _ = classwise.class_means((logits / temperature).softmax(1), y, classes)
     return {"embeddings": embeddings, "predictions": predictions, "counts": counts}
 
 
@@ -88,7 +101,7 @@ class FedHKDClient(FusionClient):
             taught = distance.from_probabilities(
                 head(embeddings[classes]), predictions[classes], classes, softened=h.temperature
             )
-            return F.cross_entropy(logits, y) + h.lam * taught + h.gamma * pull(z, y, embeddings, held)
+            return F.cross_entropy(logits, y) + h.lam * taught + h.gamma * classwise.pull(z, y, embeddings, held)
 
         return self.train(loss, forward=self.features_and_logits)
 
@@ -137,7 +150,7 @@ class FedHKD(FusionStrategy):
         weights = counts if self.hyper.weighting == "count" else (counts > 0)
         new: Arrays = {}
         for name in ("embeddings", "predictions"):
-            mean, held = mean_over_holders(torch.stack([r[name] for r in everyone]), weights)
+            mean, held = classwise.mean_over_holders(torch.stack([r[name] for r in everyone]), weights)
             new[name], new["held"] = mean.float(), held
         if ("classes", "") in self.board.items:
             old, held = self.published("classes"), new["held"]

@@ -18,9 +18,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.wire.knowledge import Topic
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Topic, lora, strategy
 
 
 class FedITClient(AdapterClient):
@@ -29,12 +27,12 @@ class FedITClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA, both factors trained."""
-        return equip(model, hyper)
+        return lora.equip(model, hyper)
 
 
 @strategy("fedit", client=FedITClient, hyper=AdapterHyper, paper="Zhang et al. 2024, arXiv 2305.05644")
 class FedIT(AdapterStrategy):
     """Mean of LoRA's A and of its B."""
 
-    topics = {"adapter": Topic("state", part("lora_A", "lora_B"))}
-    records = {"adapter": part("lora_A", "lora_B")}
+    topics = {"adapter": Topic("state", lora.part("lora_A", "lora_B"))}
+    records = {"adapter": lora.part("lora_A", "lora_B")}

@@ -27,14 +27,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.scenario import Residents
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.pair import joined, paired, private_part, shared_arrays, shared_part
-from fedfuse.train.truncate import check_packed, pack, packed_layout, unpack
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays, Layout, Scope
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Layout,
+    Metrics,
+    Records,
+    Residents,
+    Scope,
+    Shares,
+    Topic,
+    hyper,
+    pair,
+    strategy,
+    truncate,
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,13 @@ def energy(h: FedKDHyper, round: int, rounds: int) -> float:
 
 def apply(student: Arrays, increment: Arrays) -> Arrays:
     """S + Δ, of a truncated Δ; buffers that count are added up as integers."""
-    change = unpack(increment, student)
+    change = truncate.unpack(increment, student)
     return {name: value + change[name] for name, value in student.items()}
 
 
 def increments(scope: Scope) -> Layout:
     """Spec: a truncated update of the student."""
-    return packed_layout(shared_arrays(scope))
+    return truncate.packed_layout(pair.shared_arrays(scope))
 
 
 class FedKDClient(FusionClient):
@@ -70,12 +79,12 @@ class FedKDClient(FusionClient):
     @staticmethod
     def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         """Add the student, and W where features are compared."""
-        return paired(model, hyper.student, build, bridge=hyper.hidden)
+        return pair.paired(model, hyper.student, build, bridge=hyper.hidden)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take the student; teacher and W are private."""
         self.start = knowledge["student"].arrays
-        self.load(joined(self.state.get("own") or private_part(self.weights()), self.start))
+        self.load(pair.joined(self.state.get("own") or pair.private_part(self.weights()), self.start))
 
     def fit(self) -> Metrics:
         """Adaptive mutual distillation on private data."""
@@ -90,14 +99,14 @@ class FedKDClient(FusionClient):
             return right + lesson / ((right if h.through else right.detach()) + 1e-8)
 
         metrics = self.train(adaptive, forward=model.everything if h.hidden else model.both)  # type: ignore[arg-type]
-        self.state["own"] = private_part(self.weights())
+        self.state["own"] = pair.private_part(self.weights())
         return metrics
 
     def share(self) -> Records:
         """Δ_k, truncated."""
-        end = shared_part(self.weights())
+        end = pair.shared_part(self.weights())
         kept = energy(self.hyper, self.round, self.scenario.config.rounds)
-        packed = pack({name: value - self.start[name] for name, value in end.items()}, kept)
+        packed = truncate.pack({name: value - self.start[name] for name, value in end.items()}, kept)
         return {"update": packed}
 
 
@@ -105,7 +114,7 @@ class FedKDClient(FusionClient):
 class FedKD(FusionStrategy):
     """Private teachers, a common student whose updates travel as truncated SVDs."""
 
-    topics = {"student": Topic("fold", shared_arrays, fold=apply, increment=increments)}
+    topics = {"student": Topic("fold", pair.shared_arrays, fold=apply, increment=increments)}
     records = {"update": increments}
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -121,11 +130,11 @@ class FedKD(FusionStrategy):
     def examine(cls, scope: Scope, records: Records) -> None:
         """Factors must fit together."""
         if "update" in records:
-            check_packed(records["update"], shared_arrays(scope))
+            truncate.check_packed(records["update"], pair.shared_arrays(scope))
 
     def begin(self) -> None:
         """Publish the initial student."""
-        self.publish("student", shared_part(self.residents.initial(self.architecture)))
+        self.publish("student", pair.shared_part(self.residents.initial(self.architecture)))
 
     def fuse(self, shares: Shares) -> None:
         """S ← s + truncated mean Δ_k."""
@@ -133,7 +142,7 @@ class FedKD(FusionStrategy):
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in student.items()}
         weight = 0
         for share in shares:
-            for name, change in unpack(share.records["update"], student).items():
+            for name, change in truncate.unpack(share.records["update"], student).items():
                 total[name] += share.examples * change.double()
             weight += share.examples
         if weight == 0:
@@ -141,4 +150,4 @@ class FedKD(FusionStrategy):
         mean = {name: value / weight for name, value in total.items()}
         mean = {k: v if student[k].is_floating_point() else v.round().to(student[k].dtype) for k, v in mean.items()}
         kept = energy(self.hyper, self.round, self.scenario.config.rounds)
-        self.publish("student", pack(mean, kept))
+        self.publish("student", truncate.pack(mean, kept))

@@ -20,11 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import arrays
+from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, arrays, hyper, strategy
 
 
 @dataclass(frozen=True)

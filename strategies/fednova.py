@@ -18,12 +18,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.parts import parameters
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays, model_arrays
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Metrics,
+    Records,
+    Shares,
+    hyper,
+    model_arrays,
+    parts,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class FedNovaClient(FusionClient):
     def share(self) -> Records:
         """d_i for parameters, values for buffers."""
         end, scale = self.weights(), self.progress or 1.0
-        moved = {k: (self.start[k] - end[k]) / scale for k in parameters(self.model) if k in end}
+        moved = {k: (self.start[k] - end[k]) / scale for k in parts.parameters(self.model) if k in end}
         return {"update": {**end, **moved}}
 
 
@@ -77,7 +84,7 @@ class FedNova(FusionStrategy):
         told = [(share.examples, float(share.metrics["progress"])) for share in shares]
         mean, old = shares.mean("update"), self.model  # of what was streamed above
         effective = self.hyper.server_lr * sum(n * a for n, a in told) / sum(n for n, _ in told)
-        for name in parameters(self.residents.model(self.architecture)):
+        for name in parts.parameters(self.residents.model(self.architecture)):
             if name in mean:
                 mean[name] = (old[name].double() - effective * mean[name].double()).to(old[name].dtype)
         self.log("progress", effective)

@@ -13,11 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.parts import body_arrays, head, without
-from fedfuse.wire.knowledge import Item, Topic
+from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, parts, strategy
 
 
 class FedPerClient(FusionClient):
@@ -31,20 +27,20 @@ class FedPerClient(FusionClient):
         """Train body and head jointly; keep the head."""
         metrics = self.train()
         weights = self.weights()
-        self.state["head"] = {name: weights[name] for name in head(self.model) if name in weights}
+        self.state["head"] = {name: weights[name] for name in parts.head(self.model) if name in weights}
         return metrics
 
     def share(self) -> Records:
         """The body."""
-        return {"body": without(self.weights(), head(self.model))}
+        return {"body": parts.without(self.weights(), parts.head(self.model))}
 
 
 @strategy("fedper", client=FedPerClient, paper="Arivazhagan et al. 2019, arXiv 1912.00818")
 class FedPer(FusionStrategy):
     """FedAvg of the body; heads are private, trained jointly with it."""
 
-    topics = {"body": Topic("state", body_arrays)}
-    records = {"body": body_arrays}
+    topics = {"body": Topic("state", parts.body_arrays)}
+    records = {"body": parts.body_arrays}
     sums = {"body": "num-examples"}
     heterogeneous = False
     needs_features = True
@@ -52,7 +48,7 @@ class FedPer(FusionStrategy):
     def begin(self) -> None:
         """Publish the initial body."""
         initial = self.residents.initial(self.architecture)
-        self.publish("body", without(initial, head(self.residents.model(self.architecture))))
+        self.publish("body", parts.without(initial, parts.head(self.residents.model(self.architecture))))
 
     def fuse(self, shares: Shares) -> None:
         """w_B = Σ n_k w_Bk / Σ n_k."""

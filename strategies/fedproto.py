@@ -23,12 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.train.classwise import class_means, mean_over_holders, pull
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import InvalidArrays, Scope, arrays
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Metrics,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    classwise,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +75,13 @@ class FedProtoClient(FusionClient):
 
         def loss(out: tuple[Tensor, Tensor], y: Tensor, _: Tensor) -> Tensor:
             z, logits = out
-            return F.cross_entropy(logits, y) + self.hyper.lam * pull(z, y, prototypes, held)
+            return F.cross_entropy(logits, y) + self.hyper.lam * classwise.pull(z, y, prototypes, held)
 
         return self.train(loss, forward=self.features_and_logits)
 
     def share(self) -> Records:
         """P_kc and |D_kc|, of the weights as trained."""
-        means, counts = class_means(self.embed(self.x), self.y, self.classes)
+        means, counts = classwise.class_means(self.embed(self.x), self.y, self.classes)
         return {"prototypes": {"means": means, "counts": counts}}
 
     def predict(self, x: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ class FedProto(FusionStrategy):
         everyone = [share.records["prototypes"] for share in shares]
         counts = torch.stack([r["counts"] for r in everyone])
         weights = counts if self.hyper.weighting == "count" else (counts > 0)
-        means, held = mean_over_holders(torch.stack([r["means"] for r in everyone]), weights)
+        means, held = classwise.mean_over_holders(torch.stack([r["means"] for r in everyone]), weights)
         means = means.float()
         if ("prototypes", "") in self.board.items:
             old = self.published("prototypes")

@@ -14,12 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.train.training import proximal
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Shares, hyper, strategy, training
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class FedProxClient(FusionClient):
 
     def fit(self) -> Metrics:
         """Min F_k(w) + (μ/2)‖w − w_t‖²."""
-        return self.train(after_backward=proximal(self.anchor, self.hyper.mu))
+        return self.train(after_backward=training.proximal(self.anchor, self.hyper.mu))
 
 
 @strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")

@@ -17,11 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.parts import body_arrays, head, without
-from fedfuse.wire.knowledge import Item, Topic
+from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class FedRepClient(FusionClient):
 
     def fit(self) -> Metrics:
         """Head first, then body; keep the head."""
-        private = set(head(self.model))
+        private = set(parts.head(self.model))
         groups: tuple[list, list] = ([], [])
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -55,15 +51,15 @@ class FedRepClient(FusionClient):
 
     def share(self) -> Records:
         """The body."""
-        return {"body": without(self.weights(), head(self.model))}
+        return {"body": parts.without(self.weights(), parts.head(self.model))}
 
 
 @strategy("fedrep", client=FedRepClient, hyper=FedRepHyper, paper="Collins et al. 2021, arXiv 2102.07078")
 class FedRep(FusionStrategy):
     """Mean of the bodies; private heads, fitted before the body."""
 
-    topics = {"body": Topic("state", body_arrays)}
-    records = {"body": body_arrays}
+    topics = {"body": Topic("state", parts.body_arrays)}
+    records = {"body": parts.body_arrays}
     heterogeneous = False
     needs_features = True
 
@@ -75,7 +71,7 @@ class FedRep(FusionStrategy):
     def begin(self) -> None:
         """Publish the initial body."""
         initial = self.residents.initial(self.architecture)
-        self.publish("body", without(initial, head(self.residents.model(self.architecture))))
+        self.publish("body", parts.without(initial, parts.head(self.residents.model(self.architecture))))
 
     def fuse(self, shares: Shares) -> None:
         """φ_{t+1} = mean φ_i."""

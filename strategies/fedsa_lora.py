@@ -18,11 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import Records
-from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.wire.knowledge import Topic
-from fedfuse.wire.records import Arrays
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Records, Topic, hyper, lora, strategy
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class FedSALoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: FedSALoRAHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA, both factors trained."""
-        return equip(model, hyper)
+        return lora.equip(model, hyper)
 
     def share(self) -> Records:
         """A; the head only if it is aggregated."""
@@ -51,8 +47,8 @@ class FedSALoRAClient(AdapterClient):
 class FedSALoRA(AdapterStrategy):
     """Mean of LoRA's A; B and head are personal."""
 
-    topics = {"adapter": Topic("state", part("lora_A"))}
-    records = {"adapter": part("lora_A")}
+    topics = {"adapter": Topic("state", lora.part("lora_A"))}
+    records = {"adapter": lora.part("lora_A")}
 
     def publish_initial(self) -> None:
         """The seed's A."""

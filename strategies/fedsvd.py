@@ -19,14 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import Records
-from fedfuse.core.strategy import Shares
-from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.train.adapters import layer_names
-from fedfuse.train.basis import leading
-from fedfuse.wire.knowledge import Topic
-from fedfuse.wire.records import Arrays
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Records, Shares, Topic, hyper, lora, strategy
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ def refactor(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """U S (d × r) and Vᵀ (r × k) of B A, by QR of both factors and a decomposition of r × r, in float64."""
     qb, rb = torch.linalg.qr(b.double())
     qa, ra = torch.linalg.qr(a.double().T)
-    u, s, vt = leading(rb @ ra.T, len(a))
+    u, s, vt = lora.leading(rb @ ra.T, len(a))
     return qb @ (u * s), vt @ qa.T
 
 
@@ -50,7 +43,7 @@ class FedSVDClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: FedSVDHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA with A fixed."""
-        return equip(model, hyper, trains=("lora_B",))
+        return lora.equip(model, hyper, trains=("lora_B",))
 
     def share(self) -> Records:
         """B and the head."""
@@ -61,8 +54,8 @@ class FedSVDClient(AdapterClient):
 class FedSVD(AdapterStrategy):
     """Mean of LoRA's B, with A refreshed to the leading right singular vectors of B A: exact."""
 
-    topics = {"adapter": Topic("state", part("lora_B")), "A": Topic("state", part("lora_A", head=False))}
-    records = {"adapter": part("lora_B")}
+    topics = {"adapter": Topic("state", lora.part("lora_B")), "A": Topic("state", lora.part("lora_A", head=False))}
+    records = {"adapter": lora.part("lora_B")}
 
     def publish_initial(self) -> None:
         """B = 0 and the head."""
@@ -74,7 +67,7 @@ class FedSVD(AdapterStrategy):
         if self.round % self.hyper.period == 0:
             fresh: Arrays = {}
             now = self.state_of_model()
-            for name in list(layer_names(mean, "lora_B.weight")):
+            for name in list(lora.layer_names(mean, "lora_B.weight")):
                 b, a = mean[f"{name}.lora_B.weight"], now[f"{name}.lora_A.weight"]
                 dtype = b.dtype
                 if bool((b != 0).any()):

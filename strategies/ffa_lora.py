@@ -17,10 +17,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import Records
-from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, equip, part
-from fedfuse.wire.knowledge import Topic
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Records, Topic, lora, strategy
 
 
 class FFALoRAClient(AdapterClient):
@@ -29,7 +26,7 @@ class FFALoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA with A fixed."""
-        return equip(model, hyper, trains=("lora_B",))
+        return lora.equip(model, hyper, trains=("lora_B",))
 
     def share(self) -> Records:
         """B and the head."""
@@ -40,8 +37,8 @@ class FFALoRAClient(AdapterClient):
 class FFALoRA(AdapterStrategy):
     """Mean of LoRA's B, with A frozen and common: exact."""
 
-    topics = {"adapter": Topic("state", part("lora_B"))}
-    records = {"adapter": part("lora_B")}
+    topics = {"adapter": Topic("state", lora.part("lora_B"))}
+    records = {"adapter": lora.part("lora_B")}
 
     def publish_initial(self) -> None:
         """B = 0 and the head."""

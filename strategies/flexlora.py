@@ -18,20 +18,24 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import Records
-from fedfuse.core.strategy import Share, Shares
-from fedfuse.families.adapters import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
-from fedfuse.train.adapters import adapted, layer_names
-from fedfuse.train.basis import leading
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays
-from fedfuse.wire.sums import Sum
+from fedfuse import (
+    AdapterClient,
+    Arrays,
+    Item,
+    RankedHyper,
+    RankedStrategy,
+    Records,
+    Share,
+    Shares,
+    Sum,
+    lora,
+    strategy,
+)
 
 
 def truncated(update: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """B (d × r) and A (r × k) with s·B A the best approximation of rank r of an update M (d × k)."""
-    u, s, vt = leading(update, rank)
+    u, s, vt = lora.leading(update, rank)
     return u * s / scale, vt
 
 
@@ -41,16 +45,16 @@ class FlexLoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: RankedHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA of the largest rank."""
-        return equip(model, hyper)
+        return lora.equip(model, hyper)
 
     def receive(self, knowledge: dict[str, Item]) -> None:  # type: ignore[override]
         """Take this client's factors, padded with zeros."""
-        self.load(pad(knowledge["adapter"].arrays, self.weights()), strict=False)
+        self.load(lora.pad(knowledge["adapter"].arrays, self.weights()), strict=False)
         self.restore()
 
     def share(self) -> Records:
         """A_i, B_i and the head."""
-        return {"adapter": cut(self.parts("lora_A", "lora_B"), rank_of(self.hyper, self.client))}
+        return {"adapter": lora.cut(self.parts("lora_A", "lora_B"), lora.rank_of(self.hyper, self.client))}
 
 
 @strategy("flexlora", client=FlexLoRAClient, hyper=RankedHyper, paper="Bai et al. 2024, arXiv 2402.11505")
@@ -74,13 +78,13 @@ class FlexLoRA(RankedStrategy):
 
     def layers(self) -> dict[str, float]:
         """Adapted layers and their s."""
-        return {name: m.scale for name, m in adapted(self.residents.model(self.architecture)).items()}
+        return {name: m.scale for name, m in lora.adapted(self.residents.model(self.architecture)).items()}
 
     def update(self, share: Share, scale: float) -> Arrays:
         """s·B_i A_i of each layer, and the head."""
-        sent = pad(share.records["adapter"], self.state["whole"])
+        sent = lora.pad(share.records["adapter"], self.state["whole"])
         out = {name: value for name, value in sent.items() if ".lora_" not in name}
-        for name in layer_names(sent, "lora_A.weight"):
+        for name in lora.layer_names(sent, "lora_A.weight"):
             out[f"{name}.update"] = scale * (
                 sent[f"{name}.lora_B.weight"].double() @ sent[f"{name}.lora_A.weight"].double()
             )

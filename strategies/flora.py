@@ -21,14 +21,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import Metrics, Records
-from fedfuse.core.strategy import Shares
-from fedfuse.families.adapters import AdapterClient, AdapterStrategy, RankedHyper, at_most, cut, equip, part, rank_of
-from fedfuse.train.adapters import LoRA, adapted
-from fedfuse.train.stack import compact, deltas, empty, fold, increments
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays
+from fedfuse import (
+    AdapterClient,
+    AdapterStrategy,
+    Arrays,
+    Item,
+    Metrics,
+    RankedHyper,
+    Records,
+    Shares,
+    Topic,
+    lora,
+    strategy,
+)
 
 
 def stack(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:
@@ -42,22 +47,22 @@ class FLoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: RankedHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA over a base with Δ."""
-        return equip(model, hyper, delta=True)
+        return lora.equip(model, hyper, delta=True)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take all stacks so far, and the head."""
-        self.load(deltas(knowledge["stack"].arrays), strict=False)
+        self.load(lora.deltas(knowledge["stack"].arrays), strict=False)
         if "head" in knowledge:
             self.load(knowledge["head"].arrays, strict=False)
         self.restore()
 
     def fit(self) -> Metrics:
         """Draw A, of this client's rank, and train."""
-        rank = rank_of(self.hyper, self.client)
+        rank = lora.rank_of(self.hyper, self.client)
         draw = self.generator("fresh A")
         with torch.no_grad():
-            for module in adapted(self.model).values():
-                assert isinstance(module, LoRA)
+            for module in lora.adapted(self.model).values():
+                assert isinstance(module, lora.LoRA)
                 bound = 1 / math.sqrt(module.inputs)  # Kaiming uniform with a = √5
                 a = module.lora_A.weight
                 a.copy_((2 * torch.rand(a.shape, generator=draw) - 1) * bound)
@@ -66,7 +71,7 @@ class FLoRAClient(AdapterClient):
 
     def share(self) -> Records:
         """A_i and B_i; and the head."""
-        out = {"adapter": cut(self.parts("lora_A", "lora_B", head=False), rank_of(self.hyper, self.client))}
+        out = {"adapter": lora.cut(self.parts("lora_A", "lora_B", head=False), lora.rank_of(self.hyper, self.client))}
         return out | {"head": self.parts()}
 
 
@@ -74,8 +79,8 @@ class FLoRAClient(AdapterClient):
 class FLoRA(AdapterStrategy):
     """Stack of all clients' adapters, merged into the base: exact, at any ranks."""
 
-    topics = {"stack": Topic("fold", fold=fold, increment=increments), "head": Topic("state", part())}
-    records = {"adapter": at_most(part("lora_A", "lora_B", head=False)), "head": part()}
+    topics = {"stack": Topic("fold", fold=lora.fold, increment=lora.increments), "head": Topic("state", lora.part())}
+    records = {"adapter": lora.at_most(lora.part("lora_A", "lora_B", head=False)), "head": lora.part()}
 
     @property
     def sums(self) -> dict[str, str | None]:
@@ -84,8 +89,8 @@ class FLoRA(AdapterStrategy):
 
     def publish_initial(self) -> None:
         """Δ = 0 and the head."""
-        layers = adapted(self.residents.model(self.architecture))
-        self.publish("stack", empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
+        layers = lora.adapted(self.residents.model(self.architecture))
+        self.publish("stack", lora.empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
         if head := self.parts():
             self.publish("head", head)
 
@@ -95,14 +100,14 @@ class FLoRA(AdapterStrategy):
         weights = [self.weight_of(share) for share in everyone]
         p = [weight / sum(weights) for weight in weights]
         folded: Arrays = {}
-        for name, module in adapted(self.residents.model(self.architecture)).items():
+        for name, module in lora.adapted(self.residents.model(self.architecture)).items():
             pairs = [
                 (s.records["adapter"][f"{name}.lora_B.weight"], s.records["adapter"][f"{name}.lora_A.weight"])
                 for s in everyone
             ]
             if any(b.shape[1] != a.shape[0] for b, a in pairs):
                 raise ValueError(f"{name}: A and B of one client differ in rank")
-            b, a = compact(*stack([b.double() for b, _ in pairs], [a.double() for _, a in pairs], p, module.scale))
+            b, a = lora.compact(*stack([b.double() for b, _ in pairs], [a.double() for _, a in pairs], p, module.scale))
             folded[f"{name}.B"], folded[f"{name}.A"] = b.to(pairs[0][0].dtype), a.to(pairs[0][0].dtype)
         self.publish("stack", folded)
         if self.parts():
@@ -110,4 +115,4 @@ class FLoRA(AdapterStrategy):
 
     def state_of_model(self) -> Arrays:
         """The merged base and the head; B = 0."""
-        return super().state_of_model() | deltas(self.published("stack"))
+        return super().state_of_model() | lora.deltas(self.published("stack"))

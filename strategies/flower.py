@@ -20,10 +20,7 @@ from typing import Any
 
 import torch
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import Metrics
-from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
-from fedfuse.wire.records import record
+from fedfuse import FlowerClient, FlowerHyper, FlowerStrategy, Metrics, hyper, record, strategy
 
 
 class QFedAvgClient(FlowerClient):

@@ -22,12 +22,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.scenario import Residents
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.models.pair import joined, paired, private_part, shared_arrays, shared_part
-from fedfuse.wire.knowledge import Item, Topic
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Metrics,
+    Records,
+    Residents,
+    Shares,
+    Topic,
+    hyper,
+    pair,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,12 @@ class FMLClient(FusionClient):
     @staticmethod
     def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         """Add the meme."""
-        return paired(model, hyper.meme, build)
+        return pair.paired(model, hyper.meme, build)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take the meme; the own model is private."""
-        own = self.state.get("own") or private_part(self.weights())
-        self.load(joined(own, knowledge["meme"].arrays))
+        own = self.state.get("own") or pair.private_part(self.weights())
+        self.load(pair.joined(own, knowledge["meme"].arrays))
 
     def fit(self) -> Metrics:
         """Mutual learning on private data."""
@@ -67,20 +74,20 @@ class FMLClient(FusionClient):
             return value
 
         metrics = self.train(mutual, forward=model.both)  # type: ignore[arg-type]
-        self.state["own"] = private_part(self.weights())
+        self.state["own"] = pair.private_part(self.weights())
         return metrics
 
     def share(self) -> Records:
         """The meme alone."""
-        return {"meme": shared_part(self.weights())}
+        return {"meme": pair.shared_part(self.weights())}
 
 
 @strategy("fml", client=FMLClient, hyper=FMLHyper, paper="Shen et al. 2020, arXiv 2006.16765")
 class FML(FusionStrategy):
     """Private models and a common one teach each other; the common one is averaged."""
 
-    topics = {"meme": Topic("state", shared_arrays)}
-    records = {"meme": shared_arrays}
+    topics = {"meme": Topic("state", pair.shared_arrays)}
+    records = {"meme": pair.shared_arrays}
     sums = {"meme": "num-examples"}
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -89,7 +96,7 @@ class FML(FusionStrategy):
 
     def begin(self) -> None:
         """Publish the initial meme."""
-        self.publish("meme", shared_part(self.residents.initial(self.architecture)))
+        self.publish("meme", pair.shared_part(self.residents.initial(self.architecture)))
 
     def fuse(self, shares: Shares) -> None:
         """meme_{t+1} = Σ n_k meme_k / Σ n_k."""

@@ -22,12 +22,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import Metrics, Records
-from fedfuse.core.strategy import Share, Shares
-from fedfuse.families.adapters import AdapterClient, RankedHyper, RankedStrategy, cut, equip, pad, rank_of
-from fedfuse.train.adapters import LoRA, adapted, layer_names
-from fedfuse.wire.knowledge import Item
+from fedfuse import (
+    AdapterClient,
+    Item,
+    Metrics,
+    RankedHyper,
+    RankedStrategy,
+    Records,
+    Share,
+    Shares,
+    hyper,
+    lora,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class HetLoRAHyper(RankedHyper):
 def norm(arrays: Mapping[str, Tensor]) -> float:
     """‖B A‖_F over all layers of one client's adapter, from r × r matrices: ‖B A‖² = tr(BᵀB·A Aᵀ)."""
     total = 0.0
-    for name in layer_names(arrays, "lora_A.weight"):
+    for name in lora.layer_names(arrays, "lora_A.weight"):
         b, a = arrays[f"{name}.lora_B.weight"].double(), arrays[f"{name}.lora_A.weight"].double()
         total += ((b.T @ b) * (a @ a.T)).sum().item()
     return math.sqrt(max(total, 0.0))
@@ -54,21 +61,21 @@ class HetLoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: HetLoRAHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA of the largest rank."""
-        return equip(model, hyper)
+        return lora.equip(model, hyper)
 
     @property
     def rank(self) -> int:
         """r_i now."""
-        return int(self.state.get("rank", rank_of(self.hyper, self.client)))
+        return int(self.state.get("rank", lora.rank_of(self.hyper, self.client)))
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take the leading r_i of the common adapter, padded with zeros."""
-        self.load(pad(cut(knowledge["adapter"].arrays, self.rank), self.weights()), strict=False)
+        self.load(lora.pad(lora.cut(knowledge["adapter"].arrays, self.rank), self.weights()), strict=False)
         self.restore()
 
     def trailing(self, kept: int) -> Tensor:
         """Σ over layers of ‖B[:, q:]‖·‖A[q:]‖."""
-        layers = [m for m in adapted(self.model).values() if isinstance(m, LoRA)]
+        layers = [m for m in lora.adapted(self.model).values() if isinstance(m, lora.LoRA)]
         total = torch.zeros(())
         for m in layers:
             b, a = m.lora_B.weight[:, kept:], m.lora_A.weight[kept:]
@@ -89,7 +96,7 @@ class HetLoRAClient(AdapterClient):
 
     def share(self) -> Records:
         """A_i, B_i of the rank that is left, and the head."""
-        return {"adapter": cut(self.parts("lora_A", "lora_B"), self.rank)}
+        return {"adapter": lora.cut(self.parts("lora_A", "lora_B"), self.rank)}
 
 
 @strategy("hetlora", client=HetLoRAClient, hyper=HetLoRAHyper, paper="Cho et al. 2024, arXiv 2401.06432")
@@ -106,5 +113,5 @@ class HetLoRA(RankedStrategy):
         by_count = {s.client: super(HetLoRA, self).weight_of(s) for s in everyone}
         by_norm = {s.client: norm(s.records["adapter"]) for s in everyone}
         self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
-        mean, _ = self.mean((share, pad(share.records["adapter"], self.state["whole"])) for share in everyone)
+        mean, _ = self.mean((share, lora.pad(share.records["adapter"], self.state["whole"])) for share in everyone)
         self.publish_whole(mean)

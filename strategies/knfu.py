@@ -27,11 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Layout, Scope, arrays, distributions
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Layout,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)

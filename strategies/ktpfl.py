@@ -24,11 +24,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Scope, arrays, distributions
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)

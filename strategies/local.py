@@ -5,9 +5,7 @@ Travels: nothing (0 bytes).
 
 from __future__ import annotations
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse import FusionClient, FusionStrategy, Records, Shares, strategy
 
 
 class LocalClient(FusionClient):

@@ -23,12 +23,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Shares
-from fedfuse.models.parts import classes_of, seeded_by
-from fedfuse.wire.knowledge import Item
-from fedfuse.wire.records import Arrays
+from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Shares, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,8 @@ class MoonClient(FusionClient):
         """Add the projection head; its initial weights depend on the model's own and so on the run's seed."""
         if not hyper.projection or not hasattr(model, "features"):
             return model
-        with seeded_by(model, "projection"):
-            return Projected(model, hyper.projection, classes_of(model))
+        with parts.seeded_by(model, "projection"):
+            return Projected(model, hyper.projection, parts.classes_of(model))
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """W ← w_t, and remember w_t."""

@@ -17,21 +17,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedfuse.config.registry import strategy
-from fedfuse.core.client import Metrics, Records
-from fedfuse.core.strategy import Shares
-from fedfuse.families.adapters import (
-    AdapterClient,
-    AdapterHyper,
-    AdapterStrategy,
-    at_most,
-    cut,
-    equip,
-    is_head,
-    part,
-)
-from fedfuse.train.adapters import in_parts
-from fedfuse.wire.knowledge import Topic
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Metrics, Records, Shares, Topic, lora, strategy
 
 
 def active(round: int) -> str:
@@ -45,13 +31,13 @@ class RoLoRAClient(AdapterClient):
     @staticmethod
     def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
         """LoRA, both factors trainable."""
-        return equip(model, hyper)
+        return lora.equip(model, hyper)
 
     def fit(self) -> Metrics:
         """Train the active factor and the head."""
         kind = (active(self.round),)
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        metrics = self.train(params=[p for n, p in named if is_head(n) or in_parts(n, kind)])
+        metrics = self.train(params=[p for n, p in named if lora.is_head(n) or lora.in_parts(n, kind)])
         self.keep()
         return metrics
 
@@ -59,7 +45,7 @@ class RoLoRAClient(AdapterClient):
         """The active factor whole, the other empty, and the head."""
         now = active(self.round)
         other = "lora_A" if now == "lora_B" else "lora_B"
-        return {"adapter": self.parts(now) | cut(self.parts(other, head=False), 0)}
+        return {"adapter": self.parts(now) | lora.cut(self.parts(other, head=False), 0)}
 
 
 @strategy("rolora", client=RoLoRAClient, hyper=AdapterHyper, paper="Chen et al. 2025, arXiv 2502.01755")
@@ -67,11 +53,11 @@ class RoLoRA(AdapterStrategy):
     """Mean of B and of A in turn, the other frozen: exact at half of LoRA's bytes."""
 
     topics = {
-        "A": Topic("state", part("lora_A", head=False)),
-        "B": Topic("state", part("lora_B", head=False)),
-        "head": Topic("state", part()),
+        "A": Topic("state", lora.part("lora_A", head=False)),
+        "B": Topic("state", lora.part("lora_B", head=False)),
+        "head": Topic("state", lora.part()),
     }
-    records = {"adapter": at_most(part("lora_A", "lora_B"))}
+    records = {"adapter": lora.at_most(lora.part("lora_A", "lora_B"))}
     sums = {}
 
     def publish_initial(self) -> None:
@@ -95,6 +81,6 @@ class RoLoRA(AdapterStrategy):
             else:
                 self.exclude(share, f"sent another factor than {kind}")
         mean, _ = self.mean((share, whole(share)) for share in fitting)
-        self.publish(kind[-1], {n: v for n, v in mean.items() if not is_head(n)})
-        if head := {n: v for n, v in mean.items() if is_head(n)}:
+        self.publish(kind[-1], {n: v for n, v in mean.items() if not lora.is_head(n)})
+        if head := {n: v for n, v in mean.items() if lora.is_head(n)}:
             self.publish("head", head)

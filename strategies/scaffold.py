@@ -25,14 +25,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.scenario import Residents
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.errors import UserError
-from fedfuse.models.parts import parameter_arrays, parameters
-from fedfuse.wire.knowledge import Item, Topic, model_topic
-from fedfuse.wire.records import Arrays, model_arrays
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Metrics,
+    Records,
+    Residents,
+    Shares,
+    Topic,
+    UserError,
+    hyper,
+    model_arrays,
+    model_topic,
+    parts,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,8 @@ class ScaffoldClient(FusionClient):
 class Scaffold(FusionStrategy):
     """Local steps corrected by control variates."""
 
-    topics = {"model": model_topic(), "control": Topic("state", parameter_arrays)}
-    records = {"model": model_arrays, "control": parameter_arrays}
+    topics = {"model": model_topic(), "control": Topic("state", parts.parameter_arrays)}
+    records = {"model": model_arrays, "control": parts.parameter_arrays}
     heterogeneous = False
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -111,7 +120,7 @@ class Scaffold(FusionStrategy):
     def begin(self) -> None:
         """Publish the initial model and c = 0."""
         super().begin()
-        names = parameters(self.residents.model(self.architecture))
+        names = parts.parameters(self.residents.model(self.architecture))
         self.publish("control", {name: torch.zeros_like(v) for name, v in self.model.items() if name in names})
 
     def fuse(self, shares: Shares) -> None:

@@ -24,13 +24,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient, transfer_rows
-from fedfuse.core.scenario import Scenario
-from fedfuse.core.strategy import Records, Shares
-from fedfuse.families.student import StudentStrategy
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import Arrays, Scope, arrays, distributions
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    Item,
+    Records,
+    Scenario,
+    Scope,
+    Shares,
+    StudentStrategy,
+    Topic,
+    arrays,
+    distributions,
+    hyper,
+    strategy,
+    transfer_rows,
+)
 
 
 @dataclass(frozen=True)

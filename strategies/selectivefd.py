@@ -30,12 +30,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.seeding import generator
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import InvalidArrays, Scope, arrays, distributions
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    InvalidArrays,
+    Item,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    arrays,
+    distributions,
+    generator,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, arrays, hyper
 from fedfuse.config import registry
-from fedfuse.config.registry import Entry, hyper
-from fedfuse.core.client import FusionClient, Metrics
-from fedfuse.core.strategy import FusionStrategy, Records, Shares
-from fedfuse.wire.knowledge import Item, Topic
-from fedfuse.wire.records import arrays
+from fedfuse.config.registry import Entry
 
 
 def grown(value: dict[str, torch.Tensor], increment: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

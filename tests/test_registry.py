@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fedfuse import FusionClient, FusionStrategy, UserError, hyper, strategy
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
-from fedfuse.config.registry import hyper, strategy
-from fedfuse.core.client import FusionClient
-from fedfuse.core.strategy import FusionStrategy
-from fedfuse.errors import UserError
 
 SHIPPED = {"local", "centralized", "fedavg", "fedprox", "fedmd", "knfu"}
 
@@ -53,8 +50,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 def test_registering_twice_from_one_file_is_harmless(shelf: dict, tmp_path: Path) -> None:
     """A module is loaded again; or `python my_strategy.py` makes it `__main__`, the entry point imports it by name."""
     source = (
-        "from fedfuse.core.client import FusionClient\nfrom fedfuse.config.registry import strategy\n"
-        "from fedfuse.core.strategy import FusionStrategy\n\n"
+        "from fedfuse import FusionClient, FusionStrategy, strategy\n\n"
         '@strategy("twice", client=FusionClient)\nclass Twice(FusionStrategy):\n    """Twice."""\n'
     )
     (tmp_path / "twice.py").write_text(source)
@@ -93,8 +89,7 @@ def test_one_new_file_is_one_new_strategy(shelf: dict, monkeypatch, tmp_path: Pa
     import fedfuse.strategies as package
 
     (tmp_path / "fresh.py").write_text(
-        "from fedfuse.core.client import FusionClient\nfrom fedfuse.config.registry import strategy\n"
-        "from fedfuse.core.strategy import FusionStrategy\n\n"
+        "from fedfuse import FusionClient, FusionStrategy, strategy\n\n"
         '@strategy("fresh", client=FusionClient, paper="none")\nclass Fresh(FusionStrategy):\n    """A fresh one."""\n'
     )
     (tmp_path / "broken.py").write_text("def (:\n")

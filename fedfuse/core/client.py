@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedfuse.config.schema import TrainConfig
 from fedfuse.core.scenario import Residents, Scenario, overlay, variable
+from fedfuse.core.shares import Metrics, Records
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
@@ -22,9 +23,6 @@ from fedfuse.train.scores import scored
 from fedfuse.train.task import task_loss
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
-
-Metrics = dict[str, float | int]
-Records = dict[str, Arrays]
 
 
 class FusionClient:

@@ -20,9 +20,10 @@ from flwr.serverapp import strategy as flower_strategies
 from torch import nn
 
 from fedfuse.config.registry import hyper
-from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents
-from fedfuse.core.strategy import FusionStrategy, Share, Shares
+from fedfuse.core.shares import Metrics, Share, Shares
+from fedfuse.core.strategy import FusionStrategy
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError
 from fedfuse.seeding import seed_everything

@@ -60,7 +60,9 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
     return [pool[i % len(pool)] for i in range(clients)]
 
 
-def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfig, seed: int) -> nn.Module:
+def build(
+    name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfig | None = None, seed: int
+) -> nn.Module:
     """Build a model in float32 on the CPU; equal (seed, name) give equal weights.
 
     Parameters
@@ -72,7 +74,7 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
     classes
         Number of logits.
     config
-        Width, feature size, checkpoint, and what a dotted path is called with.
+        Width, feature size, checkpoint, and what a dotted path is called with; default: as a model has them itself.
     seed
         The run's seed. The global generators are left as they were.
 
@@ -83,8 +85,10 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfi
     """
     import torch
 
+    from fedfuse.config.schema import ModelConfig
     from fedfuse.models import by_path, feedforward, residual, weights
 
+    config = config or ModelConfig()
     shape = tuple(int(side) for side in shape)
     name = _resolve(name, config, "features" if len(shape) == 1 else "images", shape)
     if classes < 2:

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
-
-Arrays = dict[str, Tensor]
+from fedfuse.wire.records import Arrays
 
 HEADS = ("head", "classifier", "score", "fc")  # names of classification heads: never adapted, but trained
 VOCABULARY = ("lm_head", "embed_out", "cls")  # output layers over a vocabulary: neither adapted nor trained

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
-from fedfuse.train.adapters import Arrays, LoRASB, adapted
-from fedfuse.wire.records import sha_arrays
+from fedfuse.train.adapters import LoRASB, adapted
+from fedfuse.wire.records import Arrays, sha_arrays
 
 INITS = ("raw_grad", "sign_grad", "weight_svd", "random_orthonormal")
 

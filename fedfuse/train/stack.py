@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedfuse.train.adapters import Arrays, layer_names
-from fedfuse.wire.records import Layout, Scope
+from fedfuse.train.adapters import layer_names
+from fedfuse.wire.records import Arrays, Layout, Scope
 
 
 def empty(layers: Mapping[str, tuple[int, int]]) -> Arrays:
