@@ -2,8 +2,9 @@
 
 Private names of Flower 1.41: the fields of `Metadata` (`_message_id`, `_src_node_id` …) and of `Message`
 (`_metadata`, `_content`, `_error`). `Message(content, reply_to=message)` takes 9.2 µs, `reply_to` 1.3; every client
-that does nothing makes one such reply, on Ray two. If a name is gone, `reply_to` is Flower's own constructor.
-Guard: `tests/compat/test_flower.py`.
+that does nothing makes one such reply, on Ray two. In place of Flower's own, a no-op inline took 1.1 times as long
+(medians over 80 rounds in turn). If a name is gone, `reply_to` is Flower's own constructor. Guard:
+`tests/compat/test_flower.py`.
 """
 
 from __future__ import annotations
