@@ -246,7 +246,7 @@ def inject(
             parameter.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):  # a frozen layer keeps its statistics
-            module.momentum = 0.0
+            module.momentum = 0.0  # type: ignore[assignment]
     model.frozen = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)  # type: ignore[assignment]
     return model
 
