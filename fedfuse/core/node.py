@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
+from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config import registry
 from fedfuse.config.registry import Entry
 from fedfuse.core.client import FusionClient
@@ -319,7 +320,7 @@ class Node:
         out["metrics"] = measured(metrics)
         if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)
-        return Message(trusted(RecordDict, out), reply_to=asked.message)
+        return reply_to(asked.message, trusted(RecordDict, out))
 
     def _take(self, content: RecordDict, config: Mapping[str, Any], cache: Cache, who: int, hyper: Any) -> None:
         """Bring the cache up to date with the message, and make sure that it holds what the server believes."""

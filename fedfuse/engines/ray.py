@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from ray.exceptions import RayError
 
 from fedfuse.compat.flower_records import LiveArray, trusted
+from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config.registry import Entry
 from fedfuse.core.node import parcels
 from fedfuse.core.scenario import Scenario
@@ -404,7 +405,7 @@ def _reply(message: Message, answer: Answer, attempts: int) -> Message:
             values["retried"] = int(values.get("retried", 0)) + attempts
         kind: Any = ConfigRecord if is_config else MetricRecord
         content[name] = trusted(kind, values)
-    return Message(trusted(RecordDict, content), reply_to=message)
+    return reply_to(message, trusted(RecordDict, content))
 
 
 _idle: dict[float, list[Any]] = {}  # workers between two runs, by their share of a GPU

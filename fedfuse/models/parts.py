@@ -13,18 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedfuse.compat.torch_norms import KEEP_STATISTICS
 from fedfuse.seeding import seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
-
-KEPT = (  # layers that keep statistics; lazy ones become one of these at their first batch
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
 
 
 def parameters(module: nn.Module) -> list[str]:
@@ -41,7 +32,7 @@ def norms(module: nn.Module, every: bool = False) -> list[str]:
     every
         Also layers that keep no statistics: GroupNorm and LayerNorm.
     """
-    kinds: tuple[type[nn.Module], ...] = (*KEPT, *((nn.GroupNorm, nn.LayerNorm) if every else ()))
+    kinds: tuple[type[nn.Module], ...] = (*KEEP_STATISTICS, *((nn.GroupNorm, nn.LayerNorm) if every else ()))
     inside = [f"{path}." for path, layer in module.named_modules() if isinstance(layer, kinds)]
     return [name for name in module.state_dict() if any(name.startswith(path) for path in inside)]
 

@@ -19,13 +19,13 @@ from typing import IO, Any
 import polars as pl
 import torch
 
-from fedfuse.runs.checkpoint import BEFORE, FORMAT, NEWEST, commit, recover
+from fedfuse.core.loop import Callback, Federation
 from fedfuse.errors import UserError
 from fedfuse.files import opened
-from fedfuse.core.loop import Callback, Federation
 from fedfuse.results.run_data import COLUMNS
-from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
+from fedfuse.runs.checkpoint import BEFORE, FORMAT, NEWEST, commit, recover
 from fedfuse.train.privacy import private_notes
+from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
 
 _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),

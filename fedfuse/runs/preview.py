@@ -7,9 +7,9 @@ from rich.console import Console
 
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
+from fedfuse.core.scenario import prepare_scenario
 from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
 from fedfuse.wire.records import layout_nbytes
-from fedfuse.core.scenario import prepare_scenario
 
 
 def preview(config: Config, console: Console | None = None) -> None:

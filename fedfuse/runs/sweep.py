@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedfuse.runs import search, tracking
-from fedfuse.runs.checkpoint import changed
 from fedfuse.config.compose import compose, expand
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runs.experiment import as_yaml, device_of, load_config
-from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.results.run_data import find, load
 from fedfuse.results.table import print_table
+from fedfuse.runs import search, tracking
+from fedfuse.runs.checkpoint import changed
+from fedfuse.runs.experiment import as_yaml, device_of, load_config
+from fedfuse.runs.parallel import Track, drive, shared_out
 
 
 def sweep(overrides: Sequence[str], report: bool = False) -> Path:

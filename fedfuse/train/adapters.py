@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.errors import UserError
 from fedfuse.wire.records import Arrays
 
@@ -243,8 +244,8 @@ def inject(
         if head and in_parts(name, HEADS) and not in_parts(name, ("base",)):
             parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a frozen layer keeps its statistics
-            module.momentum = 0.0
+        if isinstance(module, BATCH_NORMS):  # a frozen layer keeps its statistics
+            module.momentum = 0.0  # type: ignore[assignment]
     model.frozen = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)  # type: ignore[assignment]
     return model
 

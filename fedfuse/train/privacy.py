@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.data.cache import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError
@@ -45,7 +46,7 @@ def check(model: nn.Module, architecture: str) -> None:
     except ImportError as error:
         raise UserError("privacy needs Opacus: pip install 'fedfuse[privacy]'") from error
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             raise UserError(
                 f"privacy with model={architecture}: {name} is a BatchNorm, which mixes the examples of a batch; "
                 "allowed are models without it (GroupNorm, LayerNorm)"

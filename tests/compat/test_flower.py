@@ -1,0 +1,111 @@
+"""Guards: the names of Flower that compat/ touches are there and mean what we take them to mean; and life without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedfuse.compat import flower_apps, flower_fleet, flower_identity, flower_records, flower_replies
+
+flower_identity.claim_identity()
+
+VALUES = [
+    (ArrayRecord, {"w": flower_records.LiveArray(torch.arange(3.0))}),
+    (MetricRecord, {"loss": 0.5, "num-examples": 3}),
+    (ConfigRecord, {"round": 1, "names": ["a", "b"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), VALUES)
+def test_a_record_keeps_its_content_where_we_know_it(kind: type, values: dict) -> None:
+    assert flower_records.known()
+    made, checked = flower_records.trusted(kind, dict(values)), kind(dict(values))
+    assert made.__dict__.keys() | {"_is_dirty"} == checked.__dict__.keys() | {"_is_dirty"}  # set by writing to one
+    assert type(made) is kind
+    assert plain(made) == plain(checked)
+    assert flower_records.entries(checked) == dict(checked.items())
+    inside = flower_records.trusted(RecordDict, {"record": made})
+    assert dict(inside) == dict(RecordDict({"record": made}))
+
+
+def test_without_the_name_records_are_made_by_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_records, "CONTENT", "_gone")
+    monkeypatch.setattr(flower_records, "known", lambda: False)
+    for kind, values in VALUES:
+        made = flower_records.trusted(kind, dict(values))
+        assert plain(made) == plain(values)
+        assert plain(flower_records.entries(made)) == plain(values)
+    content = flower_records.trusted(RecordDict, {"a": made})
+    del flower_records.entries(content)["a"]
+    assert "a" not in content
+
+
+def test_an_array_that_has_not_left_the_machine_reads_as_flowers_own() -> None:
+    from flwr.app import Array
+
+    value = torch.arange(6.0).reshape(2, 3)
+    live, plain = flower_records.LiveArray(value), Array(value)
+    assert (live.dtype, live.shape, live.stype, live.data) == (plain.dtype, plain.shape, plain.stype, plain.data)
+    assert flower_records.live_tensor(live) is value
+    assert flower_records.live_tensor(plain) is None
+
+
+def plain(record: object) -> dict:
+    items = record.items()  # type: ignore[attr-defined]
+    return {name: value.numpy().tolist() if hasattr(value, "numpy") else value for name, value in items}
+
+
+def asked() -> Message:
+    message = Message(RecordDict(), dst_node_id=7, message_type="train", group_id="g")
+    message.metadata.__dict__["_message_id"] = "m1"
+    return message
+
+
+def test_a_reply_is_what_flower_makes() -> None:
+    assert flower_replies.known()
+    message, content = asked(), RecordDict({"config": ConfigRecord({"a": 1})})
+    ours, theirs = flower_replies.reply_to(message, content), Message(content, reply_to=message)
+    assert ours.__dict__.keys() == theirs.__dict__.keys()
+    assert ours.content is content
+    mine, flowers = dict(ours.metadata.__dict__), dict(theirs.metadata.__dict__)
+    for name in ("_created_at", "_ttl"):  # a clock's
+        assert mine.pop(name) == pytest.approx(flowers.pop(name), abs=1)
+    assert mine == flowers
+
+
+def test_without_the_names_a_reply_is_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_replies, "known", lambda: False)
+    reply = flower_replies.reply_to(asked(), RecordDict())
+    assert reply.metadata.reply_to_message_id == "m1"
+
+
+def test_an_identity_is_asked_for_and_can_be_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = flower_identity.TaskIdentity
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(identity, name, None)
+    with pytest.raises(RuntimeError):
+        Message(RecordDict(), dst_node_id=1, message_type="train")
+    flower_identity.claim_identity()
+    Message(RecordDict(), dst_node_id=1, message_type="train")
+    assert (identity.run_id, identity.task_id, identity.node_id) == (1, 1, 1)
+    monkeypatch.setattr(flower_identity, "TaskIdentity", None)
+    flower_identity.claim_identity()
+
+
+def test_messages_take_a_name_and_travel_in_two_parts() -> None:
+    message = Message(RecordDict(), dst_node_id=1, message_type="train")
+    flower_apps.name_message(message, "m9")
+    assert message.metadata.message_id == "m9"
+    again = flower_apps.as_received(message.metadata, RecordDict({"c": ConfigRecord({"a": 2})}))
+    assert again.metadata.message_id == "m9"
+    assert again.content["c"]["a"] == 2
+    assert flower_apps.new_run(3).run_id == 3
+
+
+def test_what_flower_does_for_apps_and_nodes_is_there() -> None:
+    for module in (flower_apps, flower_fleet):
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert flower_apps.flatten_dict({"a": {"b": 1}}) == {"a.b": 1}
+    assert flower_apps.APP_RAISED > 0
+    flower_fleet.DeactivateNodeRequest(node_id=1)

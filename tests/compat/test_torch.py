@@ -1,0 +1,102 @@
+"""Guards: the names of torch that compat/ touches; what they are used for equals torch's own way; and life without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedfuse.compat import torch_lists, torch_norms, torch_optimizers, torch_state
+from fedfuse.core.scenario import overlay, variable
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3, bias=False))
+
+
+def test_contents_are_what_state_dict_says() -> None:
+    assert torch_state.known()
+    made = model()
+    found, theirs = torch_state.contents(made), made.state_dict()
+    assert found is not None
+    assert list(found) == list(theirs)
+    assert all(found[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+
+
+class Scaled(nn.Linear):
+    """Saved in its own way."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}double"] = 2 * self.weight.detach()
+
+
+def test_a_module_with_a_hook_or_a_way_of_its_own_is_left_to_torch() -> None:
+    assert torch_state.contents(nn.Sequential(Scaled(2, 2))) is None
+    hooked = nn.Linear(2, 2)
+    hooked.register_state_dict_post_hook(lambda *args: None)
+    assert torch_state.contents(hooked) is None
+    hooked = nn.Linear(2, 2)
+    hooked.register_load_state_dict_post_hook(lambda *args: None)
+    assert torch_state.contents(hooked) is None
+
+
+def test_without_the_names_a_model_is_read_and_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, other = model(), model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    monkeypatch.setattr(torch_state, "known", lambda: False)
+    monkeypatch.delattr(torch, "_foreach_copy_")
+    monkeypatch.delattr(torch, "_foreach_add_")
+    overlay(other, variable(source))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    into, values = [torch.ones(2), torch.ones(3)], [torch.full((2,), 4.0), torch.full((3,), 2.0)]
+    torch_lists.add_all(into, values, alpha=0.5)
+    assert [t.tolist() for t in into] == [[3.0, 3.0], [2.0, 2.0, 2.0]]
+
+
+def test_lists_are_copied_and_added() -> None:
+    assert hasattr(torch, "_foreach_copy_")
+    assert hasattr(torch, "_foreach_add_")
+    into = [torch.zeros(2), torch.zeros(3)]
+    torch_lists.copy_all(into, [torch.ones(2), torch.ones(3)])
+    torch_lists.add_all(into, [torch.full((2,), 4.0), torch.full((3,), 2.0)], alpha=0.5)
+    assert [t.tolist() for t in into] == [[3.0, 3.0], [2.0, 2.0, 2.0]]
+
+
+def test_a_layer_of_ones_own_is_known_for_what_it_derives_from() -> None:
+    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+    for layer in (_BatchNorm(2), nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.LazyBatchNorm1d()):
+        assert isinstance(layer, torch_norms.BATCH_NORMS)
+        assert isinstance(layer, torch_norms.KEEP_STATISTICS)
+    for layer in (_NormBase(2), nn.InstanceNorm2d(2)):
+        assert isinstance(layer, torch_norms.KEEP_STATISTICS)
+        assert not isinstance(layer, torch_norms.BATCH_NORMS)
+    assert not isinstance(nn.GroupNorm(1, 2), torch_norms.KEEP_STATISTICS)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_bare_optimiser_steps_as_torchs_own(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch_optimizers.KNOWN
+    calls: list[str] = []
+
+    def stepped(made: type) -> torch.Tensor:
+        weight = torch.tensor([1.0, -2.0], requires_grad=True)
+        optimizer = made([weight], lr=0.1)
+        optimizer.register_step_post_hook(lambda *args: calls.append("step"))
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight**2).sum().backward()
+            optimizer.step()
+        return weight.detach()
+
+    bare = torch_optimizers.bare(kind)
+    assert bare is not kind
+    assert torch.equal(stepped(bare), stepped(kind))
+    assert len(calls) == 6
+    monkeypatch.setattr(torch_optimizers, "KNOWN", False)
+    assert torch_optimizers.bare(kind) is kind
