@@ -26,7 +26,11 @@ def task(kind: str, arguments: list[str]) -> None:
     """Run one task in this process, behind the guard."""
     from fedfuse.deploy.bundle import guarded
 
+    from fedfuse.network.sizes import UNKNOWN, limit_arrays, limit_memory
+
     _end_once()
+    limit_memory()
+    limit_arrays(UNKNOWN)
     sys.argv = [f"flwr-{kind}app", *arguments]
     # Flower 1.41 has no hook between fetching a bundle and unpacking it; this name is the whole of ours
     module = importlib.import_module(RUNS[kind])
