@@ -39,7 +39,9 @@ def main(words: list[str]) -> int:
     before = json.loads(Path(words[1]).read_text(encoding="utf-8"))
     differ = [key for key, value in found.items() if before.get(key, value) != value]
     new = sorted(set(found) - set(before))
-    print(f"{len(found)} digests, {len(differ)} differ{': ' + ', '.join(differ) if differ else ''}; new: {new or 'none'}")
+    print(
+        f"{len(found)} digests, {len(differ)} differ{': ' + ', '.join(differ) if differ else ''}; new: {new or 'none'}"
+    )
     return 1 if differ else 0
 
 

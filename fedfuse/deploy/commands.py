@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from fedfuse.errors import UserError
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories lie")
     server.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
 
+    server.add_argument(
+        "--memory", type=int, metavar="MB", help="that a run's process may take; default: the machine's"
+    )
     server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
 
     node = commands.add_parser("node", help="run a node (SuperNode) on this site's data")
@@ -45,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     node.add_argument("--policy", type=Path, help="site policy (TOML)")
     node.add_argument("--port", type=int, default=9094, help="local port between node and executor")
     node.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    node.add_argument("--memory", type=int, metavar="MB", help="that a task's process may take; default: the machine's")
     node.add_argument("--poll", type=float, default=1.0, metavar="S", help="seconds between asking for work")
 
     for sub in (server, node):
@@ -101,6 +106,9 @@ def _patience(sub: argparse.ArgumentParser) -> None:
         "--deadline", type=float, metavar="S", help="seconds a round waits for stragglers; default: always"
     )
     sub.add_argument("--absence", type=float, default=180.0, metavar="S", help="seconds a lost node may be away")
+    sub.add_argument(
+        "--min-clients", type=int, metavar="K", help="begin with so many if others do not join; default: all"
+    )
     sub.add_argument("--min-replies", type=int, default=1, metavar="K", help="fewer good replies: again, then stop")
 
 
@@ -139,7 +147,15 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
         runs=args.runs,
         insecure=args.insecure,
         allow_code=args.allow_code,
+        memory=_memory(args),
     )
+
+
+def _memory(args: argparse.Namespace) -> int:
+    """MB that a task may take: as said, else what the machine has."""
+    if args.memory is not None and args.memory < 1024:
+        raise UserError(f"--memory {args.memory}: at least 1024 MB are needed")
+    return args.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
 def _node(args: argparse.Namespace, keys: list[str]) -> int:
@@ -170,6 +186,7 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         port=args.port,
         no_key=args.no_key,
         poll=args.poll,
+        memory=_memory(args),
     )
 
 
@@ -209,7 +226,9 @@ def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untype
     out = Path(config.out) if config.out else default_out(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
         raise UserError(f"out={out}: holds something already; choose another or say overwrite=true")
-    patience = Patience(args.join, args.deadline, args.absence, args.min_replies, config.runtime.retries)
+    patience = Patience(
+        args.join, args.deadline, args.absence, args.min_replies, config.runtime.retries, args.min_clients
+    )
     return order_of(config, patience, getattr(args, "own_data", False)), out
 
 

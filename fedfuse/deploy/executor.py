@@ -26,8 +26,11 @@ PRELOAD = {
 def task(kind: str, arguments: list[str]) -> None:
     """Run one task in this process, behind the guard."""
     from fedfuse.deploy.bundle import guarded
+    from fedfuse.network.sizes import UNKNOWN, limit_arrays, limit_memory
 
     _end_once()
+    limit_memory()
+    limit_arrays(UNKNOWN)
     flower_processes.guard(kind, guarded)
     flower_processes.run_task(kind, arguments)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedfuse.compat import flower_processes
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, MEMORY, QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import SiteConfig
 
@@ -97,6 +97,7 @@ def run_server(
     insecure: bool,
     database: Path | None = None,
     allow_code: bool = False,
+    memory: int | None = None,
 ) -> int:
     """Be the SuperLink, with TLS and node authentication unless `insecure`.
 
@@ -114,7 +115,7 @@ def run_server(
         tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
         tls.append("--enable-supernode-auth")
         executor_tls = ["--root-certificates", str(ca)]
-    _home(state, **{RUNS: str(runs.resolve()), ALLOW_CODE: str(int(allow_code))})
+    _home(state, **{RUNS: str(runs.resolve()), ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
     secret = _secret(state)
     near = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1", "localhost") else host
     _executor("server", f"{near}:{port}", executor_tls, secret)
@@ -172,6 +173,7 @@ def run_node(
     port: int,
     no_key: bool = False,
     poll: float = 1.0,
+    memory: int | None = None,
 ) -> int:
     """Be a SuperNode for one seat, which asks for work every `poll` seconds.
 
@@ -191,7 +193,7 @@ def run_node(
         elif not no_key:
             raise UserError("--key FILE is needed (fedfuse deploy certs DIR --node NAME makes it)")
     state = seat.state
-    _home(state, FEDFUSE_SEAT=str(state.resolve() / "seat.json"))
+    _home(state, **{"FEDFUSE_SEAT": str(state.resolve() / "seat.json"), MEMORY: str(memory or "")})
     if seat.data is not None:
         seat = replace(seat, data=str(Path(seat.data).resolve()))
     seat = replace(seat, state=state.resolve() / "runs")

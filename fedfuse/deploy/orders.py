@@ -124,7 +124,7 @@ def read_patience(text: str) -> Patience:
             raise UserError(f"patience={text[:200]}: allowed are {', '.join(sorted(known))}")
         for key, value in values.items():
             good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
-            if not (good or (key == "deadline" and value is None)):
+            if not (good or (key in ("deadline", "clients") and value is None)):
                 raise UserError(f"patience: {key}={value!r}; a number, at least 0, is needed")
         return Patience(**values)
     except ValueError as error:

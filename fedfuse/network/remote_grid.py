@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.engines.grid import FusionGrid
-from fedfuse.errors import WorldError, one_line
+from fedfuse.errors import WorldError, in_words, one_line
 from fedfuse.network.replies import fault_of
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
@@ -33,6 +34,9 @@ class Patience:
         their nodes are online); until a node that went away must be back.
     minimum : int
         Least number of good replies in a phase; below it, those who failed are asked once more, then the run stops.
+    clients : int or None
+        Least number of clients to begin with, once `join` is over or all nodes that are there were turned away; whoever
+        is missing is left out and counted. None: all.
     retries : int
         How often a message that the transport lost is sent again.
     """
@@ -42,6 +46,7 @@ class Patience:
     absence: float = 180.0
     minimum: int = 1
     retries: int = 2
+    clients: int | None = None
 
 
 @dataclass
@@ -96,6 +101,7 @@ class RemoteGrid(FusionGrid):
         self.grid, self.patience, self._say, self.over = grid, patience or Patience(), say, over
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
+        self.examples: dict[int, int] = {}  # client -> training examples, as its node said before the first round
         self._online: dict[int, str] | None = None
         self._looked = 0.0
 
@@ -180,14 +186,23 @@ class RemoteGrid(FusionGrid):
                         self.say(f"fedfuse: node {node} is not taken: {reason}")
             elif time.monotonic() > until:
                 missing = sorted(set(range(clients)) - set(self.nodes))
+                if self._enough(clients):
+                    break
                 why = f"; turned away: {'; '.join(reasons.values())}" if reasons else ""
                 raise WorldError(f"after {self.patience.join:g} s no node acts as client {missing}{why}")
             else:
                 if len(set(self.online())) >= clients and reasons:
                     missing = sorted(set(range(clients)) - set(self.nodes))
+                    if self._enough(clients):
+                        break
                     raise WorldError(f"no node acts as client {missing}; turned away: {'; '.join(reasons.values())}")
                 time.sleep(POLL)
+        if len(self.nodes) < clients:
+            self.say(f"fedfuse: begins without client {missing}: no node acts as it")
         return self.nodes
+
+    def _enough(self, clients: int) -> bool:
+        return len(self.nodes) >= (clients if self.patience.clients is None else max(1, self.patience.clients))
 
     def _greeted(
         self, hellos: list[Message], timeout: float, clients: int, check: Callable[[Mapping[str, Any]], list[str]]
@@ -203,14 +218,27 @@ class RemoteGrid(FusionGrid):
                 dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"
             ]
             found: list[Any] = [hello.get("client") for hello in records]
-            if not found or not all(isinstance(client, int) and 0 <= client < clients for client in found):
+            if not found or not all(type(client) is int and 0 <= client < clients for client in found):
                 yield item.node, [], f"says it acts as clients {found}; the run has {clients}"
+            elif len(set(found)) < len(found):
+                yield item.node, [], f"says it acts as clients {found}, one of them twice"
             elif taken := [client for client in found if client in self.nodes]:
                 yield item.node, [], f"client {taken[0]} is node {self.nodes[taken[0]]} already"
-            elif wrong := [line for hello in records for line in check(hello)]:
+            elif wrong := [line for hello in records for line in self._checked(check, hello)]:
                 yield item.node, [], f"does not agree: {'; '.join(wrong[:4])}"
             else:
+                self.examples |= {hello["client"]: hello["examples"][0] for hello in records}
                 yield item.node, sorted(found), None
+
+    def _checked(self, check: Callable[[Mapping[str, Any]], list[str]], hello: Mapping[str, Any]) -> list[str]:
+        """What is wrong with a hello; one that cannot even be looked at is wrong, and nobody else's affair."""
+        try:
+            counts = hello.get("examples")
+            if not isinstance(counts, list) or not counts or type(counts[0]) is not int or counts[0] < 0:
+                return [f"examples={counts!r}: counts are needed"]
+            return check(hello)
+        except Exception as error:
+            return [str(error)]
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -225,11 +253,15 @@ class RemoteGrid(FusionGrid):
             If too few clients succeeded even when asked a second time.
         """
         sent = []
+        answered: list[tuple[Sent, Message]] = []
         for message in messages:
             client = message.metadata.dst_node_id - 1
-            sent.append(Sent(message, client, self.nodes[client]))
+            if client in self.nodes:
+                sent.append(Sent(message, client, self.nodes[client]))
+            else:
+                gone = Error(FAILED, "no node acts as it")
+                answered.append((Sent(message, client, -1), Message(gone, reply_to=message)))
         limit = timeout if timeout is not None else self.patience.deadline
-        answered: list[tuple[Sent, Message]] = []
         self._exchange(sent, limit, answered)
         needed = min(self.patience.minimum, len(sent))
         if _good(answered) < needed:
@@ -252,7 +284,9 @@ class RemoteGrid(FusionGrid):
             if reply.error.code in OURS:
                 return Message(reply.error, reply_to=item.original)
             return Message(Error(FAILED, reply.error.reason or "the transport failed"), reply_to=item.original)
-        fault = fault_of(reply, item.client)
+        fault = fault_of(reply, item.client, self.examples.get(item.client))
+        if reply.metadata.src_node_id != item.node:
+            fault = f"comes from node {reply.metadata.src_node_id}, node {item.node} was asked"
         if fault is None:
             try:
                 return Message(unpacked(reply.content), reply_to=item.original)
@@ -278,12 +312,12 @@ class RemoteGrid(FusionGrid):
             if due := [item for item in waiting if item.due and item.node in online]:
                 self._push(due, online)
             owner = {key: item for item in waiting for key in item.ids}
-            for reply in self.grid.pull_messages(owner) if owner else ():
-                found = owner.get(reply.metadata.reply_to_message_id)
-                if found is None or found not in waiting:
+            for key, reply in self._pulled(owner):
+                found = owner[key]
+                if found not in waiting:
                     continue
                 if reply.has_error() and reply.error.code not in OURS:
-                    found.ids.discard(reply.metadata.reply_to_message_id)
+                    found.ids.discard(key)
                     if found.ids or found.due:
                         continue  # an older copy was lost; a newer one is under way
                     if found.tries <= self.patience.retries:
@@ -306,6 +340,23 @@ class RemoteGrid(FusionGrid):
                 return
             if waiting:
                 time.sleep(POLL)
+
+    def _pulled(self, owner: Mapping[str, Sent]) -> Iterable[tuple[str, Message]]:
+        """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.
+
+        They are asked for one by one: Flower raises for all of a list if one of them is malformed, when it has signed
+        for some of the others.
+        """
+        for key, item in owner.items():
+            try:
+                for reply in self.grid.pull_messages([key]):
+                    if reply.metadata.reply_to_message_id == key:
+                        yield key, reply
+            except httpx.HTTPError:
+                raise
+            except Exception as error:
+                reason = f"its reply cannot be read: {in_words(error)}"
+                yield key, Message(Error(INVALID, one_line(reason)), reply_to=item.original)
 
     def _time(self, item: Sent, reply: Message) -> None:
         """Note where an answer's time went, if the client says how long it worked."""

@@ -13,7 +13,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a me
 MOST = 64  # records and metrics of a reply
 
 
-def fault_of(reply: Message, client: int) -> str | None:
+def fault_of(reply: Message, client: int, examples: int | None = None) -> str | None:
     """Say what is wrong with the form of a reply, None if nothing.
 
     Names, shapes, dtypes and finiteness of arrays are checked by the strategy against what it declares; here is
@@ -25,6 +25,8 @@ def fault_of(reply: Message, client: int) -> str | None:
         Has content.
     client : int
         The client that was asked.
+    examples : int or None
+        How many it has to train on, as its hello said: what it weighs with cannot grow afterwards.
     """
     content = reply.content
     if len(content) > MOST:
@@ -48,6 +50,9 @@ def fault_of(reply: Message, client: int) -> str | None:
     metrics: Any = content.metric_records.get("metrics", MetricRecord())
     if len(metrics) > MOST:
         return f"{len(metrics)} metrics; allowed are {MOST}"
+    weight = metrics.get("num-examples")
+    if examples is not None and isinstance(weight, int | float) and weight > examples:
+        return f"num-examples is {weight}; it said it has {examples}"
     for key, value in metrics.items():
         if not NAME.fullmatch(key):
             return f"metric {key[:80]!r} is no name of a metric"

@@ -28,6 +28,7 @@ from fedfuse.network.own_data import counts_of, server_scenario, task_of
 from fedfuse.network.policy import Policy
 from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.site import Site, SiteConfig
+from fedfuse.network.sizes import largest_array, limit_arrays
 from fedfuse.runs.directory import RunDirectory, write_rows, write_text
 from fedfuse.runs.experiment import build_strategy, callbacks, server_device_of
 
@@ -107,6 +108,7 @@ def _serve(
         scenario = server_scenario(scenario, counts)
         write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
     strategy = build_strategy(entry, scenario, server_device_of(config))
+    limit_arrays(largest_array(strategy))
     federation = Federation(strategy, adapter, config.rounds, callbacks(config, directory, quiet))
     if resumed:
         directory.restore(federation)

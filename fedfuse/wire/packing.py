@@ -11,7 +11,7 @@ import safetensors.numpy
 import safetensors.torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedfuse.wire.records import InvalidArrays, record
+from fedfuse.wire.records import InvalidArrays, plain_numpy, record
 
 PACKED = "safetensors"  # the one array of a packed record
 
@@ -46,10 +46,11 @@ def _packed(arrays: ArrayRecord) -> ArrayRecord:
 
 
 def _unpacked(name: str, array: Array) -> ArrayRecord:
-    if array.stype != "numpy.ndarray":
-        raise InvalidArrays(f"{name}: encoded as {array.stype[:40]!r}; only 'numpy.ndarray' is taken")
+    whole = plain_numpy(name, array)
+    if whole.dtype != np.uint8 or whole.ndim != 1:
+        raise InvalidArrays(f"{name}: is no safetensors ({whole.dtype} of {whole.ndim} dimensions)")
     try:
-        found = safetensors.torch.load(array.numpy().tobytes())
+        found = safetensors.torch.load(whole.tobytes())
         order = sorted(found, key=lambda numbered: int(numbered.partition("/")[0]))
     except Exception as error:
         raise InvalidArrays(f"{name}: is no safetensors ({' '.join(str(error).split())[:100]})") from error

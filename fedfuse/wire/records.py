@@ -8,12 +8,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from io import BytesIO
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.lib import format as npy
 
 from fedfuse.compat.flower_records import LiveArray, dtype_name, entries, live_tensor, trusted
 
@@ -66,12 +68,7 @@ def tensors(content: ArrayRecord) -> Arrays:
                 raise InvalidArrays(f"array {name!r} has dtype {dtype_name(live.dtype)}; only numbers are taken")
             out[name] = live.contiguous()
             continue
-        if array.stype != "numpy.ndarray":
-            raise InvalidArrays(f"array {name!r} is encoded as {array.stype!r}; only 'numpy.ndarray' is taken")
-        try:
-            value = array.numpy()
-        except Exception as error:
-            raise InvalidArrays(f"array {name!r} cannot be read: {error}") from error
+        value = plain_numpy(name, array)
         if value.dtype.kind not in "fiub":
             raise InvalidArrays(f"array {name!r} has dtype {value.dtype}; only numbers are taken")
         if not value.dtype.isnative:
@@ -81,6 +78,34 @@ def tensors(content: ArrayRecord) -> Arrays:
         except TypeError as error:
             raise InvalidArrays(f"array {name!r} has dtype {value.dtype}; torch has no such type") from error
     return out
+
+
+def plain_numpy(name: str, array: Array) -> np.ndarray:
+    """Read a Flower array that came by wire; nothing is allocated that its header alone asks for.
+
+    Raises
+    ------
+    InvalidArrays
+        If it is no `.npy` of numbers, or says another size than it has.
+    """
+    if "live" in array.__dict__:
+        return array.numpy()
+    if array.stype != "numpy.ndarray":
+        raise InvalidArrays(f"array {name!r} is encoded as {array.stype[:40]!r}; only 'numpy.ndarray' is taken")
+    try:
+        buffer = BytesIO(array.data)
+        version = npy.read_magic(buffer)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(buffer, max_header_size=10_000)
+        if dtype.hasobject:
+            raise ValueError("it holds objects")
+        start, count = buffer.tell(), prod(shape)
+        if count * dtype.itemsize != len(array.data) - start:
+            raise ValueError(f"it has {len(array.data) - start} bytes and says {count} of {dtype}")
+        flat = np.frombuffer(array.data, dtype, count, start)
+        return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    except Exception as error:
+        raise InvalidArrays(f"array {name!r} cannot be read: {error}") from error
 
 
 def nbytes(arrays: Mapping[str, Any]) -> int:

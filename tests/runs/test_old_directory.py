@@ -32,7 +32,8 @@ def test_a_run_that_had_begun_goes_on_to_the_same_bits(kept: Path, tmp_path: Pat
 
 def test_a_run_that_had_ended_reads_and_reports(kept: Path, tmp_path: Path) -> None:
     done = fedfuse.load(kept / "done")
-    assert done.summary["digest"] and done.summary["rounds_done"] == 3
+    assert done.summary["digest"]
+    assert done.summary["rounds_done"] == 3
     assert done.model() is not None
     report([kept / "done"], tmp_path / "page")
     assert "fedavg" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")

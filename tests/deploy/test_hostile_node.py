@@ -1,0 +1,240 @@
+"""One node does its worst: the run goes on with the others, and says whose fault it was."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
+
+from fedfuse.errors import WorldError, one_line
+from fedfuse.network.remote_grid import Patience
+from fedfuse.network.sizes import UNKNOWN, limit_arrays
+from fedfuse.wire.records import InvalidArrays, plain_numpy
+from tests.deploy.network import Network, run, seats, tiny
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+
+
+class Hostile(Network):
+    """Node 102's replies cannot even be taken from the wire, as those of a real node may be."""
+
+    broken: BaseException = KeyError("arraychunk_ids")
+    kinds: tuple[str, ...] = ("train",)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.bad: set[str] = set()
+        self.reply = self._noted
+
+    def _noted(self, message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type in self.kinds:
+            self.bad.add(message.metadata.message_id)
+        return reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        asked = list(message_ids)
+        taken = super().pull_messages(asked)  # signed for, as Flower does, before it looks inside
+        if self.bad & {reply.metadata.reply_to_message_id for reply in taken}:
+            raise self.broken
+        return taken
+
+
+def honest(tmp_path: Path, gone: Callable[[Message], bool], **patience: Any) -> dict[str, Any]:
+    """The server's models if client 2 had simply been silent."""
+    network = Network(seats(tmp_path / "honest", 3))
+    network.reply = lambda message, reply: (
+        Message(Error(1003, "silent"), reply_to=message)
+        if message.metadata.dst_node_id == 102 and gone(message)
+        else reply
+    )
+    built, _ = run(tiny("fedavg"), network, tmp_path / "honest-run", **patience)
+    return built.strategy.model
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    "broken", [KeyError("arraychunk_ids"), ValueError("x\nfedfuse: y"), MemoryError(), RecursionError()], ids=repr
+)
+def test_a_reply_that_cannot_be_taken_from_the_wire_leaves_out_its_node_alone(
+    broken: BaseException, tmp_path: Path
+) -> None:
+    network = Hostile(seats(tmp_path, 3))
+    network.broken = broken
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run")
+    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+    assert built.strategy.inbox.failures["replies"] + built.strategy.inbox.failures["rejected"] == 2
+    assert any("client 2: its reply cannot be read" in line for line in built.strategy.inbox.left_out)
+
+
+HELLOS: dict[str, Any] = {
+    "no examples": {"examples": [0, 0, 0]},
+    "no counts": {"examples": "many"},
+    "negative": {"examples": [-5, 0, 0]},
+    "huge": {"examples": [2**50, 0, 0]},
+    "short": {"examples": [5]},
+    "floats": {"examples": [1.5, 2.0, 3.0]},
+    "a boolean client": {"client": True},
+    "another client": {"client": 7},
+    "a taken client": {"client": 0},
+    "text": {"client": "2\nfedfuse: "},
+}
+
+
+@pytest.mark.parametrize("kind", list(HELLOS))
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bad_hello_names_its_node_and_leaves_it_out(kind: str, own: bool, tmp_path: Path) -> None:
+    network, config = Network(seats(tmp_path, 3)), tiny("fedavg")
+    if own:
+        from fedfuse.network.server import counts_of
+
+        found = {"client": 2, "examples": [100, 10, 10], **HELLOS[kind]}
+        if "client" not in HELLOS[kind]:
+            with pytest.raises(Exception, match="examples="):
+                counts_of(found)
+        return
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "query.hello" and message.metadata.dst_node_id == 102:
+            old: Any = dict(reply.content["hello:2"])
+            reply.content["hello:2"] = ConfigRecord({**old, **HELLOS[kind]})
+        return reply
+
+    network.reply = forge
+    with pytest.raises(WorldError, match=r"no node acts as client \[2\]; turned away: "):
+        run(config, network, tmp_path / "all", Patience(join=0.2))
+    built, said = run(config, network, tmp_path / "run", Patience(join=0.2, clients=2))
+    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type != "query.hello"))
+    assert any(line.startswith("fedfuse: node 102 is not taken: ") for line in said)
+    assert "fedfuse: begins without client [2]: no node acts as it" in said
+    assert built.digest is None
+    assert built.digest_missing == [2]
+
+
+def test_a_weight_cannot_grow_beyond_the_hello(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def heavy(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 102:
+            reply.content["metrics"]["num-examples"] = 2**52
+        return reply
+
+    network.reply = heavy
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run")
+    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+    assert any("num-examples is 4503599627370496; it said it has" in line for line in built.strategy.inbox.left_out)
+
+
+def test_a_reply_in_anothers_name_is_not_taken(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def other(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 102:
+            reply.metadata.__dict__["_src_node_id"] = 101
+        return reply
+
+    network.reply = other
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run")
+    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+
+
+def test_nine_kilobytes_do_not_become_six_gigabytes() -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    record = ArrayRecord({"w": Array("uint8", (2**20,), "numpy.ndarray", bytes(2**20))})
+    objects = {key: value.deflate() for key, value in get_all_nested_objects(record).items()}
+    (array,) = [key for key, value in objects.items() if value.startswith(b"Array ")]
+    head, body = objects[array].split(b"\x00", 1)
+    about = json.loads(body)
+    bomb = json.dumps({**about, "arraychunk_ids": [0] * 6000}).encode()
+    assert len(bomb) < 20_000
+    head = head.rsplit(b" ", 1)[0] + f" {len(bomb)}".encode()
+    limit_arrays(64 * 2**20)
+    try:
+        with pytest.raises(InvalidArrays, match="an array of 6291456000 bytes; allowed are 67108864"):
+            inflate_object_from_contents(array, {**objects, array: head + b"\x00" + bomb})
+        whole: Any = inflate_object_from_contents(record.object_id, dict(objects))
+        assert whole["w"].data == bytes(2**20)
+    finally:
+        limit_arrays(UNKNOWN)
+
+
+@pytest.mark.parametrize("shape", [(2**40,), (2**20, 2**20), (-1,), (0, 2**62), (2**62, 4)])
+def test_a_header_allocates_nothing(shape: tuple[int, ...]) -> None:
+    from io import BytesIO
+
+    from numpy.lib import format as npy
+
+    buffer = BytesIO()
+    npy.write_array_header_2_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    claimed = Array("float32", (1,), "numpy.ndarray", buffer.getvalue() + b"1234")
+    with pytest.raises(InvalidArrays, match="cannot be read"):
+        plain_numpy("w", claimed)
+
+
+def test_arrays_of_either_order_come_back() -> None:
+    for value in (np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(3.5)):
+        assert np.array_equal(plain_numpy("w", Array(value)), value)
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+NASTY = "x\r\nfedfuse-run-directory: AAAA\x1b[2J\x1b]0;t\x07\u202e\u2028\x85\u200b\udcff\x00 end"
+
+
+def printable(line: str) -> bool:
+    return all(c == " " or unicodedata.category(c)[0] not in "CZ" for c in line)
+
+
+def test_one_line_is_one_printable_line() -> None:
+    assert one_line(NASTY) == "x fedfuse-run-directory: AAAA [2J ]0;t end"
+    assert printable(one_line("".join(map(chr, range(0x3000)))))
+    assert len(one_line("x" * 10_000)) == 500
+
+
+@pytest.mark.parametrize("where", ["error", "hello", "metric", "record", "array", "config"])
+def test_no_word_of_a_nodes_begins_a_line_of_the_log(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attack of the audit: the log carried results home, and a node's text was printed raw into it."""
+    nasty = NASTY + " " + "word " * 12 + "fedfuse-run-directory: BBBB"  # a wrapped line would begin with it
+    network = Network(seats(tmp_path, 3))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id != 102:
+            return reply
+        kind = message.metadata.message_type
+        if where == "hello" and kind == "query.hello":
+            reply.content["hello:2"]["version"] = nasty
+        elif kind == "train" and where == "error":
+            return Message(Error(1003, nasty), reply_to=message)
+        elif kind == "train" and where == "metric":
+            reply.content["metrics"][nasty] = 1.0
+        elif kind == "train" and where == "record":
+            reply.content[nasty] = reply.content.pop("arrays")
+        elif kind == "train" and where == "array":
+            reply.content["arrays"][nasty] = Array(np.zeros(3, "float32"))
+        elif kind == "train" and where == "config":
+            reply.content["config"] = ConfigRecord({nasty: 1})
+        return reply
+
+    network.reply = forge
+    _built, said = run(tiny("fedavg"), network, tmp_path / "run", Patience(join=0.2, clients=2), quiet=False)
+    printed = capsys.readouterr().out
+    if where in ("error", "config"):  # the words are told, in a line that is ours
+        assert "fedfuse-run-directory" in printed + "".join(said)
+    for line in [*said, *printed.split("\n")]:
+        assert printable(line.strip()), repr(line)
+        assert not line.lstrip().startswith("fedfuse-run-directory")
