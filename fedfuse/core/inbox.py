@@ -9,6 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, check_share
+from fedfuse.core.silence import UNDEFINED, is_undefined
 from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.group_sums import CARRIED, Sums, add_up, handed_over, kept_back
@@ -144,6 +145,8 @@ class Inbox:
             elif not isinstance(value, list) and key != "num-examples":
                 self.strategy.log(key, float(value), client=share.client, scope="client")
         loss = share.metrics.get("loss")
+        if is_undefined(share.metrics, share.examples):
+            self.strategy.log(f"loss/{UNDEFINED}", 1.0, client=share.client, scope="client")
         if isinstance(loss, int | float) and loss == loss:
             self.losses.append((float(share.examples), float(loss)))
 

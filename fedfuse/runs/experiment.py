@@ -12,28 +12,28 @@ from typing import Any
 
 import yaml
 
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import code
+from fedfuse.config.registry import Entry
 from fedfuse.config.schema import Config, RuntimeConfig
-from fedfuse.runs.directory import RunDirectory
-from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.files import read_text
-from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.callbacks import EarlyStop, Evaluation
 from fedfuse.core.fit import check_fit
+from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.node import Node, place
-from fedfuse.runs.progress import Progress
-from fedfuse.config.registry import Entry
-from fedfuse.engines.inline import InlineGrid
-from fedfuse.engines.grid import LocalGrid
-from fedfuse.compat.flower_identity import claim_identity
-from fedfuse.core.threads import single_thread
 from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
+from fedfuse.core.silence import check_halves
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.threads import single_thread
+from fedfuse.engines.grid import LocalGrid
+from fedfuse.engines.inline import InlineGrid
+from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.files import read_text
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.progress import Progress
 from fedfuse.runs.tracking import check as check_tracking
 from fedfuse.runs.tracking import tracker
-
 
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
 ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
@@ -87,9 +87,12 @@ def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> Fus
     def equip(model: Any, build: Any) -> Any:
         return entry.client.equip(model, hyper, build)
 
-    strategy = entry.server(hyper, Residents(scenario, equip, device))
+    strategy = entry.server(
+        hyper, Residents(scenario, equip, device, transfer=entry.server.transfer in ("server", "both"))
+    )
     strategy.name = entry.name
     strategy.run_id = uuid.uuid4().hex
+    check_halves(entry, strategy)
     check_fit(strategy, entry.client.personal)
     return strategy
 

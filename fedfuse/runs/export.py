@@ -37,8 +37,8 @@ def final_file(path: Path, client: int | None) -> Path:
     if servers and client is not None:
         from safetensors import safe_open
 
-        from fedfuse.runs.experiment import load_config
         from fedfuse.core.scenario import prepare_scenario
+        from fedfuse.runs.experiment import load_config
 
         wanted = prepare_scenario(load_config(path)).architectures[client]
         for file in servers:
@@ -67,8 +67,8 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
     from safetensors.torch import save_file
 
     from fedfuse.config.schema import ModelConfig
-    from fedfuse.runs.experiment import load_config
     from fedfuse.core.scenario import prepare_scenario
+    from fedfuse.runs.experiment import load_config
 
     source = final_file(path, client)
     config = load_config(path)
@@ -112,9 +112,9 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     from fedfuse import models
     from fedfuse.config import registry
     from fedfuse.config.schema import ModelConfig
-    from fedfuse.runs.experiment import load_config
-    from fedfuse.models.pair import Split
     from fedfuse.core.scenario import Residents, prepare_scenario
+    from fedfuse.models.pair import Split
+    from fedfuse.runs.experiment import load_config
 
     source = final_file(path, client)
     config = load_config(path)

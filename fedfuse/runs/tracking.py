@@ -21,9 +21,9 @@ import polars as pl
 import yaml
 
 from fedfuse.config.schema import TrackingConfig
-from fedfuse.errors import UserError, WorldError
-from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.evaluation import Row
+from fedfuse.core.loop import Callback, Federation
+from fedfuse.errors import UserError, WorldError
 from fedfuse.results.measures import CHARGED
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.results.setting import flatten
