@@ -47,7 +47,7 @@ def check_declared(kind: type[Any], known: Iterable[str]) -> None:
         if not isinstance(topic, Topic):
             raise UserError(f"{kind.__name__}.topics[{name!r}] is {type(topic).__name__}; a fedfuse.Topic is needed")
     setup = own.get("setup", ())
-    for phase in setup if isinstance(setup, tuple) else (setup,):
+    for phase in setup if isinstance(setup, tuple) else ():  # a property is checked with the run
         if not hasattr(kind, f"fuse_{phase}"):
             raise UserError(f"{kind.__name__}.setup names {phase!r}, and there is no method fuse_{phase}")
 

@@ -46,7 +46,7 @@ class Progress(Callback):
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
         told = unheard(federation.strategy) if federation.done == 1 else []
-        if (lost := federation.strategy.inbox.undefined) and loss == loss:
+        if lost := federation.strategy.inbox.undefined:
             told.append(f"training loss of {lost} clients is not a number")
         for line in told:
             self.console.print(f"  note: {line}", markup=False)
