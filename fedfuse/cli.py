@@ -114,14 +114,16 @@ def _run(words: list[str], started: float) -> int:
     if sweep:
         from fedfuse.runs.sweep import sweep as run_sweep
 
-        run_sweep(overrides)
+        run_sweep(overrides, dry="--dry-run" in flags)
         return 0
     from fedfuse.config.compose import compose, expand
+    from fedfuse.config.idle import refuse
 
     jobs = expand(overrides)
     if len(jobs) > 1:
         raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
     config = compose(overrides)
+    refuse(config, ["runtime.parallel"], sweep=False)
     if config.search.trials is not None:
         raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     if "--dry-run" in flags:
@@ -149,10 +151,10 @@ def _show(path: Path) -> int:
 
 
 def _compare(words: list[str], started: float) -> int:
-    overrides, _ = _flags(words)
+    overrides, flags = _flags(words, "--dry-run")
     from fedfuse.runs.sweep import sweep as run_sweep
 
-    run_sweep(overrides, report=True)
+    run_sweep(overrides, report=True, dry="--dry-run" in flags)
     return 0
 
 

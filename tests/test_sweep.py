@@ -19,7 +19,8 @@ from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, group
 from fedfuse.results.table import notes
 from fedfuse.runs import parallel, search
-from fedfuse.runs.sweep import composed, sweep
+from fedfuse.runs.combinations import composed
+from fedfuse.runs.sweep import sweep
 from tests.federations import TINY, scenario_of
 
 SMALL = [*TINY, "rounds=1"]
@@ -113,7 +114,9 @@ def test_a_ray_that_does_not_start_is_the_worlds_failure(tmp_path: Path, monkeyp
 
 def test_seeds_share_one_composition() -> None:
     jobs = [[*SMALL, "strategy=local", f"seed={seed}"] for seed in (0, 3)]
-    found = composed(jobs)
+    known: dict = {}
+    found = [composed(job, known) for job in jobs]
+    assert len(known) == 1
     assert [one.seed for one in found] == [0, 3]
     assert asdict(found[1]) == asdict(compose(jobs[1]))
     found[0].train.lr = 9.0

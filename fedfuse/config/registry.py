@@ -192,6 +192,8 @@ def entry(name: str) -> Entry:
             raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
         try:
             importlib.import_module(known[name].module)
+        except UserError as error:
+            raise UserError(f"strategy={name}: {error}") from error
         except Exception as error:
             why = f"{known[name].module} cannot be imported ({in_words(error)})"
             raise UserError(f"strategy={name}: {why}") from error

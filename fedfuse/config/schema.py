@@ -5,159 +5,252 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedfuse.config.keys import key
+
 
 @dataclass
 class DataConfig:
     """Where the examples come from (`data=<name>`)."""
 
-    name: str = "digits"
-    root: str | None = None  # directory; else $FEDFUSE_DATA/<name>, else the user's cache
-    limit: int | None = None  # use at most this many training examples
-    test_limit: int | None = None  # use at most this many global test examples
-    validation: float = 0.1  # share of each client's examples kept for early stop and tuning
-    personal_test: float = 0.2  # share of each client's examples kept for its own test
-    download: bool = False  # allow the Hugging Face hub, through flwr-datasets
-    hub: str | None = None  # name of the data set on the hub
-    layout: str = "builtin"  # builtin | parquet | npz | images | jsonl | pfllib | leaf | custom | mixed
-    inputs: str | None = None  # column or array of the inputs
-    targets: str | None = None  # column or array of the labels
-    groups: str | None = None  # column or array of natural client ids or domains
-    test_fraction: float = 0.2  # global test share where a directory brings no test split
-    load: str | None = None  # `data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset
-    extra: dict[str, Any] = field(default_factory=dict)  # what only one layout knows
+    name: str = key("digits", "data set or layout: fedfuse list datasets")
+    root: str | None = key(
+        None,
+        "directory; else $FEDFUSE_DATA/<name>, else the user's cache",
+        only="data!=digits|custom",
+    )
+    limit: int | None = key(None, "use at most this many training examples", only="data!=pfllib|leaf")
+    test_limit: int | None = key(None, "use at most this many global test examples", only="data!=pfllib|leaf")
+    validation: float = key(
+        0.1,
+        "share of each client's examples kept for early stop and tuning",
+        only="data!=pfllib|leaf",
+    )
+    personal_test: float = key(0.2, "share of each client's examples kept for its own test", only="data!=pfllib|leaf")
+    download: bool = key(False, "allow the Hugging Face hub, through flwr-datasets", only="data!=digits|custom|mixed")
+    hub: str | None = key(None, "name of the data set on the hub", only="data.download=true")
+    layout: str = key("builtin", "builtin | parquet | npz | images | jsonl | pfllib | leaf | custom | mixed")
+    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl")
+    targets: str | None = key(None, "column or array of the labels", only="data.layout=parquet|npz|jsonl")
+    groups: str | None = key(
+        None,
+        "column or array of natural client ids or domains",
+        only="data.layout=parquet|npz|jsonl|images",
+    )
+    test_fraction: float = key(
+        0.2,
+        "global test share where a directory brings no test split",
+        only="data.layout=parquet|npz|jsonl|images|roles",
+    )
+    load: str | None = key(
+        None,
+        "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset",
+        only="data.layout=custom",
+    )
+    extra: dict[str, Any] = key({}, "what only one layout knows: see data.md")
 
 
 @dataclass
 class PartitionConfig:
     """How examples are dealt to clients (`partition=<name>`)."""
 
-    name: str = "dirichlet"
-    alpha: float = 0.5  # Dirichlet concentration; smaller is more skewed
-    min_size: int = 10  # `dirichlet`, `size`: least examples per client
-    sizes: str = "dirichlet"  # `size`: dirichlet | linear
-    examples: int | None = None  # `prior`, `clustered`: examples per client; null: half of an equal share
-    shards_per_client: int = 2
-    classes_per_client: int = 2
-    groups: int = 3  # `clustered`: groups of clients that share a class prior
-    clients_per_domain: int = 1  # `domain`: clients among whom each domain is dealt evenly
+    name: str = key("dirichlet", "how: fedfuse list partitions")
+    alpha: float = key(
+        0.5,
+        "Dirichlet concentration; smaller is more skewed",
+        only="partition=dirichlet|prior|clustered or partition=size with partition.sizes=dirichlet",
+    )
+    min_size: int = key(10, "`dirichlet`, `size`: least examples per client", only="partition=dirichlet|size")
+    sizes: str = key("dirichlet", "`size`: dirichlet | linear", only="partition=size")
+    examples: int | None = key(
+        None,
+        "`prior`, `clustered`: examples per client; null: half of an equal share",
+        only="partition=prior|clustered",
+    )
+    shards_per_client: int = key(2, "label-sorted shards that a client gets", only="partition=shards")
+    classes_per_client: int = key(2, "classes that a client holds", only="partition=pathological")
+    groups: int = key(3, "`clustered`: groups of clients that share a class prior", only="partition=clustered")
+    clients_per_domain: int = key(
+        1,
+        "`domain`: clients among whom each domain is dealt evenly",
+        only="partition=domain",
+    )
 
 
 @dataclass
 class TransferConfig:
     """The shared set on which clients exchange soft labels."""
 
-    source: str = "holdout"  # holdout | noise | <name of a data set> (out of domain)
-    root: str | None = None  # directory of that data set; else found as data sets are
-    size: int | None = None  # default min(1000, 10 % of the training split)
-    labelled: bool = False  # strategies that must not see labels never get them
-    subset: int | None = None  # rows used per round; default all
-    redraw: bool = True  # draw that subset anew each round
+    source: str = key("holdout", "holdout | noise | <name of a data set> (out of domain)")
+    root: str | None = key(
+        None,
+        "directory of that data set; else found as data sets are",
+        only="transfer.source!=holdout|noise",
+    )
+    size: int | None = key(None, "default min(1000, 10 % of the training split)")
+    labelled: bool = key(
+        False,
+        "strategies that must not see labels never get them",
+        only="a strategy with a transfer set",
+    )
+    subset: int | None = key(None, "rows used per round; default all", only="a strategy with a transfer set")
+    redraw: bool = key(
+        True,
+        "draw that subset anew each round",
+        only="a subset of the transfer set (transfer.subset, strategy.subset)",
+    )
 
 
 @dataclass
 class ModelConfig:
     """Architecture(s) of the clients (`model=<name>` or `model.pool=[a,b,c]`, round-robin)."""
 
-    name: str = "auto"  # mlp for feature vectors and 8×8 images, cnn for images
-    pool: list[str] | None = None
-    feature_dim: int | None = None  # common size of `features(x)` across a pool
-    width: float = 1.0  # scales the number of channels
-    build: str | None = None  # `model=custom`: dotted path pkg.mod:fn returning an nn.Module
-    path: str | None = None  # `causal_lm`, `text_classifier`: directory of a Hugging Face model
-    checkpoint: str | None = None  # weights to start from: torch (weights only) or safetensors
-    checkpoints: dict[str, str] = field(default_factory=dict)  # in a pool: architecture to checkpoint
-    checkpoint_head: bool = True  # false: `head` keeps its initial weights (data with other classes)
-    extra: dict[str, Any] = field(default_factory=dict)  # keyword arguments of `build`
+    name: str = key(
+        "auto",
+        "architecture: fedfuse list models; auto: mlp for features and 8×8 images, cnn for images",
+        only="model.pool=null",
+    )
+    pool: list[str] | None = key(None, "architectures, dealt to clients round-robin; null: all alike")
+    feature_dim: int | None = key(
+        None,
+        "common size of `features(x)` across a pool",
+        only="model!=causal_lm|text_classifier",
+    )
+    width: float = key(1.0, "scales the number of channels", only="model!=custom|causal_lm|text_classifier")
+    build: str | None = key(None, "`model=custom`: dotted path pkg.mod:fn returning an nn.Module", only="model=custom")
+    path: str | None = key(None, "`causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    checkpoint: str | None = key(None, "weights to start from: torch (weights only) or safetensors")
+    checkpoints: dict[str, str] = key({}, "in a pool: architecture to checkpoint")
+    checkpoint_head: bool = key(
+        True,
+        "false: `head` keeps its initial weights (data with other classes)",
+        only="model.checkpoint or model.checkpoints",
+    )
+    extra: dict[str, Any] = key({}, "keyword arguments of `build`")
 
 
 @dataclass
 class TrainConfig:
     """Local training."""
 
-    epochs: int = 1
-    batch_size: int = 32
-    lr: float = 0.05
-    optimizer: str = "sgd"  # sgd | adam | adamw
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    optimizer_state: str = "fresh"  # fresh | keep (only for strategies with private state)
-    precision: str = "float32"  # float32 | bf16: forward and backward by torch.autocast, weights stay float32
-    pool: list[str] | None = None  # the clients' optimisers, round-robin: [sgd@0.05, adam@0.001]; null: all alike
+    epochs: int = key(1, "passes over a client's examples a round")
+    batch_size: int = key(32, "examples a step")
+    lr: float = key(0.05, "learning rate", only="an optimiser without a rate of its own (train.pool)")
+    optimizer: str = key("sgd", "sgd | adam | adamw", only="train.pool=null")
+    momentum: float = key(0.9, "momentum of sgd", only="train.optimizer=sgd")
+    weight_decay: float = key(0.0, "weight decay of the optimiser")
+    optimizer_state: str = key("fresh", "fresh | keep (only for strategies with private state)")
+    precision: str = key("float32", "float32 | bf16: forward and backward by torch.autocast, weights stay float32")
+    pool: list[str] | None = key(None, "the clients' optimisers, round-robin: [sgd@0.05, adam@0.001]; null: all alike")
 
 
 @dataclass
 class EvaluateConfig:
     """When clients and server models are scored. It never changes a result."""
 
-    every: int = 1
-    batch_size: int = 512
-    validation: bool = False  # also score the clients' validation split (early stop and tuning turn it on)
+    every: int = key(1, "rounds between evaluations; the last is always evaluated")
+    batch_size: int = key(512, "examples scored at once")
+    validation: bool = key(False, "also score the clients' validation split (early stop and tuning turn it on)")
 
 
 @dataclass
 class RuntimeConfig:
     """Where clients run (`runtime=inline|ray|flower`)."""
 
-    name: str = "ray"
-    workers: int | None = None  # default min(cores, clients)
-    device: str = "auto"  # auto | cpu | cuda
-    server_device: str | None = None  # where the server trains its networks: auto | cpu | cuda | cuda:<i>; null: device
-    gpu_fraction: float = 1.0  # share of a GPU each actor takes on cuda
-    memory: int | None = None  # MB for what grows: object store, waiting replies, caches; default: Ray's own
-    address: str | None = None  # join this Ray cluster
-    retries: int = 2
-    client_timeout: float | None = None  # seconds; off by default
-    reverse: bool = False  # run clients in reversed order (a check: the digest must not change)
-    state_dir: str | None = None  # shared directory for client state, seen by every node; null: with the driver
-    parallel: int | None = None  # runs of a sweep at once; default as many as have a core each
+    name: str = key("ray", "inline: one after another in this process; ray: actors; flower: Flower's simulator")
+    workers: int | None = key(None, "default min(cores, clients)", only="runtime=ray|flower")
+    device: str = key("auto", "auto | cpu | cuda")
+    server_device: str | None = key(
+        None,
+        "where the server trains its networks: auto | cpu | cuda | cuda:<i>; null: device",
+    )
+    gpu_fraction: float = key(1.0, "share of a GPU each actor takes on cuda", only="runtime=ray or a sweep")
+    memory: int | None = key(None, "MB for what grows: object store, waiting replies, caches; default: Ray's own")
+    address: str | None = key(None, "join this Ray cluster", only="runtime=ray")
+    retries: int = key(2, "times a client that fails is tried again, from its committed state")
+    client_timeout: float | None = key(None, "seconds; off by default", only="runtime=ray")
+    reverse: bool = key(
+        False,
+        "run clients in reversed order (a check: the digest must not change)",
+        only="runtime=inline",
+    )
+    state_dir: str | None = key(None, "shared directory for client state, seen by every node; null: with the driver")
+    parallel: int | None = key(None, "runs of a sweep at once; default as many as have a core each", only="a sweep")
 
 
 @dataclass
 class TrackingConfig:
     """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow`)."""
 
-    name: str = "none"
-    uri: str | None = None  # `mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db
-    experiment: str = "fedfuse"  # `mlflow`: name of the group of runs
+    name: str = key("none", "none, csv, tensorboard, mlflow or wandb")
+    uri: str | None = key(
+        None,
+        "`mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db",
+        only="tracking=mlflow",
+    )
+    experiment: str = key("fedfuse", "`mlflow`: name of the group of runs", only="tracking=mlflow")
 
 
 @dataclass
 class LossConfig:
     """Distillation objective (`loss=<name>`); null leaves each strategy its paper's own."""
 
-    name: str | None = None
-    temperature: float | None = None  # T; null: the loss's own default
-    options: dict[str, Any] = field(default_factory=dict)  # the loss's other options, by name
-    build: str | None = None  # `loss=custom`: dotted path pkg.mod:Class of a torch.nn.Module
+    name: str | None = key(
+        None,
+        "which: fedfuse list losses; null: the strategy's own",
+        only="a strategy that trains on soft labels",
+    )
+    temperature: float | None = key(None, "T; null: the loss's own default")
+    options: dict[str, Any] = key({}, "the loss's other options, by name")
+    build: str | None = key(None, "`loss=custom`: dotted path pkg.mod:Class of a torch.nn.Module", only="loss=custom")
 
 
 @dataclass
 class StopConfig:
     """Early stop on the clients' validation split (never on test)."""
 
-    patience: int | None = None  # rounds without improvement; null: off
-    metric: str = "accuracy"
+    patience: int | None = key(None, "rounds without improvement; null: off")
+    metric: str = key("accuracy", "what counts as better")
 
 
 @dataclass
 class SearchConfig:
     """How a sweep tuned its strategies, each with the same budget, on the clients' validation split."""
 
-    trials: int | None = None  # trials of each strategy; null: no search
-    keys: list[str] = field(default_factory=list)  # what was tuned; the search writes it down
+    trials: int | None = key(None, "trials of each strategy; null: no search", only="a sweep")
+    keys: list[str] = key([], "what was tuned; the search writes it down")
 
 
 @dataclass
 class PrivacyConfig:
     """Differential privacy of the clients' training examples, by DP-SGD; off unless `epsilon` or `noise` is set."""
 
-    epsilon: float | None = None  # ε that a client may spend in a run, at δ
-    delta: float | None = None  # null: 1/N, N the client's own training examples; larger is refused
-    clip: float = 1.0  # C, largest norm of an example's gradient over all that is trained
-    clipping: str = "ghost"  # ghost (norms first, a second pass) | plain (a gradient for each example)
-    noise: float | None = None  # σ, noise's deviation over C; null: the least that `epsilon` allows
-    trainings: int | None = None  # trainings of a client that σ is planned for; null: one a round
-    chunk: int | None = None  # examples whose gradients are held at once; null: the whole batch
+    epsilon: float | None = key(None, "ε that a client may spend in a run, at δ")
+    delta: float | None = key(
+        None,
+        "null: 1/N, N the client's own training examples; larger is refused",
+        only="privacy.epsilon or privacy.noise",
+    )
+    clip: float = key(
+        1.0,
+        "C, largest norm of an example's gradient over all that is trained",
+        only="privacy.epsilon or privacy.noise",
+    )
+    clipping: str = key(
+        "ghost",
+        "ghost (norms first, a second pass) | plain (a gradient for each example)",
+        only="privacy.epsilon or privacy.noise",
+    )
+    noise: float | None = key(None, "σ, noise's deviation over C; null: the least that `epsilon` allows")
+    trainings: int | None = key(
+        None,
+        "trainings of a client that σ is planned for; null: one a round",
+        only="privacy.epsilon",
+    )
+    chunk: int | None = key(
+        None,
+        "examples whose gradients are held at once; null: the whole batch",
+        only="privacy.epsilon or privacy.noise",
+    )
 
     @property
     def on(self) -> bool:
@@ -169,7 +262,7 @@ class PrivacyConfig:
 class Config:
     """Everything a run depends on."""
 
-    strategy: Any = None  # name and hyper-parameters, from the strategy's own dataclass
+    strategy: Any = key(None, "algorithm and its hyper-parameters: fedfuse list strategies, fedfuse list NAME")
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -182,9 +275,9 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    clients: int | None = None  # default 10, or what the data says where it comes partitioned
-    participation: float = 1.0
-    rounds: int = 10
-    seed: int = 0
-    out: str | None = None
-    overwrite: bool = False
+    clients: int | None = key(None, "default 10, or what the data says where it comes partitioned")
+    participation: float = key(1.0, "share of the clients drawn for each round", only="a strategy whose clients train")
+    rounds: int = key(10, "rounds of training and fusing")
+    seed: int = key(0, "every random choice follows from it")
+    out: str | None = key(None, "run directory; null: runs/<time>-<strategy>-<data>-s<seed>")
+    overwrite: bool = key(False, "replace what a run left in `out`")

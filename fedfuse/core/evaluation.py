@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fedfuse.core.silence import UNDEFINED
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.train.scores import scored
 from fedfuse.wire.records import Arrays
@@ -69,6 +70,8 @@ def of_server(
         weights += count
         for key in ("accuracy_macro", "accuracy"):
             total[key] = total.get(key, 0.0) + count * found[key]
+        if UNDEFINED in found:
+            rows.append((round, "server", -1, "global", f"{name}/{UNDEFINED}", found[UNDEFINED]))
         if "perplexity" in found:
             for key in ("loss", "perplexity"):
                 rows.append((round, "server", -1, "global", f"{key}/global", found[key]))

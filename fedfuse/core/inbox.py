@@ -9,6 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, check_share
+from fedfuse.core.silence import UNDEFINED, is_undefined
 from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.group_sums import CARRIED, Sums, add_up, handed_over, kept_back
@@ -30,6 +31,8 @@ class Inbox:
         Clients that raised or timed out (`replies`), invalid replies (`rejected`), second tries (`retried`).
     left_out : list of str
         This round's failures, in words.
+    undefined : int
+        This round's clients whose training loss is not a number.
     ever_left_out : bool
         Whether any client was left out in any round.
     timed : list
@@ -44,6 +47,7 @@ class Inbox:
         self.strategy, self.outbox, self.inside = strategy, outbox, False
         self.failures = {"replies": 0, "rejected": 0, "retried": 0}
         self.left_out: list[str] = []
+        self.undefined = 0
         self.ever_left_out = False
         self.timed: list[tuple[str, str, float]] = []
         self.losses: list[tuple[float, float]] = []
@@ -56,7 +60,7 @@ class Inbox:
         """A phase begins."""
         self._before = {}
         if self._told != request.round:  # an evaluation does not hide who failed in training
-            self.left_out, self._told = [], request.round
+            self.left_out, self.undefined, self._told = [], 0, request.round
 
     def shares(self, replies: Iterable[Message], sums: Sums, totals: dict[str, Sum]) -> Iterator[Share]:
         """The valid shares among replies, in client order, without what only enters `totals`.
@@ -144,6 +148,9 @@ class Inbox:
             elif not isinstance(value, list) and key != "num-examples":
                 self.strategy.log(key, float(value), client=share.client, scope="client")
         loss = share.metrics.get("loss")
+        if is_undefined(share.metrics, share.examples):
+            self.undefined += 1
+            self.strategy.log(f"loss/{UNDEFINED}", 1.0, client=share.client, scope="client")
         if isinstance(loss, int | float) and loss == loss:
             self.losses.append((float(share.examples), float(loss)))
 

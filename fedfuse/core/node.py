@@ -108,10 +108,11 @@ class Node:
         ledger: Path | None = None,
     ) -> None:
         self.entry, self.store, self.retries = entry, store, retries
+        self._transfer = entry.server.transfer in ("clients", "both")
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
-        self.residents = Residents(scenario, self._equip, device, ledger)
+        self.residents = Residents(scenario, self._equip, device, ledger, self._transfer)
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
@@ -363,7 +364,7 @@ class Node:
                 raise Refused(str(error)) from error
             self._hyper = (key, hyper)
             old = self.residents
-            self.residents = Residents(old.scenario, self._equip, old.device, old.ledger)
+            self.residents = Residents(old.scenario, self._equip, old.device, old.ledger, self._transfer)
         return self._hyper[1]
 
 

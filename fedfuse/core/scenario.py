@@ -14,8 +14,10 @@ from torch import nn
 from fedfuse import models
 from fedfuse.compat.torch_lists import copy_all
 from fedfuse.compat.torch_state import contents
+from fedfuse.config.idle import idle
 from fedfuse.config.schema import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
+from fedfuse.errors import UserError
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import generator, seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
@@ -85,9 +87,12 @@ class Scenario:
         return int(self.data.offsets[client, 1] - self.data.offsets[client, 0])
 
 
-def prepare_scenario(config: Config) -> Scenario:
-    """Load the data, deal it to clients and choose their architectures."""
-    data = prepare(config.data, config.partition, config.transfer, config.clients, config.seed)
+def prepare_scenario(config: Config, data: FederatedData | None = None) -> Scenario:
+    """Load the data (if it is not there), deal it to clients and choose their architectures."""
+    if data is None:
+        data = prepare(config.data, config.partition, config.transfer, config.clients, config.seed)
+    if unheard := idle(config):  # of a preset, or from before a group's word was changed: what is typed is refused
+        data = replace(data, notes=(*data.notes, *unheard.values()))
     dataset = data.dataset
     names = models.architectures(config.model, dataset.kind, dataset.shape, data.clients)
     return Scenario(config, data, tuple(names))
@@ -107,6 +112,8 @@ class Residents:
     device : torch.device
     ledger : Path or None
         At a deployed site, where it notes what its examples' privacy has been spent on; its noise is its own.
+    transfer : bool
+        Whether the strategy says that it uses the transfer set here.
     """
 
     def __init__(
@@ -115,7 +122,9 @@ class Residents:
         equip: Equip | None = None,
         device: torch.device | str = "cpu",
         ledger: Path | None = None,
+        transfer: bool = True,
     ) -> None:
+        self.transfer_declared = transfer
         self.scenario, self.equip, self.device, self.ledger = scenario, equip, torch.device(device), ledger
         self._models: dict[str, nn.Module] = {}
         self._initial: dict[str, Arrays] = {}
@@ -214,6 +223,11 @@ class Residents:
             self._tensors.move_to_end(key)
             return self._tensors[key]
         data = self.scenario.data
+        if key == ("transfer",) and not self.transfer_declared:
+            raise UserError(
+                "the transfer set is used where the strategy does not say so: "
+                "declare transfer = 'clients', 'server' or 'both' in its class"
+            )
         value: Any
         if key == ("transfer",):
             value = data.transfer_tensors()

@@ -18,6 +18,7 @@ from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Residents, Scenario, variable
 from fedfuse.core.shares import Metrics, Records, Share, Shares
+from fedfuse.core.silence import check_declared
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
@@ -77,6 +78,10 @@ class FusionStrategy(Strategy):
     same_features: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     name: str = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_declared(cls, vars(FusionStrategy))
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
         self.hyper, self.residents = hyper, residents

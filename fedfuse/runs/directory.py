@@ -20,6 +20,7 @@ import polars as pl
 import torch
 
 from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
 from fedfuse.files import opened
 from fedfuse.results.run_data import COLUMNS
@@ -283,10 +284,17 @@ class RunDirectory(Callback):
             "notes": [
                 *federation.scenario.data.notes,
                 *([self.fallen_back] if self.fallen_back else ()),
+                *unheard(strategy),
+                *undefined(self._undefined(), federation.scenario.clients),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
             ],
         }
+
+    def _undefined(self) -> list[Any]:
+        """Rows of figures that were no numbers."""
+        rows = pl.scan_parquet(self.path / "metrics.parquet", glob=False)
+        return rows.filter(pl.col("metric").str.ends_with(UNDEFINED)).collect().rows()
 
     def _final_models(self, federation: Federation) -> None:
         final = self.path / "final"

@@ -23,6 +23,7 @@ from fedfuse.core.fit import check_fit
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
+from fedfuse.core.silence import check_halves
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
@@ -86,9 +87,12 @@ def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> Fus
     def equip(model: Any, build: Any) -> Any:
         return entry.client.equip(model, hyper, build)
 
-    strategy = entry.server(hyper, Residents(scenario, equip, device))
+    strategy = entry.server(
+        hyper, Residents(scenario, equip, device, transfer=entry.server.transfer in ("server", "both"))
+    )
     strategy.name = entry.name
     strategy.run_id = uuid.uuid4().hex
+    check_halves(entry, strategy)
     check_fit(strategy, entry.client.personal)
     return strategy
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
 from fedfuse.core.scenario import prepare_scenario
+from fedfuse.core.strategy import FusionStrategy
 from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
 from fedfuse.wire.records import layout_nbytes
 
@@ -37,18 +38,24 @@ def preview(config: Config, console: Console | None = None) -> None:
         count = sum(int(np.prod(shape)) for _, shape in layout.values())
         total += layout_nbytes(layout)
         console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
-    cohort = scenario.cohort_size
-    up = down = 0
-    for client in range(scenario.clients):
-        scope = strategy.residents.scope(client, config.strategy)
-        up += sum(layout_nbytes(spec(scope)) for spec in type(strategy).records.values() if spec is not None)
-        for topic in type(strategy).topics.values():
-            spec = topic.increment or topic.arrays
-            down += layout_nbytes(spec(scope)) if spec is not None and not topic.once else 0
-    share = cohort / scenario.clients
-    console.print(f"round: {cohort} clients, up {up * share:,.0f} bytes, down {down * share:,.0f} bytes (at most)")
+    up, down = bytes_a_round(strategy)
+    console.print(f"round: {scenario.cohort_size} clients, up {up:,.0f} bytes, down {down:,.0f} bytes (at most)")
     data = scenario.data.dataset.train.inputs.nbytes
     workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
     console.print(
         f"memory: data {data:,} bytes once a machine; {workers} workers with {2 * total:,} bytes of models each"
     )
+
+
+def bytes_a_round(strategy: FusionStrategy) -> tuple[float, float]:
+    """Bytes that a round sends up and down; upper bounds where a strategy's records have an open size."""
+    scenario = strategy.scenario
+    up = down = 0
+    for client in range(scenario.clients):
+        scope = strategy.residents.scope(client, scenario.config.strategy)
+        up += sum(layout_nbytes(spec(scope)) for spec in type(strategy).records.values() if spec is not None)
+        for topic in type(strategy).topics.values():
+            spec = topic.increment or topic.arrays
+            down += layout_nbytes(spec(scope)) if spec is not None and not topic.once else 0
+    share = scenario.cohort_size / scenario.clients
+    return up * share, down * share

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.silence import unheard
 
 
 class Progress(Callback):
@@ -44,5 +45,10 @@ class Progress(Callback):
         parts.append(f"{now - self._clock:.2f} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
+        told = unheard(federation.strategy) if federation.done == 1 else []
+        if lost := federation.strategy.inbox.undefined:
+            told.append(f"training loss of {lost} clients is not a number")
+        for line in told:
+            self.console.print(f"  note: {line}", markup=False)
         for line in federation.strategy.inbox.left_out:  # unwrapped, or a node's words might begin a line
             self.console.print(f"  left out: {line}", markup=False, soft_wrap=True)

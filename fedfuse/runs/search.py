@@ -24,6 +24,7 @@ from fedfuse.config import registry
 from fedfuse.config.compose import compose, strategy_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
+from fedfuse.runs.combinations import without_seed
 from fedfuse.runs.directory import write_text
 from fedfuse.runs.experiment import device_of
 from fedfuse.runs.parallel import Track, drive, shared_out
@@ -70,11 +71,6 @@ def space(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if find_spec("optuna") is None:
         raise UserError("search.trials: needs optuna, not installed; pip install 'fedfuse[search]'")
     return words, found
-
-
-def without_seed(job: Sequence[str]) -> Key:
-    """What is tuned once: a combination, whatever its seed."""
-    return tuple(word for word in job if not word.startswith("seed="))
 
 
 def tune(jobs: Sequence[Sequence[str]], space: Mapping[str, str], root: Path, console: Console) -> dict[Key, list[str]]:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from fedfuse.config.compose import compose, expand
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import find, load
 from fedfuse.results.table import print_table
 from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
+from fedfuse.runs.combinations import Combination, combine, composed, possible, without_seed
 from fedfuse.runs.experiment import as_yaml, device_of, load_config
 from fedfuse.runs.parallel import Track, drive, shared_out
+from fedfuse.runs.preview import bytes_a_round
 
 
-def sweep(overrides: Sequence[str], report: bool = False) -> Path:
+def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> Path:
     """Run every combination that comma lists span, each in a directory of its own below `out`.
 
     A run that is finished is not repeated, one that was interrupted is resumed; all are checked before any begins.
-    With `search.trials` every strategy is tuned before; see `fedfuse.runs.search`.
+    With `search.trials` every strategy is tuned before; see `fedfuse.runs.search`. What applies to which run is said
+    in `fedfuse.runs.combinations`.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        As typed.
+    report : bool
+        Write the report at the end.
+    dry : bool
+        Only say which runs there would be.
 
     Raises
     ------
@@ -37,20 +47,27 @@ def sweep(overrides: Sequence[str], report: bool = False) -> Path:
     out = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("out=")), "")
     root = Path(out) if out else Path("runs") / time.strftime("%Y%m%d-%H%M%S-compare")
     words, space = search.space([o for o in overrides if not o.startswith("out=")])
-    jobs, console = expand(words), Console(highlight=False)
-    varied = [i for i in range(len(jobs[0])) if len({job[i] for job in jobs}) > 1] if jobs[0] else []
-    configs = composed(jobs)
-    tracking.prepare(configs[0].tracking)
-    tuned: dict[tuple[str, ...], list[str]] = {}
+    console = Console(highlight=False)
+    runs, notes = combine(words)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    places = [root / folder(run.config, run.varied) for run in runs]
+    if dry:
+        return _told(runs, places, space, root, console)
+    tracking.prepare(runs[0].config.tracking)
+    fresh = [run for run, path in zip(runs, places, strict=True) if not (path / "config.yaml").exists()]
+    if len({without_seed(run.words) for run in fresh}) > 1:  # one alone is refused at its beginning
+        possible(fresh)
     if space:
-        tuned = search.tune(jobs, space, root, console)
-        configs = composed([[*job, *tuned[search.without_seed(job)]] for job in jobs])
+        tuned = search.tune([run.words for run in runs], space, root, console)
+        known: dict[tuple[str, ...], Config] = {}
+        for run in runs:
+            run.config = composed([*run.words, *tuned[without_seed(run.words)]], known)
     plans: list[tuple[Path, Config]] = []
-    for job, config in zip(jobs, configs, strict=True):
-        path = root / folder(config, [job[i] for i in varied])
-        config.runtime = shared_out(config, len(jobs))
-        config.out = str(path)
-        plans.append((path, config))
+    for run, path in zip(runs, places, strict=True):
+        run.config.runtime = shared_out(run.config, len(runs))
+        run.config.out = str(path)
+        plans.append((path, run.config))
     for path, config in plans:
         if config.overwrite or not (path / "config.yaml").exists():
             continue
@@ -63,13 +80,14 @@ def sweep(overrides: Sequence[str], report: bool = False) -> Path:
     runtime = plans[0][1].runtime
     if (runtime.parallel or 1) > 1:
         console.print(f"{len(plans)} runs, {runtime.parallel} at once")
+    tally = Tally(len(plans))
     drive(
-        [_once(path, config, console, failed) for path, config in plans],
+        [_once(path, config, console, failed, tally) for path, config in plans],
         runtime,
-        runtime.gpu_fraction if device_of(configs[0]) == "cuda" else 0.0,
+        runtime.gpu_fraction if device_of(plans[0][1]) == "cuda" else 0.0,
     )
-    runs, skipped = find([root])
-    print_table(runs, console)
+    kept, skipped = find([root])
+    print_table(kept, console)
     for line in skipped:
         console.print(f"skipped: {line}", markup=False)
     if report:
@@ -84,39 +102,58 @@ def sweep(overrides: Sequence[str], report: bool = False) -> Path:
     return root
 
 
-def composed(jobs: Sequence[Sequence[str]]) -> list[Config]:
-    """Compose the configurations of runs; those that differ in the seed alone take Hydra's time once.
+def _told(
+    runs: Sequence[Combination], places: Sequence[Path], space: Mapping[str, str], root: Path, console: Console
+) -> Path:
+    """Say which runs there would be, and what a round of each combination sends."""
+    sizes = iter(possible(runs, bytes_a_round))
+    sent: dict[tuple[str, ...], tuple[float, float]] = {}
+    for run, path in zip(runs, places, strict=True):
+        if (key := without_seed(run.words)) not in sent:
+            sent[key] = next(sizes)
+        up, down = sent[key]
+        done = ", finished already" if (path / "summary.json").exists() else ""
+        console.print(
+            f"{path}: {run.config.rounds} rounds, at most {up:,.0f} bytes up and {down:,.0f} down each{done}",
+            markup=False,
+            soft_wrap=True,
+        )
+    tuning = f", after a search over {', '.join(space)}" if space else ""
+    console.print(f"{len(runs)} runs{tuning}; nothing was run")
+    return root
 
-    Raises
-    ------
-    UserError
-        For a mistake in any of them.
-    """
-    known: dict[search.Key, Config] = {}
-    out = []
-    for job in jobs:
-        seeds = [word.removeprefix("seed=") for word in job if word.startswith("seed=")]
-        key = search.without_seed(job)
-        if key not in known or not all(seed.isdigit() for seed in seeds):
-            known[key] = compose(job)
-        config = copy.deepcopy(known[key])
-        config.seed = int(seeds[-1]) if seeds and seeds[-1].isdigit() else config.seed
-        out.append(config)
-    return out
+
+class Tally:
+    """How many runs are over, and how long the others may take."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs, self.over, self.played, self.started = runs, 0, 0, time.monotonic()
+
+    def count(self, played: bool) -> str:
+        """Count a run that is over; return the count, and the time left if there is anything to go by."""
+        self.over += 1
+        self.played += played
+        left = self.runs - self.over
+        if not left or not self.played:
+            return f"[{self.over}/{self.runs}]"
+        seconds = (time.monotonic() - self.started) / self.played * left
+        told = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        return f"[{self.over}/{self.runs}, about {told} left]"
 
 
-def _once(path: Path, config: Config, console: Console, failed: list[str]) -> Track:
+def _once(path: Path, config: Config, console: Console, failed: list[str], tally: Tally) -> Track:
     """A track of one run, if it is not finished yet."""
     if (path / "summary.json").exists() and not config.overwrite:
-        console.print(f"{path}: finished already", markup=False)
+        console.print(f"{tally.count(False)} {path}: finished already", markup=False)
         return
     error = yield config
+    counted = tally.count(True)
     if error is not None:
-        console.print(f"{path}: {error}", markup=False, style="red")
+        console.print(f"{counted} {path}: {error}", markup=False, style="red")
         failed.append(str(path))
-    elif (config.runtime.parallel or 1) > 1:
-        seconds = (load(path).summary or {})["seconds"]["total"]
-        console.print(f"{path}: {seconds:.1f} s", markup=False)
+        return
+    seconds = (load(path).summary or {})["seconds"]["total"]
+    console.print(f"{counted} {path}: {seconds:.1f} s", markup=False)
 
 
 def folder(config: Config, varied: Sequence[str]) -> str:

@@ -31,15 +31,19 @@ def scores(logits: Tensor, y: Tensor, classes: int) -> dict[str, float]:
     -------
     dict
         `accuracy`, `accuracy_macro` (mean over the classes present in `y`) and `loss` (mean cross-entropy);
-        NaN for fewer than two examples.
+        NaN for fewer than two examples. Where a prediction is not a number it counts as wrong, and `undefined`
+        is the share of such.
     """
     if len(y) < 2:
         return dict.fromkeys(("accuracy", "accuracy_macro", "loss"), float("nan"))
-    right = logits.argmax(1) == y
+    defined = logits.isfinite().all(1)
+    right = (logits.argmax(1) == y) & defined
     count = torch.bincount(y, minlength=classes)
     hits = torch.bincount(y[right], minlength=classes)
     present = count > 0
+    lost = {} if defined.all() else {"undefined": 1 - defined.double().mean().item()}
     return {
+        **lost,
         "accuracy": right.double().mean().item(),
         "accuracy_macro": (hits[present].double() / count[present]).mean().item(),
         "loss": F.cross_entropy(logits.double(), y).item(),

@@ -1,0 +1,175 @@
+"""No silence: a key that was set and does nothing in this run is named, with what it would go with.
+
+Each key of the schema says with what it does anything (`only`). The grammar is small, so that one text serves the
+reader and the check: alternatives are parted by " or ", what must hold together by " with "; a term is `key=a|b`,
+`key!=a|b`, a key that must be set, or one of `CONDITIONS` in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from fedfuse.config import registry
+from fedfuse.config.catalogue import SOURCES
+from fedfuse.config.keys import Key, known, said
+from fedfuse.config.schema import Config
+from fedfuse.errors import UserError
+
+
+class Idle(UserError):
+    """Keys were set that do nothing.
+
+    Attributes
+    ----------
+    keys : tuple of str
+    """
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        super().__init__("; ".join(keys.values()))
+        self.keys = tuple(keys)
+
+
+def idle(config: Config, sweep: bool = True) -> dict[str, str]:
+    """Keys that differ from their default and do nothing in this run: each with one line that says why.
+
+    Parameters
+    ----------
+    config : Config
+    sweep : bool
+        Whether it may be one of several runs.
+    """
+    out = {}
+    for key in known().values():
+        if not key.only:
+            continue
+        value = valued(config, key.name)
+        if value != key.default and not holds(key.only, config, sweep):
+            out[key.name] = f"{_named(key)}={said(value)} does nothing here: it goes with {key.only}"
+    return out
+
+
+def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
+    """Refuse what was typed and does nothing.
+
+    Parameters
+    ----------
+    config : Config
+    typed : iterable of str
+        Keys that the user set; a group's word counts as its `name`.
+    sweep : bool
+        See `idle`.
+
+    Raises
+    ------
+    Idle
+        One line for each.
+    """
+    known_keys, asked = known(), set()
+    for name in typed:
+        asked.add(f"{name}.name" if f"{name}.name" in known_keys else name)
+    if found := {name: why for name, why in idle(config, sweep).items() if name in asked}:
+        raise Idle(found)
+
+
+def _named(key: Key) -> str:
+    return key.name.removesuffix(".name")
+
+
+def holds(only: str, config: Config, sweep: bool = True) -> bool:
+    """Whether a condition of the schema holds."""
+    return any(
+        all(_term(term.strip(), config, sweep) for term in part.split(" with ")) if part not in CONDITIONS
+        else CONDITIONS[part](config, sweep)
+        for part in only.split(" or ")
+    )  # fmt: skip
+
+
+def _term(term: str, config: Config, sweep: bool) -> bool:
+    if term in CONDITIONS:
+        return CONDITIONS[term](config, sweep)
+    if "=" not in term:
+        return bool(valued(config, term))
+    name, _, words = term.partition("=")
+    allowed = set(words.split("|"))
+    if name.endswith("!"):
+        return any(not (one & allowed) for one in _facts(config, name[:-1]))
+    return any(one & allowed for one in _facts(config, name))
+
+
+def _facts(config: Config, name: str) -> Iterator[set[str]]:
+    """What a key stands for: for a pool, each of its members apart."""
+    data = config.data
+    layout = SOURCES[data.name].layout if data.layout == "builtin" and data.name in SOURCES else data.layout
+    if name == "data":
+        yield {data.name, layout}
+    elif name == "data.layout":
+        yield {layout}
+    elif name == "model":
+        for one in config.model.pool or [config.model.name]:
+            yield {"custom" if ":" in one else one.partition("@")[0]}
+    elif name == "train.optimizer":
+        for one in config.train.pool or [config.train.optimizer]:
+            yield {one.partition("@")[0]}
+    else:
+        value = valued(config, name)
+        yield {said(getattr(value, "name", value) if dataclasses.is_dataclass(value) else value)}
+
+
+def valued(config: Config, name: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = config
+    for part in name.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _declared(config: Config, name: str, default: Any) -> Any:
+    return getattr(registry.entry(config.strategy.name).server, name, default)
+
+
+def _subset(config: Config, sweep: bool) -> bool:
+    return (config.transfer.subset or getattr(config.strategy, "subset", None)) is not None and _shares(config, sweep)
+
+
+def _shares(config: Config, sweep: bool) -> bool:
+    return bool(_declared(config, "transfer", "none") != "none")
+
+
+def uses_loss(config: Config, sweep: bool = True) -> bool:
+    """Whether one of the strategy's halves calls `self.loss`, read from its code."""
+    entry = registry.entry(config.strategy.name)
+    return any(
+        "loss" in _names(found.__code__)
+        for half in (entry.server, entry.client)
+        for kind in half.__mro__
+        if not kind.__module__.startswith(("fedfuse.core.", "flwr.", "builtins"))
+        for found in map(_function, vars(kind).values())
+        if found is not None
+    )
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names of attributes that a function uses, those of functions inside it included."""
+    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
+    "a sweep": lambda config, sweep: sweep,
+    "a strategy with a transfer set": _shares,
+    "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
+    "a strategy that trains on soft labels": uses_loss,
+    "a strategy that distils a transfer set": lambda config, sweep: bool(_declared(config, "distils", False)),
+    "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
+    "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (
+        not config.train.pool or any("@" not in word for word in config.train.pool)
+    ),
+}

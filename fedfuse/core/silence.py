@@ -1,0 +1,116 @@
+"""No silence: a strategy that says what nobody hears, or a figure that is no number, is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.errors import UserError, nearest
+from fedfuse.wire.knowledge import Topic
+
+if TYPE_CHECKING:
+    from fedfuse.config.registry import Entry
+    from fedfuse.core.strategy import FusionStrategy
+
+TRANSFER = ("none", "server", "clients", "both")
+UNDEFINED = "undefined"  # a metric: of a client's training loss, or the share of a test set
+
+
+def check_declared(kind: type[Any], known: Iterable[str]) -> None:
+    """Check what a server half declares, when its class is made.
+
+    Parameters
+    ----------
+    kind : type
+        A subclass of `FusionStrategy`.
+    known : iterable of str
+        The class attributes that the platform reads.
+
+    Raises
+    ------
+    UserError
+        Naming the class, the attribute, its value and what is allowed.
+    """
+    import difflib
+
+    own, known = vars(kind), sorted(known)
+    for name, value in own.items():
+        if name.startswith("_") or name in known or callable(value) or isinstance(value, property | classmethod):
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise UserError(f"{kind.__name__}.{name}: nothing reads it; did you mean {close[0]!r}?")
+    if (said := own.get("transfer", "none")) not in TRANSFER and isinstance(said, str):
+        raise UserError(f"{kind.__name__}.transfer={said!r}: {nearest(said, TRANSFER)}")
+    topics = own.get("topics", {})
+    for name, topic in topics.items() if isinstance(topics, Mapping) else ():
+        if not isinstance(topic, Topic):
+            raise UserError(f"{kind.__name__}.topics[{name!r}] is {type(topic).__name__}; a fedfuse.Topic is needed")
+    setup = own.get("setup", ())
+    for phase in setup if isinstance(setup, tuple) else ():  # a property is checked with the run
+        if not hasattr(kind, f"fuse_{phase}"):
+            raise UserError(f"{kind.__name__}.setup names {phase!r}, and there is no method fuse_{phase}")
+
+
+def check_halves(entry: Entry, strategy: FusionStrategy) -> None:
+    """Check that every phase has a method in both halves.
+
+    Raises
+    ------
+    UserError
+        Naming the phase and what is missing.
+    """
+    for phase in (*strategy.setup, *strategy.phases(1)):
+        server, client = ("fuse", "share") if phase == "train" else (f"fuse_{phase}", phase)
+        if not hasattr(entry.server, server) or not hasattr(entry.client, client):
+            missing = server if not hasattr(entry.server, server) else f"{entry.client.__name__}.{client}"
+            raise UserError(f"strategy={entry.name} has a phase {phase!r}, and there is no method {missing}")
+
+
+def unheard(strategy: FusionStrategy) -> list[str]:
+    """Say what a strategy declares and did not do in the rounds so far; empty if all is well."""
+    if not strategy.round or not strategy.topics:
+        return []
+    items = strategy.board.items
+    if all(item.version < 1 for item in items.values()):
+        return [f"{strategy.name}: fuse published nothing, so that no client learned from another"]
+    there = {topic for topic, _ in items}
+    return [
+        f"{strategy.name}: declares the topic {name!r}, and nobody ever got any of it"
+        for name in strategy.topics
+        if name not in there
+    ]
+
+
+def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: int) -> list[str]:
+    """Say which figures were no numbers.
+
+    Parameters
+    ----------
+    rows : iterable
+        As `metrics.parquet` has them, of one round or of all.
+    clients : int
+        How many there are.
+    """
+    found: dict[str, tuple[set[int], int]] = {}
+    for round, scope, client, split, metric, value in rows:
+        if not metric.endswith(UNDEFINED) or not value:
+            continue
+        where = f"the server's model on the {split} test" if scope == "server" else (
+            "training loss" if split == "train" else f"predictions on the {split} test"
+        )  # fmt: skip
+        who, first = found.get(where, (set(), round))
+        found[where] = (who | {client}, min(first, round))
+    out = []
+    for where, (who, first) in found.items():
+        of = "" if who == {-1} else f" of {len(who)} of {clients} clients"
+        out.append(f"not a number: {where}{of}, first in round {first} (is train.lr too large?)")
+    return out
+
+
+def is_undefined(metrics: Mapping[str, Any], examples: float) -> bool:
+    """Whether a client trained and its loss is no number; without examples or steps there is none."""
+    loss = metrics.get("loss")
+    return bool(
+        isinstance(loss, int | float) and not math.isfinite(loss) and examples > 0 and metrics.get("steps", 1) != 0
+    )
