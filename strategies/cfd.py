@@ -80,7 +80,7 @@ class CFDClient(FusionClient):
             raise InvalidArrays(f"labels: {tuple(levels.shape)}, expected {(len(self.public), self.classes)}")
         x, y = self.residents.transfer(self.public)
         distil = self.loss("kl").towards(probabilities(levels, bits).to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def fit(self) -> Metrics:
         """Train on own data."""
@@ -108,6 +108,7 @@ class CFD(StudentStrategy):
     topics = {"labels": Topic("fold", coded, fold, coded)}
     records = {"labels": coded}
     transfer = "both"
+    distils = True
 
     @property
     def taught(self) -> bool:
@@ -131,7 +132,8 @@ class CFD(StudentStrategy):
                 continue
             if h.delta and h.bits_up != 32:
                 sent[key] = levels
-            total, clients, size = total + p.double(), clients + 1, size + 8 * len(code)
+            if share.examples:  # else it has learnt nothing of its own
+                total, clients, size = total + p.double(), clients + 1, size + 8 * len(code)
         if clients == 0:
             return
         self.log("bits_per_label/up", size / clients / len(rows))

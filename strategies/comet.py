@@ -125,7 +125,7 @@ class CometClient(FusionClient):
             return h.lam * distance(logits, y, i)
 
         if h.distill == "separate":
-            self.train(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)
+            self.distil(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)
             return self.train()
         steps = training.batches(len(x), h.distill_batch, 2**30, self.seed, "distil", self.client, self.round)
 
@@ -147,6 +147,7 @@ class Comet(FusionStrategy):
     topics = {"means": Topic("state", arrays(p=("<=clusters", "subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

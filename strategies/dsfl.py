@@ -76,7 +76,7 @@ class DSFLClient(FusionClient):
         h, item = self.hyper, knowledge["labels"]
         x, y = self.residents.transfer(self.subset(h.subset, item.version))
         distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """Outputs on this round's rows, in ascending row order."""
@@ -92,6 +92,7 @@ class DSFL(StudentStrategy):
     records = {"labels": arrays(p=("subset", "classes"))}
     sums = {"labels": None}
     transfer = "both"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -102,6 +103,8 @@ class DSFL(StudentStrategy):
     def fuse(self, shares: Shares) -> None:
         """Mean, ERA, and the server's own distillation."""
         total, clients = shares.total("labels")
+        if not clients:  # nobody had an example to learn from
+            return
         q = aggregate(total["p"] / clients, self.hyper).float()
         self.publish("labels", {"p": q})
         if self.hyper.server_model:

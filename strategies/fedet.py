@@ -34,6 +34,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.models.parts import classes_of, seeded_by
+from fedfuse.train.distil import happens
 from fedfuse.wire.records import Arrays
 from fedfuse.wire.sums import Sum
 
@@ -107,6 +108,7 @@ class FedET(FusionStrategy):
     """Small models teach a large one by a confidence-weighted consensus with diversity (reconstruction)."""
 
     transfer = "server"
+    distils = True
     needs_features = True
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -144,7 +146,7 @@ class FedET(FusionStrategy):
             group = share.group
             means.setdefault(name, Sum()).add(group, arrays, share.examples)
             common.add(group, layer(arrays), share.examples)
-            if h.distill_epochs:
+            if happens(self.scenario.config.distil, h.distill_epochs):
                 logits.append(self.predict(self.residents.loaded(name, arrays), x, h.distill_batch).double())
         if means:
             self.state["large"] = {**self.state["large"], **common.mean()}
@@ -167,9 +169,10 @@ class FedET(FusionStrategy):
             return value
 
         model = self.residents.loaded(self.large, self.state["large"])
-        options = {"epochs": h.distill_epochs, "batch_size": h.distill_batch}
         self.log("disagreement", float(there.double().mean()))
-        return self.train(model, x, None, both, purpose="large", **options)
+        return self.distil(
+            model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch
+        )
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """The large model."""

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fedfuse.config.registry import hyper, strategy
 from fedfuse.core.client import FusionClient, Metrics
+from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.errors import UserError
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import arrays
 
@@ -53,7 +55,7 @@ class FedMDClient(FusionClient):
         def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return loss(logits, consensus[rows], y)
 
-        self.train(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch)
+        self.distil(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch)
 
     def fit(self) -> Metrics:
         """Revisit: cross-entropy on private data."""
@@ -76,7 +78,15 @@ class FedMD(FusionStrategy):
     records = {"logits": arrays(logits=("subset", "classes"))}
     sums = {"logits": None}
     transfer = "clients"
+    distils = True
+
+    def __init__(self, hyper: FedMDHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        if hyper.public_epochs and not self.scenario.config.transfer.labelled:
+            raise UserError(f"strategy.public_epochs={hyper.public_epochs} needs labels: set transfer.labelled=true")
 
     def fuse(self, shares: Shares) -> None:
-        """f̃ = (1/m) Σ_k f_k."""
-        self.publish("consensus", shares.mean("logits"))
+        """f̃ = (1/m) Σ_k f_k, over the m participants that have examples."""
+        total, clients = shares.total("logits")
+        if clients:  # else nobody had an example to learn from
+            self.publish("consensus", {"logits": (total["logits"] / clients).float()})

@@ -29,7 +29,9 @@ from torch import Tensor
 
 from fedfuse.config.registry import hyper, strategy
 from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Records, Shares
+from fedfuse.errors import UserError
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Layout, Scope, arrays, distributions
 
@@ -53,6 +55,9 @@ class KnFuHyper:
     kd_temperature: float = hyper(1.0, "T of step (d)", above=0)
     finetune_epochs: int = hyper(1, "epochs of step (d)", low=0)
     finetune_batch: int = hyper(64, "batch size of step (d)", low=1)
+
+
+INERT = 0.9  # self-weight from which a mixture is a client's own soft labels, which teach it nothing
 
 
 def distances(p: Tensor, kind: str) -> Tensor:
@@ -88,7 +93,7 @@ def distances(p: Tensor, kind: str) -> Tensor:
     return ((p[:, None] * (log[:, None] - mid)).sum(-1) + (p[None] * (log[None] - mid)).sum(-1)) / 2
 
 
-def fusion_weights(p: Tensor, h: KnFuHyper) -> Tensor:
+def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None) -> Tensor:
     """w_nm = softmax_m(−β·d_nm), with the paper's open choices applied.
 
     Parameters
@@ -96,17 +101,20 @@ def fusion_weights(p: Tensor, h: KnFuHyper) -> Tensor:
     p : Tensor
         EPDs (N × C).
     h : KnFuHyper
+    taught : Tensor, optional
+        Which clients have examples (N) bool; the others get a mixture and are in nobody's. Default: all.
 
     Returns
     -------
     Tensor
-        N × N, rows sum to 1.
+        N × N, row n is client n's mixture; rows sum to 1.
     """
     d = distances(p, h.distance)
     n = len(p)
-    left_out = torch.zeros(n, n, dtype=torch.bool)
-    if not h.include_self and n > 1:
-        left_out |= torch.eye(n, dtype=torch.bool)
+    left_out = torch.zeros(n, n, dtype=torch.bool) if taught is None else ~taught.expand(n, n)
+    if not h.include_self:
+        alone = (~left_out).sum(1, keepdim=True) == 1  # with nobody else to listen to, a client is in its own mixture
+        left_out = left_out | (torch.eye(n, dtype=torch.bool) & ~alone)
     if h.top_k is not None and h.top_k < n:
         nearest = d.masked_fill(left_out, math.inf).topk(h.top_k, dim=1, largest=False).indices
         left_out |= torch.ones_like(left_out).scatter(1, nearest, False)
@@ -144,7 +152,7 @@ class KnFuClient(FusionClient):
                 value = value + F.cross_entropy(logits, y)
             return value
 
-        self.train(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
+        self.distil(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
 
     def share(self) -> Records:
         """Step (b): F_n on D_t, as probabilities or logits; with the oracle EPD also the true label histogram."""
@@ -176,6 +184,12 @@ class KnFu(FusionStrategy):
     topics = {"soft_labels": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
+    distils = True
+
+    def __init__(self, hyper: KnFuHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled:
+            raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -192,11 +206,35 @@ class KnFu(FusionStrategy):
             p = torch.stack([s.records["soft_labels"]["histogram"] for s in everyone])
         else:
             p = estimate(soft, self.hyper)
-        w = fusion_weights(p.double(), self.hyper)
+        taught = torch.tensor([s.examples > 0 for s in everyone])
+        if not bool(taught.any()):
+            return
+        w = fusion_weights(p.double(), self.hyper, taught)
         clients = [s.client for s in everyone]
         self.log_matrix("similarity", clients, w)
+        self._say(clients, w)
         fused = torch.einsum("nm,mtc->ntc", w, knowledge.double())
         if self.hyper.fuse_space == "logit":
             fused = fused.softmax(-1)
         for client, labels in zip(clients, fused.float(), strict=True):
             self.publish("soft_labels", {"p": labels}, to=client)
+
+    def _say(self, clients: list[int], w: Tensor) -> None:
+        """Log how much of its mixture each client keeps for itself, and how many clients it amounts to, 1/Σ_m w_nm²."""
+        own, neighbours = w.diagonal(), 1 / w.square().sum(1)
+        for name, values in (("weight/self", own), ("weight/neighbours", neighbours)):
+            for client, value in zip(clients, values.tolist(), strict=True):
+                self.log(name, value, client, scope="client")
+            self.log(name, float(values.mean()))
+        self.state["weights"] = {"self": float(own.mean()), "neighbours": float(neighbours.mean())}
+
+    def notes(self) -> list[str]:
+        """Whether fusion did anything."""
+        last = self.state.get("weights")
+        if last is None or last["self"] < INERT or self.scenario.cohort_size == 1:
+            return []
+        return [
+            f"knfu: fusion did next to nothing: in the last round clients kept {last['self']:.3f} of their mixtures for "
+            f"themselves ({last['neighbours']:.2f} effective neighbours); a lower strategy.beta, or a bounded "
+            f"strategy.distance as js, lets the others in"
+        ]

@@ -97,7 +97,7 @@ class KTpFLClient(FusionClient):
         x, y = self.residents.transfer(self.subset(h.subset, item.version))
         target, T = item.arrays["p"].to(self.residents.device), h.temperature
         distil = self.loss("kl", temperature=T).towards(target, softened=T)
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""
@@ -112,6 +112,7 @@ class KTpFL(FusionStrategy):
     topics = {"target": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

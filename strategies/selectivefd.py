@@ -126,7 +126,7 @@ class SelectiveFDClient(FusionClient):
         h, item = self.hyper, knowledge["ensemble"]
         x, y = self.residents.transfer(self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()])
         distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def known(self) -> Tensor:
         """Which rows of the whole transfer set look like this client's data (T,) bool; estimated once."""
@@ -167,6 +167,7 @@ class SelectiveFD(FusionStrategy):
     topics = {"ensemble": Topic("lesson", arrays(rows=("int32", "<=subset"), p=("<=subset", "classes")))}
     records = {"soft": arrays(rows=("int32", "<=subset"), p=("<=subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

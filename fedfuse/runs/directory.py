@@ -22,6 +22,7 @@ import torch
 from fedfuse.runs.checkpoint import BEFORE, FORMAT, NEWEST, commit, recover
 from fedfuse.errors import UserError
 from fedfuse.files import opened
+from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
@@ -283,6 +284,8 @@ class RunDirectory(Callback):
             "notes": [
                 *federation.scenario.data.notes,
                 *([self.fallen_back] if self.fallen_back else ()),
+                *remarks(strategy),
+                *strategy.notes(),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
             ],

@@ -9,6 +9,7 @@ from fedfuse.config import registry
 from fedfuse.config.schema import Config
 from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
 from fedfuse.wire.records import layout_nbytes
+from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 
 
@@ -29,7 +30,7 @@ def preview(config: Config, console: Console | None = None) -> None:
         console.print(f"  {split}: {column.sum()} examples, {column.min()} to {column.max()} a client")
     transfer = scenario.data.transfer
     console.print(f"  transfer set: {0 if transfer is None else len(transfer)}")
-    for note in scenario.data.notes:
+    for note in (*scenario.data.notes, *remarks(strategy)):
         console.print(f"  note: {note}", markup=False)
     total = 0
     for name in sorted(set(scenario.architectures)):
