@@ -170,9 +170,7 @@ class FedET(FusionStrategy):
 
         model = self.residents.loaded(self.large, self.state["large"])
         self.log("disagreement", float(there.double().mean()))
-        return self.distil(
-            model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch
-        )
+        return self.distil(model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """The large model."""

@@ -36,7 +36,9 @@ class FedMDHyper:
     subset: int | None = hyper(
         None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1
     )
-    digest_epochs: int = hyper(1, "epochs of the digest", low=0)
+    digest_epochs: int | None = hyper(
+        None, "epochs of the digest; null: as many as make the paper's 40 steps, which are one of 5000 rows", low=0
+    )
     digest_batch: int = hyper(128, "batch size of the digest", low=1)
     public_epochs: int = hyper(0, "epochs on the labelled transfer set before round 1 (0: none)", low=0)
 
@@ -55,7 +57,7 @@ class FedMDClient(FusionClient):
         def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return loss(logits, consensus[rows], y)
 
-        self.distil(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch)
+        self.distil(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch, steps=40)
 
     def fit(self) -> Metrics:
         """Revisit: cross-entropy on private data."""

@@ -274,10 +274,11 @@ class FusionClient:
         x: Tensor,
         y: Tensor | None,
         *,
-        epochs: int,
+        epochs: int | None,
         batch_size: int,
         lr: float | None = None,
         optimizer: str | None = None,
+        steps: int = 0,
         purpose: str | None = None,
     ) -> Metrics:
         """Train on soft labels of rows of the transfer set; the user's `distil.*` goes before what is said here.
@@ -286,11 +287,11 @@ class FusionClient:
         ----------
         loss, x, y, purpose
             As of `train`.
-        epochs, batch_size, lr, optimizer
-            The strategy's own effort; a rate or optimiser of None is that of local training.
+        epochs, batch_size, lr, optimizer, steps
+            The strategy's own effort (`fedfuse.train.distil.Effort`).
         """
         least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
-        own = Effort(epochs, batch_size, lr, optimizer)
+        own = Effort(epochs, batch_size, lr, optimizer, steps)
         options = plan(self.scenario.config.distil, own, self.training, len(x), least)
         return self.train(loss, x, y, purpose=purpose, **options)
 

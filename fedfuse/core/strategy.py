@@ -243,10 +243,11 @@ class FusionStrategy(Strategy):
         loss: Callable[[Any, Any, torch.Tensor], torch.Tensor],
         *,
         purpose: str,
-        epochs: int,
+        epochs: int | None,
         batch_size: int,
         lr: float | None = None,
         optimizer: str | None = None,
+        steps: int = 0,
     ) -> Arrays:
         """Train a network of the server's on soft labels: `train`, where the user's `distil.*` goes before what is said.
 
@@ -254,11 +255,11 @@ class FusionStrategy(Strategy):
         ----------
         model, x, y, loss, purpose
             As of `train`.
-        epochs, batch_size, lr, optimizer
-            The strategy's own effort; a rate or optimiser of None is that of local training.
+        epochs, batch_size, lr, optimizer, steps
+            The strategy's own effort (`fedfuse.train.distil.Effort`).
         """
         least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
-        own, config = Effort(epochs, batch_size, lr, optimizer), self.scenario.config
+        own, config = Effort(epochs, batch_size, lr, optimizer, steps), self.scenario.config
         options = plan(config.distil, own, config.train, len(x), least)
         return self.train(model, x, y, loss, purpose=purpose, **options)
 

@@ -19,15 +19,16 @@ class Effort:
     Parameters
     ----------
     epochs, batch_size
-        Passes over the rows, and rows a step.
+        Passes over the rows, and rows a step. Epochs of None: as many whole passes as make `steps`, at least one.
     lr, optimizer
         None: as in local training.
     """
 
-    epochs: int
+    epochs: int | None
     batch_size: int
     lr: float | None = None
     optimizer: str | None = None
+    steps: int = 0
 
 
 def chosen(asked: DistilConfig, own: Effort, train: TrainConfig) -> tuple[TrainConfig, int]:
@@ -65,9 +66,10 @@ def plan(asked: DistilConfig, own: Effort, train: TrainConfig, rows: int, least:
     """
     config, batch_size = chosen(asked, own, train)
     options: dict[str, Any] = {"config": config, "batch_size": batch_size}
+    each = max(1, len(sizes_of(rows, batch_size, least)))
     if asked.steps is None:
-        return {**options, "epochs": own.epochs if asked.epochs is None else asked.epochs}
-    each = max(1, len(sizes_of(rows, batch_size, least))) if rows else 1
+        paper = max(1, -(-own.steps // each)) if own.epochs is None else own.epochs
+        return {**options, "epochs": paper if asked.epochs is None else asked.epochs}
     return {**options, "epochs": -(-asked.steps // each), "after_step": until(asked.steps)}
 
 
