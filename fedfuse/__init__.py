@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts
     from fedfuse.seeding import generator, seed_of
-    from fedfuse.train import basis, classwise, training, truncate
+    from fedfuse.train import basis, classwise, distil, training, truncate
     from fedfuse.train.privacy import drawn
     from fedfuse.train.scores import scores
     from fedfuse.wire import label_code
@@ -62,7 +62,7 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.basis", "train.classwise",
+_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.basis", "train.classwise", "train.distil",
             "train.training", "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}

@@ -134,7 +134,7 @@ class CometClient(FusionClient):
             return h.lam * distance(logits, y, i)
 
         if h.distill == "separate":
-            self.train(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)
+            self.distil(distil, x, y, purpose="distil", epochs=h.distill_epochs, batch_size=h.distill_batch)
             return self.train()
         steps = training.batches(len(x), h.distill_batch, 2**30, self.seed, "distil", self.client, self.round)
 
@@ -156,6 +156,7 @@ class Comet(FusionStrategy):
     topics = {"means": Topic("state", arrays(p=("<=clusters", "subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -164,7 +165,9 @@ class Comet(FusionStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """Cluster, average, and send each client its own cluster's mean, or all of them to everyone."""
-        h, everyone = self.hyper, list(shares)
+        h, everyone = self.hyper, [share for share in shares if share.examples]
+        if not everyone:
+            return
         clients = [share.client for share in everyone]
         s = torch.stack([share.records["soft"]["p"] for share in everyone])
         kappa = min(h.clusters, len(clients))

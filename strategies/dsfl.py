@@ -49,7 +49,7 @@ class DSFLHyper:
     )
     aggregation: str = hyper("era", "ERA, or simple averaging", choices=("era", "sa"))
     subset: int | None = hyper(None, "|o_t|, rows redrawn each round; null: the whole set (paper: 1000)", low=1)
-    distill_epochs: int = hyper(1, "epochs of distillation", low=0)
+    distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (a known port: 5)", low=0)
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
     server_model: bool = hyper(True, "the server keeps a model of its own and distils it too")
 
@@ -84,7 +84,7 @@ class DSFLClient(FusionClient):
         h, item = self.hyper, knowledge["labels"]
         x, y = self.residents.transfer(self.subset(h.subset, item.version))
         distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """Outputs on this round's rows, in ascending row order."""
@@ -100,6 +100,7 @@ class DSFL(StudentStrategy):
     records = {"labels": arrays(p=("subset", "classes"))}
     sums = {"labels": None}
     transfer = "both"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -110,6 +111,8 @@ class DSFL(StudentStrategy):
     def fuse(self, shares: Shares) -> None:
         """Mean, ERA, and the server's own distillation."""
         total, clients = shares.total("labels")
+        if not clients:  # nobody had an example to learn from
+            return
         q = aggregate(total["p"] / clients, self.hyper).float()
         self.publish("labels", {"p": q})
         if self.hyper.server_model:

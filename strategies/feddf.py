@@ -13,8 +13,8 @@ Paper: Adam 10⁻³ with cosine annealing, batch 128, at most 10⁴ steps, here 
 averages softmax outputs: up to a constant that is the released code's `avg_losses`, the mean of KLs to each teacher.
 The paper's early stop (`patience`, 10³ steps) and drop-worst (models at chance) read a labelled validation set at the
 server: a fixed share of a labelled D_t, which is not distilled then. Left open, and so ours: a student is validated
-once an epoch and its best weights, those before distillation among them, are kept; at chance is an accuracy of at most
-1/C; who is dropped neither teaches nor is averaged; if all are at chance nobody is dropped. Choices: an architecture
+once an epoch and its best weights, those before distillation among them, are kept. Of the released code: near chance
+is an accuracy below 1.2/C, and gradients are clipped at norm 5. Who is dropped neither teaches nor is averaged; if all are at chance nobody is dropped. Choices: an architecture
 nobody of which took part starts from its newest model and is taught too; a client without examples neither counts nor
 teaches; teachers predict in evaluation mode, students train in training mode, so BatchNorm statistics move to the
 transfer set's.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from fedfuse import (
     Shares,
     Sum,
     UserError,
+    distil,
     generator,
     hyper,
     strategy,
@@ -58,8 +60,12 @@ class FedDFHyper:
     patience: int | None = hyper(
         None, "steps without a gain on validation that end a student's distillation (paper: 1000); null: off", low=1
     )
-    drop_worst: bool = hyper(False, "leave out models that are at chance on validation")
+    drop_worst: bool = hyper(False, "leave out models that are near chance on validation: below 1.2/C (code)")
+    clip: float | None = hyper(5.0, "largest norm of a distillation step's gradient (code: 5); null: off", above=0)
     validation: float = hyper(0.1, "share of a labelled D_t that the two read; not distilled then", above=0, high=0.9)
+
+
+NEAR_CHANCE = 1.2  # of the released code, times 1/C
 
 
 def cosine(lr: float, step: int, steps: int) -> float:
@@ -105,6 +111,7 @@ class FedDF(FusionStrategy):
     """Averaged models, one an architecture, each taught by the ensemble of all clients' models."""
 
     transfer = "server"
+    distils = True
 
     def __init__(self, hyper: FedDFHyper, residents: Residents) -> None:
         super().__init__(hyper, residents)
@@ -127,17 +134,18 @@ class FedDF(FusionStrategy):
         """Average by architecture while the models stream in and teach; then distil into each average."""
         h: FedDFHyper = self.hyper
         x, y = self.residents.transfer(self.rows[0])
+        distils = distil.happens(self.scenario.config.distil, h.distill_epochs)
         good, worst = Ensemble(), Ensemble()
         for share in shares:
             if share.examples == 0:
                 continue
             name, weights = self.scenario.architectures[share.client], share.records["model"]
             outputs, used = None, good
-            if h.distill_epochs or h.drop_worst:
+            if distils or h.drop_worst:
                 model = self.residents.loaded(name, weights)
                 logits = self.predict(model, x, h.distill_batch).double()
                 outputs = logits.softmax(1) if h.ensemble == "prob" else logits
-                used = worst if h.drop_worst and self.accuracy(model) <= 1 / self.classes else good
+                used = worst if h.drop_worst and self.accuracy(model) < NEAR_CHANCE / self.classes else good
             used.add(name, share.group, weights, share.examples, outputs)
         if h.drop_worst:
             self.log("dropped", worst.models if good.models else 0)
@@ -146,9 +154,15 @@ class FedDF(FusionStrategy):
         for name in names:
             to = name if len(names) > 1 else None
             student = used.means[name].mean() if name in used.means else self.published("model", to)
-            if used.models and h.distill_epochs:
+            if used.models and distils:
                 student = self._distil(name, student, x, y, used.outputs)
             self.publish("model", student, to=to)
+
+    def _plan(self, rows: int, least: int = 2) -> dict[str, Any]:
+        """The effort of a student's distillation: the user's `distil.*`, else the paper's Adam."""
+        h, config = self.hyper, self.scenario.config
+        own = distil.Effort(h.distill_epochs, h.distill_batch, h.distill_lr, "adam")
+        return distil.plan(config.distil, own, config.train, rows, max(2, least))
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the validation rows that a model gets right."""
@@ -161,19 +175,27 @@ class FedDF(FusionStrategy):
         loss = self.loss("kl")
         compare = loss.from_probabilities if h.ensemble == "prob" else loss
         model = self.residents.loaded(name, student)
-        config = dataclasses.replace(self.scenario.config.train, optimizer="adam", lr=h.distill_lr, weight_decay=0.0)
-        optimizer = training.optimizer(model.parameters(), config)
-        epoch = len(training.sizes_of(len(x), h.distill_batch, max(2, loss.min_batch)))
-        steps, best = h.distill_epochs * epoch, Best(self.accuracy(model), student) if h.patience else None
+        options = self._plan(len(x), loss.min_batch)
+        config, batch_size = options.pop("config"), options["batch_size"]
+        limit = options.pop("after_step", None)  # of `distil.steps`
+        optimizer = training.optimizer(model.parameters(), dataclasses.replace(config, weight_decay=0.0))
+        epoch = len(training.sizes_of(len(x), batch_size, max(2, loss.min_batch)))
+        steps, best = options["epochs"] * epoch, Best(self.accuracy(model), student) if h.patience else None
+        if limit is not None:
+            steps = min(steps, int(self.scenario.config.distil.steps or 0))
         step = iter(range(steps))
 
-        def anneal(_: nn.Module) -> None:  # between backward and step
-            optimizer.param_groups[0]["lr"] = cosine(h.distill_lr, next(step), steps)
+        def anneal(student: nn.Module) -> None:  # between backward and step
+            if h.clip is not None:
+                nn.utils.clip_grad_norm_(student.parameters(), h.clip)
+            optimizer.param_groups[0]["lr"] = cosine(config.lr, next(step), steps)
 
         def distil(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return compare(logits, teacher[rows], y)
 
         def stop(done: int, _: int) -> bool:
+            if done == steps:
+                return True
             if best is None or h.patience is None or done % epoch:
                 return False
             best.look(self.accuracy(model), done, model)
@@ -181,7 +203,7 @@ class FedDF(FusionStrategy):
 
         trained = self.train(
             model, x, y, distil, purpose=f"distil {name}", optimizer=optimizer, after_backward=anneal,
-            after_step=stop, epochs=h.distill_epochs, batch_size=h.distill_batch,
+            after_step=stop, **options,
         )  # fmt: skip
         if best is None:
             return trained

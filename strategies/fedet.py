@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Residents, Shares, Sum, hyper, parts, strategy
+from fedfuse import Arrays, FusionClient, FusionStrategy, Residents, Shares, Sum, distil, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class FedET(FusionStrategy):
     """Small models teach a large one by a confidence-weighted consensus with diversity (reconstruction)."""
 
     transfer = "server"
+    distils = True
     needs_features = True
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
@@ -138,7 +139,7 @@ class FedET(FusionStrategy):
             group = share.group
             means.setdefault(name, Sum()).add(group, arrays, share.examples)
             common.add(group, layer(arrays), share.examples)
-            if h.distill_epochs:
+            if distil.happens(self.scenario.config.distil, h.distill_epochs):
                 logits.append(self.predict(self.residents.loaded(name, arrays), x, h.distill_batch).double())
         if means:
             self.state["large"] = {**self.state["large"], **common.mean()}
@@ -161,9 +162,8 @@ class FedET(FusionStrategy):
             return value
 
         model = self.residents.loaded(self.large, self.state["large"])
-        options = {"epochs": h.distill_epochs, "batch_size": h.distill_batch}
         self.log("disagreement", float(there.double().mean()))
-        return self.train(model, x, None, both, purpose="large", **options)
+        return self.distil(model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """The large model."""

@@ -8,16 +8,19 @@ arXiv 2105.10056). With f the body (`features`), g the head, n_kc client k's exa
                min  Σ_k mean_i (n_kc_i / Σ_j n_jc_i) · CE(g_k(z_i), c_i)  +  η · diversity
                diversity = exp(− mean_ij ‖z_i − z_j‖₁/d · ‖ε_i − ε_j‖²/d_ε)
     client k:  min CE + α_t · (B_G/B) · CE(g(G(ε, c')), c')  +  β_t · KL(softmax g(G(ε, y)) ‖ softmax g(f(x)))
-               with α_t = β_t = 10 · 0.98^t and c' uniform over the classes held, B_G samples a step
+               with α_t = α_0 · 0.98^t, β_t = β_0 · 0.98^t and c' uniform over the classes held, B_G samples a step
 
 Travels: P·B_f bytes and C counts of 8 bytes up, (P + P_G)·B_f and C flags down, a client and round. Each client's own
 head teaches the generator. Left out: the adversarial term of the paper, 0 in the authors' code. Of that code:
-`noise=uniform`; the regularisers act in the first 20 epochs of a round; steps and batch of the generator (its "50
+`noise=uniform`; the regularisers act in the first 20 mini-batches of a round (its `early_stop` counts what it calls
+epochs, of one mini-batch each); the generator's step size falls by 0.98 a round; α_0 = β_0 = 10 belongs to its local
+rate of 0.01 without momentum (at 0.05 and 0.9 the model collapses to chance, so 1 is the default); steps and batch of the generator (its "50
 ensemble epochs" are read as 50 steps). Optimisers start afresh each round. One architecture, since models are averaged.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,7 +50,6 @@ from fedfuse import (
     model_topic,
     seed_of,
     strategy,
-    training,
 )
 
 
@@ -55,14 +57,17 @@ from fedfuse import (
 class FedGenHyper:
     """Hyper-parameters of FedGen."""
 
-    alpha: float = hyper(10.0, "α_0, weight of the cross-entropy on generated features", low=0)
-    beta: float = hyper(10.0, "β_0, weight of the divergence from predictions on generated features", low=0)
+    alpha: float = hyper(1.0, "α_0, weight of the cross-entropy on generated features (code: 10 at lr 0.01)", low=0)
+    beta: float = hyper(1.0, "β_0, weight of the divergence from predictions on generated features (as α_0)", low=0)
     decay: float = hyper(0.98, "factor of α and β a round", low=0, high=1)
     diversity: float = hyper(1.0, "η, weight of the diversity term", low=0)
-    regularised_epochs: int = hyper(20, "first local epochs of a round with regularisers (code: 20)", low=0)
+    regularised_steps: int | None = hyper(
+        20, "first mini-batches of a round with regularisers; null: all (code: 20, called epochs there)", low=0
+    )
     generator_steps: int = hyper(50, "steps of the generator a round", low=0)
     generator_batch: int = hyper(32, "B_G, generated samples a step, at server and clients", low=2)
     generator_lr: float = hyper(3e-4, "Adam's step size for the generator", low=0)
+    generator_lr_decay: float = hyper(0.98, "factor of that step size a round (code: 0.98)", above=0, high=1)
     generator_decay: float = hyper(1e-2, "weight decay of the generator", low=0)
     hidden: int = hyper(256, "hidden units of the generator", low=1)
     noise_dim: int = hyper(32, "d_ε, size of the noise", low=1)
@@ -158,8 +163,7 @@ class FedGenClient(FusionClient):
             return self.train()
         (net, held), head = self.taught, cast(Any, self.model).head
         fade, distance, draw = h.decay**self.round, self.loss("kl"), self.generator("features")
-        size, device = self.scenario.config.train.batch_size, self.residents.device
-        left = h.regularised_epochs * sum(1 for _ in training.batches(len(self.x), size, 1))
+        device, left = self.residents.device, math.inf if h.regularised_steps is None else h.regularised_steps
 
         def loss(logits: Tensor, y: Tensor, _: Tensor) -> Tensor:
             nonlocal left
@@ -227,7 +231,8 @@ class FedGen(FusionStrategy):
         net, head = self._generator().to(device), cast(Any, self.residents.model(self.architecture)).head
         net.load_state_dict(self.state["generator"])
         taught_by = [{k: v.to(device) for k, v in values.items()} for values in heads]
-        optimizer = torch.optim.Adam(net.parameters(), lr=h.generator_lr, weight_decay=h.generator_decay)
+        lr = h.generator_lr * h.generator_lr_decay ** (self.round - 1)
+        optimizer = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=h.generator_decay)
         draw, counts = self.generator("generator"), counts.to(device)
         net.train()
         for _ in range(h.generator_steps):

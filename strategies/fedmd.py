@@ -20,7 +20,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, arrays, hyper, strategy
+from fedfuse import (
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Metrics,
+    Records,
+    Residents,
+    Shares,
+    Topic,
+    UserError,
+    arrays,
+    hyper,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,9 @@ class FedMDHyper:
     subset: int | None = hyper(
         None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1
     )
-    digest_epochs: int = hyper(1, "epochs of the digest", low=0)
+    digest_epochs: int | None = hyper(
+        None, "epochs of the digest; null: as many as make the paper's 40 steps, which are one of 5000 rows", low=0
+    )
     digest_batch: int = hyper(128, "batch size of the digest", low=1)
     public_epochs: int = hyper(0, "epochs on the labelled transfer set before round 1 (0: none)", low=0)
 
@@ -49,7 +64,7 @@ class FedMDClient(FusionClient):
         def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return loss(logits, consensus[rows], y)
 
-        self.train(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch)
+        self.distil(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch, steps=40)
 
     def fit(self) -> Metrics:
         """Revisit: cross-entropy on private data."""
@@ -72,7 +87,15 @@ class FedMD(FusionStrategy):
     records = {"logits": arrays(logits=("subset", "classes"))}
     sums = {"logits": None}
     transfer = "clients"
+    distils = True
+
+    def __init__(self, hyper: FedMDHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        if hyper.public_epochs and not self.scenario.config.transfer.labelled:
+            raise UserError(f"strategy.public_epochs={hyper.public_epochs} needs labels: set transfer.labelled=true")
 
     def fuse(self, shares: Shares) -> None:
-        """f̃ = (1/m) Σ_k f_k."""
-        self.publish("consensus", shares.mean("logits"))
+        """f̃ = (1/m) Σ_k f_k, over the m participants that have examples."""
+        total, clients = shares.total("logits")
+        if clients:  # else nobody had an example to learn from
+            self.publish("consensus", {"logits": (total["logits"] / clients).float()})

@@ -3,14 +3,20 @@
 A reconstruction. Confirmed from the paper (Seyedmohammadi et al., "KnFu: Effective Knowledge Fusion", 2024,
 arXiv 2403.11892): the four steps and their order, an estimated class distribution per client (EPD) computed at the
 fusion centre from the uploaded soft labels, personal fusion weights controlled by β = 10. Not known: the closed form of
-the EPD, the distance, Eq. (8), whether a client is in its own mixture, the fine-tuning loss. Those are fields below,
-with the recommended reading as default. In round t, for the participants S_t:
+the EPD, the distance, Eq. (8), whether a client is in its own mixture, the fine-tuning loss, its epochs. Those are
+fields below. In round t, for the participants S_t with examples, z_n = f(x; Ω_n), T = 1 by default:
 
     (a) client n:  local training on D_n
-    (b) client n:  F_n = softmax(f(x; Ω_n)), x ∈ D_t                                       (T_s × C), sent
-    (c) server:    p_n = (1/T_s) Σ_x F_n(x);   d_nm = KL(p_n ‖ p_m);
-                   w_nm = exp(−β·d_nm) / Σ_{j∈S_t} exp(−β·d_nj);   F̄_n = Σ_m w_nm F_m      (personal, sent)
-    (d) client n:  fine-tunes on D_t: min T²·KL(F̄_n ‖ softmax(f/T))
+    (b) client n:  z_n, x ∈ D_t                                                            (T_s × C), sent
+    (c) server:    p_n = (1/T_s) Σ_x softmax z_n(x);   d_nm = JS(p_n, p_m);
+                   w_nm = exp(−β·d_nm) / Σ_{j∈S_t} exp(−β·d_nj);   F̄_n = softmax(Σ_m w_nm z_m)     (personal, sent)
+    (d) client n:  fine-tunes on D_t: min T²·KL(softmax(log F̄_n / T) ‖ softmax(z_n / T))
+
+The paper calls β = 10 a temperature. Here it multiplies distances, so a larger β listens to fewer; were it a divisor,
+its 10 would be our 0.1, and KnFu nearly FedMD. With the multiplying reading and KL (unbounded: self-weight 0.98 and
+more at Dirichlet 0.3) KnFu is local training, since one's own soft labels teach nothing. Hence the default: JS, which
+is at most log 2, mixed logits and 20 epochs, chosen on validation in `experiments/knfu_default`. Self-weights and
+effective neighbours 1/Σ_m w_nm² are logged every round, and a run whose fusion did next to nothing says so.
 
 Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. β = 0 is uniform averaging, β → ∞
 self-distillation. Step (d) happens at the start of the client's next round or evaluation. The EPD tells the server each
@@ -33,9 +39,11 @@ from fedfuse import (
     Item,
     Layout,
     Records,
+    Residents,
     Scope,
     Shares,
     Topic,
+    UserError,
     arrays,
     distributions,
     hyper,
@@ -53,15 +61,22 @@ class KnFuHyper:
         "how p_n is estimated",
         choices=("mean_soft", "argmax_histogram", "oracle_label_histogram"),
     )
-    distance: str = hyper("kl_nm", "d_nm", choices=("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine"))
+    distance: str = hyper(
+        "js",
+        "d_nm; js is at most log 2, which β = 10 needs",
+        choices=("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine"),
+    )
     include_self: bool = hyper(True, "whether client n is in its own mixture")
     top_k: int | None = hyper(None, "keep only the k nearest clients; null: all", low=1)
     min_weight: float = hyper(0.0, "weights below this are dropped and the rest renormalised", low=0, high=1)
-    fuse_space: str = hyper("prob", "what is mixed: probabilities or logits", choices=("prob", "logit"))
+    fuse_space: str = hyper("logit", "what is mixed: probabilities or logits", choices=("prob", "logit"))
     finetune_loss: str = hyper("kl", "loss of step (d)", choices=("kl", "ce_soft", "kl+ce_hard"))
     kd_temperature: float = hyper(1.0, "T of step (d)", above=0)
-    finetune_epochs: int = hyper(1, "epochs of step (d)", low=0)
+    finetune_epochs: int = hyper(20, "epochs of step (d)", low=0)
     finetune_batch: int = hyper(64, "batch size of step (d)", low=1)
+
+
+INERT = 0.9  # self-weight from which a mixture is a client's own soft labels, which teach it nothing
 
 
 def distances(p: Tensor, kind: str) -> Tensor:
@@ -97,7 +112,7 @@ def distances(p: Tensor, kind: str) -> Tensor:
     return ((p[:, None] * (log[:, None] - mid)).sum(-1) + (p[None] * (log[None] - mid)).sum(-1)) / 2
 
 
-def fusion_weights(p: Tensor, h: KnFuHyper) -> Tensor:
+def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None) -> Tensor:
     """w_nm = softmax_m(−β·d_nm), with the paper's open choices applied.
 
     Parameters
@@ -105,17 +120,20 @@ def fusion_weights(p: Tensor, h: KnFuHyper) -> Tensor:
     p : Tensor
         EPDs (N × C).
     h : KnFuHyper
+    taught : Tensor, optional
+        Which clients have examples (N) bool; the others get a mixture and are in nobody's. Default: all.
 
     Returns
     -------
     Tensor
-        N × N, rows sum to 1.
+        N × N, row n is client n's mixture; rows sum to 1.
     """
     d = distances(p, h.distance)
     n = len(p)
-    left_out = torch.zeros(n, n, dtype=torch.bool)
-    if not h.include_self and n > 1:
-        left_out |= torch.eye(n, dtype=torch.bool)
+    left_out = torch.zeros(n, n, dtype=torch.bool) if taught is None else ~taught.expand(n, n)
+    if not h.include_self:
+        alone = (~left_out).sum(1, keepdim=True) == 1  # with nobody else to listen to, a client is in its own mixture
+        left_out = left_out | (torch.eye(n, dtype=torch.bool) & ~alone)
     if h.top_k is not None and h.top_k < n:
         nearest = d.masked_fill(left_out, math.inf).topk(h.top_k, dim=1, largest=False).indices
         left_out |= torch.ones_like(left_out).scatter(1, nearest, False)
@@ -153,7 +171,7 @@ class KnFuClient(FusionClient):
                 value = value + F.cross_entropy(logits, y)
             return value
 
-        self.train(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
+        self.distil(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
 
     def share(self) -> Records:
         """Step (b): F_n on D_t, as probabilities or logits; with the oracle EPD also the true label histogram."""
@@ -185,6 +203,12 @@ class KnFu(FusionStrategy):
     topics = {"soft_labels": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
+    distils = True
+
+    def __init__(self, hyper: KnFuHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled:
+            raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -201,11 +225,35 @@ class KnFu(FusionStrategy):
             p = torch.stack([s.records["soft_labels"]["histogram"] for s in everyone])
         else:
             p = estimate(soft, self.hyper)
-        w = fusion_weights(p.double(), self.hyper)
+        taught = torch.tensor([s.examples > 0 for s in everyone])
+        if not bool(taught.any()):
+            return
+        w = fusion_weights(p.double(), self.hyper, taught)
         clients = [s.client for s in everyone]
         self.log_matrix("similarity", clients, w)
+        self._say(clients, w)
         fused = torch.einsum("nm,mtc->ntc", w, knowledge.double())
         if self.hyper.fuse_space == "logit":
             fused = fused.softmax(-1)
         for client, labels in zip(clients, fused.float(), strict=True):
             self.publish("soft_labels", {"p": labels}, to=client)
+
+    def _say(self, clients: list[int], w: Tensor) -> None:
+        """Log how much of its mixture each client keeps for itself, and how many clients it amounts to, 1/Σ_m w_nm²."""
+        own, neighbours = w.diagonal(), 1 / w.square().sum(1)
+        for name, values in (("weight/self", own), ("weight/neighbours", neighbours)):
+            for client, value in zip(clients, values.tolist(), strict=True):
+                self.log(name, value, client, scope="client")
+            self.log(name, float(values.mean()))
+        self.state["weights"] = {"self": float(own.mean()), "neighbours": float(neighbours.mean())}
+
+    def notes(self) -> list[str]:
+        """Whether fusion did anything."""
+        last = self.state.get("weights")
+        if last is None or last["self"] < INERT or self.scenario.cohort_size == 1:
+            return []
+        return [
+            f"knfu: fusion did next to nothing: in the last round clients kept {last['self']:.3f} of their mixtures for "
+            f"themselves ({last['neighbours']:.2f} effective neighbours); a lower strategy.beta, or a bounded "
+            f"strategy.distance as js, lets the others in"
+        ]

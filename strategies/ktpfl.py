@@ -4,16 +4,17 @@ Box (Zhang et al., "Parameterized Knowledge Transfer for Personalized Federated 
 arXiv 2111.02862). With s_n = softmax(f_n(x)/T), x ∈ D_t, and coefficients c (N × N, begun at 1/N), in round t:
 
     client n:  CE on private data; sends s_n                                                      (T_s × C)
-    server:    for the participants, a few steps  c_n ← c_n − η_c ∇_{c_n} [ D(Σ_m c_nm s_m, s_n) + ρ ‖c_n − 1/N‖² ]
+    server:    for the participants  c_n ← c_n − η_c ∇_{c_n} [ D(Σ_m c_nm s_m, s_n) + (ρ/N) ‖c_n − 1/N‖² ]
                target_n = Σ_m c_nm s_m                                                    (personal, sent)
     client n:  min T²·KL(target_n ‖ softmax(f_n/T)) on D_t, at the start of its next round
 
 Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. Left open by the paper, and the reading here:
 D is the divergence of the distillation itself, KL(mixture ‖ s_n); c_n is kept a distribution by projecting each step
 onto the simplex (else a target is none); η_c. Participants share the weight their rows give to participants: absent
-columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code: `distance=mse` and `rows=softmax` (c ← softmax(5·c)
-after each step) are reproduced; its automatic step size, KL without T² divided by batch and classes, and alignment
-rows drawn with replacement are not. η_c = 0 freezes c: at 1/N that is FedMD-style averaging. Architectures may differ.
+columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code, and the default: one step a round, rescaled by row
+until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N), and a penalty that is a mean.
+`distance=mse` and `rows=softmax` (c ← softmax(5·c), once a round, which pulls to uniform) are theirs too; their KL
+without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0 freezes c: at 1/N that is FedMD-style averaging. Architectures may differ.
 """
 
 from __future__ import annotations
@@ -45,19 +46,23 @@ class KTpFLHyper:
 
     temperature: float = hyper(10.0, "T of the soft predictions and of the distillation (code: 10)", above=0)
     rho: float = hyper(0.5, "ρ, pull of the coefficients towards uniform (code: 0.1 to 3)", low=0)
-    coefficient_lr: float = hyper(0.1, "η_c, step size of the coefficients; 0 freezes them (ours)", low=0)
-    coefficient_steps: int = hyper(10, "steps on the coefficients a round (ours)", low=0)
+    coefficient_lr: float | None = hyper(
+        None, "η_c; null: rescaled by row so that a step is felt (code); 0 freezes the coefficients", low=0
+    )
+    coefficient_steps: int = hyper(1, "steps on the coefficients a round (code: 1)", low=0)
     distance: str = hyper("kl", "D: KL(mixture ‖ own), or mean squared difference (code)", choices=("kl", "mse"))
     rows: str = hyper(
         "simplex", "rows kept distributions by projection, or by softmax(5·c) (code)", choices=("simplex", "softmax")
     )
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
-    distill_epochs: int = hyper(1, "epochs of the distillation", low=0)
+    distill_epochs: int | None = hyper(
+        None, "epochs of the distillation; null: as many as make the code's 20 steps, which are one of 5000 rows", low=0
+    )
     distill_batch: int = hyper(256, "batch size of the distillation (code: 256)", low=1)
 
 
 def gradient(c: Tensor, s: Tensor, rho: float, distance: str) -> Tensor:
-    """∇_c of Σ_n [ D(Σ_m c_nm s_m, s_n) + ρ Σ_m (c_nm − 1/N)² ].
+    """∇_c of Σ_n [ D(Σ_m c_nm s_m, s_n) + ρ · mean_m (c_nm − 1/N)² ].
 
     Parameters
     ----------
@@ -75,7 +80,7 @@ def gradient(c: Tensor, s: Tensor, rho: float, distance: str) -> Tensor:
         slope = 2 * (mixture - s) / (rows * classes)
     else:
         slope = (mixture.clamp_min(1e-12).log() - s.clamp_min(1e-12).log() + 1) / rows
-    return torch.einsum("ntc,mtc->nm", slope, s) + 2 * rho * (c - 1 / n)
+    return torch.einsum("ntc,mtc->nm", slope, s) + 2 * rho * (c - 1 / n) / n
 
 
 def project(c: Tensor) -> Tensor:
@@ -86,12 +91,29 @@ def project(c: Tensor) -> Tensor:
     return (c - excess.gather(1, last)).clamp_min(0)
 
 
+def rates(slope: Tensor) -> Tensor:
+    """η_c of each row (N × 1), as in the authors' code: five times divided or multiplied by 5 towards a step of 0.01.
+
+    Parameters
+    ----------
+    slope : Tensor
+        ∇_c (N × N); a row's step is Σ_m |η_c ∇_nm| / N.
+    """
+    mean, rate = slope.abs().sum(1, keepdim=True) / len(slope), torch.ones(len(slope), 1, dtype=slope.dtype)
+    for _ in range(5):
+        rate = torch.where(mean * rate > 0.01, rate / 5, rate)
+        rate = torch.where(mean * rate < 0.01, rate * 5, rate)
+    return rate
+
+
 def learn(c: Tensor, s: Tensor, h: KTpFLHyper) -> Tensor:
     """The round's steps on the coefficients of its participants (N × N, rows that sum to 1)."""
-    for _ in range(h.coefficient_steps if h.coefficient_lr else 0):
-        c = c - h.coefficient_lr * gradient(c, s, h.rho, h.distance)
-        c = project(c) if h.rows == "simplex" else (5 * c).softmax(1)
-    return c
+    steps = 0 if h.coefficient_lr == 0 else h.coefficient_steps
+    for _ in range(steps):
+        slope = gradient(c, s, h.rho, h.distance)
+        c = c - (rates(slope) if h.coefficient_lr is None else h.coefficient_lr) * slope
+        c = project(c) if h.rows == "simplex" else c
+    return (5 * c).softmax(1) if steps and h.rows == "softmax" else c
 
 
 class KTpFLClient(FusionClient):
@@ -105,7 +127,7 @@ class KTpFLClient(FusionClient):
         x, y = self.residents.transfer(self.subset(h.subset, item.version))
         target, T = item.arrays["p"].to(self.residents.device), h.temperature
         distil = self.loss("kl", temperature=T).towards(target, softened=T)
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""
@@ -120,6 +142,7 @@ class KTpFL(FusionStrategy):
     topics = {"target": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -133,7 +156,9 @@ class KTpFL(FusionStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """Learn the participants' coefficients, mix, send each its own."""
-        everyone = list(shares)
+        everyone = [share for share in shares if share.examples]  # the others have learnt nothing of their own
+        if not everyone:
+            return
         clients = [share.client for share in everyone]
         s = torch.stack([share.records["soft"]["p"] for share in everyone]).double()
         grid = torch.meshgrid(torch.tensor(clients), torch.tensor(clients), indexing="ij")

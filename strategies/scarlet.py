@@ -51,7 +51,7 @@ class ScarletHyper:
     subset: int | None = hyper(
         None, "|P_t|, redrawn each round; null: a tenth of the transfer set, as in the paper", low=1
     )
-    distill_epochs: int = hyper(1, "epochs of distillation (paper: 5)", low=0)
+    distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (paper: 5)", low=0)
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
     server_model: bool = hyper(True, "the server keeps a model of its own and distils it too")
 
@@ -119,7 +119,7 @@ class ScarletClient(FusionClient):
         served, at = lookup(self.cache, rows, item.version, h.duration)
         x, y = self.residents.transfer(rows[served])
         distil = self.loss("kl").towards(item.arrays["p"][at].to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:
         """Probabilities of the requested rows, in ascending order."""
@@ -150,6 +150,12 @@ class Scarlet(StudentStrategy):
     }
     records = {"labels": arrays(p=("<=transfer", "classes"))}
     transfer = "both"
+    distils = True
+
+    @property
+    def rows_distilled(self) -> int:
+        """|P_t|."""
+        return len(round_rows(self.scenario, self.hyper, 1))
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -169,8 +175,8 @@ class Scarlet(StudentStrategy):
             if len(p) != len(wanted):
                 self.exclude(share, f"labels/p: {len(p)} rows, {len(wanted)} were requested")
                 continue
-            total += p.double()
-            clients += 1
+            if share.examples:  # else it has learnt nothing of its own
+                total, clients = total + p.double(), clients + 1
         if clients == 0:
             return
         q, now = enhanced_era(total / clients, h.beta).float(), torch.tensor([self.round], dtype=torch.int32)

@@ -61,7 +61,9 @@ class SelectiveFDHyper:
     auxiliary: int = hyper(250, "m, uniform points", low=1)
     fit_share: float = hyper(0.05, "share of the private examples the ratio is fitted on", above=0, high=1)
     subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set", low=1)
-    distill_epochs: int = hyper(1, "epochs of the distillation", low=0)
+    distill_epochs: int | None = hyper(
+        None, "epochs of the distillation; null: as many as make the demonstration's 10 steps a round", low=0
+    )
     distill_batch: int = hyper(512, "batch size of the distillation (paper: 512)", low=1)
 
 
@@ -135,7 +137,7 @@ class SelectiveFDClient(FusionClient):
         h, item = self.hyper, knowledge["ensemble"]
         x, y = self.residents.transfer(self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()])
         distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
-        self.train(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=10)
 
     def known(self) -> Tensor:
         """Which rows of the whole transfer set look like this client's data (T,) bool; estimated once."""
@@ -176,6 +178,7 @@ class SelectiveFD(FusionStrategy):
     topics = {"ensemble": Topic("lesson", arrays(rows=("int32", "<=subset"), p=("<=subset", "classes")))}
     records = {"soft": arrays(rows=("int32", "<=subset"), p=("<=subset", "classes"))}
     transfer = "clients"
+    distils = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -57,6 +57,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "model.checkpoint": _nothing,
     "train.optimizer": _word,
     "train.optimizer_state": _word,
+    "distil.optimizer": _word,
     "train.precision": _word,
     "train.pool": _word,
     "loss.name": frozenset(catalogue.LOSSES).__contains__,

@@ -233,6 +233,7 @@ def check(config: Config) -> None:
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
+    at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
     at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
     for key, low in at_least.items():
         value = _value(config, key)
@@ -243,11 +244,14 @@ def check(config: Config) -> None:
         if value not in words:
             raise UserError(f"{key}={value}: {nearest(str(value), words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
-    privacy = config.privacy
+    privacy, distil, words = config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
     rules: list[tuple[str, Any, bool, str]] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
+        ("distil.optimizer", distil.optimizer, distil.optimizer in (None, *WORDS["train.optimizer"]), "null, " + words),
+        ("distil.steps", distil.steps, None in (distil.steps, distil.epochs), "null beside distil.epochs"),
         ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
         ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),
         ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "between 0 and 1"),

@@ -205,6 +205,17 @@ class LossConfig:
 
 
 @dataclass
+class DistilConfig:
+    """Training on soft labels, at clients and server; null leaves each strategy its paper's own (`strategy.*`)."""
+
+    epochs: int | None = None  # passes over the round's rows of the transfer set
+    steps: int | None = None  # mini-batches in place of passes: the same effort whatever the set's size
+    batch_size: int | None = None
+    lr: float | None = None  # null: the strategy's own, else train.lr; another optimiser than theirs: its usual rate
+    optimizer: str | None = None  # sgd | adam | adamw
+
+
+@dataclass
 class StopConfig:
     """Early stop on the clients' validation split (never on test)."""
 
@@ -269,6 +280,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     stop: StopConfig = field(default_factory=StopConfig)

@@ -15,6 +15,7 @@ from fedfuse.core.shares import Metrics, Records
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
+from fedfuse.train.distil import Effort, plan
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
@@ -258,13 +259,39 @@ class FusionClient:
         inputs, labels = (self.x, self.y) if x is None else (x, y)
         losses, self._losses = self._losses, []
         span = self.scenario.span(self._moment)
+        config = options.pop("config", self.training)
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
-            result = training.train(
-                self.model, inputs, labels, loss or _task, self.training, moment, **{**more, **options}
-            )
+            result = training.train(self.model, inputs, labels, loss or _task, config, moment, **{**more, **options})
         if keep:
             self._keep_optimizer(options["optimizer"])
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
+
+    def distil(
+        self,
+        loss: Callable[[Any, Any, Tensor], Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        *,
+        epochs: int | None,
+        batch_size: int,
+        lr: float | None = None,
+        optimizer: str | None = None,
+        steps: int = 0,
+        purpose: str | None = None,
+    ) -> Metrics:
+        """Train on soft labels of rows of the transfer set; the user's `distil.*` goes before what is said here.
+
+        Parameters
+        ----------
+        loss, x, y, purpose
+            As of `train`.
+        epochs, batch_size, lr, optimizer, steps
+            The strategy's own effort (`fedfuse.train.distil.Effort`).
+        """
+        least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
+        own = Effort(epochs, batch_size, lr, optimizer, steps)
+        options = plan(self.scenario.config.distil, own, self.training, len(x), least)
+        return self.train(loss, x, y, purpose=purpose, **options)
 
     @contextlib.contextmanager
     def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, torch.Generator, torch.Generator]]:

@@ -63,6 +63,26 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
             )
 
 
+def remarks(strategy: FusionStrategy) -> list[str]:
+    """What a user has to know of an experiment that can run, and might not do what is expected."""
+    scenario, said = strategy.scenario, []
+    asked = scenario.config.distil
+    given = [key for key in ("epochs", "steps", "batch_size", "lr", "optimizer") if getattr(asked, key) is not None]
+    if given and not strategy.distils:
+        said.append(f"strategy={strategy.name} distils no transfer set: distil.{given[0]} changes nothing")
+    if strategy.distils and scenario.data.transfer is not None:
+        rows = strategy.rows_distilled
+        if rows < FEW * scenario.classes:
+            said.append(
+                f"strategy={strategy.name} distils {rows} rows a round for {scenario.classes} classes, which is few: "
+                f"transfer.size and transfer.subset say how many there are, distil.steps how often they are used"
+            )
+    return said
+
+
+FEW = 10  # rows a class
+
+
 def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     if strategy.pooled:
         raise UserError(f"privacy: strategy={strategy.name} joins all examples at one client; there N is nobody's own")

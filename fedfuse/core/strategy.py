@@ -22,6 +22,7 @@ from fedfuse.core.silence import check_declared
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
+from fedfuse.train.distil import Effort, plan
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
 from fedfuse.wire.group_sums import asked
@@ -57,6 +58,8 @@ class FusionStrategy(Strategy):
         Whether `feature_dim` must be the same in all architectures.
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
+    distils : bool
+        Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
 
     Attributes
     ----------
@@ -77,6 +80,7 @@ class FusionStrategy(Strategy):
     needs_features: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
+    distils: ClassVar[bool] = False
     name: str = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -146,6 +150,10 @@ class FusionStrategy(Strategy):
         Runs beside the client or at the server, on what is there of a share's records, before `fuse` or any sum.
         """
 
+    def notes(self) -> list[str]:
+        """What whoever reads the result has to know of this run, from `state`, so that a resumed one says the same."""
+        return []
+
     @property
     def made_from(self) -> str:
         """What version 0 was made from; said of private runs."""
@@ -157,6 +165,11 @@ class FusionStrategy(Strategy):
     def scenario(self) -> Scenario:
         """The experiment."""
         return self.residents.scenario
+
+    @property
+    def rows_distilled(self) -> int:
+        """Rows of the transfer set that a round's lesson stands on."""
+        return self.scenario.rows_of(getattr(self.hyper, "subset", None))
 
     @property
     def classes(self) -> int:
@@ -221,10 +234,39 @@ class FusionStrategy(Strategy):
         moment = (self.scenario.seed, "server", purpose, self.round)
         losses, self._losses = self._losses, []
         span = self.scenario.span(self.round)
+        config = options.pop("config", self.scenario.config.train)
         with followed(losses, self.state, purpose, span, options.pop("after_step", None)) as more:
-            result = training.train(model, x, y, loss, self.scenario.config.train, moment, **{**more, **options})
+            result = training.train(model, x, y, loss, config, moment, **{**more, **options})
         self.log(f"loss/{purpose}", result["loss"])
         return {name: value.detach().clone() for name, value in variable(model).items()}
+
+    def distil(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        loss: Callable[[Any, Any, torch.Tensor], torch.Tensor],
+        *,
+        purpose: str,
+        epochs: int | None,
+        batch_size: int,
+        lr: float | None = None,
+        optimizer: str | None = None,
+        steps: int = 0,
+    ) -> Arrays:
+        """Train a network of the server's on soft labels: `train`, the user's `distil.*` before what is said.
+
+        Parameters
+        ----------
+        model, x, y, loss, purpose
+            As of `train`.
+        epochs, batch_size, lr, optimizer, steps
+            The strategy's own effort (`fedfuse.train.distil.Effort`).
+        """
+        least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
+        own, config = Effort(epochs, batch_size, lr, optimizer, steps), self.scenario.config
+        options = plan(config.distil, own, config.train, len(x), least)
+        return self.train(model, x, y, loss, purpose=purpose, **options)
 
     def exclude(self, share: Share, reason: str) -> None:
         """Count a share as rejected that only `fuse` or `judge` can tell is wrong, and that it does not use.

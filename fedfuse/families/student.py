@@ -28,7 +28,7 @@ class StudentStrategy(FusionStrategy):
     def teach(self, loss: Loss, p: Tensor, rows: Tensor) -> nn.Module:
         """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it."""
         model, (x, y) = self.residents.loaded(self.architecture, self.state["model"]), self.residents.transfer(rows)
-        self.state["model"] = self.train(
+        self.state["model"] = self.distil(
             model, x, y, loss.towards(p.to(self.residents.device)), purpose="distil",
             epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from typing import IO, Any
 import polars as pl
 import torch
 
+from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
@@ -286,6 +287,8 @@ class RunDirectory(Callback):
                 *([self.fallen_back] if self.fallen_back else ()),
                 *unheard(strategy),
                 *undefined(self._undefined(), federation.scenario.clients),
+                *remarks(strategy),
+                *strategy.notes(),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
             ],

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
+from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
@@ -30,7 +31,7 @@ def preview(config: Config, console: Console | None = None) -> None:
         console.print(f"  {split}: {column.sum()} examples, {column.min()} to {column.max()} a client")
     transfer = scenario.data.transfer
     console.print(f"  transfer set: {0 if transfer is None else len(transfer)}")
-    for note in scenario.data.notes:
+    for note in (*scenario.data.notes, *remarks(strategy)):
         console.print(f"  note: {note}", markup=False)
     total = 0
     for name in sorted(set(scenario.architectures)):

@@ -6,6 +6,7 @@ import time
 
 from rich.console import Console
 
+from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import unheard
 
@@ -24,7 +25,7 @@ class Progress(Callback):
             f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {scenario.clients} clients, "
             f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
         )
-        for note in scenario.data.notes:
+        for note in (*scenario.data.notes, *remarks(federation.strategy)):
             self.console.print(f"  note: {note}", markup=False)
         self._clock = time.perf_counter()
 
@@ -52,3 +53,8 @@ class Progress(Callback):
             self.console.print(f"  note: {line}", markup=False)
         for line in federation.strategy.inbox.left_out:  # unwrapped, or a node's words might begin a line
             self.console.print(f"  left out: {line}", markup=False, soft_wrap=True)
+
+    def end(self, federation: Federation) -> None:
+        """Say what has to be known of the result."""
+        for note in federation.strategy.notes():
+            self.console.print(f"  note: {note}", markup=False)

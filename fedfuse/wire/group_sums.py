@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, Message
 from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, nbytes, record, tensors
 from fedfuse.wire.sums import Sum
 
-Sums = Mapping[str, str | None]  # record -> metric that weighs it (None: 1)
+Sums = Mapping[str, str | None]  # record -> metric that weighs it (None: 1, and 0 for who has no examples)
 CARRIED = "sum:"
 
 
@@ -46,8 +46,7 @@ def keep_back(reply: Message, records: Mapping[str, Arrays], totals: Mapping[str
     names, sizes = [], []
     for name, total in totals.items():
         if name in records:
-            key = sums[name]
-            total.add(0, records[name], float(metrics[key]) if key else 1.0)
+            total.add(0, records[name], weight_of(sums[name], metrics))
             names.append(name)
             sizes.append(nbytes(records[name]))
             del entries(content)["arrays" if name == "model" else name]
@@ -81,6 +80,20 @@ def handed_over(reply: Message, names: Iterable[str]) -> Iterator[tuple[str, Arr
             yield name, tensors(sent), float(config[f"weight:{name}"]), json.loads(str(config[f"dtypes:{name}"]))
 
 
+def weight_of(key: str | None, metrics: Mapping[str, Any]) -> float:
+    """What a client's record counts for in a sum: a metric, or 1; one who has no examples has nothing to say.
+
+    Raises
+    ------
+    InvalidArrays
+        If the metric is no number.
+    """
+    number = metrics.get(key or "num-examples", None if key else 1)
+    if not isinstance(number, int | float):
+        raise InvalidArrays(f"metric {key} is {number!r}; it is a weight")
+    return float(number) if key else float(number > 0)
+
+
 def add_up(
     records: dict[str, Arrays], metrics: Mapping[str, Any], group: int, totals: dict[str, Sum], sums: Sums
 ) -> None:
@@ -94,11 +107,7 @@ def add_up(
     weights: dict[str, float] = {}
     for name, total in totals.items():
         if name in records:
-            key = sums[name]
-            number = metrics.get(key) if key else 1.0
-            if not isinstance(number, int | float):
-                raise InvalidArrays(f"metric {key} is {number!r}; it weighs {name}")
-            weights[name] = float(number)
+            weights[name] = weight_of(sums[name], metrics)
             total.check(records[name], weights[name])
     for name, weight in weights.items():
         totals[name].add(group, records.pop(name), weight)

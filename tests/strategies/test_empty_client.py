@@ -25,3 +25,45 @@ def test_a_client_without_examples(name, monkeypatch):
     assert played.digest
     for item in played.strategy.board.items.values():
         assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())
+
+
+MEANS = {
+    "fedmd": "consensus",
+    "dsfl": "labels",
+    "knfu": "soft_labels",
+    "cfd": "labels",
+    "ktpfl": "target",
+    "comet": "means",
+    "scarlet": "cache",
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_what_a_client_without_examples_says_enters_no_mean(name, monkeypatch):
+    """Whatever it says, everybody else is taught the same."""
+    from fedfuse.config import registry
+
+    whole, count = FusionClient.examples, Scenario.examples
+
+    def examples(self, split):
+        found = whole(self, split)
+        return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
+
+    monkeypatch.setattr(FusionClient, "examples", examples)
+    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
+    client = registry.entry(name).client
+    predict = client.predict
+
+    def published():
+        board = play(name, "rounds=1").strategy.board.items
+        return {to: item.arrays for (topic, to), item in board.items() if topic == MEANS[name] and to != "client:1"}
+
+    before = published()
+    monkeypatch.setattr(
+        client, "predict", lambda self, x: predict(self, x).roll(3, 1) if self.client == 1 else predict(self, x)
+    )
+    after = published()
+    assert before.keys() == after.keys()
+    assert before
+    for to, arrays in before.items():
+        assert all(torch.equal(value, after[to][key]) for key, value in arrays.items()), to

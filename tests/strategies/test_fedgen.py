@@ -79,7 +79,7 @@ def test_without_regularisers_it_is_fedavg():
     plain, free = play("fedavg"), play("fedgen", "strategy.alpha=0", "strategy.beta=0")
     for name, value in plain.strategy.model.items():
         assert torch.equal(value, free.strategy.model[name])
-    late = play("fedgen", "strategy.regularised_epochs=0")
+    late = play("fedgen", "strategy.regularised_steps=0")
     for name, value in plain.strategy.model.items():
         assert torch.equal(value, late.strategy.model[name])
     taught = play("fedgen")

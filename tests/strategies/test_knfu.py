@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse.errors import UserError
 from fedfuse.strategies.knfu import KnFuHyper, distances, estimate, fusion_weights
 from tests.federations import federation, play
 
@@ -40,7 +41,7 @@ def test_weights_by_hand() -> None:
     p = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64)
     d = distances(p, "kl_nm")
     assert d[0, 1].item() == pytest.approx(0.5 * math.log(3), abs=1e-12)
-    w = fusion_weights(p, KnFuHyper(beta=2.0))
+    w = fusion_weights(p, KnFuHyper(beta=2.0, distance="kl_nm"))
     assert w[0, 1].item() == pytest.approx(1 / (1 + 3), abs=1e-12)
 
 
@@ -103,7 +104,7 @@ def test_argmax_histogram() -> None:
 
 def test_absent_clients_do_not_enter_the_softmax() -> None:
     """With one of three clients a round, its mixture is its own soft labels."""
-    with federation("knfu", "participation=0.34", "rounds=3") as (built, _):
+    with federation("knfu", "participation=0.34", "rounds=3", "strategy.fuse_space=prob") as (built, _):
         seen = []
         fuse = built.strategy.fuse
 
@@ -130,10 +131,10 @@ def test_bytes_up_are_rows_times_classes_times_four() -> None:
     [
         "strategy.epd_source=oracle_label_histogram",
         "strategy.epd_source=argmax_histogram",
-        "strategy.fuse_space=logit",
+        "strategy.fuse_space=prob",
         "strategy.finetune_loss=ce_soft",
         "strategy.top_k=1",
-        "loss=js",
+        "loss=reverse_kl",
     ],
 )
 def test_every_open_choice_runs(option: str) -> None:
@@ -145,3 +146,70 @@ def test_every_open_choice_runs(option: str) -> None:
 def test_hard_labels_need_a_labelled_transfer_set() -> None:
     labelled = play("knfu", "strategy.finetune_loss=kl+ce_hard", "transfer.labelled=true")
     assert labelled.digest != play("knfu", "transfer.labelled=true").digest
+
+
+def test_hard_labels_are_refused_where_there_are_none() -> None:
+    with pytest.raises(UserError, match=r"finetune_loss=kl\+ce_hard needs labels: set transfer.labelled=true"):
+        play("knfu", "strategy.finetune_loss=kl+ce_hard")
+
+
+def test_who_has_no_examples_is_in_nobodys_mixture() -> None:
+    """Three clients, the second untaught: its column is 0, its own row mixes the other two by their distances to it."""
+    p = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
+    taught = torch.tensor([True, False, True])
+    h = KnFuHyper(beta=3.0, distance="kl_nm")
+    w = fusion_weights(p, h, taught)
+    assert w[:, 1].tolist() == [0, 0, 0]
+    d = distances(p, "kl_nm")
+    for n in range(3):
+        ratio = math.exp(-3.0 * (d[n, 0] - d[n, 2]).item())
+        assert (w[n, 0] / w[n, 2]).item() == pytest.approx(ratio, rel=1e-12)
+    w = fusion_weights(p, KnFuHyper(include_self=False), taught)
+    assert w[0].tolist() == [0, 0, 1]
+    assert w[2].tolist() == [1, 0, 0]
+    assert w[1, 1] == 0
+    lone = fusion_weights(p, KnFuHyper(include_self=False), torch.tensor([True, False, False]))
+    assert lone.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]  # nobody else: in its own mixture after all
+
+
+class _Said:
+    """A share as `fuse` sees it."""
+
+    def __init__(self, client: int, p: torch.Tensor, examples: int) -> None:
+        self.client, self.records, self.examples = client, {"soft_labels": {"p": p}}, examples
+
+
+@pytest.mark.parametrize("space", ["prob", "logit"])
+def test_a_client_gets_the_mixture_of_its_own_row(space: str) -> None:
+    """KL(p_n ‖ p_m) is not symmetric, so the weights are not: a transposed matrix would give other mixtures."""
+    f = soft_labels(3, 24, 10, seed=4).float()
+    f[0] = (f[0] ** 3) / (f[0] ** 3).sum(-1, keepdim=True)
+    sent = f.log() if space == "logit" else f
+    with federation("knfu", f"strategy.fuse_space={space}", "strategy.distance=kl_nm", "strategy.beta=4") as (built, _):
+        server = built.strategy
+        server.round = 1
+        server.fuse(iter([_Said(n, sent[n], 5 + n) for n in range(3)]))
+        p = f.double().mean(1)
+        for n in range(3):
+            d = [float((p[n] * (p[n] / p[m]).log()).sum()) for m in range(3)]
+            e = [math.exp(-4 * x) for x in d]
+            w = [x / sum(e) for x in e]
+            mixed = sum(w[m] * sent[m].double() for m in range(3))
+            want = mixed.softmax(-1) if space == "logit" else mixed
+            got = server.published("soft_labels", to=n)["p"].double()
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+            logged = {name: value for _, client, _, name, value in server.logged if client == n}
+            assert logged["weight/self"] == pytest.approx(w[n], rel=1e-5)
+            assert logged["weight/neighbours"] == pytest.approx(1 / sum(x * x for x in w), rel=1e-5)
+
+
+def test_fusion_is_felt_at_the_defaults_and_a_run_without_says_so() -> None:
+    skewed = ("partition=dirichlet", "partition.alpha=0.3", "partition.min_size=2", "train.epochs=5")
+    default = play("knfu", *skewed)
+    assert default.strategy.state["weights"]["neighbours"] > 1.2
+    assert default.strategy.notes() == []
+    inert = play("knfu", *skewed, "strategy.distance=kl_nm", "strategy.beta=1000")
+    (note,) = inert.strategy.notes()
+    assert "fusion did next to nothing" in note
+    assert "1.000 of their mixtures" in note
+    assert note in inert.directory.summary(inert.federation)["notes"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedfuse.config import registry
-from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project
+from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project, rates
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
 
@@ -26,7 +26,7 @@ def test_the_gradient_is_that_of_the_stated_objective(distance):
             value = value + (mixture * (mixture / s[n]).log()).sum(-1).mean()
         else:
             value = value + ((mixture - s[n]) ** 2).mean()
-        value = value + rho * ((c[n] - 0.25) ** 2).sum()
+        value = value + rho * ((c[n] - 0.25) ** 2).mean()
     (expected,) = torch.autograd.grad(value, c)
     torch.testing.assert_close(gradient(c.detach(), s, rho, distance), expected, rtol=1e-11, atol=1e-13)
 
@@ -122,3 +122,29 @@ def test_rows_that_are_no_distributions_are_refused():
     p[2, 0] += 0.5
     with pytest.raises(InvalidArrays, match="1 rows are no distributions"):
         registry.entry("ktpfl").server.examine(None, {"soft": {"p": p}})
+
+
+def test_the_step_is_rescaled_by_row_as_in_the_code():
+    """A row of mean |gradient| 0.4 is divided twice by 5 and then goes back and forth; a tiny one is multiplied by 5⁵."""
+    slope = torch.tensor([[0.4, -0.4], [1e-9, 1e-9], [0.012, 0.012]], dtype=torch.float64)
+    slope = torch.cat([slope, torch.zeros(3, 1, dtype=torch.float64)], 1)  # 3 × 3: means 0.267, 7e-10, 0.008
+    # 0.267 → 0.0533 → 0.0107 → 0.00213 and ×5 = 0.0107 → the same again, twice
+    # 0.008 < 0.01: ×5 = 0.04; then ÷5 and ×5 in each of the four that follow
+    torch.testing.assert_close(rates(slope)[:, 0], torch.tensor([1 / 25, 3125.0, 5.0], dtype=torch.float64))
+
+
+def test_coefficients_move_at_the_defaults():
+    """Two pairs of clients: one step of the default tells them apart; a fixed small rate would not."""
+    a, b = soft(1, seed=1)[0], soft(1, seed=2)[0]
+    s = torch.stack([a, a, b, b])
+    c = learn(torch.full((4, 4), 0.25, dtype=torch.float64), s, KTpFLHyper())
+    assert (c[:2, :2].min() - c[:2, 2:].max()).item() > 0.01
+    once = learn(c, s, KTpFLHyper(rows="softmax", coefficient_steps=3))
+    torch.testing.assert_close(once.sum(1), torch.ones(4, dtype=torch.float64))
+    same = learn(c, s, KTpFLHyper(coefficient_steps=3))  # its projections change nothing: all steps stay inside
+    free = c
+    for _ in range(3):
+        slope = gradient(free, s, 0.5, "kl")
+        free = free - rates(slope) * slope
+    torch.testing.assert_close(once, (5 * free).softmax(1))  # once, not after each step
+    assert bool((same >= 0).all())

@@ -1,0 +1,62 @@
+"""FedMD: a plain mean of logits, whatever the clients' sizes; digest effort as in the paper; labels it needs."""
+
+import pytest
+import torch
+
+from fedfuse.errors import UserError
+from tests.federations import federation, play
+
+
+def test_the_consensus_is_the_plain_mean_however_many_examples_a_client_has():
+    """Clients of quite different sizes: a mean weighted by examples would be another."""
+    words = ("partition=size", "partition.min_size=5", "rounds=1")
+    with federation("fedmd", *words) as (built, _):
+        sizes = [built.scenario.examples(client) for client in range(3)]
+        assert max(sizes) > 1.5 * min(sizes)
+        sent = []
+        carry = built.grid.send_and_receive
+
+        def watched(messages, **options):
+            for reply in carry(messages, **options):
+                if "logits" in reply.content:
+                    sent.append(torch.tensor(reply.content["logits"]["logits"].numpy()).double())
+                yield reply
+
+        built.grid.send_and_receive = watched
+        built.run()
+        consensus = built.strategy.published("consensus")["logits"]
+    torch.testing.assert_close(consensus, torch.stack(sent).mean(0).float(), rtol=2e-7, atol=0)
+    weighted = sum(n * z for n, z in zip(sizes, sent, strict=True)) / sum(sizes)
+    assert (weighted - consensus).abs().max() > 1e-3
+
+
+def test_the_digest_is_the_mean_absolute_error():
+    with federation("fedmd", "rounds=2", "strategy.digest_epochs=1") as (built, _):
+        built.run()
+        assert built.digest
+    assert play("fedmd", "loss=mse").digest != play("fedmd").digest
+
+
+def test_by_default_as_many_digest_steps_as_in_the_paper(monkeypatch):
+    from fedfuse.train import training
+
+    found, original = [], training.train
+
+    def counted(*args, **options):
+        result = original(*args, **options)
+        if options.get("batch_size") == 128:
+            found.append(result["steps"])
+        return result
+
+    monkeypatch.setattr(training, "train", counted)
+    play("fedmd", "rounds=2")  # 24 rows: one step an epoch
+    assert set(found) == {40}
+
+
+def test_public_epochs_need_labels():
+    with pytest.raises(UserError, match=r"public_epochs=2 needs labels: set transfer.labelled=true"):
+        play("fedmd", "strategy.public_epochs=2")
+    assert (
+        play("fedmd", "strategy.public_epochs=2", "transfer.labelled=true").digest
+        != play("fedmd", "transfer.labelled=true").digest
+    )

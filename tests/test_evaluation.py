@@ -1,0 +1,29 @@
+"""Clients' scores in one line, in numbers of which no two are alike."""
+
+import math
+
+import pytest
+
+from fedfuse.core.evaluation import of_clients
+
+
+def test_the_worst_tenth_is_the_mean_of_the_lowest():
+    scores = [0.9, 0.31, 0.8, 0.7, 0.05, 0.6, 0.99, 0.5, 0.41, 0.85, 0.95]  # 11 clients: ⌈1.1⌉ = 2
+    line = of_clients({"personal/accuracy": value} for value in scores)
+    assert line["accuracy/personal_worst10"] == pytest.approx((0.05 + 0.31) / 2)
+    assert line["accuracy/personal"] == pytest.approx(sum(scores) / 11)
+    ten = of_clients({"personal/accuracy": value} for value in scores[:10])
+    assert ten["accuracy/personal_worst10"] == 0.05
+
+
+def test_clients_without_a_score_are_in_no_mean():
+    line = of_clients([
+        {"personal/accuracy": 0.4, "global/accuracy": 0.2, "global/accuracy_macro": 0.1, "validation/accuracy": 0.7},
+        {"personal/accuracy": math.nan, "global/accuracy": 0.6, "global/accuracy_macro": 0.3},
+    ])  # fmt: skip
+    assert line["accuracy/personal"] == line["accuracy/personal_worst10"] == 0.4
+    assert line["accuracy/global"] == pytest.approx(0.2)
+    assert line["accuracy/global_plain"] == pytest.approx(0.4)
+    assert line["accuracy/validation"] == 0.7
+    assert "accuracy/validation" not in of_clients([{}])
+    assert math.isnan(of_clients([{}])["accuracy/personal_worst10"])

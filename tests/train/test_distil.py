@@ -1,0 +1,88 @@
+"""`distil.*`: what the user asks for goes before a strategy's own, at clients and server; notes where it cannot do much."""
+
+import pytest
+
+from fedfuse.config.schema import DistilConfig, TrainConfig
+from fedfuse.core.fit import remarks
+from fedfuse.errors import UserError
+from fedfuse.train import training
+from fedfuse.train.distil import Effort, chosen, happens, plan
+from tests.federations import federation, play
+
+TRAIN = TrainConfig(lr=0.3, optimizer="sgd")
+
+
+def test_rate_and_optimiser_by_precedence():
+    own = Effort(3, 64, 0.01, "adam")
+    for asked, name, lr in (
+        (DistilConfig(), "adam", 0.01),
+        (DistilConfig(lr=0.2), "adam", 0.2),
+        (DistilConfig(optimizer="sgd"), "sgd", 0.3),  # local training's
+        (DistilConfig(optimizer="adamw"), "adamw", 0.001),  # nobody's: its usual rate
+        (DistilConfig(optimizer="adamw", lr=0.7), "adamw", 0.7),
+    ):
+        config, size = chosen(asked, own, TRAIN)
+        assert (config.optimizer, config.lr, size) == (name, lr, 64)
+    config, size = chosen(DistilConfig(batch_size=7), Effort(3, 64), TRAIN)
+    assert (config.optimizer, config.lr, size) == ("sgd", 0.3, 7)
+
+
+def test_epochs_and_steps():
+    assert plan(DistilConfig(), Effort(3, 64), TRAIN, 100)["epochs"] == 3
+    assert plan(DistilConfig(epochs=5), Effort(3, 64), TRAIN, 100)["epochs"] == 5
+    assert plan(DistilConfig(), Effort(None, 64, steps=40), TRAIN, 100)["epochs"] == 20  # two steps a pass
+    assert plan(DistilConfig(), Effort(None, 64, steps=40), TRAIN, 6400)["epochs"] == 1
+    options = plan(DistilConfig(steps=5), Effort(3, 64), TRAIN, 100)
+    assert options["epochs"] == 3
+    assert [options["after_step"](done, 6) for done in (4, 5)] == [False, True]
+    assert [happens(DistilConfig(steps=s, epochs=e), own) for s, e, own in ((None, None, 0), (None, 0, 3))] == [
+        False
+    ] * 2
+    assert happens(DistilConfig(steps=1), 0)
+    assert happens(DistilConfig(epochs=1), 0)
+
+
+@pytest.mark.parametrize("name", ["knfu", "fedmd", "dsfl", "ktpfl", "cfd", "scarlet", "selectivefd", "feddf", "fedet"])
+def test_every_distillation_does_as_many_steps_as_asked(name, monkeypatch):
+    """Also at the server; private training goes on as it did."""
+    found, original = [], training.train
+
+    def counted(*args, **options):
+        result = original(*args, **options)
+        if "after_step" in options and result["steps"]:
+            found.append((result["steps"], len(args[1])))
+        return result
+
+    monkeypatch.setattr(training, "train", counted)
+    all_rows = {"scarlet": "transfer.subset=24", "selectivefd": "strategy.client_quantile=null"}
+    whole = (all_rows[name],) if name in all_rows else ()
+    play(name, "distil.steps=3", "distil.batch_size=10", *whole)
+    rows = {n for _, n in found}
+    distilled = [steps for steps, n in found if n <= 24]
+    assert distilled, rows
+    assert set(distilled) == {3}
+    one = play(name, "distil.optimizer=adam", *whole).digest
+    assert one != play(name, "distil.optimizer=adamw", "distil.lr=0.02", *whole).digest
+
+
+def test_bad_values_are_refused():
+    from fedfuse.config.compose import compose
+
+    for word, said in (
+        ("distil.optimizer=lion", "null, sgd, adam, adamw"),
+        ("distil.lr=0", "more than 0"),
+        ("distil.epochs=-1", "at least 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            compose(["strategy=knfu", word])
+    with pytest.raises(UserError, match="null beside distil.epochs"):
+        compose(["strategy=knfu", "distil.epochs=1", "distil.steps=2"])
+
+
+def test_what_cannot_do_much_is_said():
+    with federation("fedavg", "distil.epochs=2") as (built, _):
+        assert remarks(built.strategy) == ["strategy=fedavg distils no transfer set: distil.epochs changes nothing"]
+    with federation("scarlet") as (built, _):
+        assert "distils 2 rows a round for 10 classes, which is few" in remarks(built.strategy)[0]
+    with federation("fedmd", "transfer.size=100") as (built, _):
+        assert remarks(built.strategy) == []
