@@ -16,7 +16,7 @@ from pathlib import Path
 import fedfuse
 from fedfuse.config.registry import listed
 
-SETTING = {"data": "digits", "data.limit": 600, "clients": 3, "rounds": 2, "runtime.workers": 2}
+SETTING = {"data": "digits", "data.limit": 600, "clients": 3, "rounds": 2}
 
 
 def digests(runtimes: tuple[str, ...] = ("inline", "ray")) -> dict[str, str]:
@@ -25,7 +25,8 @@ def digests(runtimes: tuple[str, ...] = ("inline", "ray")) -> dict[str, str]:
     for name in listed():
         for runtime in runtimes:
             with tempfile.TemporaryDirectory() as folder:
-                run = fedfuse.run({**SETTING, "strategy": name, "runtime": runtime, "out": f"{folder}/run"})
+                where = {"runtime": runtime, **({"runtime.workers": 2} if runtime == "ray" else {})}
+                run = fedfuse.run({**SETTING, **where, "strategy": name, "out": f"{folder}/run"})
                 found[f"{name}/{runtime}"] = str(run.summary["digest"])
     return found
 
