@@ -27,7 +27,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
-from fedfuse.engines.serial import SerialGrid
+from fedfuse.network.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml, build_strategy
 from fedfuse.wire.client_store import ClientStore
