@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 # where it is set, every process compiles torch, ray and flwr anew, twice the time of a start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-deploy check format bench clean
+.PHONY: setup demo test test-deploy check arrows format bench clean
 
 setup: $(VENV)/ready
 
@@ -38,6 +38,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory arrows
+
+# the contracts of imports in pyproject.toml, on the package as it is installed: with strategies in it
+arrows: setup
+	rm -rf build/arrows && mkdir -p build/arrows/fedfuse && ln -s $(CURDIR)/fedfuse/* build/arrows/fedfuse/
+	ln -sfn $(CURDIR)/strategies build/arrows/fedfuse/strategies
+	ln -s $(CURDIR)/pyproject.toml build/arrows/
+	cd build/arrows && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache
 
 format: setup
 	$(BIN)/ruff format .

@@ -18,6 +18,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.config.compose import GROUPS, check, compose
 from fedfuse.config.schema import Config
+from fedfuse.core.build import build_strategy
 from fedfuse.core.callbacks import Evaluation
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.node import place
@@ -27,9 +28,9 @@ from fedfuse.core.threads import single_thread
 from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
-from fedfuse.engines.serial import SerialGrid
+from fedfuse.network.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml, build_strategy
+from fedfuse.runs.experiment import as_yaml
 from fedfuse.wire.client_store import ClientStore
 
 single_thread()

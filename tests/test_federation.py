@@ -14,8 +14,8 @@ from fedfuse.config.registry import NoHyper
 from fedfuse.core.client import FusionClient
 from fedfuse.core.loop import Callback
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.engines.serial import SerialGrid
 from fedfuse.errors import WorldError
+from fedfuse.network.serial import SerialGrid
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record
 from tests.federations import federation, play

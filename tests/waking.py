@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fedfuse.config import registry
+from fedfuse.core.build import build_strategy
 from fedfuse.core.client import FusionClient
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 from tests.federations import TINY, federation, scenario_of

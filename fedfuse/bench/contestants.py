@@ -1,7 +1,7 @@
 """Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
 
 Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
-`python -m fedfuse.bench.contestants SIDE WORKLOAD CLIENTS` starts one; the sides are those of
+`python -m fedfuse.bench.play SIDE WORKLOAD CLIENTS` starts one; the sides are those of
 `fedfuse.bench.suite.SIDES`.
 """
 
@@ -122,11 +122,11 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
 def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     """Rounds of a strategy on `inline` or `ray`, without commits and evaluation."""
     from fedfuse.compat.flower_identity import claim_identity
+    from fedfuse.core.build import build_strategy
     from fedfuse.core.loop import Federation
     from fedfuse.core.node import place
     from fedfuse.engines.grid import LocalGrid
     from fedfuse.engines.inline import InlineGrid
-    from fedfuse.runs.experiment import build_strategy
     from fedfuse.wire.client_store import ClientStore
 
     claim_identity()
@@ -193,7 +193,7 @@ def cores_side(name: str, clients: int) -> Callable[[], None]:
     loops, cores = [], min(len(os.sched_getaffinity(0)), COHORT)
     for i in range(cores):
         share = COHORT * (i + 1) // cores - COHORT * i // cores
-        command = [sys.executable, "-m", "fedfuse.bench.contestants", f"share-{share}", name, str(clients)]
+        command = [sys.executable, "-m", "fedfuse.bench.play", f"share-{share}", name, str(clients)]
         loops.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
     def answers() -> None:
@@ -317,36 +317,3 @@ def serve(play: Callable[[], None]) -> None:
         started = time.perf_counter()
         play()
         print(f"seconds {time.perf_counter() - started:.6f}", flush=True)
-
-
-def main(side: str, name: str, clients: int) -> None:
-    """Run one contestant."""
-    workload = WORKLOADS[name]
-    if workload.strategy != "fedavg":
-        from fedfuse.bench import distillation
-
-        grid = "inline" if side == "inline" else "ray"
-        if side == "plain":
-            serve(distillation.plain_side(workload, clients))
-        else:
-            serve(distillation.fedfuse_side(workload, clients, grid))
-    elif side == "flower":
-        flower_side(name, clients)
-    elif side == "guest":
-        guest_side(name, clients)
-    elif side == "plain":
-        serve(plain_side(workload, clients))
-    elif side == "cores":
-        serve(cores_side(name, clients))
-    elif side.startswith("share-"):  # of `cores`
-        serve(plain_side(workload, clients, int(side.removeprefix("share-"))))
-    elif side == "pfl":
-        from fedfuse.bench.pfl import pfl_side
-
-        pfl_side(workload)
-    else:
-        serve(fedfuse_side(workload, clients, "inline" if side == "inline" else "ray"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

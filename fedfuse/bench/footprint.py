@@ -60,7 +60,7 @@ def startup(times: int = 3) -> dict[str, Any]:
     dict
         Per side (ray, inline, flower): seconds, and their median. Sides take turns; a first turn warms the caches.
     """
-    flower = [sys.executable, "-m", "fedfuse.bench.contestants", "flower", "logistic", "100"]
+    flower = [sys.executable, "-m", "fedfuse.bench.play", "flower", "logistic", "100"]
     found: dict[str, list[float]] = {"ray": [], "inline": [], "flower": []}
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         for i in range(times + 1):

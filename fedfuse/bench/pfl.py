@@ -1,4 +1,4 @@
-"""pfl-research as a contestant, where it is installed: `torchrun … -m fedfuse.bench.contestants pfl …`."""
+"""pfl-research as a contestant, where it is installed: `torchrun … -m fedfuse.bench.play pfl …`."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Side:
                 str(29500 + os.getpid() % 1000),
                 "-m",
             ]
-        command += ["fedfuse.bench.contestants", side, workload, str(clients)]
+        command += ["fedfuse.bench.play", side, workload, str(clients)]
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder)}
         self.log = open(folder / f"{side}.log", "w+")  # noqa: SIM115 - closed in end()

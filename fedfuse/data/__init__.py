@@ -1,6 +1,7 @@
 """Data sets, partitions, the transfer set and what each client sees of them.
 
 Names are resolved on first use, so that listing what exists imports neither torch nor any data library.
+This room may import `config`, `seeding` and `errors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`fedfuse deploy`: the same strategy file as real processes over TLS, on Flower's Deployment Runtime."""
+"""`fedfuse deploy`: the same strategy file as real processes over TLS, on Flower's Deployment Runtime.
+
+The operator's commands and processes: it may import `runs`, `network` and what is below them.
+"""
 
 from __future__ import annotations
 

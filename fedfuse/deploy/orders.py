@@ -22,9 +22,9 @@ from fedfuse.config.schema import Config
 from fedfuse.deploy.processes import ALLOW_CODE, RUNS
 from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.remote_grid import Patience
-from fedfuse.network.server import serve
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml
+from fedfuse.runs.remote import serve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PIECE = 3000  # bytes of a packed run directory in a line of log

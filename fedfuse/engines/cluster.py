@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedfuse.errors import UserError, WorldError
 
 log = logging.getLogger("fedfuse")
 _PREFIX = "fedfuse-ray-"
+before_end: list[Callable[[], None]] = []  # what holds actors gives them up first
 _own: list[Path] = []  # the directory of the Ray that this process started
 
 
@@ -79,9 +81,8 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
 
 def disconnect() -> None:
     """End what `connect` started, its sockets and logs included."""
-    from fedfuse.engines import ray as grid
-
-    grid.forget()
+    for forget in before_end:
+        forget()
     if ray.is_initialized():
         ray.shutdown()
     while _own:

@@ -26,7 +26,7 @@ from fedfuse.core.node import parcels
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED
 from fedfuse.core.threads import single_thread
-from fedfuse.engines.cluster import connect, disconnect
+from fedfuse.engines.cluster import before_end, connect, disconnect
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
@@ -414,3 +414,6 @@ _idle: dict[float, list[Any]] = {}  # workers between two runs, by their share o
 def forget() -> None:
     """Drop the idle workers: their Ray ends."""
     _idle.clear()
+
+
+before_end.append(forget)

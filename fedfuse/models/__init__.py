@@ -2,6 +2,7 @@
 
 Every built-in model has `features(x)` of shape (B, feature_dim), `head(z)` giving logits, and `feature_dim`;
 `forward(x)` is `head(features(x))`. Importing this package costs nothing: torch comes with the first model.
+This room may import `data`, `wire`, `config` and what is below them.
 """
 
 from __future__ import annotations

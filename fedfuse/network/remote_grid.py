@@ -398,10 +398,3 @@ def _good(answered: list[tuple[Sent, Message]]) -> int:
 def _counts(reply: Message) -> bool:
     """Whether a client has answered; one that lacks what it should hold has, and is sent the whole by the loop."""
     return reply.has_content() or reply.error.code == STALE
-
-
-def run_on_flower(config: Any, directory: Any, resumed: bool = False) -> Any:
-    """`runtime=flower`: see `fedfuse.network.server.run_on_flower`."""
-    from fedfuse.network import server
-
-    return server.run_on_flower(config, directory, resumed)

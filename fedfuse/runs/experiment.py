@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,12 +16,11 @@ from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import code
 from fedfuse.config.registry import Entry
 from fedfuse.config.schema import Config, RuntimeConfig
-from fedfuse.core.callbacks import EarlyStop, Evaluation
-from fedfuse.core.fit import check_fit
-from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.build import build_strategy
+from fedfuse.core.devices import device_of, server_device_of
+from fedfuse.core.loop import Federation
 from fedfuse.core.node import Node, place
-from fedfuse.core.scenario import Residents, Scenario, prepare_scenario
-from fedfuse.core.silence import check_halves
+from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
@@ -31,70 +28,16 @@ from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.files import read_text
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.progress import Progress
+from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.tracking import check as check_tracking
-from fedfuse.runs.tracking import tracker
 
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
 ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
 
 
-def device_of(config: Config) -> str:
-    """`cpu` or `cuda`; `auto` takes a GPU where there is one.
-
-    Raises
-    ------
-    UserError
-        If a GPU is asked for and there is none.
-    """
-    import torch
-
-    wanted = config.runtime.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device=cuda: this machine has no CUDA device; allowed here: auto, cpu")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def server_device_of(config: Config) -> str:
-    """Where the server's networks live and train: `runtime.server_device`, else the clients' device.
-
-    Raises
-    ------
-    UserError
-        If a GPU is asked for that is not there.
-    """
-    import torch
-
-    wanted = config.runtime.server_device
-    if wanted is None:
-        return device_of(config)
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted.startswith("cuda") and there <= int(wanted.partition(":")[2] or 0):
-        gpus = f"{there} CUDA device{'s' if there > 1 else ''}" if there else "no CUDA device"
-        raise UserError(f"runtime.server_device={wanted}: this machine has {gpus}; allowed here: auto, cpu")
-    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
-
-
 def workers_of(config: Config, clients: int) -> int:
     """Number of actors: as asked for, else min(cores, clients)."""
     return config.runtime.workers or max(1, min(len(os.sched_getaffinity(0)), clients))
-
-
-def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> FusionStrategy:
-    """The server half over a scenario, checked against it."""
-    hyper = scenario.config.strategy
-
-    def equip(model: Any, build: Any) -> Any:
-        return entry.client.equip(model, hyper, build)
-
-    strategy = entry.server(
-        hyper, Residents(scenario, equip, device, transfer=entry.server.transfer in ("server", "both"))
-    )
-    strategy.name = entry.name
-    strategy.run_id = uuid.uuid4().hex
-    check_halves(entry, strategy)
-    check_fit(strategy, entry.client.personal)
-    return strategy
 
 
 def build_grid(entry: Entry, scenario: Scenario, directory: RunDirectory) -> LocalGrid:
@@ -148,7 +91,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     path = Path(config.out) if config.out else default_out(config)
     directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
     if config.runtime.name == "flower":
-        from fedfuse.network.remote_grid import run_on_flower
+        from fedfuse.runs.remote import run_on_flower
 
         return run_on_flower(config, directory)
     directory.create(config.overwrite)
@@ -186,19 +129,6 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
             grid.close()
         directory.close()
     return directory.path
-
-
-def callbacks(config: Config, directory: RunDirectory, quiet: bool) -> list[Callback]:
-    """Evaluation first, the commit next, then who reads what was committed; the progress line last."""
-    chosen: list[Callback] = [Evaluation(config.evaluate.every)]
-    if config.stop.patience is not None:
-        chosen.append(EarlyStop(config.stop.patience))
-    chosen.append(directory)
-    if (told := tracker(config.tracking, directory.path)) is not None:
-        chosen.append(told)
-    if not quiet:
-        chosen.append(Progress())
-    return chosen
 
 
 def load_config(path: Path) -> Config:
@@ -283,7 +213,7 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float) -> Path:
     directory = RunDirectory(path, as_yaml(config), started)
     directory.reopen()
     if flower:
-        from fedfuse.network.remote_grid import run_on_flower
+        from fedfuse.runs.remote import run_on_flower
 
         return run_on_flower(config, directory, resumed=True)
     strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))

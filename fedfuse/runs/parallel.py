@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.schema import Config, RuntimeConfig
+from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runs.experiment import device_of, resume, run
+from fedfuse.runs.experiment import resume, run
 
 Track = Generator[Config, WorldError | None, None]  # yields runs one by one, each after the outcome of the last
 

@@ -7,10 +7,12 @@ from rich.console import Console
 
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
+from fedfuse.core.build import build_strategy
+from fedfuse.core.devices import server_device_of
 from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.runs.experiment import as_yaml, build_strategy, server_device_of, workers_of
+from fedfuse.runs.experiment import as_yaml, workers_of
 from fedfuse.wire.records import layout_nbytes
 
 

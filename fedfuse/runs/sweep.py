@@ -10,13 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from fedfuse.config.schema import Config
+from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import find, load
 from fedfuse.results.table import print_table
 from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import Combination, combine, composed, possible, without_seed
-from fedfuse.runs.experiment import as_yaml, device_of, load_config
+from fedfuse.runs.experiment import as_yaml, load_config
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
 

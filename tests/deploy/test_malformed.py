@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
+from fedfuse.core.build import build_strategy
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.network.remote_grid import RemoteGrid
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.wire.packing import packed
 from tests.deploy.network import Network, tiny
 

@@ -7,8 +7,8 @@ import copy
 import torch
 
 from fedfuse.config import registry
+from fedfuse.core.build import build_strategy
 from fedfuse.core.strategy import Share, Shares
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.train.adapters import adapted, products
 from fedfuse.train.stack import deltas
 from fedfuse.wire.sums import Sum

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fedfuse.config import registry
+from fedfuse.core.build import build_strategy
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Share, Shares
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 from fedfuse.wire.sums import Sum

@@ -11,10 +11,10 @@ import torch
 from flwr.app import ConfigRecord
 
 from fedfuse.config import registry
+from fedfuse.core.build import build_strategy
 from fedfuse.core.node import place
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
 from tests.federations import TINY, federation, play, scenario_of

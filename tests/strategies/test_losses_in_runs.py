@@ -11,11 +11,11 @@ import torch
 
 from fedfuse.config import registry
 from fedfuse.config.schema import LossConfig
+from fedfuse.core.build import build_strategy
 from fedfuse.core.loop import Federation
 from fedfuse.core.node import place
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError
-from fedfuse.runs.experiment import build_strategy
 from fedfuse.train.losses import names
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import sha_arrays

@@ -1,4 +1,4 @@
-"""The server's side of a run on one of Flower's runtimes: meet the nodes, play the rounds, keep the run directory."""
+"""A run on one of Flower's runtimes, seen from its server: meet the nodes, play the rounds, keep the run directory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedfuse.config import registry
 from fedfuse.config.message import as_json, for_sites
 from fedfuse.config.schema import Config
+from fedfuse.core.build import build_strategy
+from fedfuse.core.devices import server_device_of
 from fedfuse.core.loop import Federation
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.threads import single_thread
@@ -30,7 +32,7 @@ from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.network.sizes import largest_array, limit_arrays
 from fedfuse.runs.directory import RunDirectory, write_rows, write_text
-from fedfuse.runs.experiment import build_strategy, callbacks, server_device_of
+from fedfuse.runs.listeners import callbacks
 
 
 def serve(

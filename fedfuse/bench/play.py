@@ -1,0 +1,39 @@
+"""One contestant as a process: `python -m fedfuse.bench.play SIDE WORKLOAD CLIENTS` plays a round per line of input."""
+
+from __future__ import annotations
+
+import sys
+
+from fedfuse.bench import contestants, distillation
+from fedfuse.bench.contestants import WORKLOADS, serve
+
+
+def main(side: str, name: str, clients: int) -> None:
+    """Run one contestant."""
+    workload = WORKLOADS[name]
+    if workload.strategy != "fedavg":
+        grid = "inline" if side == "inline" else "ray"
+        if side == "plain":
+            serve(distillation.plain_side(workload, clients))
+        else:
+            serve(distillation.fedfuse_side(workload, clients, grid))
+    elif side == "flower":
+        contestants.flower_side(name, clients)
+    elif side == "guest":
+        contestants.guest_side(name, clients)
+    elif side == "plain":
+        serve(contestants.plain_side(workload, clients))
+    elif side == "cores":
+        serve(contestants.cores_side(name, clients))
+    elif side.startswith("share-"):  # of `cores`
+        serve(contestants.plain_side(workload, clients, int(side.removeprefix("share-"))))
+    elif side == "pfl":
+        from fedfuse.bench.pfl import pfl_side
+
+        pfl_side(workload)
+    else:
+        serve(contestants.fedfuse_side(workload, clients, "inline" if side == "inline" else "ray"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
