@@ -20,13 +20,16 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.core.strategy import FusionStrategy
     from fedfuse.errors import UserError, WorldError
     from fedfuse.families import lora
-    from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy, RankedHyper, RankedStrategy
+    from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
+    from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
+    from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
     from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
+    from fedfuse.families.personal import Part, PartClient, PartStrategy
+    from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts
     from fedfuse.seeding import generator, seed_of
-    from fedfuse.train import basis, classwise, distil, training, truncate
-    from fedfuse.train.privacy import drawn
+    from fedfuse.train import classwise, distil, training, truncate
     from fedfuse.train.scores import scores
     from fedfuse.wire import label_code
     from fedfuse.wire.knowledge import Item, Topic, model_topic
@@ -52,17 +55,20 @@ _HOMES = {
     "core.shares": "Metrics Records Share Shares",
     "core.strategy": "FusionStrategy",
     "errors": "UserError WorldError",
-    "families.adapters": "AdapterClient AdapterHyper AdapterStrategy RankedHyper RankedStrategy",
+    "families.adapters": "AdapterClient AdapterHyper AdapterStrategy",
+    "families.averaging": "AnchoredClient AveragingStrategy server_step",
+    "families.bases": "BasisClient BasisHyper BasisStrategy",
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
+    "families.personal": "Part PartClient PartStrategy",
+    "families.ranks": "RankedClient RankedHyper RankedStrategy",
     "families.student": "StudentStrategy",
     "seeding": "generator seed_of",
-    "train.privacy": "drawn",
     "train.scores": "scores",
     "wire.knowledge": "Item Topic model_topic",
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.basis", "train.classwise", "train.distil",
+_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.classwise", "train.distil",
             "train.training", "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}

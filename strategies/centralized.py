@@ -6,21 +6,11 @@ each way a round. With a single client this is FedAvg on that client, bit for bi
 
 from __future__ import annotations
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Shares, strategy
+from fedfuse import AveragingStrategy, FusionClient, strategy
 
 
 @strategy("centralized", client=FusionClient, paper="baseline")
-class Centralized(FusionStrategy):
+class Centralized(AveragingStrategy):
     """Pooled data, one model: an upper bound for comparison."""
 
-    heterogeneous = False
     pooled = True
-    sums = {"model": "num-examples"}
-
-    def fuse(self, shares: Shares) -> None:
-        """Take the pool's model over."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The pooled model."""
-        return {"model": (self.architecture, self.model)}

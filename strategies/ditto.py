@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Records, Shares, hyper, strategy, training
+from fedfuse import AveragingStrategy, FusionClient, Item, Metrics, Records, hyper, strategy, training
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,5 @@ class DittoClient(FusionClient):
 
 
 @strategy("ditto", client=DittoClient, hyper=DittoHyper, paper="Li et al. 2021, arXiv 2012.04221")
-class Ditto(FusionStrategy):
+class Ditto(AveragingStrategy):
     """FedAvg, and beside it a personal model a client, pulled towards the common one."""
-
-    heterogeneous = False
-    sums = {"model": "num-examples"}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model w."""
-        return {"model": (self.architecture, self.model)}

@@ -13,10 +13,9 @@ dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Shares, hyper, strategy
+from fedfuse import AveragingStrategy, FusionClient, hyper, strategy
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,5 @@ class FedAvgHyper:
 
 
 @strategy("fedavg", client=FusionClient, hyper=FedAvgHyper, paper="McMahan et al. 2017, arXiv 1602.05629")
-class FedAvg(FusionStrategy):
+class FedAvg(AveragingStrategy):
     """Weighted mean of the clients' models."""
-
-    heterogeneous = False
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

@@ -15,13 +15,12 @@ without weight decay it is not). Buffers are averaged. `scaled=true` is the offi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Scenario, Shares, hyper, parts, strategy
+from fedfuse import AnchoredClient, Arrays, AveragingStrategy, Metrics, Scenario, Shares, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,11 @@ def strength(h: FedDynHyper, scenario: Scenario, client: int) -> float:
     return h.alpha * sum(everyone) / len(everyone) / max(1, everyone[client])
 
 
-class FedDynClient(FusionClient):
+class FedDynClient(AnchoredClient):
     """Trains on the bent objective and keeps its gradient estimate ∇_k."""
 
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """θ ← θ_t, and remember θ_t."""
-        self.start = knowledge["model"].arrays
-        self.load(self.start)
-
     def fit(self) -> Metrics:
-        """Min L_k(θ) − ⟨∇_k, θ⟩ + (α/2)‖θ − θ_t‖²."""
+        """min L_k(θ) − ⟨∇_k, θ⟩ + (α/2)‖θ − θ_t‖²."""
         alpha = strength(self.hyper, self.scenario, self.client)
         if alpha == 0:
             return self.train()
@@ -68,11 +62,10 @@ class FedDynClient(FusionClient):
 
 
 @strategy("feddyn", client=FedDynClient, hyper=FedDynHyper, paper="Acar et al. 2021, arXiv 2111.04263")
-class FedDyn(FusionStrategy):
+class FedDyn(AveragingStrategy):
     """FedAvg with dynamic regularisation of the local objectives."""
 
-    heterogeneous = False
-    sums = {"model": None}
+    weight = None
 
     def fuse(self, shares: Shares) -> None:
         """θ ← mean θ_k − h/α."""
@@ -87,7 +80,3 @@ class FedDyn(FusionStrategy):
                     h[name] = before - alpha / self.scenario.clients * moved
                     mean[name] = (total[name] / taking_part - h[name] / alpha).to(old[name].dtype)
         self.publish("model", mean)
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

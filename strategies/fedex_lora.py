@@ -15,12 +15,12 @@ here (`weighting=uniform` for the latter).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Item, Shares, Topic, lora, strategy
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Shares, lora, strategy
 
 
 def residual(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:
@@ -51,51 +51,20 @@ def residual(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], sc
 class FedExLoRAClient(AdapterClient):
     """Trains A and B over a base that takes in every round's residual."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA over a base with Δ."""
-        return lora.equip(model, hyper, delta=True)
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take the means and all residuals so far."""
-        self.load(knowledge["adapter"].arrays, strict=False)
-        self.load(lora.deltas(knowledge["residual"].arrays), strict=False)
-        self.restore()
+    folded = "residual"
 
 
 @strategy("fedex_lora", client=FedExLoRAClient, hyper=AdapterHyper, paper="Singhal et al. 2025, arXiv 2410.09432")
 class FedExLoRA(AdapterStrategy):
     """Mean of LoRA's A and B, and the residual of their product into the base: exact."""
 
-    topics = {
-        "adapter": Topic("state", lora.part("lora_A", "lora_B")),
-        "residual": Topic("fold", fold=lora.fold, increment=lora.increments),
-    }
-    records = {"adapter": lora.part("lora_A", "lora_B")}
-    sums = {}
-
-    def publish_initial(self) -> None:
-        """Version 0: the seed's adapters over Δ = 0."""
-        super().publish_initial()
-        layers = lora.adapted(self.residents.model(self.architecture))
-        self.publish("residual", lora.empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
+    folded = "residual"
+    sums = {}  # the residual needs every client's factors
 
     def fuse(self, shares: Shares) -> None:
         """The means, and E of each layer."""
         everyone = list(shares)
-        mean, _ = self.mean((share, share.records["adapter"]) for share in everyone)
-        weights = [self.weight_of(share) for share in everyone]
-        p = [weight / sum(weights) for weight in weights]
-        folded: Arrays = {}
-        for name, layer in lora.adapted(self.residents.model(self.architecture)).items():
-            bs = [share.records["adapter"][f"{name}.lora_B.weight"].double() for share in everyone]
-            as_ = [share.records["adapter"][f"{name}.lora_A.weight"].double() for share in everyone]
-            b, a = residual(bs, as_, p, layer.scale)
-            dtype = mean[f"{name}.lora_A.weight"].dtype
-            folded[f"{name}.B"], folded[f"{name}.A"] = b.to(dtype), a.to(dtype)
-        self.publish("adapter", mean)
-        self.publish("residual", folded)
-
-    def state_of_model(self) -> Arrays:
-        """Means over the base with Δ."""
-        return super().state_of_model() | lora.deltas(self.published("residual"))
+        p = self.weights_of(everyone)
+        residuals = ((name, *residual(bs, as_, p, s)) for name, s, bs, as_ in self.factors(everyone))
+        self.publish("adapter", self.mean((share, share.records["adapter"]) for share in everyone))
+        self.fold(residuals, self.dtype_of(everyone[0]))

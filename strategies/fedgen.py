@@ -32,8 +32,8 @@ from torch.func import functional_call
 
 from fedfuse import (
     Arrays,
+    AveragingStrategy,
     FusionClient,
-    FusionStrategy,
     InvalidArrays,
     Item,
     Layout,
@@ -186,12 +186,12 @@ class FedGenClient(FusionClient):
 
 
 @strategy("fedgen", client=FedGenClient, hyper=FedGenHyper, paper="Zhu et al. 2021, arXiv 2105.10056")
-class FedGen(FusionStrategy):
+class FedGen(AveragingStrategy):
     """FedAvg with a server-side generator of features, taught by the clients' heads."""
 
     topics = {"model": model_topic(), "generator": Topic("state", generator_arrays)}
     records = {"model": model_arrays, "counts": arrays(counts=("int64", "classes"))}
-    heterogeneous = False
+    sums = {}  # `fuse` looks at every model
     needs_features = True
 
     @classmethod
@@ -246,7 +246,3 @@ class FedGen(FusionStrategy):
             optimizer.step()
         self.log("loss/generator", taught.item())
         self.state["generator"] = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fedfuse import (
     Arrays,
+    AveragingStrategy,
     FusionClient,
-    FusionStrategy,
     InvalidArrays,
     Item,
     Metrics,
@@ -114,7 +114,7 @@ class FedHKDClient(FusionClient):
 
 
 @strategy("fedhkd", client=FedHKDClient, hyper=FedHKDHyper, paper="Chen et al. 2023, arXiv 2301.08968")
-class FedHKD(FusionStrategy):
+class FedHKD(AveragingStrategy):
     """FedAvg with mean embeddings and mean predictions per class (hyper-knowledge)."""
 
     topics = {
@@ -131,7 +131,6 @@ class FedHKD(FusionStrategy):
         ),
     }
     sums = {"model": "num-examples"}
-    heterogeneous = False
     needs_features = True
 
     @classmethod
@@ -157,7 +156,3 @@ class FedHKD(FusionStrategy):
             new = {k: torch.where(held[:, None], v, old[k]) for k, v in new.items() if k != "held"}
             new["held"] = held | old["held"]
         self.publish("classes", new)
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

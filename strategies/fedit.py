@@ -14,25 +14,11 @@ own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
-from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Topic, lora, strategy
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, strategy
 
 
-class FedITClient(AdapterClient):
-    """Trains A and B."""
-
-    @staticmethod
-    def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA, both factors trained."""
-        return lora.equip(model, hyper)
-
-
-@strategy("fedit", client=FedITClient, hyper=AdapterHyper, paper="Zhang et al. 2024, arXiv 2305.05644")
+@strategy("fedit", client=AdapterClient, hyper=AdapterHyper, paper="Zhang et al. 2024, arXiv 2305.05644")
 class FedIT(AdapterStrategy):
     """Mean of LoRA's A and of its B."""
 
-    topics = {"adapter": Topic("state", lora.part("lora_A", "lora_B"))}
-    records = {"adapter": lora.part("lora_A", "lora_B")}
+    kinds = ("lora_A", "lora_B")

@@ -63,7 +63,7 @@ def energy(h: FedKDHyper, round: int, rounds: int) -> float:
 
 
 def apply(student: Arrays, increment: Arrays) -> Arrays:
-    """S + Δ, of a truncated Δ; buffers that count are added up as integers."""
+    """s + Δ, of a truncated Δ; buffers that count are added up as integers."""
     change = truncate.unpack(increment, student)
     return {name: value + change[name] for name, value in student.items()}
 
@@ -137,7 +137,7 @@ class FedKD(FusionStrategy):
         self.publish("student", pair.shared_part(self.residents.initial(self.architecture)))
 
     def fuse(self, shares: Shares) -> None:
-        """S ← s + truncated mean Δ_k."""
+        """s ← s + truncated mean Δ_k."""
         student = self.published("student")
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in student.items()}
         weight = 0

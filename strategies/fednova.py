@@ -15,22 +15,9 @@ buffers are averaged as in FedAvg; a client without a step sends zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse import (
-    Arrays,
-    FusionClient,
-    FusionStrategy,
-    Item,
-    Metrics,
-    Records,
-    Shares,
-    hyper,
-    model_arrays,
-    parts,
-    strategy,
-)
+from fedfuse import AnchoredClient, AveragingStrategy, Metrics, Records, Shares, hyper, model_arrays, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -49,13 +36,8 @@ def normaliser(steps: int, momentum: float = 0.0) -> float:
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
-class FedNovaClient(FusionClient):
+class FedNovaClient(AnchoredClient):
     """Sends its update per unit of local progress."""
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Y ← x, and remember x."""
-        self.start = knowledge["model"].arrays
-        self.load(self.start)
 
     def fit(self) -> Metrics:
         """τ_i local steps."""
@@ -72,15 +54,14 @@ class FedNovaClient(FusionClient):
 
 
 @strategy("fednova", client=FedNovaClient, hyper=FedNovaHyper, paper="Wang et al. 2020, arXiv 2007.07481")
-class FedNova(FusionStrategy):
+class FedNova(AveragingStrategy):
     """FedAvg of updates normalised by local progress."""
 
     records = {"update": model_arrays}
     sums = {"update": "num-examples"}
-    heterogeneous = False
 
     def fuse(self, shares: Shares) -> None:
-        """X ← x − τ_eff Σ p_i d_i."""
+        """x ← x − τ_eff Σ p_i d_i."""
         told = [(share.examples, float(share.metrics["progress"])) for share in shares]
         mean, old = shares.mean("update"), self.model  # of what was streamed above
         effective = self.hyper.server_lr * sum(n * a for n, a in told) / sum(n for n, _ in told)
@@ -89,7 +70,3 @@ class FedNova(FusionStrategy):
                 mean[name] = (old[name].double() - effective * mean[name].double()).to(old[name].dtype)
         self.log("progress", effective)
         self.publish("model", mean)
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

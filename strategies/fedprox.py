@@ -11,10 +11,9 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Shares, hyper, strategy, training
+from fedfuse import AnchoredClient, AveragingStrategy, Metrics, hyper, strategy, training
 
 
 @dataclass(frozen=True)
@@ -24,30 +23,14 @@ class FedProxHyper:
     mu: float = hyper(0.01, "μ, weight of the proximal term (paper: 0.001, 0.01, 0.1, 1)", low=0)
 
 
-class FedProxClient(FusionClient):
+class FedProxClient(AnchoredClient):
     """Trains with the proximal term."""
 
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """W ← w_t, and remember w_t."""
-        self.anchor = knowledge["model"].arrays
-        self.load(self.anchor)
-
     def fit(self) -> Metrics:
-        """Min F_k(w) + (μ/2)‖w − w_t‖²."""
-        return self.train(after_backward=training.proximal(self.anchor, self.hyper.mu))
+        """min F_k(w) + (μ/2)‖w − w_t‖²."""
+        return self.train(after_backward=training.proximal(self.start, self.hyper.mu))
 
 
 @strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")
-class FedProx(FusionStrategy):
+class FedProx(AveragingStrategy):
     """FedAvg with a proximal term at the clients."""
-
-    heterogeneous = False
-    sums = {"model": "num-examples"}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

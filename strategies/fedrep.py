@@ -14,10 +14,9 @@ official code. There is no server model: it would have no head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic, hyper, parts, strategy
+from fedfuse import Metrics, PartClient, PartStrategy, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,8 @@ class FedRepHyper:
     weighting: str = hyper("uniform", "of the bodies; the paper's mean is uniform", choices=("uniform", "examples"))
 
 
-class FedRepClient(FusionClient):
+class FedRepClient(PartClient):
     """Fits its head to the common body, then the body to its head."""
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Load the common body and its own head."""
-        self.load({**knowledge["body"].arrays, **self.state.get("head", {})}, strict=False)
 
     def fit(self) -> Metrics:
         """Head first, then body; keep the head."""
@@ -45,34 +40,12 @@ class FedRepClient(FusionClient):
                 groups[name in private].append(parameter)
         self.train(purpose="head", params=groups[True], epochs=self.hyper.head_epochs)
         metrics = self.train(purpose="body", params=groups[False], epochs=self.hyper.body_epochs)
-        weights = self.weights()
-        self.state["head"] = {name: weights[name] for name in private if name in weights}
+        self.keep()
         return metrics
-
-    def share(self) -> Records:
-        """The body."""
-        return {"body": parts.without(self.weights(), parts.head(self.model))}
 
 
 @strategy("fedrep", client=FedRepClient, hyper=FedRepHyper, paper="Collins et al. 2021, arXiv 2102.07078")
-class FedRep(FusionStrategy):
+class FedRep(PartStrategy):
     """Mean of the bodies; private heads, fitted before the body."""
 
-    topics = {"body": Topic("state", parts.body_arrays)}
-    records = {"body": parts.body_arrays}
-    heterogeneous = False
     needs_features = True
-
-    @property
-    def sums(self) -> dict[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"body": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def begin(self) -> None:
-        """Publish the initial body."""
-        initial = self.residents.initial(self.architecture)
-        self.publish("body", parts.without(initial, parts.head(self.residents.model(self.architecture))))
-
-    def fuse(self, shares: Shares) -> None:
-        """φ_{t+1} = mean φ_i."""
-        self.publish("body", shares.mean("body"))

@@ -13,12 +13,9 @@ client, a layer and a round; nothing of the head, which is personal as in the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Records, Topic, hyper, lora, strategy
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, hyper, strategy
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,12 @@ class FedSALoRAClient(AdapterClient):
 
     own = ("lora_B",)
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: FedSALoRAHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA, both factors trained."""
-        return lora.equip(model, hyper)
-
-    def share(self) -> Records:
-        """A; the head only if it is aggregated."""
-        return {"adapter": self.parts("lora_A")}
-
 
 @strategy("fedsa_lora", client=FedSALoRAClient, hyper=FedSALoRAHyper, paper="Guo et al. 2025, arXiv 2410.01463")
 class FedSALoRA(AdapterStrategy):
     """Mean of LoRA's A; B and head are personal."""
 
-    topics = {"adapter": Topic("state", lora.part("lora_A"))}
-    records = {"adapter": lora.part("lora_A")}
-
-    def publish_initial(self) -> None:
-        """The seed's A."""
-        self.publish("adapter", self.parts("lora_A"))
+    kinds = ("lora_A",)
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """None: every client's model is its own."""

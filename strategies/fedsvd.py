@@ -13,13 +13,12 @@ and b·r·(d+k) after a refactoring; with the head. The first A is the seed's an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Records, Shares, Topic, hyper, lora, strategy
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Arrays, Shares, Topic, hyper, lora, strategy
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,15 @@ def refactor(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 class FedSVDClient(AdapterClient):
     """Trains B in the rows of the server's A."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: FedSVDHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA with A fixed."""
-        return lora.equip(model, hyper, trains=("lora_B",))
-
-    def share(self) -> Records:
-        """B and the head."""
-        return {"adapter": self.parts("lora_B")}
+    trains = ("lora_B",)
 
 
 @strategy("fedsvd", client=FedSVDClient, hyper=FedSVDHyper, paper="Lee et al. 2025, arXiv 2505.12805")
 class FedSVD(AdapterStrategy):
     """Mean of LoRA's B, with A refreshed to the leading right singular vectors of B A: exact."""
 
+    kinds = ("lora_B",)
     topics = {"adapter": Topic("state", lora.part("lora_B")), "A": Topic("state", lora.part("lora_A", head=False))}
-    records = {"adapter": lora.part("lora_B")}
-
-    def publish_initial(self) -> None:
-        """B = 0 and the head."""
-        self.publish("adapter", self.parts("lora_B"))
 
     def fuse(self, shares: Shares) -> None:
         """Mean, and a refactoring if it is time; B̄ = 0 has none."""

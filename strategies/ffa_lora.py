@@ -13,33 +13,17 @@ never, since one seed makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
-from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Records, Topic, lora, strategy
+from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, strategy
 
 
 class FFALoRAClient(AdapterClient):
     """Trains B in the rows of a fixed A."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA with A fixed."""
-        return lora.equip(model, hyper, trains=("lora_B",))
-
-    def share(self) -> Records:
-        """B and the head."""
-        return {"adapter": self.parts("lora_B")}
+    trains = ("lora_B",)
 
 
 @strategy("ffa_lora", client=FFALoRAClient, hyper=AdapterHyper, paper="Sun et al. 2024, arXiv 2403.12313")
 class FFALoRA(AdapterStrategy):
     """Mean of LoRA's B, with A frozen and common: exact."""
 
-    topics = {"adapter": Topic("state", lora.part("lora_B"))}
-    records = {"adapter": lora.part("lora_B")}
-
-    def publish_initial(self) -> None:
-        """B = 0 and the head."""
-        self.publish("adapter", self.parts("lora_B"))
+    kinds = ("lora_B",)

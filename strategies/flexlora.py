@@ -14,23 +14,11 @@ leading rows of the seed's A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import (
-    AdapterClient,
-    Arrays,
-    Item,
-    RankedHyper,
-    RankedStrategy,
-    Records,
-    Share,
-    Shares,
-    Sum,
-    lora,
-    strategy,
-)
+from fedfuse import Arrays, RankedClient, RankedHyper, RankedStrategy, Share, Shares, Sum, lora, strategy
 
 
 def truncated(update: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -39,53 +27,27 @@ def truncated(update: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     return u * s / scale, vt
 
 
-class FlexLoRAClient(AdapterClient):
-    """Trains LoRA of its own rank; what is beyond it is zero and stays so."""
-
-    @staticmethod
-    def equip(model: nn.Module, hyper: RankedHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA of the largest rank."""
-        return lora.equip(model, hyper)
-
-    def receive(self, knowledge: dict[str, Item]) -> None:  # type: ignore[override]
-        """Take this client's factors, padded with zeros."""
-        self.load(lora.pad(knowledge["adapter"].arrays, self.weights()), strict=False)
-        self.restore()
-
-    def share(self) -> Records:
-        """A_i, B_i and the head."""
-        return {"adapter": lora.cut(self.parts("lora_A", "lora_B"), lora.rank_of(self.hyper, self.client))}
-
-
-@strategy("flexlora", client=FlexLoRAClient, hyper=RankedHyper, paper="Bai et al. 2024, arXiv 2402.11505")
+@strategy("flexlora", client=RankedClient, hyper=RankedHyper, paper="Bai et al. 2024, arXiv 2402.11505")
 class FlexLoRA(RankedStrategy):
     """Mean of the full updates, cut to each client's rank by singular value decomposition."""
 
     def fuse(self, shares: Shares) -> None:
         """Σ p_i s·B_i A_i and its leading directions."""
-        total = Sum()
-        old: Arrays = self.state["whole"]
-        scale = float(next(iter(self.layers().values())))
+        total, old = Sum(), self.state["whole"]
         for share in shares:
-            dtype = next(iter(share.records["adapter"].values())).dtype
-            total.add(share.group, self.update(share, scale), self.weight_of(share))
+            dtype = self.dtype_of(share)
+            total.add(share.group, self.update(share), self.weight_of(share))
         summed, weight = total.total()
         out = {name: (summed[name] / weight).to(old[name].dtype) for name in old if name in summed}
-        for name in self.layers():
-            b, a = truncated(summed[f"{name}.update"] / weight, self.hyper.rank, scale)
+        for name, layer in self.layers.items():
+            b, a = truncated(summed[f"{name}.update"] / weight, self.hyper.rank, layer.scale)
             out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = b.to(dtype), a.to(dtype).contiguous()
         self.publish_whole(out)
 
-    def layers(self) -> dict[str, float]:
-        """Adapted layers and their s."""
-        return {name: m.scale for name, m in lora.adapted(self.residents.model(self.architecture)).items()}
-
-    def update(self, share: Share, scale: float) -> Arrays:
+    def update(self, share: Share) -> Arrays:
         """s·B_i A_i of each layer, and the head."""
-        sent = lora.pad(share.records["adapter"], self.state["whole"])
-        out = {name: value for name, value in sent.items() if ".lora_" not in name}
-        for name in lora.layer_names(sent, "lora_A.weight"):
-            out[f"{name}.update"] = scale * (
-                sent[f"{name}.lora_B.weight"].double() @ sent[f"{name}.lora_A.weight"].double()
-            )
+        whole = replace(share, records={"adapter": self.padded(share)})
+        out = {name: value for name, value in share.records["adapter"].items() if lora.is_head(name)}
+        for name, scale, (b,), (a,) in self.factors([whole]):
+            out[f"{name}.update"] = scale * (b @ a)
         return out

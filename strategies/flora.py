@@ -16,24 +16,12 @@ round. As each round restarts from zero, short rounds learn little (their users'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import (
-    AdapterClient,
-    AdapterStrategy,
-    Arrays,
-    Item,
-    Metrics,
-    RankedHyper,
-    Records,
-    Shares,
-    Topic,
-    lora,
-    strategy,
-)
+from fedfuse import AdapterClient, AdapterStrategy, Metrics, RankedHyper, Records, Shares, Topic, lora, strategy
 
 
 def stack(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:
@@ -44,17 +32,7 @@ def stack(bs: Sequence[Tensor], as_: Sequence[Tensor], p: Sequence[float], scale
 class FLoRAClient(AdapterClient):
     """Starts a new adapter each round over the merged base."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: RankedHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA over a base with Δ."""
-        return lora.equip(model, hyper, delta=True)
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take all stacks so far, and the head."""
-        self.load(lora.deltas(knowledge["stack"].arrays), strict=False)
-        if "head" in knowledge:
-            self.load(knowledge["head"].arrays, strict=False)
-        self.restore()
+    folded = "stack"
 
     def fit(self) -> Metrics:
         """Draw A, of this client's rank, and train."""
@@ -71,15 +49,19 @@ class FLoRAClient(AdapterClient):
 
     def share(self) -> Records:
         """A_i and B_i; and the head."""
-        out = {"adapter": lora.cut(self.parts("lora_A", "lora_B", head=False), lora.rank_of(self.hyper, self.client))}
-        return out | {"head": self.parts()}
+        adapter = self.parts("lora_A", "lora_B", head=False)
+        return {"adapter": lora.cut(adapter, lora.rank_of(self.hyper, self.client)), "head": self.parts()}
 
 
 @strategy("flora", client=FLoRAClient, hyper=RankedHyper, paper="Wang et al. 2024, arXiv 2409.05976")
 class FLoRA(AdapterStrategy):
     """Stack of all clients' adapters, merged into the base: exact, at any ranks."""
 
-    topics = {"stack": Topic("fold", fold=lora.fold, increment=lora.increments), "head": Topic("state", lora.part())}
+    folded = "stack"
+    topics = {
+        "stack": Topic("fold", fold=lora.fold, increment=lora.increments),
+        "head": Topic("state", lora.part()),
+    }
     records = {"adapter": lora.at_most(lora.part("lora_A", "lora_B", head=False)), "head": lora.part()}
 
     @property
@@ -88,31 +70,15 @@ class FLoRA(AdapterStrategy):
         return {"head": self.weight}
 
     def publish_initial(self) -> None:
-        """Δ = 0 and the head."""
-        layers = lora.adapted(self.residents.model(self.architecture))
-        self.publish("stack", lora.empty({name: (m.outputs, m.inputs) for name, m in layers.items()}))
+        """The head."""
         if head := self.parts():
             self.publish("head", head)
 
     def fuse(self, shares: Shares) -> None:
         """Stack every layer; average the heads."""
         everyone = list(shares)
-        weights = [self.weight_of(share) for share in everyone]
-        p = [weight / sum(weights) for weight in weights]
-        folded: Arrays = {}
-        for name, module in lora.adapted(self.residents.model(self.architecture)).items():
-            pairs = [
-                (s.records["adapter"][f"{name}.lora_B.weight"], s.records["adapter"][f"{name}.lora_A.weight"])
-                for s in everyone
-            ]
-            if any(b.shape[1] != a.shape[0] for b, a in pairs):
-                raise ValueError(f"{name}: A and B of one client differ in rank")
-            b, a = lora.compact(*stack([b.double() for b, _ in pairs], [a.double() for _, a in pairs], p, module.scale))
-            folded[f"{name}.B"], folded[f"{name}.A"] = b.to(pairs[0][0].dtype), a.to(pairs[0][0].dtype)
-        self.publish("stack", folded)
+        p = self.weights_of(everyone)
+        stacks = ((name, *lora.compact(*stack(bs, as_, p, s))) for name, s, bs, as_ in self.factors(everyone))
+        self.fold(stacks, self.dtype_of(everyone[0]))
         if self.parts():
             self.publish("head", shares.mean("head"))
-
-    def state_of_model(self) -> Arrays:
-        """The merged base and the head; B = 0."""
-        return super().state_of_model() | lora.deltas(self.published("stack"))

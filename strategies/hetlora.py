@@ -16,25 +16,13 @@ replaces it where `sparsity=false`; a pruned client is still sent its first rank
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import (
-    AdapterClient,
-    Item,
-    Metrics,
-    RankedHyper,
-    RankedStrategy,
-    Records,
-    Share,
-    Shares,
-    hyper,
-    lora,
-    strategy,
-)
+from fedfuse import Metrics, RankedClient, RankedHyper, RankedStrategy, Share, Shares, hyper, lora, strategy
 
 
 @dataclass(frozen=True)
@@ -55,23 +43,13 @@ def norm(arrays: Mapping[str, Tensor]) -> float:
     return math.sqrt(max(total, 0.0))
 
 
-class HetLoRAClient(AdapterClient):
+class HetLoRAClient(RankedClient):
     """Trains LoRA of its own rank, which may shrink."""
-
-    @staticmethod
-    def equip(model: nn.Module, hyper: HetLoRAHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA of the largest rank."""
-        return lora.equip(model, hyper)
 
     @property
     def rank(self) -> int:
         """r_i now."""
-        return int(self.state.get("rank", lora.rank_of(self.hyper, self.client)))
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take the leading r_i of the common adapter, padded with zeros."""
-        self.load(lora.pad(lora.cut(knowledge["adapter"].arrays, self.rank), self.weights()), strict=False)
-        self.restore()
+        return int(self.state.get("rank", super().rank))
 
     def trailing(self, kept: int) -> Tensor:
         """Σ over layers of ‖B[:, q:]‖·‖A[q:]‖."""
@@ -94,10 +72,6 @@ class HetLoRAClient(AdapterClient):
         self.keep()
         return metrics
 
-    def share(self) -> Records:
-        """A_i, B_i of the rank that is left, and the head."""
-        return {"adapter": lora.cut(self.parts("lora_A", "lora_B"), self.rank)}
-
 
 @strategy("hetlora", client=HetLoRAClient, hyper=HetLoRAHyper, paper="Cho et al. 2024, arXiv 2401.06432")
 class HetLoRA(RankedStrategy):
@@ -113,5 +87,4 @@ class HetLoRA(RankedStrategy):
         by_count = {s.client: super(HetLoRA, self).weight_of(s) for s in everyone}
         by_norm = {s.client: norm(s.records["adapter"]) for s in everyone}
         self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
-        mean, _ = self.mean((share, lora.pad(share.records["adapter"], self.state["whole"])) for share in everyone)
-        self.publish_whole(mean)
+        self.publish_whole(self.mean((share, self.padded(share)) for share in everyone))

@@ -16,14 +16,14 @@ first round z_prev is z_glob, and ℓ_con the constant log 2. μ = 0 is FedAvg.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Item, Metrics, Shares, hyper, parts, strategy
+from fedfuse import AnchoredClient, AveragingStrategy, Metrics, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Projected(nn.Module):
         return self.head(self.features(x))
 
 
-class MoonClient(FusionClient):
+class MoonClient(AnchoredClient):
     """Trains with the contrastive term and keeps its last local model."""
 
     @staticmethod
@@ -72,11 +72,6 @@ class MoonClient(FusionClient):
         with parts.seeded_by(model, "projection"):
             return Projected(model, hyper.projection, parts.classes_of(model))
 
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """W ← w_t, and remember w_t."""
-        self.common = knowledge["model"].arrays
-        self.load(self.common)
-
     def fit(self) -> Metrics:
         """Cross-entropy plus μ·ℓ_con; keep the result for the next round."""
         if not self.hyper.mu or not len(self.x):
@@ -86,7 +81,7 @@ class MoonClient(FusionClient):
         if "previous" in self.state:
             self.load(self.state["previous"])
             previous = self.embed(self.x)
-            self.load(self.common)
+            self.load(self.start)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             z = model.features(x)
@@ -102,17 +97,7 @@ class MoonClient(FusionClient):
 
 
 @strategy("moon", client=MoonClient, hyper=MoonHyper, paper="Li et al. 2021, arXiv 2103.16257")
-class Moon(FusionStrategy):
+class Moon(AveragingStrategy):
     """FedAvg with a contrastive term between representations."""
 
-    heterogeneous = False
     needs_features = True
-    sums = {"model": "num-examples"}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

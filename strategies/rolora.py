@@ -13,10 +13,6 @@ last change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from fedfuse import AdapterClient, AdapterHyper, AdapterStrategy, Metrics, Records, Shares, Topic, lora, strategy
 
 
@@ -27,11 +23,6 @@ def active(round: int) -> str:
 
 class RoLoRAClient(AdapterClient):
     """Trains one factor a round."""
-
-    @staticmethod
-    def equip(model: nn.Module, hyper: AdapterHyper, build: Callable[[str], nn.Module]) -> nn.Module:
-        """LoRA, both factors trainable."""
-        return lora.equip(model, hyper)
 
     def fit(self) -> Metrics:
         """Train the active factor and the head."""
@@ -80,7 +71,7 @@ class RoLoRA(AdapterStrategy):
                 fitting.append(share)
             else:
                 self.exclude(share, f"sent another factor than {kind}")
-        mean, _ = self.mean((share, whole(share)) for share in fitting)
+        mean = self.mean((share, whole(share)) for share in fitting)
         self.publish(kind[-1], {n: v for n, v in mean.items() if not lora.is_head(n)})
         if head := {n: v for n, v in mean.items() if lora.is_head(n)}:
             self.publish("head", head)

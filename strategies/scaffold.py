@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from fedfuse import (
+    AnchoredClient,
     Arrays,
-    FusionClient,
-    FusionStrategy,
+    AveragingStrategy,
     Item,
     Metrics,
     Records,
@@ -58,13 +58,13 @@ def renewed(own: Arrays, common: Arrays, start: Arrays, end: Arrays, steps: int,
     return {name: c - common[name] + (start[name] - end[name]) / (steps * lr) for name, c in own.items()}
 
 
-class ScaffoldClient(FusionClient):
+class ScaffoldClient(AnchoredClient):
     """Takes corrected steps and keeps its control variate."""
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Y ← x; remember x and c."""
-        self.start, self.common = knowledge["model"].arrays, knowledge["control"].arrays
-        self.load(self.start)
+        """y ← x; remember x and c."""
+        super().receive(knowledge)
+        self.common = knowledge["control"].arrays
 
     def fit(self) -> Metrics:
         """K corrected steps, then c_i⁺."""
@@ -95,12 +95,11 @@ class ScaffoldClient(FusionClient):
 
 
 @strategy("scaffold", client=ScaffoldClient, hyper=ScaffoldHyper, paper="Karimireddy et al. 2020, arXiv 1910.06378")
-class Scaffold(FusionStrategy):
+class Scaffold(AveragingStrategy):
     """Local steps corrected by control variates."""
 
     topics = {"model": model_topic(), "control": Topic("state", parts.parameter_arrays)}
     records = {"model": model_arrays, "control": parts.parameter_arrays}
-    heterogeneous = False
 
     def __init__(self, hyper: Any, residents: Residents) -> None:
         super().__init__(hyper, residents)
@@ -115,7 +114,7 @@ class Scaffold(FusionStrategy):
     @property
     def sums(self) -> dict[str, str | None]:
         """Means are all that `fuse` needs."""
-        return {"model": "num-examples" if self.hyper.weighting == "examples" else None, "control": None}
+        return {"model": self.weight, "control": None}
 
     def begin(self) -> None:
         """Publish the initial model and c = 0."""
@@ -124,7 +123,7 @@ class Scaffold(FusionStrategy):
         self.publish("control", {name: torch.zeros_like(v) for name, v in self.model.items() if name in names})
 
     def fuse(self, shares: Shares) -> None:
-        """X ← x + η_g·mean Δy; c ← c + Σ Δc / N."""
+        """x ← x + η_g·mean Δy; c ← c + Σ Δc / N."""
         mean, old, common = shares.mean("model"), self.model, self.published("control")
         rate = self.hyper.server_lr
         if rate != 1:
@@ -133,7 +132,3 @@ class Scaffold(FusionStrategy):
         n = self.scenario.clients
         self.publish("model", mean)
         self.publish("control", {k: (c.double() + change[k] / n).to(c.dtype) for k, c in common.items()})
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

@@ -7,17 +7,18 @@ never travels. Adapters start equal too, drawn from the run's seed. Heads (`head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
 
 from fedfuse.config.registry import hyper
 from fedfuse.core.client import FusionClient
-from fedfuse.core.shares import Metrics, Records, Share, Shares
-from fedfuse.core.strategy import FusionStrategy
-from fedfuse.errors import UserError
-from fedfuse.families.lora import at_most, cut, is_head, part, rank_of
-from fedfuse.train.adapters import in_parts
+from fedfuse.core.shares import Metrics, Records, Share
+from fedfuse.families import lora
+from fedfuse.families.averaging import AveragingStrategy
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Arrays, Scope, layout_of
 from fedfuse.wire.sums import Sum
@@ -35,30 +36,35 @@ class AdapterHyper:
     weighting: str = hyper("examples", "weights p_i: by examples n_i, or all alike", choices=("examples", "uniform"))
 
 
-@dataclass(frozen=True)
-class RankedHyper(AdapterHyper):
-    """Hyper-parameters where clients may differ in rank."""
-
-    ranks: list[int] | None = hyper(  # noqa: RUF009 - a dataclass field
-        None, "r_i of the clients, dealt round-robin, each at most `rank`; null: all alike"
-    )
-
-
 class AdapterClient(FusionClient):
-    """Holds the common base with adapters; what it keeps to itself lies in its state.
+    """Client half: trains adapters over the common base, and sends what it trains and does not keep.
 
-    Attributes
-    ----------
+    Class attributes
+    ----------------
+    trains : tuple of str
+        Kinds of adapter arrays that are trained (`lora_A`, `lora_B`); the others stay as the seed drew them.
     own : tuple of str
-        Kinds of adapter arrays that stay with the client; a personal head does so too.
+        Kinds that stay with the client; a personal head does so too.
+    averaged : str
+        The record that is sent, and the topic that it comes back as.
+    folded : str or None
+        The topic of what is folded into the base, Δ; None where the base stays W₀.
     """
 
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     own: ClassVar[tuple[str, ...]] = ()
+    averaged: ClassVar[str] = "adapter"
+    folded: ClassVar[str | None] = None
+
+    @classmethod
+    def equip(cls, model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
+        """LoRA, with what is trained of it; over a base with Δ where updates are folded."""
+        return lora.equip(model, hyper, trains=cls.trains, delta=cls.folded is not None)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take over what is common, then what is the client's own."""
-        for item in knowledge.values():
-            self.load(item.arrays, strict=False)
+        for topic, item in knowledge.items():
+            self.load(lora.deltas(item.arrays) if topic == self.folded else item.arrays, strict=False)
         self.restore()
 
     def restore(self) -> None:
@@ -74,118 +80,139 @@ class AdapterClient(FusionClient):
 
     def keep(self) -> None:
         """Store what the client keeps to itself."""
-        own = {n: v for n, v in self.weights().items() if in_parts(n, self.own) and not is_head(n)}
+        own = {n: v for n, v in self.weights().items() if lora.in_parts(n, self.own) and not lora.is_head(n)}
         if self.hyper.head == "personal":
-            own |= {n: v for n, v in self.weights().items() if is_head(n)}
+            own |= {n: v for n, v in self.weights().items() if lora.is_head(n)}
         if own:
             self.state["own"] = own
 
     def parts(self, *kinds: str, head: bool = True) -> Arrays:
-        """What `part` says, of this client's model."""
+        """What `lora.part` says, of this client's model."""
         scope = Scope({}, layout_of(values := self.weights()), self.hyper)
-        return {name: values[name] for name in part(*kinds, head=head)(scope)}
+        return {name: values[name] for name in lora.part(*kinds, head=head)(scope)}
 
     def share(self) -> Records:
         """Everything that is trained and not the client's own."""
-        return {"adapter": self.parts("lora_A", "lora_B")}
+        return {self.averaged: self.parts(*(kind for kind in self.trains if kind not in self.own))}
 
 
-class AdapterStrategy(FusionStrategy):
-    """Server half: the common adapters are the topic `adapter`; every client starts from the seed's."""
+class AdapterStrategy(AveragingStrategy):
+    """Server half: publishes the seed's adapters, and then the weighted mean of what clients make of them.
 
-    heterogeneous = False
+    Where a subclass says `kinds` or `folded`, its topics and records follow from them unless it says those itself.
 
-    @property
-    def sums(self) -> dict[str, str | None]:
-        """The weighted mean is all that is needed."""
-        return {"adapter": self.weight}
+    Class attributes
+    ----------------
+    averaged : str
+        The topic, and the record that clients send of it.
+    kinds : tuple of str
+        The adapter arrays in it: what its clients train and do not keep.
+    folded : str or None
+        The topic of what is folded into the base, Δ (see `fedfuse.train.stack`); None where the base stays W₀.
+    """
 
-    @property
-    def weight(self) -> str | None:
-        """The metric that weighs clients."""
-        return "num-examples" if self.hyper.weighting == "examples" else None
+    averaged = "adapter"
+    kinds: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    folded: ClassVar[str | None] = None
+    topics = {"adapter": Topic("state", lora.part("lora_A", "lora_B"))}
+    records = {"adapter": lora.part("lora_A", "lora_B")}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        said, spec = vars(cls), cls.layout()
+        if "kinds" not in said and "folded" not in said:
+            return
+        if "topics" not in said:
+            folds = {cls.folded: Topic("fold", fold=lora.fold, increment=lora.increments)} if cls.folded else {}
+            cls.topics = {cls.averaged: Topic("state", spec), **folds}
+        if "records" not in said:
+            cls.records = {cls.averaged: spec}
+
+    @classmethod
+    def layout(cls) -> Any:
+        """Spec of what travels both ways."""
+        return lora.part(*cls.kinds)
 
     def weight_of(self, share: Share) -> float:
         """p_i before normalisation."""
-        return float(share.examples) if self.hyper.weighting == "examples" else 1.0
+        return float(share.examples) if self.weight else 1.0
 
     def parts(self, *kinds: str, head: bool = True) -> Arrays:
-        """What `part` says, of the initial model."""
+        """What `lora.part` says, of the initial model."""
         initial = self.residents.initial(self.architecture)
-        return {name: initial[name] for name in part(*kinds, head=head)(self.residents.scope(0, self.hyper))}
+        return {name: initial[name] for name in lora.part(*kinds, head=head)(self.residents.scope(0, self.hyper))}
+
+    @property
+    def layers(self) -> dict[str, lora.Adapted]:
+        """The adapted layers of the model, by name."""
+        return lora.adapted(self.residents.model(self.architecture))
 
     def begin(self) -> None:
-        """Check the ranks and publish the initial adapters and head."""
-        self.check_ranks()
+        """Publish the initial adapters and head, over Δ = 0."""
         self.publish_initial()
+        if self.folded:
+            self.fold_nothing()
+
+    def fold_nothing(self) -> None:
+        """Δ = 0."""
+        empty = lora.empty({name: (layer.outputs, layer.inputs) for name, layer in self.layers.items()})
+        self.publish(cast(str, self.folded), empty)
 
     def publish_initial(self) -> None:
         """Publish version 0."""
-        self.publish("adapter", self.parts("lora_A", "lora_B"))
+        self.publish(self.averaged, self.parts(*self.kinds))
 
-    def check_ranks(self) -> None:
-        """Refuse ranks that are not between 1 and `rank`.
+    def mean(self, shares: Iterable[tuple[Share, Arrays]]) -> Arrays:
+        """Weighted mean of arrays made from shares, in float64 and client order."""
+        total = Sum()
+        for share, arrays in shares:
+            total.add(share.group, arrays, self.weight_of(share))
+        return total.mean()
+
+    def weights_of(self, shares: Iterable[Share]) -> list[float]:
+        """p_i of the clients, of sum 1."""
+        weights = [self.weight_of(share) for share in shares]
+        return [weight / sum(weights) for weight in weights]
+
+    def dtype_of(self, share: Share) -> torch.dtype:
+        """The dtype of what a client sent."""
+        return next(iter(share.records[self.averaged].values())).dtype
+
+    def factors(self, shares: Sequence[Share]) -> Iterator[tuple[str, float, list[Tensor], list[Tensor]]]:
+        """Each layer's name, its s, and the clients' B_i (d × r_i) and A_i (r_i × k) in float64.
 
         Raises
         ------
-        UserError
-            Naming the rank.
+        ValueError
+            If B and A of one client differ in rank.
         """
-        for rank in getattr(self.hyper, "ranks", None) or ():
-            if not 1 <= rank <= self.hyper.rank:
-                raise UserError(f"strategy.ranks has {rank}: allowed are 1 to strategy.rank={self.hyper.rank}")
+        for name, layer in self.layers.items():
+            bs, as_ = (
+                [share.records[self.averaged][f"{name}.lora_{kind}.weight"].double() for share in shares]
+                for kind in "BA"
+            )
+            if any(b.shape[1] != len(a) for b, a in zip(bs, as_, strict=True)):
+                raise ValueError(f"{name}: A and B of one client differ in rank")
+            yield name, layer.scale, bs, as_
 
-    def publish_cut(self, topic: str, whole: Arrays) -> None:
-        """Publish arrays to all or, where ranks differ, to each client its leading rank of them."""
-        if not getattr(self.hyper, "ranks", None):
-            self.publish(topic, whole)
-            return
-        for client in range(self.scenario.clients):
-            self.publish(topic, cut(whole, rank_of(self.hyper, client)), to=client)
-
-    def fuse(self, shares: Shares) -> None:
-        """Weighted mean of what clients trained."""
-        self.publish("adapter", shares.mean("adapter"))
-
-    def mean(self, shares: Iterable[tuple[Share, Arrays]]) -> tuple[Arrays, list[Share]]:
-        """Weighted mean of arrays made from shares, in float64 and client order; and the shares without arrays."""
-        total, seen = Sum(), []
-        for share, arrays in shares:
-            total.add(share.group, arrays, self.weight_of(share))
-            seen.append(Share(share.client, {}, share.metrics))
-        return total.mean(), seen
+    def fold(self, updates: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """Δ ← Δ + B A for each (layer, B, A): publish the factors."""
+        increment: Arrays = {}
+        for name, b, a in updates:
+            increment[f"{name}.B"], increment[f"{name}.A"] = b.to(dtype), a.to(dtype)
+        self.publish(cast(str, self.folded), increment)
 
     def state_of_model(self) -> Arrays:
-        """All arrays of the common model but the frozen base: initial ones under what is published."""
+        """All arrays of the common model but the frozen base: initial ones under what is published, over W₀ + Δ."""
         arrays = dict(self.residents.initial(self.architecture))
-        for (_, to), item in self.board.items.items():
+        for (topic, to), item in self.board.items.items():
             if not to:
-                arrays |= {name: value for name, value in item.arrays.items() if name in arrays}
+                found = lora.deltas(item.arrays) if topic == self.folded else item.arrays
+                arrays |= {name: value for name, value in found.items() if name in arrays}
         return arrays
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model; none if heads are personal."""
+        """The common model; none if something of it is personal."""
         if self.hyper.head == "personal":
             return {}
         return {"model": (self.architecture, self.state_of_model())}
-
-
-class RankedStrategy(AdapterStrategy):
-    """Server half where ranks may differ: keeps the adapter of full rank, sends each client its rank of it."""
-
-    topics = {"adapter": Topic("state", at_most(part("lora_A", "lora_B")))}
-    records = {"adapter": at_most(part("lora_A", "lora_B"))}
-    sums = {}
-
-    def publish_initial(self) -> None:
-        """Version 0, cut to each client's rank."""
-        self.publish_whole(self.parts("lora_A", "lora_B"))
-
-    def publish_whole(self, whole: Arrays) -> None:
-        """Keep the whole, and send each client its rank of it."""
-        self.state["whole"] = whole
-        self.publish_cut("adapter", whole)
-
-    def state_of_model(self) -> Arrays:
-        """The model of full rank."""
-        return super().state_of_model() | self.state["whole"]

@@ -20,24 +20,18 @@ from flwr.serverapp import strategy as flower_strategies
 from torch import nn
 
 from fedfuse.config.registry import hyper
-from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents
 from fedfuse.core.shares import Metrics, Share, Shares
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError
+from fedfuse.families.averaging import AnchoredClient
 from fedfuse.seeding import seed_everything
-from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, LiveArray, record, tensors
 
 
-class FlowerClient(FusionClient):
+class FlowerClient(AnchoredClient):
     """Trains the received model; honours the configuration keys of Flower's strategies."""
-
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """W ← w_t, and remember w_t."""
-        self.anchor = knowledge["model"].arrays
-        self.load(self.anchor)
 
     def fit(self) -> Metrics:
         """Cross-entropy, with FedProx's (μ/2)‖w − w_t‖² where the server sent `proximal-mu`."""
@@ -46,7 +40,7 @@ class FlowerClient(FusionClient):
         def pull(model: nn.Module) -> None:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - self.anchor[name], alpha=mu)
+                    parameter.grad.add_(parameter.detach() - self.start[name], alpha=mu)
 
         return self.train(after_backward=pull) if mu else self.train()
 

@@ -64,9 +64,3 @@ def classes_of(model: Any) -> int:
 def parameter_arrays(scope: Scope) -> Layout:
     """Spec: the parameters alone (control variates, updates)."""
     return {name: scope.model[name] for name in parameters(scope.module) if name in scope.model}
-
-
-def body_arrays(scope: Scope) -> Layout:
-    """Spec: everything but the head."""
-    private = set(head(scope.module))
-    return {name: layout for name, layout in scope.model.items() if name not in private}

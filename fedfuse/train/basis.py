@@ -8,14 +8,14 @@ equal matrices give equal bases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
-from fedfuse.train.adapters import LoRASB, adapted
-from fedfuse.wire.records import Arrays, sha_arrays
+from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
+from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
 INITS = ("raw_grad", "sign_grad", "weight_svd", "random_orthonormal")
 
@@ -81,6 +81,36 @@ def base_weights(model: nn.Module) -> Arrays:
     return {name: module.weight.detach().clone() for name, module in adapted(model).items()}
 
 
+def public_basis(
+    model: nn.Module,
+    init: str,
+    rank: int,
+    delta: Mapping[str, Tensor] | None = None,
+    draw: torch.Generator | None = None,
+) -> Arrays:
+    """A basis that no example is needed for, `<layer>.basis_B` and `<layer>.basis_A`, float32.
+
+    Parameters
+    ----------
+    init
+        `weight_svd`: leading directions of W₀ + Δ; otherwise random orthonormal ones.
+    delta
+        Δ of each layer, `<layer>.delta`; default 0.
+    draw
+        What random ones are drawn from.
+    """
+    if init == "weight_svd":
+        base = base_weights(model)
+        if delta is not None:
+            base = {name: weight + delta[f"{name}.delta"] for name, weight in base.items()}
+        return basis_of(base, rank)[0]
+    found: Arrays = {}
+    for name, layer in adapted(model).items():
+        found[f"{name}.basis_B"] = orthonormal(layer.outputs, rank, generator=draw)
+        found[f"{name}.basis_A"] = orthonormal(layer.inputs, rank, generator=draw).T.contiguous()
+    return found
+
+
 def gradients(
     model: nn.Module, loss: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, clip: float | None = None
 ) -> Arrays:
@@ -124,6 +154,43 @@ def sketch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U_q S_q (d × q) and V_qᵀ (q × k), the best factors of rank q, float32."""
     u, s, vt = leading(matrix, rank)
     return (u * s).float().contiguous(), vt.float().contiguous()
+
+
+def gradient_arrays(scope: Scope) -> Layout:
+    """Spec of what `told` says, by the hyper-parameters `init_from`, `rank` and `oversample`."""
+    out: Layout = {"rows": ("float32", (1,))}
+    for name in layer_names(scope.model, "lora_R.weight"):
+        d, k = scope.model[f"{name}.basis_B"][1][0], scope.model[f"{name}.basis_A"][1][1]
+        if scope.hyper.init_from == "sketch":
+            q = min(scope.hyper.rank + scope.hyper.oversample, d, k)
+            out |= {f"{name}.U": ("float32", (d, q)), f"{name}.V": ("float32", (q, k))}
+        else:
+            out[f"{name}.gradient"] = "float32", (d, k)
+    return out
+
+
+def told(found: Mapping[str, Tensor], count: float, width: int | None) -> Arrays:
+    """A client's gradients as it says them: whole or, of at most `width` triples, as sketches; and its rows."""
+    out = {"rows": torch.tensor([count])}
+    for name, gradient in found.items():
+        if width is None:
+            out[f"{name}.gradient"] = gradient
+        else:
+            out[f"{name}.U"], out[f"{name}.V"] = sketch(gradient, min(width, *gradient.shape))
+    return out
+
+
+def joint(everyone: Iterable[Mapping[str, Tensor]]) -> Arrays:
+    """G = Σ g_i / Σ rows_i: the gradient over the joined rows of all clients, from what `told` says, float64."""
+    total: Arrays = {}
+    rows = 0.0
+    for sent in everyone:
+        rows += float(sent["rows"])
+        for name in layer_names(sent, "gradient"):
+            total[name] = total.get(name, 0) + sent[f"{name}.gradient"].double()
+        for name in layer_names(sent, "U"):
+            total[name] = total.get(name, 0) + sent[f"{name}.U"].double() @ sent[f"{name}.V"].double()
+    return {name: value / rows for name, value in total.items()}
 
 
 def basis_sha(arrays: Mapping[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedfuse.strategies.fed_sb import step
+from fedfuse.families.averaging import server_step as step
 from fedfuse.strategies.fedex_lora import residual
 from fedfuse.strategies.fedsvd import refactor
 from fedfuse.strategies.flexlora import truncated

@@ -6,8 +6,9 @@ import torch
 
 from fedfuse.config import registry
 from fedfuse.errors import UserError
-from fedfuse.strategies.fedproto import nearness, pull
+from fedfuse.strategies.fedproto import nearness
 from fedfuse.train import training
+from fedfuse.train.classwise import pull
 from tests.federations import federation, play
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
