@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.models import pair, parts
     from fedfuse.seeding import generator, seed_of
     from fedfuse.train import basis, classwise, distil, training, truncate
+    from fedfuse.train.entropy import gaussian
     from fedfuse.train.privacy import drawn
     from fedfuse.train.scores import scores
     from fedfuse.wire import label_code
@@ -56,6 +57,7 @@ _HOMES = {
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
     "families.student": "StudentStrategy",
     "seeding": "generator seed_of",
+    "train.entropy": "gaussian",
     "train.privacy": "drawn",
     "train.scores": "scores",
     "wire.knowledge": "Item Topic model_topic",

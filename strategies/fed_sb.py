@@ -53,6 +53,7 @@ from fedfuse import (
     arrays,
     basis,
     drawn,
+    gaussian,
     hyper,
     lora,
     strategy,
@@ -163,7 +164,7 @@ class FedSBClient(AdapterClient):
             x, y = self.x, self.y
             rows = drawn(len(x), rate, sampling)
             found = basis.gradients(self.model, lambda i: self.objective(self.model(x[i]), y[i]), rows, 1, clip)
-        noised = {n: g + noise * clip * torch.randn(g.shape, generator=noising) for n, g in found.items()}
+        noised = {n: g + gaussian(g, noise * clip, noising) for n, g in found.items()}
         return noised, float(expected)
 
     def share(self) -> Records:
