@@ -16,9 +16,9 @@ from fedfuse.errors import UserError
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
+from fedfuse.train.entropy import Source
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
-from fedfuse.train.entropy import Source
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
 from fedfuse.train.privacy import train as dp_sgd
 from fedfuse.train.scores import scored

@@ -14,7 +14,6 @@ from fedfuse.config.schema import Config, DataConfig
 from fedfuse.errors import Refused, UserError, nearest
 from fedfuse.train.ledger import Limits
 
-
 SELECTED = frozenset({"name", "layout", "inputs", "targets", "groups", "extra"})
 SPARE = 50  # trainings of a run that may be asked for again: replies are lost, servers and nodes killed
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.compat.opacus_noise import noised_by
+from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.data.cache import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError

@@ -64,7 +64,9 @@ def test_a_new_run_is_no_new_budget(tmp_path: Path) -> None:
     assert len(ledgers) == 1
     spent = entered(ledgers[0])
     assert len(spent) == 2
-    with pytest.raises(WorldError, match=r"epsilon \S+ of this data set over all runs with this training; allowed: at "):
+    with pytest.raises(
+        WorldError, match=r"epsilon \S+ of this data set over all runs with this training; allowed: at "
+    ):
         for again in range(4):
             run(tiny("fedavg", *words, f"seed={again + 1}"), network, tmp_path / f"again-{again}")
     ledger = Ledger(tmp_path / "x", ledgers[0], Limits(1.5))
@@ -143,7 +145,14 @@ def test_a_site_says_which_of_its_data_is_used(tmp_path: Path) -> None:
     draw = np.random.default_rng(9)
     np.savez(reference / "train.npz", x=draw.random((30, 8)).astype("float32"), y=np.arange(30) % 3)
     (reference / "secret.npz").write_bytes((reference / "train.npz").read_bytes())
-    words = ["strategy=fedavg", "data=npz", f"data.root={reference}", "clients=2", "rounds=1", "data.extra.train=secret.npz"]
+    words = [
+        "strategy=fedavg",
+        "data=npz",
+        f"data.root={reference}",
+        "clients=2",
+        "rounds=1",
+        "data.extra.train=secret.npz",
+    ]
     config = compose([*words, "model=mlp", "seed=0", "runtime=inline"])
     select = {"name": "npz", "extra": {"train": "train.npz"}}
     for chosen, count in ((None, 90), (select, 60)):
@@ -180,7 +189,9 @@ def test_a_refused_run_leaves_no_folder_and_runs_have_a_quota(tmp_path: Path) ->
 
 def test_a_policy_file_with_limits_is_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
-    path.write_text('max_epsilon = 8\nmax_delta = 1e-5\nmin_noise = 0.5\n[select]\nname = "npz"\nextra = {train = "t"}\n')
+    path.write_text(
+        'max_epsilon = 8\nmax_delta = 1e-5\nmin_noise = 0.5\n[select]\nname = "npz"\nextra = {train = "t"}\n'
+    )
     assert read_policy(path) == Policy(
         max_epsilon=8, max_delta=1e-5, min_noise=0.5, select={"name": "npz", "extra": {"train": "t"}}
     )
