@@ -16,6 +16,7 @@ from fedfuse.errors import UserError
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
+from fedfuse.train.entropy import Source
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
@@ -294,7 +295,7 @@ class FusionClient:
         return self.train(loss, x, y, purpose=purpose, **options)
 
     @contextlib.contextmanager
-    def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, torch.Generator, torch.Generator]]:
+    def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, Source, Source]]:
         """Let private examples be used: the budget, and what to draw samples and noise from.
 
         In a simulation both come from the seed; at a deployed site from its own entropy.

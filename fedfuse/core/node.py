@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents, Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
 from fedfuse.errors import Refused, UserError, in_words
+from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import INITIAL, ClientStore, is_full
 from fedfuse.wire.group_sums import hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
@@ -94,7 +94,7 @@ class Node:
     device : torch.device or str
     retries : int
         How often a client that fails is tried again from committed state.
-    ledger : Path or None
+    ledger : Ledger or None
         See `Residents`.
     """
 
@@ -105,7 +105,7 @@ class Node:
         store: ClientStore,
         device: torch.device | str = "cpu",
         retries: int = 0,
-        ledger: Path | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.entry, self.store, self.retries = entry, store, retries
         self._transfer = entry.server.transfer in ("clients", "both")

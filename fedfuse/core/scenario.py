@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from fedfuse.data import FederatedData, prepare
 from fedfuse.errors import UserError
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import generator, seed_of
+from fedfuse.train.ledger import Ledger
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
 
@@ -110,7 +110,7 @@ class Residents:
     equip : callable, optional
         `equip(model, build) -> model`: what a strategy adds to every client's model (adapters, a second head).
     device : torch.device
-    ledger : Path or None
+    ledger : Ledger or None
         At a deployed site, where it notes what its examples' privacy has been spent on; its noise is its own.
     transfer : bool
         Whether the strategy says that it uses the transfer set here.
@@ -121,7 +121,7 @@ class Residents:
         scenario: Scenario,
         equip: Equip | None = None,
         device: torch.device | str = "cpu",
-        ledger: Path | None = None,
+        ledger: Ledger | None = None,
         transfer: bool = True,
     ) -> None:
         self.transfer_declared = transfer

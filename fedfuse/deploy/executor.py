@@ -25,8 +25,9 @@ PRELOAD = {
 
 def task(kind: str, arguments: list[str]) -> None:
     """Run one task in this process, behind the guard."""
+    from fedfuse.compat.flower_arrays import limit_arrays
     from fedfuse.deploy.bundle import guarded
-    from fedfuse.network.sizes import UNKNOWN, limit_arrays, limit_memory
+    from fedfuse.network.sizes import UNKNOWN, limit_memory
 
     _end_once()
     limit_memory()

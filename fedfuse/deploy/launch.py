@@ -16,9 +16,10 @@ from pathlib import Path
 
 from fedfuse.compat import flower_processes
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import ALLOW_CODE, MEMORY, QUIET, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import SiteConfig
+from fedfuse.network.sizes import MEMORY
 
 LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from fedfuse.errors import UserError
 
 ALLOW_CODE = "FEDFUSE_ALLOW_CODE"  # environment: "1" where the server may import what an order names
-MEMORY = "FEDFUSE_MEMORY"  # environment: MB that a task may take beyond what it starts with; empty: no limit
 RUNS = "FEDFUSE_RUNS"  # environment: where the server keeps run directories
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -21,6 +21,7 @@ from fedfuse.errors import UserError
 from fedfuse.families import lora
 from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
 from fedfuse.train import basis
+from fedfuse.train.entropy import gaussian
 from fedfuse.train.privacy import drawn
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Arrays, arrays
@@ -103,7 +104,7 @@ class BasisClient(RankedClient):
             noise = budget.noise(budget.steps(), (rate, 1))
             budget.spend(noise, rate, 1)
             found = self._gradients(drawn(len(self.x), rate, sampling), 1, clip)
-        noised = {n: g + noise * clip * torch.randn(g.shape, generator=noising) for n, g in found.items()}
+        noised = {n: g + gaussian(g, noise * clip, noising) for n, g in found.items()}
         return noised, float(expected)
 
     def fit(self) -> Metrics:

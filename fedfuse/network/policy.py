@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedfuse.config.schema import Config
+from fedfuse.config.catalogue import SOURCES
+from fedfuse.config.schema import Config, DataConfig
 from fedfuse.errors import Refused, UserError, nearest
+from fedfuse.train.ledger import Limits
+
+SELECTED = frozenset({"name", "layout", "inputs", "targets", "groups", "extra"})
+SPARE = 50  # trainings of a run that may be asked for again: replies are lost, servers and nodes killed
+
+
+def layouts_of(name: str) -> frozenset[str]:
+    """How data of that name is read: its own reader."""
+    source = SOURCES.get(name)
+    return frozenset({"builtin"} | ({source.layout} if source else set()))
 
 
 @dataclass(frozen=True)
@@ -21,12 +32,21 @@ class Policy:
     ----------
     strategies, data : tuple of str or None
         Names that may run; None is all.
-    max_rounds, max_epochs : int or None
-        Upper limits of a run.
+    max_rounds, max_epochs, max_steps : int or None
+        Upper limits: of a run's rounds, and of the passes over examples and the steps of an optimiser that one message
+        may ask for, counted as they are made, whatever a strategy calls them.
+    max_runs : int or None
+        Runs whose folders this site keeps at once; a new one is refused until some are deleted.
     min_examples : int
         Least number of training examples this site joins with.
     require_dp : bool
         Refuse runs without differential privacy.
+    max_epsilon, max_delta, min_noise : float or None
+        With differential privacy: ε that this site's data may be spent on, over all runs ever (at `max_delta`); largest δ
+        of a run; least noise multiplier σ.
+    select : dict or None
+        What of this site's data is used, in place of what a run says: `name`, `layout`, `inputs`, `targets`, `groups`,
+        `extra`.
     allow_code : bool
         Let a run name Python callables or files of this site (`model.build`, `data.load`, `loss.build`,
         `model.checkpoint`). Only for runs of people who may run code here anyway.
@@ -36,8 +56,14 @@ class Policy:
     data: tuple[str, ...] | None = None
     max_rounds: int | None = None
     max_epochs: int | None = None
+    max_steps: int | None = None
+    max_runs: int | None = 1000
     min_examples: int = 1
     require_dp: bool = False
+    max_epsilon: float | None = None
+    max_delta: float | None = None
+    min_noise: float | None = None
+    select: dict[str, Any] | None = None
     allow_code: bool = False
 
     def check(self, config: Config) -> None:
@@ -53,12 +79,57 @@ class Policy:
             raise Refused(f"site policy: strategy={name}; allowed: {', '.join(self.strategies) or 'none'}")
         if self.data is not None and config.data.name not in self.data:
             raise Refused(f"site policy: data={config.data.name}; allowed: {', '.join(self.data) or 'none'}")
+        if self.data is not None and self.select is None and config.data.layout not in layouts_of(config.data.name):
+            raise Refused(f"site policy: data={config.data.name} is not read as data.layout={config.data.layout}")
         if self.max_rounds is not None and config.rounds > self.max_rounds:
             raise Refused(f"site policy: rounds={config.rounds}; allowed: at most {self.max_rounds}")
         if self.max_epochs is not None and config.train.epochs > self.max_epochs:
             raise Refused(f"site policy: train.epochs={config.train.epochs}; allowed: at most {self.max_epochs}")
         if self.require_dp and not config.privacy.on:
             raise Refused("site policy: differential privacy is required, the run has none")
+        asked = config.privacy
+        if asked.on:
+            # a run without an epsilon has no end to its budget; what is really spent is checked with every training
+            if self.max_epsilon is not None and (asked.epsilon is None or asked.epsilon > self.max_epsilon):
+                raise Refused(f"site policy: privacy.epsilon={asked.epsilon}; allowed: at most {self.max_epsilon:g}")
+            if self.max_delta is not None and asked.delta is not None and asked.delta > self.max_delta:
+                raise Refused(f"site policy: privacy.delta={asked.delta:g}; allowed: at most {self.max_delta:g}")
+            if self.min_noise is not None and asked.noise is not None and asked.noise < self.min_noise:
+                raise Refused(f"site policy: privacy.noise={asked.noise:g}; allowed: at least {self.min_noise:g}")
+
+    def check_round(self, round: int) -> None:
+        """Refuse a message of a round that no run may have.
+
+        Raises
+        ------
+        Refused
+            With the round and the limit.
+        """
+        if self.max_rounds is not None and not 0 <= round <= self.max_rounds:
+            raise Refused(f"site policy: round {round}; allowed: at most {self.max_rounds}")
+
+    def check_answers(self, answered: int, phases: int) -> None:
+        """Refuse to train more often in a run than its rounds can ask for.
+
+        Raises
+        ------
+        Refused
+            With the number of trainings and the limit.
+        """
+        if self.max_rounds is not None and answered > (most := (self.max_rounds + 1) * phases + SPARE):
+            raise Refused(f"site policy: {answered} trainings in this run; allowed: at most {most}")
+
+    def selected(self, data: DataConfig) -> DataConfig:
+        """What of this site's data is used: what the site says, if it says so."""
+        if self.select is None:
+            return data
+        plain: dict[str, Any] = dict.fromkeys(("inputs", "targets", "groups"))
+        return replace(data, **{**plain, "layout": "builtin", "extra": {}, **self.select}, load=None, hub=None)
+
+    @property
+    def limits(self) -> Limits:
+        """What the ledger of this site's data allows."""
+        return Limits(self.max_epsilon, self.max_delta, self.min_noise)
 
     def check_examples(self, examples: int) -> None:
         """Refuse to join with too few training examples.
@@ -91,6 +162,13 @@ def policy_from(values: dict[str, Any], where: str) -> Policy:
         if key in ("strategies", "data"):
             good = value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
             allowed = "a list of names"
+        elif key == "select":
+            good = value is None or (isinstance(value, dict) and set(value) <= SELECTED)
+            good = good and (value is None or isinstance(value.get("extra", {}), dict))
+            allowed = f"a table of {', '.join(sorted(SELECTED))}"
+        elif key in ("max_epsilon", "max_delta", "min_noise"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            good, allowed = value is None or (number and 0 < value < float("inf")), "a number above 0"
         elif key in ("require_dp", "allow_code"):
             good, allowed = isinstance(value, bool), "true or false"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +25,9 @@ from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario
 from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.site_memory import SiteMemory
-from fedfuse.wire.client_store import ClientStore
+from fedfuse.train.allowance import Allowance, limited
+from fedfuse.train.ledger import Ledger
+from fedfuse.wire.client_store import ClientStore, replaced
 from fedfuse.wire.knowledge import Stale
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
@@ -66,8 +69,9 @@ class Site:
         run = str(setting.get("run", ""))
         if not RUN.fullmatch(run):
             raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
-        self._not_orphaned(self.seat.state / run, setting)
         config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
+        self._room(run)  # nothing is written for a run that the site does not take part in
+        self._not_orphaned(self.seat.state / run, setting)
         mine = self.seat.acts_as(scenario.clients)
         if message.metadata.message_type == "query.hello":
             found: dict[str, Any] = {
@@ -84,19 +88,42 @@ class Site:
         given.pop("unset", None)  # names of fields, as JSON
         if not self.seat.policy.allow_code:
             check_texts({"strategy": given})
+        policy, training = self.seat.policy, not message.metadata.message_type.startswith("evaluate")
+        round = about.get("round", 0)
+        policy.check_round(round if type(round) is int else -1)
         message.content = unpacked(message.content)
         folder = self.seat.state / run / str(client)
-        reply = SiteMemory(folder, self._node(config, scenario, folder)).handle(message)
+        memory = SiteMemory(folder, self._node(config, scenario, folder))
+        if training and not memory.answered(message):
+            phases = 1 + sum(name.startswith("fuse_") for name in dir(registry.entry(config.strategy.name).server))
+            policy.check_answers(_counted(folder / "trainings"), phases)
+        with limited(Allowance(policy.max_epochs, policy.max_steps)):
+            reply = memory.handle(message)
         if reply.has_error():
             print(f"fedfuse: client {client}: {one_line(reply.error.reason)}", flush=True)
             return reply
         return Message(packed(reply.content), reply_to=message)
 
     def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
-        store = ClientStore(self.seat.store or folder)
+        store = ClientStore(self.seat.store or folder, durable=self.seat.store is None)
         entry = registry.entry(config.strategy.name)
-        ledger = None if self.seat.store else folder / "privacy.jsonl"  # Flower's simulator is no deployment
+        ledger = None
+        if not self.seat.store:  # Flower's simulator is no deployment
+            ledger = Ledger(folder / "privacy.jsonl", self._lifetime(int(folder.name)), self.seat.policy.limits)
         return place(entry, scenario, store, device=self.seat.device, retries=config.runtime.retries, ledger=ledger)
+
+    def _lifetime(self, client: int) -> Path:
+        """The ledger of the examples themselves, beside all runs: by the folder that they lie in, and the client."""
+        whose = f"{self.seat.data}|{client if self.seat.clients is not None else ''}"
+        return self.seat.state / "privacy" / f"{hashlib.sha256(whose.encode()).hexdigest()[:16]}.jsonl"
+
+    def _room(self, run: str) -> None:
+        """Refuse one more run than this site keeps folders of."""
+        state, most = self.seat.state, self.seat.policy.max_runs
+        if most is not None and not (state / run).exists() and state.exists():
+            there = sum(RUN.fullmatch(folder.name) is not None for folder in state.iterdir())
+            if there >= most:
+                raise Refused(f"site policy: {there} runs are kept here; allowed: at most {most}")
 
     def _not_orphaned(self, folder: Path, setting: Mapping[str, Any]) -> None:
         """A server that was started again counts up; what an older one still sends is refused."""
@@ -106,15 +133,14 @@ class Site:
             raise Refused(f"attempt {attempt} of this run was replaced by attempt {known}")
         if attempt > known:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(".attempt")
-            partial.write_text(str(attempt))
-            partial.replace(path)
+            with replaced(path, durable=True) as partial:
+                partial.write_text(str(attempt))
 
     def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
         if text not in self._scenarios:
             config = from_json(text, code=self.seat.policy.allow_code)
             self.seat.policy.check(config)
-            config = replace(config, data=replace(config.data, root=self.seat.data))
+            config = replace(config, data=replace(self.seat.policy.selected(config.data), root=self.seat.data))
             if (self.seat.clients is None) != bool(task):
                 own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")
                 raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")
@@ -129,3 +155,12 @@ class Site:
                 self.seat.policy.check_examples(scenario.examples(client))
             self._scenarios = {text: (config, scenario)}
         return self._scenarios[text]
+
+
+def _counted(path: Path) -> int:
+    """One more than the last time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = (int(path.read_text()) if path.exists() else 0) + 1
+    with replaced(path) as partial:
+        partial.write_text(str(count))
+    return count

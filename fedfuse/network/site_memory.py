@@ -45,6 +45,11 @@ class SiteMemory:
             self._keep(key, reply)
         return reply
 
+    def answered(self, message: Message) -> bool:
+        """Whether a message was answered before, so that answering it again costs nothing."""
+        key = self._key(message)
+        return bool(key) and self._kept(key, message) is not None
+
     # -- knowledge -----------------------------------------------------------------------------------------
 
     def _load_cache(self) -> Cache:
@@ -106,7 +111,7 @@ class SiteMemory:
             "metrics": json.dumps(dict(reply.content["metrics"])),
             "config": json.dumps(dict(reply.content["config"])),
         }
-        write_tree(self.directory / "reply", tree, key=key)
+        write_tree(self.directory / "reply", tree, durable=True, key=key)
 
 
 def _named(slot: dict) -> dict:

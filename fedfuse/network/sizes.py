@@ -1,52 +1,17 @@
-"""How large what came by wire may become: known before it is inflated, not after it has filled the memory.
-
-Flower's arrays travel as chunks that an index lists; an index of nine kilobytes can name one chunk four thousand times.
-"""
+"""How large what came by wire may become, and how much memory a task may take."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from pathlib import Path
-from typing import Any
-
-from flwr.app import Array
-from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_children_ids_from_object_content
 
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.deploy.processes import MEMORY
-from fedfuse.wire.records import InvalidArrays, layout_nbytes
+from fedfuse.wire.records import layout_nbytes
 
+MEMORY = "FEDFUSE_MEMORY"  # environment: MB that a task may take beyond what it starts with; empty: no limit
 SLACK = 2**20  # bytes: headers, names, framing
 UNKNOWN = 2**31  # bytes of a record whose layout no strategy declares
-PARTS = 100_000  # chunks of an array
-
-_largest = UNKNOWN
-
-
-def limit_arrays(most: int) -> None:
-    """Refuse arrays of more than `most` bytes, from now on and in this process, before they are put together."""
-    global _largest
-    _largest = most
-    if Array.inflate.__func__ is not _capped:  # type: ignore[attr-defined]
-        Array.inflate = classmethod(_capped)  # type: ignore[assignment, method-assign]
-
-
-_usual = Array.inflate.__func__  # type: ignore[attr-defined]
-
-
-def _capped(kind: type[Array], content: bytes, children: Any = None) -> Array:
-    indices = json.loads(get_object_body(content, kind))["arraychunk_ids"]
-    known = get_object_children_ids_from_object_content(content)
-    if len(indices) > PARTS:
-        raise InvalidArrays(f"an array of {len(indices)} parts; allowed are {PARTS}")
-    sizes = {key: len(chunk.data) for key, chunk in (children or {}).items()}
-    total = sum(sizes[known[i]] for i in indices)
-    if total > _largest:
-        raise InvalidArrays(f"an array of {total} bytes; allowed are {_largest}")
-    made: Array = _usual(kind, content, children)
-    return made
 
 
 def largest_array(strategy: FusionStrategy) -> int:

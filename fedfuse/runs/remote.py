@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedfuse.compat.flower_arrays import limit_arrays
 from fedfuse.config import registry
 from fedfuse.config.message import as_json, for_sites
 from fedfuse.config.schema import Config
@@ -30,7 +31,7 @@ from fedfuse.network.own_data import counts_of, server_scenario, task_of
 from fedfuse.network.policy import Policy
 from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.site import Site, SiteConfig
-from fedfuse.network.sizes import largest_array, limit_arrays
+from fedfuse.network.sizes import largest_array
 from fedfuse.runs.directory import RunDirectory, write_rows, write_text
 from fedfuse.runs.listeners import callbacks
 

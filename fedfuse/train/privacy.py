@@ -12,24 +12,25 @@ from __future__ import annotations
 import functools
 import json
 import math
-import secrets
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedfuse.compat.opacus_noise import noised_by
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.data.cache import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError
 from fedfuse.train import training
+from fedfuse.train.allowance import passes
+from fedfuse.train.entropy import Keystream, Source, gaussian, uniform
+from fedfuse.train.ledger import History, Ledger
 from fedfuse.train.task import task_losses
 
-History = tuple[tuple[float, float, int], ...]  # noise multiplier σ, sampling rate q, steps
 PRIVATE = frozenset({"epochs", "batch_size", "params", "lr", "optimizer", "after_backward"})  # options of `train`
 
 
@@ -138,7 +139,7 @@ class Budget:
         N.
     state : dict
         The client's private state; `state["privacy"]` holds σ and the history.
-    ledger : Path or None
+    ledger : Ledger or None
         Where a deployed site notes every release as it happens, also those whose reply never counted.
     name : str
         The client, for messages.
@@ -156,7 +157,7 @@ class Budget:
         rounds: int,
         examples: int,
         state: dict[str, Any],
-        ledger: Path | None = None,
+        ledger: Ledger | None = None,
         name: str = "client",
     ) -> None:
         self.config, self.train, self.rounds, self.examples = config, train, rounds, examples
@@ -169,9 +170,8 @@ class Budget:
     @property
     def history(self) -> History:
         """Everything released so far."""
-        if self.ledger is not None and self.ledger.exists():
-            lines = self.ledger.read_text(encoding="utf-8").splitlines()
-            return joined((), tuple((n, q, s) for n, q, s in map(json.loads, lines)))
+        if self.ledger is not None:
+            return joined((), self.ledger.history)
         return tuple((n, q, s) for n, q, s in json.loads(self.kept["history"]))
 
     @property
@@ -203,6 +203,8 @@ class Budget:
         ------
         UserError
             If the budget does not last.
+        Refused
+            If the site's policy does not allow it.
         """
         assert noise > 0
         after = joined(self.history, ((noise, rate, steps),))
@@ -213,8 +215,7 @@ class Budget:
                 f"{cost:.3g} with this training); plan for more by privacy.trainings"
             )
         if self.ledger is not None:
-            with self.ledger.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([noise, rate, steps]) + "\n")
+            self.ledger.enter((noise, rate, steps), self.delta)
         self.kept["history"] = json.dumps(after)
 
     def metrics(self) -> dict[str, float]:
@@ -225,14 +226,14 @@ class Budget:
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def own_entropy() -> torch.Generator:
-    """A generator that nobody else can repeat."""
-    return torch.Generator().manual_seed(secrets.randbits(63))
+def own_entropy() -> Keystream:
+    """What to draw from where nobody else may be able to repeat it."""
+    return Keystream()
 
 
-def drawn(examples: int, rate: float, generator: torch.Generator) -> Tensor:
+def drawn(examples: int, rate: float, source: Source) -> Tensor:
     """Rows of a Poisson sample: each with probability `rate`; possibly none."""
-    return (torch.rand(examples, generator=generator) < rate).nonzero().flatten()
+    return (uniform(examples, source) < rate).nonzero().flatten()
 
 
 def train(
@@ -242,8 +243,8 @@ def train(
     config: TrainConfig,
     privacy: PrivacyConfig,
     release: tuple[float, float, int],
-    sampling: torch.Generator,
-    noising: torch.Generator,
+    sampling: Source,
+    noising: Source,
     *,
     seed_parts: tuple[object, ...] = (),
     params: Iterable[nn.Parameter] | None = None,
@@ -282,12 +283,16 @@ def train(
         for group in inner.param_groups:
             group["lr"] = lr
     ghost = privacy.clipping == "ghost"
-    wrapped: Any = (DPOptimizerFastGradientClipping if ghost else DPOptimizer)(
+    passes(steps * rate)
+    kind: type[Any] = DPOptimizerFastGradientClipping if ghost else DPOptimizer
+    if isinstance(noising, Keystream):
+        kind = noised_by(kind, lambda like, deviation: gaussian(like, deviation, noising))
+    wrapped: Any = kind(
         inner,
         noise_multiplier=noise,
         max_grad_norm=privacy.clip,
         expected_batch_size=rate * len(x),  # type: ignore[arg-type]
-        generator=noising,
+        generator=None if isinstance(noising, Keystream) else noising,
     )
     model.train()
     for parameter in frozen:

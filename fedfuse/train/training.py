@@ -13,6 +13,7 @@ from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
+from fedfuse.train.allowance import passes
 
 _OPTIMIZERS = {
     "sgd": bare(torch.optim.SGD),
@@ -151,6 +152,7 @@ def train(
         return {"steps": 0, "loss": float("nan")}
     epochs = config.epochs if epochs is None else epochs
     batch_size = config.batch_size if batch_size is None else batch_size
+    passes(epochs)
     chosen = list(model.parameters() if params is None else params)
     frozen: list[nn.Parameter] = []
     if params is not None:

@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.adapters import LoRA, LoRASB, inject
-from fedfuse.train.privacy import Budget, check, drawn, epsilon, joined, noise_for, train
+from fedfuse.train.ledger import Ledger
+from fedfuse.train.privacy import Budget, check, drawn, epsilon, joined, noise_for, own_entropy, train
 from fedfuse.train.task import IGNORED, task_loss, task_losses
 from tests.federations import federation, play
 
@@ -232,13 +234,51 @@ def test_a_deployed_site_uses_its_own_entropy_and_a_ledger_that_forgets_nothing(
     for attempt in range(2):
         with federation("fedavg", *NOISY, "rounds=1") as (built, _):
             ledger = tmp_path / f"{attempt}.jsonl"
-            built.grid.node.residents.ledger = ledger
+            built.grid.node.residents.ledger = Ledger(ledger)
             built.run()
             seen.append(next(iter(built.strategy.model.values())))
         assert len(ledger.read_text().splitlines()) == 3
     assert not torch.equal(*seen)
-    budget = Budget(PrivacyConfig(noise=1.0), TrainConfig(), 1, 50, {}, tmp_path / "0.jsonl")
+    budget = Budget(PrivacyConfig(noise=1.0), TrainConfig(), 1, 50, {}, Ledger(tmp_path / "0.jsonl"))
     assert sum(steps for *_, steps in budget.history) > 3
+
+
+def test_a_deployed_sites_noise_is_a_ciphers_and_has_the_deviation_it_should_have(monkeypatch) -> None:
+    """torch's generator keeps 32 bits of its seed, all of which can be tried: it is not asked at all."""
+    from fedfuse.train import entropy
+
+    keys: list[int] = []
+    token = entropy.secrets.token_bytes
+    monkeypatch.setattr(entropy.secrets, "token_bytes", lambda n: (keys.append(n), token(n))[1])
+    monkeypatch.setattr("torch.normal", lambda *a, **k: pytest.fail("torch's generator was asked for noise"))
+    x, y = data()
+    for clipping in ("ghost", "plain"):
+        net = nn.Sequential(nn.Linear(6, 400), nn.Linear(400, 3))
+        start = copy.deepcopy(net)
+        privacy, config = PrivacyConfig(noise=1.0, clip=0.5, clipping=clipping), TrainConfig(lr=1.0, momentum=0.0)
+        train(net, x, y, config, privacy, (2.0, 1e-9, 1), own_entropy(), own_entropy())
+        moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), start.parameters(), strict=True)])
+        assert abs(moved.std() * 1e-9 * len(x) - 1.0) < 0.05
+        assert abs(float(moved.mean() * 1e-9 * len(x))) < 0.1
+    assert keys == [32] * 4  # 256 bits for every stream
+
+
+def test_the_keystream_is_normal_and_uniform_and_changes_its_key() -> None:
+    from scipy import stats
+
+    from fedfuse.train import entropy
+
+    stream = entropy.Keystream()
+    assert stats.kstest(stream.normal(20_001), "norm").pvalue > 1e-6
+    assert stats.kstest(stream.uniform(20_000), "uniform").pvalue > 1e-6
+    assert stream.normal(0).shape == (0,)
+    stream._left = 5
+    assert len(stream.bytes(100)) == 100
+    assert stream._left == entropy.LONGEST - 95
+    draws = stream.normal(20_000)
+    assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.05
+    rows = drawn(100_000, 0.1, stream)
+    assert abs(len(rows) / 1e4 - 1) < 0.05
 
 
 def refused(match: str, name: str, *words: str) -> None:
