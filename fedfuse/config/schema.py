@@ -208,11 +208,23 @@ class LossConfig:
 class DistilConfig:
     """Training on soft labels, at clients and server; null leaves each strategy its paper's own (`strategy.*`)."""
 
-    epochs: int | None = None  # passes over the round's rows of the transfer set
-    steps: int | None = None  # mini-batches in place of passes: the same effort whatever the set's size
-    batch_size: int | None = None
-    lr: float | None = None  # null: the strategy's own, else train.lr; another optimiser than theirs: its usual rate
-    optimizer: str | None = None  # sgd | adam | adamw
+    epochs: int | None = key(
+        None,
+        "passes over the round's rows of the transfer set",
+        only="a strategy that distils a transfer set",
+    )
+    steps: int | None = key(
+        None,
+        "mini-batches in place of passes: the same effort whatever the set's size",
+        only="a strategy that distils a transfer set",
+    )
+    batch_size: int | None = key(None, "rows of the transfer set a step", only="a strategy that distils a transfer set")
+    lr: float | None = key(
+        None,
+        "null: the strategy's own, else train.lr; another optimiser than theirs: its usual rate",
+        only="a strategy that distils a transfer set",
+    )
+    optimizer: str | None = key(None, "sgd | adam | adamw", only="a strategy that distils a transfer set")
 
 
 @dataclass

@@ -77,8 +77,8 @@ def unheard(strategy: FusionStrategy) -> list[str]:
     there = {topic for topic, _ in items}
     return [
         f"{strategy.name}: declares the topic {name!r}, and nobody ever got any of it"
-        for name in strategy.topics
-        if name not in there
+        for name, topic in strategy.topics.items()
+        if name not in there and not topic.sometimes
     ]
 
 

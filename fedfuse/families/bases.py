@@ -131,8 +131,8 @@ class BasisStrategy(RankedStrategy):
     folded = "merged"
     topics = {
         "sha": Topic("state", arrays(sha=("uint8", 32)), once=True),
-        "basis": Topic("state", lora.part("basis_A", "basis_B", head=False), once=True),
-        "merged": Topic("fold", fold=lora.fold, increment=lora.increments),
+        "basis": Topic("state", lora.part("basis_A", "basis_B", head=False), once=True, sometimes=True),
+        "merged": Topic("fold", fold=lora.fold, increment=lora.increments, sometimes=True),
         "R": Topic("state", lora.at_most(lora.part("lora_R"))),
     }
     records_setup = records_refresh = {"gradient": basis.gradient_arrays}

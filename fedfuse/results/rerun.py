@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from typing import Any
 
+from fedfuse.config.idle import idle
+from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
+from fedfuse.errors import UserError
 from fedfuse.results.run_data import Run
 from fedfuse.results.setting import flatten
 
@@ -25,15 +29,23 @@ def reproduce(run: Run) -> str:
     """
     defaults = flatten(dataclasses.asdict(Config()))
     words = ["fedfuse", "run"]
-    flat = flatten(run.config)
+    flat, silent = flatten(run.config), _idle(run.config)
     for key, value in sorted(flat.items(), key=lambda pair: _rank(pair[0])):
-        if key in LEFT_OUT or (key in defaults and defaults[key] == value):
+        if key in LEFT_OUT or key in silent or (key in defaults and defaults[key] == value):
             continue
         if not key.startswith("strategy.") and value is None:
             continue
         name = key.removesuffix(".name")
         words.append(shlex.quote(f"{name}={_hydra(value)}"))
     return " ".join(words)
+
+
+def _idle(values: dict[str, Any]) -> set[str]:
+    """Keys that did nothing in a run, which its command would be refused for; none where it cannot be told."""
+    try:
+        return set(idle(from_json(json.dumps(values), code=True)))
+    except (UserError, ValueError, TypeError):  # a strategy that is not installed here, an older run
+        return set()
 
 
 def _rank(key: str) -> tuple[bool, bool, bool]:

@@ -102,11 +102,22 @@ def notes(runs: Sequence[Run]) -> list[str]:
         lines += [
             f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished
         ]
+    lines += _told(runs)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
     few = few_seeds_note(max(counts)) if counts else ""
     return [*lines, few] if few else lines
+
+
+def _told(runs: Sequence[Run], most: int = 20) -> list[str]:
+    """What runs say of themselves, each line once, with the runs that say it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for note in (run.summary or {}).get("notes") or ():
+            found.setdefault(str(note), []).append(f"{run.strategy}, seed {run.seed}")
+    lines = [f"{note} [{'; '.join(who[:4])}{'; …' if len(who) > 4 else ''}]" for note, who in found.items()]
+    return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 
 def print_table(runs: Sequence[Run], console: Console | None = None) -> None:

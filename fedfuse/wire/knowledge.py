@@ -34,6 +34,8 @@ class Topic:
         Layout of increments, for kind "fold".
     once : bool
         Counted as set-up traffic (a one-off basis), not as per-round traffic.
+    sometimes : bool
+        Published under some hyper-parameters only, so that nobody need wonder where it never is.
     """
 
     kind: Literal["state", "lesson", "fold"] = "state"
@@ -41,6 +43,7 @@ class Topic:
     fold: Callable[[Arrays, Arrays], Arrays] | None = None
     increment: Spec | None = None
     once: bool = False
+    sometimes: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "fold") != (self.fold is not None):
