@@ -26,7 +26,7 @@ def ray_session():
 
 
 LONG = (
-    ("tests/runtime/test_resume", "tests/runtime/"),
+    ("tests/engines/test_resume", "tests/engines/"),
     ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/test_sweep"),
 )
 

@@ -15,7 +15,7 @@ from fedfuse.config import registry
 from fedfuse.core.client import FusionClient
 from fedfuse.errors import WorldError
 from tests.federations import federation, play
-from tests.runtime.processes import workers
+from tests.engines.processes import workers
 
 WIDE = ("clients=10", "data.limit=480", "rounds=3")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.processes import MARK, gone, shared_blocks
+from tests.engines.processes import MARK, gone, shared_blocks
 
 WORDS = [
     "strategy=knfu", "data=digits", "data.limit=400", "data.test_limit=60", "clients=9", "rounds=4", "model=mlp_small",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.federations import play
-from tests.runtime.processes import MARK, below, gone, marked
+from tests.engines.processes import MARK, below, gone, marked
 
 WIDE = ("clients=10", "data.limit=480", "rounds=3")
 

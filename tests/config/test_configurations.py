@@ -13,7 +13,7 @@ from fedfuse.config import compose as compose_module
 from fedfuse.config.compose import GROUPS, compose, options, presets
 from fedfuse.train.losses import loss
 
-DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @pytest.mark.parametrize("name", sorted(registry.listed()))

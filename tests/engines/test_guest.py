@@ -13,7 +13,7 @@ import pytest
 
 from fedfuse.engines.guest_run import command
 from fedfuse.errors import UserError
-from tests.runtime.processes import MARK, gone
+from tests.engines.processes import MARK, gone
 
 APPS = Path(__file__).parent.parent / "apps"
 NODES = 6

@@ -12,7 +12,7 @@ START = """
 import os, sys, time
 import ray
 from ray import _raylet
-from tests.runtime.processes import below
+from tests.engines.processes import below
 if "gone" in sys.argv:
     del _raylet.METRICS_AGENT_PORT_NAME
 else:  # a runtime environment would need an agent
