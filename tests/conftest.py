@@ -27,7 +27,7 @@ def ray_session():
 
 LONG = (
     ("tests/engines/test_resume", "tests/engines/"),
-    ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/test_sweep"),
+    ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/runs/test_sweep"),
 )
 
 

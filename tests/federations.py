@@ -78,7 +78,7 @@ _asked: dict[str, Any] = {}
 def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
     """Compose by Hydra what chooses a group, and set plain keys without it: it costs more than these runs.
 
-    `tests/test_configurations.py` composes every strategy and group the whole way.
+    `tests/config/test_configurations.py` composes every strategy and group the whole way.
     """
     groups = [w for w in overrides if w.split("=")[0] in GROUPS]
     plain = [w for w in overrides if w.split("=")[0] not in (*GROUPS, "strategy")]

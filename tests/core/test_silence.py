@@ -39,8 +39,8 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "shards": ("strategy=local", "partition=shards", "participation=0.7"),
     "pathological": ("strategy=centralized", "partition=pathological"),
     "npz": ("strategy=fedavg", "partition=domain", "data=npz", f"data.root={FOLDER}", "data.groups=g", "clients=null"),
-    "custom": ("strategy=fedavg", "partition=iid", "data=custom", "data.load=tests.test_silence:examples"),
-    "model": ("strategy=fedavg", "partition=iid", "model=custom", "model.build=tests.test_silence:network"),
+    "custom": ("strategy=fedavg", "partition=iid", "data=custom", "data.load=tests.core.test_silence:examples"),
+    "model": ("strategy=fedavg", "partition=iid", "model=custom", "model.build=tests.core.test_silence:network"),
     "adam": ("strategy=fedavg", "partition=iid", "train.optimizer=adam"),
     "pool": ("strategy=local", "partition=iid", "model.pool=[mlp,mlp_small]", "train.pool=[sgd@0.1,adam@0.001]"),
     "private": ("strategy=fedavg", "partition=iid", "privacy.epsilon=50.0", "train.batch_size=64"),
@@ -60,8 +60,8 @@ ELSEWHERE = {
     "runtime.gpu_fraction": "of Ray: tests/engines",
     "runtime.address": "of Ray: tests/engines/test_cluster.py",
     "runtime.client_timeout": "of Ray: tests/engines/test_faults.py",
-    "tracking.uri": "tests/test_tracking.py",
-    "tracking.experiment": "tests/test_tracking.py",
+    "tracking.uri": "tests/runs/test_tracking.py",
+    "tracking.experiment": "tests/runs/test_tracking.py",
     "stop.metric": "dead, and on its way out",
 }
 HERE = {  # read nowhere in this context, and why that is no silence

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.federations import play
 from tests.engines.processes import MARK, below, gone, marked
+from tests.federations import play
 
 WIDE = ("clients=10", "data.limit=480", "rounds=3")
 

@@ -14,8 +14,8 @@ import pytest
 from fedfuse.config import registry
 from fedfuse.core.client import FusionClient
 from fedfuse.errors import WorldError
-from tests.federations import federation, play
 from tests.engines.processes import workers
+from tests.federations import federation, play
 
 WIDE = ("clients=10", "data.limit=480", "rounds=3")
 

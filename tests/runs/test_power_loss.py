@@ -16,7 +16,7 @@ from fedfuse.runs import experiment
 from fedfuse.runs.experiment import resume, run
 from fedfuse.wire.client_store import Torn, read_tree, write_tree
 from tests.federations import TINY, play
-from tests.test_directory import summary_of
+from tests.runs.test_directory import summary_of
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedfuse.wire import client_store as store_module
 from fedfuse.wire.client_store import INITIAL, ClientStore, is_full, read_tree, write_tree
 from fedfuse.wire.knowledge import Stale
-from tests.test_records import TREES, equal_trees
+from tests.wire.test_records import TREES, equal_trees
 
 NAMES = st.text("aw.0/~_\\é ", max_size=5)
 
