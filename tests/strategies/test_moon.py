@@ -83,7 +83,7 @@ def test_the_term_keeps_representations_near_the_common_ones() -> None:
         common = client.embed(client.x)
         client.load(previous)
         far = client.embed(client.x)
-        client.load(client.common)
+        client.load(client.start)
         client.fit()
         z = client.embed(client.x)
         near[mu] = float((F.cosine_similarity(z, common) - F.cosine_similarity(z, far)).mean())
