@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedfuse.compat.quiet import QUIET
 from fedfuse.errors import UserError, WorldError, nearest
 
 USAGE = """\
@@ -66,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         _end_ray()
-
-
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def _end_ray() -> None:

@@ -53,7 +53,7 @@ class Projected(nn.Module):
         encoder.head = nn.Identity()  # its place is taken: nothing unused is trained or sent
 
     def features(self, x: Tensor) -> Tensor:
-        """Z = R_w(x)."""
+        """z = R_w(x)."""
         return self.projection(self.encoder.features(x))  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:

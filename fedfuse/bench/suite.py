@@ -17,6 +17,7 @@ from typing import Any
 
 from fedfuse.bench import footprint
 from fedfuse.bench.contestants import COHORT, WORKLOADS
+from fedfuse.compat.quiet import QUIET
 from fedfuse.errors import UserError
 
 USAGE = """\
@@ -60,8 +61,7 @@ class Side:
                 "-m",
             ]
         command += ["fedfuse.bench.play", side, workload, str(clients)]
-        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder)}
+        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder)}
         self.log = open(folder / f"{side}.log", "w+")  # noqa: SIM115 - closed in end()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,

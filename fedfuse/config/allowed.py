@@ -72,7 +72,6 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "tracking.experiment": _word,
     "privacy.clipping": _word,
     "search.keys": _word,
-    "stop.metric": _word,
     "out": _nothing,
 }
 NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,7 +233,6 @@ class StopConfig:
     """Early stop on the clients' validation split (never on test)."""
 
     patience: int | None = key(None, "rounds without improvement; null: off")
-    metric: str = key("accuracy", "what counts as better")
 
 
 @dataclass
@@ -305,3 +305,16 @@ class Config:
     seed: int = key(0, "every random choice follows from it")
     out: str | None = key(None, "run directory; null: runs/<time>-<strategy>-<data>-s<seed>")
     overwrite: bool = key(False, "replace what a run left in `out`")
+
+
+GONE = ("stop.metric",)  # keys of earlier versions that nothing reads any more
+
+
+def without_gone(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote, nested by group, without the keys that are gone."""
+    kept = {group: dict(inside) if isinstance(inside, Mapping) else inside for group, inside in values.items()}
+    for name in GONE:
+        group, _, leaf = name.partition(".")
+        if isinstance(inside := kept.get(group), dict):
+            inside.pop(leaf, None)
+    return kept

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedfuse.compat import flower_processes
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import ALLOW_CODE, QUIET, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, RUNS, SURROUNDINGS
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.sizes import MEMORY
@@ -31,7 +31,7 @@ def _home(state: Path, **more: str) -> None:
         state.chmod(0o700)
     except OSError as error:
         raise UserError(f"--state-dir {state}: cannot be written ({error.strerror or error})") from error
-    for name, value in QUIET.items():
+    for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     os.environ.update({"FLWR_HOME": str(state.resolve() / "flwr"), **more})
 

@@ -11,15 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedfuse.compat.quiet import QUIET
 from fedfuse.errors import UserError
 
 ALLOW_CODE = "FEDFUSE_ALLOW_CODE"  # environment: "1" where the server may import what an order names
 RUNS = "FEDFUSE_RUNS"  # environment: where the server keeps run directories
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
+SURROUNDINGS = {  # of our processes, where the operator says nothing else
+    **QUIET,
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4",
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -29,7 +27,7 @@ QUIET = {
 
 def surroundings(home: Path, **more: str) -> dict[str, str]:
     """The environment of a process of ours: quiet Flower, a home of its own."""
-    quiet = {name: os.environ.get(name, value) for name, value in QUIET.items()}
+    quiet = {name: os.environ.get(name, value) for name, value in SURROUNDINGS.items()}
     return {**os.environ, **quiet, "FLWR_HOME": str(home), **more}
 
 

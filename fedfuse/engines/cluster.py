@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from fedfuse.compat.quiet import QUIET
 from fedfuse.compat.ray_start import lean_start
 from fedfuse.errors import UserError, WorldError
 
@@ -44,7 +45,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", QUIET["RAY_USAGE_STATS_ENABLED"])
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:

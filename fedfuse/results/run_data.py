@@ -18,7 +18,7 @@ from fedfuse.files import checked, opened, read, read_text
 if TYPE_CHECKING:
     import polars as pl
 
-FORMAT = 1  # of summary.json; another one is refused
+FORMAT = 1  # of run directories that a report reads; another one is refused
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
 RECENT = 60.0  # seconds; where there is no lock file, a younger checkpoint counts as a run that goes on
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from fedfuse.config.schema import without_gone
 from fedfuse.core.loop import Federation
 from fedfuse.errors import UserError, one_line
 from fedfuse.files import checked
@@ -19,7 +20,7 @@ from fedfuse.wire.client_store import read_tree, synced, write_tree
 from fedfuse.wire.knowledge import Address, Item, Parcel
 from fedfuse.wire.traffic import Traffic
 
-FORMAT = 1
+FORMAT = 1  # of the checkpoint alone
 NEWEST, BEFORE = "state.safetensors", "state.before.safetensors"  # the last two commits
 
 
@@ -152,7 +153,7 @@ def restore(federation: Federation, path: Path, config: str) -> dict[str, float]
 
 def changed(begun: str, now: str) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
-    before, after = (dict(_flat(yaml.safe_load(text) or {})) for text in (begun, now))
+    before, after = (dict(_flat(without_gone(yaml.safe_load(text) or {}))) for text in (begun, now))
     free = ("out", "overwrite", "runtime.", "tracking.")  # where and how it runs changes no bit
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:

@@ -25,7 +25,7 @@ from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
 from fedfuse.files import opened
 from fedfuse.results.run_data import COLUMNS
-from fedfuse.runs.checkpoint import BEFORE, FORMAT, NEWEST, commit, recover
+from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.train.privacy import private_notes
 from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
 
@@ -35,6 +35,8 @@ _KINDS = {
 }
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
 SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
+
+FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
 
 
 def write_text(path: Path, text: str) -> None:

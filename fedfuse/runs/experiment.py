@@ -15,7 +15,7 @@ from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import code
 from fedfuse.config.registry import Entry
-from fedfuse.config.schema import Config, RuntimeConfig
+from fedfuse.config.schema import Config, RuntimeConfig, without_gone
 from fedfuse.core.build import build_strategy
 from fedfuse.core.devices import device_of, server_device_of
 from fedfuse.core.loop import Federation
@@ -147,7 +147,7 @@ def load_config(path: Path) -> Config:
     if not file.exists():
         raise UserError(f"{path}: not a run directory (no config.yaml)")
     try:
-        raw = yaml.safe_load(read_text(file, 1 << 20))
+        raw = without_gone(yaml.safe_load(read_text(file, 1 << 20)))
         name = raw["strategy"]["name"]
         base = OmegaConf.structured(Config)
         values = {k: v for k, v in raw.items() if k != "strategy"}

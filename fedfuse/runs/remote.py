@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.compat.flower_arrays import limit_arrays
+from fedfuse.compat.quiet import QUIET
 from fedfuse.config import registry
 from fedfuse.config.message import as_json, for_sites
 from fedfuse.config.schema import Config
@@ -203,13 +204,6 @@ def run_on_flower(config: Config, directory: RunDirectory, resumed: bool = False
         raise WorldError(f"Flower's simulator: {type(failures[0]).__name__}: {failures[0]}") from failures[0]
     return directory.path
 
-
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 _hosts: dict[tuple[str, int], Site] = {}
 

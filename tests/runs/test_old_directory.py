@@ -22,6 +22,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_had_begun_goes_on_to_the_same_bits(kept: Path, tmp_path: Path) -> None:
+    assert "metric:" in (kept / "begun/config.yaml").read_text()  # stop.metric, which is gone
     config = load_config(kept / "begun")
     whole = run(replace(config, out=str(tmp_path / "whole")), quiet=True)
     resumed = resume(kept / "begun", quiet=True)
