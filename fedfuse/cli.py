@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedfuse.compat.quiet import QUIET
-from fedfuse.errors import UserError, WorldError, nearest
+from fedfuse.errors import TRACEBACK, UserError, WorldError, nearest
 
 USAGE = """\
 fedfuse: simulate, deploy and compare federated knowledge fusion
@@ -25,6 +26,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
 
+--traceback (or FEDFUSE_TRACEBACK=1) tells a failure's whole story, a client's in a worker too.
+
 Groups, chosen by one word: strategy= data= partition= model= loss= runtime= tracking= experiment=
 Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
@@ -38,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv)
+    if "--traceback" in words:
+        words.remove("--traceback")
+        os.environ[TRACEBACK] = "1"
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -54,15 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(USAGE, end="")
             return 0
         return command(words[1:], started)
-    except UserError as error:
+    except (UserError, WorldError, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print(": ".join(["fedfuse: interrupted", *map(str, error.args)]), file=sys.stderr)
+            return 130
         print(f"fedfuse: {error}", file=sys.stderr)
-        return 2
-    except WorldError as error:
-        print(f"fedfuse: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fedfuse: interrupted", file=sys.stderr)
-        return 130
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:
         return 1
     finally:

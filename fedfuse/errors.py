@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+TRACEBACK = "FEDFUSE_TRACEBACK"  # set, every failure is told with its whole story
+
 
 class UserError(Exception):
     """A mistake in a command or configuration: one line on stderr, exit code 2, nothing written."""

@@ -234,7 +234,7 @@ def check(config: Config) -> None:
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
-    at_least |= {"stop.patience": 1, "transfer.size": 1, "transfer.subset": 1}
+    at_least |= {"stop.patience": 1, "transfer.size": 0, "transfer.subset": 1}
     for key, low in at_least.items():
         value = _value(config, key)
         if value is not None and not low <= value < float("inf"):

@@ -188,6 +188,8 @@ def entry(name: str) -> Entry:
     if name not in _entries:
         known = listed()
         if name not in known:
+            if f"{name}.py" in _unreadable:
+                raise UserError(f"strategy={name}: {name}.py cannot be read ({_unreadable[f'{name}.py']})")
             broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(_unreadable.items()))
             raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from fedfuse.core.scenario import Scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
 from fedfuse.train import privacy
@@ -24,6 +27,8 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
             f"use model=<name>, or a strategy that exchanges knowledge instead of weights"
         )
     if strategy.transfer != "none" and scenario.data.transfer is None:
+        if scenario.config.transfer.size == 0:
+            raise UserError(f"transfer.size=0: strategy={strategy.name} needs a transfer set; allowed is 1 or more")
         raise UserError(
             f"strategy={strategy.name} needs a transfer set and data={scenario.config.data.name} brings none; "
             f"name one: transfer.source=noise or a data set"
@@ -48,10 +53,18 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
             f"transfer set: set transfer.labelled=true, or choose another loss"
         )
     for name in pool:  # refuses one that cannot be built, instead of leaving out its clients
-        model = strategy.residents.model(name)
-        if strategy.needs_features and not hasattr(model, "features"):
+        _check_takes(name, scenario)
+        try:
+            model = strategy.residents.model(name)
+        except AttributeError:  # what the strategy adds asks for parts that are not there
+            model = strategy.residents.build(name)
+        _check_vocabulary(name, model, scenario)
+        missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
+        if missing and (strategy.needs_features or objective.needs_features):
+            who = f"strategy={strategy.name}" if strategy.needs_features else f"loss={scenario.config.loss.name}"
             raise UserError(
-                f"strategy={strategy.name} needs models with features(x), head(z), feature_dim; {name} has none"
+                f"{who} needs models with features(x), head(z) and feature_dim, where forward(x) is head(features(x)); "
+                f"{name} has no {' and no '.join(missing)}"
             )
     if strategy.same_features:
         sizes = {name: int(strategy.residents.model(name).feature_dim) for name in pool}  # type: ignore[arg-type]
@@ -63,13 +76,33 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
             )
 
 
+def _check_takes(architecture: str, scenario: Scenario) -> None:
+    """Refuse a language model on anything but tokens."""
+    dataset = scenario.data.dataset
+    if architecture in ("causal_lm", "text_classifier") and dataset.kind != "tokens":
+        raise UserError(
+            f"model={architecture} reads tokens, and data={dataset.name} gives {dataset.kind}: "
+            f"set data.extra.tokenizer=<directory of the model>, or data.extra.text=tokens, or choose another model"
+        )
+
+
+def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -> None:
+    """Refuse tokens that a language model has no embedding for."""
+    inner = getattr(model, "model", None)
+    if architecture != "text_classifier" or not hasattr(inner, "get_input_embeddings"):
+        return
+    known = int(inner.get_input_embeddings().num_embeddings)  # type: ignore[union-attr,operator]
+    inputs = scenario.data.dataset.train.inputs
+    if len(inputs) and int(inputs.max()) >= known:
+        raise UserError(
+            f"model={architecture}: the data have a token {int(inputs.max())}, the model knows {known}: "
+            f"use its tokenizer"
+        )
+
+
 def remarks(strategy: FusionStrategy) -> list[str]:
     """What a user has to know of an experiment that can run, and might not do what is expected."""
-    scenario, said = strategy.scenario, []
-    asked = scenario.config.distil
-    given = [key for key in ("epochs", "steps", "batch_size", "lr", "optimizer") if getattr(asked, key) is not None]
-    if given and not strategy.distils:
-        said.append(f"strategy={strategy.name} distils no transfer set: distil.{given[0]} changes nothing")
+    scenario, said = strategy.scenario, list[str]()
     if strategy.distils and scenario.data.transfer is not None:
         rows = strategy.rows_distilled
         if rows < FEW * scenario.classes:

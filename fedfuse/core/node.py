@@ -6,8 +6,11 @@ The same code serves every runtime; what differs is where the cache of knowledge
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -21,7 +24,7 @@ from fedfuse.config.registry import Entry
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Residents, Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
-from fedfuse.errors import Refused, UserError, in_words
+from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import INITIAL, ClientStore, is_full
 from fedfuse.wire.group_sums import hand_over, keep_back, wanted
@@ -140,6 +143,9 @@ class Node:
             except Exception as error:
                 if is_full(error):
                     return self._error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
+                if os.environ.get(TRACEBACK) and self.residents.ledger is None:  # a site's screen is its operator's
+                    print(f"client {who}:", file=sys.stderr)
+                    traceback.print_exc()
                 if attempt == self.retries:
                     return self._error(FAILED, who, in_words(error), message)
         raise AssertionError("unreachable")
@@ -301,6 +307,9 @@ class Node:
         if asked.phase == "train":
             metrics = client.fit()
             records = client.share()
+            for verb, value in (("fit", metrics), ("share", records)):
+                if not isinstance(value, dict):
+                    raise UserError(f"{verb}() of {type(client).__name__} returned {value!r:.40}; a dict is needed")
         else:
             records = getattr(client, asked.phase)()
             metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedfuse.config.dotted import resolve
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import Dataset
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, in_words
 
 
 def read(config: DataConfig, root: Path | None) -> Dataset:
@@ -22,7 +22,18 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         raise UserError("data.load=None; expected pkg.mod:fn returning a fedfuse.data.Dataset")
     path = config.load
     function = resolve(path, "data.load")
-    dataset = function(**dict(config.extra or {}))
+    extra = dict(config.extra or {})
+    try:
+        dataset = function(**extra)
+    except UserError:
+        raise
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself, nothing inside
+            told = ", ".join(f"data.extra.{name}" for name in extra) or "no data.extra"
+            raise UserError(f"data.load={path} was called with {told}: {error}") from error
+        raise UserError(f"data.load={path} failed: {in_words(error)}") from error
+    except Exception as error:
+        raise UserError(f"data.load={path} failed: {in_words(error)}") from error
     if not isinstance(dataset, Dataset):
         raise UserError(f"data.load={path} returned {type(dataset).__name__}; expected a fedfuse.data.Dataset")
     return dataset

@@ -16,7 +16,7 @@ import ray
 
 from fedfuse.compat.quiet import QUIET
 from fedfuse.compat.ray_start import lean_start
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import TRACEBACK, UserError, WorldError
 
 log = logging.getLogger("fedfuse")
 _PREFIX = "fedfuse-ray-"
@@ -47,7 +47,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", QUIET["RAY_USAGE_STATS_ENABLED"])
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": bool(os.environ.get(TRACEBACK)), "logging_level": "ERROR"}
     if address is not None:
         try:
             ray.init(address=address, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 LEVEL = 0.95
@@ -39,6 +39,12 @@ class Interval:
     def half_width(self) -> float | None:
         """Half the interval's length, or None with fewer than two values."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def within(self, least: float, most: float) -> Interval:
+        """The interval where values cannot lie outside of [least, most]: no figure says 104 %."""
+        if self.low is None or self.high is None:
+            return self
+        return replace(self, low=min(max(self.low, least), most), high=min(max(self.high, least), most))
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ def row(one: Group) -> Row:
         strategy=one.label,
         setting=one.setting,
         seeds=one.seeds,
-        final={name: mean_interval(values) for name, values in final.items()},
+        final={name: mean_interval(values).within(0, 1) for name, values in final.items()},
         bootstrap={name: mean_interval(values, "bootstrap") for name, values in final.items()},
-        best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]) for name in BEST},
+        best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]).within(0, 1) for name in BEST},
         up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
         seconds=_mean(one.runs, "seconds", "total"),
@@ -177,10 +177,16 @@ def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[s
 
 
 def percent(value: Interval, decimals: int = 2) -> str:
-    """Write a share as per cent with its half-width; the mean alone where there is no interval."""
+    """Write a share as per cent with its half-width; the mean alone where there is no interval.
+
+    An interval that was cut at 0 or 100 % has no one half-width, and is written by its ends.
+    """
     if math.isnan(value.mean):
         return "–"
     half = value.half_width
+    if half is not None and abs(value.low + value.high - 2 * value.mean) > 1e-9:  # type: ignore[operator]
+        ends = (f"{100 * float(end):.{decimals}f}" for end in (value.low, value.high))  # type: ignore[arg-type]
+        return f"{100 * value.mean:.{decimals}f} ({'–'.join(ends)})"
     return f"{100 * value.mean:.{decimals}f}" + ("" if half is None else f" ± {100 * half:.{decimals}f}")
 
 

@@ -121,6 +121,8 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
         if not resumed:
             directory.discard()
         raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"fedfuse resume {directory.path} goes on") from error
     except OSError as error:
         path = directory.path
         raise WorldError(f"{path}: {in_words(error)}; fedfuse resume {path} goes on") from error

@@ -20,6 +20,8 @@ def final_file(path: Path, client: int | None) -> Path:
     UserError
         If the run is not finished, or has no such model.
     """
+    if not (path / "config.yaml").exists():
+        raise UserError(f"{path}: not a finished run, nor any: it has no config.yaml")
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
     final = path / "final"

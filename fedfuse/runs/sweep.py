@@ -82,11 +82,14 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> 
     if (runtime.parallel or 1) > 1:
         console.print(f"{len(plans)} runs, {runtime.parallel} at once")
     tally = Tally(len(plans))
-    drive(
-        [_once(path, config, console, failed, tally) for path, config in plans],
-        runtime,
-        runtime.gpu_fraction if device_of(plans[0][1]) == "cuda" else 0.0,
-    )
+    try:
+        drive(
+            [_once(path, config, console, failed, tally) for path, config in plans],
+            runtime,
+            runtime.gpu_fraction if device_of(plans[0][1]) == "cuda" else 0.0,
+        )
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"the same command with out={root} goes on") from error
     kept, skipped = find([root])
     print_table(kept, console)
     for line in skipped:

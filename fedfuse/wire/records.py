@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
 from fedfuse.compat.flower_records import LiveArray, dtype_name, entries, live_tensor, trusted
+from fedfuse.errors import UserError, nearest
 
 # tensors made of a message's memory are read, never written
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -144,6 +145,9 @@ def dimension(scope: Scope, size: int | str) -> int:
         return -abs(dimension(scope, size[2:]))
     if size in scope.dims:
         return scope.dims[size]
+    if not hasattr(scope.hyper, size):
+        known = [*scope.dims, *(vars(scope.hyper) if hasattr(scope.hyper, "__dict__") else ())]
+        raise UserError(f"a layout names the size {size!r}: unknown; {nearest(size, known)}")
     return int(getattr(scope.hyper, size))
 
 

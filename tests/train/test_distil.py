@@ -80,8 +80,10 @@ def test_bad_values_are_refused():
 
 
 def test_what_cannot_do_much_is_said():
-    with federation("fedavg", "distil.epochs=2") as (built, _):
-        assert remarks(built.strategy) == ["strategy=fedavg distils no transfer set: distil.epochs changes nothing"]
+    from fedfuse.config.compose import compose
+
+    with pytest.raises(UserError, match="distil.epochs=2 does nothing here"):
+        compose(["strategy=fedavg", "distil.epochs=2"])
     with federation("scarlet") as (built, _):
         assert "distils 2 rows a round for 10 classes, which is few" in remarks(built.strategy)[0]
     with federation("fedmd", "transfer.size=100") as (built, _):
