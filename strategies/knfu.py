@@ -253,7 +253,7 @@ class KnFu(FusionStrategy):
         if last is None or last["self"] < INERT or self.scenario.cohort_size == 1:
             return []
         return [
-            f"knfu: fusion did next to nothing: in the last round clients kept {last['self']:.3f} of their mixtures for "
-            f"themselves ({last['neighbours']:.2f} effective neighbours); a lower strategy.beta, or a bounded "
+            f"knfu: fusion did next to nothing: in the last round clients kept {last['self']:.3f} of their mixtures "
+            f"for themselves ({last['neighbours']:.2f} effective neighbours); a lower strategy.beta, or a bounded "
             f"strategy.distance as js, lets the others in"
         ]

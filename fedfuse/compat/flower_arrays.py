@@ -3,7 +3,8 @@
 An array travels as chunks that an index lists; an index of nine kilobytes can name one chunk four thousand times.
 Internal names of Flower 1.41: `Array.inflate` is replaced, `get_object_body` and
 `get_object_children_ids_from_object_content` of `flwr.supercore.inflatable.inflatable_object` are used. It buys that a
-node cannot fill the server's memory. Without the names nothing is capped here, which is said, and only the process's own
+node cannot fill the server's memory. Without the names nothing is capped here, which is said, and only the process's
+own
 limit of memory (`deploy server --memory`) is left. Guard: `tests/deploy/test_hostile_node.py`.
 """
 

@@ -1,7 +1,8 @@
 """Opacus's optimisers with noise from a source of ours.
 
 Private name of Opacus 1.6: the mark `_processed` of `p.summed_grad`, by which Opacus refuses to use a gradient twice;
-`add_noise` is a method that it documents as to be overridden. It buys noise from a cipher in place of torch's generator,
+`add_noise` is a method that it documents as to be overridden. It buys noise from a cipher in place of torch's
+generator,
 which keeps 32 bits of its seed. Guard: `tests/train/test_privacy.py`.
 """
 

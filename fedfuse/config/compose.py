@@ -239,10 +239,10 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value is not None and not low <= value < float("inf"):
             raise UserError(f"{key}={value}: allowed is at least {low}")
-    for key, words in WORDS.items():
+    for key, allowed_words in WORDS.items():
         value = _value(config, key)
-        if value not in words:
-            raise UserError(f"{key}={value}: {nearest(str(value), words)}")
+        if value not in allowed_words:
+            raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
     privacy, distil, words = config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
     rules: list[tuple[str, Any, bool, str]] = [

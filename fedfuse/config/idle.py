@@ -14,8 +14,8 @@ from typing import Any
 
 from fedfuse.config import registry
 from fedfuse.config.catalogue import SOURCES
-from fedfuse.config.keys import Key, known, said
-from fedfuse.config.schema import Config
+from fedfuse.config.keys import Key, said
+from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError
 
 
@@ -51,8 +51,12 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
     return out
 
 
+# naming something of the user's own, or an objective, that then is not what runs: another experiment than was asked for
+REFUSED = ("model.build", "model.extra", "data.load", "loss.", "distil.")
+
+
 def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
-    """Refuse what was typed and does nothing.
+    """Refuse what was typed and would leave another experiment than was asked for; the rest a run notes in a line.
 
     Parameters
     ----------
@@ -67,10 +71,9 @@ def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
     Idle
         One line for each.
     """
-    known_keys, asked = known(), set()
-    for name in typed:
-        asked.add(f"{name}.name" if f"{name}.name" in known_keys else name)
-    if found := {name: why for name, why in idle(config, sweep).items() if name in asked}:
+    asked = {f"{name}.name" if f"{name}.name" in known() else name for name in typed}
+    found = {name: why for name, why in idle(config, sweep).items() if name in asked and name.startswith(REFUSED)}
+    if found:
         raise Idle(found)
 
 

@@ -62,29 +62,6 @@ def keys_of(kind: type[Any], prefix: str = "") -> list[Key]:
     return out
 
 
-def known() -> dict[str, Key]:
-    """Every key of a run but the strategies' own, by name."""
-    from fedfuse.config.schema import Config
-
-    return {found.name: found for found in keys_of(Config)}
-
-
-def hypers(name: str) -> list[Key]:
-    """The hyper-parameters of a strategy, with what their fields allow.
-
-    Raises
-    ------
-    UserError
-        If there is no such strategy.
-    """
-    from fedfuse.config import registry
-
-    out = []
-    for found, field in zip(keys_of(kind := registry.entry(name).hyper), dataclasses.fields(kind), strict=True):
-        out.append(found._replace(name=f"strategy.{found.name}", kind=allowed(found.kind, field.metadata)))
-    return out
-
-
 def allowed(kind: str, rule: typing.Mapping[str, Any]) -> str:
     """What a hyper-parameter may be, in words."""
     if rule.get("choices") is not None:

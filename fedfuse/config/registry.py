@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedfuse.config.keys import Key, allowed, keys_of
 from fedfuse.errors import UserError, in_words, nearest
 
 if TYPE_CHECKING:
@@ -266,3 +267,17 @@ def typed(values: Any) -> Any:
         raise UserError(f"strategy={chosen.name}: {error}") from error
     check(chosen.name, made)
     return made
+
+
+def hypers(name: str) -> list[Key]:
+    """The hyper-parameters of a strategy, with what their fields allow.
+
+    Raises
+    ------
+    UserError
+        If there is no such strategy.
+    """
+    out = []
+    for found, field in zip(keys_of(kind := entry(name).hyper), dataclasses.fields(kind), strict=True):
+        out.append(found._replace(name=f"strategy.{found.name}", kind=allowed(found.kind, field.metadata)))
+    return out

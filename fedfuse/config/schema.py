@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedfuse.config.keys import key
+from fedfuse.config.keys import Key, key, keys_of
 
 
 @dataclass
@@ -318,3 +318,8 @@ def without_gone(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inside := kept.get(group), dict):
             inside.pop(leaf, None)
     return kept
+
+
+def known() -> dict[str, Key]:
+    """Every key of a run but the strategies' own, by name."""
+    return {found.name: found for found in keys_of(Config)}

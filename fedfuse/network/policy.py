@@ -42,7 +42,8 @@ class Policy:
     require_dp : bool
         Refuse runs without differential privacy.
     max_epsilon, max_delta, min_noise : float or None
-        With differential privacy: ε that this site's data may be spent on, over all runs ever (at `max_delta`); largest δ
+        With differential privacy: ε that this site's data may be spent on, over all runs ever (at `max_delta`);
+        largest δ
         of a run; least noise multiplier σ.
     select : dict or None
         What of this site's data is used, in place of what a run says: `name`, `layout`, `inputs`, `targets`, `groups`,

@@ -227,7 +227,8 @@ class RemoteGrid(FusionGrid):
             elif wrong := [line for hello in records for line in self._checked(check, hello)]:
                 yield item.node, [], f"does not agree: {'; '.join(wrong[:4])}"
             else:
-                self.examples |= {hello["client"]: hello["examples"][0] for hello in records}
+                said: list[Any] = list(records)
+                self.examples |= {hello["client"]: hello["examples"][0] for hello in said}
                 yield item.node, sorted(found), None
 
     def _checked(self, check: Callable[[Mapping[str, Any]], list[str]], hello: Mapping[str, Any]) -> list[str]:

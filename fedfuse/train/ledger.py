@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedfuse.errors import Refused
-
-Release = tuple[float, float, int]  # noise multiplier σ, sampling rate q, steps
-History = tuple[Release, ...]
+from fedfuse.train.accounting import History, Release, epsilon, joined
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,6 @@ class Ledger:
 
     def spent(self, release: Release | None = None, delta: float | None = None) -> float:
         """ε of the data set over all runs, after one more release if there is one."""
-        from fedfuse.train.privacy import epsilon, joined
-
         at = self.limits.delta if self.limits.delta is not None else delta
         history = joined((), entered(self.lifetime) if self.lifetime else ())
         history = joined(history, (release,)) if release else history

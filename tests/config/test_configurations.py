@@ -65,7 +65,7 @@ def test_models_build(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in options("loss") if n not in ("default", "custom")])
 def test_losses_build(name: str) -> None:
-    chosen = compose([f"loss={name}"]).loss
+    chosen = compose([f"loss={name}", "strategy=fedmd"]).loss
     assert chosen.name == name
     loss(name, temperature=chosen.temperature, **chosen.options)
 

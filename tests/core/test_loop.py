@@ -267,7 +267,7 @@ def test_a_client_that_raises_is_left_out_and_named(monkeypatch, tmp_path: Path)
     with federation(name, "rounds=3", "evaluate.every=3", callbacks=(Listen(),)) as (built, directory):
         built.run()
         assert said[1] == [
-            why for why in said[1] if why.startswith("client 1: ValueError: boom bang (fit, test_federation.py:")
+            why for why in said[1] if why.startswith("client 1: ValueError: boom bang (fit, test_loop.py:")
         ]
         assert said[0] == []
         summary = directory.summary(built)
@@ -320,7 +320,7 @@ def test_a_fuse_that_raises_stops_the_run_in_words(monkeypatch, tmp_path: Path) 
     with federation(name, path=where) as (built, _), pytest.raises(WorldError) as caught:
         built.run()
     assert str(caught.value).startswith(
-        "round 2, fuse of ledger failed: ZeroDivisionError: no shares (fuse, test_federation.py:"
+        "round 2, fuse of ledger failed: ZeroDivisionError: no shares (fuse, test_loop.py:"
     )
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     monkeypatch.setattr(Broken, "healed", True)

@@ -62,7 +62,6 @@ ELSEWHERE = {
     "runtime.client_timeout": "of Ray: tests/engines/test_faults.py",
     "tracking.uri": "tests/runs/test_tracking.py",
     "tracking.experiment": "tests/runs/test_tracking.py",
-    "stop.metric": "dead, and on its way out",
 }
 HERE = {  # read nowhere in this context, and why that is no silence
     "train.precision": ("private",),  # anything but the default is refused there
@@ -188,6 +187,18 @@ def test_every_key_is_read_or_named(key: Key, read) -> None:
         ("model.build=nowhere:fn", "model.build=nowhere:fn does nothing here: it goes with model=custom"),
         ("data.load=nowhere:fn", "data.load=nowhere:fn does nothing here: it goes with data.layout=custom"),
         ("loss=kl strategy=fedavg", "loss=kl does nothing here: it goes with a strategy that trains on soft labels"),
+    ],
+)
+def test_what_is_typed_and_does_nothing_is_refused(words: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(words.split())
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (
             "partition=iid partition.alpha=0.1",
             "partition.alpha=0.1 does nothing here: it goes with partition=dirichlet",
@@ -199,11 +210,10 @@ def test_every_key_is_read_or_named(key: Key, read) -> None:
         ("runtime=inline runtime.workers=2", "runtime.workers=2 does nothing here: it goes with runtime=ray|flower"),
     ],
 )
-def test_what_is_typed_and_does_nothing_is_refused(words: str, said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        compose(words.split())
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_what_else_is_typed_and_does_nothing_is_a_line_of_the_run(words: str, said: str) -> None:
+    lines = list(idle(compose(words.split()), sweep=False).values())
+    assert any(said in line for line in lines), lines
+    assert not any("\n" in line for line in lines)
 
 
 def test_what_a_preset_sets_and_does_nothing_is_a_note() -> None:

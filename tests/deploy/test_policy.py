@@ -64,11 +64,15 @@ def test_a_new_run_is_no_new_budget(tmp_path: Path) -> None:
     assert len(ledgers) == 1
     spent = entered(ledgers[0])
     assert len(spent) == 2
+
+    def again_and_again() -> None:
+        for again in range(4):
+            run(tiny("fedavg", *words, f"seed={again + 1}"), network, tmp_path / f"again-{again}")
+
     with pytest.raises(
         WorldError, match=r"epsilon \S+ of this data set over all runs with this training; allowed: at "
     ):
-        for again in range(4):
-            run(tiny("fedavg", *words, f"seed={again + 1}"), network, tmp_path / f"again-{again}")
+        again_and_again()
     ledger = Ledger(tmp_path / "x", ledgers[0], Limits(1.5))
     assert ledger.spent(delta=0.01) <= 1.5
     assert len(entered(ledgers[0])) > len(spent)

@@ -1,4 +1,4 @@
-"""Somebody else's run directory: reading, resuming or overwriting it does nothing to this machine but what was asked."""
+"""Somebody else's run directory: reading, resuming or overwriting it does to this machine what was asked, no more."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_rows_of_a_round_that_never_committed_are_dropped(
 
 
 def test_every_prefix_of_the_writes_of_a_commit_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power goes at each rename of the second round's commit: what was renamed is whole, what was not is not there."""
+    """The power goes at each rename of the second round's commit: what was renamed is whole, the rest is not there."""
     usual, wanted = store_module.os.replace, play("ditto", "rounds=2").digest
 
     for stop in range(20):
@@ -116,7 +116,9 @@ def test_every_prefix_of_the_writes_of_a_commit_can_be_resumed(tmp_path: Path, m
             def round(self, federation: Federation, armed: list[bool] = armed) -> None:
                 armed[0] = federation.done == 1
 
-        def cut(source: object, target: object, count: list[int] = count, armed: list[bool] = armed) -> None:
+        def cut(
+            source: object, target: object, count: list[int] = count, armed: list[bool] = armed, stop: int = stop
+        ) -> None:
             if armed[0]:
                 count[0] += 1
                 if count[0] > stop:

@@ -1,4 +1,4 @@
-"""`distil.*`: what the user asks for goes before a strategy's own, at clients and server; notes where it cannot do much."""
+"""`distil.*`: what the user asks for goes before a strategy's own, at clients and server; notes where it does little."""
 
 import pytest
 
@@ -75,14 +75,14 @@ def test_bad_values_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             compose(["strategy=knfu", word])
-    with pytest.raises(UserError, match="null beside distil.epochs"):
+    with pytest.raises(UserError, match=r"null beside distil\.epochs"):
         compose(["strategy=knfu", "distil.epochs=1", "distil.steps=2"])
 
 
 def test_what_cannot_do_much_is_said():
     from fedfuse.config.compose import compose
 
-    with pytest.raises(UserError, match="distil.epochs=2 does nothing here"):
+    with pytest.raises(UserError, match=r"distil\.epochs=2 does nothing here"):
         compose(["strategy=fedavg", "distil.epochs=2"])
     with federation("scarlet") as (built, _):
         assert "distils 2 rows a round for 10 classes, which is few" in remarks(built.strategy)[0]
