@@ -1,4 +1,4 @@
-"""`distil.*`: what the user asks for goes before a strategy's own, at clients and server; notes where it does little."""
+"""`distil.*`: the user's word goes before a strategy's own, at clients and server; notes where it cannot do much."""
 
 import pytest
 
