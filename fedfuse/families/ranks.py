@@ -65,7 +65,7 @@ class RankedStrategy(AdapterStrategy):
     """
 
     kept: ClassVar[str] = "whole"
-    kinds = ("lora_A", "lora_B")
+    kinds: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     sums = {}
 
     @classmethod
