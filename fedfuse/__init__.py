@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
     from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
     from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
+    from fedfuse.families.companion import CompanionClient, CompanionStrategy
     from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
@@ -58,6 +59,7 @@ _HOMES = {
     "families.adapters": "AdapterClient AdapterHyper AdapterStrategy",
     "families.averaging": "AnchoredClient AveragingStrategy server_step",
     "families.bases": "BasisClient BasisHyper BasisStrategy",
+    "families.companion": "CompanionClient CompanionStrategy",
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
     "families.personal": "Part PartClient PartStrategy",
     "families.ranks": "RankedClient RankedHyper RankedStrategy",

@@ -19,7 +19,7 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,11 @@ from torch import Tensor, nn
 
 from fedfuse import (
     Arrays,
-    FusionClient,
-    FusionStrategy,
-    Item,
+    CompanionClient,
+    CompanionStrategy,
     Layout,
     Metrics,
     Records,
-    Residents,
     Scope,
     Shares,
     Topic,
@@ -73,20 +71,17 @@ def increments(scope: Scope) -> Layout:
     return truncate.packed_layout(pair.shared_arrays(scope))
 
 
-class FedKDClient(FusionClient):
+class FedKDClient(CompanionClient):
     """Trains its teacher and the common student on each other."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
+    averaged = "student"
+
+    @classmethod
+    def equip(cls, model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         """Add the student, and W where features are compared."""
         return pair.paired(model, hyper.student, build, bridge=hyper.hidden)
 
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take the student; teacher and W are private."""
-        self.start = knowledge["student"].arrays
-        self.load(pair.joined(self.state.get("own") or pair.private_part(self.weights()), self.start))
-
-    def fit(self) -> Metrics:
+    def mutual(self) -> Metrics:
         """Adaptive mutual distillation on private data."""
         h, model = self.hyper, self.model
         to_teacher, to_student = self.loss("kl"), self.loss("kl")
@@ -98,9 +93,7 @@ class FedKDClient(FusionClient):
                 lesson = lesson + F.mse_loss(out[3], out[2])
             return right + lesson / ((right if h.through else right.detach()) + 1e-8)
 
-        metrics = self.train(adaptive, forward=model.everything if h.hidden else model.both)  # type: ignore[arg-type]
-        self.state["own"] = pair.private_part(self.weights())
-        return metrics
+        return self.train(adaptive, forward=model.everything if h.hidden else model.both)  # type: ignore[arg-type]
 
     def share(self) -> Records:
         """Δ_k, truncated."""
@@ -111,15 +104,13 @@ class FedKDClient(FusionClient):
 
 
 @strategy("fedkd", client=FedKDClient, hyper=FedKDHyper, paper="Wu et al. 2022, Nat. Commun. 13, 2032")
-class FedKD(FusionStrategy):
+class FedKD(CompanionStrategy):
     """Private teachers, a common student whose updates travel as truncated SVDs."""
 
+    averaged = "student"
     topics = {"student": Topic("fold", pair.shared_arrays, fold=apply, increment=increments)}
     records = {"update": increments}
-
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
-        residents.build(hyper.student)  # says now if there is no such architecture
+    sums = {}  # what is summed is unpacked first
 
     @property
     def needs_features(self) -> bool:  # type: ignore[override]
@@ -131,10 +122,6 @@ class FedKD(FusionStrategy):
         """Factors must fit together."""
         if "update" in records:
             truncate.check_packed(records["update"], pair.shared_arrays(scope))
-
-    def begin(self) -> None:
-        """Publish the initial student."""
-        self.publish("student", pair.shared_part(self.residents.initial(self.architecture)))
 
     def fuse(self, shares: Shares) -> None:
         """s ← s + truncated mean Δ_k."""

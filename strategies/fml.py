@@ -15,26 +15,12 @@ beside FedAvg of the meme.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedfuse import (
-    FusionClient,
-    FusionStrategy,
-    Item,
-    Metrics,
-    Records,
-    Residents,
-    Shares,
-    Topic,
-    hyper,
-    pair,
-    strategy,
-)
+from fedfuse import CompanionClient, CompanionStrategy, Metrics, hyper, strategy
 
 
 @dataclass(frozen=True)
@@ -46,25 +32,17 @@ class FMLHyper:
     beta: float = hyper(0.5, "β, weight of the labels in the meme's loss", low=0, high=1)
 
 
-class FMLClient(FusionClient):
+class FMLClient(CompanionClient):
     """Trains its own model and the meme together."""
 
-    @staticmethod
-    def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
-        """Add the meme."""
-        return pair.paired(model, hyper.meme, build)
+    averaged = "meme"
 
-    def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """Take the meme; the own model is private."""
-        own = self.state.get("own") or pair.private_part(self.weights())
-        self.load(pair.joined(own, knowledge["meme"].arrays))
-
-    def fit(self) -> Metrics:
-        """Mutual learning on private data."""
+    def mutual(self) -> Metrics:
+        """Both losses at once."""
         alpha, beta, model = self.hyper.alpha, self.hyper.beta, self.model
         first, second = self.loss("kl"), self.loss("kl")  # each may keep a state of its own
 
-        def mutual(out: tuple[Tensor, Tensor], y: Tensor, rows: Tensor) -> Tensor:
+        def loss(out: tuple[Tensor, Tensor], y: Tensor, rows: Tensor) -> Tensor:
             own, meme = out
             value = alpha * F.cross_entropy(own, y) + beta * F.cross_entropy(meme, y)
             if alpha < 1:
@@ -73,31 +51,11 @@ class FMLClient(FusionClient):
                 value = value + (1 - beta) * second(meme, own, y)
             return value
 
-        metrics = self.train(mutual, forward=model.both)  # type: ignore[arg-type]
-        self.state["own"] = pair.private_part(self.weights())
-        return metrics
-
-    def share(self) -> Records:
-        """The meme alone."""
-        return {"meme": pair.shared_part(self.weights())}
+        return self.train(loss, forward=model.both)  # type: ignore[arg-type]
 
 
 @strategy("fml", client=FMLClient, hyper=FMLHyper, paper="Shen et al. 2020, arXiv 2006.16765")
-class FML(FusionStrategy):
+class FML(CompanionStrategy):
     """Private models and a common one teach each other; the common one is averaged."""
 
-    topics = {"meme": Topic("state", pair.shared_arrays)}
-    records = {"meme": pair.shared_arrays}
-    sums = {"meme": "num-examples"}
-
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
-        residents.build(hyper.meme)  # says now if there is no such architecture
-
-    def begin(self) -> None:
-        """Publish the initial meme."""
-        self.publish("meme", pair.shared_part(self.residents.initial(self.architecture)))
-
-    def fuse(self, shares: Shares) -> None:
-        """meme_{t+1} = Σ n_k meme_k / Σ n_k."""
-        self.publish("meme", shares.mean("meme"))
+    averaged = "meme"
