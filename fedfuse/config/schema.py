@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedfuse.config.keys import key
+from fedfuse.config.declare import key
 
 
 @dataclass
