@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config import catalogue, registry
+from fedfuse.config.dotted import given
 from fedfuse.config.idle import refuse
 from fedfuse.config.schema import (
     Config,
@@ -154,6 +155,7 @@ def compose(overrides: Sequence[str]) -> Config:
         raise
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
+    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config

@@ -1,4 +1,4 @@
-"""What there is, in words: strategies, keys and the words of groups, for `fedfuse list`, `fedfuse help` and the docs."""
+"""What there is, in words: strategies, keys, the words of groups; for `fedfuse list`, `fedfuse help` and the docs."""
 
 from __future__ import annotations
 
