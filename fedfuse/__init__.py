@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the table below; a test keeps them equal
     from fedfuse import models
-    from fedfuse.api import Run, load, run
+    from fedfuse.api import Run, Runs, compare, load, run
     from fedfuse.config.registry import hyper, strategy
     from fedfuse.core.client import FusionClient, transfer_rows
     from fedfuse.core.scenario import Residents, Scenario, variable
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.wire.sums import Sum
 
 _HOMES = {
-    "api": "Run load run",
+    "api": "Run Runs compare load run",
     "config.registry": "hyper strategy",
     "core.client": "FusionClient transfer_rows",
     "core.scenario": "Residents Scenario variable",

@@ -1,16 +1,21 @@
-"""From Python: `fedfuse.run({...})` and `fedfuse.load(run_dir)`."""
+"""From Python: `fedfuse.run({...})`, `fedfuse.compare({...})` and `fedfuse.load(directory, …)`."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from fedfuse.errors import UserError
 from fedfuse.results.run_data import Run as Kept
+from fedfuse.results.run_data import find
 from fedfuse.results.run_data import load as load_kept
+from fedfuse.runs.from_python import overrides
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,6 +59,29 @@ class Run:
         """The run's digest."""
         return self.summary.get("digest")
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.dir)!r}: {self._said()})"
+
+    def _said(self) -> str:
+        name, seed = self.config["strategy"]["name"], self.config["seed"]
+        if not self.summary:
+            return (
+                f"{name}, seed {seed}, {self._kept.status} after round {self._kept.rounds_done} of {self._kept.rounds}"
+            )
+        final = self.summary["final"]
+        told = [
+            f"{label} {100 * value:.1f} %"
+            for label, key in (("global", "accuracy/global"), ("personal", "accuracy/personal"))
+            if (value := final.get(key)) is not None
+        ]
+        return f"{name} on {self.summary['data']}, seed {seed}, {self.summary['rounds_done']} rounds: {', '.join(told)}"
+
+    def _repr_html_(self) -> str:
+        rows = {"run": self._said(), "directory": self.dir, "digest": self.digest}
+        notes = [("note", note) for note in self.summary.get("notes", ())]
+        cells = [f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in [*rows.items(), *notes]]
+        return f"<table>{''.join(cells)}</table>"
+
     def model(self, client: int | None = None) -> nn.Module:
         """The server's final model, or the one a client ends with.
 
@@ -81,26 +109,113 @@ class Run:
         return predict(model, scenario.data.dataset.tensor(inputs))
 
 
-def load(directory: str | os.PathLike[str]) -> Run:
-    """Read a run directory.
+class Runs:
+    """Several runs.
+
+    Attributes
+    ----------
+    runs : list of Run
+    skipped : list of str
+        A line for each directory that could not be read.
+    report : Path or None
+        The page, where one was written.
+    """
+
+    def __init__(self, kept: list[Kept], skipped: list[str], report: Path | None = None) -> None:
+        self._kept, self.skipped, self.report = kept, skipped, report
+        self.runs = [Run(one) for one in kept]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __getitem__(self, i: int) -> Run:
+        return self.runs[i]
+
+    @property
+    def metrics(self) -> pl.DataFrame:
+        """One frame over all runs: their rows, behind (run, strategy, seed)."""
+        frames = [
+            one.metrics.select(
+                pl.lit(str(one.dir)).alias("run"),
+                pl.lit(one.config["strategy"]["name"]).alias("strategy"),
+                pl.lit(one.config["seed"]).alias("seed"),
+                pl.all(),
+            )
+            for one in self.runs
+            if one.summary
+        ]
+        return pl.concat(frames) if frames else pl.DataFrame()
+
+    def table(self) -> pl.DataFrame:
+        """A row per strategy and setting: seeds, mean accuracies in per cent with the ends of their intervals, MB."""
+        from fedfuse.results.table import compare as rows
+
+        out = []
+        for row in rows(self._kept):
+            line: dict[str, Any] = {"strategy": row.strategy, "setting": row.setting, "seeds": row.n}
+            for name, value in row.final.items():
+                ends = [None if end is None else 100 * end for end in (value.low, value.high)]
+                line |= {name: 100 * value.mean, f"{name}/low": ends[0], f"{name}/high": ends[1]}
+            out.append({**line, "up_mb": row.up_mb, "down_mb": row.down_mb, "seconds": row.seconds})
+        return pl.DataFrame(out)
+
+    def __repr__(self) -> str:
+        return f"{len(self.runs)} runs\n{self._printed()}"
+
+    def _printed(self) -> str:
+        from rich.console import Console
+
+        from fedfuse.results.table import print_table
+
+        console = Console(width=110, file=io.StringIO(), highlight=False)
+        print_table(self._kept, console)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        lines = [f"<p>{len(self.runs)} runs</p>", _html(self.table())]
+        return "".join([*lines, f"<p>report: {escape(str(self.report))}</p>"] if self.report else lines)
+
+
+def load(*directories: str | os.PathLike[str]) -> Any:
+    """Read run directories.
+
+    Returns
+    -------
+    Run or Runs
+        The run, where one run directory is named; else every run at or below the directories.
 
     Raises
     ------
     UserError
-        If it is not one.
+        If there is none.
     """
-    return Run(load_kept(directory))
+    if len(directories) == 1:
+        path = Path(directories[0])
+        if (path / "config.yaml").exists() or not path.is_dir():
+            return Run(load_kept(path))
+    kept, skipped = find(directories)
+    if not kept:
+        raise UserError("; ".join(skipped) or "fedfuse.load: needs at least one directory")
+    return Runs(kept, skipped)
 
 
-def run(settings: Mapping[str, Any], *, quiet: bool = True) -> Run:
+def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more: Any) -> Run:
     """Run one experiment.
 
     Parameters
     ----------
     settings : mapping
         Keys as on the command line, dotted or nested: ``{"strategy": "knfu", "strategy.beta": 5, "rounds": 3}``.
+        `strategy` may be a class that `@strategy` registered, `model` a callable that returns an `nn.Module`, `data`
+        arrays `(x, y)`, a torch `Dataset`, or `{"train": …, "test": …}` of these. Such runs go on only from the
+        program that has these things.
     quiet : bool
         Print no progress.
+    **more
+        Keys without a dot, as words: ``fedfuse.run(strategy="knfu", rounds=3)``.
 
     Raises
     ------
@@ -110,33 +225,49 @@ def run(settings: Mapping[str, Any], *, quiet: bool = True) -> Run:
         If the run failed; it can be resumed.
     """
     from fedfuse.config.compose import compose
+    from fedfuse.config.idle import refuse
     from fedfuse.runs.experiment import run as run_experiment
 
-    return load(run_experiment(compose(overrides(settings)), quiet=quiet))
+    config = compose(overrides({**(settings or {}), **more}))
+    refuse(config, ["runtime.parallel", "search.trials"], sweep=False)
+    return Run(load_kept(run_experiment(config, quiet=quiet)))
 
 
-def overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Write a mapping as command-line words; `name` inside a group's mapping chooses the group."""
-    words = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            inner = dict(value)
-            if "name" in inner and not prefix:
-                words.append(f"{key}={inner.pop('name')}")
-            words += overrides(inner, f"{prefix}{key}.")
-        else:
-            words.append(f"{prefix}{key}={_word(value)}")
-    return words
+def compare(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more: Any) -> Runs:
+    """Run a sweep and write its report, as `fedfuse compare` does.
+
+    Parameters
+    ----------
+    settings : mapping
+        As of `run`; a list is swept: ``{"strategy": ["local", "knfu"], "seed": [0, 1, 2]}``. For a key that takes a
+        list itself, a list of lists is.
+    quiet : bool
+        Print nothing.
+    **more
+        Keys without a dot, as words.
+
+    Raises
+    ------
+    UserError
+        For a wrong key or value; nothing was run then.
+    WorldError
+        If some runs failed; the others are finished, and the same call goes on.
+    """
+    from rich.console import Console
+
+    from fedfuse.runs.sweep import sweep
+
+    words = overrides({**(settings or {}), **more}, swept=True)
+    root = sweep(words, report=True, console=Console(highlight=False, quiet=quiet))
+    kept, skipped = find([root])
+    return Runs(kept, skipped, root / "report.html")
 
 
-def _word(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_word(v) for v in value) + "]"
-    if isinstance(value, str | Path) and any(c in str(value) for c in " ,:=[]{}()'\"$@\\"):
-        text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{text}'"
-    return str(value)
+def _html(frame: pl.DataFrame) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in frame.columns)
+    lines = ("".join(f"<td>{escape(_cell(value))}</td>" for value in row) for row in frame.iter_rows())
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

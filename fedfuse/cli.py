@@ -20,7 +20,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
   fedfuse watch DIR [--port N]             the same page, live on localhost
   fedfuse resume RUN_DIR                   go on after the last complete round; --allow-code if it names code to run
-  fedfuse list [strategies|datasets|partitions|models|losses|experiments]
+  fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
+  fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--traceback" in words:
         words.remove("--traceback")
         os.environ[TRACEBACK] = "1"
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     if words[0] == "--version":
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is None:
             raise UserError(f"fedfuse {words[0]}: no such command; {nearest(words[0], COMMANDS)}")
         if words[0] not in FOREIGN_HELP and any(w in ("-h", "--help") for w in words[1:]):
-            print(USAGE, end="")
-            return 0
+            return _help(words[:1], started)
         return command(words[1:], started)
     except (UserError, WorldError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK):
@@ -203,42 +203,34 @@ def _watch(words: list[str], started: float) -> int:
 
 
 def _list(words: list[str], started: float) -> int:
-    from fedfuse.config.compose import preset_files
+    from fedfuse.config import reference, registry
 
     rest, _ = _flags(words)
-    kinds = ("strategies", "datasets", "partitions", "models", "losses", "experiments")
-    if unknown := [w for w in rest if w not in kinds]:
-        raise UserError(f"fedfuse list {unknown[0]}: unknown; {nearest(unknown[0], kinds)}")
-    for kind in rest or kinds:
+    if len(rest) == 1 and rest[0] not in reference.KINDS and rest[0] in registry.listed():
+        print(reference.strategy_text(rest[0]))
+        return 0
+    if unknown := [w for w in rest if w not in reference.KINDS]:
+        known = [*reference.KINDS, *registry.listed()]
+        raise UserError(f"fedfuse list {unknown[0]}: unknown; {nearest(unknown[0], known)}")
+    for kind in rest or reference.KINDS:
         if len(rest) != 1:
             print(f"{kind}:")
-        for name, text in _lines(kind, preset_files):
+        for name, text in reference.listing(kind):
             print(f"  {name:<18} {text}".rstrip())
     return 0
 
 
-def _lines(kind: str, presets: Callable[[], dict[str, Path]]) -> list[tuple[str, str]]:
-    if kind == "strategies":
-        from fedfuse.config.registry import listed
+def _help(words: list[str], started: float) -> int:
+    from fedfuse.config import reference
 
-        return [(s.name, f"{s.summary} [{s.paper}]" if s.paper else s.summary) for s in listed().values()]
-    if kind == "datasets":
-        from fedfuse.data import names
-
-        return sorted(names().items())
-    if kind == "partitions":
-        from fedfuse.data import partition_names
-
-        return sorted(partition_names().items())
-    if kind == "models":
-        from fedfuse.models import names as model_names
-
-        return sorted(model_names().items())
-    if kind == "losses":
-        from fedfuse.train.losses import names as loss_names
-
-        return sorted(loss_names().items())
-    return [(name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for name, path in presets().items()]
+    if not words or words[0] in COMMANDS:
+        print(USAGE, end="")
+        if words and words[0] in ("run", "compare"):
+            print("\n" + reference.all_rows())
+        return 0
+    for word in words:
+        print(reference.key_text(word))
+    return 0
 
 
 def _export(words: list[str], started: float) -> int:
@@ -280,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int]] = {
     "watch": _watch,
     "resume": _resume,
     "list": _list,
+    "help": _help,
     "export": _export,
     "deploy": _deploy,
     "flower": _flower,

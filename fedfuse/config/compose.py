@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from fedfuse.config import catalogue, registry
+from fedfuse.config.dotted import given
 from fedfuse.config.idle import refuse
 from fedfuse.config.schema import (
     Config,
@@ -154,6 +155,7 @@ def compose(overrides: Sequence[str]) -> Config:
         raise
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
+    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config
@@ -182,7 +184,15 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
             continue
         if key not in known and not key.startswith(_OPEN):
-            raise UserError(f"{key}: no such key; {nearest(key, [*known, *GROUPS, 'strategy'])}")
+            raise UserError(f"{key}: no such key; {meant(key, [*known, *GROUPS, 'strategy'])}")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Say which key was probably meant: the same word inside a group goes first."""
+    inside = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    if inside:
+        return f"did you mean {' or '.join(map(repr, inside))}?"
+    return nearest(name, known)
 
 
 _OPEN = ("data.extra.", "model.extra.", "loss.options.")

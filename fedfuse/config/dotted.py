@@ -28,6 +28,48 @@ def code(allowed: bool) -> Iterator[None]:
         _own_machine.reset(token)
 
 
+class Given(str):
+    """A key's text that brings along what it stands for: something a Python program handed over, for one's own machine.
+
+    It is pickled with what it carries, so that workers on this machine or a cluster of one's own have it too; it never
+    becomes more than its text in a file or on the wire.
+    """
+
+    made: Callable[..., Any]
+
+    def __new__(cls, text: str, made: Callable[..., Any]) -> Given:
+        """The text and what it stands for."""
+        self = super().__new__(cls, text)
+        self.made = made
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as both."""
+        return Given, (str(self), self.made)
+
+
+_given: dict[str, Given] = {}
+
+
+def give(made: Callable[..., Any]) -> str:
+    """Name something that a Python program hands over, so that a configuration can say it.
+
+    A cell of a notebook that is run again hands over a new function of the same name: it takes the old one's place, so
+    that what is seeded by the name stays as it was.
+    """
+    text = f"{PYTHON}:{getattr(made, '__qualname__', type(made).__name__).replace('<', '').replace('>', '')}"
+    _given[text] = Given(text, made)
+    return text
+
+
+def given(text: str | None) -> str | None:
+    """The text with what it stands for, where a program of this process has handed that over."""
+    return None if text is None else _given.get(text, text)
+
+
+PYTHON = "python"
+
+
 def resolve(path: str, key: str) -> Callable[..., Any]:
     """Import what `pkg.mod:name` names; the working directory counts as a place to look.
 
@@ -47,7 +89,11 @@ def resolve(path: str, key: str) -> Callable[..., Any]:
     """
     if not _own_machine.get():
         raise Refused(f"{key}={path[:80]!r}: over the wire nothing is imported")
+    if isinstance(path, Given):
+        return path.made
     module_name, colon, name = path.partition(":")
+    if module_name == PYTHON:
+        raise UserError(f"{key}={path}: was handed over from Python and is not here; run it from there again")
     if not (module_name and colon and name):
         raise UserError(f"{key}={path!r} must be written pkg.mod:name")
     if "" not in sys.path and os.getcwd() not in sys.path:

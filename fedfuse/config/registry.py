@@ -178,6 +178,11 @@ def _parsed(path: Path, module: str, changed: int) -> list[Listed]:
     return out
 
 
+def entries() -> list[Entry]:
+    """The strategies that are registered in this process so far."""
+    return list(_entries.values())
+
+
 def entry(name: str) -> Entry:
     """Return a registered strategy, importing its module if need be.
 

@@ -68,7 +68,11 @@ def default_out(config: Config) -> Path:
 
 def as_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    values = asdict(config)
+    for group, key in (("model", "build"), ("data", "load")):  # plain text, whatever it carries
+        if values[group][key] is not None:
+            values[group][key] = str.__str__(values[group][key])
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def run(config: Config, started: float | None = None, quiet: bool = False) -> Path:

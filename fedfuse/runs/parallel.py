@@ -72,7 +72,7 @@ def begin(config: Config, started: float | None = None, quiet: bool = False) -> 
         run(config, started, quiet)
 
 
-def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0) -> None:
+def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0, quiet: bool = False) -> None:
     """Play tracks to their ends, as many at once as `runtime.parallel` says.
 
     Parameters
@@ -82,6 +82,8 @@ def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0) -
         From `shared_out`.
     share : float
         Share of a GPU that a lane takes.
+    quiet : bool
+        Print no progress of a run that is played alone.
 
     Raises
     ------
@@ -90,7 +92,7 @@ def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0) -
     """
     if (runtime.parallel or 1) == 1:
         for track in tracks:
-            _alone(track)
+            _alone(track, quiet)
         return
     waiting = deque((track, config) for track in tracks if (config := next(track, None)) is not None)
     if waiting:  # Ray is not started for runs that are all finished
@@ -98,12 +100,12 @@ def drive(tracks: Iterable[Track], runtime: RuntimeConfig, share: float = 0.0) -
             _feed(waiting, start, min(len(waiting), int(runtime.parallel or 1)))
 
 
-def _alone(track: Track) -> None:
+def _alone(track: Track, quiet: bool) -> None:
     config = next(track, None)
     while config is not None:
         outcome = None
         try:
-            begin(config)
+            begin(config, quiet=quiet)
         except WorldError as error:
             outcome = error
         config = _after(track, outcome)

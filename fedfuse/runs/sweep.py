@@ -22,7 +22,7 @@ from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
 
 
-def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> Path:
+def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, console: Console | None = None) -> Path:
     """Run every combination that comma lists span, each in a directory of its own below `out`.
 
     A run that is finished is not repeated, one that was interrupted is resumed; all are checked before any begins.
@@ -37,6 +37,8 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> 
         Write the report at the end.
     dry : bool
         Only say which runs there would be.
+    console : Console, optional
+        Where lines go.
 
     Raises
     ------
@@ -48,7 +50,7 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> 
     out = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("out=")), "")
     root = Path(out) if out else Path("runs") / time.strftime("%Y%m%d-%H%M%S-compare")
     words, space = search.space([o for o in overrides if not o.startswith("out=")])
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     runs, notes = combine(words)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -87,6 +89,7 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False) -> 
             [_once(path, config, console, failed, tally) for path, config in plans],
             runtime,
             runtime.gpu_fraction if device_of(plans[0][1]) == "cuda" else 0.0,
+            console.quiet,
         )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"the same command with out={root} goes on") from error

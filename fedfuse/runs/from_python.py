@@ -1,0 +1,114 @@
+"""A mapping from a Python program as the words of a command line; classes, callables and arrays are given names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedfuse.config import registry
+from fedfuse.config.dotted import give
+from fedfuse.errors import UserError
+
+LISTS = ("model.pool", "train.pool", "search.keys", "data.extra.sources")  # keys that take a list
+
+
+def overrides(settings: Mapping[str, Any], prefix: str = "", swept: bool = False) -> list[str]:
+    """Write a mapping as command-line words; `name` inside a group's mapping chooses the group.
+
+    Parameters
+    ----------
+    settings : mapping
+        Dotted or nested keys.
+    prefix : str
+        Of the group that it stands in.
+    swept : bool
+        Whether a list is values to sweep over.
+
+    Raises
+    ------
+    UserError
+        For something that is handed over and cannot be used.
+    """
+    words = []
+    for key, value in settings.items():
+        if not prefix and key in HANDED_OVER and _is_handed_over(key, value):
+            words += HANDED_OVER[key](value)
+        elif isinstance(value, Mapping):
+            inner = dict(value)
+            if "name" in inner and not prefix:
+                words.append(f"{key}={inner.pop('name')}")
+            words += overrides(inner, f"{prefix}{key}.", swept)
+        elif swept and isinstance(value, list | tuple) and value and (f"{prefix}{key}" not in LISTS or _nested(value)):
+            said = [_strategy(v)[0].partition("=")[2] if isinstance(v, type) else _word(v) for v in value]
+            words.append(f"{prefix}{key}={','.join(said)}")
+        else:
+            words.append(f"{prefix}{key}={_word(value)}")
+    return words
+
+
+def _nested(value: Any) -> bool:
+    return all(isinstance(one, list | tuple) for one in value)
+
+
+def _is_handed_over(key: str, value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return False
+    if key == "strategy":
+        return isinstance(value, type)
+    if key == "model":
+        return callable(value)
+    words = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return not words and not (isinstance(value, Mapping) and "train" not in value)
+
+
+def _strategy(value: Any) -> list[str]:
+    for entry in registry.entries():
+        if entry.server is value:
+            return [f"strategy={entry.name}"]
+    raise UserError(f"strategy={value.__name__}: is not registered; put @strategy(name, …) before the class")
+
+
+def _model(value: Any) -> list[str]:
+    if hasattr(value, "state_dict") and not isinstance(value, type):
+        raise UserError("model: is a module; hand over what makes one, for each run begins with its seed's own weights")
+    return ["model=custom", f"model.build={_quoted(give(value))}"]
+
+
+def _data(value: Any) -> list[str]:
+    from fedfuse.data.from_python import dataset
+
+    return ["data=custom", f"data.load={_quoted(give(Held(dataset(value))))}"]
+
+
+class Held:
+    """A data set that is there already, as `data.load` takes it."""
+
+    __qualname__ = "data"
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+    def __call__(self) -> Any:
+        """The data set."""
+        return self.made
+
+
+HANDED_OVER: dict[str, Callable[[Any], list[str]]] = {"strategy": _strategy, "model": _model, "data": _data}
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'"
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_word(v) for v in value) + "]"
+    if isinstance(value, str | Path) and any(c in str(value) for c in " ,:=[]{}()'\"$@\\"):
+        text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{text}'"
+    return str(value)

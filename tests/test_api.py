@@ -1,0 +1,137 @@
+"""From Python: what a notebook holds is enough, and what comes back can be looked at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedfuse
+from fedfuse.config import registry
+from fedfuse.core.client import FusionClient
+from fedfuse.core.strategy import FusionStrategy, Shares
+from fedfuse.data.from_python import dataset
+from fedfuse.errors import UserError
+from fedfuse.runs.experiment import resume
+from fedfuse.runs.from_python import overrides
+
+DRAW = np.random.default_rng(0)
+X, Y = DRAW.normal(size=(150, 6)).astype("float32"), np.arange(150) % 3
+SHORT = {"clients": 3, "rounds": 1, "partition": "iid", "runtime": "inline", "transfer.size": 10}
+OWN = {**SHORT, "data": (X, Y)}
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images as a torch data set gives them."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.full((1, 12, 12), float(i % 3)), i % 3
+
+
+@pytest.fixture
+def median():
+    class Median(FusionStrategy):
+        """Median of the clients' models."""
+
+        def fuse(self, shares: Shares) -> None:
+            everyone = [share.records["model"] for share in shares]
+            self.publish("model", {k: torch.stack([one[k] for one in everyone]).median(0).values for k in everyone[0]})
+
+    registry.strategy("median_here", client=FusionClient)(Median)
+    yield Median
+    registry._entries.pop("median_here")
+
+
+def test_a_class_a_callable_and_arrays(median, tmp_path) -> None:
+    width = 5
+
+    def network(shape, classes):  # a closure, which no dotted path could name
+        return nn.Sequential(nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, classes))
+
+    run = fedfuse.run({**OWN, "strategy": median, "model": network, "out": tmp_path / "run"})
+    assert run.config["strategy"]["name"] == "median_here"
+    assert run.config["model"]["build"].startswith("python:")
+    assert run.summary["digest"]
+    assert repr(run).startswith("Run(")
+    assert "median_here on custom, seed 0, 1 rounds: global" in repr(run)
+    assert "<table>" in run._repr_html_()
+    again = fedfuse.run({**OWN, "strategy": median, "model": network}, out=tmp_path / "again")
+    assert again.digest == run.digest
+    assert run.predict(X[:4], client=0).shape == (4, 3)
+
+
+def test_the_same_on_ray(median, tmp_path, ray_session) -> None:
+    def network(shape, classes):
+        return nn.Linear(shape[0], classes)
+
+    asked = {**OWN, "strategy": median, "model": network}
+    inline = fedfuse.run(asked, out=tmp_path / "inline")
+    workers = fedfuse.run({**asked, "runtime": "ray", "runtime.workers": 2}, out=tmp_path / "ray")
+    assert workers.digest == inline.digest
+
+
+def test_what_is_gone_is_named(tmp_path) -> None:
+    run = fedfuse.run({**OWN, "strategy": "local", "out": tmp_path / "run"})
+    (run.dir / "summary.json").unlink()
+    with pytest.raises(UserError, match="was handed over from Python and is not here; run it from there again"):
+        resume(run.dir, allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "train", "test"),
+    [
+        ((X, Y), "features", 120, 30),
+        ((torch.tensor(X), torch.tensor(Y), X[:30], Y[:30]), "features", 150, 30),
+        (Pairs(), "image", 48, 12),
+        ({"train": Pairs(), "test": Pairs()}, "image", 60, 60),
+    ],
+)
+def test_kinds_of_data(value, kind, train, test) -> None:
+    made = dataset(value)
+    assert (made.kind, len(made.train), len(made.test)) == (kind, train, test)
+    assert made.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": 5}, "data: got int; expected"),
+        ({"data": {"train": (X, Y), "valid": (X, Y)}}, "got a mapping of train, valid"),
+        ({"model": nn.Linear(2, 2)}, "hand over what makes one"),
+        ({"strategy": FusionStrategy}, "FusionStrategy: is not registered"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(settings, said) -> None:
+    with pytest.raises(UserError, match=said):
+        fedfuse.run({**SHORT, **settings})
+
+
+def test_compare_and_load_many(tmp_path) -> None:
+    settings = {**OWN, "strategy": ["local", "fedavg"], "seed": [0, 1], "runtime.parallel": 1, "out": tmp_path / "c"}
+    found = fedfuse.compare(settings)
+    assert len(found) == 4
+    assert found.report.exists()
+    table = found.table()
+    assert table["strategy"].to_list() == ["fedavg", "local"]
+    assert table["seeds"].to_list() == [2, 2]
+    assert set(found.metrics.columns) >= {"run", "strategy", "seed", "round", "metric", "value"}
+    assert found.metrics["seed"].unique().to_list() == [0, 1]
+    assert "4 runs" in repr(found)
+    assert "<table>" in found._repr_html_()
+    assert len(fedfuse.load(tmp_path / "c")) == 4
+    assert len(fedfuse.load(tmp_path / "c/local", tmp_path / "c/fedavg")) == 4
+    assert fedfuse.load(found[0].dir).digest == found[0].digest
+    with pytest.raises(UserError):
+        fedfuse.load(tmp_path / "nowhere")
+
+
+def test_lists_are_swept_where_the_key_takes_none() -> None:
+    words = overrides(
+        {"seed": [0, 1], "model.pool": ["mlp", "cnn"], "strategy": {"name": "knfu", "beta": [1, 2]}}, swept=True
+    )
+    assert words == ["seed=0,1", "model.pool=[mlp,cnn]", "strategy=knfu", "strategy.beta=1,2"]
+    assert overrides({"model.pool": [["mlp"], ["mlp", "cnn"]]}, swept=True) == ["model.pool=[mlp],[mlp,cnn]"]
