@@ -306,15 +306,15 @@ class RunDirectory(Callback):
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
-            write_arrays(final / f"server-{name}.safetensors", arrays, False, **about)
+            write_arrays(final / f"server-{name}.safetensors", arrays, notes=about)
         for name, (architecture, arrays, shape) in federation.strategy.server_halves().items():
             about = {"architecture": architecture, "server": name, "shape": json.dumps(shape)}
-            write_arrays(final / f"server-{name}.safetensors", arrays, False, **about)
+            write_arrays(final / f"server-{name}.safetensors", arrays, notes=about)
         for client in range(federation.scenario.clients):
             kept = self.clients.staged(client, "final")
             if kept is not None:
                 about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
-                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), False, **about)
+                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), notes=about)
 
     def restore(self, federation: Federation) -> None:
         """Put a federation back to the last complete round, and drop rows of rounds that were not completed.

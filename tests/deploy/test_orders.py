@@ -12,7 +12,7 @@ import pytest
 
 from fedfuse.config.message import as_json, from_json
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
-from fedfuse.deploy.orders import deployed, packed, read_patience, unpack, write_patience
+from fedfuse.deploy.orders import carry_out, pack, read_patience, unpack, write_patience
 from fedfuse.errors import Refused, UserError
 from fedfuse.network.policy import Policy, read_policy
 from fedfuse.network.remote_grid import Patience
@@ -59,7 +59,7 @@ def test_an_order_out_of_range_is_refused_before_any_node_hears_of_it(
 ) -> None:
     monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path))
     with pytest.raises(UserError) as error:
-        deployed(None, {"config": text, "name": "a"})  # type: ignore[arg-type]
+        carry_out(None, {"config": text, "name": "a"})  # type: ignore[arg-type]
     assert reason in str(error.value)
     assert "fedfuse: refused: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +68,7 @@ def test_an_order_out_of_range_is_refused_before_any_node_hears_of_it(
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101, "a b"])
 def test_a_run_directory_stays_below_runs(name: str) -> None:
     with pytest.raises(UserError, match="name="):
-        deployed(None, {"config": as_json(tiny("fedavg")), "name": name})  # type: ignore[arg-type]
+        carry_out(None, {"config": as_json(tiny("fedavg")), "name": name})  # type: ignore[arg-type]
 
 
 def test_patience_is_checked() -> None:
