@@ -212,3 +212,29 @@ def node_keys(directory: Path, name: str) -> list[Path]:
         _write(directory / f"{name}.key", key.private_bytes(PEM, PRIVATE.OpenSSH, PLAIN), secret=True),
         _write(directory / f"{name}.pub", public + f" {name}\n".encode(), secret=False),
     ]
+
+
+def hand_out(directory: Path, server: Path | None, operators: Path | None, public: Path | None) -> None:
+    """Copy to each folder what its holder needs, so that no key lies where it is not used.
+
+    Raises
+    ------
+    UserError
+        If a folder cannot be written.
+    """
+    wanted = (
+        (server, "server.*"),
+        (operators, "operator-*"),
+        (server, "ca.crt"),
+        (operators, "ca.crt"),
+        (public, "ca.crt"),
+    )
+    for folder, pattern in wanted:
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in directory.glob(pattern):
+                _write(folder / path.name, path.read_bytes(), secret=path.suffix == ".key")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error

@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
         "--operator", action="append", default=[], metavar="NAME[=ROLE,…]",
         help="certificate for an operator; roles: read, submit, register (default all)",
     )  # fmt: skip
+    certs.add_argument("--server-to", type=Path, metavar="DIR", help="copy the server's key and certificates there")
+    certs.add_argument("--operator-to", type=Path, metavar="DIR", help="copy operators' keys and certificates there")
+    certs.add_argument("--public-to", type=Path, metavar="DIR", help="copy the CA's certificate there")
     certs.add_argument("--days", type=int, default=365, help="validity of the server's certificate")
 
     server = commands.add_parser("server", help="run the server (SuperLink) with TLS and node authentication")
@@ -155,11 +158,12 @@ def main(argv: list[str]) -> int:
 
 
 def _certs(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.deploy.certs import write_certificates
+    from fedfuse.deploy.certs import hand_out, write_certificates
 
     names = [*args.node, *(f"node-{i}" for i in range(args.nodes))]
     for path in write_certificates(args.directory, args.name, names, args.days, args.operator):
         print(path)
+    hand_out(args.directory, args.server_to, args.operator_to, args.public_to)
     return 0
 
 

@@ -100,8 +100,8 @@ class Operators(Door):
         """See `Door.refusal`; and a role is needed."""
         if found := super().refusal(scope):
             return found
-        _, kind, what, *_ = [*scope["path"].split("/"), "", ""]
-        if kind == "v1":
+        what = scope["path"].removeprefix("/fedfuse/").partition("/")[0]
+        if scope["path"].startswith("/v1/"):
             needed = MAY.get(scope["path"].removeprefix("/v1/control/"), ())
         else:
             needed = OURS.get((scope["method"], what), ())

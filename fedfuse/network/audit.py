@@ -70,7 +70,10 @@ class Audit:
     def _head(self) -> tuple[int, str]:
         if not self.head_path.exists():
             return 0, START
-        count, head = self.head_path.read_text().split()
+        text = self.head_path.read_text(encoding="utf-8")
+        count, head = text.split()
+        if text != f"{int(count)} {head}\n":
+            raise ValueError(text)
         return int(count), head
 
     def verify(self) -> tuple[list[dict[str, Any]], str]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
     **dict.fromkeys(("value", "seconds"), pl.Float64),
 }
+PASSWORD = re.compile(r"://[^\s/@]*@")
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
 SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
 
@@ -115,6 +117,8 @@ class RunDirectory(Callback):
             self._ours = True
             (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", self.config)
+            if PASSWORD.search(self.config):  # of a tracker's address: nobody else's to read
+                (self.path / "config.yaml").chmod(0o600)
             write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
             if self.state_dir is not None:
                 self._link_state(self.state_dir)

@@ -112,15 +112,15 @@ def test_a_policy_file_is_read_and_checked(tmp_path: Path) -> None:
         read_policy(tmp_path / "absent")
 
 
-def test_a_run_directory_travels_in_the_log(tmp_path: Path) -> None:
+def test_a_run_directory_travels_as_an_archive(tmp_path: Path) -> None:
     source = tmp_path / "run"
     (source / "final").mkdir(parents=True)
     (source / "checkpoint").mkdir()
     (source / "checkpoint" / "state").write_bytes(b"x")
     (source / "summary.json").write_text("{}")
     (source / "final" / "model").write_bytes(bytes(range(256)) * 100)
-    lines = list(packed(source))
-    unpack(lines, tmp_path / "back")
+    pack(source, tmp_path / "run.tar.gz")
+    unpack(tmp_path / "run.tar.gz", tmp_path / "back")
     found = sorted(str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file())
     assert found == ["final/model", "summary.json"]
     assert (tmp_path / "back/final/model").read_bytes() == bytes(range(256)) * 100
