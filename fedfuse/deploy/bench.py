@@ -13,6 +13,7 @@ from typing import Any
 
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import write_certificates
+from fedfuse.deploy.link import Link
 from fedfuse.deploy.local import Federation
 from fedfuse.deploy.plain_app import WORD
 from fedfuse.deploy.processes import Process, flower, free_port, surroundings
@@ -50,6 +51,7 @@ class Plain(Federation):
         names = [f"node-{i}" for i in range(self.count)]
         certs, home = self.work / "certs", self.work / "home"
         home.mkdir(parents=True)
+        self.link = Link(f"127.0.0.1:{self.port}", certs / "ca.crt")  # Flower's one port, open to everyone
         write_certificates(certs, [], names)
         beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # Flower looks for its executor there
         tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]

@@ -31,11 +31,8 @@ serverapp = "fedfuse.apps:server"
 clientapp = "fedfuse.apps:client"
 
 [tool.flwr.app.config]
-config = ""
 name = ""
-resume = false
-own = false
-patience = "{{}}"
+order = ""
 """
 
 

@@ -15,11 +15,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedfuse.errors import UserError
 
+ROLES = ("read", "submit", "register")  # of operators
 PEM, PRIVATE = serialization.Encoding.PEM, serialization.PrivateFormat
 PLAIN = serialization.NoEncryption()
 
 
-def write_certificates(directory: Path, names: Sequence[str], nodes: Sequence[str], days: int = 365) -> list[Path]:
+def write_certificates(
+    directory: Path, names: Sequence[str], nodes: Sequence[str], days: int = 365, operators: Sequence[str] = ()
+) -> list[Path]:
     """Make what is missing in a directory; what is there stays, so nodes can be added later.
 
     Parameters
@@ -30,6 +33,9 @@ def write_certificates(directory: Path, names: Sequence[str], nodes: Sequence[st
         DNS names and IP addresses under which nodes reach the server (subject alternative names).
     nodes : sequence of str
         Names of nodes to make a key pair for.
+    operators : sequence of str
+        Who may do what at the operators' port: `NAME` or `NAME=read,submit,register`; gets `operator-NAME.pem` and
+        `operator-NAME.key`.
     days : int
         How long the server's certificate is valid; the CA's is valid ten times as long.
 
@@ -60,6 +66,8 @@ def write_certificates(directory: Path, names: Sequence[str], nodes: Sequence[st
         for name in nodes:
             if not (directory / f"{name}.key").exists():
                 written += node_keys(directory, name)
+        for told in operators:
+            written += _operator(directory, told, days)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from error
     return written
@@ -77,11 +85,13 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _certificate(subject: str, issuer: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _certificate(
+    subject: str | x509.Name, issuer: str, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(subject))
+        .subject_name(_name(subject) if isinstance(subject, str) else subject)
         .issuer_name(_name(issuer))
         .public_key(key)
         .serial_number(x509.random_serial_number())
@@ -109,11 +119,39 @@ def _ca(directory: Path, days: int) -> list[Path]:
     ]
 
 
-def _server(directory: Path, names: Sequence[str], days: int) -> list[Path]:
+def _signer(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The CA's key and certificate."""
+    if not (directory / "ca.key").exists():
+        raise UserError(f"{directory}: has ca.crt and no ca.key: nothing can be signed with it")
     signer = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
         raise UserError(f"{directory / 'ca.key'}: an elliptic-curve key is needed")
-    ca = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+    return signer, x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+
+
+def _authority(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    found = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(found)
+
+
+def secret(path: Path, flag: str) -> Path:
+    """A key's file, if nobody else may read it.
+
+    Raises
+    ------
+    UserError
+        If it is not there, or others may.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise UserError(f"{flag} {path}: can be read by others (mode {mode:o}); chmod 600 {path}")
+    return path.resolve()
+
+
+def _server(directory: Path, names: Sequence[str], days: int) -> list[Path]:
+    signer, ca = _signer(directory)
     key = ec.generate_private_key(ec.SECP384R1())
     wanted = dict.fromkeys([*names, "localhost", "127.0.0.1"])
     certificate = (
@@ -121,17 +159,41 @@ def _server(directory: Path, names: Sequence[str], days: int) -> list[Path]:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName([_general(name) for name in wanted]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
-                ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-            ),
-            critical=False,
-        )
+        .add_extension(_authority(ca), critical=False)
         .sign(signer, hashes.SHA384())
     )
     return [
         _write(directory / "server.key", key.private_bytes(PEM, PRIVATE.PKCS8, PLAIN), secret=True),
         _write(directory / "server.pem", certificate.public_bytes(PEM), secret=False),
+    ]
+
+
+def _operator(directory: Path, told: str, days: int) -> list[Path]:
+    """A certificate for an operator: the name and, as organisational units, the roles that the CA grants."""
+    name, _, words = told.partition("=")
+    roles = words.split(",") if words else list(ROLES)
+    if not name.replace("-", "").isalnum() or set(roles) - set(ROLES):
+        raise UserError(f"--operator {told}: NAME or NAME=ROLE,… is needed; roles are {', '.join(ROLES)}")
+    if (directory / f"operator-{name}.pem").exists():
+        return []
+    signer, ca = _signer(directory)
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+            *(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role) for role in roles),
+        ]
+    )
+    signed = (
+        _certificate(subject, "FedFuse CA", key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(_authority(ca), critical=False)
+        .sign(signer, hashes.SHA384())
+    )
+    return [
+        _write(directory / f"operator-{name}.key", key.private_bytes(PEM, PRIVATE.PKCS8, PLAIN), secret=True),
+        _write(directory / f"operator-{name}.pem", signed.public_bytes(PEM), secret=False),
     ]
 
 
@@ -150,3 +212,29 @@ def node_keys(directory: Path, name: str) -> list[Path]:
         _write(directory / f"{name}.key", key.private_bytes(PEM, PRIVATE.OpenSSH, PLAIN), secret=True),
         _write(directory / f"{name}.pub", public + f" {name}\n".encode(), secret=False),
     ]
+
+
+def hand_out(directory: Path, server: Path | None, operators: Path | None, public: Path | None) -> None:
+    """Copy to each folder what its holder needs, so that no key lies where it is not used.
+
+    Raises
+    ------
+    UserError
+        If a folder cannot be written.
+    """
+    wanted = (
+        (server, "server.*"),
+        (operators, "operator-*"),
+        (server, "ca.crt"),
+        (operators, "ca.crt"),
+        (public, "ca.crt"),
+    )
+    for folder, pattern in wanted:
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in directory.glob(pattern):
+                _write(folder / path.name, path.read_bytes(), secret=path.suffix == ".key")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error

@@ -23,12 +23,21 @@ def parser() -> argparse.ArgumentParser:
     certs.add_argument("--name", action="append", default=[], help="DNS name or IP address of the server (repeatable)")
     certs.add_argument("--node", action="append", default=[], help="node to make a key pair for (repeatable)")
     certs.add_argument("--nodes", type=int, default=0, help="make node-0 … node-(N-1)")
+    certs.add_argument(
+        "--operator", action="append", default=[], metavar="NAME[=ROLE,…]",
+        help="certificate for an operator; roles: read, submit, register (default all)",
+    )  # fmt: skip
+    certs.add_argument("--server-to", type=Path, metavar="DIR", help="copy the server's key and certificates there")
+    certs.add_argument("--operator-to", type=Path, metavar="DIR", help="copy operators' keys and certificates there")
+    certs.add_argument("--public-to", type=Path, metavar="DIR", help="copy the CA's certificate there")
     certs.add_argument("--days", type=int, default=365, help="validity of the server's certificate")
 
     server = commands.add_parser("server", help="run the server (SuperLink) with TLS and node authentication")
     server.add_argument("--certs", type=Path, help="directory with ca.crt, server.pem and server.key")
     server.add_argument("--host", default="0.0.0.0")
     server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--control-host", help="where operators reach it; default: --host")
+    server.add_argument("--control-port", type=int, help="operators' port; default: the one after --port")
     server.add_argument("--state-dir", type=Path, default=Path("fedfuse-server"), help="database and Flower's home")
     server.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories lie")
     server.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
@@ -37,6 +46,20 @@ def parser() -> argparse.ArgumentParser:
         "--memory", type=int, metavar="MB", help="that a run's process may take; default: the machine's"
     )
     server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
+
+    request = commands.add_parser("request", help="at a site: make this site's key and a request to be registered")
+    request.add_argument("directory", type=Path, help="gets NAME.key, which stays here, NAME.pub and NAME.request")
+    request.add_argument("name")
+    request.add_argument("--client-id", type=int, help="which client this site is")
+    request.add_argument("--partition", metavar="I/N", help="act as every N-th simulated client from I on")
+    request.add_argument("--examples", metavar="A:B", help="how many training examples it will have")
+    request.add_argument("--out", type=Path, help="where NAME.request is written, if not beside the key")
+
+    audit = commands.add_parser(
+        "audit", help="verify and print the log of what was asked of this machine and what left"
+    )
+    audit.add_argument("state_dir", type=Path, help="--state-dir of the node or server")
+    audit.add_argument("--head", help="the head that an earlier call printed: must still be in the log")
 
     node = commands.add_parser("node", help="run a node (SuperNode) on this site's data")
     _reach(node)
@@ -55,29 +78,33 @@ def parser() -> argparse.ArgumentParser:
     for sub in (server, node):
         sub.add_argument("--follow", type=int, help=argparse.SUPPRESS)  # end when this process ends
 
-    for name, what in (("register", "let a node's public key join"), ("unregister", "revoke a node, by node id")):
+    for name, what in (("register", "let a site join: which clients its key may be"), ("unregister", "revoke a node")):
         sub = commands.add_parser(name, help=what)
-        _reach(sub)
-        sub.add_argument("which", nargs="+", metavar="KEY.pub" if name == "register" else "NODE_ID")
+        _reach(sub, operator=True)
+        sub.add_argument("which", nargs="+", metavar="NAME.request" if name == "register" else "NODE_ID")
+        if name == "register":
+            sub.add_argument("--client-id", type=int, help="which client it may be, in place of what a request says")
+            sub.add_argument("--partition", metavar="I/N", help="the same, for simulated clients")
+            sub.add_argument("--examples", metavar="A:B", help="how many training examples it may say it has")
 
     health = commands.add_parser("health", help="exit code 0 if the server answers and the CA vouches for it")
     _reach(health)
 
     run = commands.add_parser("run", help="submit a run, stream its log, fetch its run directory")
-    _reach(run)
+    _reach(run, operator=True)
     _patience(run)
     run.add_argument("keys", nargs="*", metavar="key=value")
 
     run.add_argument("--own-data", action="store_true", help="clients are sites with data of their own, not partitions")
 
     resume = commands.add_parser("resume", help="continue a run whose server was lost")
-    _reach(resume)
+    _reach(resume, operator=True)
     resume.add_argument("directory", type=Path, help="the directory that `deploy run` was writing")
 
     status = commands.add_parser("status", help="runs and nodes of a server")
-    _reach(status)
+    _reach(status, operator=True)
     stop = commands.add_parser("stop", help="stop a run (it can be resumed)")
-    _reach(stop)
+    _reach(stop, operator=True)
     stop.add_argument("run", help="Flower's run id, from `status`")
 
     local = commands.add_parser("local", help="server and nodes as real processes on this machine, one run, all ended")
@@ -94,8 +121,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _reach(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
+def _reach(sub: argparse.ArgumentParser, operator: bool = False) -> None:
+    sub.add_argument("--server", default=f"127.0.0.1:{8001 if operator else 8000}", metavar="HOST:PORT")
+    if operator:
+        sub.add_argument(
+            "--operator", type=Path, metavar="NAME.pem", help="the operator's certificate, its key beside it"
+        )
     sub.add_argument("--ca", type=Path, help="certificate of the CA that signed the server's")
     sub.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
 
@@ -127,11 +158,12 @@ def main(argv: list[str]) -> int:
 
 
 def _certs(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.deploy.certs import write_certificates
+    from fedfuse.deploy.certs import hand_out, write_certificates
 
     names = [*args.node, *(f"node-{i}" for i in range(args.nodes))]
-    for path in write_certificates(args.directory, args.name, names, args.days):
+    for path in write_certificates(args.directory, args.name, names, args.days, args.operator):
         print(path)
+    hand_out(args.directory, args.server_to, args.operator_to, args.public_to)
     return 0
 
 
@@ -148,6 +180,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
         insecure=args.insecure,
         allow_code=args.allow_code,
         memory=_memory(args),
+        control=(args.control_host or args.host, args.control_port or args.port + 1),
     )
 
 
@@ -170,10 +203,7 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         raise UserError(f"--poll {args.poll:g}: allowed are 0.05 to 60 seconds")
     client, clients = args.client_id, None
     if args.partition is not None:
-        parts = args.partition.split("/")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
-            raise UserError(f"--partition {args.partition}: I/N with 0 ≤ I < N is needed, for example 0/3")
-        client, clients = int(parts[0]), int(parts[1])
+        client, clients = _partition(args.partition)
     elif args.data is None:
         raise UserError("--client-id needs --data, the folder of this site's own data")
     seat = SiteConfig(client, args.state_dir, clients, args.data, read_policy(args.policy), device=args.device)
@@ -190,17 +220,54 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
     )
 
 
+def _partition(text: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        raise UserError(f"--partition {text}: I/N with 0 ≤ I < N is needed, for example 0/3")
+    return int(parts[0]), int(parts[1])
+
+
+def _place(args: argparse.Namespace) -> dict[str, int]:
+    """What a command says of a site's place."""
+    found: dict[str, int] = {}
+    if args.partition is not None:
+        found["client"], found["every"] = _partition(args.partition)
+    elif args.client_id is not None:
+        found["client"] = args.client_id
+    if args.examples is not None:
+        least, colon, most = args.examples.partition(":")
+        if not (colon and least.isdecimal() and most.isdecimal() and int(least) <= int(most)):
+            raise UserError(f"--examples {args.examples}: A:B with A ≤ B is needed, for example 100:5000")
+        found["least"], found["most"] = int(least), int(most)
+    return found
+
+
+def _request(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.registration import write_request
+
+    for path in write_request(args.directory, args.name, _place(args), args.out):
+        print(path)
+    return 0
+
+
 def _register(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.errors import WorldError
+    from fedfuse.deploy.registration import register
 
     for which in args.which:
-        try:
-            print(_link(args).flwr("supernode", args.command, which, "fedfuse").strip())
-        except WorldError as error:
-            if args.command == "unregister" or "already" not in str(error):
-                raise
-            print(f"{which}: registered already")
+        print(register(_link(args), Path(which), _place(args)))
     return 0
+
+
+def _unregister(args: argparse.Namespace, keys: list[str]) -> int:
+    for which in args.which:
+        print(_link(args).flwr("supernode", "unregister", which, "fedfuse").strip())
+    return 0
+
+
+def _audit(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.network.audit import show
+
+    return show(args.state_dir, args.head)
 
 
 def _health(args: argparse.Namespace, keys: list[str]) -> int:
@@ -212,7 +279,7 @@ def _health(args: argparse.Namespace, keys: list[str]) -> int:
 def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from fedfuse.deploy.link import Link
 
-    return Link(args.server, args.ca, args.insecure)
+    return Link(args.server, args.ca, args.insecure, args.operator)
 
 
 def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untyped-def]
@@ -285,8 +352,10 @@ COMMANDS = {
     "server": _server,
     "node": _node,
     "health": _health,
+    "request": _request,
     "register": _register,
-    "unregister": _register,
+    "unregister": _unregister,
+    "audit": _audit,
     "run": _run,
     "resume": _resume,
     "status": _status,

@@ -10,16 +10,22 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
-from fedfuse.compat import flower_processes
+from fedfuse.compat import flower_processes, superlink_doors
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.processes import ALLOW_CODE, RUNS, SURROUNDINGS
+from fedfuse.deploy.certs import secret
+from fedfuse.deploy.doors import serve
+from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS, SURROUNDINGS, free_port
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
 
+SKEW = 240  # seconds between clocks; Flower refuses signatures that are 300 s old, without a word of why
 LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
 
 
@@ -98,8 +104,9 @@ def run_server(
     database: Path | None = None,
     allow_code: bool = False,
     memory: int | None = None,
+    control: tuple[str, int] | None = None,
 ) -> int:
-    """Be the SuperLink, with TLS and node authentication unless `insecure`.
+    """Be the SuperLink, with TLS, node authentication and a port of their own for operators unless `insecure`.
 
     Raises
     ------
@@ -115,12 +122,17 @@ def run_server(
         tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
         tls.append("--enable-supernode-auth")
         executor_tls = ["--root-certificates", str(ca)]
-    _home(state, **{RUNS: str(runs.resolve()), ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
-    secret = _secret(state)
-    near = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1", "localhost") else host
-    _executor("server", f"{near}:{port}", executor_tls, secret)
+        secret(key, "--certs")
+    post = state.resolve() / "post"
+    told = {POST: str(post), KEYED: str(int(not insecure)), RUNS: str(runs.resolve())}
+    _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
+    post.mkdir(mode=0o700, exist_ok=True)
+    near, shared = free_port(), _secret(state)
+    doors = partial(serve, control=control or (host, port + 1), near=near, ca=None if insecure else ca, post=post)
+    superlink_doors.open_doors(doors)
+    _executor("server", f"127.0.0.1:{near}", executor_tls, shared)
     words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]
-    words += ["--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"]
+    words += ["--superexec-auth-secret-file", str(shared), "--disable-runtime-dependency-installation"]
     words += ["--database", str(database or state.resolve() / "link.db")]
     return _become("flower-superlink", words, flower_processes.superlink())
 
@@ -158,6 +170,17 @@ def greet(server: str, ca: Path | None) -> bool:
     return True
 
 
+def skew(server: str, ca: Path) -> float:
+    """Seconds by which this machine's clock is ahead of the server's; 0 if it does not say."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"https://{server}/health", verify=ssl.create_default_context(cafile=str(ca)), timeout=10)
+        return time.time() - parsedate_to_datetime(answer.headers["date"]).timestamp()
+    except (httpx.HTTPError, KeyError, ValueError):
+        return 0.0
+
+
 def broken_off(error: BaseException) -> bool:
     """Whether a connection ended in the midst of TLS; a refused certificate is something else."""
     return "EOF" in str(error) and "CERTIFICATE" not in str(error)
@@ -184,12 +207,18 @@ def run_node(
     """
     if not greet(server, None if insecure else _there(ca, "--ca")):
         print(f"fedfuse: nobody answers at {server} yet; trying on", flush=True)
+    elif not insecure and abs(ahead := skew(server, _there(ca, "--ca"))) > SKEW:
+        side = "ahead of" if ahead > 0 else "behind"
+        raise WorldError(
+            f"this machine's clock is {abs(ahead):.0f} s {side} the server's at {server}; more than {SKEW} s are refused "
+            "there: set it (NTP), then start again"
+        )
     if insecure:
         words = ["--insecure"]
     else:
         words = ["--root-certificates", str(_there(ca, "--ca"))]
         if key is not None:
-            words += ["--auth-supernode-private-key", str(_there(key, "--key"))]
+            words += ["--auth-supernode-private-key", str(secret(key, "--key"))]
         elif not no_key:
             raise UserError("--key FILE is needed (fedfuse deploy certs DIR --node NAME makes it)")
     state = seat.state
@@ -203,11 +232,11 @@ def run_node(
         from fedfuse.deploy.successor import succeed
 
         succeed(server, _there(ca, "--ca"), _there(key, "--key"), state)
-    secret = _secret(state)
+    shared = _secret(state)
     flower_processes.be_patient(poll, broken_off)
-    _executor("client", f"127.0.0.1:{port}", ["--insecure"], secret)
+    _executor("client", f"127.0.0.1:{port}", ["--insecure"], shared)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
-    words += ["--superexec-auth-secret-file", str(secret)]
+    words += ["--superexec-auth-secret-file", str(shared)]
     code = _become("flower-supernode", words, flower_processes.supernode())
     if known and code == 0:
         from fedfuse.deploy.successor import revoked

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import ssl
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fedfuse.deploy.certs import secret
 from fedfuse.deploy.processes import flower, surroundings
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import UserError, WorldError, one_line
 
 PATIENCE = 300  # seconds for a command that streams nothing
 
@@ -26,11 +30,70 @@ class Link:
         host:port.
     ca : Path or None
         Certificate of the CA that signed the server's; None only with `insecure`.
+    operator : Path or None
+        The operator's certificate, `NAME.pem` with `NAME.key` beside it.
     """
 
     address: str
     ca: Path | None = None
     insecure: bool = False
+    operator: Path | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """Flower's command line, with the operator's certificate if there is one."""
+        if self.insecure or self.operator is None:
+            return [flower("flwr")]
+        ca, pem, key = self._files()
+        return [sys.executable, "-m", "fedfuse.deploy.as_operator", str(ca), str(pem), str(key)]
+
+    def _files(self) -> tuple[Path, Path, Path]:
+        """Certificates and key.
+
+        Raises
+        ------
+        UserError
+            If one is missing, or the key can be read by others.
+        """
+        if self.ca is None or not self.ca.is_file():
+            raise UserError(f"--ca {self.ca}: no such file; it is needed unless --insecure is given")
+        if self.operator is None or not self.operator.is_file():
+            raise UserError(
+                f"--operator {self.operator}: no such file; the server asks for a certificate "
+                "(fedfuse deploy certs DIR --operator NAME makes one)"
+            )
+        return self.ca, self.operator, secret(self.operator.with_suffix(".key"), "--operator")
+
+    def request(self, method: str, path: str, content: bytes = b"", into: Path | None = None) -> bytes | None:
+        """Ask the operators' door; what it answers, or None if it is not there. With `into`, to a file.
+
+        Raises
+        ------
+        UserError
+            If the server refuses.
+        WorldError
+            If it cannot be reached.
+        """
+        import httpx
+
+        from fedfuse.deploy.as_operator import certified
+
+        verify: Any = False if self.insecure else certified(*map(str, self._files()))
+        url = f"http{'' if self.insecure else 's'}://{self.address}/fedfuse/{path}"
+        try:
+            with httpx.Client(verify=verify, timeout=60) as client, client.stream(method, url, content=content) as got:
+                if got.status_code == httpx.codes.NOT_FOUND:
+                    return None
+                if got.status_code != httpx.codes.OK:
+                    raise UserError(f"the server refuses: {one_line(got.read().decode(errors='replace'))}")
+                if into is None:
+                    return got.read()
+                with open(into, "wb") as file:
+                    for part in got.iter_bytes():
+                        file.write(part)
+                return b""
+        except (httpx.HTTPError, ssl.SSLError) as error:
+            raise WorldError(f"the server at {self.address} cannot be asked: {one_line(error)}") from error
 
     @contextmanager
     def home(self) -> Iterator[Path]:
@@ -59,7 +122,7 @@ class Link:
         """
         with self.home() as home:
             done = subprocess.run(
-                [flower("flwr"), *words],
+                [*self.words, *words],
                 env=surroundings(home),
                 capture_output=True,
                 text=True,

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedfuse.deploy.certs import write_certificates
+from fedfuse.deploy.doors import READY
 from fedfuse.deploy.processes import Process, free_port, surroundings
+from fedfuse.deploy.registration import register, write_request
 from fedfuse.deploy.submit import Link, Order, submit
 from fedfuse.errors import UserError, WorldError
 
@@ -42,8 +44,9 @@ class Federation:
             raise UserError(f"--nodes {nodes}: at least 1")
         self.count, self.work, self.policy, self.say = nodes, work, policy, say
         self.port = free_port()
-        self.link = Link(f"127.0.0.1:{self.port}", work / "certs" / "ca.crt")
-        self.door = self.link.address  # where nodes call; a relay in between may take its place
+        self.control, certs = free_port(), work / "certs"
+        self.link = Link(f"127.0.0.1:{self.control}", certs / "ca.crt", operator=certs / "operator-local.pem")
+        self.door = f"127.0.0.1:{self.port}"  # where nodes call; a relay in between may take its place
         self.processes: list[Process] = []
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -82,16 +85,17 @@ class Federation:
     def _start(self) -> None:
         names = [f"node-{i}" for i in range(self.count)]
         certs = self.work / "certs"
-        write_certificates(certs, [], names)
+        write_certificates(certs, [], [], operators=["local"])
         server = self.process(
             "server", "server", "--certs", str(certs), "--host", "127.0.0.1", "--port", str(self.port),
-            "--state-dir", str(self.work / "server"), "--runs", str(self.work / "runs"), *self._mine,
+            "--control-port", str(self.control), "--state-dir", str(self.work / "server"), "--runs", str(self.work / "runs"), *self._mine,
         )  # fmt: skip
-        if not server.wait_for("Uvicorn running", 120):
+        if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
         for i, name in enumerate(names):
-            self.link.flwr("supernode", "register", str(certs / f"{name}.pub"), "fedfuse")
-            self.node(name, str(certs / f"{name}.key"), i)
+            place = {"client": i, "every": self.count}
+            register(self.link, write_request(self.work / name, name, place)[-1], {})
+            self.node(name, str(self.work / name / f"{name}.key"), i)
         self._watcher.start()
 
     def node(self, name: str, key: str, partition: int) -> Process:
@@ -154,7 +158,7 @@ class Federation:
         until = time.monotonic() + 120
         while time.monotonic() < until:
             starts = self.server.starts
-            if starts > before and self.server.alive and self.server.text().count("Uvicorn running") >= starts:
+            if starts > before and self.server.alive and self.server.text().count(READY) >= starts:
                 return
             time.sleep(0.3)
         raise WorldError(f"the server did not start again; see {self.server.log}")

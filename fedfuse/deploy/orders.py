@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import hashlib
 import json
 import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,24 @@ from flwr.serverapp import Grid
 from fedfuse.config.dotted import code
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
-from fedfuse.deploy.processes import ALLOW_CODE, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS
 from fedfuse.errors import Refused, UserError, WorldError, one_line
+from fedfuse.network.audit import Audit
 from fedfuse.network.remote_grid import Patience
+from fedfuse.network.roster import Roster
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml
 from fedfuse.runs.remote import serve
+from fedfuse.wire.client_store import replaced
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-PIECE = 3000  # bytes of a packed run directory in a line of log
-LARGEST = 8 * 2**20  # bytes of run directory that travel in the log; larger ones stay at the server
-MARK = "fedfuse-run-directory: "
+LARGEST = 64 * 2**30  # bytes of a run directory that travels home
 
 
 def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
-    """Carry out one run: `config` (JSON), `name`, `resume`, `own` and `patience` as `fedfuse deploy run` wrote them.
+    """Carry out one run: `name` and `order`, the hash of what the operator left at the server's other door.
+
+    What an order says is not in Flower's run configuration, which every node is shown.
 
     Raises
     ------
@@ -42,9 +44,41 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     WorldError
         If the run failed; it can be resumed.
     """
+    name, post = str(orders.get("name", "")), Path(os.environ.get(POST, "post"))
+    if not NAME.fullmatch(name):
+        raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
+    path = post / "orders" / name
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != orders.get("order"):
+        raise UserError(f"{name}: no such order was left here")
+    values = json.loads(content)
+    outcome = Outcome(post / "results", name, str(values.get("nonce", "")))
+    audit = Audit(post / "audit.jsonl")
+    audit.add("run begins", run=name, order=orders["order"], resume=bool(values.get("resume")))
+    try:
+        carry_out(grid, {**values, "name": name}, audit)
+        outcome.done(Path(os.environ.get(RUNS, "runs")) / name)
+    except (Refused, UserError) as error:
+        outcome.ended("refused", error)
+        raise
+    except BaseException as error:
+        outcome.ended("failed", error)
+        raise
+    finally:
+        audit.add("run ends", run=name, **outcome.said)
+
+
+def carry_out(grid: Grid, orders: Mapping[str, Any], audit: Audit | None = None) -> None:
+    """Carry out one run: `config` (JSON), `name`, `resume`, `own` and `patience` as `fedfuse deploy run` wrote them.
+
+    Raises
+    ------
+    UserError, WorldError
+        See `deployed`.
+    """
     say("fedfuse: server app starts")
     try:
-        _deployed(grid, orders)
+        _deployed(grid, orders, audit)
     except Refused as error:
         say(f"fedfuse: refused: {error}")
         raise UserError(str(error)) from error
@@ -56,17 +90,20 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
         raise
 
 
-def _deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
+def _deployed(grid: Grid, orders: Mapping[str, Any], audit: Audit | None) -> None:
     started = time.time()
     name = str(orders.get("name", ""))
     if not NAME.fullmatch(name):
         raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
     allowed = os.environ.get(ALLOW_CODE) == "1"
     with code(allowed):
-        _carried_out(grid, orders, name, from_json(str(orders.get("config", "")), allowed, at_server=True), started)
+        config = from_json(str(orders.get("config", "")), allowed, at_server=True)
+        _carried_out(grid, orders, name, config, started, audit)
 
 
-def _carried_out(grid: Grid, orders: Mapping[str, Any], name: str, config: Config, started: float) -> None:
+def _carried_out(
+    grid: Grid, orders: Mapping[str, Any], name: str, config: Config, started: float, audit: Audit | None
+) -> None:
     patience = read_patience(str(orders.get("patience", "{}")))
     path = Path(os.environ.get(RUNS, "runs")) / name
     directory = RunDirectory(path, as_yaml(config), started)
@@ -83,13 +120,17 @@ def _carried_out(grid: Grid, orders: Mapping[str, Any], name: str, config: Confi
         directory.create(config.overwrite)
     try:
         federation = serve(
-            grid, config, directory, patience, resumed=resumed, quiet=False, own=bool(orders.get("own")), say=say
-        )
+            grid, config, directory, patience, resumed=resumed, quiet=False, own=bool(orders.get("own")), say=say,
+            roster=_roster(), audit=audit,
+        )  # fmt: skip
     finally:
         directory.close()
     say(f"fedfuse: digest {federation.digest}")
-    for line in packed(path):
-        say(MARK + line)
+
+
+def _roster() -> Roster | None:
+    """Who may be whom; None where keys are not asked for."""
+    return Roster(Path(os.environ[POST]) / "roster.json") if os.environ.get(KEYED) == "1" else None
 
 
 def _patiently(directory: RunDirectory) -> None:
@@ -136,28 +177,66 @@ def write_patience(patience: Patience) -> str:
     return json.dumps(asdict(patience))
 
 
-# --- the run directory in the log: the one channel back that Flower authenticates and encrypts -------------
+# --- the run directory on its way home: by the operators' door, in a file of its own -----------------------
 
 
-def packed(path: Path) -> Iterator[str]:
-    """Lines that hold a run directory's results (not its checkpoint); none if they are too large."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+class Outcome:
+    """How a run ended, bound to its order by the order's nonce, and to the directory by its hash.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the operators' door looks.
+    name, nonce : str
+        Of the order.
+    """
+
+    def __init__(self, folder: Path, name: str, nonce: str) -> None:
+        self.folder, self.name, self.nonce = folder, name, nonce
+        self.said: dict[str, Any] = {"outcome": "failed"}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").unlink(missing_ok=True)
+
+    def done(self, path: Path) -> None:
+        """The run is over: pack its directory."""
+        archive = self.folder / f"{self.name}.tar.gz"
+        with replaced(archive, durable=True) as partial:
+            pack(path, partial)
+        with open(archive, "rb") as file:
+            self._tell({"outcome": "done", "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+
+    def ended(self, how: str, error: BaseException) -> None:
+        """The run is over without a result."""
+        self._tell({"outcome": how, "reason": one_line(error, 2000)})
+
+    def _tell(self, said: dict[str, Any]) -> None:
+        self.said = said
+        with replaced(self.folder / f"{self.name}.json", durable=True) as partial:
+            partial.write_text(json.dumps({**said, "name": self.name, "nonce": self.nonce}), encoding="utf-8")
+
+
+def pack(path: Path, archive: Path) -> None:
+    """Write a run directory's results (not its checkpoint) as an archive; only regular files are taken."""
+    with tarfile.open(archive, mode="w:gz") as content:
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
-            if file.is_file() and inside.parts[0] not in ("checkpoint", "lock"):
-                archive.add(file, arcname=str(inside), recursive=False)
-    content = buffer.getvalue()
-    if len(content) > LARGEST:
-        yield f"too large ({len(content)} bytes); it is at the server"
-        return
-    for start in range(0, len(content), PIECE):
-        yield base64.b64encode(content[start : start + PIECE]).decode()
+            if file.is_file() and not file.is_symlink() and inside.parts[0] not in ("checkpoint", "lock"):
+                content.add(file, arcname=str(inside), recursive=False)
 
 
-def unpack(lines: list[str], path: Path) -> None:
-    """Write what `packed` packed; only plain files inside `path` are taken."""
-    content = b"".join(map(base64.b64decode, lines))
+def unpack(archive: Path, path: Path) -> None:
+    """Write what `pack` packed; only plain files inside `path` are taken.
+
+    Raises
+    ------
+    UserError
+        If it would write elsewhere, or more than `LARGEST` bytes.
+    """
+    if path.is_symlink():
+        raise UserError(f"out={path}: is a link; links are not followed here")
     path.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
-        archive.extractall(path, filter="data")
+    with tarfile.open(archive, mode="r:gz") as content:
+        members = content.getmembers()
+        if sum(member.size for member in members) > LARGEST or not all(member.isreg() for member in members):
+            raise UserError(f"{archive.name}: is not the archive of a run directory")
+        content.extractall(path, members, filter="data")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,10 +17,12 @@ from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link
-from fedfuse.deploy.orders import MARK, unpack, write_patience
-from fedfuse.deploy.processes import flower, surroundings
-from fedfuse.errors import UserError, WorldError
+from fedfuse.deploy.orders import unpack, write_patience
+from fedfuse.deploy.processes import surroundings
+from fedfuse.errors import UserError, WorldError, one_line
+from fedfuse.files import read_text
 from fedfuse.network.remote_grid import Patience
+from fedfuse.wire.client_store import replaced
 
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
 
@@ -33,14 +38,22 @@ class Order:
 
     def write(self, path: Path) -> None:
         """Keep the order in a directory."""
+        if path.is_symlink():
+            raise UserError(f"out={path}: is a link; links are not followed here")
         path.mkdir(parents=True, exist_ok=True)
-        values = {
+        with replaced(path / "order.json", durable=True) as partial:
+            partial.touch(0o600)  # a tracker's password may be in it
+            partial.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The order as it travels."""
+        return {
             "config": as_json(self.config),
             "name": self.name,
             "patience": write_patience(self.patience),
             "own": self.own,
         }
-        (path / "order.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> Order:
@@ -55,7 +68,7 @@ class Order:
 
         kept = path / "order.json"
         if kept.exists():
-            values = json.loads(kept.read_text(encoding="utf-8"))
+            values = json.loads(read_text(kept))
             return Order(
                 from_json(values["config"], code=True), values["name"], read_patience(values["patience"]), values["own"]
             )
@@ -92,27 +105,14 @@ def submit(
         If the server refused the order.
     """
     order.write(out)
-    lines: list[str] = []
-    reason = ""
+    nonce = secrets.token_hex(16)
+    content = json.dumps({**order.values, "resume": resume, "nonce": nonce}).encode()
+    link.request("POST", f"orders/{order.name}", content)
     with link.home() as home:
-        values = {
-            "config": as_json(order.config),
-            "name": order.name,
-            "resume": resume,
-            "patience": write_patience(order.patience),
-            "own": order.own,
-        }
         toml = home / "orders.toml"
-        toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
-        words = [
-            flower("flwr"),
-            "run",
-            str(write_bundle(home / "fedfuse-thin")),
-            "fedfuse",
-            "-c",
-            str(toml),
-            "--stream",
-        ]
+        told = {"name": order.name, "order": hashlib.sha256(content).hexdigest()}  # nodes are shown this
+        toml.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items()), encoding="utf-8")
+        words = [*link.words, "run", str(write_bundle(home / "fedfuse-thin")), "fedfuse", "-c", str(toml), "--stream"]
         with subprocess.Popen(
             words,
             env=surroundings(home),
@@ -125,23 +125,46 @@ def submit(
             try:
                 for raw in stream.stdout:
                     line = raw.rstrip()
-                    if line.startswith(MARK):
-                        lines.append(line.removeprefix(MARK))
-                    elif line.startswith(("fedfuse: failed: ", "fedfuse: refused: ")):
-                        reason = line.removeprefix("fedfuse: ")
-                    elif line and not line.lstrip().startswith(NOISE):
+                    if line and not line.lstrip().startswith(NOISE):
                         say(line)
             except BaseException:
                 stream.terminate()
                 raise
-    if reason.startswith("refused: "):
-        raise UserError(reason.removeprefix("refused: "))
-    if reason:
-        raise WorldError(reason.removeprefix("failed: "))
-    if not lines:
-        return None
-    if lines[0].startswith("too large"):
-        raise WorldError(f"the run directory is {lines[0]}, under the name {order.name}")
-    unpack(lines, out)
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return fetched(link, order.name, nonce, out)
+
+
+def fetched(link: Link, name: str, nonce: str, out: Path) -> dict[str, Any] | None:
+    """Fetch how a run ended, and its directory: by the operators' door, and only what belongs to this order.
+
+    Returns
+    -------
+    dict or None
+        The run's summary; None if the run has not ended.
+
+    Raises
+    ------
+    WorldError
+        If the run failed, with the reason it gave, or what came is not what the server said.
+    UserError
+        If the server refused the order.
+    """
+    try:
+        answer = link.request("GET", f"results/{name}.json")
+    except WorldError:
+        return None  # the server was lost
+    said = json.loads(answer) if answer is not None else {}
+    if said.get("nonce") != nonce or said.get("name") != name:
+        return None  # of another order, or of an earlier attempt
+    if said["outcome"] == "refused":
+        raise UserError(one_line(said["reason"], 2000))
+    if said["outcome"] != "done":
+        raise WorldError(one_line(said["reason"], 2000))
+    with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
+        archive = Path(folder) / f"{name}.tar.gz"
+        link.request("GET", f"results/{name}.tar.gz", into=archive)
+        with open(archive, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:
+                raise WorldError(f"{name}: what came is not the run directory that the server told of")
+        unpack(archive, out)
+    summary: dict[str, Any] = json.loads(read_text(out / "summary.json"))
     return summary

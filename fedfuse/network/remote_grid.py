@@ -16,6 +16,7 @@ from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import WorldError, in_words, one_line
 from fedfuse.network.replies import fault_of
+from fedfuse.network.roster import Roster
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
 
@@ -79,6 +80,8 @@ class RemoteGrid(FusionGrid):
     patience : Patience
     say : callable
         Takes one line of log.
+    roster : Roster or None
+        Which key may be which client; None where nodes prove none.
     over : threading.Event, optional
         Set by whoever sees the grid end.
 
@@ -96,9 +99,11 @@ class RemoteGrid(FusionGrid):
         patience: Patience | None = None,
         say: Callable[[str], None] = print,
         over: threading.Event | None = None,
+        roster: Roster | None = None,
     ) -> None:
         super().__init__()
         self.grid, self.patience, self._say, self.over = grid, patience or Patience(), say, over
+        self.roster = roster
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self.examples: dict[int, int] = {}  # client -> training examples, as its node said before the first round
@@ -214,7 +219,7 @@ class RemoteGrid(FusionGrid):
             if reply.has_error():
                 yield item.node, [], reply.error.reason
                 continue
-            records = [
+            records: list[dict[str, Any]] = [
                 dict(value) for name, value in sorted(reply.content.config_records.items()) if name[:5] == "hello"
             ]
             found: list[Any] = [hello.get("client") for hello in records]
@@ -226,10 +231,23 @@ class RemoteGrid(FusionGrid):
                 yield item.node, [], f"client {taken[0]} is node {self.nodes[taken[0]]} already"
             elif wrong := [line for hello in records for line in self._checked(check, hello)]:
                 yield item.node, [], f"does not agree: {'; '.join(wrong[:4])}"
+            elif fault := self._unlisted(item.node, found, [hello["examples"][0] for hello in records]):
+                yield item.node, [], fault
             else:
                 said: list[Any] = list(records)
                 self.examples |= {hello["client"]: hello["examples"][0] for hello in said}
                 yield item.node, sorted(found), None
+
+    def _unlisted(self, node: int, clients: list[int], examples: list[int]) -> str | None:
+        """What the roster has against a node that has proved its key."""
+        if self.roster is None:
+            return None
+        keys = [about.public_key for about in self.grid.get_nodes() if about.node_id == node]  # type: ignore[attr-defined]
+        place = self.roster.place(keys[0]) if keys else None
+        if place is None:
+            return "its key is not in the roster (fedfuse deploy register)"
+        fault = place.fault_of(clients, examples)
+        return f"{place.name} {fault}" if fault else None
 
     def _checked(self, check: Callable[[Mapping[str, Any]], list[str]], hello: Mapping[str, Any]) -> list[str]:
         """What is wrong with a hello; one that cannot even be looked at is wrong, and nobody else's affair."""

@@ -21,6 +21,7 @@ from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.core.threads import single_thread
 from fedfuse.errors import Refused, UserError, one_line
+from fedfuse.network.audit import NAME, Audit, left
 from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario
 from fedfuse.network.site_config import SiteConfig
@@ -49,6 +50,7 @@ class Site:
             with code(self.seat.policy.allow_code):
                 return self._handle(message)
         except (Refused, UserError) as error:
+            self._refused(message, str(error))
             return self._error(REFUSED, f"refused: {error}", message)
         except Stale as error:
             return self._error(STALE, str(error), message)
@@ -56,6 +58,12 @@ class Site:
             return self._error(INVALID, f"received {error}", message)
         except Exception as error:
             return self._error(FAILED, f"{type(error).__name__}: {error}", message)
+
+    def _refused(self, message: Message, reason: str) -> None:
+        """Note a refusal, where the site has a folder already: strangers' messages make none."""
+        if self.seat.state.exists():
+            setting: Any = message.content.config_records.get("setting", {}) if message.has_content() else {}
+            self._note("refused", message, one_line(setting.get("run", ""), 40), None, None, reason=one_line(reason))
 
     def _error(self, code: int, reason: str, message: Message) -> Message:
         reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log
@@ -77,6 +85,7 @@ class Site:
             found: dict[str, Any] = {
                 f"hello:{c}": ConfigRecord(identity(scenario, c, config.strategy.name)) for c in mine
             }
+            self._note("hello", message, run, config, 0, clients=mine)
             return Message(RecordDict(found), reply_to=message)
         client = message.content.config_records.get("config", ConfigRecord()).get("client")
         if client not in mine:
@@ -100,9 +109,23 @@ class Site:
         with limited(Allowance(policy.max_epochs, policy.max_steps)):
             reply = memory.handle(message)
         if reply.has_error():
-            print(f"fedfuse: client {client}: {one_line(reply.error.reason)}", flush=True)
+            reason = one_line(reply.error.reason)
+            print(f"fedfuse: client {client}: {reason}", flush=True)
+            self._note("not done", message, run, config, round, reason=reason)
             return reply
-        return Message(packed(reply.content), reply_to=message)
+        content = packed(reply.content)
+        self._note("answered", message, run, config, round, **left(content, reply.content))
+        return Message(content, reply_to=message)
+
+    def _note(self, event: str, message: Message, run: str, config: Config | None, round: Any, **what: Any) -> None:
+        """Enter what was asked, and what left, into this site's log."""
+        if self.seat.store is not None:  # Flower's simulator is no deployment
+            return
+        asked = one_line(message.metadata.message_type, 60)
+        strategy = config.strategy.name if config is not None else None
+        policy = hashlib.sha256(self.seat.policy.as_json().encode()).hexdigest()[:16]
+        log = Audit(self.seat.state.parent / NAME if self.seat.state.name == "runs" else self.seat.state / NAME)
+        log.add(event, run=run, asked=asked, strategy=strategy, round=round, policy=policy, **what)
 
     def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
         store = ClientStore(self.seat.store or folder, durable=self.seat.store is None)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
     **dict.fromkeys(("value", "seconds"), pl.Float64),
 }
+PASSWORD = re.compile(r"://[^\s/@]*@")
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
 SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
 
@@ -115,6 +117,8 @@ class RunDirectory(Callback):
             self._ours = True
             (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", self.config)
+            if PASSWORD.search(self.config):  # of a tracker's address: nobody else's to read
+                (self.path / "config.yaml").chmod(0o600)
             write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
             if self.state_dir is not None:
                 self._link_state(self.state_dir)
@@ -306,15 +310,15 @@ class RunDirectory(Callback):
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
-            write_arrays(final / f"server-{name}.safetensors", arrays, False, **about)
+            write_arrays(final / f"server-{name}.safetensors", arrays, notes=about)
         for name, (architecture, arrays, shape) in federation.strategy.server_halves().items():
             about = {"architecture": architecture, "server": name, "shape": json.dumps(shape)}
-            write_arrays(final / f"server-{name}.safetensors", arrays, False, **about)
+            write_arrays(final / f"server-{name}.safetensors", arrays, notes=about)
         for client in range(federation.scenario.clients):
             kept = self.clients.staged(client, "final")
             if kept is not None:
                 about = {"architecture": federation.scenario.architectures[client], "client": str(client)}
-                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), False, **about)
+                write_arrays(final / f"client-{client}.safetensors", named(kept["model"]), notes=about)
 
     def restore(self, federation: Federation) -> None:
         """Put a federation back to the last complete round, and drop rows of rounds that were not completed.

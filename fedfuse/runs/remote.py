@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,12 +27,14 @@ from fedfuse.core.threads import single_thread
 from fedfuse.data.dataset import SPLITS
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.network.app import SiteApp
+from fedfuse.network.audit import Audit
 from fedfuse.network.handshake import differences, identity
 from fedfuse.network.own_data import counts_of, server_scenario, task_of
 from fedfuse.network.policy import Policy
 from fedfuse.network.remote_grid import Patience, RemoteGrid
+from fedfuse.network.roster import Roster
 from fedfuse.network.site import Site, SiteConfig
-from fedfuse.network.sizes import largest_array
+from fedfuse.network.sizes import UNKNOWN, largest_array
 from fedfuse.runs.directory import RunDirectory, write_rows, write_text
 from fedfuse.runs.listeners import callbacks
 
@@ -48,6 +50,8 @@ def serve(
     own: bool = False,
     say: Any = print,
     over: threading.Event | None = None,
+    roster: Roster | None = None,
+    audit: Audit | None = None,
 ) -> Federation:
     """Play what is left of a run over Flower's grid; the directory has been created or reopened.
 
@@ -58,6 +62,10 @@ def serve(
         global test set) and is not dealt.
     over : threading.Event, optional
         Set once the grid has ended: Flower's would wait, in a thread that keeps the process from ending.
+    roster : Roster, optional
+        Which key may be which client; None where nodes prove none.
+    audit : Audit, optional
+        Where is noted who took part.
 
     Raises
     ------
@@ -67,21 +75,22 @@ def serve(
         If not all clients join, in a phase too few succeed, or the server's disk fails.
     """
     try:
-        return _serve(grid, config, directory, patience, resumed, quiet, own, say, over)
+        adapter = RemoteGrid(grid, {}, patience, say, over, roster)
+        return _serve(adapter, config, directory, resumed, quiet, own, audit)
     except OSError as error:
         raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
+    finally:
+        limit_arrays(UNKNOWN)
 
 
 def _serve(
-    grid: Grid,
+    adapter: RemoteGrid,
     config: Config,
     directory: RunDirectory,
-    patience: Patience,
     resumed: bool,
     quiet: bool,
     own: bool,
-    say: Any,
-    over: threading.Event | None,
+    audit: Audit | None,
 ) -> Federation:
     single_thread()
     entry = registry.entry(config.strategy.name)
@@ -90,8 +99,8 @@ def _serve(
     attempt = int(_kept(directory.path / "attempt", "0")) + 1
     write_text(directory.path / "attempt", str(attempt))
     task = task_of(scenario) if own else ""
-    setting = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
-    adapter = RemoteGrid(grid, setting, patience, say, over)
+    setting: dict[str, Any] = {"config": as_json(for_sites(config)), "run": run_id, "attempt": attempt, "task": task}
+    adapter.setting = ConfigRecord(setting)
     counts: dict[int, list[int]] = {}
 
     def check(hello: Mapping[str, Any]) -> list[str]:
@@ -108,7 +117,11 @@ def _serve(
     else:
         build_strategy(entry, scenario)  # what does not fit is said before anybody is asked
     adapter.join(scenario.clients, check)
+    if audit is not None:
+        nodes = {str(client): [node, adapter.examples[client]] for client, node in sorted(adapter.nodes.items())}
+        audit.add("clients", run=run_id, strategy=entry.name, attempt=attempt, node_and_examples=nodes)
     if own:
+        counts |= {client: [0, 0, 0] for client in range(scenario.clients) if client not in adapter.nodes}
         scenario = server_scenario(scenario, counts)
         write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
     strategy = build_strategy(entry, scenario, server_device_of(config))

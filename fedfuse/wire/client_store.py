@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ def write_tree(path: Path, tree: dict[str, Any], durable: bool = False, **notes:
     notes["tree"] = json.dumps(rest)
     if durable:
         notes["sha"] = _sha(flat, notes["tree"])
-    write_arrays(path, {f"/{k}": v for k, v in flat.items()}, durable, **notes)  # no name is reserved so
+    write_arrays(path, {f"/{k}": v for k, v in flat.items()}, durable, notes)  # no name is reserved so
 
 
-def write_arrays(path: Path, arrays: Arrays, durable: bool = False, **notes: str) -> None:
+def write_arrays(path: Path, arrays: Arrays, durable: bool = False, notes: Mapping[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, atomically.
 
     Raises
@@ -46,7 +46,9 @@ def write_arrays(path: Path, arrays: Arrays, durable: bool = False, **notes: str
         If the disk is full or not writable.
     """
     with replaced(path, durable) as partial:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=notes)
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=dict(notes or {})
+        )
 
 
 def _sha(flat: Arrays, rest: str) -> str:

@@ -16,7 +16,7 @@ from fedfuse.config.compose import keys
 from fedfuse.config.dotted import code, resolve
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
-from fedfuse.deploy.orders import deployed
+from fedfuse.deploy.orders import carry_out
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.policy import Policy
 from fedfuse.network.site import Site
@@ -93,7 +93,7 @@ def test_neither_side_of_a_network_runs_what_an_order_names(changes: Any, mark: 
     config = tiny("fedmd")
     bad = replace(config, **{group: replace(getattr(config, group), **values) for group, values in changes.items()})
     with pytest.raises((UserError, Refused), match="over the wire only registered names"):
-        deployed(None, {"config": as_json(bad), "name": "a"})  # type: ignore[arg-type]
+        carry_out(None, {"config": as_json(bad), "name": "a"})  # type: ignore[arg-type]
     network = Network(seats(tmp_path, 3))
     asked = []
 

@@ -54,7 +54,21 @@ def test_hadolint_finds_nothing() -> None:
 @pytest.mark.parametrize("service", list(SERVICES))
 def test_every_command_is_one_of_ours(service: str) -> None:
     args = parser().parse_args(words(service))
-    assert args.command in ("certs", "server", "register", "node", "run")
+    assert args.command in ("certs", "server", "request", "register", "node", "run")
+
+
+def test_no_container_holds_a_key_that_it_does_not_use() -> None:
+    """The attack of the audit: one volume of all keys was mounted into every container."""
+    holders: dict[str, set[str]] = {}
+    for name, service in SERVICES.items():
+        for volume in service.get("volumes", []):
+            holders.setdefault(volume.split(":")[0], set()).add(name)
+    assert holders["ca"] == {"certs"}
+    assert holders["server-keys"] == {"certs", "server"}
+    assert holders["operator-keys"] == {"certs", "register", "run"}
+    for i in range(3):
+        assert holders[f"node-{i}-keys"] == {f"request-{i}", f"node-{i}"}
+    assert SERVICES["server"]["ports"] == ["8000:8000"]  # sites' port; operators come from inside
 
 
 def test_dockerfile_is_pinned_and_not_root() -> None:
@@ -76,22 +90,29 @@ def test_dockerfile_is_pinned_and_not_root() -> None:
 @pytest.mark.deploy
 def test_the_commands_run_as_processes_of_this_machine(tmp_path: Path) -> None:
     """All of them: services, health checks, the image's own entry point; only paths, addresses and ports are mapped."""
-    port = free_port()
+    port, control = free_port(), free_port()
     running: dict[str, Process] = {}
     ports = {service: free_port() for service in SERVICES}
 
     def mapped(service: str, given: list[str]) -> list[str]:
-        here = {"/certs": tmp_path / "certs", "/state": tmp_path / service / "state", "/runs": tmp_path / "runs"}
+        here = {f"/{name}": tmp_path / name for name in ("ca", "public", "server", "operator", "runs")}
+        own = service.replace("request", "node")  # a volume of the node's, which its request is made in
+        here |= {"/state": tmp_path / service / "state", "/keys": tmp_path / own / "keys"}
         out = []
         for word in given:
             for inside, outside in here.items():
                 word = re.sub(f"^{inside}", str(outside), word)
             word = re.sub("^(server|127.0.0.1):8000$", f"127.0.0.1:{port}", word).replace("9094", str(ports[service]))
-            out.append({"8000": str(port), "0.0.0.0": "127.0.0.1", "python": sys.executable}.get(word, word))
+            word = re.sub("^server:8001$", f"127.0.0.1:{control}", word)
+            out.append(
+                {"8000": str(port), "8001": str(control), "0.0.0.0": "127.0.0.1", "python": sys.executable}.get(
+                    word, word
+                )
+            )
         return out
 
     def start(service: str) -> Process:
-        (tmp_path / service).mkdir()
+        (tmp_path / service).mkdir(exist_ok=True)
         local = mapped(service, words(service))
         if service.startswith("node"):
             local += ["--port", str(ports[service])]  # every container has a 9094 of its own
@@ -125,7 +146,9 @@ def test_the_commands_run_as_processes_of_this_machine(tmp_path: Path) -> None:
         finished("certs", 60)
         start("server")
         healthy("server")
-        finished("register", 120)
+        for service in ("request-0", "request-1", "request-2"):
+            finished(service, 60)
+        finished("register", 240)
         for service in ("node-0", "node-1", "node-2"):
             start(service)
         for service in ("node-0", "node-1", "node-2"):

@@ -14,7 +14,9 @@ import pytest
 
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import write_certificates
+from fedfuse.deploy.doors import READY
 from fedfuse.deploy.processes import Process, free_port, surroundings
+from fedfuse.deploy.registration import register
 from fedfuse.deploy.submit import Link, order_of, submit
 from fedfuse.network.remote_grid import Patience
 from fedfuse.runs.experiment import run
@@ -67,17 +69,18 @@ def test_nodes_in_namespaces_complete_a_run(namespaces: tuple[list[str], list[Wi
     run(compose([*KEYS, "runtime=inline", f"out={tmp_path / 'inline'}"]), quiet=True)
     wanted = json.loads((tmp_path / "inline" / "summary.json").read_text())["digest"]
     port, certs = free_port(), tmp_path / "certs"
-    write_certificates(certs, ["10.77.0.1", "10.77.1.1"], ["node-0", "node-1"])
+    control = free_port()
+    write_certificates(certs, ["10.77.0.1", "10.77.1.1"], ["node-0", "node-1"], operators=["local"])
     deploy = [sys.executable, "-m", "fedfuse.deploy"]
     running: list[Process] = []
     try:
         words = ["server", "--certs", str(certs), "--host", "0.0.0.0", "--port", str(port), "--state-dir"]
-        words += [str(tmp_path / "server"), "--runs", str(tmp_path / "runs")]
+        words += [str(tmp_path / "server"), "--runs", str(tmp_path / "runs"), "--control-port", str(control)]
         running.append(Process("server", [*deploy, *words], surroundings(tmp_path / "s"), tmp_path / "server.log"))
-        assert running[0].wait_for("Uvicorn running", 120), running[0].text()
-        link = Link(f"127.0.0.1:{port}", certs / "ca.crt")
+        assert running[0].wait_for(READY, 120), running[0].text()
+        link = Link(f"127.0.0.1:{control}", certs / "ca.crt", operator=certs / "operator-local.pem")
         for i, name in enumerate(names):
-            link.flwr("supernode", "register", str(certs / f"node-{i}.pub"), "fedfuse")
+            register(link, certs / f"node-{i}.pub", {"client": i, "every": 2})
             words = ["node", "--server", f"10.77.{i}.1:{port}", "--ca", str(certs / "ca.crt"), "--partition", f"{i}/2"]
             words += ["--key", str(certs / f"node-{i}.key"), "--state-dir", str(tmp_path / f"node-{i}")]
             whole = ["ip", "netns", "exec", name, *deploy, *words]

@@ -12,7 +12,7 @@ import pytest
 
 from fedfuse.config.message import as_json, from_json
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
-from fedfuse.deploy.orders import deployed, packed, read_patience, unpack, write_patience
+from fedfuse.deploy.orders import carry_out, pack, read_patience, unpack, write_patience
 from fedfuse.errors import Refused, UserError
 from fedfuse.network.policy import Policy, read_policy
 from fedfuse.network.remote_grid import Patience
@@ -59,7 +59,7 @@ def test_an_order_out_of_range_is_refused_before_any_node_hears_of_it(
 ) -> None:
     monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path))
     with pytest.raises(UserError) as error:
-        deployed(None, {"config": text, "name": "a"})  # type: ignore[arg-type]
+        carry_out(None, {"config": text, "name": "a"})  # type: ignore[arg-type]
     assert reason in str(error.value)
     assert "fedfuse: refused: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +68,7 @@ def test_an_order_out_of_range_is_refused_before_any_node_hears_of_it(
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 101, "a b"])
 def test_a_run_directory_stays_below_runs(name: str) -> None:
     with pytest.raises(UserError, match="name="):
-        deployed(None, {"config": as_json(tiny("fedavg")), "name": name})  # type: ignore[arg-type]
+        carry_out(None, {"config": as_json(tiny("fedavg")), "name": name})  # type: ignore[arg-type]
 
 
 def test_patience_is_checked() -> None:
@@ -112,15 +112,15 @@ def test_a_policy_file_is_read_and_checked(tmp_path: Path) -> None:
         read_policy(tmp_path / "absent")
 
 
-def test_a_run_directory_travels_in_the_log(tmp_path: Path) -> None:
+def test_a_run_directory_travels_as_an_archive(tmp_path: Path) -> None:
     source = tmp_path / "run"
     (source / "final").mkdir(parents=True)
     (source / "checkpoint").mkdir()
     (source / "checkpoint" / "state").write_bytes(b"x")
     (source / "summary.json").write_text("{}")
     (source / "final" / "model").write_bytes(bytes(range(256)) * 100)
-    lines = list(packed(source))
-    unpack(lines, tmp_path / "back")
+    pack(source, tmp_path / "run.tar.gz")
+    unpack(tmp_path / "run.tar.gz", tmp_path / "back")
     found = sorted(str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file())
     assert found == ["final/model", "summary.json"]
     assert (tmp_path / "back/final/model").read_bytes() == bytes(range(256)) * 100

@@ -7,24 +7,27 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import node_keys, write_certificates
 from fedfuse.deploy.local import Federation
 from fedfuse.deploy.processes import Process, flower, free_port, surroundings
+from fedfuse.deploy.registration import register
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import Link, Order, order_of
-from fedfuse.errors import WorldError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.network.remote_grid import Patience
 from fedfuse.runs.experiment import run
 
@@ -149,14 +152,14 @@ def test_a_stranger_stays_outside(words: list[str], reason: str, federation: Fed
         "ca": str(federation.link.ca),
         "stranger": str(tmp_path / "stranger.key"),
         "other": str(tmp_path / "other" / "ca.crt"),
-        "key": str(federation.work / "certs" / "node-0.key"),
+        "key": str(federation.work / "node-0" / "node-0.key"),
     }
     heard = len(federation.server.text())
 
     def text() -> str:
         return started.text() + federation.server.text()[heard:]
 
-    started = node(federation, tmp_path, "--server", federation.link.address, *(w.format(**names) for w in words))
+    started = node(federation, tmp_path, "--server", federation.door, *(w.format(**names) for w in words))
     try:
         until = time.monotonic() + 60
         while time.monotonic() < until and not re.search(reason, text()):
@@ -168,6 +171,37 @@ def test_a_stranger_stays_outside(words: list[str], reason: str, federation: Fed
         started.stop()
 
 
+def test_strangers_get_nothing_from_either_port(federation: Federation, tmp_path: Path) -> None:
+    """The attack of the audit: a peer listed runs, fetched a model, revoked a site and registered a stranger."""
+    ca, asked = str(federation.link.ca), b""
+    sites = ssl.create_default_context(cafile=ca)
+    with httpx.Client(verify=sites) as client:
+        for path in (
+            "v1/control/list-runs",
+            "v1/control/register-node",
+            "v1/runtime/acquire-task",
+            "docs",
+            "openapi.json",
+        ):
+            assert client.post(f"https://{federation.door}/{path}", content=asked).status_code == 404, path
+        assert client.get(f"https://{federation.door}/fedfuse/results/x.json").status_code == 404
+    write_certificates(tmp_path / "other", [], [], operators=["mallory"])  # of another CA
+    write_certificates(federation.work / "certs", [], [], operators=["reader=read"])
+    other, mine = tmp_path / "other" / "operator-mallory.pem", federation.work / "certs" / "server.pem"
+    for pem in (None, other, mine):  # none, a stranger's, and the server's own, which is not for clients
+        context = ssl.create_default_context(cafile=ca)
+        if pem is not None:
+            context.load_cert_chain(pem, pem.with_suffix(".key"))
+        with pytest.raises((httpx.HTTPError, ssl.SSLError)), httpx.Client(verify=context) as client:
+            client.post(f"https://{federation.link.address}/v1/control/list-runs", content=asked)
+    reader = replace(federation.link, operator=federation.work / "certs" / "operator-reader.pem")
+    reader.flwr("supernode", "list", "fedfuse")
+    with pytest.raises(UserError, match="reader may read; this needs submit"):
+        reader.request("POST", "orders/x", b"{}")
+    with pytest.raises(WorldError, match="403"):
+        reader.flwr("stop", "1", "fedfuse")
+
+
 def test_the_server_answers_nobody_without_tls(federation: Federation) -> None:
     with socket.create_connection(("127.0.0.1", federation.port), 10) as plain:
         plain.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: server\r\nContent-Length: 0\r\n\r\n")
@@ -177,11 +211,11 @@ def test_the_server_answers_nobody_without_tls(federation: Federation) -> None:
 @long
 def test_a_revoked_node_is_turned_away_and_stays_outside(federation: Federation, tmp_path: Path) -> None:
     node_keys(tmp_path, "late")
-    said = federation.link.flwr("supernode", "register", str(tmp_path / "late.pub"), "fedfuse")
+    said = register(federation.link, tmp_path / "late.pub", {"client": 0, "every": 3})
     which = next(
         word for word in said.replace("`", " ").replace(".", " ").split() if word.isdecimal() and len(word) > 12
     )
-    reach = ["--server", federation.link.address, "--ca", str(federation.link.ca), "--key", str(tmp_path / "late.key")]
+    reach = ["--server", federation.door, "--ca", str(federation.link.ca), "--key", str(tmp_path / "late.key")]
     started = node(federation, tmp_path, *reach)
     try:
         assert started.wait_for("SuperNode ID", 120), started.text()
@@ -246,7 +280,7 @@ def foreign_app(path: Path) -> Path:
 def test_a_bundle_with_other_code_never_runs(federation: Federation, tmp_path: Path) -> None:
     with federation.link.home() as home:
         done = subprocess.run(
-            [flower("flwr"), "run", str(foreign_app(tmp_path)), "fedfuse", "--stream"],
+            [*federation.link.words, "run", str(foreign_app(tmp_path)), "fedfuse", "--stream"],
             env=surroundings(home), capture_output=True, text=True, timeout=120,
         )  # fmt: skip
     assert "is not the thin app" in done.stdout, done.stderr
@@ -359,7 +393,8 @@ def test_a_killed_server_comes_back(when: str, federation: Federation, tmp_path:
 def test_a_lost_server_is_resumed_by_command(federation: Federation, tmp_path: Path) -> None:
     keys = (*KEYS, "strategy=knfu")
     wanted = inline(tmp_path / "inline", *keys)
-    reach, out = ["--server", federation.link.address, "--ca", str(federation.link.ca)], tmp_path / "out"
+    link, out = federation.link, tmp_path / "out"
+    reach = ["--server", link.address, "--ca", str(link.ca), "--operator", str(link.operator)]
     env, before = surroundings(tmp_path / "home"), federation.server.starts
     asked = Process("run", federation.words("run", *reach, *keys, f"out={out}"), env, tmp_path / "run.log")
     try:

@@ -1,0 +1,268 @@
+"""Who may reach what of a server: sites one port, operators another with certificates and roles, our executor a third.
+
+Flower's SuperLink has one application behind one port without accounts. Here it stays one application, and each port lets
+through its own part of it. Beside it, orders and results travel by the operators' port alone: the run configuration that
+Flower shows to every node holds a name and a hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedfuse.compat.superlink_doors import naming_peers
+from fedfuse.errors import UserError, one_line
+from fedfuse.network.audit import Audit
+from fedfuse.network.roster import Roster, place_from
+from fedfuse.wire.client_store import replaced
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+READY = "fedfuse: the server is ready"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LARGEST = 64 * 2**20  # bytes of a request: objects travel in pieces of 20 MB at most
+ROLES = ("read", "submit", "register")
+READ = frozenset({"list-runs", "list-nodes", "stream-logs", "list-federations", "show-federation", "get-login-details"})
+MAY = {
+    **dict.fromkeys(READ, ROLES),
+    **dict.fromkeys(("start-run", "stop-run"), ("submit",)),
+    **dict.fromkeys(("register-node", "unregister-node"), ("register",)),
+}
+OURS = {("POST", "orders"): ("submit",), ("GET", "results"): ("submit", "read"), ("POST", "roster"): ("register",)}
+
+
+class Door:
+    """An application that passes on requests below one prefix, none larger than `LARGEST`.
+
+    Parameters
+    ----------
+    app : callable
+        The SuperLink's.
+    prefix : tuple of str
+        Of the paths that are let through.
+    """
+
+    def __init__(self, app: Any, prefix: tuple[str, ...]) -> None:
+        self.app, self.prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            return
+        elif refusal := self.refusal(scope):
+            await answered(send, *refusal)
+        else:
+            await self.passed(scope, _capped(receive), send)
+
+    def refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Why a request is not let through: a status and words; None if it is."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > LARGEST:
+            return 413, f"a request is at most {LARGEST} bytes"
+        if not scope["path"].startswith(self.prefix) or scope["path"] != scope["path"].replace("..", ""):
+            return 404, "not here"
+        return None
+
+    async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request on."""
+        try:
+            await self.app(scope, receive, send)
+        except TooLarge:
+            await answered(send, 413, f"a request is at most {LARGEST} bytes")
+
+
+class Operators(Door):
+    """The operators' door: Flower's control interface and our own, for those whose certificate has the role.
+
+    Parameters
+    ----------
+    app : callable
+    post : Path
+        Where orders and results lie.
+    audit : Audit
+    open_to_all : bool
+        Without TLS there is nobody to tell apart: only for trying out.
+    """
+
+    def __init__(self, app: Any, post: Path, audit: Audit, open_to_all: bool = False) -> None:
+        super().__init__(app, ("/v1/control/", "/fedfuse/"))
+        self.post, self.audit, self.open_to_all = post, audit, open_to_all
+
+    def refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """See `Door.refusal`; and a role is needed."""
+        if found := super().refusal(scope):
+            return found
+        what = scope["path"].removeprefix("/fedfuse/").partition("/")[0]
+        if scope["path"].startswith("/v1/"):
+            needed = MAY.get(scope["path"].removeprefix("/v1/control/"), ())
+        else:
+            needed = OURS.get((scope["method"], what), ())
+        who, roles = self.operator(scope)
+        if who in self._revoked():
+            return 403, f"the certificate of {one_line(who, 60)} was revoked"
+        if not set(needed) & set(roles):
+            return (
+                403,
+                f"{one_line(who, 60)} may {', '.join(roles) or 'nothing'}; this needs {' or '.join(needed) or 'more'}",
+            )
+        return None
+
+    def operator(self, scope: Scope) -> tuple[str, tuple[str, ...]]:
+        """Name and roles of whoever is at the door, as the CA has signed them."""
+        if self.open_to_all:
+            return "anyone", ROLES
+        peer: Any = scope.get("state", {}).get("peer", {})
+        subject = [pair for part in peer.get("subject", ()) for pair in part]
+        names = [value for key, value in subject if key == "commonName"]
+        return (names or ["nobody"])[0], tuple(v for k, v in subject if k == "organizationalUnitName" and v in ROLES)
+
+    def _revoked(self) -> set[str]:
+        path = self.post / "revoked"
+        return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+    async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Note who did what, and do it."""
+        path = scope["path"]
+        if path.removeprefix("/v1/control/") not in READ and scope["method"] != "GET":
+            await asyncio.to_thread(self.audit.add, "operator", who=self.operator(scope)[0], asked=path[:200])
+        if path.startswith("/v1/control/"):
+            await super().passed(scope, receive, send)
+            return
+        try:
+            await self._own(scope["method"], path.removeprefix("/fedfuse/"), receive, send)
+        except TooLarge:
+            await answered(send, 413, f"a request is at most {LARGEST} bytes")
+        except (UserError, ValueError) as error:
+            await answered(send, 400, one_line(error))
+
+    async def _own(self, method: str, path: str, receive: Receive, send: Send) -> None:
+        what, _, name = path.partition("/")
+        if what == "roster":
+            for key, values in json.loads(await whole(receive)).items():
+                if not re.fullmatch(r"[0-9a-f]{64}", key):
+                    raise UserError("roster: the fingerprint of a key is needed")
+                Roster(self.post / "roster.json").add(key, place_from(values))
+            await answered(send, 200, "entered")
+            return
+        if not NAME.fullmatch(name):
+            raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
+        file = self.post / what / name
+        if what == "orders":
+            content = await whole(receive)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(file, durable=True) as partial:
+                partial.touch(0o600)
+                partial.write_bytes(content)
+            await answered(send, 200, "taken")
+        elif file.is_file():
+            await sent(send, file)
+        else:
+            await answered(send, 404, "not here")
+
+
+class TooLarge(Exception):
+    """A request is larger than it may be."""
+
+
+def _capped(receive: Receive) -> Receive:
+    taken = 0
+
+    async def capped() -> Any:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > LARGEST:
+            raise TooLarge
+        return message
+
+    return capped
+
+
+async def whole(receive: Receive) -> bytes:
+    """The body of a request."""
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def answered(send: Send, status: int, words: str) -> None:
+    """Answer with a status and words, in the form that Flower's own errors have."""
+    body = json.dumps({"detail": words}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def sent(send: Send, file: Path) -> None:
+    """Answer with a file."""
+    headers = [(b"content-type", b"application/octet-stream"), (b"content-length", str(file.stat().st_size).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    with open(file, "rb") as content:
+        while part := await asyncio.to_thread(content.read, 2**20):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def serve(
+    app: Any, settings: dict[str, Any], *, control: tuple[str, int], near: int, ca: Path | None, post: Path
+) -> None:
+    """Open all doors of a server until it is ended.
+
+    Parameters
+    ----------
+    app, settings
+        What Flower would have run: its application, and uvicorn's settings of the sites' port.
+    control : (str, int)
+        Host and port for operators; without TLS everything is at the sites' port.
+    near : int
+        Port for our executor, on this machine alone.
+    ca : Path or None
+        Vouches for operators; None without TLS.
+    post : Path
+        Where orders, results and the roster lie.
+    """
+    import uvicorn
+
+    operators = Operators(app, post, Audit(post / "audit.jsonl"), open_to_all=ca is None)
+
+    async def both(scope: Any, receive: Receive, send: Send) -> None:
+        ours = scope["type"] == "http" and scope["path"].startswith(operators.prefix)
+        await (operators if ours else app)(scope, receive, send)
+
+    class Beside(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # the first of them listens for signals
+
+    settings = {key: value for key, value in settings.items() if key not in ("reload", "workers")}
+    first: Any = both if ca is None else Door(app, ("/v1/fleet/", "/health"))
+    servers = [uvicorn.Server(uvicorn.Config(first, **settings))]
+    inner = {**settings, "host": "127.0.0.1", "port": near, "lifespan": "off", "access_log": False}
+    servers.append(Beside(uvicorn.Config(Door(app, ("/v1/runtime/",)), **inner)))
+    if ca is not None:
+        outer = {**settings, "host": control[0], "port": control[1], "lifespan": "off", "http": naming_peers()}
+        outer |= {"ssl_ca_certs": str(ca), "ssl_cert_reqs": 2}  # ssl.CERT_REQUIRED: nobody without a certificate
+        servers.append(Beside(uvicorn.Config(operators, **outer)))
+
+    async def all_of_them() -> None:
+        tasks = [asyncio.create_task(server.serve()) for server in servers]
+        while not all(server.started for server in servers) and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.05)
+        print(READY, flush=True)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(all_of_them())

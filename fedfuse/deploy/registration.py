@@ -1,0 +1,113 @@
+"""How a site joins: it makes its key and a request signed with it, and the operator enters the request.
+
+The private key never leaves the site. The signature says that whoever wrote the request holds the key.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedfuse.deploy.certs import node_keys, secret
+from fedfuse.deploy.link import Link
+from fedfuse.errors import UserError, WorldError
+from fedfuse.files import read
+from fedfuse.network.roster import Place, fingerprint, place_from
+
+SIGNED = ec.ECDSA(hashes.SHA384())
+
+
+def write_request(directory: Path, name: str, place: Mapping[str, int], out: Path | None = None) -> list[Path]:
+    """Make a site's key if there is none, and a request to be registered.
+
+    Raises
+    ------
+    UserError
+        If the name or place is none, or the directory cannot be written.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(f"{name[:80]}: letters, digits, '-' and '_' are allowed in a name")
+    if "client" not in place:
+        raise UserError("deploy request: one of --client-id I and --partition I/N is needed")
+    asked = place_from({"name": name, **place})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = [] if (directory / f"{name}.key").exists() else node_keys(directory, name)
+        key = load_ssh_private_key(secret(directory / f"{name}.key", "key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        content = json.dumps({"key": (directory / f"{name}.pub").read_text(encoding="utf-8"), **asdict(asked)})
+        signature = base64.b64encode(key.sign(content.encode(), SIGNED)).decode()
+        path = (out or directory) / f"{name}.request"
+        path.write_text(json.dumps({"request": content, "signature": signature}, indent=1), encoding="utf-8")
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"{directory}: no request can be written ({error})") from error
+    return [*written, path]
+
+
+def read_request(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read a request: the public key, and the place that the site asks for. A plain `.pub` asks for none.
+
+    Raises
+    ------
+    UserError
+        If it is neither, or was changed since it was signed.
+    """
+    try:
+        content = read(path, 65536)
+        if not content.lstrip().startswith(b"{"):
+            return content, {"name": path.stem}
+        outer = json.loads(content)
+        place = json.loads(outer["request"])
+        public = place.pop("key").encode()
+        key = load_ssh_public_key(public)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError("an elliptic-curve key is needed")
+        key.verify(base64.b64decode(outer["signature"]), outer["request"].encode(), SIGNED)
+    except InvalidSignature as error:
+        raise UserError(f"{path}: was changed since it was signed") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: neither a request nor a public key ({error})") from error
+    return public, place
+
+
+def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
+    """Enter a site's key into the roster and let it in; what the operator says goes before what the site asks for.
+
+    Raises
+    ------
+    UserError
+        If nobody says which client it is, or the server refuses.
+    WorldError
+        If the server cannot be asked.
+    """
+    public, asked = read_request(path)
+    if "client" in place:
+        asked.pop("every", None)
+    known: Place = _complete({**asked, **place}, path)
+    link.request("POST", "roster", json.dumps({fingerprint(public): asdict(known)}).encode())
+    with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
+        file = Path(folder) / "site.pub"
+        file.write_bytes(public)
+        try:
+            said = link.flwr("supernode", "register", str(file), "fedfuse").strip()
+        except WorldError as error:
+            if "already" not in str(error):
+                raise
+            said = "registered already; its place was entered anew"
+    return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}"
+
+
+def _complete(values: dict[str, Any], path: Path) -> Place:
+    if "client" not in values:
+        raise UserError(f"{path}: says not which client it is; --client-id I or --partition I/N is needed")
+    return place_from(values)

@@ -1,0 +1,304 @@
+"""Who reaches what of a server: strangers nothing, operators what their certificate says, results only their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import stat
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedfuse.config.compose import compose
+from fedfuse.deploy.certs import node_keys, secret, write_certificates
+from fedfuse.deploy.commands import main as command
+from fedfuse.deploy.doors import LARGEST, Door, Operators
+from fedfuse.deploy.link import Link
+from fedfuse.deploy.orders import Outcome, deployed, pack, unpack
+from fedfuse.deploy.registration import read_request, write_request
+from fedfuse.deploy.submit import fetched, order_of
+from fedfuse.errors import UserError, WorldError
+from fedfuse.network.audit import Audit
+from fedfuse.network.remote_grid import Patience
+from fedfuse.network.roster import Place, Roster, fingerprint
+
+
+class Inner:
+    """Flower's application: notes what reaches it, and reads the body."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.paths.append(scope["path"])
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"inner"})
+
+
+def ask(
+    door: Any, path: str, method: str = "POST", body: bytes = b"", who: Any = None, length: int | None = None
+) -> Any:
+    said: dict[str, Any] = {"body": b""}
+    pieces = [body[i : i + 2**20] for i in range(0, len(body), 2**20)] or [b""]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        said["status"] = message.get("status", said.get("status"))
+        said["body"] += message.get("body", b"")
+
+    headers = [] if length is None else [(b"content-length", str(length).encode())]
+    scope = {"type": "http", "path": path, "method": method, "headers": headers, "state": {"peer": who or {}}}
+    asyncio.run(door(scope, receive, send))
+    return said["status"], said["body"]
+
+
+def certificate(name: str, *roles: str) -> dict[str, Any]:
+    return {"subject": ((("commonName", name),), *((("organizationalUnitName", role),) for role in roles))}
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Operators:
+    return Operators(Inner(), tmp_path, Audit(tmp_path / "audit.jsonl"))
+
+
+FLEET = ("/v1/fleet/pull-messages", "/v1/fleet/push-object", "/health")
+CONTROL = ("/v1/control/list-runs", "/v1/control/start-run", "/v1/control/register-node", "/v1/control/stream-logs")
+REST = ("/docs", "/openapi.json", "/v1/runtime/acquire-task", "/v1/runtime/responses", "/", "/v1/fleet/../control/x")
+
+
+def test_sites_reach_their_own_part_alone() -> None:
+    inner = Inner()
+    site = Door(inner, ("/v1/fleet/", "/health"))
+    assert {ask(site, path)[0] for path in FLEET} == {200}
+    assert {ask(site, path)[0] for path in (*CONTROL, *REST, "/fedfuse/results/x.json")} == {404}
+    assert inner.paths == list(FLEET)
+
+
+def test_a_stranger_reaches_nothing_of_the_operators(door: Operators) -> None:
+    for who in ({}, certificate("stranger"), certificate("stranger", "admin", "Submit")):
+        for path in (*CONTROL, *FLEET, *REST, "/fedfuse/orders/x", "/fedfuse/roster"):
+            assert ask(door, path, who=who)[0] in (403, 404), path
+        assert ask(door, "/fedfuse/results/x.json", "GET", who=who)[0] == 403
+    assert door.app.paths == []
+
+
+@pytest.mark.parametrize(
+    ("roles", "allowed"),
+    [
+        (("read",), {"list-runs", "list-nodes", "stream-logs", "GET results"}),
+        (
+            ("submit",),
+            {"list-runs", "list-nodes", "stream-logs", "start-run", "stop-run", "POST orders", "GET results"},
+        ),
+        (("register",), {"list-runs", "list-nodes", "stream-logs", "register-node", "unregister-node", "POST roster"}),
+    ],
+)
+def test_roles(roles: tuple[str, ...], allowed: set[str], door: Operators) -> None:
+    who, got = certificate("ann", *roles), set()
+    names = ("list-runs", "list-nodes", "stream-logs", "start-run", "stop-run", "register-node", "unregister-node")
+    for name in (*names, "create-federation", "add-app", "begin-connector-oauth", "pull-artifacts"):
+        if ask(door, f"/v1/control/{name}", who=who)[0] == 200:
+            got.add(name)
+    for method, path in (("POST", "orders/x"), ("GET", "results/x"), ("POST", "roster"), ("GET", "orders/x")):
+        if ask(door, f"/fedfuse/{path}", method, b"{}", who)[0] in (200, 404):
+            got.add(f"{method} {path.split('/')[0]}")
+    assert got == allowed
+
+
+def test_a_revoked_operator_is_turned_away(door: Operators) -> None:
+    who = certificate("ann", "read", "submit", "register")
+    assert ask(door, "/v1/control/list-runs", who=who)[0] == 200
+    (door.post / "revoked").write_text("bob\nann\n")
+    status, said = ask(door, "/v1/control/list-runs", who=who)
+    assert (status, b"was revoked" in said) == (403, True)
+
+
+def test_requests_have_a_size(door: Operators) -> None:
+    site = Door(Inner(), ("/v1/fleet/",))
+    assert ask(site, FLEET[0], length=LARGEST + 1)[0] == 413
+    assert ask(site, FLEET[0], body=bytes(LARGEST + 1))[0] == 413  # whatever it said, or did not say, of its length
+    assert ask(site, FLEET[0], body=bytes(2**22))[0] == 200
+    assert ask(door, "/fedfuse/orders/x", body=bytes(LARGEST + 1), who=certificate("ann", "submit"))[0] == 413
+
+
+@pytest.mark.parametrize("name", ["../roster.json", "a/b", "", ".x", "x" * 101])
+def test_no_name_leaves_the_post(name: str, door: Operators) -> None:
+    who = certificate("ann", "submit")
+    assert ask(door, f"/fedfuse/orders/{name}", body=b"{}", who=who)[0] in (400, 403, 404)
+    assert not [path for path in door.post.rglob("*") if path.is_file() and "audit" not in path.name]
+
+
+# --- results: bound to the order --------------------------------------------------------------------------
+
+
+class Post(Link):
+    """A link straight to a folder, as the operators' door reads it."""
+
+    def request(self, method: str, path: str, content: bytes = b"", into: Path | None = None) -> bytes | None:
+        file = Path(self.address) / path
+        if not file.exists():
+            return None
+        if into is not None:
+            into.write_bytes(file.read_bytes())
+        return file.read_bytes()
+
+
+def finished(tmp_path: Path) -> Path:
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "summary.json").write_text('{"digest": "abc"}')
+    (run / "checkpoint" / "state").write_text("x")
+    (run / "link").symlink_to("/etc/passwd")
+    return run
+
+
+def test_a_result_is_taken_only_for_its_own_order(tmp_path: Path) -> None:
+    link = Post(str(tmp_path))
+    assert fetched(link, "first", "n" * 32, tmp_path / "out") is None
+    Outcome(tmp_path / "results", "first", "n" * 32).done(finished(tmp_path))
+    assert fetched(link, "first", "m" * 32, tmp_path / "out") is None  # another order's nonce
+    assert not (tmp_path / "out").exists()
+    assert fetched(link, "first", "n" * 32, tmp_path / "out") == {"digest": "abc"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.json"]
+    archive = tmp_path / "results" / "first.tar.gz"
+    for i in (0, len(archive.read_bytes()) // 2, -1):
+        content = bytearray(archive.read_bytes())
+        content[i] ^= 1
+        archive.write_bytes(content)
+        with pytest.raises(WorldError, match="is not the run directory that the server told of"):
+            fetched(link, "first", "n" * 32, tmp_path / "other")
+        content[i] ^= 1
+        archive.write_bytes(content)
+
+
+def test_an_outcome_says_why(tmp_path: Path) -> None:
+    for how, kind in (("refused", UserError), ("failed", WorldError)):
+        Outcome(tmp_path / "results", "x", "n").ended(how, kind("because\nfedfuse: \x1b[2J"))
+        with pytest.raises(kind, match=r"\Abecause fedfuse: \[2J\Z"):
+            fetched(Post(str(tmp_path)), "x", "n", tmp_path / "out")
+
+
+def test_an_archive_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    for member in ("../evil", "/evil", "link"):
+        with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as content:
+            info = tarfile.TarInfo(member)
+            if member == "link":
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            else:
+                info.size = 1
+            content.addfile(info, io.BytesIO(b"x"))
+        with contextlib.suppress(UserError, tarfile.TarError):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "in" / "out")
+        written = [path for path in (tmp_path / "in").rglob("*") if path.name == member.strip("./")]
+        assert all(path.parent == tmp_path / "in" / "out" and not path.is_symlink() for path in written)
+        assert not Path("/evil").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "mine")
+    pack(finished(tmp_path), tmp_path / "good.tar.gz")
+    with pytest.raises(UserError, match="is a link"):
+        unpack(tmp_path / "good.tar.gz", tmp_path / "linked")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_an_order_nobody_left_is_not_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDFUSE_POST", str(tmp_path))
+    (tmp_path / "orders").mkdir()
+    (tmp_path / "orders" / "a").write_bytes(b"{}")
+    for told in ({"name": "a", "order": "0" * 64}, {"name": "b", "order": hashlib.sha256(b"").hexdigest() + "x"}):
+        with pytest.raises(UserError, match="no such order"):
+            deployed(None, told)  # type: ignore[arg-type]
+
+
+def test_passwords_are_told_to_nobody_and_lie_in_files_of_ones_own(tmp_path: Path) -> None:
+    from fedfuse.config.message import as_json, for_sites
+    from fedfuse.deploy.bundle import PYPROJECT
+
+    uri = "https://me:hunter2@mlflow.example"
+    order = order_of(compose(["strategy=fedavg", "data=digits", "tracking=mlflow", f"tracking.uri={uri}"]), Patience())
+    order.write(tmp_path / "out")
+    kept = tmp_path / "out" / "order.json"
+    assert "hunter2" in kept.read_text()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    from fedfuse.runs.directory import RunDirectory
+    from fedfuse.runs.experiment import as_yaml
+
+    directory = RunDirectory(tmp_path / "run", as_yaml(order.config), 0.0)
+    directory.create(False)
+    directory.close()
+    assert stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode) == 0o600
+    assert "hunter2" not in as_json(for_sites(order.config))
+    told = PYPROJECT.split("[tool.flwr.app.config]")[1]  # all that Flower tells nodes of an order
+    assert [line.split(" =")[0] for line in told.strip().splitlines()] == ["name", "order"]
+
+
+# --- identity ---------------------------------------------------------------------------------------------
+
+
+def test_a_site_makes_its_own_key_and_a_request_that_nobody_can_change(tmp_path: Path) -> None:
+    assert command(["request", str(tmp_path), "a", "--client-id", "2", "--examples", "10:99"]) == 0
+    assert stat.S_IMODE((tmp_path / "a.key").stat().st_mode) == 0o600
+    public, place = read_request(tmp_path / "a.request")
+    assert place == asdict(Place("a", 2, None, 10, 99))
+    assert fingerprint(public) == fingerprint((tmp_path / "a.pub").read_bytes())
+    assert b"PRIVATE" not in (tmp_path / "a.request").read_bytes()
+    whole = json.loads((tmp_path / "a.request").read_text())
+    for old, new in (('"client": 2', '"client": 0'), ('"most": 99', '"most": 98')):
+        assert old in whole["request"]
+        (tmp_path / "b.request").write_text(json.dumps({**whole, "request": whole["request"].replace(old, new)}))
+        with pytest.raises(UserError, match="was changed since it was signed"):
+            read_request(tmp_path / "b.request")
+    before = (tmp_path / "a.key").read_bytes()
+    write_request(tmp_path, "a", {"client": 1})
+    assert (tmp_path / "a.key").read_bytes() == before
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    node_keys(tmp_path, "a")
+    secret(tmp_path / "a.key", "--key")
+    for mode in (0o640, 0o604, 0o660):
+        (tmp_path / "a.key").chmod(mode)
+        with pytest.raises(UserError, match=rf"can be read by others \(mode {mode:o}\)"):
+            secret(tmp_path / "a.key", "--key")
+
+
+def test_the_roster_says_who_may_be_whom(tmp_path: Path) -> None:
+    node_keys(tmp_path, "a")
+    roster, key = Roster(tmp_path / "roster.json"), (tmp_path / "a.pub").read_bytes()
+    assert roster.place(key) is None
+    roster.add(fingerprint(key), Place("a", 1, 3, 10, 20))
+    place = roster.place(key)
+    assert place is not None
+    assert place.fault_of([1, 4], [10, 20]) is None
+    assert place.fault_of([1, 2], [10, 20]) == "says it acts as client 2; its key is registered as partition 1/3"
+    assert place.fault_of([1], [2**40]) == f"says it has {2**40} examples; its key is registered with 10 to 20"
+    roster.add(fingerprint(key), Place("a", 2))
+    assert roster.place(key) == Place("a", 2)
+    assert roster.place(b"ssh-rsa nonsense") is None
+
+
+def test_an_operators_certificate_says_its_roles(tmp_path: Path) -> None:
+    import ssl
+
+    from cryptography import x509
+
+    write_certificates(tmp_path, [], [], operators=["ann", "bob=read"])
+    found = x509.load_pem_x509_certificate((tmp_path / "operator-bob.pem").read_bytes())
+    assert [a.value for a in found.subject] == ["bob", "read"]
+    for name in ("ann", "bob"):
+        assert stat.S_IMODE((tmp_path / f"operator-{name}.key").stat().st_mode) == 0o600
+        context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+        context.load_cert_chain(tmp_path / f"operator-{name}.pem", tmp_path / f"operator-{name}.key")
+    for told in ("x=root", "../x", "=read", "x=read,"):
+        with pytest.raises(UserError, match="--operator"):
+            write_certificates(tmp_path, [], [], operators=[told])
