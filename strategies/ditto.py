@@ -25,6 +25,7 @@ class DittoHyper:
 
     lam: float = hyper(1.0, "λ, pull towards the common model (paper: 0.05 to 2)", low=0)
     personal_epochs: int | None = hyper(None, "epochs of v_k; null: train.epochs", low=0)
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 class DittoClient(FusionClient):
@@ -55,3 +56,18 @@ class DittoClient(FusionClient):
 @strategy("ditto", client=DittoClient, hyper=DittoHyper, paper="Li et al. 2021, arXiv 2012.04221")
 class Ditto(AveragingStrategy):
     """FedAvg, and beside it a personal model a client, pulled towards the common one."""
+
+    heterogeneous = False
+
+    @property
+    def sums(self) -> Mapping[str, str | None]:
+        """The mean is all that `fuse` needs."""
+        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
+
+    def fuse(self, shares: Shares) -> None:
+        """w_{t+1} = Σ n_k w_k / Σ n_k."""
+        self.publish("model", shares.mean("model"))
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model w."""
+        return {"model": (self.architecture, self.model)}

@@ -33,6 +33,7 @@ class MoonHyper:
     mu: float = hyper(5.0, "μ, weight of the contrastive term (official: 5; tune 0.001 to 10)", low=0)
     temperature: float = hyper(0.5, "τ", above=0)
     projection: int = hyper(256, "size of the projection; 0: none", low=0)
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 def contrast(z: Tensor, common: Tensor, previous: Tensor, temperature: float) -> Tensor:
@@ -101,3 +102,16 @@ class Moon(AveragingStrategy):
     """FedAvg with a contrastive term between representations."""
 
     needs_features = True
+
+    @property
+    def sums(self) -> Mapping[str, str | None]:
+        """The mean is all that `fuse` needs."""
+        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
+
+    def fuse(self, shares: Shares) -> None:
+        """w_{t+1} = Σ n_k w_k / Σ n_k."""
+        self.publish("model", shares.mean("model"))
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The common model."""
+        return {"model": (self.architecture, self.model)}
