@@ -183,21 +183,6 @@ class FedSBClient(AdapterClient):
         """R (its leading block, for a smaller rank) and the head."""
         return {"R": lora.cut(self.parts("lora_R"), lora.rank_of(self.hyper, self.client))}
 
-    def fit(self):
-        """Train R; outside the leading block of a smaller rank it is zero and stays so."""
-        rank = lora.rank_of(self.hyper, self.client)
-        if rank == self.hyper.rank:
-            return super().fit()
-
-        def block(model: nn.Module) -> None:
-            for name, parameter in model.named_parameters():
-                if "lora_R" in name and parameter.grad is not None:
-                    parameter.grad[rank:], parameter.grad[:, rank:] = 0, 0
-
-        metrics = self.train(after_backward=block)
-        self.keep()
-        return metrics
-
 
 @strategy("fed_sb", client=FedSBClient, hyper=FedSBHyper, paper="Singhal et al. 2025, arXiv 2502.15436")
 class FedSB(AdapterStrategy):
