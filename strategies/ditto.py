@@ -56,18 +56,3 @@ class DittoClient(FusionClient):
 @strategy("ditto", client=DittoClient, hyper=DittoHyper, paper="Li et al. 2021, arXiv 2012.04221")
 class Ditto(AveragingStrategy):
     """FedAvg, and beside it a personal model a client, pulled towards the common one."""
-
-    heterogeneous = False
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model w."""
-        return {"model": (self.architecture, self.model)}

@@ -39,20 +39,4 @@ class FedBNClient(PartClient):
 class FedBN(PartStrategy):
     """FedAvg of everything but the normalisation layers."""
 
-    topics = {"layers": Topic("state", shared_arrays)}
-    records = {"layers": shared_arrays}
-    heterogeneous = False
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"layers": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def begin(self) -> None:
-        """Publish the initial layers but the norms."""
-        kept = parts.norms(self.residents.model(self.architecture), self.hyper.norms == "all")
-        self.publish("layers", parts.without(self.residents.initial(self.architecture), kept))
-
-    def fuse(self, shares: Shares) -> None:
-        """Mean of the shared layers."""
-        self.publish("layers", shares.mean("layers"))
+    part = NORMS

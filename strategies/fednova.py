@@ -59,18 +59,13 @@ class FedNova(AveragingStrategy):
     """FedAvg of updates normalised by local progress."""
 
     records = {"update": model_arrays}
-    heterogeneous = False
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"update": "num-examples" if self.hyper.weighting == "examples" else None}
+    averaged = "update"
 
     def fuse(self, shares: Shares) -> None:
-        """X ← x − τ_eff Σ p_i d_i."""
-        equal = self.hyper.weighting == "uniform"
+        """x ← x − τ_eff Σ p_i d_i."""
+        alike = self.weight is None
         told = [
-            (float(share.examples > 0) if equal else share.examples, float(share.metrics["progress"]))
+            (float(share.examples > 0) if alike else share.examples, float(share.metrics["progress"]))
             for share in shares
         ]
         mean, old = shares.mean("update"), self.model  # of what was streamed above

@@ -35,18 +35,3 @@ class FedProxClient(AnchoredClient):
 @strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")
 class FedProx(AveragingStrategy):
     """FedAvg with a proximal term at the clients."""
-
-    heterogeneous = False
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

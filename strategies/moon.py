@@ -102,16 +102,3 @@ class Moon(AveragingStrategy):
     """FedAvg with a contrastive term between representations."""
 
     needs_features = True
-
-    @property
-    def sums(self) -> Mapping[str, str | None]:
-        """The mean is all that `fuse` needs."""
-        return {"model": "num-examples" if self.hyper.weighting == "examples" else None}
-
-    def fuse(self, shares: Shares) -> None:
-        """w_{t+1} = Σ n_k w_k / Σ n_k."""
-        self.publish("model", shares.mean("model"))
-
-    def server_models(self) -> dict[str, tuple[str, Arrays]]:
-        """The common model."""
-        return {"model": (self.architecture, self.model)}

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from fedfuse.config.registry import hyper
 from fedfuse.core.client import FusionClient
-from fedfuse.core.shares import Metrics, Records, Share, Shares
-from fedfuse.core.strategy import FusionStrategy
-from fedfuse.errors import UserError
-from fedfuse.families.lora import at_most, confine, cut, is_head, part, rank_of
-from fedfuse.train.adapters import in_parts
+from fedfuse.core.shares import Metrics, Records, Share
+from fedfuse.families import lora
+from fedfuse.families.averaging import AveragingStrategy
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Arrays, Scope, layout_of
 from fedfuse.wire.sums import Sum
@@ -65,8 +63,8 @@ class AdapterClient(FusionClient):
 
     @property
     def rank(self) -> int:
-        """r_i."""
-        return rank_of(self.hyper, self.client) if getattr(self.hyper, "ranks", None) else int(self.hyper.rank)
+        """r_i, of those that differ in rank; else r."""
+        return int(self.hyper.rank)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take over what is common, then what is the client's own."""
@@ -82,7 +80,7 @@ class AdapterClient(FusionClient):
     def fit(self) -> Metrics:
         """Train adapters and head; what lies beyond the client's rank is zero and stays so."""
         rank = self.rank
-        more = {} if rank == self.hyper.rank else {"after_backward": lambda model: confine(model, rank)}
+        more = {} if rank == self.hyper.rank else {"after_backward": lambda model: lora.confine(model, rank)}
         metrics = self.train(**more)
         self.keep()
         return metrics
