@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.seeding import generator, seed_of
     from fedfuse.train import classwise, distil, training, truncate
     from fedfuse.train.scores import scores
+    from fedfuse.train.task import task_loss
     from fedfuse.wire import label_code
     from fedfuse.wire.knowledge import Item, Topic, model_topic
     from fedfuse.wire.records import (
@@ -66,6 +67,7 @@ _HOMES = {
     "families.student": "StudentStrategy",
     "seeding": "generator seed_of",
     "train.scores": "scores",
+    "train.task": "task_loss",
     "wire.knowledge": "Item Topic model_topic",
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",

@@ -10,9 +10,10 @@ arXiv 2202.08603; code flcao/CoFED). Once, after its local training:
                examples together, with class weights inverse to frequency
 
 Travels, once: 2·T_s + C bytes up, 6 bytes down for each pair (x, c), a client. Any kind of model may take part.
-Placed in rounds here: the vote is a phase of its own at the end of round `vote_round`, rounds after it train on both
-sets. Left open: whether models start anew then (`restart`). `repeat` votes again after each later round; `learn=all`
-lets clients learn classes they do not own.
+Placed in rounds here: the vote is a phase of its own at the end of round `vote_round`, by default after half of the
+rounds, since the paper votes after complete local training; rounds after it train on both sets. Left open: whether
+models start anew then (`restart`). `repeat` votes again after each later round; `learn=all` lets clients learn classes
+they do not own.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class CoFEDHyper:
     weighting: str = hyper("uniform", "weights of the votes", choices=("uniform", "examples"))
     learn: str = hyper("owned", "classes that a client learns from the vote", choices=("owned", "all"))
     restart: bool = hyper(False, "start from the initial weights when pseudo-labels come")
-    vote_round: int = hyper(1, "round at whose end the vote is held", low=1)
+    vote_round: int | None = hyper(
+        None, "round at whose end the vote is held; null: half of the rounds, as local training comes first", low=1
+    )
     repeat: bool = hyper(False, "vote again at the end of every later round (paper: once)")
     subset: int | None = hyper(None, "T_s, rows drawn for a vote; null: the whole transfer set", low=1)
 
@@ -174,7 +177,7 @@ class CoFED(FusionStrategy):
 
     def phases(self, round: int) -> tuple[str, ...]:
         """The vote ends its round."""
-        first = self.hyper.vote_round
+        first = self.hyper.vote_round or (self.scenario.config.rounds + 1) // 2
         return ("train", "vote") if round == first or (self.hyper.repeat and round > first) else ("train",)
 
     @classmethod

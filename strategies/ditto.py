@@ -25,6 +25,7 @@ class DittoHyper:
 
     lam: float = hyper(1.0, "λ, pull towards the common model (paper: 0.05 to 2)", low=0)
     personal_epochs: int | None = hyper(None, "epochs of v_k; null: train.epochs", low=0)
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 class DittoClient(FusionClient):

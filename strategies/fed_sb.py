@@ -19,9 +19,10 @@ b·r·(d+k) down, and up b·d·k (`init_from=clients`, per-client gradients whos
 b·q·(d+k) (`sketch`, their q leading triples) or nothing (`transfer`: the server's labelled set). A site whose
 basis has another hash refuses to take part. The released code pools the clients' training data for the
 gradient, which no federation can do; it sends A and B as well, and averages the R of all rounds so far: three
-things not done here. Clients of smaller rank (`ranks`) train the leading r_i × r_i block, padded with zeros:
-exact too. Choices of ours: R = 0 at the start, because S_r is as small as η; and `refresh`, after every so many
-rounds (Δ = 0 before):
+things not done here. The default is the paper's sign of the gradient, by sketch. Clients of smaller rank (`ranks`)
+train the leading r_i × r_i block; each entry is averaged over the clients that hold it, and stays as it is where none
+took part. Choices of ours: R = 0 at the start, because S_r is as small as η; and `refresh`, after every so many rounds
+(Δ = 0 before):
 
     Δ ← Δ + s·B R A,  R ← 0,  m ← 0,  B and A anew, over W₀ + Δ, as `init` says
 
@@ -49,8 +50,8 @@ class FedSB(BasisStrategy):
     """Mean of the small R of W₀ + B R A in one hashed basis: r² numbers a layer."""
 
     def fuse(self, shares: Shares) -> None:
-        """Mean of R, zero-padded, then the server's step; then Δ and a new basis, if it is time."""
+        """Mean of R over its holders, then the server's step; then Δ and a new basis, if it is time."""
         old, momentum = self.state["R"], self.state.get("momentum", {})
-        mean = self.mean((share, self.padded(share)) for share in shares)
+        mean = self.mean_over_holders(shares)
         new, self.state["momentum"] = server_step(old, mean, momentum, self.hyper.server_momentum, self.hyper.server_lr)
         self.take_over(new)

@@ -23,6 +23,7 @@ class FedBNHyper:
     """Hyper-parameters of FedBN."""
 
     norms: str = hyper("batch", "layers kept: with running statistics, or all norms", choices=("batch", "all"))
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 NORMS = Part("norms", "layers", lambda module, hyper: parts.norms(module, hyper.norms == "all"))

@@ -14,11 +14,10 @@ averages softmax outputs: up to a constant that is the released code's `avg_loss
 The paper's early stop (`patience`, 10³ steps) and drop-worst (models at chance) read a labelled validation set at the
 server: a fixed share of a labelled D_t, which is not distilled then. Left open, and so ours: a student is validated
 once an epoch and its best weights, those before distillation among them, are kept. Of the released code: near chance
-is an accuracy below 1.2/C, and gradients are clipped at norm 5. Who is dropped neither teaches nor is averaged; if
-all are at chance nobody is dropped. Choices: an architecture
-nobody of which took part starts from its newest model and is taught too; a client without examples neither counts nor
-teaches; teachers predict in evaluation mode, students train in training mode, so BatchNorm statistics move to the
-transfer set's.
+is an accuracy below 1.2/C, and gradients are clipped at norm 5. Who is dropped neither teaches nor is averaged; if all
+are near chance nobody is dropped. Choices: an architecture nobody of which took part starts from its newest model and
+is taught too; a client without examples neither counts nor teaches; teachers predict in evaluation mode, students
+train in training mode, so BatchNorm statistics move to the transfer set's.
 """
 
 from __future__ import annotations

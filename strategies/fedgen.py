@@ -15,8 +15,8 @@ head teaches the generator. Left out: the adversarial term of the paper, 0 in th
 `noise=uniform`; the regularisers act in the first 20 mini-batches of a round (its `early_stop` counts what it calls
 epochs, of one mini-batch each); the generator's step size falls by 0.98 a round; α_0 = β_0 = 10 belongs to its local
 rate of 0.01 without momentum (at 0.05 and 0.9 the model collapses to chance, so 1 is the default); steps and batch of
-the generator (its "50
-ensemble epochs" are read as 50 steps). Optimisers start afresh each round. One architecture, since models are averaged.
+the generator (its "50 ensemble epochs" are read as 50 steps). Optimisers start afresh each round. One architecture,
+since models are averaged.
 """
 
 from __future__ import annotations

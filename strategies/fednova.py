@@ -25,6 +25,7 @@ class FedNovaHyper:
     """Hyper-parameters of FedNova."""
 
     server_lr: float = hyper(1.0, "factor on the mean update", above=0)
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 def normaliser(steps: int, momentum: float = 0.0) -> float:
@@ -58,11 +59,15 @@ class FedNova(AveragingStrategy):
     """FedAvg of updates normalised by local progress."""
 
     records = {"update": model_arrays}
-    sums = {"update": "num-examples"}
+    averaged = "update"
 
     def fuse(self, shares: Shares) -> None:
         """x ← x − τ_eff Σ p_i d_i."""
-        told = [(share.examples, float(share.metrics["progress"])) for share in shares]
+        alike = self.weight is None
+        told = [
+            (float(share.examples > 0) if alike else share.examples, float(share.metrics["progress"]))
+            for share in shares
+        ]
         mean, old = shares.mean("update"), self.model  # of what was streamed above
         effective = self.hyper.server_lr * sum(n * a for n, a in told) / sum(n for n, _ in told)
         for name in parts.parameters(self.residents.model(self.architecture)):

@@ -11,10 +11,19 @@ tries the last one to four blocks of a network). There is no server model: it wo
 
 from __future__ import annotations
 
-from fedfuse import PartClient, PartStrategy, strategy
+from dataclasses import dataclass
+
+from fedfuse import PartClient, PartStrategy, hyper, strategy
 
 
-@strategy("fedper", client=PartClient, paper="Arivazhagan et al. 2019, arXiv 1912.00818")
+@dataclass(frozen=True)
+class FedPerHyper:
+    """Hyper-parameters of FedPer."""
+
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
+
+
+@strategy("fedper", client=PartClient, hyper=FedPerHyper, paper="Arivazhagan et al. 2019, arXiv 1912.00818")
 class FedPer(PartStrategy):
     """FedAvg of the body; heads are private, trained jointly with it."""
 

@@ -21,6 +21,7 @@ class FedProxHyper:
     """Hyper-parameters of FedProx."""
 
     mu: float = hyper(0.01, "μ, weight of the proximal term (paper: 0.001, 0.01, 0.1, 1)", low=0)
+    weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 
 
 class FedProxClient(AnchoredClient):

@@ -254,13 +254,18 @@ def check(config: Config) -> None:
         if value not in allowed_words:
             raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
-    privacy, distil, words = config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
+    privacy, distil, optimizers = config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
     rules: list[tuple[str, Any, bool, str]] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
         ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
-        ("distil.optimizer", distil.optimizer, distil.optimizer in (None, *WORDS["train.optimizer"]), "null, " + words),
+        (
+            "distil.optimizer",
+            distil.optimizer,
+            distil.optimizer in (None, *WORDS["train.optimizer"]),
+            "null, " + optimizers,
+        ),
         ("distil.steps", distil.steps, None in (distil.steps, distil.epochs), "null beside distil.epochs"),
         ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
         ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),

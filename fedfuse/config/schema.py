@@ -250,7 +250,7 @@ class PrivacyConfig:
     epsilon: float | None = key(None, "ε that a client may spend in a run, at δ")
     delta: float | None = key(
         None,
-        "null: 1/N, N the client's own training examples; larger is refused",
+        "null: min(1e-5, 1/(10 N)), N the client's own training examples; above 1/N: refused",
         only="privacy.epsilon or privacy.noise",
     )
     clip: float = key(

@@ -61,6 +61,11 @@ class AdapterClient(FusionClient):
         """LoRA, with what is trained of it; over a base with Δ where updates are folded."""
         return lora.equip(model, hyper, trains=cls.trains, delta=cls.folded is not None)
 
+    @property
+    def rank(self) -> int:
+        """r_i, of those that differ in rank; else r."""
+        return int(self.hyper.rank)
+
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take over what is common, then what is the client's own."""
         for topic, item in knowledge.items():
@@ -73,8 +78,10 @@ class AdapterClient(FusionClient):
             self.load(self.state["own"], strict=False)
 
     def fit(self) -> Metrics:
-        """Train adapters and head."""
-        metrics = self.train()
+        """Train adapters and head; what lies beyond the client's rank is zero and stays so."""
+        rank = self.rank
+        more = {} if rank == self.hyper.rank else {"after_backward": lambda model: lora.confine(model, rank)}
+        metrics = self.train(**more)
         self.keep()
         return metrics
 

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse.config.registry import hyper
-from fedfuse.core.shares import Metrics, Records, Shares
+from fedfuse.core.scenario import Residents
+from fedfuse.core.shares import Records, Shares
 from fedfuse.errors import UserError
 from fedfuse.families import lora
 from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
 from fedfuse.train import basis
 from fedfuse.train.entropy import gaussian
 from fedfuse.train.privacy import drawn
+from fedfuse.train.task import task_loss
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Arrays, arrays
 
@@ -32,8 +33,10 @@ class BasisHyper(RankedHyper):
     """Hyper-parameters of the basis."""
 
     alpha: float | None = hyper(None, "α in the scale s = α/r; null: r, so that s = 1", above=0)
-    init: str = hyper("random_orthonormal", "where the basis comes from", choices=basis.INITS)
-    init_from: str = hyper("clients", "whose gradient, for gradient inits", choices=("clients", "sketch", "transfer"))
+    init: str = hyper(
+        "sign_grad", "where the basis comes from (weight_svd: where nothing may be uploaded)", choices=basis.INITS
+    )
+    init_from: str = hyper("sketch", "whose gradient, for gradient inits", choices=("clients", "sketch", "transfer"))
     init_rows: int = hyper(32, "training rows a client (or the server) takes the gradient of", low=1)
     oversample: int = hyper(4, "triples sent beyond r in a sketch", low=0)
     rate: float = hyper(1e-3, "η of the first step, only for the size of S_r", above=0)
@@ -107,21 +110,6 @@ class BasisClient(RankedClient):
         noised = {n: g + gaussian(g, noise * clip, noising) for n, g in found.items()}
         return noised, float(expected)
 
-    def fit(self) -> Metrics:
-        """Train R; outside the leading block of a smaller rank it is zero and stays so."""
-        rank = self.rank
-        if rank == self.hyper.rank:
-            return super().fit()
-
-        def block(model: nn.Module) -> None:
-            for name, parameter in model.named_parameters():
-                if "lora_R" in name and parameter.grad is not None:
-                    parameter.grad[rank:], parameter.grad[:, rank:] = 0, 0
-
-        metrics = self.train(after_backward=block)
-        self.keep()
-        return metrics
-
 
 class BasisStrategy(RankedStrategy):
     """Server half: publishes basis, its hash and R; folds them into the base and takes a new basis, if asked to."""
@@ -141,6 +129,11 @@ class BasisStrategy(RankedStrategy):
     def setup(self) -> tuple[str, ...]:  # type: ignore[override]
         """One phase of gradients where the basis is made of the clients' gradients."""
         return ("setup",) if self.asks_clients else ()
+
+    def __init__(self, hyper: BasisHyper, residents: Residents) -> None:
+        super().__init__(hyper, residents)
+        if hyper.needs_gradient and hyper.init_from == "transfer":
+            self.transfer, residents.transfer_declared = "server", True  # type: ignore[misc]
 
     @property
     def asks_clients(self) -> bool:
@@ -191,7 +184,7 @@ class BasisStrategy(RankedStrategy):
         model = self.residents.loaded(self.architecture, self.state_of_model())
         rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows]
         size = self.scenario.config.train.batch_size
-        return basis.gradients(model, lambda i: F.cross_entropy(model(x[i]), y[i]), rows, size)
+        return basis.gradients(model, lambda i: task_loss(model(x[i]), y[i]), rows, size)
 
     def fuse_setup(self, shares: Shares) -> None:
         """The gradient over the joined rows."""
@@ -214,6 +207,24 @@ class BasisStrategy(RankedStrategy):
             self.publish("basis", found)
         self.publish("sha", {"sha": basis.basis_sha(found)})
         self.publish_whole(latents)
+
+    def mean_over_holders(self, shares: Shares) -> Arrays:
+        """Each entry's weighted mean over the clients whose rank reaches it; where none took part, it stays."""
+        if not self.hyper.ranks:
+            return self.mean((share, self.padded(share)) for share in shares)
+        old: Arrays = self.state["R"]
+
+        def marked(share: Any) -> Arrays:
+            ones = {name: torch.ones_like(value) for name, value in share.records["R"].items()}
+            return self.padded(share) | {f"held {name}": value for name, value in lora.pad(ones, old).items()}
+
+        both = self.mean((share, marked(share)) for share in shares)
+        out = {}
+        for name, value in old.items():
+            held = both[f"held {name}"]
+            mean = both[name] / held.where(held > 0, 1.0)
+            out[name] = torch.where(held > 0, mean, value.to(mean.dtype))
+        return out
 
     def take_over(self, latents: Arrays) -> None:
         """Publish a new R; or, where the round ends with a new basis, fold R and take one."""

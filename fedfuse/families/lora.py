@@ -80,6 +80,15 @@ def rank_of(hyper: Any, client: int) -> int:
     return hyper.ranks[client % len(hyper.ranks)] if hyper.ranks else hyper.rank
 
 
+def confine(model: nn.Module, rank: int) -> None:
+    """No gradient beyond a client's rank: there is none on its own, but a private step adds noise to every number."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and in_parts(name, ("lora_A", "lora_R")):
+            parameter.grad[rank:] = 0
+        if parameter.grad is not None and in_parts(name, ("lora_B", "lora_R")):
+            parameter.grad[:, rank:] = 0
+
+
 def cut(arrays: Mapping[str, Tensor], rank: int) -> Arrays:
     """Leading rows of A, columns of B, block of R; other arrays as they are."""
     out: Arrays = {}

@@ -99,7 +99,7 @@ class Budget:
         self.config, self.train, self.rounds, self.examples = config, train, rounds, examples
         self.ledger, self.name = ledger, name
         self.kept = state.setdefault("privacy", {"noise": 0.0, "history": "[]"})
-        self.delta = 1 / examples if config.delta is None else config.delta
+        self.delta = delta_of(examples) if config.delta is None else config.delta
         if self.delta > 1 / examples:
             raise UserError(f"privacy.delta={self.delta:g}: {name} has {examples} examples; allowed is at most 1/N")
 
@@ -157,6 +157,11 @@ class Budget:
     def metrics(self) -> dict[str, float]:
         """ε so far, its δ, and σ."""
         return {"epsilon": self.epsilon, "delta": self.delta, "noise": self.history[-1][0]}
+
+
+def delta_of(examples: int) -> float:
+    """δ where nobody says one: 10⁻⁵, and at most a tenth of 1/N, at which a whole example might be told."""
+    return min(1e-5, 1 / (10 * examples))
 
 
 # --- training ---------------------------------------------------------------------------------------------

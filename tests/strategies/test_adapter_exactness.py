@@ -142,13 +142,32 @@ def test_stack_weighs_once_and_takes_all_clients() -> None:
 
 def test_ranks_may_differ() -> None:
     ranks = [2, 4, 1]
-    for name, key in (("flora", "adapter"), ("fed_sb", "R")):
-        strategy = server(name, "strategy.ranks=[2,4,1]")
-        strategy.round = 1
-        records = [drawn(strategy, c, ranks) for c in range(3)]
-        want = sum(w * own_update(strategy, r[key]) for w, r in zip(P, records, strict=True))
-        strategy.fuse(shares(strategy, records, COUNTS))
-        assert relative(update(strategy), want) < 1e-12, name
+    strategy = server("flora", "strategy.ranks=[2,4,1]")
+    strategy.round = 1
+    records = [drawn(strategy, c, ranks) for c in range(3)]
+    want = sum(w * own_update(strategy, r["adapter"]) for w, r in zip(P, records, strict=True))
+    strategy.fuse(shares(strategy, records, COUNTS))
+    assert relative(update(strategy), want) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [[2, 4, 1], [2, 3, 1]])
+def test_a_smaller_rank_does_not_shrink_what_others_hold(ranks) -> None:
+    """Fed-SB: each entry of R is the mean over the clients that hold it; where nobody does, it stays."""
+    strategy = server("fed_sb", f"strategy.ranks={ranks}".replace(" ", ""))
+    strategy.round = 1
+    key = f"{LAYER}.lora_R.weight"
+    start = torch.randn(4, 4, generator=torch.Generator().manual_seed(9))
+    strategy.state["R"] = {**strategy.state["R"], key: start}
+    records = [drawn(strategy, c, ranks) for c in range(3)]
+    want = start.double().clone()
+    for a in range(4):
+        for b in range(4):
+            holders = [c for c in range(3) if ranks[c] > max(a, b)]
+            if holders:
+                total = sum(P[c] * float(records[c]["R"][key][a, b]) for c in holders)
+                want[a, b] = total / sum(P[c] for c in holders)
+    strategy.fuse(shares(strategy, records, COUNTS))
+    torch.testing.assert_close(strategy.state["R"][key].double(), want, rtol=1e-6, atol=1e-7)
 
 
 def test_flexlora_is_the_best_approximation_of_the_mean_update() -> None:

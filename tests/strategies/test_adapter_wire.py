@@ -9,7 +9,7 @@ from fedfuse.config import registry
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.basis import basis_sha
 from tests.federations import federation, play
-from tests.strategies.adapter_halves import LAYER, D, K, server
+from tests.strategies.adapter_halves import LAYER, SEEDED, D, K, server
 
 R, C, HEAD = 4, 3, 32 * 10 + 10  # rank, clients, numbers of the head of mlp_small
 LORA = R * (D + K)
@@ -31,7 +31,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", sorted(FORMS))
 def test_bytes_follow_the_closed_form(name: str) -> None:
-    totals = play(name, f"strategy.rank={R}").totals
+    totals = play(name, f"strategy.rank={R}", *([SEEDED] if name == "fed_sb" else [])).totals
     up, down = FORMS[name]
     assert totals["up_bytes"] == 4 * C * up
     assert totals["down_bytes"] == 4 * C * down
@@ -64,7 +64,7 @@ def test_one_off_bytes_of_the_basis(source: str, up: int) -> None:
 def test_only_r_and_the_head_cross_the_wire_after_setup() -> None:
     """The names in real messages, not what is reported: no A, no B, no base weight."""
     seen: dict[str, set[str]] = {"setup": set(), "round": set()}
-    with federation("fed_sb", "strategy.init=raw_grad") as (built, _):
+    with federation("fed_sb", "strategy.init=raw_grad", "strategy.init_from=clients") as (built, _):
         carry = built.grid.send_and_receive
 
         def watched(messages, **options):
@@ -87,12 +87,12 @@ def test_only_r_and_the_head_cross_the_wire_after_setup() -> None:
 
 def test_a_personal_or_frozen_head_stays_at_home() -> None:
     for head in ("personal", "frozen"):
-        totals = play("fed_sb", f"strategy.rank={R}", f"strategy.head={head}").totals
+        totals = play("fed_sb", SEEDED, f"strategy.rank={R}", f"strategy.head={head}").totals
         assert totals["up_bytes"] == 4 * C * 2 * R * R
 
 
 def test_a_wrong_basis_is_refused_and_never_averaged() -> None:
-    with federation("fed_sb", "rounds=1") as (built, _):
+    with federation("fed_sb", SEEDED, "rounds=1") as (built, _):
         built.strategy.ensure_begun()
         sha = built.strategy.board.items["sha", ""].arrays["sha"]
         sha[0] ^= 1
@@ -115,7 +115,13 @@ def test_federated_gradient_equals_the_pooled_one(init: str) -> None:
     from fedfuse.train.basis import first_step, gradients, leading
     from fedfuse.train.task import task_loss
 
-    played = play("fed_sb", f"strategy.init={init}", "strategy.init_rows=100000", f"strategy.rank={R}")
+    played = play(
+        "fed_sb",
+        f"strategy.init={init}",
+        "strategy.init_from=clients",
+        "strategy.init_rows=100000",
+        f"strategy.rank={R}",
+    )
     residents = played.strategy.residents
     model = residents.fresh("mlp_small")
     x, y = residents.tensors("pooled")

@@ -52,13 +52,13 @@ def test_class_weights_balance_the_classes():
 
 
 def test_the_vote_is_held_once_and_counted():
-    once = play("cofed", "rounds=3", "train.epochs=4")
+    once = play("cofed", "rounds=3", "train.epochs=4", "strategy.vote_round=1")
     rows = once.strategy.published("pseudo_labels")["rows"]
     assert len(rows) > 0  # the case is worth something only if the vote accepts anything
     assert once.totals["up_bytes"] == 3 * (2 * 24 + 10)
     assert once.totals["down_bytes"] == 3 * 6 * len(rows)
     assert once.strategy.board.items["pseudo_labels", ""].version == 1
-    again = play("cofed", "rounds=3", "train.epochs=4", "strategy.repeat=true")
+    again = play("cofed", "rounds=3", "train.epochs=4", "strategy.vote_round=1", "strategy.repeat=true")
     assert again.totals["up_bytes"] == 9 * (2 * 24 + 10)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fedfuse.errors import UserError
 from tests.federations import play
-from tests.strategies.adapter_halves import LAYER, D, K, drawn, own_update, server, shares, update
+from tests.strategies.adapter_halves import LAYER, SEEDED, D, K, drawn, own_update, server, shares, update
 
 R, C, HEAD = 4, 3, 32 * 10 + 10  # rank, clients, numbers of the head of mlp_small
 LORA = R * (D + K)
@@ -53,7 +53,7 @@ def test_it_runs_from_every_source_and_over_the_wire(source: str) -> None:
 
 
 def test_bytes_of_a_refresh() -> None:
-    totals = play("fed_sb", f"strategy.rank={R}", "strategy.refresh=1").totals  # two rounds, one refresh seen
+    totals = play("fed_sb", SEEDED, f"strategy.rank={R}", "strategy.refresh=1").totals  # two rounds, one refresh seen
     assert totals["up_bytes"] == 4 * C * 2 * (R * R + HEAD)
     assert totals["down_bytes"] == 4 * C * (2 * (R * R + HEAD) + LORA)
     assert totals["setup_bytes"] == C * (2 * 32 + 4 * LORA)

@@ -125,7 +125,7 @@ def test_rows_that_are_no_distributions_are_refused():
 
 
 def test_the_step_is_rescaled_by_row_as_in_the_code():
-    """A row of mean |gradient| 0.4 is divided twice by 5 and then goes back and forth; a tiny one is taken times 5⁵."""
+    """Rows of three sizes: divided by 5 twice, multiplied by 5 as often as may be, and once."""
     slope = torch.tensor([[0.4, -0.4], [1e-9, 1e-9], [0.012, 0.012]], dtype=torch.float64)
     slope = torch.cat([slope, torch.zeros(3, 1, dtype=torch.float64)], 1)  # 3 × 3: means 0.267, 7e-10, 0.008
     # 0.267 → 0.0533 → 0.0107 → 0.00213 and ×5 = 0.0107 → the same again, twice

@@ -54,8 +54,11 @@ def test_every_distillation_does_as_many_steps_as_asked(name, monkeypatch):
         return result
 
     monkeypatch.setattr(training, "train", counted)
-    all_rows = {"scarlet": "transfer.subset=24", "selectivefd": "strategy.client_quantile=null"}
-    whole = (all_rows[name],) if name in all_rows else ()
+    every_row = {
+        "scarlet": ("transfer.subset=24",),
+        "selectivefd": ("strategy.client_quantile=null", "strategy.server_threshold=null"),
+    }
+    whole = every_row.get(name, ())
     play(name, "distil.steps=3", "distil.batch_size=10", *whole)
     rows = {n for _, n in found}
     distilled = [steps for steps, n in found if n <= 24]

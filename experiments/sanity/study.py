@@ -1,0 +1,171 @@
+"""Does every strategy, as it comes, do what its paper says? No default passes by accident.
+
+    python experiments/sanity/study.py run       # resumable: the same command goes on where it stopped
+    python experiments/sanity/study.py check     # reads results.json; says what does not hold, exit 1 if anything
+    python experiments/sanity/study.py table     # prints README.md's table from results.json
+
+Every run is the public command; `EXPECTED` says what each strategy has to reach, in words and numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedfuse.config import registry
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/sanity")
+RESULTS = HERE / "results.json"
+CHANCE = 0.1
+COMMAND = [
+    "data=digits", "clients=10", "partition=dirichlet", "partition.alpha=0.3", "rounds=10", "train.epochs=5",
+    "evaluate.every=10", "seed=0,1,2", "runtime=inline", "runtime.parallel=2",
+]  # fmt: skip
+METRICS = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10")
+
+
+class Expected(NamedTuple):
+    """What a strategy has to reach, means over seeds; and why it may be as local training is, if it may."""
+
+    words: str
+    least_global: float
+    least_personal: float
+    as_local: str = ""
+
+
+AVERAGE = Expected("one averaged model knows all classes: near pooled training on the global set", 0.85, 0.8)
+ROBUST = Expected("a robust rule gives up some accuracy for it, and is far above chance", 3 * CHANCE, 3 * CHANCE)
+ADAPTIVE = Expected("an adaptive server optimiser, untuned: far above chance", 3 * CHANCE, 3 * CHANCE)
+PERSONAL = Expected("a personal part keeps own classes, and the rest is learnt together", 2 * CHANCE, 0.85)
+TAUGHT = Expected("clients taught on the transfer set know classes they do not hold", 0.7, 0.75)
+STUDENT = Expected("the server's student learns what all clients know", 4 * CHANCE, 0.7)
+ADAPTER = Expected("a few trained numbers on a frozen random network: above twice chance", 2 * CHANCE, 2 * CHANCE)
+EXPECTED: dict[str, Expected] = {
+    "centralized": Expected("the upper bound: all data at one place", 0.9, 0.9),
+    "local": Expected("the lower bound: own classes only", 2 * CHANCE, 0.8, "it is local training"),
+    **dict.fromkeys(("fedavg", "fedprox", "fednova", "scaffold", "feddyn", "moon", "fedgen", "feddf", "fedhkd"), AVERAGE),
+    **dict.fromkeys(("flwr_fedavg", "flwr_fedprox", "flwr_fedavgm"), AVERAGE),
+    **dict.fromkeys(("flwr_fedmedian", "flwr_fedtrimmedavg", "flwr_krum", "flwr_multikrum", "flwr_bulyan"), ROBUST),
+    **dict.fromkeys(("flwr_fedadagrad", "flwr_fedadam", "flwr_fedyogi", "flwr_qfedavg"), ADAPTIVE),
+    **dict.fromkeys(("ditto", "fedper", "fedrep", "fedproto", "fedkd", "fml", "fd"), PERSONAL),
+    "fedbn": AVERAGE._replace(words="without a norm in the model it is FedAvg"),
+    **dict.fromkeys(("knfu", "fedmd"), TAUGHT),
+    "ktpfl": PERSONAL._replace(words="personal mixtures at T = 10: a gentle pull towards the others"),
+    "comet": PERSONAL._replace(words="a cluster's mean as regulariser of local training"),
+    "cofed": PERSONAL._replace(words="pseudo-labels of own classes, voted once half-way"),
+    "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so that little is taught, and nothing wrong"),
+    **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
+    "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
+    **dict.fromkeys(
+        ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),
+        ADAPTER,
+    ),
+}  # fmt: skip
+
+
+def run() -> int:
+    """Carry out all runs, then collect their final figures and check them."""
+    words = ["strategy=" + ",".join(sorted(registry.listed())), *COMMAND]
+    print("fedfuse compare", *words, flush=True)
+    command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, f"out={RUNS}"]
+    if code := subprocess.call(command, stdout=subprocess.DEVNULL):
+        return code
+    return collect()
+
+
+def collect() -> int:
+    """Write `results.json`: by strategy and seed, figures, bytes, seconds and notes."""
+    from fedfuse.results.run_data import find
+
+    runs, skipped = find([RUNS])
+    for line in skipped:
+        print(f"skipped: {line}")
+    found: dict[str, dict[str, Any]] = {}
+    for one in sorted(runs, key=lambda run: (run.strategy, run.seed)):
+        summary = one.summary or {}
+        found.setdefault(one.strategy, {})[str(one.seed)] = {
+            **{metric: round(one.final[metric], 6) for metric in METRICS},
+            "up_bytes": summary["traffic"]["up_bytes"],
+            "down_bytes": summary["traffic"]["down_bytes"],
+            "seconds": round(summary["seconds"]["rounds"], 2),
+            "notes": summary["notes"],
+        }
+    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    table()
+    return check()
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """The figures kept beside this file."""
+    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
+def gains(found: dict[str, dict[str, Any]], name: str, metric: str) -> list[float]:
+    """A strategy's figure over local training's, seed by seed."""
+    return [one[metric] - found["local"][seed][metric] for seed, one in found[name].items()]
+
+
+def faults(found: dict[str, dict[str, Any]], name: str) -> list[str]:
+    """What a strategy does not hold of what is expected of it."""
+    from fedfuse.results.statistics import mean_interval
+
+    want, out = EXPECTED[name], []
+    for metric, least in zip(METRICS, (want.least_global, want.least_personal), strict=False):
+        mean = mean_interval([one[metric] for one in found[name].values()]).mean
+        if not mean >= least:
+            out.append(f"{metric} {100 * mean:.1f} %, expected at least {100 * least:.0f} %")
+    intervals = [mean_interval(gains(found, name, metric)) for metric in METRICS]
+    differs = any(one.low > 0 or one.high < 0 for one in intervals)
+    if not differs and not want.as_local:
+        out.append("no figure differs from local training's beyond its interval")
+    said = sorted({note for one in found[name].values() for note in one["notes"] if "next to nothing" in note})
+    return out + said
+
+
+def check() -> int:
+    """Print what does not hold."""
+    found, bad = read(), 0
+    for name in sorted(set(registry.listed()) | set(EXPECTED)):
+        if name not in found or name not in EXPECTED:
+            print(f"{name}: not run" if name in EXPECTED else f"{name}: say in EXPECTED what it has to reach")
+            bad += 1
+            continue
+        for line in faults(found, name):
+            print(f"{name}: {line}")
+            bad += 1
+    print(f"{len(found)} strategies, {bad} faults")
+    return 1 if bad else 0
+
+
+def table() -> int:
+    """Print one line a strategy, best on the global set first."""
+    from fedfuse.results.statistics import mean_interval
+
+    found = read()
+
+    def cell(name: str, metric: str) -> str:
+        one = mean_interval([100 * figures[metric] for figures in found[name].values()])
+        return f"{one.mean:.1f} ± {one.high - one.mean:.1f}"
+
+    def mean(name: str, key: str) -> float:
+        return sum(figures[key] for figures in found[name].values()) / len(found[name])
+
+    print("| strategy | global % | personal % | worst tenth % | up MB | down MB | seconds | expected |")
+    print("|---" * 8 + "|")
+    for name in sorted(found, key=lambda n: mean(n, METRICS[0]), reverse=True):
+        want = EXPECTED[name]
+        words = f"{want.words} (at least {100 * want.least_global:.0f} / {100 * want.least_personal:.0f})"
+        moved = [f"{mean(name, key) / 1e6:.2f}" for key in ("up_bytes", "down_bytes")]
+        cells = [name, *(cell(name, metric) for metric in METRICS), *moved, f"{mean(name, 'seconds'):.1f}", words]
+        print("| " + " | ".join(cells) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    verbs = {"run": run, "collect": collect, "check": check, "table": table}
+    sys.exit(verbs.get((sys.argv[1:] or ["run"])[0], run)())

@@ -1,0 +1,140 @@
+"""No key is ignored: changing a hyper-parameter of any strategy changes the digest, or is refused, or says why not."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+
+from fedfuse.config import registry
+from fedfuse.errors import UserError
+from tests.federations import play
+
+# three clients of quite different sizes and classes, 40 transfer rows, two batches of them a pass
+BASE = (
+    "data=digits", "data.limit=240", "data.test_limit=20", "partition=dirichlet", "partition.alpha=0.5",
+    "partition.min_size=5", "clients=3", "rounds=2", "model=mlp_small", "transfer.size=40", "train.batch_size=16",
+    "evaluate.every=2", "runtime=inline",
+)  # fmt: skip
+
+# values where neither the choices nor twice the default will do
+OTHER: dict[str, Any] = {
+    "subset": 20, "ranks": "[2,4,8]", "rank": 3, "targets": "body.1", "alpha": 3, "dropout": 0.5, "top_k": 1,
+    "min_weight": 0.4, "large": "mlp", "tail": "mlp", "student": "mlp_wide", "meme": "mlp_wide", "patience": 1,
+    "coefficient_lr": 0.5, "server_threshold": 0.4, "refresh": 1, "personal_epochs": 2, "body_epochs": 2,
+    "client_learning_rate": 0.2, "min_train_nodes": 4, "generator_lr": 0.1, "generator_lr_decay": 0.5,
+    "generator_decay": 0.5, "energy_start": 0.2, "energy_end": 0.2, "lam": 2.0, "finetune_batch": 20,
+    "digest_batch": 20, "distill_batch": 20, "server_batch": 20, "distill_epochs": 2, "digest_epochs": 2,
+    "regularised_steps": 1, "clip": 0.01, "period": 2, "vote_round": 2, "validation": 0.3, "prune": 0.1, "gamma": 0.1,
+    "num_malicious_nodes": 1, "num_nodes_to_select": 1, "margin": 0.9, "threshold": 0.9, "server_lr": 0.5,
+    "client_quantile": 0.9, "beta_2": 0.5, "clusters": 3, "duration": 0, "head_epochs": 2, "projection": 16,
+    "server_momentum": 0.5, "auxiliary": 5,
+}  # fmt: skip
+VALUES: dict[tuple[str, str], Any] = {
+    ("fml", "alpha"): 0.9,
+    ("feddyn", "alpha"): 0.5,
+    ("flwr_krum", "num_malicious_nodes"): 2,
+    ("flwr_multikrum", "num_malicious_nodes"): 2,
+}
+
+FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.startswith("flwr_")]
+SEVEN = ("clients=7",)  # of whom one may be malicious
+
+ADAPTERS = [name for name in registry.listed() if "targets" in registry.entry(name).hyper.__dataclass_fields__]
+
+# what a key needs in order to say anything, said in the key's own help too
+BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("comet", "distill_epochs"): ("strategy.distill=separate",),
+    ("feddf", "validation"): ("strategy.drop_worst=true", "transfer.labelled=true"),
+    ("fedmd", "public_epochs"): ("transfer.labelled=true",),
+    ("fed_sb", "init_from"): ("transfer.labelled=true",),
+    ("knfu", "finetune_loss"): ("transfer.labelled=true",),
+    ("scaffold", "variate"): ("train.momentum=0",),
+    **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
+    ("fed_sb", "rate"): ("strategy.r0=singular",),
+    ("hetlora", "gamma"): ("strategy.ranks=[2,8,4]", "strategy.prune=0.1"),
+    ("hetlora", "weighting"): ("strategy.sparsity=false",),
+    ("scarlet", "distill_batch"): ("transfer.subset=40",),
+    ("selectivefd", "server_threshold"): ("train.epochs=8",),
+    ("selectivefd", "auxiliary"): ("train.epochs=8", "strategy.client_quantile=0.5"),
+    **{("selectivefd", key): ("train.epochs=8",) for key in ("distill_batch", "distill_epochs", "subset", "width")},
+    **{("cofed", key): ("train.epochs=8", "rounds=3", "strategy.vote_round=1") for key in (
+        "margin", "threshold", "weighting", "learn", "repeat", "subset", "restart", "vote_round",
+    )},
+    ("flwr_krum", "num_malicious_nodes"): SEVEN,
+    ("flwr_multikrum", "num_malicious_nodes"): SEVEN,
+    ("flwr_multikrum", "num_nodes_to_select"): SEVEN,
+    ("flwr_bulyan", "num_malicious_nodes"): SEVEN,
+}  # fmt: skip
+
+# (strategy, key) or (strategy, key, value): why nothing can differ
+SILENT: dict[tuple[str, ...], str] = {
+    ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
+    ("fedproto", "inference"): "says how a client predicts, not what it learns",
+    (
+        "fedbn",
+        "norms",
+    ): "no small model has a norm without running statistics: test_partial_sharing.py",
+}
+
+
+# what is refused as it stands, and the words that say why
+REFUSED: dict[tuple[str, str], str] = {
+    ("feddf", "patience"): "patience=1 needs labels",
+    ("feddf", "drop_worst"): "drop_worst=true needs labels",
+    **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},
+}
+
+
+def values(name: str, field: Any) -> list[Any]:
+    """What a key is set to in its turn: each other choice, or one other number."""
+    default = None if field.default is MISSING else field.default
+    if (name, field.name) in VALUES:
+        return [VALUES[name, field.name]]
+    if field.metadata.get("choices"):
+        return [choice for choice in field.metadata["choices"] if choice != default]
+    if isinstance(default, bool):
+        return [not default]
+    if field.name in OTHER:
+        return [OTHER[field.name]]
+    assert isinstance(default, int | float), f"{name}.{field.name}: say in OTHER what else it can be"
+    high = field.metadata.get("high")
+    twice = 2 * default if default else 1
+    return [default / 2 if high is not None and twice > high else twice]
+
+
+KEYS = [(name, field.name) for name in sorted(registry.listed()) for field in fields(registry.entry(name).hyper)]
+
+
+@pytest.mark.parametrize(("name", "key"), KEYS)
+def test_a_key_is_heard(name: str, key: str) -> None:
+    (field,) = (f for f in fields(registry.entry(name).hyper) if f.name == key)
+    beside = BESIDE.get((name, key), ())
+    plain = _digest(name, beside)
+    for value in values(name, field):
+        if (name, key) in SILENT or (name, key, str(value)) in SILENT:
+            continue
+        word = f"strategy.{key}={value}"
+        if (name, key) in REFUSED:
+            with pytest.raises(UserError, match=REFUSED[name, key]):
+                play(name, word, *beside, base=BASE)
+            continue
+        changed = play(name, *beside, word, base=BASE).digest
+        assert changed != plain, f"{name}: {key}={value} changes nothing"
+
+
+_made: dict[tuple[str, tuple[str, ...]], str] = {}
+
+
+def _digest(name: str, beside: tuple[str, ...]) -> str:
+    if (name, beside) not in _made:
+        _made[name, beside] = play(name, *beside, base=BASE).digest
+    return _made[name, beside]
+
+
+def test_the_lists_name_what_there_is() -> None:
+    known = set(KEYS)
+    assert {entry[:2] for entry in SILENT} <= known
+    assert set(BESIDE) <= known
+    assert all(SILENT.values())
