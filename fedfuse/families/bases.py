@@ -178,6 +178,7 @@ class BasisStrategy(RankedStrategy):
         """Σ of gradients over rows of the server's labelled set."""
         if self.scenario.data.transfer is None:
             raise UserError("strategy.init_from=transfer: there is no transfer set; allowed: clients, sketch")
+        self.residents.transfer_declared = True  # by a hyper-parameter: other bases need no transfer set
         x, y = self.residents.tensors("transfer")
         if y is None:
             raise UserError("strategy.init_from=transfer: needs labels; set transfer.labelled=true")
