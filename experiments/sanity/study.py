@@ -47,7 +47,7 @@ ADAPTER = Expected("a few trained numbers on a frozen random network: above twic
 EXPECTED: dict[str, Expected] = {
     "centralized": Expected("the upper bound: all data at one place", 0.9, 0.9),
     "local": Expected("the lower bound: own classes only", 2 * CHANCE, 0.8, "it is local training"),
-    **dict.fromkeys(("fedavg", "fedprox", "fednova", "scaffold", "feddyn", "moon", "fedgen", "feddf", "fedhkd"), AVERAGE),
+    **dict.fromkeys(["fedavg", "fedprox", "fednova", "scaffold", "feddyn", "moon", "fedgen", "feddf", "fedhkd"], AVERAGE),
     **dict.fromkeys(("flwr_fedavg", "flwr_fedprox", "flwr_fedavgm"), AVERAGE),
     **dict.fromkeys(("flwr_fedmedian", "flwr_fedtrimmedavg", "flwr_krum", "flwr_multikrum", "flwr_bulyan"), ROBUST),
     **dict.fromkeys(("flwr_fedadagrad", "flwr_fedadam", "flwr_fedyogi", "flwr_qfedavg"), ADAPTIVE),
@@ -57,7 +57,7 @@ EXPECTED: dict[str, Expected] = {
     "ktpfl": PERSONAL._replace(words="personal mixtures at T = 10: a gentle pull towards the others"),
     "comet": PERSONAL._replace(words="a cluster's mean as regulariser of local training"),
     "cofed": PERSONAL._replace(words="pseudo-labels of own classes, voted once half-way"),
-    "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so that little is taught, and nothing wrong"),
+    "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so little is taught, and nothing wrong"),
     **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(

@@ -1,10 +1,10 @@
 """Flower's SuperLink behind doors of our own, and its command line as an operator with a certificate.
 
-Internal names of Flower 1.41: `flower_superlink.uvicorn`, whose `run` is handed the SuperLink's application (`open_doors`),
-and `ProtobufClient.__init__` of `flwr.supercore.protobuf.client`, whose `verify` becomes a context with a certificate
-(`run_as`). Of uvicorn 0.49: `H11Protocol`, which is subclassed to tell the application who its peer is, and its
-`app_state`. They buy ports apart for sites and operators, and that strangers reach neither. Without them the server does
-not start, and the operator's commands fail, both by name. Guard: `tests/deploy/test_doors.py`.
+Internal names of Flower 1.41: `flower_superlink.uvicorn`, whose `run` is handed the SuperLink's application
+(`open_doors`), and `ProtobufClient.__init__` of `flwr.supercore.protobuf.client`, whose `verify` becomes a context
+with a certificate (`run_as`). Of uvicorn 0.49: `H11Protocol`, which is subclassed to tell the application who its
+peer is, and its `app_state`. They buy ports apart for sites and operators, and that strangers reach neither. Without
+them the server does not start, and the operator's commands fail, both by name. Guard: `tests/deploy/test_doors.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ import textwrap
 
 from fedfuse.config import catalogue, registry
 from fedfuse.config.compose import GROUPS, meant, options, preset_files
-from fedfuse.config.keys import Key, hypers, known, said
+from fedfuse.config.keys import Key, said
+from fedfuse.config.registry import hypers
+from fedfuse.config.schema import known
 from fedfuse.errors import UserError, nearest
 
 KINDS = ("strategies", "datasets", "partitions", "models", "losses", "experiments")

@@ -1,8 +1,8 @@
 """Who may reach what of a server: sites one port, operators another with certificates and roles, our executor a third.
 
-Flower's SuperLink has one application behind one port without accounts. Here it stays one application, and each port lets
-through its own part of it. Beside it, orders and results travel by the operators' port alone: the run configuration that
-Flower shows to every node holds a name and a hash.
+Flower's SuperLink has one application behind one port without accounts. Here it stays one application, and each port
+lets through its own part of it. Beside it, orders and results travel by the operators' port alone: the run
+configuration that Flower shows to every node holds a name and a hash.
 """
 
 from __future__ import annotations

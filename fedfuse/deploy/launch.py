@@ -210,7 +210,7 @@ def run_node(
     elif not insecure and abs(ahead := skew(server, _there(ca, "--ca"))) > SKEW:
         side = "ahead of" if ahead > 0 else "behind"
         raise WorldError(
-            f"this machine's clock is {abs(ahead):.0f} s {side} the server's at {server}; more than {SKEW} s are refused "
+            f"this machine's clock is {abs(ahead):.0f} s {side} the server's at {server}; over {SKEW} s are refused "
             "there: set it (NTP), then start again"
         )
     if insecure:

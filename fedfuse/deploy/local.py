@@ -88,7 +88,8 @@ class Federation:
         write_certificates(certs, [], [], operators=["local"])
         server = self.process(
             "server", "server", "--certs", str(certs), "--host", "127.0.0.1", "--port", str(self.port),
-            "--control-port", str(self.control), "--state-dir", str(self.work / "server"), "--runs", str(self.work / "runs"), *self._mine,
+            "--control-port", str(self.control), "--state-dir", str(self.work / "server"),
+            "--runs", str(self.work / "runs"), *self._mine,
         )  # fmt: skip
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")

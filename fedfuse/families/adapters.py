@@ -80,7 +80,9 @@ class AdapterClient(FusionClient):
     def fit(self) -> Metrics:
         """Train adapters and head; what lies beyond the client's rank is zero and stays so."""
         rank = self.rank
-        more = {} if rank == self.hyper.rank else {"after_backward": lambda model: lora.confine(model, rank)}
+        more: dict[str, Any] = {}
+        if rank != self.hyper.rank:
+            more["after_backward"] = lambda model: lora.confine(model, rank)
         metrics = self.train(**more)
         self.keep()
         return metrics

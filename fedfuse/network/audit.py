@@ -1,8 +1,8 @@
 """A log that only grows and tells when it was changed: who asked what of this machine, and what left it.
 
-Every line is JSON and holds the hash of the line before it; a file beside the log holds the number of lines and the hash
-of the last. Any changed, dropped, inserted or reordered byte breaks the chain. Whoever may write both files can write
-another history: note the printed head somewhere else, and `audit --head` compares.
+Every line is JSON and holds the hash of the line before it; a file beside the log holds the number of lines and the
+hash of the last. Any changed, dropped, inserted or reordered byte breaks the chain. Whoever may write both files can
+write another history: note the printed head somewhere else, and `audit --head` compares.
 """
 
 from __future__ import annotations
