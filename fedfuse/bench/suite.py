@@ -18,7 +18,7 @@ from typing import Any
 from fedfuse.bench import footprint
 from fedfuse.bench.contestants import COHORT, WORKLOADS
 from fedfuse.compat.quiet import QUIET
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, nearest
 
 USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
@@ -202,6 +202,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _job(word: str) -> tuple[str, int]:
+    """A workload and its number of clients, as `name` or `name@count`."""
+    name, _, count = word.partition("@")
+    if name not in WORKLOADS:
+        raise UserError(f"{name}: no such workload; {nearest(name, [*WORKLOADS, *MEASURES])}")
+    least = WORKLOADS[name].cohort(20)
+    if count and (not count.isdigit() or int(count) < least):
+        raise UserError(f"{word}: at least {least} clients are needed")
+    return name, int(count or (1000 if least == COHORT else least))
+
+
 def command(argv: Sequence[str]) -> int:
     """Run the suite; 0 done.
 
@@ -210,8 +221,6 @@ def command(argv: Sequence[str]) -> int:
     UserError
         For an unknown workload, side or option.
     """
-    from fedfuse.errors import nearest
-
     words, chosen, out, picked = list(argv), list(SIDES), Path("bench"), []
     rounds: int | None = None
     if any(word in ("-h", "--help") for word in words):
@@ -236,18 +245,8 @@ def command(argv: Sequence[str]) -> int:
             picked.append(word)
     if unknown := [side for side in chosen if side not in SIDES]:
         raise UserError(f"--against={unknown[0]}: unknown; {nearest(unknown[0], SIDES)}")
-    jobs, measures = [], []
-    for word in picked or DEFAULT:
-        name, _, count = word.partition("@")
-        if word in MEASURES:
-            measures.append(word)
-            continue
-        if name not in WORKLOADS:
-            raise UserError(f"{name}: no such workload; {nearest(name, [*WORKLOADS, *MEASURES])}")
-        least = WORKLOADS[name].cohort(20)
-        if count and (not count.isdigit() or int(count) < least):
-            raise UserError(f"{word}: at least {least} clients are needed")
-        jobs.append((name, int(count or (1000 if least == COHORT else least))))
+    measures = [word for word in picked or DEFAULT if word in MEASURES]
+    jobs = [_job(word) for word in picked or DEFAULT if word not in MEASURES]
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(), "cohort": COHORT, "contests": []}
     print(f"{'ms per client':<18}" + "".join(f"{side:>10}" for side in chosen))

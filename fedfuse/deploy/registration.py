@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedfuse.config.files import read
 from fedfuse.deploy.certs import node_keys, secret
 from fedfuse.deploy.link import Link
 from fedfuse.errors import UserError, WorldError
-from fedfuse.files import read
 from fedfuse.network.roster import Place, fingerprint, place_from
 
 SIGNED = ec.ECDSA(hashes.SHA384())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedfuse.config.files import read_text
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
@@ -20,7 +21,6 @@ from fedfuse.deploy.link import Link
 from fedfuse.deploy.orders import unpack, write_patience
 from fedfuse.deploy.processes import surroundings
 from fedfuse.errors import UserError, WorldError, one_line
-from fedfuse.files import read_text
 from fedfuse.network.remote_grid import Patience
 from fedfuse.wire.client_store import replaced
 

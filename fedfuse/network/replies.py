@@ -38,6 +38,11 @@ def fault_of(reply: Message, client: int, examples: int | None = None) -> str | 
     if any(name.startswith("sum:") for name in content.array_records):
         return "a group sum; a site sends its own records"
     config: Any = content.config_records.get("config", ConfigRecord())
+    metrics: Any = content.metric_records.get("metrics", MetricRecord())
+    return _config_fault(config, client) or _metrics_fault(metrics, examples)
+
+
+def _config_fault(config: Any, client: int) -> str | None:
     for key, value in config.items():
         if key not in WORDS:
             return f"unexpected entry {key[:80]!r} in config"
@@ -47,7 +52,10 @@ def fault_of(reply: Message, client: int, examples: int | None = None) -> str | 
         return f"says it is client {config['client']}, client {client} was asked"
     if not 0 <= int(config.get("retried", 0)) <= 100:
         return f"retried is {config['retried']}"
-    metrics: Any = content.metric_records.get("metrics", MetricRecord())
+    return None
+
+
+def _metrics_fault(metrics: Any, examples: int | None) -> str | None:
     if len(metrics) > MOST:
         return f"{len(metrics)} metrics; allowed are {MOST}"
     weight = metrics.get("num-examples")

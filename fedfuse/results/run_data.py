@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedfuse.config.files import checked, opened, read, read_text
 from fedfuse.errors import UserError
-from fedfuse.files import checked, opened, read, read_text
 
 if TYPE_CHECKING:
     import polars as pl

@@ -20,11 +20,11 @@ from typing import IO, Any
 import polars as pl
 import torch
 
+from fedfuse.config.files import opened
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
-from fedfuse.files import opened
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.train.privacy import private_notes

@@ -14,6 +14,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import code
+from fedfuse.config.files import read_text
 from fedfuse.config.registry import Entry
 from fedfuse.config.schema import Config, RuntimeConfig, without_gone
 from fedfuse.core.build import build_strategy
@@ -26,7 +27,6 @@ from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.files import read_text
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.tracking import check as check_tracking
