@@ -18,8 +18,7 @@ from fedfuse.compat import flower_processes
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.processes import ALLOW_CODE, RUNS, SURROUNDINGS
 from fedfuse.errors import UserError, WorldError
-from fedfuse.network.site_config import SiteConfig
-from fedfuse.network.sizes import MEMORY
+from fedfuse.network.site_config import MEMORY, SiteConfig
 
 LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fedfuse.network.policy import Policy, policy_from
 
+MEMORY = "FEDFUSE_MEMORY"  # environment: MB that a task may take beyond what it starts with; empty: no limit
+
 
 @dataclass(frozen=True)
 class SiteConfig:

@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.network.site_config import MEMORY
 from fedfuse.wire.records import layout_nbytes
 
-MEMORY = "FEDFUSE_MEMORY"  # environment: MB that a task may take beyond what it starts with; empty: no limit
 SLACK = 2**20  # bytes: headers, names, framing
 UNKNOWN = 2**31  # bytes of a record whose layout no strategy declares
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedfuse.compat import flower_apps, flower_fleet, flower_identity, flower_records, flower_replies
+from fedfuse.compat import flower_apps, flower_arrays, flower_fleet, flower_identity, flower_records, flower_replies
 
 flower_identity.claim_identity()
 
@@ -101,6 +101,21 @@ def test_messages_take_a_name_and_travel_in_two_parts() -> None:
     assert again.metadata.message_id == "m9"
     assert again.content["c"]["a"] == 2
     assert flower_apps.new_run(3).run_id == 3
+
+
+def test_an_array_is_sized_before_it_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    array = Array(np.arange(1000.0))
+    children = {key: value for key, value in get_all_nested_objects(array).items() if key != array.object_id}
+    monkeypatch.setattr(Array, "inflate", Array.inflate)  # put back after the test
+    flower_arrays.limit_arrays(len(array.data))
+    assert np.array_equal(Array.inflate(array.deflate(), children).numpy(), array.numpy())
+    flower_arrays.limit_arrays(len(array.data) - 1)
+    with pytest.raises(Exception, match=f"an array of {len(array.data)} bytes"):
+        Array.inflate(array.deflate(), children)
 
 
 def test_what_flower_does_for_apps_and_nodes_is_there() -> None:

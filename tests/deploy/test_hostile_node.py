@@ -98,7 +98,7 @@ HELLOS: dict[str, Any] = {
 def test_a_bad_hello_names_its_node_and_leaves_it_out(kind: str, own: bool, tmp_path: Path) -> None:
     network, config = Network(seats(tmp_path, 3)), tiny("fedavg")
     if own:
-        from fedfuse.network.server import counts_of
+        from fedfuse.network.own_data import counts_of
 
         found = {"client": 2, "examples": [100, 10, 10], **HELLOS[kind]}
         if "client" not in HELLOS[kind]:
