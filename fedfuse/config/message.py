@@ -51,7 +51,7 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
         raise UserError(f"configuration: {len(text)} characters; allowed are {LONGEST}")
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"configuration: not JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
         raise UserError("configuration: an object with a strategy is needed")
@@ -103,7 +103,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif (origin is typing.Literal and value in inside) or (hint in (list, dict) and isinstance(value, hint)):
         return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{where}: a number of {len(str(value))} digits; a float holds none of that size") from error
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
         hint in (str, bool) and isinstance(value, hint)
     ):
