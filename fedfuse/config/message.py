@@ -50,7 +50,7 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     if len(text) > LONGEST:
         raise UserError(f"configuration: {len(text)} characters; allowed are {LONGEST}")
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise UserError(f"configuration: not JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
@@ -66,6 +66,12 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     config.strategy = chosen
     check(config)
     return config
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def _build(kind: type[Any], values: Any, prefix: str) -> Any:
@@ -103,10 +109,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif (origin is typing.Literal and value in inside) or (hint in (list, dict) and isinstance(value, hint)):
         return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise UserError(f"{where}: a number of {len(str(value))} digits; a float holds none of that size") from error
+        return float(value)
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
         hint in (str, bool) and isinstance(value, hint)
     ):
