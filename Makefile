@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 # where it is set, every process compiles torch, ray and flwr anew, twice the time of a start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-deploy check arrows format bench clean
+.PHONY: setup demo test test-deploy fuzz check arrows format bench clean
 
 setup: $(VENV)/ready
 
@@ -33,6 +33,10 @@ test: setup
 # real processes, real kills: minutes, so not in CI
 test-deploy: setup
 	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" -v --durations=0 --timeout=1200
+
+# ten thousand orders and ten thousand replies that nobody would write; CI tries a few hundred
+fuzz: setup
+	FEDFUSE_FUZZ=10000 $(BIN)/python -m pytest tests/deploy/test_fuzz.py -v --durations=0 --timeout=3600
 
 check: setup
 	$(BIN)/ruff check .

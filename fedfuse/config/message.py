@@ -50,8 +50,8 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     if len(text) > LONGEST:
         raise UserError(f"configuration: {len(text)} characters; allowed are {LONGEST}")
     try:
-        values = json.loads(text)
-    except ValueError as error:
+        values = json.loads(text, parse_int=_whole)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"configuration: not JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
         raise UserError("configuration: an object with a strategy is needed")
@@ -66,6 +66,12 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     config.strategy = chosen
     check(config)
     return config
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def _build(kind: type[Any], values: Any, prefix: str) -> Any:

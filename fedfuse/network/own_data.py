@@ -113,7 +113,7 @@ def _read(task: str) -> dict[str, Any]:
         about = json.loads(task)
         names, size = about["classes"], about["transfer"]
         scales = [about["mean"], about["std"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused("the task is not what a FedFuse server writes") from error
     good = isinstance(names, list) and 1 < len(names) <= 100_000 and all(isinstance(n, str) for n in names)
     good = good and isinstance(size, int) and 0 <= size < 2**31
