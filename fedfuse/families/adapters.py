@@ -29,7 +29,7 @@ class AdapterHyper:
     """Hyper-parameters of every strategy that exchanges adapters."""
 
     rank: int = hyper(8, "r, rank of the adapters", low=1)
-    alpha: float | None = hyper(None, "α in the scale s = α/r; null: 2r", above=0)
+    alpha: float | None = hyper(None, "α in the scale s = α/r; null: r, so s = 1 (papers: r/2 to 2r)", above=0)
     targets: str = hyper("auto", "adapted layers, patterns of dotted names; auto: every linear layer but heads")
     dropout: float = hyper(0.0, "dropout of the adapters' inputs", low=0, high=0.9)
     head: str = hyper("aggregated", "classification heads", choices=("aggregated", "personal", "frozen"))
@@ -63,8 +63,8 @@ class AdapterClient(FusionClient):
 
     @property
     def rank(self) -> int:
-        """r_i, of those that differ in rank; else r."""
-        return int(self.hyper.rank)
+        """r_i, where clients may differ in rank; else r."""
+        return lora.rank_of(self.hyper, self.client) if getattr(self.hyper, "ranks", None) else int(self.hyper.rank)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take over what is common, then what is the client's own."""

@@ -27,7 +27,7 @@ def equip(
     hyper: Any,
     layer: type[Adapted] = LoRA,
     trains: tuple[str, ...] = ("lora_A", "lora_B"),
-    default_scale: float = 2.0,
+    default_scale: float = 1.0,
     **options: Any,
 ) -> nn.Module:
     """Put adapters into a model; `trains` names their trained parts, the others are fixed."""

@@ -21,7 +21,7 @@ SEEDED = "strategy.init=random_orthonormal"  # a basis from the run's seed, whic
 
 def server(name: str, *overrides: str):
     """A server half that has begun, on three clients of different size."""
-    own = (SEEDED,) if name == "fed_sb" else ()
+    own = (SEEDED,) if name == "fed_sb" else ("strategy.alpha=8",)  # s = 1 and s = 2: a forgotten scale is seen
     base = (*TINY, f"strategy={name}", "strategy.rank=4", *own, *overrides)
     _, scenario = scenario_of(base)
     strategy = build_strategy(registry.entry(name), scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -208,8 +209,10 @@ def test_fusion_is_felt_at_the_defaults_and_a_run_without_says_so() -> None:
     default = play("knfu", *skewed)
     assert default.strategy.state["weights"]["neighbours"] > 1.2
     assert default.strategy.notes() == []
-    inert = play("knfu", *skewed, "strategy.distance=kl_nm", "strategy.beta=1000")
-    (note,) = inert.strategy.notes()
+    with federation("knfu", *skewed, "strategy.distance=kl_nm", "strategy.beta=1000") as (built, directory):
+        built.run()
+        summary = json.loads((directory.path / "summary.json").read_text())
+    (note,) = built.strategy.notes()
     assert "fusion did next to nothing" in note
     assert "1.000 of their mixtures" in note
-    assert note in inert.directory.summary(inert.federation)["notes"]
+    assert note in summary["notes"]

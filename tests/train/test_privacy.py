@@ -163,7 +163,9 @@ def test_a_simulation_says_that_it_is_one(private_run) -> None:
     summary = json.loads((path / "summary.json").read_text())
     assert summary["dp"] == "simulated"
     assert any("which no private example has touched" in note for note in summary["notes"])
-    assert "dp" not in json.loads(json.dumps(play("fedavg").directory.summary(play("fedavg").federation)))
+    with federation("fedavg") as (built, directory):
+        built.run()
+        assert "dp" not in json.loads((directory.path / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["fed_sb", "scaffold"])
