@@ -113,7 +113,7 @@ def test_one_new_file_is_one_new_strategy(shelf: dict, monkeypatch, tmp_path: Pa
         assert registry.entry("fresh").paper == "none"
     finally:
         sys.modules.pop("fedfuse.strategies.fresh", None)
-    with pytest.raises(UserError, match=r"strategy=broken: unknown; .*broken\.py cannot be read \(.*line 1\)"):
+    with pytest.raises(UserError, match=r"strategy=broken: broken\.py cannot be read \(.*line 1\)"):
         registry.entry("broken")
     with pytest.raises(UserError, match=r"strategy=absent: .* cannot be imported \(NameError: name 'strategy'"):
         registry.entry("absent")

@@ -357,7 +357,7 @@ def test_modules_that_take_labels_or_dictionaries():
 def test_shipped_configurations_build():
     assert set(options("loss")) == {*names(), "default", "custom"}
     for name in options("loss"):
-        content = compose([f"loss={name}"]).loss
+        content = compose([f"loss={name}", "strategy=fedmd"]).loss
         if name in names():
             made = loss(name, temperature=content.temperature, **content.options)
             plain = loss(name)
