@@ -9,8 +9,8 @@ being W₀ + Δ + s·B A:
 
 Exact, at any mixture of ranks. Travels: up b·r_i·(d+k); down b·(Σ_j r_j)·(d+k), to absent clients too once
 they come back, or Δ itself if that is the smaller; with the head. Open in the paper, read so: α_i/r_i is one
-s for all clients, as in its scripts (α = 2r there; 1 by default here); the new A is drawn as at the start, afresh for each client and
-round. As each round restarts from zero, short rounds learn little (their users' finding).
+s for all clients, as in its scripts (α = 2r there; s = 1 by default here); the new A is drawn as at the start, afresh
+for each client and round. As each round restarts from zero, short rounds learn little (their users' finding).
 """
 
 from __future__ import annotations

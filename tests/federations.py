@@ -62,7 +62,8 @@ class Played:
 
 @cache
 def _composed(words: tuple[str, ...]) -> Config:
-    return compose([*words, "strategy=local"])
+    distils = any(word.startswith("loss=") for word in words)  # elsewhere a loss would be refused as idle
+    return compose([*words, "strategy=fedmd" if distils else "strategy=local"])
 
 
 @cache

@@ -109,7 +109,7 @@ def test_taid_rises_with_the_run_at_both_halves() -> None:
         def round(self, federation):
             seen.append(float(federation.strategy.state["losses"]["distil 0"]["tau"]))
 
-    with federation("dsfl", "loss=taid", "rounds=4") as (built, directory):
+    with federation("dsfl", "loss=taid", "rounds=4", "strategy.distill_epochs=1") as (built, directory):
         built.callbacks.append(Watch())
         built.run()
         strategy = built.strategy
