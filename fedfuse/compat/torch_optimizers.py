@@ -20,9 +20,10 @@ try:
     from torch.optim.optimizer import _global_optimizer_post_hooks as _post_hooks
     from torch.optim.optimizer import _global_optimizer_pre_hooks as _pre_hooks
 
-    KNOWN = all(
-        hasattr(torch.optim.SGD([torch.zeros(1)]), name)
-        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "profile_hook_step")
+    # asked of the class: making an optimiser would import torch's compiler
+    KNOWN = hasattr(torch.optim.Optimizer, "profile_hook_step") and all(
+        name in torch.optim.Optimizer.__annotations__
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     )
 except ImportError:  # pragma: no cover - another torch
     KNOWN = False
