@@ -41,6 +41,9 @@ def median():
             everyone = [share.records["model"] for share in shares]
             self.publish("model", {k: torch.stack([one[k] for one in everyone]).median(0).values for k in everyone[0]})
 
+        def server_models(self):
+            return {"model": (self.architecture, self.model)}
+
     registry.strategy("median_here", client=FusionClient)(Median)
     yield Median
     registry._entries.pop("median_here")
@@ -61,7 +64,7 @@ def test_a_class_a_callable_and_arrays(median, tmp_path) -> None:
     assert "<table>" in run._repr_html_()
     again = fedfuse.run({**OWN, "strategy": median, "model": network}, out=tmp_path / "again")
     assert again.digest == run.digest
-    assert run.predict(X[:4], client=0).shape == (4, 3)
+    assert run.predict(X[:4]).shape == (4, 3)
 
 
 def test_the_same_on_ray(median, tmp_path, ray_session) -> None:
@@ -74,9 +77,10 @@ def test_the_same_on_ray(median, tmp_path, ray_session) -> None:
     assert workers.digest == inline.digest
 
 
-def test_what_is_gone_is_named(tmp_path) -> None:
+def test_what_is_gone_is_named(tmp_path, monkeypatch) -> None:
     run = fedfuse.run({**OWN, "strategy": "local", "out": tmp_path / "run"})
     (run.dir / "summary.json").unlink()
+    monkeypatch.setattr("fedfuse.config.dotted._given", {})
     with pytest.raises(UserError, match="was handed over from Python and is not here; run it from there again"):
         resume(run.dir, allow_code=True)
 

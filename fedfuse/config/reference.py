@@ -9,7 +9,6 @@ import textwrap
 from fedfuse.config import catalogue, registry
 from fedfuse.config.compose import GROUPS, meant, options, preset_files
 from fedfuse.config.keys import Key, said
-from fedfuse.config.registry import hypers
 from fedfuse.config.schema import known
 from fedfuse.errors import UserError, nearest
 
@@ -50,7 +49,7 @@ def strategy_text(name: str) -> str:
     parts = [f"{name}: {summary}"]
     parts += [entry.paper] if entry.paper else []
     parts += ["", box, "", *asks(name), "", "Hyper-parameters, as strategy.<name>=<value>:"]
-    found = hypers(name)
+    found = registry.hypers(name)
     return "\n".join([*parts, *(_row(one) for one in found)] if found else [*parts[:-1], "No hyper-parameters."])
 
 
@@ -90,7 +89,7 @@ def key_text(name: str) -> str:
         return _full(keys[name])
     parts = name.split(".")
     if parts[0] == "strategy" and len(parts) == 3:
-        found = {one.name: one for one in hypers(parts[1])}
+        found = {one.name: one for one in registry.hypers(parts[1])}
         if f"strategy.{parts[2]}" in found:
             return _full(found[f"strategy.{parts[2]}"])
         raise UserError(f"{name}: {parts[1]} has no such setting; {nearest(parts[2], [k[9:] for k in found])}")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose, expand, strategy_of
-from fedfuse.config.idle import Idle
+from fedfuse.config.idle import Idle, idle
 from fedfuse.config.schema import Config
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
@@ -91,27 +91,30 @@ def combine(words: Sequence[str]) -> tuple[list[Combination], list[str]]:
         words_kept = [word for word in kept if word]
         while True:
             try:
-                config = composed(words_kept, known)
-                break
+                config, refused = composed(words_kept, known), None
+                said = idle(config)
             except Idle as error:
+                refused = error
                 said = dict(zip(error.keys, str(error).split("; "), strict=False))
-                for i, word in enumerate(kept):
-                    key = word.split("=")[0].lstrip("+~")
-                    why = said.get(key) or said.get(f"{key}.name")
-                    if word and why and key != "strategy":
-                        kept[i], reasons[i] = "", why.split("does nothing here: ")[-1]
-                if len(fewer := [word for word in kept if word]) == len(words_kept):
-                    raise
-                words_kept = fewer
+            for i, word in enumerate(kept):
+                key = word.split("=")[0].lstrip("+~")
+                why = said.get(key) or said.get(f"{key}.name")
+                if word and why and key != "strategy":
+                    kept[i], reasons[i] = "", why.split("does nothing here: ")[-1]
+            if (fewer := [word for word in kept if word]) == words_kept:
+                if refused is not None:
+                    raise refused
+                break
+            words_kept = fewer
         for i in range(len(job)):
             if kept[i]:
                 used.add(words[i])
             else:
                 lost[words[i]][reasons[i]] += 1
-        varied = [kept[i] for i in range(len(words)) if varies[i] and kept[i]]
-        out.setdefault(tuple(words_kept), Combination(words_kept, varied, config))
-    for word in lost:
-        if word not in used:
+        differ = [kept[i] for i in range(len(words)) if varies[i] and kept[i]]
+        out.setdefault(tuple(words_kept), Combination(words_kept, differ, config))
+    for word, varied in zip(words, varies, strict=True):
+        if word in lost and word not in used and varied:
             raise UserError(f"{word} does nothing in any of these runs: {'; '.join(lost[word])}")
     notes = [
         f"{word}: left out of {sum(why.values())} of {len(jobs)} runs ({'; '.join(why)})" for word, why in lost.items()

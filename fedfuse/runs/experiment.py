@@ -12,6 +12,7 @@ import yaml
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
+from fedfuse.config.dotted import given
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import code
 from fedfuse.config.files import read_text
@@ -164,6 +165,7 @@ def load_config(path: Path) -> Config:
         raise
     except Exception as error:
         raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
+    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
     check(config)
     return config
 

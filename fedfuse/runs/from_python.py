@@ -84,10 +84,8 @@ def _data(value: Any) -> list[str]:
 class Held:
     """A data set that is there already, as `data.load` takes it."""
 
-    __qualname__ = "data"
-
     def __init__(self, made: Any) -> None:
-        self.made = made
+        self.made, self.__qualname__ = made, "data"
 
     def __call__(self) -> Any:
         """The data set."""

@@ -56,22 +56,25 @@ class Headless(nn.Module):
     [
         *(
             (
-                f"strategy={name} model=custom model.build=tests.test_errors:Headless",
+                f"strategy={name} model=custom model.build=tests.core.test_errors:Headless",
                 f"strategy={name} needs models with features(x), head(z) and feature_dim, where forward(x) is "
-                "head(features(x)); tests.test_errors:Headless has no head and no feature_dim",
+                "head(features(x)); tests.core.test_errors:Headless has no head and no feature_dim",
             )
             for name in ("fedproto", "moon", "fedrep")
         ),
         (
-            "data=custom data.load=tests.test_errors:load",
-            "data.load=tests.test_errors:load was called with no data.extra: load() missing 1 required",
+            "data=custom data.load=tests.core.test_errors:load",
+            "data.load=tests.core.test_errors:load was called with no data.extra: load() missing 1 required",
         ),
         (
-            "data=custom data.load=tests.test_errors:load +data.extra.foldr=x",
+            "data=custom data.load=tests.core.test_errors:load +data.extra.foldr=x",
             "was called with data.extra.foldr: load() got an unexpected keyword argument 'foldr'",
         ),
-        ("data=custom data.load=tests.test_errors:load data.extra.folder=x", "returned NoneType; expected a fedfuse"),
-        ("data=custom data.load=tests.test_errors:broken", "failed: KeyError: 'label' (broken, test_errors.py"),
+        (
+            "data=custom data.load=tests.core.test_errors:load data.extra.folder=x",
+            "returned NoneType; expected a",
+        ),
+        ("data=custom data.load=tests.core.test_errors:broken", "failed: KeyError: 'label' (broken, test_errors.py"),
         ("data=images data.root=WHERE", "data=images: no images under WHERE; expected <class>/*.png"),
         ("strategy=knfu transfer.size=0", "transfer.size=0: strategy=knfu needs a transfer set; allowed is 1 or more"),
         (

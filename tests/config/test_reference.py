@@ -1,0 +1,70 @@
+"""The reference: every key and hyper-parameter has a meaning, and a user who asks for one finds it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedfuse.cli import main
+from fedfuse.config import registry
+from fedfuse.config.idle import CONDITIONS, holds
+from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
+from fedfuse.config.schema import Config, known
+from fedfuse.errors import UserError
+
+
+def test_every_key_means_something_and_its_condition_can_be_read() -> None:
+    config = Config()
+    config.strategy = registry.typed(registry.schema("knfu")())
+    for key in known().values():
+        assert len(key.meaning) > 1, key.name
+        if key.only:
+            holds(key.only, config)
+        assert key.name in all_rows()
+    named = " ".join(key.only for key in known().values())
+    assert all(condition in named for condition in CONDITIONS)
+
+
+@pytest.mark.parametrize("name", sorted(registry.listed()))
+def test_every_strategy_has_a_page(name: str) -> None:
+    text = strategy_text(name)
+    for key in registry.hypers(name):
+        assert key.meaning, key.name
+        assert f"{key.name}=" in text
+    assert registry.entry(name).paper in text
+    assert len(text) > 300
+
+
+def test_what_is_asked_for_is_found(capsys) -> None:
+    for words, said in (
+        (["list", "knfu"], "strategy.beta=10.0                β, inverse temperature"),
+        (["help", "train.lr"], "  default: 0.05"),
+        (["help", "strategy.knfu.beta"], "  may be: number ≥ 0"),
+        (["help", "partition"], "partition=dirichlet|prior|clustered"),
+        (["help", "knfu"], "T_s·C·B_f bytes each way"),
+        (["run", "--help"], "train.weight_decay=0.0"),
+        (["help"], "fedfuse help KEY"),
+    ):
+        assert main(words) == 0
+        assert said in capsys.readouterr().out, words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run lr=0.1", "lr: no such key; did you mean 'train.lr' or 'distil.lr'?"),
+        ("run alpha=0.1", "did you mean 'partition.alpha'?"),
+        ("help lr", "did you mean 'train.lr'"),
+        ("help strategy.knfu.bta", "knfu has no such setting; did you mean 'beta'"),
+        ("list knfuu", "did you mean 'knfu'"),
+    ],
+)
+def test_what_was_meant_is_said(words: str, said: str, capsys) -> None:
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_listings_are_of_what_there_is() -> None:
+    assert dict(listing("losses"))["kl"]
+    assert {"smoke", "label_skew"} <= dict(listing("experiments")).keys()
+    with pytest.raises(UserError):
+        key_text("nonsense")
