@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 # where it is set, every process compiles torch, ray and flwr anew, twice the time of a start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-deploy fuzz check arrows format bench clean
+.PHONY: setup demo test test-deploy fuzz check arrows format bench docs wheel clean
 
 setup: $(VENV)/ready
 
@@ -57,6 +57,19 @@ format: setup
 
 bench: setup
 	$(BIN)/fedfuse bench
+
+# a searchable site of docs/, the generated reference and the studies, in build/site; links checked, nothing fetched at build
+docs: setup
+	$(BIN)/python -c 'import mkdocs' 2>/dev/null || \
+		VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/site.py build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file mkdocs.yml
+	@echo "build/site/index.html"
+
+# the wheel, installed elsewhere beside what setup has installed, runs README's first command from an empty folder
+wheel: setup
+	rm -rf build/wheel build/lib && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python tests/wheel.py build/wheel/*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

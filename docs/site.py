@@ -1,4 +1,4 @@
-"""Gathers the pages of the documentation's site, and writes those that are generated: `python docs/site.py build/pages`.
+"""Gathers the pages of the site, and writes those that are generated: `python docs/site.py build/pages`.
 
 Links to what is not a page (sources, tests) become plain text; links between pages are checked by mkdocs (`strict`).
 """
@@ -106,7 +106,11 @@ def strategies() -> str:
     for name, line in listing("strategies"):
         entry = registry.entry(name)
         box = inspect.getdoc(sys.modules[entry.server.__module__]) or ""
-        parts += [f"## `{name}`", cell(line), f"```text\n{box}\n```", "\n".join(f"- {cell(told)}" for told in asks(name))]
+        told = "
+".join(f"- {cell(one)}" for one in asks(name))
+        parts += [f"## `{name}`", cell(line), f"```text
+{box}
+```", told]
         if own := registry.hypers(name):
             parts.append(table(own))
     return "\n\n".join(parts) + "\n"

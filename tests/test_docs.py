@@ -58,3 +58,63 @@ def test_the_adapters_tables_are_what_their_command_prints(capsys) -> None:
     stands = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(printed) > 40
     assert [line for line in printed if line not in stands] == []
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
+    """Its cells one after another, as a kernel would, at one round."""
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "experiments/notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    space: dict = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert cell["outputs"] == []
+        exec("".join(cell["source"]).replace("ROUNDS = 5", "ROUNDS = 1"), space)
+    assert len(space["found"]) == 6
+    assert space["mine"].summary["rounds_done"] == 1
+
+
+def test_the_page_on_notebooks_does_what_it_shows(tmp_path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/notebooks.md").read_text(encoding="utf-8"), re.DOTALL)
+    space: dict = {"OUT": tmp_path}
+    exec(block, space)
+    assert space["run"].summary["final"]["accuracy/global"] > 0.5
+    assert space["found"].report.exists()
+
+
+@pytest.mark.parametrize("page", ["own_models", "partitions"])
+def test_what_the_pages_show_can_be_built(page: str) -> None:
+    from fedfuse.runs.experiment import prepare_scenario
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    space: dict = {"__name__": page}
+    exec(block, space)
+    if page == "own_models":
+        import torch
+
+        built = space["Parted"]((1, 8, 8), 10)
+        assert built(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    else:
+        from fedfuse.config.compose import compose
+        from fedfuse.config.dotted import give
+
+        config = compose(["data=custom", f"data.load={give(space['mine'])}", "partition=natural", "clients=null"])
+        assert prepare_scenario(config).clients == 5
+
+
+def test_the_site_has_every_page_and_its_links_lead_somewhere(tmp_path) -> None:
+    import yaml
+
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs/site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    pages = {str(page.relative_to(tmp_path)) for page in site.pages(tmp_path)}
+    listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1])
+    assert set(listed) == pages
+    for page in pages:
+        text = (tmp_path / page).read_text(encoding="utf-8")
+        for _, _, where, _ in site.LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            assert re.match(r"[a-z]+:", where) or (tmp_path / page).parent.joinpath(where).exists(), (page, where)
+    reference = (tmp_path / "reference/strategies.md").read_text(encoding="utf-8")
+    assert all(f"## `{name}`" in reference for name in registry.listed())
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] in (ROOT / "pyproject.toml").read_text()

@@ -89,8 +89,8 @@ def resolve(path: str, key: str) -> Callable[..., Any]:
     """
     if not _own_machine.get():
         raise Refused(f"{key}={path[:80]!r}: over the wire nothing is imported")
-    if isinstance(path, Given):
-        return path.made
+    if isinstance(handed := given(path), Given):
+        return handed.made
     module_name, colon, name = path.partition(":")
     if module_name == PYTHON:
         raise UserError(f"{key}={path}: was handed over from Python and is not here; run it from there again")

@@ -12,9 +12,8 @@ import yaml
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
-from fedfuse.config.dotted import given
 from fedfuse.config.allowed import leaves
-from fedfuse.config.dotted import code
+from fedfuse.config.dotted import code, given
 from fedfuse.config.files import read_text
 from fedfuse.config.registry import Entry
 from fedfuse.config.schema import Config, RuntimeConfig, without_gone
