@@ -106,12 +106,8 @@ def strategies() -> str:
     for name, line in listing("strategies"):
         entry = registry.entry(name)
         box = inspect.getdoc(sys.modules[entry.server.__module__]) or ""
-        parts += [
-            f"## `{name}`",
-            cell(line),
-            f"```text\n{box}\n```",
-            "\n".join(f"- {cell(told)}" for told in asks(name)),
-        ]
+        told = "\n".join(f"- {cell(one)}" for one in asks(name))
+        parts += [f"## `{name}`", cell(line), f"```text\n{box}\n```", told]
         if own := registry.hypers(name):
             parts.append(table(own))
     return "\n\n".join(parts) + "\n"

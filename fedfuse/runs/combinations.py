@@ -16,11 +16,11 @@ from fedfuse.config import registry
 from fedfuse.config.compose import compose, expand, strategy_of
 from fedfuse.config.idle import Idle, idle
 from fedfuse.config.schema import Config
+from fedfuse.core.build import build_strategy
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.data import FederatedData, prepare
 from fedfuse.errors import UserError
-from fedfuse.runs.experiment import build_strategy
 
 Look = TypeVar("Look")
 
