@@ -182,7 +182,7 @@ class RuntimeConfig:
 class TrackingConfig:
     """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow`)."""
 
-    name: str = key("none", "none, csv, tensorboard, mlflow or wandb")
+    name: str = key("none", "none, csv, tensorboard or mlflow")
     uri: str | None = key(
         None,
         "`mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db",
