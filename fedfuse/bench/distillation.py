@@ -26,8 +26,8 @@ def scenario_of(workload: Workload, clients: int) -> Any:
 
     batch = {"fedmd": "digest_batch", "knfu": "finetune_batch", "dsfl": "distill_batch"}[workload.strategy]
     words = [
-        f"strategy={workload.strategy}", f"strategy.{batch}={BATCH}", f"clients={clients}", "rounds=100000",
-        "train.batch_size=10", "train.lr=0.05", "train.momentum=0",
+        f"strategy={workload.strategy}", f"strategy.{batch}={BATCH}", "distil.epochs=1", f"clients={clients}",
+        "rounds=100000", "train.batch_size=10", "train.lr=0.05", "train.momentum=0",
     ]  # fmt: skip
     x, y = pool(workload)
     dataset = Dataset("synthetic", Examples(x, y), None, tuple("0123456789"), "image")

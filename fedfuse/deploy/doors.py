@@ -19,7 +19,6 @@ from fedfuse.compat.superlink_doors import naming_peers
 from fedfuse.errors import UserError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Roster, place_from
-from fedfuse.wire.client_store import replaced
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -158,6 +157,8 @@ class Operators(Door):
         if what == "orders":
             content = await whole(receive)
             file.parent.mkdir(parents=True, exist_ok=True)
+            from fedfuse.wire.client_store import replaced  # torch comes with it: only where something is written
+
             with replaced(file, durable=True) as partial:
                 partial.touch(0o600)
                 partial.write_bytes(content)

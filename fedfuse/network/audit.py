@@ -13,12 +13,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
-
-from flwr.app import RecordDict
+from typing import TYPE_CHECKING, Any
 
 from fedfuse.errors import UserError, WorldError
-from fedfuse.wire.client_store import replaced
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
 
 START = "0" * 64
 NAME = "audit.jsonl"
@@ -64,6 +64,8 @@ class Audit:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+            from fedfuse.wire.client_store import replaced  # torch comes with it: only where something is written
+
             with replaced(self.head_path, durable=True) as partial:
                 partial.write_text(f"{count + 1} {_sha(line)}\n")
 

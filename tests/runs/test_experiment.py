@@ -60,7 +60,7 @@ def refused(*words: str, out: Path | None = None) -> str:
         (["partition=dirichlet", "partition.alpha=-1"], "partition.alpha=-1"),
         (["partition=dirichlet", "partition.alpha=nan"], "partition.alpha=nan"),
         (["partition=dirichlet", "partition.alpha=1e-6", "clients=20"], "alpha=1e-06"),
-        (["transfer.size=0"], "transfer.size=0"),
+        (["transfer.size=-1"], "transfer.size=-1"),
         (["transfer.size=100000"], "transfer.size=100000"),
         (["transfer.size=240"], "transfer.size=240"),
         (["transfer.source=nowhere"], "transfer.source=nowhere"),

@@ -12,7 +12,7 @@ import pytest
 
 import fedfuse
 from fedfuse.config.schema import TrackingConfig
-from fedfuse.core import loop
+from fedfuse.core import callbacks
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
 from fedfuse.runs import tracking
@@ -29,7 +29,7 @@ def play(out: Path, *words: str, rounds: int = 3) -> Path:
 
 def killed_after(out: Path, round: int, monkeypatch, *words: str) -> Path:
     """A run that ends before it commits `round` + 1."""
-    evaluate = loop.Evaluation.round
+    evaluate = callbacks.Evaluation.round
 
     def stop(self, running) -> None:
         if running.done == round + 1:
@@ -37,7 +37,7 @@ def killed_after(out: Path, round: int, monkeypatch, *words: str) -> Path:
         evaluate(self, running)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Evaluation, "round", stop)
+        patch.setattr(callbacks.Evaluation, "round", stop)
         with pytest.raises(KeyboardInterrupt):
             play(out, *words)
     return out

@@ -53,7 +53,8 @@ SPOILS = {(1, 1): nan, (2, 2): another_class, (2, 0): no_distribution}
 
 def disturbed(name: str, lost: bool, path: Path) -> tuple[Any, dict[str, Any], int]:
     """A run in which replies are spoilt, or do not come at all."""
-    with federation(name, path=path) as (built, _):
+    words = ("strategy.fuse_space=prob",) if name == "knfu" else ()  # logits need not be distributions
+    with federation(name, *words, path=path) as (built, _):
         carry, strategy, count = built.grid.send_and_receive, built.strategy, 0
 
         def tampered(messages, **options):

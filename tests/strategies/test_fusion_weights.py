@@ -46,7 +46,9 @@ def test_weak_neighbours_are_dropped_and_the_rest_renormalised() -> None:
 
 def test_mixtures_go_to_participants_and_are_what_the_weights_say() -> None:
     """Recomputed from what was sent, over the participants of the round only."""
-    with federation("knfu", "clients=5", "participation=0.6", "rounds=2", "evaluate.every=2") as (built, _):
+    with federation(
+        "knfu", "clients=5", "participation=0.6", "rounds=2", "evaluate.every=2", "strategy.fuse_space=prob"
+    ) as (built, _):
         sent: dict[int, torch.Tensor] = {}
         carry = built.grid.send_and_receive
 

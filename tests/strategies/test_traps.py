@@ -64,7 +64,7 @@ def test_every_row_is_taught_its_own_soft_label(name):
     batch = {"fedmd": "digest_batch", "knfu": "finetune_batch"}.get(name, "distill_batch")
     for wrong in (False, True):
         own = ("strategy.subset=20",) if name == "scarlet" else ()
-        half = client(name, *FROZEN, *own, f"strategy.{batch}=7", round=9)
+        half = client(name, *FROZEN, *own, f"strategy.{batch}=7", "distil.epochs=1", round=9)
         values = watched(half)
         take(half, TOPICS[name][0], version=3, **lesson(name, half, wrong))
         assert len(values) == 3  # 7 + 7 + 6 rows
@@ -121,8 +121,9 @@ def _code(levels):
 
 @pytest.mark.parametrize("round", [1, 5])
 def test_fedgens_client_loss_by_hand(round):
-    """CE + α_t·(B_G/B)·CE on generated features + β_t·KL(head of G ‖ own), α_t = β_t = 10·0.98^t."""
-    half = client("fedgen", "train.lr=1e-30", "train.batch_size=1000", round=round)
+    """CE + α_t·(B_G/B)·CE on generated features + β_t·KL(head of G ‖ own), α_t = 10·0.98^t, β_t = 7·0.98^t."""
+    weights = ("strategy.alpha=10", "strategy.beta=7")
+    half = client("fedgen", "train.lr=1e-30", "train.batch_size=1000", *weights, round=round)
     h = FedGenHyper()
     net = Generator(10, 32, h).eval()
     held = torch.arange(10) != 3
@@ -142,9 +143,9 @@ def test_fedgens_client_loss_by_hand(round):
         made = head(net(net.draw(32, draw, torch.device("cpu")), wanted)).double()
         target = head(net(net.draw(len(y), draw, torch.device("cpu")), y)).double().softmax(1)
         own = half.predict(half.x)[order].double()
-    fade = 10 * 0.98**round
+    fade = 0.98**round
     kl = (target * (target.log() - own.log_softmax(1))).sum(1).mean()
-    expected = F.cross_entropy(own, y) + fade * 32 / len(y) * F.cross_entropy(made, wanted) + fade * kl
+    expected = F.cross_entropy(own, y) + 10 * fade * 32 / len(y) * F.cross_entropy(made, wanted) + 7 * fade * kl
     assert not bool((wanted == 3).any())
     assert float(values[0]) == pytest.approx(expected.item(), rel=1e-4)
 
