@@ -6,9 +6,6 @@ import functools
 import math
 import warnings
 
-import numpy as np
-
-from fedfuse.data.cache import key_of, store_arrays, stored_arrays
 from fedfuse.errors import UserError
 
 Release = tuple[float, float, int]  # noise multiplier σ, sampling rate q, steps
@@ -46,6 +43,10 @@ def noise_for(target: float, delta: float, plan: tuple[tuple[float, int], ...]) 
     UserError
         If no σ up to 10,000 is enough.
     """
+    import numpy as np  # a site's own process, which computes nothing, reads the ledger without it
+
+    from fedfuse.data.cache import key_of, store_arrays, stored_arrays
+
     key = key_of("noise", target, delta, plan)
     if (known := stored_arrays("noise", key)) is not None:
         return float(known["noise"])
