@@ -151,7 +151,7 @@ class KTpFL(FusionStrategy):
         distributions("soft/p", records["soft"]["p"])
 
     def begin(self) -> None:
-        """C = 1/N."""
+        """c_nm = 1/N for every pair of clients."""
         n = self.scenario.clients
         self.state["coefficients"] = torch.full((n, n), 1 / n, dtype=torch.float64)
 
