@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.api import Run, Runs, compare, load, run
     from fedfuse.config.registry import hyper, strategy
     from fedfuse.core.client import FusionClient, transfer_rows
-    from fedfuse.core.scenario import Residents, Scenario, variable
+    from fedfuse.core.scenario import Scenario
     from fedfuse.core.shares import Metrics, Records, Share, Shares
     from fedfuse.core.strategy import FusionStrategy
+    from fedfuse.core.workspace import Workspace
     from fedfuse.errors import UserError, WorldError
     from fedfuse.families import lora
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts
+    from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
     from fedfuse.train import classwise, distil, training, truncate
     from fedfuse.train.scores import scores
@@ -53,7 +55,9 @@ _HOMES = {
     "api": "Run Runs compare load run",
     "config.registry": "hyper strategy",
     "core.client": "FusionClient transfer_rows",
-    "core.scenario": "Residents Scenario variable",
+    "core.scenario": "Scenario",
+    "core.workspace": "Workspace",
+    "models.in_place": "variable",
     "core.shares": "Metrics Records Share Shares",
     "core.strategy": "FusionStrategy",
     "errors": "UserError WorldError",

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import Run as Kept
-from fedfuse.results.run_data import find
+from fedfuse.results.run_data import RunRecord, find
 from fedfuse.results.run_data import load as load_kept
 from fedfuse.runs.from_python import overrides
 
@@ -30,7 +29,7 @@ class Run:
     config, summary : dict
     """
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: RunRecord) -> None:
         self._kept = kept
         self.dir, self.config, self.summary = kept.dir, kept.config, kept.summary or {}
 
@@ -121,7 +120,7 @@ class Runs:
         The page, where one was written.
     """
 
-    def __init__(self, kept: list[Kept], skipped: list[str], report: Path | None = None) -> None:
+    def __init__(self, kept: list[RunRecord], skipped: list[str], report: Path | None = None) -> None:
         self._kept, self.skipped, self.report = kept, skipped, report
         self.runs = [Run(one) for one in kept]
 

@@ -91,8 +91,8 @@ class CFDClient(FusionClient):
         levels, bits = label_code.unpack(item.arrays["code"])
         if levels.shape != (len(self.public), self.classes):
             raise InvalidArrays(f"labels: {tuple(levels.shape)}, expected {(len(self.public), self.classes)}")
-        x, y = self.residents.transfer(self.public)
-        distil = self.loss("kl").towards(label_code.probabilities(levels, bits).to(self.residents.device))
+        x, y = self.workspace.transfer(self.public)
+        distil = self.loss("kl").towards(label_code.probabilities(levels, bits).to(self.workspace.device))
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def fit(self) -> Metrics:
@@ -164,5 +164,5 @@ class CFD(StudentStrategy):
 
     def _answers(self, student: nn.Module, rows: Tensor) -> Tensor:
         """Dual distillation: what θ_S, having learnt the mean, says itself."""
-        x, _ = self.residents.transfer(rows)
+        x, _ = self.workspace.transfer(rows)
         return self.predict(student, x, self.scenario.config.evaluate.batch_size).softmax(1).cpu()

@@ -142,7 +142,7 @@ class CoFEDClient(FusionClient):
             return self.train()
         h, item = self.hyper, self.taught
         if h.restart and self.state.get("taught") != item.version:
-            self.load(self.residents.initial(self.architecture))
+            self.load(self.workspace.initial(self.architecture))
         self.state["taught"] = item.version
         classes = self.owned() if h.learn == "owned" else torch.ones(self.classes, dtype=torch.bool)
         rows, labels = own_pairs(item.arrays["rows"].long().cpu(), item.arrays["labels"].long().cpu(), classes)

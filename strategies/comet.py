@@ -114,7 +114,7 @@ class CometClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Keep the cluster's mean, and the rows it stands on, at hand: it is in every message."""
         item = knowledge["means"]
-        candidates = item.arrays["p"].to(self.residents.device)
+        candidates = item.arrays["p"].to(self.workspace.device)
         rows = self.subset(self.hyper.subset, item.version)
         mean = candidates[0]
         if len(candidates) > 1:
@@ -126,7 +126,7 @@ class CometClient(FusionClient):
         if self.target is None or self.hyper.lam == 0:
             return self.train()
         h, (rows, target) = self.hyper, self.target
-        x, y = self.residents.transfer(rows)
+        x, y = self.workspace.transfer(rows)
         # ‖·‖² sums over classes where `mse` takes their mean
         distance = self.loss("mse", weight=float(self.classes)).towards(target)
 

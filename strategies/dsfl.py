@@ -82,8 +82,8 @@ class DSFLClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Distil q on its own round's rows."""
         h, item = self.hyper, knowledge["labels"]
-        x, y = self.residents.transfer(self.subset(h.subset, item.version))
-        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
+        x, y = self.workspace.transfer(self.subset(h.subset, item.version))
+        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.workspace.device))
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:

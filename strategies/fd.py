@@ -94,7 +94,7 @@ class FDClient(FusionClient):
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Hold F̂ ready for `fit`."""
-        self.known = {k: v.to(self.residents.device) for k, v in knowledge["labels"].arrays.items()}
+        self.known = {k: v.to(self.workspace.device) for k, v in knowledge["labels"].arrays.items()}
 
     def fit(self) -> Metrics:
         """CE(F, y) + γ·CE(F, F̂_y), collecting outputs per label on the way."""

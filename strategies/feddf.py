@@ -34,10 +34,10 @@ from fedfuse import (
     Arrays,
     FusionClient,
     FusionStrategy,
-    Residents,
     Shares,
     Sum,
     UserError,
+    Workspace,
     distil,
     generator,
     hyper,
@@ -113,8 +113,8 @@ class FedDF(FusionStrategy):
     transfer = "server"
     distils = True
 
-    def __init__(self, hyper: FedDFHyper, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: FedDFHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         self.validates = hyper.patience is not None or hyper.drop_worst
         if self.validates and not self.scenario.config.transfer.labelled:
             what = "drop_worst=true" if hyper.drop_worst else f"patience={hyper.patience}"
@@ -123,7 +123,7 @@ class FedDF(FusionStrategy):
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
         """Rows of D_t to distil on and to validate on; all and none if nothing reads a validation."""
-        total = len(self.residents.tensors("transfer")[0])
+        total = len(self.workspace.tensors("transfer")[0])
         if not self.validates:
             return torch.arange(total), torch.arange(0)
         order = torch.randperm(total, generator=generator(self.scenario.seed, "feddf validation"))
@@ -133,7 +133,7 @@ class FedDF(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """Average by architecture while the models stream in and teach; then distil into each average."""
         h: FedDFHyper = self.hyper
-        x, y = self.residents.transfer(self.rows[0])
+        x, y = self.workspace.transfer(self.rows[0])
         distils = distil.happens(self.scenario.config.distil, h.distill_epochs)
         good, worst = Ensemble(), Ensemble()
         for share in shares:
@@ -142,7 +142,7 @@ class FedDF(FusionStrategy):
             name, weights = self.scenario.architectures[share.client], share.records["model"]
             outputs, used = None, good
             if distils or h.drop_worst:
-                model = self.residents.loaded(name, weights)
+                model = self.workspace.loaded(name, weights)
                 logits = self.predict(model, x, h.distill_batch).double()
                 outputs = logits.softmax(1) if h.ensemble == "prob" else logits
                 used = worst if h.drop_worst and self.accuracy(model) < NEAR_CHANCE / self.classes else good
@@ -166,7 +166,7 @@ class FedDF(FusionStrategy):
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the validation rows that a model gets right."""
-        x, y = self.residents.transfer(self.rows[1])
+        x, y = self.workspace.transfer(self.rows[1])
         assert y is not None
         return float((self.predict(model, x, self.hyper.distill_batch).argmax(1) == y).double().mean())
 
@@ -174,7 +174,7 @@ class FedDF(FusionStrategy):
         h: FedDFHyper = self.hyper
         loss = self.loss("kl")
         compare = loss.from_probabilities if h.ensemble == "prob" else loss
-        model = self.residents.loaded(name, student)
+        model = self.workspace.loaded(name, student)
         options = self._plan(len(x), loss.min_batch)
         config, batch_size = options.pop("config"), options["batch_size"]
         limit = options.pop("after_step", None)  # of `distil.steps`

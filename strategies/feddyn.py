@@ -73,7 +73,7 @@ class FedDyn(AveragingStrategy):
         total, taking_part = shares.total("model")
         if alpha > 0:
             h: Arrays = self.state.setdefault("h", {})
-            for name in parts.parameters(self.residents.model(self.architecture)):
+            for name in parts.parameters(self.workspace.model(self.architecture)):
                 if name in mean:
                     before = h.get(name, torch.zeros_like(total[name]))
                     moved = total[name] - taking_part * old[name].double()

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse import Arrays, FusionClient, FusionStrategy, Residents, Shares, Sum, distil, hyper, parts, strategy
+from fedfuse import Arrays, FusionClient, FusionStrategy, Shares, Sum, Workspace, distil, hyper, parts, strategy
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class FedET(FusionStrategy):
     distils = True
     needs_features = True
 
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         shape = self.scenario.data.dataset.shape
         small = len(shape) != 3 or max(shape[1:]) <= 8
         self.large = hyper.large or ("mlp_wide" if small else "cnn_large")
-        residents.build(self.large)  # says now if there is no such architecture
+        workspace.build(self.large)  # says now if there is no such architecture
 
     @property
     def names(self) -> list[str]:
@@ -118,9 +118,9 @@ class FedET(FusionStrategy):
 
     def begin(self) -> None:
         """Publish the initial models, all with the large model's common layer."""
-        self.state["large"] = dict(self.residents.initial(self.large))
+        self.state["large"] = dict(self.workspace.initial(self.large))
         for name in self.names:
-            self._publish(name, self.residents.initial(name))
+            self._publish(name, self.workspace.initial(name))
 
     def _publish(self, name: str, arrays: Arrays) -> None:
         to = name if len(self.names) > 1 else None
@@ -129,7 +129,7 @@ class FedET(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """Average by architecture, teach the large model, send its common layer back."""
         h: FedETHyper = self.hyper
-        x, _ = self.residents.tensors("transfer")
+        x, _ = self.workspace.tensors("transfer")
         means: dict[str, Sum] = {}
         common, logits = Sum(), []
         for share in shares:
@@ -140,7 +140,7 @@ class FedET(FusionStrategy):
             means.setdefault(name, Sum()).add(group, arrays, share.examples)
             common.add(group, layer(arrays), share.examples)
             if distil.happens(self.scenario.config.distil, h.distill_epochs):
-                logits.append(self.predict(self.residents.loaded(name, arrays), x, h.distill_batch).double())
+                logits.append(self.predict(self.workspace.loaded(name, arrays), x, h.distill_batch).double())
         if means:
             self.state["large"] = {**self.state["large"], **common.mean()}
         if logits:
@@ -161,7 +161,7 @@ class FedET(FusionStrategy):
                 )
             return value
 
-        model = self.residents.loaded(self.large, self.state["large"])
+        model = self.workspace.loaded(self.large, self.state["large"])
         self.log("disagreement", float(there.double().mean()))
         return self.distil(model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch)
 

@@ -153,7 +153,7 @@ class FedGenClient(FusionClient):
         if "generator" in knowledge:
             values = dict(knowledge["generator"].arrays)
             held = values.pop("held").cpu()
-            net = Generator(self.classes, int(cast(Any, self.model).feature_dim), self.hyper).to(self.residents.device)
+            net = Generator(self.classes, int(cast(Any, self.model).feature_dim), self.hyper).to(self.workspace.device)
             net.load_state_dict(values)
             self.taught = (net.eval().requires_grad_(False), held)
 
@@ -164,7 +164,7 @@ class FedGenClient(FusionClient):
             return self.train()
         (net, held), head = self.taught, cast(Any, self.model).head
         fade, distance, draw = h.decay**self.round, self.loss("kl"), self.generator("features")
-        device, left = self.residents.device, math.inf if h.regularised_steps is None else h.regularised_steps
+        device, left = self.workspace.device, math.inf if h.regularised_steps is None else h.regularised_steps
 
         def loss(logits: Tensor, y: Tensor, _: Tensor) -> Tensor:
             nonlocal left
@@ -209,7 +209,7 @@ class FedGen(AveragingStrategy):
             self.state["generator"] = self._generator().state_dict()
 
     def _generator(self) -> Generator:
-        features = int(cast(Any, self.residents.model(self.architecture)).feature_dim)
+        features = int(cast(Any, self.workspace.model(self.architecture)).feature_dim)
         return Generator(self.classes, features, self.hyper)
 
     def fuse(self, shares: Shares) -> None:
@@ -228,8 +228,8 @@ class FedGen(AveragingStrategy):
             self.publish("generator", {**self.state["generator"], "held": held})
 
     def _teach(self, heads: list[Arrays], counts: Tensor, held: Tensor) -> None:
-        h, device = self.hyper, self.residents.device
-        net, head = self._generator().to(device), cast(Any, self.residents.model(self.architecture)).head
+        h, device = self.hyper, self.workspace.device
+        net, head = self._generator().to(device), cast(Any, self.workspace.model(self.architecture)).head
         net.load_state_dict(self.state["generator"])
         taught_by = [{k: v.to(device) for k, v in values.items()} for values in heads]
         lr = h.generator_lr * h.generator_lr_decay ** (self.round - 1)

@@ -72,7 +72,7 @@ class FedGKTClient(FusionClient):
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Hold z_s ready for `fit`: row i is training example i."""
-        self.teacher = knowledge["logits"].arrays["z"].to(self.residents.device)
+        self.teacher = knowledge["logits"].arrays["z"].to(self.workspace.device)
 
     def fit(self) -> Metrics:
         """CE + α·KL_T(z_s ‖ f), each example with its own row of z_s."""
@@ -139,14 +139,14 @@ class FedGKT(FusionStrategy):
                 classes=self.classes,
                 seed=self.scenario.seed,
             )
-            self._tail = built.to(self.residents.device)
+            self._tail = built.to(self.workspace.device)
         if "tail" in self.state:
             self._tail.load_state_dict(self.state["tail"])
         return self._tail
 
     @property
     def _width(self) -> int:
-        return int(self.residents.model(self.architecture).feature_dim)  # type: ignore[arg-type]
+        return int(self.workspace.model(self.architecture).feature_dim)  # type: ignore[arg-type]
 
     def begin(self) -> None:
         """The tail's initial weights depend on the seed alone."""
@@ -154,7 +154,7 @@ class FedGKT(FusionStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """Train the tail on everybody's examples, then give each client the logits of its own."""
-        h, device, tail = self.hyper, self.residents.device, self.tail()
+        h, device, tail = self.hyper, self.workspace.device, self.tail()
         known = {share.client: share.records["knowledge"] for share in shares}
         features, logits, labels = (
             torch.cat([content[name] for content in known.values()]).to(device)
@@ -173,7 +173,7 @@ class FedGKT(FusionStrategy):
 
     def _judge(self, tail: nn.Module, features: Tensor) -> Tensor:
         batch_size = self.scenario.config.evaluate.batch_size
-        return self.predict(tail, features.to(self.residents.device), batch_size).cpu()
+        return self.predict(tail, features.to(self.workspace.device), batch_size).cpu()
 
     def server_halves(self) -> dict[str, tuple[str, Arrays, tuple[int, ...]]]:
         """The tail g, which takes a client's features."""
@@ -198,7 +198,7 @@ class FedGKT(FusionStrategy):
     def _labels(self, split: str, content: Mapping[str, Tensor]) -> Tensor:
         """Labels of an evaluated set, once what came is found to be in order."""
         if split == "global":
-            y = self.residents.tensors("test")[1].cpu()
+            y = self.workspace.tensors("test")[1].cpu()
         elif split in self.splits and "labels" in content:
             y = content["labels"]
         else:

@@ -85,7 +85,7 @@ class FedHKDClient(FusionClient):
         """Load the common model; keep the classes' knowledge at hand."""
         super().receive(knowledge)
         if "classes" in knowledge:
-            self.known = {k: v.to(self.residents.device) for k, v in knowledge["classes"].arrays.items()}
+            self.known = {k: v.to(self.workspace.device) for k, v in knowledge["classes"].arrays.items()}
 
     def fit(self) -> Metrics:
         """CE + λ · distillation + γ · pull."""
@@ -108,7 +108,7 @@ class FedHKDClient(FusionClient):
     def share(self) -> Records:
         """The model and the hyper-knowledge of its trained weights; noise is drawn for each class it holds."""
         known = hyper_knowledge(self.embed(self.x), self.predict(self.x), self.y, self.hyper.temperature)
-        drawn = torch.randn(known["embeddings"].shape, generator=self.generator("noise")).to(self.residents.device)
+        drawn = torch.randn(known["embeddings"].shape, generator=self.generator("noise")).to(self.workspace.device)
         known["embeddings"] = known["embeddings"] + self.hyper.noise * drawn * (known["counts"] > 0)[:, None]
         return {"model": self.weights(), "classes": known}
 

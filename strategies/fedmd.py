@@ -26,10 +26,10 @@ from fedfuse import (
     Item,
     Metrics,
     Records,
-    Residents,
     Shares,
     Topic,
     UserError,
+    Workspace,
     arrays,
     hyper,
     strategy,
@@ -58,8 +58,8 @@ class FedMDClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Digest: min over own weights of mean |f_k(x) − f̃(x)|, x ∈ the consensus' own rows."""
         h, item = self.hyper, knowledge["consensus"]
-        x, y = self.residents.transfer(self.subset(h.subset, item.version))
-        consensus, loss = item.arrays["logits"].to(self.residents.device), self.loss("mae")
+        x, y = self.workspace.transfer(self.subset(h.subset, item.version))
+        consensus, loss = item.arrays["logits"].to(self.workspace.device), self.loss("mae")
 
         def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             return loss(logits, consensus[rows], y)
@@ -89,8 +89,8 @@ class FedMD(FusionStrategy):
     transfer = "clients"
     distils = True
 
-    def __init__(self, hyper: FedMDHyper, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: FedMDHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         if hyper.public_epochs and not self.scenario.config.transfer.labelled:
             raise UserError(f"strategy.public_epochs={hyper.public_epochs} needs labels: set transfer.labelled=true")
 

@@ -70,7 +70,7 @@ class FedNova(AveragingStrategy):
         ]
         mean, old = shares.mean("update"), self.model  # of what was streamed above
         effective = self.hyper.server_lr * sum(n * a for n, a in told) / sum(n for n, _ in told)
-        for name in parts.parameters(self.residents.model(self.architecture)):
+        for name in parts.parameters(self.workspace.model(self.architecture)):
             if name in mean:
                 mean[name] = (old[name].double() - effective * mean[name].double()).to(old[name].dtype)
         self.log("progress", effective)

@@ -39,11 +39,11 @@ from fedfuse import (
     Item,
     Layout,
     Records,
-    Residents,
     Scope,
     Shares,
     Topic,
     UserError,
+    Workspace,
     arrays,
     distributions,
     hyper,
@@ -161,9 +161,9 @@ class KnFuClient(FusionClient):
         """Step (d): distil F̄_n on D_t."""
         h: KnFuHyper = self.hyper
         item = knowledge["soft_labels"]
-        x, y = self.residents.transfer(self.subset(None, item.version))
+        x, y = self.workspace.transfer(self.subset(None, item.version))
         loss = self.loss("soft_ce" if h.finetune_loss == "ce_soft" else "kl", temperature=h.kd_temperature)
-        soft = loss.towards(item.arrays["p"].to(self.residents.device))
+        soft = loss.towards(item.arrays["p"].to(self.workspace.device))
 
         def distil(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             value = soft(logits, y, rows)
@@ -205,8 +205,8 @@ class KnFu(FusionStrategy):
     transfer = "clients"
     distils = True
 
-    def __init__(self, hyper: KnFuHyper, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled:
             raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
 

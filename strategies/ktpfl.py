@@ -125,8 +125,8 @@ class KTpFLClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """T²·KL(target_n ‖ softmax(f/T)) on the target's own rows."""
         h, item = self.hyper, knowledge["target"]
-        x, y = self.residents.transfer(self.subset(h.subset, item.version))
-        target, T = item.arrays["p"].to(self.residents.device), h.temperature
+        x, y = self.workspace.transfer(self.subset(h.subset, item.version))
+        target, T = item.arrays["p"].to(self.workspace.device), h.temperature
         distil = self.loss("kl", temperature=T).towards(target, softened=T)
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
 

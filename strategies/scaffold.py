@@ -32,10 +32,10 @@ from fedfuse import (
     Item,
     Metrics,
     Records,
-    Residents,
     Shares,
     Topic,
     UserError,
+    Workspace,
     hyper,
     model_arrays,
     model_topic,
@@ -101,8 +101,8 @@ class Scaffold(AveragingStrategy):
     topics = {"model": model_topic(), "control": Topic("state", parts.parameter_arrays)}
     records = {"model": model_arrays, "control": parts.parameter_arrays}
 
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         trains = [self.scenario.training(i) for i in range(self.scenario.clients)]
         train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
         if hyper.variate == "difference" and train is not None:
@@ -119,7 +119,7 @@ class Scaffold(AveragingStrategy):
     def begin(self) -> None:
         """Publish the initial model and c = 0."""
         super().begin()
-        names = parts.parameters(self.residents.model(self.architecture))
+        names = parts.parameters(self.workspace.model(self.architecture))
         self.publish("control", {name: torch.zeros_like(v) for name, v in self.model.items() if name in names})
 
     def fuse(self, shares: Shares) -> None:

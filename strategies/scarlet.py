@@ -117,8 +117,8 @@ class ScarletClient(FusionClient):
         self.state["distilled"] = self.version = item.version
         rows = round_rows(self.scenario, h, item.version)
         served, at = lookup(self.cache, rows, item.version, h.duration)
-        x, y = self.residents.transfer(rows[served])
-        distil = self.loss("kl").towards(item.arrays["p"][at].to(self.residents.device))
+        x, y = self.workspace.transfer(rows[served])
+        distil = self.loss("kl").towards(item.arrays["p"][at].to(self.workspace.device))
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:

@@ -135,8 +135,8 @@ class SelectiveFDClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Cross-entropy with the ensemble's soft labels, on the rows that are left of the lesson's own."""
         h, item = self.hyper, knowledge["ensemble"]
-        x, y = self.residents.transfer(self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()])
-        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.residents.device))
+        x, y = self.workspace.transfer(self.subset(h.subset, item.version)[item.arrays["rows"].long().cpu()])
+        distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.workspace.device))
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=10)
 
     def known(self) -> Tensor:

@@ -31,11 +31,11 @@ def wake(
 ) -> FusionClient:
     """A client that has received what the server published, or the topics given instead."""
     entry, names = registry.entry(built.name), built.scenario.architectures
-    model = built.residents.fresh(names[client])
+    model = built.workspace.fresh(names[client])
     awake = entry.client(
         hyper=built.hyper,
         model=model,
-        residents=built.residents,
+        workspace=built.workspace,
         client=client,
         state=state or {},
         round=1,

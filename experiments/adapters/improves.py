@@ -50,10 +50,10 @@ def losses(words: list[str], run: Path) -> tuple[float, float]:
     scenario = prepare_scenario(compose(words))
     strategy = build_strategy(registry.entry("fed_sb"), scenario)
     strategy.ensure_begun()
-    x, y = strategy.residents.tensors("test")
+    x, y = strategy.workspace.tensors("test")
 
     def loss(arrays: dict) -> float:
-        model = strategy.residents.loaded(strategy.architecture, arrays)
+        model = strategy.workspace.loaded(strategy.architecture, arrays)
         if y.ndim > 1:
             return scored(lambda part: strategy.predict(model, part, 32), x, y, scenario.classes)["loss"]
         return float(task_loss(strategy.predict(model, x, 32), y))

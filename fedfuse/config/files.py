@@ -1,9 +1,13 @@
-"""Files that somebody else may have made: opened without following links, read only if regular and not too large."""
+"""Files: read as if somebody else had made them (no link, regular, not too large), written whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedfuse.errors import UserError
@@ -74,3 +78,47 @@ def read(path: Path, most: int = TEXT) -> bytes:
 def read_text(path: Path, most: int = TEXT) -> str:
     """`read`, as UTF-8."""
     return read(path, most).decode("utf-8")
+
+
+def synced(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Give a place to write to, which takes the file's name if all went well and is gone if not.
+
+    Parameters
+    ----------
+    path : Path
+    durable : bool
+        Bring the content to the disk before it takes the name, and the name before this returns.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or not writable, also where safetensors and polars say so only in words.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        if durable:
+            synced(partial)
+        os.replace(partial, path)
+        if durable:
+            synced(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, not a client, is why something failed: full, over quota or read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -7,9 +7,10 @@ from typing import Any
 
 from fedfuse.config.registry import Entry
 from fedfuse.core.fit import check_fit
-from fedfuse.core.scenario import Residents, Scenario
+from fedfuse.core.scenario import Scenario
 from fedfuse.core.silence import check_halves
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.workspace import Workspace
 
 
 def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> FusionStrategy:
@@ -20,7 +21,7 @@ def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> Fus
         return entry.client.equip(model, hyper, build)
 
     needs = entry.server.transfer in ("server", "both")
-    strategy = entry.server(hyper, Residents(scenario, equip, device, transfer=needs))
+    strategy = entry.server(hyper, Workspace(scenario, equip, device, transfer=needs))
     strategy.name = entry.name
     strategy.run_id = uuid.uuid4().hex
     check_halves(entry, strategy)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.config.schema import TrainConfig
-from fedfuse.core.scenario import Residents, Scenario, overlay, variable
+from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import Metrics, Records
+from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import overlay, variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
@@ -55,7 +57,7 @@ class FusionClient:
         *,
         hyper: Any,
         model: nn.Module,
-        residents: Residents,
+        workspace: Workspace,
         client: int,
         state: dict[str, Any],
         round: int,
@@ -63,7 +65,7 @@ class FusionClient:
         splits: tuple[str, ...] = ("personal",),
         pooled: bool = False,
     ) -> None:
-        self.hyper, self.model, self.residents, self.client = hyper, model, residents, client
+        self.hyper, self.model, self.workspace, self.client = hyper, model, workspace, client
         self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
         self.version = -1
         self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
@@ -122,7 +124,7 @@ class FusionClient:
     @property
     def scenario(self) -> Scenario:
         """The experiment this client lives in."""
-        return self.residents.scenario
+        return self.workspace.scenario
 
     @property
     def classes(self) -> int:
@@ -157,25 +159,25 @@ class FusionClient:
     @property
     def transfer(self) -> Tensor:
         """Inputs of the transfer set D_t."""
-        return self.residents.tensors("transfer")[0]
+        return self.workspace.tensors("transfer")[0]
 
     @property
     def transfer_labels(self) -> Tensor | None:
         """Labels of the transfer set, or None where it is unlabelled."""
-        return self.residents.tensors("transfer")[1]
+        return self.workspace.tensors("transfer")[1]
 
     def examples(self, split: str) -> Any:
         """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
         if split == "global":
-            return self.residents.tensors("test")
+            return self.workspace.tensors("test")
         if split == "train" and self.scenario.config.privacy.on and not self._private:
             raise UserError(
                 "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover "
                 "them; allowed are those that only train on them"
             )
         if split == "train" and self.pooled:
-            return self.residents.tensors("pooled")
-        return self.residents.tensors(self.client, split)
+            return self.workspace.tensors("pooled")
+        return self.workspace.tensors(self.client, split)
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator seeded by (run seed, purpose, client, round or lesson version)."""
@@ -300,7 +302,7 @@ class FusionClient:
 
         In a simulation both come from the seed; at a deployed site from its own entropy.
         """
-        config, ledger = self.scenario.config, self.residents.ledger
+        config, ledger = self.scenario.config, self.workspace.ledger
         who, examples = f"client {self.client}", self.scenario.examples(self.client)
         budget = Budget(config.privacy, self.training, config.rounds, examples, self.state, ledger, who)
         purposes = ("private sample", "private noise")

@@ -58,13 +58,13 @@ def of_server(
     strategy: FusionStrategy, models: Mapping[str, tuple[str, Arrays]], round: int
 ) -> tuple[dict[str, float], list[Row]]:
     """Server models on the global test set, weighted by the clients of their architecture; and rows of each."""
-    residents, names = strategy.residents, strategy.scenario.architectures
-    x, y = residents.tensors("test")
+    workspace, names = strategy.workspace, strategy.scenario.architectures
+    x, y = workspace.tensors("test")
     total: dict[str, float] = {}
     rows: list[Row] = []
     weights = 0
     for name, (architecture, arrays) in models.items():
-        model = residents.loaded(architecture, arrays)
+        model = workspace.loaded(architecture, arrays)
         found = scored(partial(_predict, strategy, model), x, y, strategy.classes)
         count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
         weights += count

@@ -55,9 +55,9 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
     for name in pool:  # refuses one that cannot be built, instead of leaving out its clients
         _check_takes(name, scenario)
         try:
-            model = strategy.residents.model(name)
+            model = strategy.workspace.model(name)
         except AttributeError:  # what the strategy adds asks for parts that are not there
-            model = strategy.residents.build(name)
+            model = strategy.workspace.build(name)
         _check_vocabulary(name, model, scenario)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
         if missing and (strategy.needs_features or objective.needs_features):
@@ -67,7 +67,7 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
                 f"{name} has no {' and no '.join(missing)}"
             )
     if strategy.same_features:
-        sizes = {name: int(strategy.residents.model(name).feature_dim) for name in pool}  # type: ignore[arg-type]
+        sizes = {name: int(strategy.workspace.model(name).feature_dim) for name in pool}  # type: ignore[arg-type]
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
             raise UserError(
@@ -127,4 +127,4 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     if delta is not None and delta * scenario.examples(most) > 1:
         raise UserError(f"privacy.delta={delta}: client {most} has {scenario.examples(most)} examples; allowed is 1/N")
     for name in pool:
-        privacy.check(strategy.residents.model(name), name)
+        privacy.check(strategy.workspace.model(name), name)

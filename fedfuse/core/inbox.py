@@ -136,7 +136,7 @@ class Inbox:
             strategy = self.strategy
             summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
             check_share(
-                type(strategy), strategy.hyper, strategy.residents, client, request.phase, records, metrics, summed
+                type(strategy), strategy.hyper, strategy.workspace, client, request.phase, records, metrics, summed
             )
         return Share(client, records, metrics, self.outbox.groups[client])
 

@@ -20,13 +20,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config import registry
+from fedfuse.config.files import is_full
 from fedfuse.config.registry import Entry
 from fedfuse.core.client import FusionClient
-from fedfuse.core.scenario import Residents, Scenario
+from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
+from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
-from fedfuse.wire.client_store import INITIAL, ClientStore, is_full
+from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.group_sums import hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.wire.records import (
@@ -98,7 +100,7 @@ class Node:
     retries : int
         How often a client that fails is tried again from committed state.
     ledger : Ledger or None
-        See `Residents`.
+        See `Workspace`.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Node:
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
-        self.residents = Residents(scenario, self._equip, device, ledger, self._transfer)
+        self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
@@ -143,7 +145,7 @@ class Node:
             except Exception as error:
                 if is_full(error):
                     return self._error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
-                if os.environ.get(TRACEBACK) and self.residents.ledger is None:  # a site's screen is its operator's
+                if os.environ.get(TRACEBACK) and self.workspace.ledger is None:  # a site's screen is its operator's
                     print(f"client {who}:", file=sys.stderr)
                     traceback.print_exc()
                 if attempt == self.retries:
@@ -180,7 +182,7 @@ class Node:
         config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
         records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
         hyper = self._hyper[1] if self._hyper else self._default
-        check_share(self.entry.server, hyper, self.residents, config["client"], config["phase"], records, metrics)
+        check_share(self.entry.server, hyper, self.workspace, config["client"], config["phase"], records, metrics)
         return records
 
     def _client(self, message: Message) -> int:
@@ -199,7 +201,7 @@ class Node:
         asked = self._admit(message, cache, who)
         awake = self._wake(asked, cache, lends)
         records, metrics, answer = self._play(asked, awake)
-        metrics.setdefault("num-examples", self.residents.scenario.examples(who))
+        metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         metrics["seconds"] = time.perf_counter() - started
         return self._reply(asked, awake.client, records, metrics, answer)
 
@@ -216,7 +218,7 @@ class Node:
         phase = suffix or "train"
         config: Any = config_in(content) or {}
         run: Any = config_in(content, "run") or {}
-        if not 0 <= who < self.residents.scenario.clients:
+        if not 0 <= who < self.workspace.scenario.clients:
             raise Refused(f"client {who} does not live here")
         if kind not in ("train", "evaluate"):
             raise Refused(f"message type {message.metadata.message_type!r} is not known")
@@ -242,7 +244,7 @@ class Node:
     def _wake(self, asked: Asked, cache: Cache, lends: bool) -> Awake:
         """Load the client's committed state, and let it receive what is new to it."""
         who, topics = asked.who, self.entry.server.topics
-        architecture = self.residents.scenario.architectures[who]
+        architecture = self.workspace.scenario.architectures[who]
         knowledge = cache.for_client(who, architecture, topics)
         state = self.store.load(who, asked.tag)
         seen = state.pop("seen", {})
@@ -263,8 +265,8 @@ class Node:
         whole = self._replaces_all(knowledge, architecture)
         client = self.entry.client(
             hyper=asked.hyper,
-            model=self.residents.unset(architecture) if whole else self.residents.fresh(architecture),
-            residents=self.residents,
+            model=self.workspace.unset(architecture) if whole else self.workspace.fresh(architecture),
+            workspace=self.workspace,
             client=who,
             state=state,
             round=asked.round,
@@ -290,7 +292,7 @@ class Node:
         kind = self.entry.client
         if kind.receive is not FusionClient.receive or kind.personal or "model" not in knowledge:
             return False
-        return knowledge["model"].arrays.keys() == self.residents.initial(architecture).keys()
+        return knowledge["model"].arrays.keys() == self.workspace.initial(architecture).keys()
 
     def _play(self, asked: Asked, awake: Awake) -> tuple[Records, dict[str, Any], dict[str, Any]]:
         """Let the client do what is asked, and commit its state if that is training."""
@@ -312,7 +314,7 @@ class Node:
                     raise UserError(f"{verb}() of {type(client).__name__} returned {value!r:.40}; a dict is needed")
         else:
             records = getattr(client, asked.phase)()
-            metrics = {"num-examples": len(client.x) if client.pooled else self.residents.scenario.examples(who)}
+            metrics = {"num-examples": len(client.x) if client.pooled else self.workspace.scenario.examples(who)}
         kept = {**awake.private(), **({"seen": awake.seen} if awake.seen else {})}
         answer["tag"] = (str(asked.config.get("new-tag", "")) or f"{asked.round}.1") if kept else INITIAL
         if kept:
@@ -338,7 +340,7 @@ class Node:
         if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
             raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
         for parcel in parcels(content, config, cache):
-            scope = self.residents.scope(who, hyper)
+            scope = self.workspace.scope(who, hyper)
             spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
             validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
             cache.take(parcel, topics)
@@ -372,8 +374,8 @@ class Node:
             except (TypeError, ValueError, UserError) as error:
                 raise Refused(str(error)) from error
             self._hyper = (key, hyper)
-            old = self.residents
-            self.residents = Residents(old.scenario, self._equip, old.device, old.ledger, self._transfer)
+            old = self.workspace
+            self.workspace = Workspace(old.scenario, self._equip, old.device, old.ledger, self._transfer)
         return self._hyper[1]
 
 

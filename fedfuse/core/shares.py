@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedfuse.core.scenario import Residents
+from fedfuse.core.workspace import Workspace
 from fedfuse.wire.records import Arrays, InvalidArrays, validate
 from fedfuse.wire.sums import Sum
 
@@ -59,7 +59,7 @@ class Shares(Iterable[Share]):
 def check_share(
     server: type[FusionStrategy],
     hyper: Any,
-    residents: Residents,
+    workspace: Workspace,
     client: int,
     phase: str,
     records: Records,
@@ -74,7 +74,7 @@ def check_share(
         Naming the record and what is wrong.
     """
     wanted = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
-    scope = residents.scope(client, hyper)
+    scope = workspace.scope(client, hyper)
     if missing := [name for name in wanted if name not in records and name not in summed]:
         raise InvalidArrays(f"missing record {', '.join(sorted(missing))}")
     if extra := sorted(records.keys() - wanted.keys()):

@@ -16,10 +16,12 @@ from torch import nn
 
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
-from fedfuse.core.scenario import Residents, Scenario, variable
+from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import Metrics, Records, Share, Shares
 from fedfuse.core.silence import check_declared
+from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.models.in_place import variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
@@ -87,12 +89,12 @@ class FusionStrategy(Strategy):
         super().__init_subclass__(**options)
         check_declared(cls, vars(FusionStrategy))
 
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        self.hyper, self.residents = hyper, residents
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        self.hyper, self.workspace = hyper, workspace
         self.state: dict[str, Any] = {}
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
         self.board = Board(self.topics)
-        self.outbox = Outbox(residents.scenario, self.board)
+        self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
         self.splits: tuple[str, ...] = ("personal",)  # what an evaluation scores
         self.logged: list[tuple[str, int, str, str, float]] = []  # rows: scope, client, split, metric, value
@@ -110,10 +112,10 @@ class FusionStrategy(Strategy):
         if "model" in self.topics:
             names = sorted(set(self.scenario.architectures))
             if len(names) == 1:
-                self.publish("model", self.residents.initial(names[0]))
+                self.publish("model", self.workspace.initial(names[0]))
             else:
                 for name in names:
-                    self.publish("model", self.residents.initial(name), to=name)
+                    self.publish("model", self.workspace.initial(name), to=name)
 
     def phases(self, round: int) -> tuple[str, ...]:
         """Phases of a round."""
@@ -164,7 +166,7 @@ class FusionStrategy(Strategy):
     @property
     def scenario(self) -> Scenario:
         """The experiment."""
-        return self.residents.scenario
+        return self.workspace.scenario
 
     @property
     def rows_distilled(self) -> int:
@@ -221,7 +223,7 @@ class FusionStrategy(Strategy):
         Parameters
         ----------
         model : nn.Module
-            For example `self.residents.loaded(architecture, arrays)`.
+            For example `self.workspace.loaded(architecture, arrays)`.
         x, y : Tensor
             Examples, and labels or None.
         loss : callable

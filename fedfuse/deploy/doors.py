@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.compat.superlink_doors import naming_peers
+from fedfuse.config.files import replaced
 from fedfuse.errors import UserError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Roster, place_from
@@ -157,8 +158,6 @@ class Operators(Door):
         if what == "orders":
             content = await whole(receive)
             file.parent.mkdir(parents=True, exist_ok=True)
-            from fedfuse.wire.client_store import replaced  # torch comes with it: only where something is written
-
             with replaced(file, durable=True) as partial:
                 partial.touch(0o600)
                 partial.write_bytes(content)

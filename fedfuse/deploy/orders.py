@@ -16,6 +16,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedfuse.config.dotted import code
+from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS
@@ -26,7 +27,6 @@ from fedfuse.network.roster import Roster
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml
 from fedfuse.runs.remote import serve
-from fedfuse.wire.client_store import replaced
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**30  # bytes of a run directory that travels home

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedfuse.config.files import read_text
+from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
@@ -22,7 +22,6 @@ from fedfuse.deploy.orders import unpack, write_patience
 from fedfuse.deploy.processes import surroundings
 from fedfuse.errors import UserError, WorldError, one_line
 from fedfuse.network.remote_grid import Patience
-from fedfuse.wire.client_store import replaced
 
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
 

@@ -22,7 +22,7 @@ class InlineGrid(LocalGrid):
     """
 
     def __init__(self, node: Node, reverse: bool = False) -> None:
-        super().__init__(node.residents.scenario.clients)
+        super().__init__(node.workspace.scenario.clients)
         single_thread()
         self.node, self.reverse = node, reverse
 

@@ -145,7 +145,7 @@ class Worker:
         for address in needs:  # what was meant for one client is not kept in every actor
             if address[1].startswith("client:"):
                 self.cache.pop(address, None)
-        if self.node.residents.scenario.config.runtime.memory is not None:
+        if self.node.workspace.scenario.config.runtime.memory is not None:
             give_back()
         kept = self.store.kept if isinstance(self.store, CarriedStore) else []
         return out, kept, time.perf_counter() - started

@@ -148,13 +148,13 @@ class AdapterStrategy(AveragingStrategy):
 
     def parts(self, *kinds: str, head: bool = True) -> Arrays:
         """What `lora.part` says, of the initial model."""
-        initial = self.residents.initial(self.architecture)
-        return {name: initial[name] for name in lora.part(*kinds, head=head)(self.residents.scope(0, self.hyper))}
+        initial = self.workspace.initial(self.architecture)
+        return {name: initial[name] for name in lora.part(*kinds, head=head)(self.workspace.scope(0, self.hyper))}
 
     @property
     def layers(self) -> dict[str, lora.Adapted]:
         """The adapted layers of the model, by name."""
-        return lora.adapted(self.residents.model(self.architecture))
+        return lora.adapted(self.workspace.model(self.architecture))
 
     def begin(self) -> None:
         """Publish the initial adapters and head, over Δ = 0."""
@@ -213,7 +213,7 @@ class AdapterStrategy(AveragingStrategy):
 
     def state_of_model(self) -> Arrays:
         """All arrays of the common model but the frozen base: initial ones under what is published, over W₀ + Δ."""
-        arrays = dict(self.residents.initial(self.architecture))
+        arrays = dict(self.workspace.initial(self.architecture))
         for (topic, to), item in self.board.items.items():
             if not to:
                 found = lora.deltas(item.arrays) if topic == self.folded else item.arrays

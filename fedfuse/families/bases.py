@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.config.registry import hyper
-from fedfuse.core.scenario import Residents
 from fedfuse.core.shares import Records, Shares
+from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
 from fedfuse.families import lora
 from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
@@ -130,10 +130,10 @@ class BasisStrategy(RankedStrategy):
         """One phase of gradients where the basis is made of the clients' gradients."""
         return ("setup",) if self.asks_clients else ()
 
-    def __init__(self, hyper: BasisHyper, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: BasisHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         if hyper.needs_gradient and hyper.init_from == "transfer":
-            self.transfer, residents.transfer_declared = "server", True  # type: ignore[misc]
+            self.transfer, workspace.transfer_declared = "server", True  # type: ignore[misc]
 
     @property
     def asks_clients(self) -> bool:
@@ -169,7 +169,7 @@ class BasisStrategy(RankedStrategy):
         if not self.hyper.needs_gradient:
             if self.hyper.r0 == "singular":
                 raise UserError(f"strategy.r0=singular: init={self.hyper.init} has no first step; allowed: zero")
-            model = self.residents.fresh(self.architecture)
+            model = self.workspace.fresh(self.architecture)
             self.settle(basis.basis_in(model), self.parts("lora_R"), False)
         elif self.hyper.init_from == "transfer":
             self.start_from(self.transfer_gradient())
@@ -178,11 +178,11 @@ class BasisStrategy(RankedStrategy):
         """Σ of gradients over rows of the server's labelled set."""
         if self.scenario.data.transfer is None:
             raise UserError("strategy.init_from=transfer: there is no transfer set; allowed: clients, sketch")
-        self.residents.transfer_declared = True  # by a hyper-parameter: other bases need no transfer set
-        x, y = self.residents.tensors("transfer")
+        self.workspace.transfer_declared = True  # by a hyper-parameter: other bases need no transfer set
+        x, y = self.workspace.tensors("transfer")
         if y is None:
             raise UserError("strategy.init_from=transfer: needs labels; set transfer.labelled=true")
-        model = self.residents.loaded(self.architecture, self.state_of_model())
+        model = self.workspace.loaded(self.architecture, self.state_of_model())
         rows = torch.randperm(len(x), generator=self.generator("init rows"))[: self.hyper.init_rows]
         size = self.scenario.config.train.batch_size
         return basis.gradients(model, lambda i: task_loss(model(x[i]), y[i]), rows, size)
@@ -238,7 +238,7 @@ class BasisStrategy(RankedStrategy):
         if self.hyper.needs_gradient:
             self.start_from(self.transfer_gradient())
             return
-        model, delta = self.residents.model(self.architecture), lora.deltas(self.published("merged"))
+        model, delta = self.workspace.model(self.architecture), lora.deltas(self.published("merged"))
         found = basis.public_basis(model, self.hyper.init, self.hyper.rank, delta, self.generator("basis"))
         self.settle(found, self.state["R"], True)
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fedfuse.core.client import FusionClient
-from fedfuse.core.scenario import Residents
 from fedfuse.core.shares import Metrics, Records
+from fedfuse.core.workspace import Workspace
 from fedfuse.families.averaging import AveragingStrategy
 from fedfuse.models.pair import joined, paired, private_part, shared_arrays, shared_part
 from fedfuse.wire.knowledge import Item, Topic
@@ -63,9 +63,9 @@ class CompanionStrategy(AveragingStrategy):
 
     heterogeneous = True
 
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
-        residents.build(getattr(hyper, self.averaged))  # says now if there is no such architecture
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        workspace.build(getattr(hyper, self.averaged))  # says now if there is no such architecture
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,4 +76,4 @@ class CompanionStrategy(AveragingStrategy):
 
     def begin(self) -> None:
         """Publish the initial companion."""
-        self.publish(self.averaged, shared_part(self.residents.initial(self.architecture)))
+        self.publish(self.averaged, shared_part(self.workspace.initial(self.architecture)))

@@ -20,9 +20,9 @@ from flwr.serverapp import strategy as flower_strategies
 from torch import nn
 
 from fedfuse.config.registry import hyper
-from fedfuse.core.scenario import Residents
 from fedfuse.core.shares import Metrics, Share, Shares
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.workspace import Workspace
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError
 from fedfuse.families.averaging import AnchoredClient
@@ -84,8 +84,8 @@ class FlowerStrategy(FusionStrategy):
     kept: ClassVar[tuple[str, ...]] = ()
     heterogeneous = False
 
-    def __init__(self, hyper: Any, residents: Residents) -> None:
-        super().__init__(hyper, residents)
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
         if self.scenario.cohort_size < self.minimum():
             raise UserError(
                 f"strategy=flwr_{self.rule.lower()} needs at least {self.minimum()} clients a round as it is set, "
@@ -161,7 +161,7 @@ class FlowerStrategy(FusionStrategy):
 
         FedAvgM and QFedAvg pair arrays by position, and a checkpoint or a wire may bring them in another order.
         """
-        order = self.residents.initial(self.architecture)
+        order = self.workspace.initial(self.architecture)
         return {name: arrays[name] for name, value in order.items() if value.is_floating_point()}
 
     def revive(self, name: str, kept: Mapping[str, torch.Tensor]) -> Any:

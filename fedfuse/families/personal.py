@@ -81,6 +81,6 @@ class PartStrategy(AveragingStrategy):
 
     def begin(self) -> None:
         """Publish the initial arrays but the part."""
-        initial: Arrays = self.residents.initial(self.architecture)
-        names = self.part.names(self.residents.model(self.architecture), self.hyper)
+        initial: Arrays = self.workspace.initial(self.architecture)
+        names = self.part.names(self.workspace.model(self.architecture), self.hyper)
         self.publish(self.averaged, without(initial, names))

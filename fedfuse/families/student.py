@@ -23,13 +23,13 @@ class StudentStrategy(FusionStrategy):
     def begin(self) -> None:
         """The student starts as the clients do."""
         if self.taught:
-            self.state["model"] = self.residents.initial(self.architecture)
+            self.state["model"] = self.workspace.initial(self.architecture)
 
     def teach(self, loss: Loss, p: Tensor, rows: Tensor) -> nn.Module:
         """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it."""
-        model, (x, y) = self.residents.loaded(self.architecture, self.state["model"]), self.residents.transfer(rows)
+        model, (x, y) = self.workspace.loaded(self.architecture, self.state["model"]), self.workspace.transfer(rows)
         self.state["model"] = self.distil(
-            model, x, y, loss.towards(p.to(self.residents.device)), purpose="distil",
+            model, x, y, loss.towards(p.to(self.workspace.device)), purpose="distil",
             epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch,
         )  # fmt: skip
         return model

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedfuse.config.files import replaced
 from fedfuse.errors import UserError, WorldError
 
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ class Audit:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            from fedfuse.wire.client_store import replaced  # torch comes with it: only where something is written
-
             with replaced(self.head_path, durable=True) as partial:
                 partial.write_text(f"{count + 1} {_sha(line)}\n")
 

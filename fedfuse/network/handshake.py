@@ -6,7 +6,8 @@ import hashlib
 from importlib import metadata
 from typing import Any
 
-from fedfuse.core.scenario import Residents, Scenario
+from fedfuse.core.scenario import Scenario
+from fedfuse.core.workspace import Workspace
 from fedfuse.wire.records import sha_arrays
 
 
@@ -28,7 +29,7 @@ def identity(scenario: Scenario, client: int, strategy: str) -> dict[str, Any]:
         "classes": _hash("\n".join(data.dataset.classes)),
         "preprocessing": _hash(data.dataset.preprocessing()),
         "transfer": data.transfer_hash(),
-        "architecture": _hash(architecture + sha_arrays(Residents(scenario).initial(architecture))),
+        "architecture": _hash(architecture + sha_arrays(Workspace(scenario).initial(architecture))),
     }
 
 

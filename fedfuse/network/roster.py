@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
+from fedfuse.config.files import replaced
 from fedfuse.errors import UserError
 
 MOST = 2**40
@@ -102,8 +103,6 @@ class Roster:
     def add(self, key: str, place: Place) -> None:
         """Enter a key, or enter it anew."""
         values = {known: asdict(value) for known, value in self.places().items()}
-        from fedfuse.wire.client_store import replaced  # torch comes with it: only where something is written
-
         with replaced(self.path, durable=True) as partial:
             partial.write_text(json.dumps({**values, key: asdict(place)}, indent=1), encoding="utf-8")
 

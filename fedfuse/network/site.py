@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from fedfuse.config import registry
 from fedfuse.config.allowed import check_texts
 from fedfuse.config.dotted import code
+from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
 from fedfuse.core.node import Node, place
@@ -28,7 +29,7 @@ from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.site_memory import SiteMemory
 from fedfuse.train.allowance import Allowance, limited
 from fedfuse.train.ledger import Ledger
-from fedfuse.wire.client_store import ClientStore, replaced
+from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.knowledge import Stale
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays

@@ -22,7 +22,7 @@ def largest_array(strategy: FusionStrategy) -> int:
             if spec is None:
                 return UNKNOWN
             for client in range(strategy.scenario.clients):
-                most = max(most, layout_nbytes(spec(strategy.residents.scope(client, strategy.hyper))))
+                most = max(most, layout_nbytes(spec(strategy.workspace.scope(client, strategy.hyper))))
     return 2 * most + SLACK
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 
 if TYPE_CHECKING:
     import polars as pl
@@ -41,7 +41,7 @@ class Measures:
         Equal for runs whose clients hold equally many examples of each label; None without a partition.
     """
 
-    run: Run
+    run: RunRecord
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     rounds: np.ndarray
     cumulative_bytes: np.ndarray
@@ -51,7 +51,7 @@ class Measures:
     partition_hash: int | None
 
 
-def gather(run: Run) -> Measures:
+def gather(run: RunRecord) -> Measures:
     """Read one run's rows.
 
     Raises
@@ -67,7 +67,7 @@ def gather(run: Run) -> Measures:
         raise UserError(f"{run.dir}: corrupt: {' '.join(str(error).split())[:200]}") from error
 
 
-def _gather(run: Run) -> Measures:
+def _gather(run: RunRecord) -> Measures:
     import polars as pl
 
     rows = run.metrics
@@ -126,7 +126,7 @@ def _time(rows: pl.DataFrame, rounds: np.ndarray) -> tuple[dict[str, float], np.
     return phases, seconds
 
 
-def label_counts(run: Run) -> tuple[list[int], list[Any], np.ndarray]:
+def label_counts(run: RunRecord) -> tuple[list[int], list[Any], np.ndarray]:
     """Return clients, labels and the number of training examples, shape (clients, labels)."""
     import polars as pl
 
@@ -143,7 +143,7 @@ def label_counts(run: Run) -> tuple[list[int], list[Any], np.ndarray]:
     return clients, labels, table
 
 
-def similarities(run: Run, most: int = 4) -> list[tuple[int, np.ndarray]]:
+def similarities(run: RunRecord, most: int = 4) -> list[tuple[int, np.ndarray]]:
     """Return up to `most` logged similarity matrices as (round, shape (clients, clients)), in round order.
 
     Notes

@@ -15,7 +15,7 @@ from fedfuse.results import curves, figures, sections, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
 from fedfuse.results.table import Row, notes, printable, row
 
@@ -43,7 +43,7 @@ class Page:
     rows: list[Row]  # the comparison, for the other formats
 
 
-def build(runs: Sequence[Run], skipped: Sequence[str] = ()) -> tuple[Page, list[Run], list[str]]:
+def build(runs: Sequence[RunRecord], skipped: Sequence[str] = ()) -> tuple[Page, list[RunRecord], list[str]]:
     """Gather what the page shows.
 
     Returns
@@ -209,7 +209,7 @@ def _unequal_partitions(evidence: Iterable[Measures], places: Mapping[Path, str]
     ]
 
 
-def _configurations(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[list[tuple[str, str]]]]:
+def _configurations(runs: Sequence[RunRecord]) -> tuple[list[tuple[str, str]], list[list[tuple[str, str]]]]:
     """Split configurations into what all runs share and what each has of its own."""
     flats = [flatten(run.config) for run in runs]
     same = {key: value for key, value in flats[0].items() if all(key in f and f[key] == value for f in flats)}
@@ -217,7 +217,7 @@ def _configurations(runs: Sequence[Run]) -> tuple[list[tuple[str, str]], list[li
     return [(printable(key), _text(value)) for key, value in same.items()], own
 
 
-def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _environment(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Return each entry's values over all runs."""
     flats = [flatten(run.environment) for run in runs]
     for flat in flats:
@@ -241,7 +241,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:499]}…"
 
 
-def run_names(runs: Sequence[Run]) -> dict[Path, str]:
+def run_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
     """Name each run by its directory below the last one that holds them all."""
     if len(runs) < 2:
         return {run.dir: run.dir.name for run in runs}
@@ -256,7 +256,7 @@ def _title(names: Sequence[str]) -> str:
     return f"FedFuse: {listed}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _subtitle(runs: Sequence[Run]) -> str:
+def _subtitle(runs: Sequence[RunRecord]) -> str:
     flats = [flatten(run.config) for run in runs]
     parts = []
     for key in (
@@ -274,7 +274,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
     return ", ".join(parts)
 
 
-def _counts(runs: Sequence[Run], skipped: Sequence[str]) -> str:
+def _counts(runs: Sequence[RunRecord], skipped: Sequence[str]) -> str:
     states = [run.status for run in runs]
     parts = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}"]
     parts += [f"{states.count(state)} {state}" for state in ("running", "interrupted") if state in states]

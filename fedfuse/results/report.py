@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedfuse.errors import UserError
 from fedfuse.results.page import Page, build
-from fedfuse.results.run_data import Run, find
+from fedfuse.results.run_data import RunRecord, find
 from fedfuse.results.table import to_csv, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Written:
     """What `report` made: the page, the runs in it, and a line per directory it had to skip."""
 
     path: Path
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from fedfuse.config.idle import idle
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import flatten
 
 LEFT_OUT = ("out", "overwrite", "search.trials", "search.keys")  # what a search found is spelled out as plain keys
@@ -20,7 +20,7 @@ _WORD = re.compile(r"[A-Za-z0-9_./:%@+-]+")
 _SPECIAL = {"null", "true", "false", "nan", "inf"}
 
 
-def reproduce(run: Run) -> str:
+def reproduce(run: RunRecord) -> str:
     """Return `fedfuse run …` with every key that is not the platform's default.
 
     Notes

@@ -35,7 +35,7 @@ _FLOATS = {"value", "seconds"}
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run directory.
 
     Parameters
@@ -145,7 +145,7 @@ class Run:
         return pl.LazyFrame(schema=types)
 
 
-def load(directory: str | os.PathLike[str]) -> Run:
+def load(directory: str | os.PathLike[str]) -> RunRecord:
     """Read a run directory, finished or not.
 
     Raises
@@ -167,10 +167,10 @@ def load(directory: str | os.PathLike[str]) -> Run:
         if kind != "partition" or (path / "partition.parquet").exists():
             _check_parquet(path / f"{kind}.parquet", kind)
     done, rounds = _count(path, summary, "rounds_done"), _count(path, summary, "rounds")
-    return Run(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
+    return RunRecord(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
 
 
-def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord], list[str]]:
     """Load every run at or below `directories`, in path order.
 
     Returns
@@ -180,7 +180,7 @@ def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list
     skipped
         One line per directory that could not be, naming it and why.
     """
-    runs: list[Run] = []
+    runs: list[RunRecord] = []
     skipped: list[str] = []
     seen: set[Path] = set()
     for directory in directories:
@@ -241,13 +241,13 @@ def _nodes(value: object, limit: int) -> int:
     return count
 
 
-def _unfinished(path: Path, config: dict[str, Any]) -> Run:
+def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
     """Read a run that goes on or was interrupted, up to its last committed round."""
     file = path / "checkpoint" / "round.json"
     locked = _locked(path)
     if not file.exists():
         if locked:
-            return Run(path, config, None, "running", 0, int(config.get("rounds") or 0))
+            return RunRecord(path, config, None, "running", 0, int(config.get("rounds") or 0))
         raise UserError(f"{path}: half-written, it has neither summary.json nor checkpoint/round.json")
     state = _json(file)
     done, rounds = _count(path, state, "round"), _count(path, state, "rounds")
@@ -256,7 +256,7 @@ def _unfinished(path: Path, config: dict[str, Any]) -> Run:
             if round <= done:
                 _check_parquet(piece, kind)
     running = locked if locked is not None else time.time() - file.stat().st_mtime < RECENT
-    return Run(path, config, None, "running" if running else "interrupted", done, rounds)
+    return RunRecord(path, config, None, "running" if running else "interrupted", done, rounds)
 
 
 def _locked(path: Path) -> bool | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 
 # Keys that by the platform's promises cannot change a result, or only name places.
 WITHOUT_EFFECT = (
@@ -44,8 +44,8 @@ class Group:
     label: str
     setting: str
     strategy: str
-    runs: tuple[Run, ...]
-    unfinished: tuple[Run, ...] = ()
+    runs: tuple[RunRecord, ...]
+    unfinished: tuple[RunRecord, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+def group(runs: Iterable[RunRecord]) -> tuple[list[Group], list[str]]:
     """Gather repeats of one configuration.
 
     Returns
@@ -78,7 +78,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
         One line per run left out because another has the same configuration and seed.
     """
     notes: list[str] = []
-    by_config: dict[str, dict[int, Run]] = {}
+    by_config: dict[str, dict[int, RunRecord]] = {}
     flats: dict[str, dict[str, Any]] = {}
     for run in runs:
         flat = {key: value for key, value in flatten(run.config).items() if not _within(key, WITHOUT_EFFECT)}
@@ -120,7 +120,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     return sorted(groups, key=lambda one: (one.setting, one.label)), notes
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[RunRecord]) -> list[str]:
     """Name every key, other than strategy, its hyper-parameters and the seed, in which `runs` differ.
 
     Returns
@@ -148,7 +148,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def tuning(runs: Sequence[Run]) -> list[str]:
+def tuning(runs: Sequence[RunRecord]) -> list[str]:
     """Say, for every key that a search tuned, what each strategy got; one line per key."""
     lines = []
     flats = [flatten(run.config) for run in runs]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 from fedfuse.results.table import amount, printable
 
 MOST_CLIENTS = 100  # shown per run
 
 
-def line(run: Run, name: str) -> dict[str, Any]:
+def line(run: RunRecord, name: str) -> dict[str, Any]:
     """Return what the strip shows of one run; clients only while it is not finished.
 
     Parameters

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fedfuse.results.run_data import Run
+from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, differences, group, tuning
 from fedfuse.results.statistics import Interval, few_seeds_note, mean_interval
 
@@ -70,7 +70,7 @@ class Row:
         return len(self.seeds)
 
 
-def compare(runs: Sequence[Run]) -> list[Row]:
+def compare(runs: Sequence[RunRecord]) -> list[Row]:
     """Return one row per strategy (and setting, where runs differ in more than strategy and seed)."""
     return [row(one) for one in group(runs)[0]]
 
@@ -94,7 +94,7 @@ def row(one: Group) -> Row:
     )
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
+def notes(runs: Sequence[RunRecord]) -> list[str]:
     """Return what a reader of the table has to know: differences, doubles, unfinished runs, how few seeds."""
     groups, lines = group(runs)
     lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
@@ -110,7 +110,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return [*lines, few] if few else lines
 
 
-def _told(runs: Sequence[Run], most: int = 20) -> list[str]:
+def _told(runs: Sequence[RunRecord], most: int = 20) -> list[str]:
     """What runs say of themselves, each line once, with the runs that say it."""
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -120,7 +120,7 @@ def _told(runs: Sequence[Run], most: int = 20) -> list[str]:
     return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 
-def print_table(runs: Sequence[Run], console: Console | None = None) -> None:
+def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> None:
     """Print the comparison of `runs` as plain text, the best rounds apart from the result.
 
     Parameters
@@ -233,13 +233,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def _number(run: Run, part: str, key: str) -> float:
+def _number(run: RunRecord, part: str, key: str) -> float:
     values = (run.summary or {}).get(part)
     value = values.get(key) if isinstance(values, dict) else None
     return value if isinstance(value, int | float) else 0
 
 
-def _mean(runs: Sequence[Run], part: str, key: str) -> float:
+def _mean(runs: Sequence[RunRecord], part: str, key: str) -> float:
     return sum(_number(run, part, key) for run in runs) / len(runs) if runs else math.nan
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fedfuse.errors import UserError
 from fedfuse.results.page import build, run_names
 from fedfuse.results.report import document, fragment, render
-from fedfuse.results.run_data import Run, find
+from fedfuse.results.run_data import RunRecord, find
 from fedfuse.results.status import line
 from fedfuse.results.table import printable
 
@@ -96,13 +96,13 @@ class Watch:
 
     directories: Sequence[Path]
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _runs: list[Run] = field(default_factory=list)
+    _runs: list[RunRecord] = field(default_factory=list)
     _skipped: list[str] = field(default_factory=list)
     _read_until: float = 0.0
     _body: tuple[str, str] = ("", "")
     _body_until: float = 0.0
 
-    def look(self) -> tuple[list[Run], list[str], str]:
+    def look(self) -> tuple[list[RunRecord], list[str], str]:
         """Return runs, skipped directories and a version that changes when any run has moved on."""
         with self._lock:
             now = time.monotonic()

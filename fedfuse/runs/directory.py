@@ -20,7 +20,7 @@ from typing import IO, Any
 import polars as pl
 import torch
 
-from fedfuse.config.files import opened
+from fedfuse.config.files import opened, replaced, synced
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
@@ -28,7 +28,7 @@ from fedfuse.errors import UserError
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.train.privacy import private_notes
-from fedfuse.wire.client_store import INITIAL, ClientStore, replaced, synced, write_arrays
+from fedfuse.wire.client_store import INITIAL, ClientStore, write_arrays
 
 _KINDS = {
     **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),

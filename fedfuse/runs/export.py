@@ -114,7 +114,8 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     from fedfuse import models
     from fedfuse.config import registry
     from fedfuse.config.schema import ModelConfig
-    from fedfuse.core.scenario import Residents, prepare_scenario
+    from fedfuse.core.scenario import prepare_scenario
+    from fedfuse.core.workspace import Workspace
     from fedfuse.models.pair import Split
     from fedfuse.runs.experiment import load_config
 
@@ -122,7 +123,7 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     config = load_config(path)
     scenario = prepare_scenario(config)
     chosen = registry.entry(config.strategy.name)
-    residents = Residents(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))
+    workspace = Workspace(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))
 
     def read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(source, framework="pt") as file:
@@ -139,7 +140,7 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     arrays, about = read(source)
     if "shape" in about:
         return half(arrays, about).eval(), scenario
-    model = residents.loaded(about["architecture"], arrays)
+    model = workspace.loaded(about["architecture"], arrays)
     for file in sorted((path / "final").glob("server-*.safetensors")):
         behind = read(file)
         if "shape" in behind[1]:

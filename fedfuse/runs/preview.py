@@ -37,7 +37,7 @@ def preview(config: Config, console: Console | None = None) -> None:
         console.print(f"  note: {note}", markup=False)
     total = 0
     for name in sorted(set(scenario.architectures)):
-        layout = strategy.residents.layout(name)
+        layout = strategy.workspace.layout(name)
         count = sum(int(np.prod(shape)) for _, shape in layout.values())
         total += layout_nbytes(layout)
         console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
@@ -55,7 +55,7 @@ def bytes_a_round(strategy: FusionStrategy) -> tuple[float, float]:
     scenario = strategy.scenario
     up = down = 0
     for client in range(scenario.clients):
-        scope = strategy.residents.scope(client, scenario.config.strategy)
+        scope = strategy.workspace.scope(client, scenario.config.strategy)
         up += sum(layout_nbytes(spec(scope)) for spec in type(strategy).records.values() if spec is not None)
         for topic in type(strategy).topics.values():
             spec = topic.increment or topic.arrays

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedfuse.config.files import replaced
 from fedfuse.wire.knowledge import Stale
 from fedfuse.wire.records import Arrays, flatten, plain_record, sha, unflatten
 
@@ -55,45 +52,6 @@ def _sha(flat: Arrays, rest: str) -> str:
     return sha({"flat": flat, **plain_record({"rest": rest})})
 
 
-def synced(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Give a place to write to, which takes the file's name if all went well and is gone if not.
-
-    Parameters
-    ----------
-    path : Path
-    durable : bool
-        Bring the content to the disk before it takes the name, and the name before this returns.
-
-    Raises
-    ------
-    OSError
-        If the disk is full or not writable, also where safetensors and polars say so only in words.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        if durable:
-            synced(partial)
-        os.replace(partial, path)
-        if durable:
-            synced(path.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        raise
-
-
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read back what `write_tree` wrote, and its notes.
 
@@ -116,11 +74,6 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _order(tag: str) -> tuple[int, ...]:
     """Round and phase of a tag."""
     return tuple(int(part) for part in tag.split(".") if part.isdecimal())
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a disk, not a client, is why something failed: full, over quota or read-only."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class ClientStore:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedfuse.compat import torch_lists, torch_norms, torch_optimizers, torch_state
-from fedfuse.core.scenario import overlay, variable
+from fedfuse.models.in_place import overlay, variable
 
 
 def model() -> nn.Module:

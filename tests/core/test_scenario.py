@@ -8,7 +8,7 @@ from torch import nn
 
 from fedfuse import models
 from fedfuse.config.schema import ModelConfig
-from fedfuse.core.scenario import overlay, variable
+from fedfuse.models.in_place import overlay, variable
 
 
 class Odd(nn.Module):

@@ -157,9 +157,9 @@ def test_roles_need_a_tokenizer_and_words(tmp_path: Path) -> None:
 
 def loss_of(strategy, classes: int) -> float:
     """Next-token loss of the server's model on the global test set."""
-    x, y = strategy.residents.tensors("test")
+    x, y = strategy.workspace.tensors("test")
     architecture, arrays = strategy.server_models()["model"]
-    model = strategy.residents.loaded(architecture, arrays)
+    model = strategy.workspace.loaded(architecture, arrays)
     return scored(lambda part: strategy.predict(model, part, 64), x, y, classes)["loss"]
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedfuse.core.scenario import overlay, variable
 from fedfuse.errors import WorldError
 from fedfuse.models import shared_memory
+from fedfuse.models.in_place import overlay, variable
 
 
 @pytest.fixture

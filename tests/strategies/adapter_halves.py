@@ -45,7 +45,7 @@ def shares(strategy, records: list[dict], counts: list[int]) -> Shares:
 def drawn(strategy, client: int, ranks: list[int] | None = None, seed: int = 0) -> dict:
     """Random float64 arrays in the layout of what a client shares."""
     draw = torch.Generator().manual_seed(100 * seed + client + 1)
-    scope = strategy.residents.scope(client, strategy.hyper)
+    scope = strategy.workspace.scope(client, strategy.hyper)
     rank = ranks[client] if ranks else None
     out = {}
     for record, spec in strategy.records.items():
@@ -58,14 +58,14 @@ def drawn(strategy, client: int, ranks: list[int] | None = None, seed: int = 0) 
 
 def update(strategy) -> torch.Tensor:
     """ΔW of the server's model (d × k), float64."""
-    model = copy.deepcopy(strategy.residents.fresh(strategy.architecture)).double()
+    model = copy.deepcopy(strategy.workspace.fresh(strategy.architecture)).double()
     model.load_state_dict(strategy.state_of_model(), strict=False)
     return products(model)[LAYER].double()
 
 
 def own_update(strategy, record: dict) -> torch.Tensor:
     """ΔW of a client (d × k): s·B A, or s·B R A."""
-    layer = adapted(strategy.residents.model(strategy.architecture))[LAYER]
+    layer = adapted(strategy.workspace.model(strategy.architecture))[LAYER]
     if f"{LAYER}.lora_R.weight" in record:
         b, a = layer.basis_B.double(), layer.basis_A.double()
         r = record[f"{LAYER}.lora_R.weight"]

@@ -10,8 +10,8 @@ import torch
 from fedfuse.config import registry
 from fedfuse.core.build import build_strategy
 from fedfuse.core.client import FusionClient
-from fedfuse.core.scenario import Residents
 from fedfuse.core.strategy import FusionStrategy, Share, Shares
+from fedfuse.core.workspace import Workspace
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 from fedfuse.wire.sums import Sum
@@ -32,10 +32,10 @@ def client(name: str, *overrides: str, who: int = 0, round: int = 1, base: tuple
     """The client half with an empty state and initial weights."""
     config, scenario = scenario_of((*base, f"strategy={name}", *overrides))
     entry = registry.entry(name)
-    residents = Residents(scenario, lambda model, build: entry.client.equip(model, config.strategy, build))
-    model = residents.fresh(scenario.architectures[who])
+    workspace = Workspace(scenario, lambda model, build: entry.client.equip(model, config.strategy, build))
+    model = workspace.fresh(scenario.architectures[who])
     return entry.client(
-        hyper=config.strategy, model=model, residents=residents, client=who, state={}, round=round, phase="train"
+        hyper=config.strategy, model=model, workspace=workspace, client=who, state={}, round=round, phase="train"
     )
 
 

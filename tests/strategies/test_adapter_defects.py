@@ -82,7 +82,7 @@ def test_3_the_residual_is_scaled_by_alpha_over_r(name, alpha) -> None:
 def test_4_every_setting_is_one_that_changes_the_model(name) -> None:
     """Dropout, the setting that crashed the released script, reaches the layers; so do rank and targets."""
     model = server(name, "strategy.dropout=0.3", "strategy.rank=3", "strategy.targets=body.1")
-    found = adapted(model.residents.model("mlp_small"))
+    found = adapted(model.workspace.model("mlp_small"))
     assert set(found) == {LAYER}
     assert found[LAYER].dropout.p == 0.3
     assert found[LAYER].rank == 3
@@ -120,7 +120,7 @@ def test_7_residuals_are_not_transposed_and_a_frozen_factor_stays() -> None:
     assert torch.allclose(b @ a, want, atol=1e-12)
     assert not torch.allclose((b @ a).T, want, atol=1e-1)
     played = play("ffa_lora", "strategy.rank=4")
-    start = server("ffa_lora").residents.initial("mlp_small")
+    start = server("ffa_lora").workspace.initial("mlp_small")
     end = played.strategy.state_of_model()
     assert torch.equal(end[f"{LAYER}.lora_A.weight"], start[f"{LAYER}.lora_A.weight"])
     assert not torch.equal(end[f"{LAYER}.lora_B.weight"], start[f"{LAYER}.lora_B.weight"])

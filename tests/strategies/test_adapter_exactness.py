@@ -105,7 +105,7 @@ def test_partial_participation_stays_exact() -> None:
 def test_alpha_over_r_enters_every_residual_and_stack(name, alpha) -> None:
     """Defect 3 of the released code: the residual scaled by 1 where α/r is 1/2."""
     strategy, got, want = fused(name, f"strategy.alpha={alpha}")
-    assert strategy.residents.model(strategy.architecture).get_submodule(LAYER).scale == alpha / 4
+    assert strategy.workspace.model(strategy.architecture).get_submodule(LAYER).scale == alpha / 4
     assert relative(got, want) < 1e-12
 
 

@@ -122,9 +122,9 @@ def test_federated_gradient_equals_the_pooled_one(init: str) -> None:
         "strategy.init_rows=100000",
         f"strategy.rank={R}",
     )
-    residents = played.strategy.residents
-    model = residents.fresh("mlp_small")
-    x, y = residents.tensors("pooled")
+    workspace = played.strategy.workspace
+    model = workspace.fresh("mlp_small")
+    x, y = workspace.tensors("pooled")
     pooled = gradients(model, lambda i: task_loss(model(x[i]), y[i]), torch.arange(len(x)), 64)[LAYER]
     matrix = first_step(pooled.double() / len(x), init, played.strategy.hyper.rate)
     u, _, vt = leading(matrix, R)

@@ -107,10 +107,10 @@ def test_a_prototype_of_another_dimension_is_named(name: str, key: str) -> None:
     half.fit()
     records = half.share()
     topic = "prototypes" if name == "fedproto" else "classes"
-    check_share(type(strategy), strategy.hyper, strategy.residents, 0, "train", records, {"num-examples": 3})
+    check_share(type(strategy), strategy.hyper, strategy.workspace, 0, "train", records, {"num-examples": 3})
     records[topic][key] = records[topic][key][:, :-1]
     with pytest.raises(InvalidArrays, match=rf"{topic}/{key}: shape \(10, 31\), expected \(10, 32\)"):
-        check_share(type(strategy), strategy.hyper, strategy.residents, 0, "train", records, {"num-examples": 3})
+        check_share(type(strategy), strategy.hyper, strategy.workspace, 0, "train", records, {"num-examples": 3})
 
 
 def test_the_server_cannot_teach_other_shapes_either(monkeypatch) -> None:

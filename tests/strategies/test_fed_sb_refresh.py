@@ -29,7 +29,7 @@ def test_the_model_is_the_mean_update_before_and_after(init: str) -> None:
         strategy.round = round
         before = strategy.state_of_model()[f"{LAYER}.basis_B"].clone()
         records = [drawn(strategy, client, seed=round) for client in range(C)]
-        strategy.residents.loaded(strategy.architecture, strategy.state_of_model())  # the basis `own_update` reads
+        strategy.workspace.loaded(strategy.architecture, strategy.state_of_model())  # the basis `own_update` reads
         own = [own_update(strategy, record["R"]) for record in records]
         total = merged + sum(n / 10 * update for n, update in zip(COUNTS, own, strict=True))
         strategy.fuse(shares(strategy, records, COUNTS))

@@ -14,7 +14,7 @@ POOL = "model.pool=[mlp,mlp_small,mlp_wide]"
 
 def variants(strategy, architecture, count):
     """Models of one architecture, a little apart."""
-    start = strategy.residents.initial(architecture)
+    start = strategy.workspace.initial(architecture)
     draw = torch.Generator().manual_seed(5)
     return [
         {"model": {k: v + 0.2 * torch.randn(v.shape, generator=draw) for k, v in start.items()}} for _ in range(count)
@@ -22,8 +22,8 @@ def variants(strategy, architecture, count):
 
 
 def logits_of(strategy, architecture, arrays):
-    x, _ = strategy.residents.tensors("transfer")
-    return strategy.predict(strategy.residents.loaded(architecture, arrays), x, 512).double()
+    x, _ = strategy.workspace.tensors("transfer")
+    return strategy.predict(strategy.workspace.loaded(architecture, arrays), x, 512).double()
 
 
 def test_no_distillation_is_fedavg():
@@ -50,7 +50,7 @@ def test_one_student_an_architecture_taught_by_all(monkeypatch):
     monkeypatch.setattr(
         strategy, "_distil", lambda name, student, x, y, teacher: seen.update({name: (student, teacher)}) or student
     )
-    initial = strategy.residents.initial("mlp_wide")
+    initial = strategy.workspace.initial("mlp_wide")
     strategy.fuse(shares(strategy, *models))
     assert sorted(seen) == ["mlp", "mlp_small", "mlp_wide"]
     for student, teacher in seen.values():

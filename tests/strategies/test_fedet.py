@@ -51,7 +51,7 @@ def test_the_large_models_common_layer_goes_to_every_architecture() -> None:
     for name in strategy.names:
         sent = strategy.published("model", name)
         assert all(torch.equal(sent[key], value) for key, value in large.items())
-    start = layer(strategy.residents.initial(strategy.large))
+    start = layer(strategy.workspace.initial(strategy.large))
     assert not torch.equal(start["common.weight"], large["common.weight"])
 
 

@@ -39,7 +39,7 @@ def test_unequal_steps_against_numbers_by_hand() -> None:
     strategy, shares = _two(n, a, moved)
     strategy.round = 1
     strategy.fuse(shares)
-    for name, start in strategy.residents.initial("mlp_small").items():
+    for name, start in strategy.workspace.initial("mlp_small").items():
         torch.testing.assert_close(strategy.model[name], start - 3 * 1.75)
 
 

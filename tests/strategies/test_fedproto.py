@@ -47,7 +47,7 @@ def test_a_round_against_numpy(weighting):
         lacking = 0
         for client in range(4):
             state = directory.clients.load(client, server.outbox.tags[client])
-            model = server.residents.loaded("mlp_small", state["model"])
+            model = server.workspace.loaded("mlp_small", state["model"])
             x, y = built.scenario.data.tensors(client, "train")
             z = training.predict(model, x, features=True).double().numpy()
             for c in range(classes):

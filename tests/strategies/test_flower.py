@@ -26,7 +26,7 @@ def under_flowers_loop(name: str, rule: flower.Strategy) -> dict[str, torch.Tens
     entry = registry.entry(name)
     with tempfile.TemporaryDirectory() as folder:
         grid = InlineGrid(place(entry, scenario, ClientStore(Path(folder))))
-        initial = grid.node.residents.initial(scenario.architectures[0])
+        initial = grid.node.workspace.initial(scenario.architectures[0])
         return tensors(rule.start(grid=grid, initial_arrays=record(initial), num_rounds=2).arrays)
 
 
@@ -63,7 +63,7 @@ def test_the_proximal_term_reaches_the_clients() -> None:
     )
     pulled = play("flwr_fedprox", "strategy.proximal_mu=1", "rounds=1").strategy
     free = play("flwr_fedavg", "rounds=1").strategy
-    start = pulled.residents.initial("mlp_small")
+    start = pulled.workspace.initial("mlp_small")
     distance = [sum(float((s.model[k] - v).square().sum()) for k, v in start.items()) for s in (pulled, free)]
     assert distance[0] < distance[1]
 
@@ -93,7 +93,7 @@ def test_skipped_aggregation_keeps_the_model_and_says_so() -> None:
     with federation("flwr_bulyan", grid="serial", drop=lost) as (built, _):
         built.run()
         model = built.strategy.model
-        assert all(torch.equal(v, model[k]) for k, v in built.strategy.residents.initial("mlp_small").items())
+        assert all(torch.equal(v, model[k]) for k, v in built.strategy.workspace.initial("mlp_small").items())
 
 
 def test_arrays_are_paired_by_name_whatever_order_they_come_in() -> None:
@@ -102,7 +102,7 @@ def test_arrays_are_paired_by_name_whatever_order_they_come_in() -> None:
     strategy = build_strategy(registry.entry("flwr_fedavgm"), scenario)
     strategy.ensure_begun()
     shuffled = dict(sorted(strategy.model.items(), reverse=True))
-    assert list(strategy.floating(shuffled)) == list(strategy.residents.initial("mlp_small"))
+    assert list(strategy.floating(shuffled)) == list(strategy.workspace.initial("mlp_small"))
 
 
 def test_counters_stay_integers() -> None:
@@ -120,7 +120,7 @@ def test_flowers_own_loop_configuration_reaches_a_client() -> None:
     entry = registry.entry("flwr_fedavg")
     with tempfile.TemporaryDirectory() as folder:
         grid = InlineGrid(place(entry, scenario, ClientStore(Path(folder))))
-        initial = record(grid.node.residents.initial("mlp_small"))
+        initial = record(grid.node.workspace.initial("mlp_small"))
         results = [
             flower.FedAvg(fraction_evaluate=0.0)
             .start(grid=grid, initial_arrays=initial, num_rounds=1, train_config=ConfigRecord({"proximal-mu": mu}))

@@ -37,7 +37,7 @@ def test_fedbn_clients_keep_different_norms_and_equal_layers() -> None:
 
 def test_fedbn_uses_its_own_norms_with_the_common_layers() -> None:
     built = server("fedbn", *BN)
-    own = {name: torch.full_like(built.residents.initial("resnet8_bn")[name], 2) for name in norms(wake(built).model)}
+    own = {name: torch.full_like(built.workspace.initial("resnet8_bn")[name], 2) for name in norms(wake(built).model)}
     layers = {k: v + 1 for k, v in built.published("layers").items()}
     weights = wake(built, state={"norms": own}, layers=layers).weights()
     assert all(torch.equal(weights[k], v) for k, v in {**own, **layers}.items())
@@ -51,7 +51,7 @@ def test_fedbn_without_batchnorm_is_fedavg() -> None:
 
 def test_fedbn_can_keep_group_norms() -> None:
     built = server("fedbn", "model=resnet8", "model.width=0.25", "strategy.norms=all")
-    model = built.residents.model("resnet8")
+    model = built.workspace.model("resnet8")
     assert norms(model) == []
     assert norms(model, every=True)
     assert set(norms(model, every=True)).isdisjoint(built.published("layers"))

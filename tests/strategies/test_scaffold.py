@@ -96,5 +96,5 @@ def test_both_model_and_variate_travel_both_ways() -> None:
 def test_server_rate_scales_the_step() -> None:
     built = play("scaffold", "rounds=1", "strategy.server_lr=0.5").strategy
     whole = play("scaffold", "rounds=1").strategy.model
-    for name, start in built.residents.initial("mlp_small").items():
+    for name, start in built.workspace.initial("mlp_small").items():
         torch.testing.assert_close(built.model[name], (start + whole[name]) / 2)

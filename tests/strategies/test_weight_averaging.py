@@ -27,8 +27,8 @@ def test_one_client_is_the_pool_bit_for_bit(words: tuple[str, ...]) -> None:
 
 def test_the_pool_is_everybodys_data_in_client_order() -> None:
     with federation("centralized", "clients=4") as (built, _):
-        residents = built.grid.node.residents
-        x, y = residents.tensors("pooled")
+        workspace = built.grid.node.workspace
+        x, y = workspace.tensors("pooled")
         parts = [built.scenario.data.tensors(c, "train") for c in range(4)]
         assert torch.equal(x, torch.cat([p[0] for p in parts]))
         assert torch.equal(y, torch.cat([p[1] for p in parts]))

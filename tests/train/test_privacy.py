@@ -132,7 +132,7 @@ def private_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("private") / "run"
     words = (*NOISY, "partition=dirichlet", "participation=0.67", "rounds=3", "evaluate.every=3")
     with federation("fedavg", *words, path=path) as (built, _):
-        start = copy.deepcopy(built.strategy.residents.initial("mlp_small"))
+        start = copy.deepcopy(built.strategy.workspace.initial("mlp_small"))
         built.run()
     return built, path, start
 
@@ -235,7 +235,7 @@ def test_a_deployed_site_uses_its_own_entropy_and_a_ledger_that_forgets_nothing(
     for attempt in range(2):
         with federation("fedavg", *NOISY, "rounds=1") as (built, _):
             ledger = tmp_path / f"{attempt}.jsonl"
-            built.grid.node.residents.ledger = Ledger(ledger)
+            built.grid.node.workspace.ledger = Ledger(ledger)
             built.run()
             seen.append(next(iter(built.strategy.model.values())))
         assert len(ledger.read_text().splitlines()) == 3

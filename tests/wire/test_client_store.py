@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedfuse.config.files import is_full
 from fedfuse.wire import client_store as store_module
-from fedfuse.wire.client_store import INITIAL, ClientStore, is_full, read_tree, write_tree
+from fedfuse.wire.client_store import INITIAL, ClientStore, read_tree, write_tree
 from fedfuse.wire.knowledge import Stale
 from tests.wire.test_records import TREES, equal_trees
 

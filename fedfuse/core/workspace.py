@@ -1,0 +1,176 @@
+"""Where a process works on clients in turn: one built model per architecture, and the data as tensors on its device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfuse import models
+from fedfuse.core.scenario import Scenario
+from fedfuse.errors import UserError
+from fedfuse.models.in_place import frozen, overlay, variable
+from fedfuse.models.shared_memory import share
+from fedfuse.seeding import seed_of
+from fedfuse.train.ledger import Ledger
+from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
+
+Equip = Callable[[nn.Module, Callable[[str], nn.Module]], nn.Module]
+
+
+class Workspace:
+    """One built model per architecture, resident in this process; parameters are overwritten in place.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    equip : callable, optional
+        `equip(model, build) -> model`: what a strategy adds to every client's model (adapters, a second head).
+    device : torch.device
+    ledger : Ledger or None
+        At a deployed site, where it notes what its examples' privacy has been spent on; its noise is its own.
+    transfer : bool
+        Whether the strategy says that it uses the transfer set here.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        equip: Equip | None = None,
+        device: torch.device | str = "cpu",
+        ledger: Ledger | None = None,
+        transfer: bool = True,
+    ) -> None:
+        self.transfer_declared = transfer
+        self.scenario, self.equip, self.device, self.ledger = scenario, equip, torch.device(device), ledger
+        self._models: dict[str, nn.Module] = {}
+        self._initial: dict[str, Arrays] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
+        self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._cached = 0
+        budget = scenario.config.runtime.memory
+        self._room = min(512, 512 if budget is None else budget // 32) * 2**20
+
+    def build(self, architecture: str) -> nn.Module:
+        """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
+        dataset, config = self.scenario.data.dataset, self.scenario.config
+        return models.build(
+            architecture,
+            shape=dataset.shape,
+            classes=self.scenario.classes,
+            config=config.model,
+            seed=config.seed,
+        )
+
+    def model(self, architecture: str) -> nn.Module:
+        """The resident model of an architecture, in whatever state it was left."""
+        if architecture not in self._models:
+            model = self.build(architecture)
+            if self.equip is not None:
+                with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
+                    torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
+                    model = self.equip(model, self.build)
+            if frozen(model) and self.device.type == "cpu":
+                share(model, frozen(model))  # one copy a machine, however many processes and clients
+            self._models[architecture] = model.to(self.device)
+            self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
+        return self._models[architecture]
+
+    def initial(self, architecture: str) -> Arrays:
+        """The initial weights, equal for all clients of an architecture."""
+        self.model(architecture)
+        return self._initial[architecture]
+
+    def fresh(self, architecture: str) -> nn.Module:
+        """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
+        model, initial = self.unset(architecture), self._initial[architecture]
+        fixed = frozen(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name not in fixed and name not in initial:  # the others are overwritten in the next line
+                    parameter.fill_(float("nan"))
+        overlay(model, initial)
+        return model
+
+    def unset(self, architecture: str) -> nn.Module:
+        """The resident model without gradients, for whoever overwrites all of it before looking."""
+        model = self.model(architecture)
+        for parameter in model.parameters():
+            parameter.grad = None
+        return model
+
+    def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:
+        """The resident model holding these weights."""
+        model = self.fresh(architecture)
+        overlay(model, arrays)
+        return model
+
+    def scope(self, client: int, hyper: Any) -> Scope:
+        """The sizes a spec may name, for one client."""
+        architecture, subset = self.scenario.architectures[client], getattr(hyper, "subset", None)
+        common = self._dims.get((architecture, subset))
+        if common is None:
+            transfer = self.scenario.data.transfer
+            common = self._dims[architecture, subset] = {
+                "classes": self.scenario.classes,
+                "transfer": 0 if transfer is None else len(transfer),
+                "subset": self.scenario.rows_of(subset),
+                "features": int(getattr(self.model(architecture), "feature_dim", 0) or 0),
+            }
+        dims = {**common, "examples": self.scenario.examples(client)}
+        return Scope(dims, self.layout(architecture), hyper, module=self._models[architecture])
+
+    def layout(self, architecture: str) -> Layout:
+        """Names, dtypes and shapes of an architecture's arrays."""
+        if architecture not in self._layouts:
+            self._layouts[architecture] = layout_of(self.initial(architecture))
+        return self._layouts[architecture]
+
+    def transfer(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled."""
+        x, y = self.tensors("transfer")
+        return x[rows], None if y is None else y[rows]
+
+    # -- data as tensors, kept while there is room ---------------------------------------------------------
+
+    def tensors(self, *key: Any) -> Any:
+        """Tensors of (client, split), of "transfer" or of "test", cached in a process up to a limit."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        data = self.scenario.data
+        if key == ("transfer",) and not self.transfer_declared:
+            raise UserError(
+                "the transfer set is used where the strategy does not say so: "
+                "declare transfer = 'clients', 'server' or 'both' in its class"
+            )
+        value: Any
+        if key == ("transfer",):
+            value = data.transfer_tensors()
+        elif key == ("test",):
+            value = data.test_tensors()
+        elif key[0] == "pooled":
+            parts = [data.tensors(c, "train") for c in range(self.scenario.clients)]
+            value = (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        else:
+            value = data.tensors(*key)
+        value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
+        self._tensors[key] = value
+        self._cached += _size(value)
+        while self._cached > self._room and len(self._tensors) > 1:
+            self._cached -= _size(self._tensors.popitem(last=False)[1])
+        return value
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on this process's device; pinned on the way to a GPU, so that the copy does not stop the loop."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _size(value: Any) -> int:
+    return 0 if value is None else sum(0 if t is None else t.numel() * t.element_size() for t in value)
