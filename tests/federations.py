@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from flwr.app import Message, RecordDict
 from omegaconf import OmegaConf
 
 from fedfuse import models
@@ -32,6 +33,7 @@ from fedfuse.network.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml
 from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.records import Arrays, tensors
 
 single_thread()
 claim_identity()
@@ -158,3 +160,68 @@ def play(name: str, *overrides: str, **options: Any) -> Played:
     with federation(name, *overrides, **options) as (built, directory):
         built.run()
         return Played(built, built.strategy, directory)
+
+
+Look = Callable[[Message], Message | list[Message] | None]
+
+
+def intercept(
+    built: Federation,
+    replied: Look | None = None,
+    *,
+    sent: Look | None = None,
+    order: Callable[[list[Message]], list[Message]] | None = None,
+    kind: str = "",
+    round: int | None = None,
+    client: int | None = None,
+) -> None:
+    """Stand between a federation and its grid: see, change, swallow, add or reorder what passes.
+
+    Parameters
+    ----------
+    built : Federation
+    replied, sent : callable, optional
+        Is given each reply, or each message, and returns what goes on in its place: one, or a list of any length;
+        None leaves it as it is.
+    order : callable, optional
+        Is given all replies at once and returns them in another order, as a list; else they stream.
+    kind, round, client
+        Give `replied` and `sent` only what has a message type that begins so, in this round, from or to this client.
+    """
+    carry = built.grid.send_and_receive
+
+    def passed(messages: Iterable[Message], look: Look | None, node: str) -> Iterator[Message]:
+        for message in messages:
+            about, out = message.metadata, None
+            concerned = client in (None, getattr(about, node) - 1) and round in (None, built.strategy.round)
+            if look is not None and concerned and about.message_type.startswith(kind):
+                out = look(message)
+            yield from out if isinstance(out, list) else [message if out is None else out]
+
+    def intercepted(messages: Iterable[Message], **options: Any) -> Iterable[Message]:
+        replies = passed(carry(passed(messages, sent, "dst_node_id"), **options), replied, "src_node_id")
+        return replies if order is None else order(list(replies))
+
+    built.grid.send_and_receive = intercepted  # type: ignore[method-assign]
+
+
+def asked(reply: Message) -> Message:
+    """A message that a reply with this sender would answer."""
+    return Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)
+
+
+def answer(reply: Message, **changes: Any) -> Message:
+    """The reply with records exchanged."""
+    return Message(RecordDict({**dict(reply.content.items()), **changes}), reply_to=asked(reply))
+
+
+def uploads(built: Federation, name: str) -> list[Arrays]:
+    """What clients will have sent as the record of this name, in the order of arrival."""
+    found: list[Arrays] = []
+
+    def look(reply: Message) -> None:
+        if name in reply.content:
+            found.append({key: value.clone() for key, value in tensors(reply.content[name]).items()})
+
+    intercept(built, look)
+    return found

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord
 
 from fedfuse.config import registry
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError
 from fedfuse.wire.records import nbytes, record, tensors
-from tests.federations import federation, play
+from tests.federations import answer, federation, intercept, play
 
 NAMES = sorted(registry.listed())
 
@@ -89,20 +88,15 @@ def test_workers_equal_inline(name: str, undisturbed, ray_session) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_true(name: str) -> None:
     """The rows of traffic.parquet add up to the arrays really put into messages."""
-    sent: Counter[str] = Counter()
+    carried = 0
     with federation(name) as (built, _):
-        carry = built.grid.send_and_receive
 
-        def counted(messages, **options):
-            messages = list(messages)
-            for message in messages:
-                sent["down"] += sum(nbytes(r) for r in message.content.array_records.values())
-            for reply in carry(messages, **options):
-                if reply.has_content():
-                    sent["up"] += sum(nbytes(r) for r in reply.content.array_records.values())
-                yield reply
+        def counted(message) -> None:
+            nonlocal carried
+            if message.has_content():
+                carried += sum(nbytes(r) for r in message.content.array_records.values())
 
-        built.grid.send_and_receive = counted
+        intercept(built, counted, sent=counted)
         built.run()
         totals = built.strategy.outbox.traffic.summary()
         names = (
@@ -113,7 +107,7 @@ def test_bytes_are_true(name: str) -> None:
             "evaluate_down_bytes",
             "resent_bytes",
         )
-        assert sum(totals[key] for key in names) == sent["down"] + sent["up"]
+        assert sum(totals[key] for key in names) == carried
         assert totals["resent_bytes"] == 0
 
 
@@ -148,6 +142,10 @@ def _double(content: ArrayRecord) -> ArrayRecord:
     return record({k: v.double() if v.is_floating_point() else v.float() for k, v in tensors(content).items()})
 
 
+def _floats(content: ArrayRecord) -> bool:
+    return any(array.dtype.startswith("float") for array in content.values())
+
+
 @pytest.mark.parametrize("spoil", [_nan, _renamed, _larger, _double])
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_replies_are_refused(name: str, spoil) -> None:
@@ -156,34 +154,19 @@ def test_hostile_replies_are_refused(name: str, spoil) -> None:
     if not server.records:
         pytest.skip("shares no arrays, so there is nothing to spoil")
     with federation(name) as (built, _):
-        carry = built.grid.send_and_receive
         spoilt = 0
 
-        def tampered(messages, **options):
+        def tampered(reply):
             nonlocal spoilt
-            for reply in carry(messages, **options):
-                training = reply.metadata.message_type.startswith("train") and built.strategy.round == 2
-                if training and reply.metadata.src_node_id == 2 and reply.has_content():
-                    content = RecordDict(dict(reply.content.items()))
-                    for key, value in list(content.array_records.items()):
-                        if (
-                            any(getattr(a, "dtype", "").startswith("float") for a in value.values())
-                            or spoil is not _nan
-                        ):
-                            content[key] = spoil(value)
-                            spoilt += 1
-                    reply = Message(content, reply_to=_to(reply))
-                yield reply
+            arrays = dict(reply.content.array_records.items()) if reply.has_content() else {}
+            bad = {k: spoil(v) for k, v in arrays.items() if spoil is not _nan or _floats(v)}
+            spoilt += len(bad)
+            return answer(reply, **bad) if bad else None
 
-        built.grid.send_and_receive = tampered
+        intercept(built, tampered, kind="train", round=2, client=1)
         built.run()
         if not spoilt:
             pytest.skip("this strategy's second round carries no array that can be spoilt so")
         assert built.strategy.inbox.failures["rejected"] >= 1
         for item in built.strategy.board.items.values():
             assert all(bool(torch.isfinite(v).all()) for v in item.arrays.values() if v.is_floating_point())
-
-
-def _to(reply: Message) -> Message:
-    """A message that a reply with this sender would answer."""
-    return Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)

@@ -18,7 +18,7 @@ from fedfuse.errors import WorldError
 from fedfuse.network.serial import SerialGrid
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record
-from tests.federations import federation, play
+from tests.federations import answer, federation, intercept, play
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
 
 
@@ -345,13 +345,6 @@ def test_an_evaluation_that_fails_leaves_the_digest_open(monkeypatch) -> None:
 # --- replies that lie -------------------------------------------------------------------------------------
 
 
-def answer(reply: Message, **changes) -> Message:
-    """The reply with records exchanged."""
-    content = RecordDict({**dict(reply.content.items()), **changes})
-    to = Message(RecordDict(), dst_node_id=reply.metadata.src_node_id, message_type=reply.metadata.message_type)
-    return Message(content, reply_to=to)
-
-
 def config(reply: Message, **entries) -> dict:
     return {"config": ConfigRecord({**dict(reply.content["config"]), **entries})}
 
@@ -383,16 +376,7 @@ LIES = {
 def test_lies_are_rejected_and_counted(lie: str) -> None:
     """Over a network, client 1 lies in round 2: it is left out, nothing breaks, nothing of it is averaged in."""
     with federation("fedavg", grid="serial") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def lying(messages, **options):
-            for reply in carry(messages, **options):
-                asked = reply.metadata.message_type == "train" and built.strategy.round == 2
-                if asked and reply.metadata.src_node_id == 2:
-                    reply = answer(reply, **LIES[lie](reply))
-                yield reply
-
-        built.grid.send_and_receive = lying
+        intercept(built, lambda reply: answer(reply, **LIES[lie](reply)), kind="train", round=2, client=1)
         built.run()
         assert built.strategy.inbox.failures["rejected"] == 1
         assert built.strategy.outbox.tags[1] == built.strategy.outbox.tags[0] == "0"  # stateless
@@ -412,15 +396,7 @@ def test_lies_are_rejected_and_counted(lie: str) -> None:
 )
 def test_strange_evaluations_do_no_harm(lie) -> None:
     with federation("fedavg", grid="serial") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def lying(messages, **options):
-            for reply in carry(messages, **options):
-                if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 2:
-                    reply = answer(reply, **lie(reply))
-                yield reply
-
-        built.grid.send_and_receive = lying
+        intercept(built, lambda reply: answer(reply, **lie(reply)), kind="evaluate", client=1)
         built.run()
         assert 0 <= built.headline["accuracy/personal"] <= 1
         assert built.strategy.inbox.failures["retried"] == 0
@@ -428,17 +404,8 @@ def test_strange_evaluations_do_no_harm(lie) -> None:
 
 def test_a_second_reply_and_a_stranger_are_rejected() -> None:
     with federation("fedavg") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def crowded(messages, **options):
-            for reply in carry(messages, **options):
-                yield reply
-                if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 2:
-                    yield reply
-                    to = Message(RecordDict(), dst_node_id=99, message_type="train")
-                    yield Message(reply.content, reply_to=to)
-
-        built.grid.send_and_receive = crowded
+        stranger = Message(RecordDict(), dst_node_id=99, message_type="train")
+        intercept(built, lambda r: [r, r, Message(r.content, reply_to=stranger)], kind="train", client=1)
         built.run()
         assert built.strategy.inbox.failures == {"replies": 0, "rejected": 4, "retried": 0}
         assert built.digest == play("fedavg").digest
@@ -449,13 +416,7 @@ def test_replies_in_any_order_give_the_same_bits(name: str) -> None:
     """A grid of Flower's returns a list, first come first served."""
     there = play(name, "clients=10", "participation=0.9")
     with federation(name, "clients=10", "participation=0.9") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def shuffled(messages, **options):
-            replies = list(carry(messages, **options))
-            return replies[1::2] + replies[::2][::-1]
-
-        built.grid.send_and_receive = shuffled
+        intercept(built, order=lambda replies: replies[1::2] + replies[::2][::-1])
         built.run()
         assert built.digest == there.digest
         assert built.strategy.outbox.traffic.summary() == there.totals

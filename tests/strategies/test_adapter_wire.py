@@ -8,7 +8,7 @@ import torch
 from fedfuse.config import registry
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.basis import basis_sha
-from tests.federations import federation, play
+from tests.federations import federation, intercept, play
 from tests.strategies.adapter_halves import LAYER, SEEDED, D, K, server
 
 R, C, HEAD = 4, 3, 32 * 10 + 10  # rank, clients, numbers of the head of mlp_small
@@ -65,21 +65,13 @@ def test_only_r_and_the_head_cross_the_wire_after_setup() -> None:
     """The names in real messages, not what is reported: no A, no B, no base weight."""
     seen: dict[str, set[str]] = {"setup": set(), "round": set()}
     with federation("fed_sb", "strategy.init=raw_grad", "strategy.init_from=clients") as (built, _):
-        carry = built.grid.send_and_receive
 
-        def watched(messages, **options):
-            messages = list(messages)
-            label = "setup" if built.strategy.round == 0 else "round"
-            for reply in carry(messages, **options):
-                for record in reply.content.array_records.values():
-                    seen[label] |= set(record)
-                yield reply
-            if built.strategy.round > 1:
-                for message in messages:
-                    for record in message.content.array_records.values():
-                        seen["round"] |= set(record)
+        def note(message) -> None:
+            for record in message.content.array_records.values():
+                seen["setup" if built.strategy.round == 0 else "round"] |= set(record)
 
-        built.grid.send_and_receive = watched
+        intercept(built, note)
+        intercept(built, sent=note, round=2)  # the first brings the basis
         built.run()
     assert seen["setup"] == {f"{LAYER}.gradient", "rows"}
     assert seen["round"] == {f"{LAYER}.lora_R.weight", "head.weight", "head.bias"}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 
 from fedfuse.config import registry
 from fedfuse.core.shares import FAILED, check_share
 from fedfuse.errors import UserError
 from fedfuse.wire.records import Arrays, InvalidArrays, arrays_in, record, tensors
-from tests.federations import federation, play
+from tests.federations import answer, asked, federation, intercept, play
 from tests.strategies.halves import client, server
 
 DISTIL = (
@@ -55,28 +56,20 @@ def disturbed(name: str, lost: bool, path: Path) -> tuple[Any, dict[str, Any], i
     """A run in which replies are spoilt, or do not come at all."""
     words = ("strategy.fuse_space=prob",) if name == "knfu" else ()  # logits need not be distributions
     with federation(name, *words, path=path) as (built, _):
-        carry, strategy, count = built.grid.send_and_receive, built.strategy, 0
+        count = 0
 
-        def tampered(messages, **options):
+        def tampered(reply: Message, spoil: Any) -> Message | None:
             nonlocal count
-            for reply in carry(messages, **options):
-                kind, node = reply.metadata.message_type, reply.metadata.src_node_id
-                spoil = SPOILS.get((strategy.round, node - 1)) if kind.startswith("train") else None
-                if spoil is no_distribution and name not in SOFT:
-                    spoil = None
-                if spoil is not None and reply.has_content() and arrays_in(reply.content):
-                    count += 1
-                    asked = Message(RecordDict(), dst_node_id=node, message_type=kind)
-                    if lost:
-                        reply = Message(Error(code=FAILED, reason="lost"), reply_to=asked)
-                    else:
-                        content = RecordDict(dict(reply.content.items()))
-                        for key, value in list(content.array_records.items()):
-                            content[key] = record(spoil(name, tensors(value)))
-                        reply = Message(content, reply_to=asked)
-                yield reply
+            if not reply.has_content() or not arrays_in(reply.content):
+                return None
+            count += 1
+            if lost:
+                return Message(Error(code=FAILED, reason="lost"), reply_to=asked(reply))
+            return answer(reply, **{k: record(spoil(name, tensors(v))) for k, v in reply.content.array_records.items()})
 
-        built.grid.send_and_receive = tampered
+        for (round, who), spoil in SPOILS.items():
+            if spoil is not no_distribution or name in SOFT:
+                intercept(built, partial(tampered, spoil=spoil), kind="train", round=round, client=who)
         built.run()
         return built, json.loads((path / "summary.json").read_text()), count
 

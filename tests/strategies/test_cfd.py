@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
 
 from fedfuse.strategies.cfd import fold
 from fedfuse.wire.label_code import BITS as ALLOWED
 from fedfuse.wire.label_code import decode, encode, pack, probabilities, quantise, unpack
 from fedfuse.wire.records import InvalidArrays, record
-from tests.federations import federation, play
+from tests.federations import answer, federation, intercept, play
 from tests.strategies.halves import client, random_labels, server, shares, take
 
 BITS = (1, 2, 3, 5, 8)
@@ -152,19 +151,8 @@ def test_both_ends_hold_the_same_previous_labels(tmp_path):
 def test_an_excluded_code_leaves_both_ends_in_step(tmp_path):
     """The client goes on from the state before the code that was refused, so its next delta fits the server."""
     with federation("cfd", "rounds=4", path=tmp_path / "run") as (built, directory):
-        carry, strategy = built.grid.send_and_receive, built.strategy
-
-        def tampered(messages, **options):
-            for reply in carry(messages, **options):
-                kind, node = reply.metadata.message_type, reply.metadata.src_node_id
-                if kind == "train" and strategy.round == 2 and node == 2:
-                    content = RecordDict(dict(reply.content.items()))
-                    content["labels"] = record({"code": torch.full((60,), 255, dtype=torch.uint8)})
-                    asked = Message(RecordDict(), dst_node_id=node, message_type=kind)
-                    reply = Message(content, reply_to=asked)
-                yield reply
-
-        built.grid.send_and_receive = tampered
+        strategy, bad = built.strategy, record({"code": torch.full((60,), 255, dtype=torch.uint8)})
+        intercept(built, lambda reply: answer(reply, labels=bad), kind="train", round=2, client=1)
         built.run()
         assert strategy.inbox.failures["rejected"] == 1
         kept = directory.clients.load(1, strategy.outbox.tags[1])

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from flwr.app import Message, RecordDict
 
 from fedfuse.config import registry
 from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
 from fedfuse.wire.records import InvalidArrays, Scope, record
-from tests.federations import federation, play
+from tests.federations import answer, federation, intercept, play
 
 
 def test_votes_by_hand():
@@ -79,17 +78,7 @@ def test_hostile_votes_are_refused():
     with pytest.raises(InvalidArrays, match="not a class"):
         registry.entry("cofed").server.examine(Scope({"classes": 10}, {}), share)
     with federation("cofed", "rounds=1") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def tampered(messages, **options):
-            for reply in carry(messages, **options):
-                if reply.metadata.src_node_id == 2 and "votes" in reply.content:
-                    content = RecordDict(dict(reply.content.items()))
-                    content["votes"] = record({"labels": torch.zeros(25, dtype=torch.int16)})
-                    to = Message(RecordDict(), dst_node_id=2, message_type=reply.metadata.message_type)
-                    reply = Message(content, reply_to=to)
-                yield reply
-
-        built.grid.send_and_receive = tampered
+        long = record({"labels": torch.zeros(25, dtype=torch.int16)})
+        intercept(built, lambda reply: answer(reply, votes=long) if "votes" in reply.content else None, client=1)
         built.run()
         assert built.strategy.inbox.failures["rejected"] == 1

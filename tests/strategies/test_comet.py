@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fedfuse.config import registry
 from fedfuse.strategies.comet import cluster, means, memberships, nearest
 from fedfuse.wire.records import InvalidArrays
-from tests.federations import federation, play
+from tests.federations import federation, play, uploads
 
 
 def soft(n=4, rows=5, classes=3, seed=0):
@@ -74,20 +74,12 @@ def test_the_distance_is_squared_and_sums_over_classes():
 
 def test_the_mean_of_ones_cluster_reaches_each_client():
     with federation("comet", "strategy.clusters=1", "rounds=1") as (built, _):
-        uploads = []
-        carry = built.grid.send_and_receive
-
-        def watched(messages, **options):
-            for reply in carry(messages, **options):
-                if "soft" in reply.content:
-                    uploads.append(torch.tensor(reply.content["soft"]["p"].numpy()).double())
-                yield reply
-
-        built.grid.send_and_receive = watched
+        sent = uploads(built, "soft")
         built.run()
+        mean = torch.stack([one["p"].double() for one in sent]).mean(0)
         for client in range(3):
             got = built.strategy.published("means", to=client)["p"]
-            torch.testing.assert_close(got[0], torch.stack(uploads).mean(0).float(), rtol=2e-7, atol=0)
+            torch.testing.assert_close(got[0], mean.float(), rtol=2e-7, atol=0)
 
 
 def test_a_joint_step_sees_both_terms(monkeypatch):

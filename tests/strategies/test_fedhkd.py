@@ -9,7 +9,7 @@ from fedfuse.errors import UserError
 from fedfuse.strategies.fedhkd import hyper_knowledge
 from fedfuse.train.losses import loss
 from fedfuse.wire.records import InvalidArrays
-from tests.federations import federation, play
+from tests.federations import federation, play, uploads
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
 
@@ -38,33 +38,23 @@ def test_the_teacher_is_not_softened_twice():
     assert value.item() == pytest.approx(0.25 * (p * np.log(p / q)).sum(), rel=1e-12)
 
 
-def uploads_of(built):
-    found = []
-    carry = built.grid.send_and_receive
-
-    def watched(messages, **options):
-        for reply in carry(messages, **options):
-            if "classes" in reply.content:
-                found.append({k: v.numpy().astype(np.float64) for k, v in reply.content["classes"].items()})
-            yield reply
-
-    built.grid.send_and_receive = watched
-    return found
+def doubles(sent):
+    return [{name: value.double().numpy() for name, value in one.items()} for one in sent]
 
 
 @pytest.mark.parametrize("weighting", ["count", "holders"])
 def test_every_holder_counts_and_the_last_does_not_win(weighting):
     with federation("fedhkd", *SKEWED, "rounds=1", f"strategy.weighting={weighting}") as (built, _):
-        uploads = uploads_of(built)
+        sent = uploads(built, "classes")
         built.run()
-        got = built.strategy.published("classes")
-        counts = np.stack([u["counts"] for u in uploads])
+        sent, got = doubles(sent), built.strategy.published("classes")
+        counts = np.stack([u["counts"] for u in sent])
         assert (counts == 0).any()
         assert ((counts > 0).sum(0) > 1).any()
         for name in ("embeddings", "predictions"):
             for c in np.flatnonzero(counts.sum(0)):
                 w = counts[:, c] if weighting == "count" else counts[:, c] > 0
-                expected = np.average(np.stack([u[name][c] for u in uploads]), axis=0, weights=w)
+                expected = np.average(np.stack([u[name][c] for u in sent]), axis=0, weights=w)
                 np.testing.assert_allclose(got[name][c], expected, rtol=1e-5, atol=1e-6)
         assert (got["held"].numpy() == (counts.sum(0) > 0)).all()
         held = got["predictions"][got["held"]]
@@ -74,9 +64,9 @@ def test_every_holder_counts_and_the_last_does_not_win(weighting):
 def test_noise_is_drawn_per_class_for_held_classes_only():
     def embeddings(noise):
         with federation("fedhkd", *SKEWED, "rounds=1", f"strategy.noise={noise}") as (built, _):
-            uploads = uploads_of(built)
+            sent = uploads(built, "classes")
             built.run()
-        return [(u["embeddings"], u["counts"]) for u in uploads]
+        return [(u["embeddings"], u["counts"]) for u in doubles(sent)]
 
     for (clean, counts), (noisy, _) in zip(embeddings(0), embeddings(2), strict=True):
         added = noisy - clean

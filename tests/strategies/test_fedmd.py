@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedfuse.errors import UserError
-from tests.federations import federation, play
+from tests.federations import federation, play, uploads
 
 
 def test_the_consensus_is_the_plain_mean_however_many_examples_a_client_has():
@@ -13,18 +13,10 @@ def test_the_consensus_is_the_plain_mean_however_many_examples_a_client_has():
     with federation("fedmd", *words) as (built, _):
         sizes = [built.scenario.examples(client) for client in range(3)]
         assert max(sizes) > 1.5 * min(sizes)
-        sent = []
-        carry = built.grid.send_and_receive
-
-        def watched(messages, **options):
-            for reply in carry(messages, **options):
-                if "logits" in reply.content:
-                    sent.append(torch.tensor(reply.content["logits"]["logits"].numpy()).double())
-                yield reply
-
-        built.grid.send_and_receive = watched
+        arrived = uploads(built, "logits")
         built.run()
         consensus = built.strategy.published("consensus")["logits"]
+    sent = [one["logits"].double() for one in arrived]
     torch.testing.assert_close(consensus, torch.stack(sent).mean(0).float(), rtol=2e-7, atol=0)
     weighted = sum(n * z for n, z in zip(sizes, sent, strict=True)) / sum(sizes)
     assert (weighted - consensus).abs().max() > 1e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedfuse.strategies.knfu import KnFuHyper, distances, estimate, fusion_weights
-from tests.federations import federation
+from tests.federations import federation, intercept
 
 KINDS = ("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine")
 
@@ -46,19 +46,14 @@ def test_weak_neighbours_are_dropped_and_the_rest_renormalised() -> None:
 
 def test_mixtures_go_to_participants_and_are_what_the_weights_say() -> None:
     """Recomputed from what was sent, over the participants of the round only."""
-    with federation(
-        "knfu", "clients=5", "participation=0.6", "rounds=2", "evaluate.every=2", "strategy.fuse_space=prob"
-    ) as (built, _):
+    words = ("clients=5", "participation=0.6", "rounds=2", "evaluate.every=2", "strategy.fuse_space=prob")
+    with federation("knfu", *words) as (built, _):
         sent: dict[int, torch.Tensor] = {}
-        carry = built.grid.send_and_receive
 
-        def look(messages, **options):
-            for reply in carry(messages, **options):
-                if reply.metadata.message_type == "train" and built.strategy.round == 2:
-                    sent[reply.metadata.src_node_id - 1] = torch.tensor(reply.content["soft_labels"]["p"].numpy())
-                yield reply
+        def look(reply):
+            sent[reply.metadata.src_node_id - 1] = torch.tensor(reply.content["soft_labels"]["p"].numpy())
 
-        built.grid.send_and_receive = look
+        intercept(built, look, kind="train", round=2)
         built.run()
         board = built.strategy.board.items
         assert sorted(sent) == built.strategy.plan(2)

@@ -7,7 +7,7 @@ import torch
 from fedfuse.config import registry
 from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project, rates
 from fedfuse.wire.records import InvalidArrays
-from tests.federations import federation, play
+from tests.federations import federation, play, uploads
 
 
 def soft(n=4, rows=6, classes=3, seed=0):
@@ -66,21 +66,12 @@ def test_frozen_uniform_equals_plain_averaging():
     """With c = 1/N every client gets FedMD's consensus: the mean of all soft predictions."""
     from fedfuse.wire.sums import Sum
 
-    uploads = []
     with federation("ktpfl", "strategy.coefficient_lr=0", "rounds=1") as (built, _):
-        carry = built.grid.send_and_receive
-
-        def watched(messages, **options):
-            for reply in carry(messages, **options):
-                if "soft" in reply.content:
-                    uploads.append(torch.tensor(reply.content["soft"]["p"].numpy()))
-                yield reply
-
-        built.grid.send_and_receive = watched
+        sent = uploads(built, "soft")
         built.run()
         total = Sum()
-        for p in uploads:
-            total.add(0, {"p": p}, 1.0)
+        for one in sent:
+            total.add(0, one, 1.0)
         for client in range(3):
             got = built.strategy.published("target", to=client)["p"]
             torch.testing.assert_close(got, total.mean()["p"], rtol=2e-7, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.federations import play
+from tests.federations import federation, play, uploads
 
 
 def final(played) -> dict[str, torch.Tensor]:
@@ -26,23 +26,12 @@ def test_fedavg_with_one_client_is_centralized() -> None:
 
 def test_fedmd_consensus_is_the_mean_of_logits() -> None:
     """By hand, from the logits each client sent."""
-    from tests.federations import federation
-
     with federation("fedmd", "rounds=1") as (built, _):
-        sent = []
-        carry = built.grid.send_and_receive
-
-        def look(messages, **options):
-            for reply in carry(messages, **options):
-                if "logits" in reply.content.array_records:
-                    sent.append(reply.content["logits"]["logits"].numpy().astype("float64"))
-                yield reply
-
-        built.grid.send_and_receive = look
+        sent = uploads(built, "logits")
         built.run()
         consensus = built.strategy.published("consensus")["logits"].double()
-    want = torch.tensor((sent[0] + sent[1] + sent[2]) / 3)
-    torch.testing.assert_close(consensus, want, rtol=0, atol=1e-6)
+    a, b, c = (one["logits"].double() for one in sent)
+    torch.testing.assert_close(consensus, (a + b + c) / 3, rtol=0, atol=1e-6)
 
 
 def test_fedmd_digests_the_rows_of_its_own_version() -> None:

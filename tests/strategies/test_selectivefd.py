@@ -7,7 +7,7 @@ import torch
 from fedfuse.config import registry
 from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
 from fedfuse.wire.records import InvalidArrays, Scope
-from tests.federations import federation, play
+from tests.federations import federation, play, uploads
 
 
 def test_kulsif_minimises_its_objective():
@@ -58,24 +58,13 @@ def test_the_server_drops_the_ambiguous():
 
 
 def test_without_selectors_it_is_plain_averaging():
-    with federation("selectivefd", "strategy.client_quantile=null", "strategy.server_threshold=null", "rounds=1") as (
-        built,
-        _,
-    ):
-        uploads = []
-        carry = built.grid.send_and_receive
-
-        def watched(messages, **options):
-            for reply in carry(messages, **options):
-                if "soft" in reply.content:
-                    uploads.append(torch.tensor(reply.content["soft"]["p"].numpy()).double())
-                yield reply
-
-        built.grid.send_and_receive = watched
+    words = ("strategy.client_quantile=null", "strategy.server_threshold=null", "rounds=1")
+    with federation("selectivefd", *words) as (built, _):
+        sent = uploads(built, "soft")
         built.run()
-        got = built.strategy.published("ensemble")
+        got, mean = built.strategy.published("ensemble"), torch.stack([one["p"].double() for one in sent]).mean(0)
         assert got["rows"].tolist() == list(range(24))
-        torch.testing.assert_close(got["p"], torch.stack(uploads).mean(0).float(), rtol=2e-7, atol=0)
+        torch.testing.assert_close(got["p"], mean.float(), rtol=2e-7, atol=0)
 
 
 def test_selection_cuts_the_bytes_and_says_so():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedfuse.wire.records import record, tensors
-from tests.federations import federation, play
+from tests.federations import answer, federation, intercept, play
 
 ROUNDS = ("rounds=3", "clients=4", "participation=0.5")
 
@@ -43,16 +43,12 @@ def test_the_mean_is_weighted_by_examples() -> None:
     for weighting in ("examples", "uniform"):
         with federation("fedavg", *words, f"strategy.weighting={weighting}") as (built, _):
             sent = []
-            carry = built.grid.send_and_receive
 
-            def look(messages, carry=carry, sent=sent, **options):
-                for reply in carry(messages, **options):
-                    if reply.metadata.message_type == "train":
-                        arrays = {k: v.double().clone() for k, v in tensors(reply.content["arrays"]).items()}
-                        sent.append((float(reply.content["metrics"]["num-examples"]), arrays))
-                    yield reply
+            def look(reply, sent=sent):
+                arrays = {k: v.double().clone() for k, v in tensors(reply.content["arrays"]).items()}
+                sent.append((float(reply.content["metrics"]["num-examples"]), arrays))
 
-            built.grid.send_and_receive = look
+            intercept(built, look, kind="train")
             built.run()
             assert len({n for n, _ in sent}) > 1
             weights = [n if weighting == "examples" else 1.0 for n, _ in sent]
@@ -64,16 +60,11 @@ def test_the_mean_is_weighted_by_examples() -> None:
 def test_fedmd_refuses_a_lesson_on_too_few_rows() -> None:
     """One row would broadcast over everybody's; it does not get that far."""
     with federation("fedmd", "transfer.subset=8", "rounds=1") as (built, _):
-        carry = built.grid.send_and_receive
 
-        def short(messages, **options):
-            for reply in carry(messages, **options):
-                if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 2:
-                    content = tensors(reply.content["logits"])
-                    reply.content["logits"] = record({"logits": content["logits"][:1]})
-                yield reply
+        def short(reply):
+            return answer(reply, logits=record({"logits": tensors(reply.content["logits"])["logits"][:1]}))
 
-        built.grid.send_and_receive = short
+        intercept(built, short, kind="train", client=1)
         built.strategy.ensure_begun()
         built.play(1, "train")
         assert built.strategy.inbox.failures["rejected"] == 1
