@@ -36,7 +36,8 @@ from fedfuse.strategies.fedex_lora import residual
 from fedfuse.train.adapters import LoRA, LoRASB, adapted, inject
 from fedfuse.train.basis import leading
 from tests.federations import federation, play
-from tests.strategies.adapter_halves import LAYER, D, K, drawn, own_update, server, shares, update
+from tests.halves import shares
+from tests.strategies.adapter_updates import LAYER, D, K, drawn, own_update, server, update
 
 NAMES = (
     "fed_sb", "fedex_lora", "fedit", "fedsa_lora", "fedsvd", "ffa_lora", "flexlora", "flora", "hetlora", "rolora",
@@ -49,7 +50,7 @@ def fuse(strategy, records, counts=COUNTS):
     key = "R" if "R" in records[0] else "adapter"
     p = [n / sum(counts) for n in counts]
     want = sum(w * own_update(strategy, r[key]) for w, r in zip(p, records, strict=True))
-    strategy.fuse(shares(strategy, records, counts))
+    strategy.fuse(shares(strategy, *records, examples=counts))
     return want
 
 
@@ -57,8 +58,9 @@ def test_1_a_round_averages_only_its_own_latents() -> None:
     strategy = server("fed_sb")
     for round, value in ((1, 1.0), (2, 5.0)):
         strategy.round = round
-        like = drawn(strategy, 0, [4])["R"]
-        strategy.fuse(shares(strategy, [{"R": {n: torch.full_like(v, value) for n, v in like.items()}}] * 3, COUNTS))
+        like = drawn(strategy, 0)["R"]
+        same = {"R": {n: torch.full_like(v, value) for n, v in like.items()}}
+        strategy.fuse(shares(strategy, same, same, same, examples=COUNTS))
     assert torch.all(strategy.state["R"][f"{LAYER}.lora_R.weight"] == 5)
 
 
@@ -73,8 +75,7 @@ def test_2_every_aggregation_rule_runs(name) -> None:
 @pytest.mark.parametrize("name", ["fedex_lora", "flora"])
 def test_3_the_residual_is_scaled_by_alpha_over_r(name, alpha) -> None:
     strategy = server(name, f"strategy.alpha={alpha}")
-    strategy.round = 1
-    want = fuse(strategy, [drawn(strategy, c, [4, 4, 4]) for c in range(3)])
+    want = fuse(strategy, [drawn(strategy, c) for c in range(3)])
     assert (update(strategy) - want).norm() < 1e-12 * want.norm()
 
 
@@ -100,11 +101,10 @@ def test_5_layers_of_one_shape_start_from_different_factors(layer) -> None:
 def test_6_means_are_taken_in_float64_whatever_the_base_is() -> None:
     """Three numbers whose mean bf16 rounds away; and adapters stay float32 over a bf16 base."""
     strategy = server("fed_sb")
-    strategy.round = 1
-    like = drawn(strategy, 0, [4])["R"]
+    like = drawn(strategy, 0)["R"]
     values = (1.0, 1.0 + 2**-12, 1.0 - 2**-11)
     records = [{"R": {n: torch.full(v.shape, x, dtype=torch.float32) for n, v in like.items()}} for x in values]
-    strategy.fuse(shares(strategy, records, [1, 1, 1]))
+    strategy.fuse(shares(strategy, *records))
     assert abs(strategy.state["R"][f"{LAYER}.lora_R.weight"][0, 0].item() - sum(values) / 3) < 1e-7
     half = inject(nn.Sequential(nn.Linear(9, 9)).bfloat16(), LoRASB, rank=2, scale=1.0)
     (module,) = adapted(half).values()
@@ -133,9 +133,8 @@ def test_8_every_client_counts(name, who) -> None:
     results = []
     for seed in (0, 7):
         strategy = server(name)
-        strategy.round = 1
-        records = [drawn(strategy, c, [4, 4, 4], seed if c == who else 0) for c in range(3)]
-        strategy.fuse(shares(strategy, records, COUNTS))
+        records = [drawn(strategy, c, seed=seed if c == who else 0) for c in range(3)]
+        strategy.fuse(shares(strategy, *records, examples=COUNTS))
         results.append(update(strategy))
     assert (results[0] - results[1]).norm() > 1e-2 * results[0].norm()
 

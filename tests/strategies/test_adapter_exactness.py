@@ -12,7 +12,8 @@ from fedfuse.strategies.flexlora import truncated
 from fedfuse.strategies.flora import stack
 from fedfuse.strategies.hetlora import norm
 from fedfuse.train.stack import compact, deltas, empty, fold
-from tests.strategies.adapter_halves import LAYER, D, K, drawn, own_update, server, shares, update
+from tests.halves import shares
+from tests.strategies.adapter_updates import LAYER, D, K, drawn, own_update, server, update
 
 COUNTS = [10, 25, 5]
 P = torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
@@ -33,7 +34,7 @@ def fused(name: str, *overrides: str, kinds: tuple[str, ...] = (), counts: list[
     """One fuse on random shares; the server's ΔW and the weighted mean of the clients'."""
     strategy = server(name, *overrides)
     strategy.round = round
-    records = [drawn(strategy, c, [4, 4, 4]) for c in range(len(counts))]
+    records = [drawn(strategy, c) for c in range(len(counts))]
     if kinds:  # RoLoRA sends one factor
         for record in records:
             content = record["adapter"]
@@ -49,7 +50,7 @@ def fused(name: str, *overrides: str, kinds: tuple[str, ...] = (), counts: list[
     )
     sent = [{n: v for n, v in record[key].items() if v.numel()} for record in records]
     want = sum(w * own_update(strategy, content) for w, content in zip(p, sent, strict=True))
-    strategy.fuse(shares(strategy, records, counts))
+    strategy.fuse(shares(strategy, *records, examples=counts))
     return strategy, update(strategy), want
 
 
@@ -70,19 +71,18 @@ def test_exact_methods_reproduce_the_mean_update(name, kinds, round, weighting) 
     overrides = [f"strategy.weighting={weighting}", "strategy.alpha=3"]
     if name == "rolora" and round == 2:  # B is zero at the start: give it something to multiply
         strategy = server(name, *overrides)
-        strategy.round = 1
-        first = [drawn(strategy, c, [4, 4, 4]) for c in range(3)]
+        first = [drawn(strategy, c) for c in range(3)]
         for record in first:
             record["adapter"] = {k: v[:0] if "lora_A" in k else v for k, v in record["adapter"].items()}
-        strategy.fuse(shares(strategy, first, COUNTS))
+        strategy.fuse(shares(strategy, *first, examples=COUNTS))
         strategy.round = 2
-        records = [drawn(strategy, c, [4, 4, 4], seed=7) for c in range(3)]
+        records = [drawn(strategy, c, seed=7) for c in range(3)]
         for record in records:
             record["adapter"] = {k: v[:, :0] if "lora_B" in k else v for k, v in record["adapter"].items()}
         p = P if weighting == "examples" else torch.full((3,), 1 / 3, dtype=torch.float64)
         sent = [{n: v for n, v in r["adapter"].items() if v.numel()} for r in records]
         want = sum(w * own_update(strategy, s) for w, s in zip(p, sent, strict=True))
-        strategy.fuse(shares(strategy, records, COUNTS))
+        strategy.fuse(shares(strategy, *records, examples=COUNTS))
         assert relative(update(strategy), want) < 1e-12
         return
     _, got, want = fused(name, *overrides, kinds=kinds, round=round)
@@ -143,10 +143,9 @@ def test_stack_weighs_once_and_takes_all_clients() -> None:
 def test_ranks_may_differ() -> None:
     ranks = [2, 4, 1]
     strategy = server("flora", "strategy.ranks=[2,4,1]")
-    strategy.round = 1
-    records = [drawn(strategy, c, ranks) for c in range(3)]
+    records = [drawn(strategy, c, ranks[c]) for c in range(3)]
     want = sum(w * own_update(strategy, r["adapter"]) for w, r in zip(P, records, strict=True))
-    strategy.fuse(shares(strategy, records, COUNTS))
+    strategy.fuse(shares(strategy, *records, examples=COUNTS))
     assert relative(update(strategy), want) < 1e-12
 
 
@@ -154,11 +153,10 @@ def test_ranks_may_differ() -> None:
 def test_a_smaller_rank_does_not_shrink_what_others_hold(ranks) -> None:
     """Fed-SB: each entry of R is the mean over the clients that hold it; where nobody does, it stays."""
     strategy = server("fed_sb", f"strategy.ranks={ranks}".replace(" ", ""))
-    strategy.round = 1
     key = f"{LAYER}.lora_R.weight"
     start = torch.randn(4, 4, generator=torch.Generator().manual_seed(9))
     strategy.state["R"] = {**strategy.state["R"], key: start}
-    records = [drawn(strategy, c, ranks) for c in range(3)]
+    records = [drawn(strategy, c, ranks[c]) for c in range(3)]
     want = start.double().clone()
     for a in range(4):
         for b in range(4):
@@ -166,7 +164,7 @@ def test_a_smaller_rank_does_not_shrink_what_others_hold(ranks) -> None:
             if holders:
                 total = sum(P[c] * float(records[c]["R"][key][a, b]) for c in holders)
                 want[a, b] = total / sum(P[c] for c in holders)
-    strategy.fuse(shares(strategy, records, COUNTS))
+    strategy.fuse(shares(strategy, *records, examples=COUNTS))
     torch.testing.assert_close(strategy.state["R"][key].double(), want, rtol=1e-6, atol=1e-7)
 
 
@@ -183,16 +181,15 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
     bs, as_ = factors()
     arrays = {"x.lora_B.weight": bs[0], "x.lora_A.weight": as_[0]}
     assert abs(norm(arrays) - (bs[0] @ as_[0]).norm().item()) < 1e-9
-    strategy = server("hetlora", "strategy.ranks=[2,4,1]")
-    strategy.round = 1
-    records = [drawn(strategy, c, [2, 4, 1]) for c in range(3)]
+    strategy, ranks = server("hetlora", "strategy.ranks=[2,4,1]"), [2, 4, 1]
+    records = [drawn(strategy, c, ranks[c]) for c in range(3)]
     weights = torch.tensor([norm(r["adapter"]) for r in records], dtype=torch.float64)
     weights /= weights.sum()
     want = torch.zeros(4, K, dtype=torch.float64)
     for w, r in zip(weights, records, strict=True):
         a = r["adapter"][f"{LAYER}.lora_A.weight"]
         want[: len(a)] += w * a
-    strategy.fuse(shares(strategy, records, COUNTS))
+    strategy.fuse(shares(strategy, *records, examples=COUNTS))
     assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
 
 
@@ -217,8 +214,8 @@ def test_a_round_averages_its_own_latents_only() -> None:
     """Defect 1: the released multi-round code averages the R of all rounds so far."""
     strategy, _, _ = fused("fed_sb")
     strategy.round = 2
-    records = [{"R": {n: torch.ones_like(v) for n, v in drawn(strategy, 0, [4])["R"].items()}}] * 3
-    strategy.fuse(shares(strategy, records, COUNTS))
+    records = [{"R": {n: torch.ones_like(v) for n, v in drawn(strategy, 0)["R"].items()}}] * 3
+    strategy.fuse(shares(strategy, *records, examples=COUNTS))
     assert torch.equal(strategy.state["R"][f"{LAYER}.lora_R.weight"].double(), torch.ones(4, 4).double())
 
 

@@ -9,7 +9,7 @@ from fedfuse.config import registry
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train.basis import basis_sha
 from tests.federations import federation, intercept, play
-from tests.strategies.adapter_halves import LAYER, SEEDED, D, K, server
+from tests.strategies.adapter_updates import LAYER, SEEDED, D, K, server
 
 R, C, HEAD = 4, 3, 32 * 10 + 10  # rank, clients, numbers of the head of mlp_small
 LORA = R * (D + K)

@@ -16,7 +16,7 @@ from fedfuse.core.shares import FAILED, check_share
 from fedfuse.errors import UserError
 from fedfuse.wire.records import Arrays, InvalidArrays, arrays_in, record, tensors
 from tests.federations import answer, asked, federation, intercept, play
-from tests.strategies.halves import client, server
+from tests.halves import client, server
 
 DISTIL = (
     "cfd", "cofed", "comet", "dsfl", "fd", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedkd", "fedmd", "fedproto",

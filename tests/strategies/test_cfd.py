@@ -12,7 +12,7 @@ from fedfuse.wire.label_code import BITS as ALLOWED
 from fedfuse.wire.label_code import decode, encode, pack, probabilities, quantise, unpack
 from fedfuse.wire.records import InvalidArrays, record
 from tests.federations import answer, federation, intercept, play
-from tests.strategies.halves import client, random_labels, server, shares, take
+from tests.halves import client, random_labels, server, shares, take
 
 BITS = (1, 2, 3, 5, 8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.federations import play
-from tests.waking import PLAIN, gradients, server, wake
+from tests.halves import PLAIN, gradients, server, wake
 
 
 @pytest.mark.parametrize("keep", ["fresh", "keep"])

@@ -7,7 +7,7 @@ import torch
 from fedfuse.strategies.dsfl import DSFL, DSFLHyper, aggregate, era
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import play
-from tests.strategies.halves import client, random_labels, server, shares, take
+from tests.halves import client, random_labels, server, shares, take
 
 
 def entropy(p):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fedfuse.strategies.fd import FD, label_means, targets
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import play
-from tests.strategies.halves import client, server, shares, take
+from tests.halves import client, server, shares, take
 
 A, B, Z = [0.8, 0.2], [0.5, 0.5], [0.0, 0.0]
 

@@ -7,7 +7,8 @@ import torch
 
 from fedfuse.errors import UserError
 from tests.federations import play
-from tests.strategies.adapter_halves import LAYER, SEEDED, D, K, drawn, own_update, server, shares, update
+from tests.halves import shares
+from tests.strategies.adapter_updates import LAYER, SEEDED, D, K, drawn, own_update, server, update
 
 R, C, HEAD = 4, 3, 32 * 10 + 10  # rank, clients, numbers of the head of mlp_small
 LORA = R * (D + K)
@@ -32,7 +33,7 @@ def test_the_model_is_the_mean_update_before_and_after(init: str) -> None:
         strategy.workspace.loaded(strategy.architecture, strategy.state_of_model())  # the basis `own_update` reads
         own = [own_update(strategy, record["R"]) for record in records]
         total = merged + sum(n / 10 * update for n, update in zip(COUNTS, own, strict=True))
-        strategy.fuse(shares(strategy, records, COUNTS))
+        strategy.fuse(shares(strategy, *records, examples=COUNTS))
         assert (update(strategy) - total).norm() / total.norm() < 1e-12
         after = strategy.state_of_model()
         latent = after[f"{LAYER}.lora_R.weight"]

@@ -7,7 +7,7 @@ import torch
 from fedfuse.errors import UserError
 from fedfuse.strategies.feddf import cosine
 from tests.federations import play
-from tests.strategies.halves import server, shares
+from tests.halves import server, shares
 
 POOL = "model.pool=[mlp,mlp_small,mlp_wide]"
 

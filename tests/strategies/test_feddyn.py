@@ -7,7 +7,7 @@ import torch
 
 from fedfuse.strategies.feddyn import FedDynHyper, strength
 from tests.federations import play
-from tests.waking import PLAIN, final_states, gradients, server, wake
+from tests.halves import PLAIN, final_states, gradients, server, wake
 
 
 def test_alpha_zero_is_fedavg_with_equal_weights() -> None:

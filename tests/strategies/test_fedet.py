@@ -7,7 +7,7 @@ import torch
 from fedfuse.config import registry
 from fedfuse.strategies.fedet import consensus, layer, weights_of
 from tests.federations import play
-from tests.waking import server, wake
+from tests.halves import server, wake
 
 POOL = "model.pool=[mlp_small,mlp,mlp_wide]"
 

@@ -15,7 +15,7 @@ from fedfuse.errors import UserError
 from fedfuse.runs import experiment
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import TINY, play
-from tests.strategies.halves import client, server, shares, take
+from tests.halves import client, server, shares, take
 
 T = 3.0
 FROZEN = ("train.lr=1e-30", "train.batch_size=7", "train.epochs=2")

@@ -10,7 +10,7 @@ from fedfuse.strategies.fedkd import FedKDHyper, apply, energy
 from fedfuse.train.truncate import check_packed, most, pack, packed_layout, truncate, unpack
 from fedfuse.wire.records import InvalidArrays, layout_nbytes, layout_of, nbytes, validate
 from tests.federations import play
-from tests.waking import PLAIN, final_states, server, wake
+from tests.halves import PLAIN, final_states, server, wake
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

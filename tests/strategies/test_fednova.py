@@ -7,7 +7,7 @@ import torch
 
 from fedfuse.strategies.fednova import normaliser
 from tests.federations import play
-from tests.waking import PLAIN, server, wake
+from tests.halves import PLAIN, server, wake
 
 
 @pytest.mark.parametrize(("steps", "momentum"), [(1, 0.9), (7, 0.9), (5, 0.5), (4, 0.0), (3, 1.0)])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fedfuse.errors import UserError
 from fedfuse.models.pair import private_part, shared_part
 from tests.federations import play
-from tests.waking import PLAIN, final_states, server, wake
+from tests.halves import PLAIN, final_states, server, wake
 
 
 def test_the_loss_is_the_papers() -> None:

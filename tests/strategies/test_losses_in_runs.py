@@ -20,7 +20,7 @@ from fedfuse.train.losses import names
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import sha_arrays
 from tests.federations import TINY, federation, play, scenario_of
-from tests.waking import final_states
+from tests.halves import final_states
 
 SMALL = ("clients=2", "data.limit=60", "data.test_limit=20", "transfer.size=12", "transfer.labelled=true")
 # what makes two barely trained clients teach each other at all: more rows a round, one cluster, no selection

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fedfuse.strategies.moon import Projected, contrast
 from tests.federations import play
-from tests.waking import final_states, server, wake
+from tests.halves import final_states, server, wake
 
 
 def test_contrast_against_the_formula() -> None:
@@ -94,4 +94,4 @@ def test_a_model_without_features_is_refused_in_words() -> None:
     from fedfuse.errors import UserError
 
     with pytest.raises(UserError, match=r"features\(x\)"):
-        server("moon", "model=custom", "model.build=tests.waking:featureless")
+        server("moon", "model=custom", "model.build=tests.halves:featureless")

@@ -7,7 +7,7 @@ import torch
 
 from fedfuse.models.parts import head, norms, parameters
 from tests.federations import play
-from tests.waking import final_states, server, wake
+from tests.halves import final_states, server, wake
 
 BN = ("model=resnet8_bn", "model.width=0.25", "data.limit=60", "rounds=2", "partition=dirichlet", "partition.alpha=0.5")
 

@@ -8,7 +8,7 @@ import torch
 from fedfuse.errors import UserError
 from fedfuse.strategies.scaffold import renewed
 from tests.federations import play
-from tests.waking import PLAIN, final_states, gradients, server, wake
+from tests.halves import PLAIN, final_states, gradients, server, wake
 
 
 def test_variates_sum_to_the_servers_under_full_participation() -> None:

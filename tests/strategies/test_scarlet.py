@@ -7,7 +7,7 @@ import torch
 from fedfuse.strategies import scarlet
 from fedfuse.strategies.scarlet import enhanced_era, lookup, merge
 from tests.federations import play
-from tests.strategies.halves import random_labels, server, shares
+from tests.halves import random_labels, server, shares
 
 SMALL = ("strategy.subset=8", "rounds=7", "strategy.duration=2")
 

@@ -15,7 +15,7 @@ from fedfuse.train import training
 from fedfuse.train.losses import loss
 from fedfuse.wire.label_code import quantise, unpack
 from tests.federations import play
-from tests.strategies.halves import client, random_labels, server, shares, take
+from tests.halves import client, random_labels, server, shares, take
 
 FROZEN = ("train.lr=1e-30", "train.momentum=0", "loss=kl", "transfer.subset=20")
 TOPICS = {

@@ -7,7 +7,7 @@ import pytest
 from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
 from tests.federations import TINY, play, scenario_of
-from tests.waking import final_states
+from tests.halves import final_states
 
 
 def test_optimisers_are_dealt_round_robin() -> None:
