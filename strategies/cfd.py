@@ -152,7 +152,7 @@ class CFD(StudentStrategy):
         self.log("bits_per_label/up", size / clients / len(rows))
         soft = (total / clients).float()
         if h.dual:
-            soft = self._answers(self.teach(self.loss("kl"), soft, rows), rows)
+            soft = self.answers(self.teach(self.loss("kl"), soft, rows), rows)
         new = soft if h.bits_down == 32 else label_code.quantise(soft, h.bits_down)
         old = self.board.items.get(("labels", ""))
         by_delta = old is not None and h.delta and h.bits_down != 32
@@ -162,7 +162,7 @@ class CFD(StudentStrategy):
         self.log("bits_per_label/down", 8 * len(code) / len(rows))
         self.publish("labels", {"code": code})
 
-    def _answers(self, student: nn.Module, rows: Tensor) -> Tensor:
+    def answers(self, student: nn.Module, rows: Tensor) -> Tensor:
         """Dual distillation: what θ_S, having learnt the mean, says itself."""
         x, _ = self.workspace.transfer(rows)
         return self.predict(student, x, self.scenario.config.evaluate.batch_size).softmax(1).cpu()

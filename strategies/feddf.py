@@ -155,7 +155,7 @@ class FedDF(FusionStrategy):
             to = name if len(names) > 1 else None
             student = used.means[name].mean() if name in used.means else self.published("model", to)
             if used.models and distils:
-                student = self._distil(name, student, x, y, used.outputs)
+                student = self.distilled(name, student, x, y, used.outputs)
             self.publish("model", student, to=to)
 
     def _plan(self, rows: int, least: int = 2) -> dict[str, Any]:
@@ -170,7 +170,8 @@ class FedDF(FusionStrategy):
         assert y is not None
         return float((self.predict(model, x, self.hyper.distill_batch).argmax(1) == y).double().mean())
 
-    def _distil(self, name: str, student: Arrays, x: Tensor, y: Tensor | None, teacher: Tensor) -> Arrays:
+    def distilled(self, name: str, student: Arrays, x: Tensor, y: Tensor | None, teacher: Tensor) -> Arrays:
+        """A student's weights after it has learnt what the teacher says of x."""
         h: FedDFHyper = self.hyper
         loss = self.loss("kl")
         compare = loss.from_probabilities if h.ensemble == "prob" else loss

@@ -224,10 +224,11 @@ class FedGen(AveragingStrategy):
         seen = torch.stack(counts)
         held = seen.sum(0) > 0
         if bool(held.any()) and self.hyper.generator_steps:
-            self._teach(heads, seen, held)
+            self.teach(heads, seen, held)
             self.publish("generator", {**self.state["generator"], "held": held})
 
-    def _teach(self, heads: list[Arrays], counts: Tensor, held: Tensor) -> None:
+    def teach(self, heads: list[Arrays], counts: Tensor, held: Tensor) -> None:
+        """Train the generator on what the clients' heads say of its samples."""
         h, device = self.hyper, self.workspace.device
         net, head = self._generator().to(device), cast(Any, self.workspace.model(self.architecture)).head
         net.load_state_dict(self.state["generator"])

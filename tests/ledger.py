@@ -86,7 +86,7 @@ def enter(
     name: str = "ledger",
 ) -> str:
     """Register a strategy for the length of one test."""
-    monkeypatch.setitem(registry._entries, name, Entry(name, server, client, hyper, ""))
+    monkeypatch.setitem(registry.registered, name, Entry(name, server, client, hyper, ""))
     return name
 
 

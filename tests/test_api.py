@@ -46,7 +46,7 @@ def median():
 
     registry.strategy("median_here", client=FusionClient)(Median)
     yield Median
-    registry._entries.pop("median_here")
+    registry.registered.pop("median_here")
 
 
 def test_a_class_a_callable_and_arrays(median, tmp_path) -> None:
@@ -80,7 +80,7 @@ def test_the_same_on_ray(median, tmp_path, ray_session) -> None:
 def test_what_is_gone_is_named(tmp_path, monkeypatch) -> None:
     run = fedfuse.run({**OWN, "strategy": "local", "out": tmp_path / "run"})
     (run.dir / "summary.json").unlink()
-    monkeypatch.setattr("fedfuse.config.dotted._given", {})
+    monkeypatch.setattr("fedfuse.config.dotted.handed_over", {})
     with pytest.raises(UserError, match="was handed over from Python and is not here; run it from there again"):
         resume(run.dir, allow_code=True)
 

@@ -28,7 +28,7 @@ def documented(request, tmp_path):
     sys.modules[path.stem] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     yield name
-    registry._entries.pop(name)
+    registry.registered.pop(name)
     sys.modules.pop(path.stem)
 
 

@@ -48,7 +48,7 @@ class Given(str):
         return Given, (str(self), self.made)
 
 
-_given: dict[str, Given] = {}
+handed_over: dict[str, Given] = {}
 
 
 def give(made: Callable[..., Any]) -> str:
@@ -58,13 +58,13 @@ def give(made: Callable[..., Any]) -> str:
     that what is seeded by the name stays as it was.
     """
     text = f"{PYTHON}:{getattr(made, '__qualname__', type(made).__name__).replace('<', '').replace('>', '')}"
-    _given[text] = Given(text, made)
+    handed_over[text] = Given(text, made)
     return text
 
 
 def given(text: str | None) -> str | None:
     """The text with what it stands for, where a program of this process has handed that over."""
-    return None if text is None else _given.get(text, text)
+    return None if text is None else handed_over.get(text, text)
 
 
 PYTHON = "python"

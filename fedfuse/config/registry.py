@@ -49,9 +49,9 @@ class Listed(NamedTuple):
     summary: str
 
 
-_entries: dict[str, Entry] = {}
+registered: dict[str, Entry] = {}  # in this process so far
 _files: dict[str, str | None] = {}  # name -> file that registered it
-_unreadable: dict[str, str] = {}  # file -> why it could not be listed
+unreadable: dict[str, str] = {}  # file -> why it could not be listed
 
 
 def hyper(
@@ -114,13 +114,13 @@ def strategy(
     """
 
     def register(cls: type[Any]) -> type[Any]:
-        old, file = _entries.get(name), getattr(sys.modules.get(cls.__module__), "__file__", None)
+        old, file = registered.get(name), getattr(sys.modules.get(cls.__module__), "__file__", None)
         same = file is not None and _files.get(name) == file  # a file may be imported under two names
         if old is not None and old.server.__module__ != cls.__module__ and not same:
             raise ValueError(f"strategy {name!r} is registered by {old.server.__module__} already")
         if not dataclasses.is_dataclass(hyper):
             raise ValueError(f"strategy {name!r}: hyper must be a dataclass")
-        _entries[name], _files[name] = Entry(name, cls, client, hyper, paper), file
+        registered[name], _files[name] = Entry(name, cls, client, hyper, paper), file
         return cls
 
     return register
@@ -138,10 +138,10 @@ def listed() -> dict[str, Listed]:
                 for folder in spec.submodule_search_locations:
                     path = Path(folder) / f"{module.name}.py"
                     if path.exists():
-                        found |= {item.name: item for item in _read(path, f"{spec.name}.{module.name}")}
+                        found |= {item.name: item for item in read(path, f"{spec.name}.{module.name}")}
         elif spec.origin:
-            found |= {item.name: item for item in _read(Path(spec.origin), spec.name)}
-    for entry in _entries.values():
+            found |= {item.name: item for item in read(Path(spec.origin), spec.name)}
+    for entry in registered.values():
         if entry.name not in found:
             found[entry.name] = Listed(
                 entry.name,
@@ -152,7 +152,8 @@ def listed() -> dict[str, Listed]:
     return dict(sorted(found.items()))
 
 
-def _read(path: Path, module: str) -> list[Listed]:
+def read(path: Path, module: str) -> list[Listed]:
+    """What strategies a source file registers; one that cannot be parsed is noted in `unreadable`."""
     return _parsed(path, module, path.stat().st_mtime_ns)
 
 
@@ -161,7 +162,7 @@ def _parsed(path: Path, module: str, changed: int) -> list[Listed]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        _unreadable[path.name] = " ".join(str(error).split())
+        unreadable[path.name] = " ".join(str(error).split())
         return []
     out = []
     for node in tree.body:
@@ -178,11 +179,6 @@ def _parsed(path: Path, module: str, changed: int) -> list[Listed]:
     return out
 
 
-def entries() -> list[Entry]:
-    """The strategies that are registered in this process so far."""
-    return list(_entries.values())
-
-
 def entry(name: str) -> Entry:
     """Return a registered strategy, importing its module if need be.
 
@@ -191,12 +187,12 @@ def entry(name: str) -> Entry:
     UserError
         If there is none of that name, or its module cannot be imported.
     """
-    if name not in _entries:
+    if name not in registered:
         known = listed()
         if name not in known:
-            if f"{name}.py" in _unreadable:
-                raise UserError(f"strategy={name}: {name}.py cannot be read ({_unreadable[f'{name}.py']})")
-            broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(_unreadable.items()))
+            if f"{name}.py" in unreadable:
+                raise UserError(f"strategy={name}: {name}.py cannot be read ({unreadable[f'{name}.py']})")
+            broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(unreadable.items()))
             raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
         try:
             importlib.import_module(known[name].module)
@@ -205,9 +201,9 @@ def entry(name: str) -> Entry:
         except Exception as error:
             why = f"{known[name].module} cannot be imported ({in_words(error)})"
             raise UserError(f"strategy={name}: {why}") from error
-        if name not in _entries:
+        if name not in registered:
             raise UserError(f"strategy={name}: {known[name].module} did not register it")
-    return _entries[name]
+    return registered[name]
 
 
 def check(name: str, values: Any) -> None:

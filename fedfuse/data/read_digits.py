@@ -16,12 +16,13 @@ from fedfuse.data.dataset import Dataset
 def read(config: DataConfig, root: Path | None) -> Dataset:
     """Return uint8 images (1, 8, 8), grey levels 0..16 as 0..255; a fixed 20 % is the test split."""
     options(config, {})
-    pixels, labels = _pixels()
+    pixels, labels = digits()
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     return assemble(config, Table(images, labels))
 
 
-def _pixels() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return grey levels 0..16 (1797 × 64) and labels."""
     # Finding the package does not import it: sklearn.datasets takes seconds, its file some milliseconds.
     found = importlib.util.find_spec("sklearn")
     if found is not None and found.origin is not None:
@@ -32,5 +33,5 @@ def _pixels() -> tuple[np.ndarray, np.ndarray]:
             return table[:, :-1], table[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    return digits.data, digits.target.astype(np.int64)
+    loaded = load_digits()
+    return loaded.data, loaded.target.astype(np.int64)

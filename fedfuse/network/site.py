@@ -106,7 +106,7 @@ class Site:
         memory = SiteMemory(folder, self._node(config, scenario, folder))
         if training and not memory.answered(message):
             phases = 1 + sum(name.startswith("fuse_") for name in dir(registry.entry(config.strategy.name).server))
-            policy.check_answers(_counted(folder / "trainings"), phases)
+            policy.check_answers(counted(folder / "trainings"), phases)
         with limited(Allowance(policy.max_epochs, policy.max_steps)):
             reply = memory.handle(message)
         if reply.has_error():
@@ -181,7 +181,7 @@ class Site:
         return self._scenarios[text]
 
 
-def _counted(path: Path) -> int:
+def counted(path: Path) -> int:
     """One more than the last time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = (int(path.read_text()) if path.exists() else 0) + 1

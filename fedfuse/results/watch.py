@@ -36,7 +36,7 @@ def command(words: Sequence[str]) -> int:
     UserError
         A directory is missing, a flag is unknown, or the address cannot be bound.
     """
-    directories, host, port = _arguments(words)
+    directories, host, port = arguments(words)
     import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -60,7 +60,8 @@ def command(words: Sequence[str]) -> int:
     return 0
 
 
-def _arguments(words: Sequence[str]) -> tuple[list[Path], str, int]:
+def arguments(words: Sequence[str]) -> tuple[list[Path], str, int]:
+    """The directories, the host and the port that the words name; for errors see `command`."""
     directories: list[Path] = []
     flags = {"--host": LOOPBACK, "--port": str(PORT)}
     rest = list(words)

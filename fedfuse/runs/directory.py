@@ -249,7 +249,7 @@ class RunDirectory(Callback):
         rows = pl.read_parquet(self.path / "partition.parquet").to_dicts()
         if all(row["label"] for row in rows):  # sites with data of their own tell no labels
             draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
-        self._final_models(federation)
+        self.write_final_models(federation)
         for kind in ("metrics", "traffic", "timing"):
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
             with replaced(self.path / f"{kind}.parquet", durable=True) as partial:
@@ -305,7 +305,8 @@ class RunDirectory(Callback):
         rows = pl.scan_parquet(self.path / "metrics.parquet", glob=False)
         return rows.filter(pl.col("metric").str.ends_with(UNDEFINED)).collect().rows()
 
-    def _final_models(self, federation: Federation) -> None:
+    def write_final_models(self, federation: Federation) -> None:
+        """Keep the server's models, and those of the clients that the last evaluation scored."""
         final = self.path / "final"
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():

@@ -63,7 +63,7 @@ def _is_handed_over(key: str, value: Any) -> bool:
 
 
 def _strategy(value: Any) -> list[str]:
-    for entry in registry.entries():
+    for entry in registry.registered.values():
         if entry.server is value:
             return [f"strategy={entry.name}"]
     raise UserError(f"strategy={value.__name__}: is not registered; put @strategy(name, …) before the class")

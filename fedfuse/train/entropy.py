@@ -20,21 +20,27 @@ LONGEST = 2**30  # bytes under one key
 
 
 class Keystream:
-    """Draws from a cipher's keystream; a new key after every 2³⁰ bytes."""
+    """Draws from a cipher's keystream; a new key after every 2³⁰ bytes.
+
+    Attributes
+    ----------
+    left : int
+        Bytes that may still be drawn under the present key.
+    """
 
     def __init__(self) -> None:
-        self._left = 0
+        self.left = 0
 
     def bytes(self, count: int) -> bytes:
         """That many random bytes."""
         out = []
         while count:
-            if not self._left:
+            if not self.left:
                 cipher = Cipher(algorithms.ChaCha20(secrets.token_bytes(32), bytes(16)), mode=None)
-                self._stream, self._left = cipher.encryptor(), LONGEST
-            size = min(count, self._left)
+                self._stream, self.left = cipher.encryptor(), LONGEST
+            size = min(count, self.left)
             out.append(self._stream.update(bytes(size)))
-            self._left -= size
+            self.left -= size
             count -= size
         return b"".join(out)
 

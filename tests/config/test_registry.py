@@ -19,8 +19,8 @@ SHIPPED = {"local", "centralized", "fedavg", "fedprox", "fedmd", "knfu"}
 @pytest.fixture
 def shelf(monkeypatch: pytest.MonkeyPatch) -> dict:
     """The registry, put back afterwards."""
-    copy = dict(registry._entries)
-    monkeypatch.setattr(registry, "_entries", copy)
+    copy = dict(registry.registered)
+    monkeypatch.setattr(registry, "registered", copy)
     return copy
 
 

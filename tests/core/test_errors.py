@@ -25,6 +25,7 @@ from fedfuse.results.statistics import mean_interval
 from fedfuse.results.table import percent
 from fedfuse.wire.records import arrays
 from tests.federations import TINY, play
+from tests.ledger import enter
 
 SMALL = [word for word in TINY if not word.startswith(("model=", "data"))]
 
@@ -109,14 +110,14 @@ def test_a_run_without_a_transfer_set_is_allowed_where_none_is_needed() -> None:
 
 def test_a_strategy_file_that_cannot_be_read_is_named_first(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text("def half(:\n", encoding="utf-8")
-    registry._read(tmp_path / "mine.py", "mine")
-    monkeypatch.setitem(registry._unreadable, "mine.py", registry._unreadable["mine.py"])
+    registry.read(tmp_path / "mine.py", "mine")
+    monkeypatch.setitem(registry.unreadable, "mine.py", registry.unreadable["mine.py"])
     with pytest.raises(UserError, match=r"^strategy=mine: mine.py cannot be read \(invalid syntax"):
         registry.entry("mine")
-    registry._unreadable.pop("mine.py")
+    registry.unreadable.pop("mine.py")
 
 
-def test_halves_that_return_nothing_or_name_an_unknown_size_are_told() -> None:
+def test_halves_that_return_nothing_or_name_an_unknown_size_are_told(monkeypatch) -> None:
     class Mean(FusionStrategy):
         def fuse(self, shares: Shares) -> None:
             self.publish("model", shares.mean("model"))
@@ -138,12 +139,8 @@ def test_halves_that_return_nothing_or_name_an_unknown_size_are_told() -> None:
         ("mute", Mean, Silent, r"share\(\) of Silent returned None; a dict is needed"),
         ("misspelt", Misspelt, Soft, "a layout names the size 'transfr': unknown; did you mean 'transfer'"),
     ):
-        registry.strategy(name, client=client)(server)
-        try:
-            with pytest.raises((UserError, WorldError), match=said):
-                play(name)
-        finally:
-            registry._entries.pop(name)
+        with pytest.raises((UserError, WorldError), match=said):
+            play(enter(monkeypatch, server, client, registry.NoHyper, name))
 
 
 def test_the_whole_story_on_request(capfd, monkeypatch) -> None:
@@ -155,24 +152,21 @@ def test_the_whole_story_on_request(capfd, monkeypatch) -> None:
         def fuse(self, shares: Shares) -> None:
             pass
 
-    registry.strategy("fails", client=Fails)(Mean)
-    try:
-        words = ["run", *TINY, "strategy=fails", "runtime.retries=0", "out=/nonexistent/run"]
-        monkeypatch.delenv(TRACEBACK, raising=False)
-        for traced in (False, True):
-            monkeypatch.setenv(TRACEBACK, "1") if traced else None
-            with pytest.raises(WorldError, match="deep inside"):
-                play("fails", "runtime.retries=0")
-            told = capfd.readouterr().err
-            assert ("Traceback" in told and "client 0:" in told) is traced
-        monkeypatch.delenv(TRACEBACK)
-        assert main(["run", "--traceback", "rundz=3"]) == 2
-        assert "Traceback" in capfd.readouterr().err
-        monkeypatch.delenv(TRACEBACK)
-        assert main([*words, "rundz=3"]) == 2
-        assert "Traceback" not in capfd.readouterr().err
-    finally:
-        registry._entries.pop("fails")
+    enter(monkeypatch, Mean, Fails, registry.NoHyper, "fails")
+    words = ["run", *TINY, "strategy=fails", "runtime.retries=0", "out=/nonexistent/run"]
+    monkeypatch.delenv(TRACEBACK, raising=False)
+    for traced in (False, True):
+        monkeypatch.setenv(TRACEBACK, "1") if traced else None
+        with pytest.raises(WorldError, match="deep inside"):
+            play("fails", "runtime.retries=0")
+        told = capfd.readouterr().err
+        assert ("Traceback" in told and "client 0:" in told) is traced
+    monkeypatch.delenv(TRACEBACK)
+    assert main(["run", "--traceback", "rundz=3"]) == 2
+    assert "Traceback" in capfd.readouterr().err
+    monkeypatch.delenv(TRACEBACK)
+    assert main([*words, "rundz=3"]) == 2
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:

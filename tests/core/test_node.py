@@ -10,7 +10,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedfuse.config import registry
-from fedfuse.config.registry import Entry
 from fedfuse.core.node import Node, parcels, place, state_sha
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.network.site_memory import SiteMemory
@@ -271,7 +270,7 @@ def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monke
             return {"model": weights}
 
     entry = registry.entry("fedavg")
-    monkeypatch.setitem(registry._entries, "fedavg", Entry("fedavg", entry.server, Poisons, entry.hyper, ""))
+    enter(monkeypatch, entry.server, Poisons, entry.hyper, "fedavg")
     replies = node("fedavg", tmp_path).handle_group(asked("fedavg"), [Cache() for _ in range(3)])
     assert failure(replies[1])[0] == INVALID
     assert all(bool(torch.isfinite(v).all()) for v in tensors(replies[2].content["sum:model"]).values())

@@ -26,6 +26,7 @@ from fedfuse.runs.experiment import as_yaml, run
 from fedfuse.train.scores import scores
 from fedfuse.wire.knowledge import Topic
 from tests.federations import TINY, play
+from tests.ledger import enter
 
 # --- keys --------------------------------------------------------------------------------------------------
 
@@ -233,19 +234,13 @@ def test_every_strategy_is_heard(name: str) -> None:
 
 
 @pytest.fixture
-def made():
+def made(monkeypatch):
     """Register a pair of halves for one test."""
-    names = []
 
     def make(server: type[Any], client: type[Any] = FusionClient) -> str:
-        name = f"silent{len(names)}"
-        registry.strategy(name, client=client)(server)
-        names.append(name)
-        return name
+        return enter(monkeypatch, server, client, registry.NoHyper, f"silent_{server.__name__}")
 
-    yield make
-    for name in names:
-        registry._entries.pop(name)
+    return make
 
 
 def test_a_fuse_that_publishes_nothing_and_a_topic_that_nobody_gets_are_named(made, tmp_path: Path) -> None:

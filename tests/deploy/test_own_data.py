@@ -9,7 +9,7 @@ import pytest
 
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
-from fedfuse.data.read_digits import _pixels
+from fedfuse.data.read_digits import digits
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import SiteConfig
@@ -23,7 +23,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def archive(folder: Path, rows: np.ndarray, shift: int = 0) -> str:
-    pixels, labels = _pixels()
+    pixels, labels = digits()
     folder.mkdir(parents=True)
     images = np.rint(pixels[rows] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     np.savez(folder / "all.npz", x=images, y=labels[rows] + shift)
@@ -33,7 +33,7 @@ def archive(folder: Path, rows: np.ndarray, shift: int = 0) -> str:
 @pytest.fixture
 def sites(tmp_path: Path) -> tuple[Config, Network]:
     """A reference at the server; site 0 has digits 0-4 only, site 1 5-9, site 2 all."""
-    labels, rows = _pixels()[1], np.arange(1797)
+    labels, rows = digits()[1], np.arange(1797)
     server = archive(tmp_path / "reference", rows[1500:])
     roots = [
         archive(tmp_path / "a", rows[:1000][labels[:1000] < 5]),

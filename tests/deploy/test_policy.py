@@ -100,7 +100,7 @@ def test_rounds_are_those_of_the_messages(tmp_path: Path) -> None:
 
 def test_a_run_cannot_train_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedfuse.network.policy.SPARE", 0)
-    monkeypatch.setattr("fedfuse.network.site._counted", lambda path: 1000)
+    monkeypatch.setattr("fedfuse.network.site.counted", lambda path: 1000)
     refused(r"1000 trainings in this run; allowed: at most \d+", Policy(max_rounds=2), tmp_path)
 
 

@@ -45,7 +45,7 @@ def with_fault(monkeypatch, tmp_path):
     def arrange(name: str, fault: str, who: int = 1) -> None:
         entry = registry.entry(name)
         made = faulty(entry.client, fault, tmp_path, who)
-        monkeypatch.setitem(registry._entries, name, entry._replace(client=made))
+        monkeypatch.setitem(registry.registered, name, entry._replace(client=made))
 
     return arrange
 

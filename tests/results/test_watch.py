@@ -104,7 +104,7 @@ def test_wrong_words(words, says):
 
 
 def test_loopback_by_default():
-    assert watch._arguments(["."])[1] == "127.0.0.1"
+    assert watch.arguments(["."])[1] == "127.0.0.1"
 
 
 def test_live_run_in_a_browser(tmp_path):

@@ -182,7 +182,7 @@ def test_a_commit_that_was_cut_short_does_not_count(monkeypatch, tmp_path: Path)
     same_rows(where, there)
 
 
-@pytest.mark.parametrize("step", ["_final_models", "summary"])
+@pytest.mark.parametrize("step", ["write_final_models", "summary"])
 def test_a_run_killed_at_its_very_end_only_ends_again(monkeypatch, tmp_path: Path, step: str) -> None:
     where = tmp_path / "run"
 

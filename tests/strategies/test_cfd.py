@@ -118,7 +118,7 @@ def test_dual_distillation_and_mean(bits, monkeypatch):
     sent = [p if bits == 32 else quantise(p, 1) for p in labels]
     own, seen = random_labels(24, 10, 9).float(), {}
     monkeypatch.setattr(strategy, "teach", lambda loss, mean, rows: seen.update(mean=mean))
-    monkeypatch.setattr(strategy, "_answers", lambda student, rows: own)
+    monkeypatch.setattr(strategy, "answers", lambda student, rows: own)
     codes = [{"labels": {"code": torch.tensor(list(encode(s, bits)), dtype=torch.uint8)}} for s in sent]
     strategy.fuse(shares(strategy, *codes))
     mean = torch.stack([probabilities(s, bits).double() for s in sent]).mean(0)

@@ -35,7 +35,7 @@ def test_the_ensemble_is_the_mean_of_all_teachers(ensemble, monkeypatch):
     strategy = server("feddf", f"strategy.ensemble={ensemble}")
     models, seen = variants(strategy, "mlp_small", 3), {}
     outputs = torch.stack([logits_of(strategy, "mlp_small", m["model"]) for m in models])
-    monkeypatch.setattr(strategy, "_distil", lambda name, student, x, y, teacher: seen.update(t=teacher) or student)
+    monkeypatch.setattr(strategy, "distilled", lambda name, student, x, y, teacher: seen.update(t=teacher) or student)
     strategy.fuse(shares(strategy, *models))
     expected = outputs.mean(0) if ensemble == "logit" else outputs.softmax(2).mean(0)
     np.testing.assert_allclose(seen["t"], expected, rtol=1e-4, atol=1e-5)
@@ -48,7 +48,7 @@ def test_one_student_an_architecture_taught_by_all(monkeypatch):
     outputs = torch.stack([logits_of(strategy, n, m["model"]) for n, m in zip(names, models, strict=True)])
     seen = {}
     monkeypatch.setattr(
-        strategy, "_distil", lambda name, student, x, y, teacher: seen.update({name: (student, teacher)}) or student
+        strategy, "distilled", lambda name, student, x, y, teacher: seen.update({name: (student, teacher)}) or student
     )
     initial = strategy.workspace.initial("mlp_wide")
     strategy.fuse(shares(strategy, *models))
@@ -132,7 +132,7 @@ def test_models_at_chance_neither_teach_nor_are_averaged(monkeypatch):
     found = iter([0.5, 0.1, 0.4])  # of ten classes: the second is at chance
     monkeypatch.setattr(strategy, "accuracy", lambda model: next(found))
     monkeypatch.setattr(
-        strategy, "_distil", lambda name, student, x, y, teacher: seen.update(s=student, t=teacher) or student
+        strategy, "distilled", lambda name, student, x, y, teacher: seen.update(s=student, t=teacher) or student
     )
     strategy.fuse(shares(strategy, *models))
     rows = strategy.rows[0]

@@ -41,7 +41,7 @@ def test_the_generator_is_taught_by_the_clients_own_heads(monkeypatch):
     from fedfuse.strategies import fedgen
 
     heads, seen = [], []
-    original = fedgen.FedGen._teach
+    original = fedgen.FedGen.teach
 
     def teach(self, given, counts, held):
         heads.extend(given)
@@ -57,7 +57,7 @@ def test_the_generator_is_taught_by_the_clients_own_heads(monkeypatch):
             torch.testing.assert_close(mine, F.linear(seen[-1], values["weight"], values["bias"]))
         return ensemble_loss(logits, labels, counts)
 
-    monkeypatch.setattr(fedgen.FedGen, "_teach", teach)
+    monkeypatch.setattr(fedgen.FedGen, "teach", teach)
     monkeypatch.setattr(fedgen, "Generator", Net)
     monkeypatch.setattr(fedgen, "ensemble_loss", watched)
     play("fedgen", "rounds=1", "strategy.generator_steps=2")

@@ -273,9 +273,9 @@ def test_the_keystream_is_normal_and_uniform_and_changes_its_key() -> None:
     assert stats.kstest(stream.normal(20_001), "norm").pvalue > 1e-6
     assert stats.kstest(stream.uniform(20_000), "uniform").pvalue > 1e-6
     assert stream.normal(0).shape == (0,)
-    stream._left = 5
+    stream.left = 5
     assert len(stream.bytes(100)) == 100
-    assert stream._left == entropy.LONGEST - 95
+    assert stream.left == entropy.LONGEST - 95
     draws = stream.normal(20_000)
     assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.05
     rows = drawn(100_000, 0.1, stream)
