@@ -256,10 +256,10 @@ def test_a_fuse_that_publishes_nothing_and_a_topic_that_nobody_gets_are_named(ma
             self.publish("model", shares.mean("model"))
 
     done = play(made(Mute), path=tmp_path / "mute")
-    assert unheard(done.strategy) == ["silent0: fuse published nothing, so that no client learned from another"]
+    assert unheard(done.strategy) == ["silent_Mute: fuse published nothing, so that no client learned from another"]
     assert unheard(done.strategy)[0] in json.loads((tmp_path / "mute/summary.json").read_text())["notes"]
     told = unheard(play(made(Half)).strategy)
-    assert told == ["silent1: declares the topic 'hints', and nobody ever got any of it"]
+    assert told == ["silent_Half: declares the topic 'hints', and nobody ever got any of it"]
 
 
 def test_a_declaration_that_cannot_be_is_refused_where_it_stands() -> None:
