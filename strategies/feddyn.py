@@ -11,6 +11,9 @@ Travels: P·B_f bytes each way; ∇_k and h stay where they are. α = 0 is FedAv
 Readings: the argmin is `train.epochs` epochs; both terms enter as their gradient, −∇_k + α(θ − θ_t), before each
 step. The penalty is the squared norm (PFLlib: the norm itself) and is there beside the linear term (FL-bench:
 without weight decay it is not). Buffers are averaged. `scaled=true` is the official code's α_k = α/(m·n_k/Σ n_j).
+Scored on the global test set are both θ, which algorithm 1 returns and clients are sent (`scored=server`, the default:
+`accuracy/global` is its), and the participants' mean θ + h/α, which the official code plots (`scored=mean`); each has its
+row `accuracy/global/…`. Personal scores are θ's.
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ class FedDynHyper:
 
     alpha: float = hyper(0.01, "α, strength of the regulariser (paper: 0.1, 0.01, 0.001)", low=0)
     scaled: bool = hyper(False, "divide a client's α by its share of the data (official code)")
+    scored: str = hyper(
+        "server",
+        "whose accuracy/global it is: θ, or the participants' mean (official code)",
+        choices=("server", "mean"),
+    )
 
 
 def strength(h: FedDynHyper, scenario: Scenario, client: int) -> float:
@@ -80,3 +88,23 @@ class FedDyn(AveragingStrategy):
                     h[name] = before - alpha / self.scenario.clients * moved
                     mean[name] = (total[name] / taking_part - h[name] / alpha).to(old[name].dtype)
         self.publish("model", mean)
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """θ, and where they differ the mean of the round's clients, θ + h/α."""
+        theta, h, alpha = self.model, self.state.get("h", {}), self.hyper.alpha
+        if not h:
+            return {"model": (self.architecture, theta)}
+        mean = {n: (v.double() + h[n] / alpha).to(v.dtype) if n in h else v for n, v in theta.items()}
+        return {"model": (self.architecture, theta), "mean": (self.architecture, mean)}
+
+    @property
+    def headline(self) -> str | None:
+        """Which of the two is the run's figure."""
+        return {"server": "model", "mean": "mean"}[self.hyper.scored] if self.state.get("h") else None
+
+    def notes(self) -> list[str]:
+        """Which of the two is the run's figure."""
+        if self.headline is None:
+            return []
+        whose = {"model": "the server's model", "mean": "the mean of the last round's clients"}
+        return [f"feddyn: accuracy/global is of {whose[self.headline]} (strategy.scored); metrics has both"]

@@ -17,7 +17,8 @@ keys them by batch number, so that a shuffling loader pairs each with another ex
 the tail still moves; here they are computed after training, in evaluation mode. Its α stands on KL at the client and
 on CE at the server: two fields here. Choices: the cut is at `features(x)` (a vector of size d, the same for all
 architectures), not at a feature map as in the paper's ResNet pair; the tail is any architecture of the zoo on vectors.
-In the first round there are no server logits and clients train with cross-entropy alone.
+In the first round there are no server logits and clients train with cross-entropy alone. `distil.*` is the tail's
+training, on all clients' features; what clients do is `train.*`.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class FedGKT(FusionStrategy):
     }
     needs_features = True
     same_features = True
+    distils = True
     discloses = ("labels", "features")
 
     @classmethod
@@ -165,7 +167,7 @@ class FedGKT(FusionStrategy):
         def step(z: Tensor, y: Tensor, rows: Tensor) -> Tensor:
             return distance(z, logits[rows], y) + h.alpha_server * F.cross_entropy(z, y)
 
-        self.state["tail"] = self.train(
+        self.state["tail"] = self.distil(
             tail, features, labels.long(), step, purpose="tail", epochs=h.server_epochs, batch_size=h.server_batch
         )
         for client, content in known.items():

@@ -6,12 +6,13 @@ With f_k the embedding (`features`), D_kc client k's examples of class c and N_c
     client k:  min CE + λ · (1/(B·d)) Σ_i ‖f_k(x_i) − P_{y_i}‖²   (nothing for a class without a global prototype)
     client k:  P_kc = (1/|D_kc|) Σ_{x∈D_kc} f_k(x), with the weights as trained; sent with |D_kc|
     server:    P_c = Σ_{k∈N_c} |D_kc|·P_kc / Σ_{k∈N_c} |D_kc|
-    predict:   the class of the nearest P_c
+    predict:   the class of the nearest P_c, of the client's own classes (`among=held`: of all)
 
 Travels: C·(d·B_f + 8) bytes up, C·(d·B_f + 1) down, a client and round; a class that a client lacks is a row of zeros.
 Left open by the paper: a class that no participant of a round holds keeps its last prototype. Of the authors' code:
-`weighting=holders` is its unweighted mean over holders; its accumulation of prototypes while weights still change is
-not reproduced. Architectures may differ, embeddings must be of one size d (`model.feature_dim`).
+`weighting=holders` is its unweighted mean over holders; its test looks only at classes that the client holds, where the
+paper's text says the nearest prototype: the code's way is the default; its accumulation of prototypes while weights
+still change is not reproduced. Architectures may differ, embeddings must be of one size d (`model.feature_dim`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class FedProtoHyper:
     lam: float = hyper(1.0, "λ, weight of the pull towards prototypes (paper: 1 on MNIST, 0.1 on CIFAR-10)", low=0)
     weighting: str = hyper("count", "mean by |D_kc|, or plain over holders (code)", choices=("count", "holders"))
     inference: str = hyper("prototype", "nearest global prototype, or the own head", choices=("prototype", "head"))
+    among: str = hyper(
+        "own",
+        "prototypes to choose from: of classes the client has examples of (code), or all",
+        choices=("own", "held"),
+    )
 
 
 def nearness(z: Tensor, prototypes: Tensor, held: Tensor) -> Tensor:
@@ -88,7 +94,11 @@ class FedProtoClient(FusionClient):
         """Scores by nearness to the global prototypes; before there are any, the own head's logits."""
         if self.hyper.inference == "head" or self.prototypes is None:
             return super().predict(x)
-        return nearness(self.embed(x), *self.prototypes)
+        means, held = self.prototypes
+        if self.hyper.among == "own":
+            own = held & (torch.bincount(self.y, minlength=self.classes) > 0)
+            held = own if bool(own.any()) else held  # a client without examples has to choose among all
+        return nearness(self.embed(x), means, held)
 
 
 @strategy("fedproto", client=FedProtoClient, hyper=FedProtoHyper, paper="Tan et al. 2022, arXiv 2105.00243")

@@ -31,6 +31,10 @@ class FedRepHyper:
 class FedRepClient(PartClient):
     """Fits its head to the common body, then the body to its head."""
 
+    def trainings(self) -> list[int | None]:
+        """Head and body; both are fitted to private examples."""
+        return [self.hyper.head_epochs, self.hyper.body_epochs]
+
     def fit(self) -> Metrics:
         """Head first, then body; keep the head."""
         private = set(parts.head(self.model))

@@ -170,7 +170,7 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a strategy with a transfer set": _shares,
     "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
     "a strategy that trains on soft labels": uses_loss,
-    "a strategy that distils a transfer set": lambda config, sweep: bool(_declared(config, "distils", False)),
+    "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils", False)),
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
     "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (
         not config.train.pool or any("@" not in word for word in config.train.pool)

@@ -211,21 +211,21 @@ class DistilConfig:
 
     epochs: int | None = key(
         None,
-        "passes over the round's rows of the transfer set",
-        only="a strategy that distils a transfer set",
+        "passes over the round's rows of the transfer set (FedGKT: over the clients' features)",
+        only="a strategy that distils",
     )
     steps: int | None = key(
         None,
         "mini-batches in place of passes: the same effort whatever the set's size",
-        only="a strategy that distils a transfer set",
+        only="a strategy that distils",
     )
-    batch_size: int | None = key(None, "rows of the transfer set a step", only="a strategy that distils a transfer set")
+    batch_size: int | None = key(None, "rows of the transfer set a step", only="a strategy that distils")
     lr: float | None = key(
         None,
         "null: the strategy's own, else train.lr; another optimiser than theirs: its usual rate",
-        only="a strategy that distils a transfer set",
+        only="a strategy that distils",
     )
-    optimizer: str | None = key(None, "sgd | adam | adamw", only="a strategy that distils a transfer set")
+    optimizer: str | None = key(None, "sgd | adam | adamw", only="a strategy that distils")
 
 
 @dataclass
@@ -266,7 +266,7 @@ class PrivacyConfig:
     noise: float | None = key(None, "σ, noise's deviation over C; null: the least that `epsilon` allows")
     trainings: int | None = key(
         None,
-        "trainings of a client that σ is planned for; null: one a round",
+        "rounds of a client's training that σ is planned for; null: all",
         only="privacy.epsilon",
     )
     chunk: int | None = key(

@@ -90,6 +90,10 @@ class FusionClient:
         """Train on private data; must return `num-examples`."""
         return self.train()
 
+    def trainings(self) -> list[int | None]:
+        """Epochs of each training on private examples that `fit` makes, for the privacy plan; None: `train.epochs`."""
+        return [None]
+
     def share(self) -> Records:
         """Say what was learned: records of arrays. Per-sample rows stand in index order."""
         return {"model": variable(self.model) if self.lends else self.weights()}
@@ -323,7 +327,7 @@ class FusionClient:
         epochs, size = options.pop("epochs", None), options.pop("batch_size", None)
         with self.inside_budget(moment) as (budget, sampling, noising):
             rate, steps = budget.steps(epochs, size)
-            noise = budget.noise((rate, steps))
+            noise = budget.noise([budget.steps(planned, size) for planned in self.trainings()])
             budget.spend(noise, rate, steps)
             train, privacy = self.training, self.scenario.config.privacy
             dp_sgd(

@@ -57,7 +57,7 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def of_server(
     strategy: FusionStrategy, models: Mapping[str, tuple[str, Arrays]], round: int
 ) -> tuple[dict[str, float], list[Row]]:
-    """Server models on the global test set, weighted by the clients of their architecture; and rows of each."""
+    """Server models on the global test set, the strategy's headline or weighted by clients; and rows of each."""
     workspace, names = strategy.workspace, strategy.scenario.architectures
     x, y = workspace.tensors("test")
     total: dict[str, float] = {}
@@ -66,7 +66,10 @@ def of_server(
     for name, (architecture, arrays) in models.items():
         model = workspace.loaded(architecture, arrays)
         found = scored(partial(_predict, strategy, model), x, y, strategy.classes)
-        count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
+        if strategy.headline is not None:
+            count = int(name == strategy.headline)
+        else:
+            count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
         weights += count
         for key in ("accuracy_macro", "accuracy"):
             total[key] = total.get(key, 0.0) + count * found[key]

@@ -103,7 +103,7 @@ def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -
 def remarks(strategy: FusionStrategy) -> list[str]:
     """What a user has to know of an experiment that can run, and might not do what is expected."""
     scenario, said = strategy.scenario, list[str]()
-    if strategy.distils and scenario.data.transfer is not None:
+    if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:
         rows = strategy.rows_distilled
         if rows < FEW * scenario.classes:
             said.append(

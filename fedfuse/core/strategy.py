@@ -61,7 +61,7 @@ class FusionStrategy(Strategy):
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
     distils : bool
-        Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
+        Whether soft labels, of the transfer set as a rule, are trained on by `distil`, so that the user's `distil.*` has something to say.
 
     Attributes
     ----------
@@ -132,6 +132,11 @@ class FusionStrategy(Strategy):
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """Models the server can score on the global test set: name to (architecture, arrays)."""
         return {}
+
+    @property
+    def headline(self) -> str | None:
+        """Name of the server model whose score is the run's; None: all, weighted by clients of their architecture."""
+        return None
 
     def server_halves(self) -> dict[str, tuple[str, Arrays, tuple[int, ...]]]:
         """Networks of the server that predict only behind a client's: name to (architecture, arrays, input shape)."""

@@ -104,7 +104,7 @@ class BasisClient(RankedClient):
         expected = min(self.hyper.init_rows, examples)
         rate = expected / examples
         with self.inside_budget((self.seed, "basis", self.client)) as (budget, sampling, noising):
-            noise = budget.noise(budget.steps(), (rate, 1))
+            noise = budget.noise([budget.steps(planned) for planned in self.trainings()], (rate, 1))
             budget.spend(noise, rate, 1)
             found = self._gradients(drawn(len(self.x), rate, sampling), 1, clip)
         noised = {n: g + gaussian(g, noise * clip, noising) for n, g in found.items()}

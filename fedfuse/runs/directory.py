@@ -262,6 +262,7 @@ class RunDirectory(Callback):
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""
         strategy, config = federation.strategy, federation.scenario.config
+        tokens = federation.scenario.data.dataset.kind == "tokens"
         keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
         final = {**dict.fromkeys(keys, math.nan), **federation.headline}
         best = {}
@@ -296,7 +297,7 @@ class RunDirectory(Callback):
                 *remarks(strategy),
                 *strategy.notes(),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
-                *(private_notes(strategy.made_from, self.deployed) if config.privacy.on else ()),
+                *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.on else ()),
             ],
         }
 

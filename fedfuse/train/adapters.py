@@ -244,8 +244,8 @@ def inject(
         if head and in_parts(name, HEADS) and not in_parts(name, ("base",)):
             parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, BATCH_NORMS):  # a frozen layer keeps its statistics
-            module.momentum = 0.0  # type: ignore[assignment]
+        if isinstance(module, BATCH_NORMS):  # trains on the statistics that it is evaluated with
+            module.still = True  # type: ignore[assignment]
     model.frozen = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)  # type: ignore[assignment]
     return model
 

@@ -2,8 +2,8 @@
 
 DP-SGD (Abadi et al. 2016, arXiv 1607.00133): each step takes every example with probability q (Poisson), clips each
 example's gradient to norm C and adds noise of deviation σ·C. The privacy unit is one example (for language models one
-text), neighbours differ by adding or removing one, N is the client's own number of examples. ε is the upper bound
-of the PRV accountant (Gopi et al. 2021, arXiv 2106.02848) over everything a client has released in a run, at δ ≤ 1/N.
+row of tokens: a text, or a window where texts were joined and cut), neighbours differ by adding or removing one, N is
+the client's own number of examples. ε is the upper bound of the PRV accountant (Gopi et al. 2021, arXiv 2106.02848) over everything a client has released in a run, at δ ≤ 1/N.
 Needs the extra `privacy` (Opacus).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,14 +51,25 @@ def check(model: nn.Module, architecture: str) -> None:
             )
 
 
-def private_notes(start: str, deployed: bool) -> list[str]:
-    """What a private run says of itself."""
+def private_notes(start: str, deployed: bool, tokens: bool = False) -> list[str]:
+    """What a private run says of itself.
+
+    Parameters
+    ----------
+    start : str
+        What version 0 was made from.
+    deployed : bool
+    tokens : bool
+        Whether examples are rows of tokens.
+    """
+    unit = ["dp: an example is one row of tokens; a text that was cut into windows is several, and protected less"]
     noise = "from each site's own entropy" if deployed else "seeded, so that whoever knows the seed can take it off"
     return [
         f"dp: noise is {noise}",
         f"dp: the start is {start}",
         "dp: epsilon in the metrics is by example, per client, of what it trains on; its validation and test figures, "
         "and how many examples it has, are not covered",
+        *(unit if tokens else ()),
     ]
 
 
@@ -121,14 +132,14 @@ class Budget:
         a_pass = max(1, -(-self.examples // size))
         return 1 / a_pass, a_pass * (self.train.epochs if epochs is None else epochs)
 
-    def noise(self, training: tuple[float, int], *before: tuple[float, int]) -> float:
-        """σ, fixed before the first release: for all trainings to come, and what comes `before` them."""
+    def noise(self, round: Sequence[tuple[float, int]], *before: tuple[float, int]) -> float:
+        """σ, fixed before the first release: for each round's trainings to come, and what comes `before` them."""
         if self.config.noise is not None:
             return self.config.noise
         if not self.kept["noise"]:
             assert self.config.epsilon is not None
-            rate, steps = training
-            plan = (*before, (rate, steps * (self.config.trainings or self.rounds)))
+            times = self.config.trainings or self.rounds
+            plan = (*before, *((rate, steps * times) for rate, steps in round if steps))
             self.kept["noise"] = noise_for(self.config.epsilon, self.delta, plan)
         return float(self.kept["noise"])
 
@@ -235,7 +246,7 @@ def train(
         expected_batch_size=rate * len(x),  # type: ignore[arg-type]
         generator=None if isinstance(noising, Keystream) else noising,
     )
-    model.train()
+    training.training_mode(model)
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks: Any = None

@@ -171,7 +171,7 @@ def train(
     planned = epochs * len(sizes_of(len(x), batch_size, least)) if after_step is not None else 0
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     steps = 0
-    model.train()
+    training_mode(model)
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -195,6 +195,14 @@ def train(
         for parameter in frozen:
             parameter.requires_grad_(True)
     return {"steps": steps, "loss": total.item() / steps if steps else float("nan")}
+
+
+def training_mode(model: nn.Module) -> None:
+    """Enter training mode, but for layers that are `still`: an adapted model's BatchNorm keeps its statistics."""
+    model.train()
+    for module in model.modules():
+        if module.__dict__.get("still"):
+            module.training = False
 
 
 @torch.no_grad()

@@ -72,6 +72,8 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
+    ("fedproto", "among"): "says how a client predicts, not what it learns",
+    ("feddyn", "scored"): "says which model is the run's figure",
     (
         "fedbn",
         "norms",

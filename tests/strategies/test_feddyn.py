@@ -88,3 +88,40 @@ def test_scaled_alpha_is_the_official_codes() -> None:
         official = 0.1 / (n / sum(counts) * len(counts))
         assert strength(FedDynHyper(0.1, True), scenario, client) == pytest.approx(official)
         assert strength(FedDynHyper(0.1), scenario, client) == 0.1
+
+
+def test_both_scorings_are_told_and_one_is_the_runs() -> None:
+    """θ, which clients are sent, and the participants' mean, from their own uploads: θ = mean − h/α."""
+    from fedfuse.train.scores import scores
+    from fedfuse.train.training import predict
+
+    words = ("strategy.alpha=0.1", "rounds=3", "participation=0.67", "partition=dirichlet", "train.epochs=4")
+    told, digests = {}, set()
+    for scored in ("server", "mean"):
+        played = play("feddyn", *words, f"strategy.scored={scored}")
+        strategy, headline = played.strategy, played.federation.headline
+        digests.add(played.digest)
+        models, (x, y) = strategy.server_models(), strategy.workspace.tensors("test")
+        for name, (architecture, arrays) in models.items():
+            logits = predict(strategy.workspace.loaded(architecture, arrays), x)
+            told[scored, name] = scores(logits, y, 10)["accuracy_macro"]
+        named = {"server": "model", "mean": "mean"}[scored]
+        assert headline["accuracy/global"] == told[scored, named]
+        assert any("strategy.scored" in note for note in strategy.notes())
+    assert told["server", "model"] != told["server", "mean"]
+    assert len(digests) == 1  # a matter of scoring
+
+
+def test_the_mean_is_that_of_the_rounds_clients() -> None:
+    from fedfuse.core.strategy import Share, Shares
+    from fedfuse.wire.sums import Sum
+
+    strategy, total = server("feddyn", "strategy.alpha=0.1"), Sum()
+    strategy.round = 1
+    start = {k: v.clone() for k, v in strategy.model.items()}
+    for move in (1.0, 4.0):
+        total.add(0, {k: v + move for k, v in start.items()}, 1.0)
+    strategy.fuse(Shares(iter([Share(0, {}, {"num-examples": 1})]), {"model": total}))
+    for name, value in strategy.server_models()["mean"][1].items():
+        torch.testing.assert_close(value, start[name] + 2.5)
+        torch.testing.assert_close(strategy.server_models()["model"][1][name], start[name] + 2.5 + 5 / 3)

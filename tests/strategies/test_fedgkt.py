@@ -58,6 +58,12 @@ def test_survives_shuffled_loaders():
     assert found[-1] == pytest.approx(whole.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("word", ["distil.epochs=3", "distil.steps=3", "distil.batch_size=5", "distil.lr=0.3"])
+def test_the_servers_training_hears_distil(word):
+    """The tail is taught on the clients' features: `distil.*` goes before `server_epochs` and `server_batch`."""
+    assert play("fedgkt", word, "rounds=1").digest != play("fedgkt", "rounds=1").digest
+
+
 def test_a_shuffled_client_shares_in_index_order():
     half = client("fedgkt")
     half.begin("train")

@@ -10,6 +10,7 @@ from fedfuse.strategies.fedhkd import hyper_knowledge
 from fedfuse.train.losses import loss
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play, uploads
+from tests.halves import client, take
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
 
@@ -36,6 +37,40 @@ def test_the_teacher_is_not_softened_twice():
     p, q = taught.numpy(), (other / 0.5).softmax(1).numpy()
     value = loss("kl", temperature=0.5).from_probabilities(other, taught, softened=0.5)
     assert value.item() == pytest.approx(0.25 * (p * np.log(p / q)).sum(), rel=1e-12)
+
+
+def test_a_class_that_is_too_rare_is_not_shared():
+    """ν = 0.25 of eight examples: a class with one is silent, one with two is heard."""
+    rng = np.random.default_rng(1)
+    z, logits, y = (
+        torch.tensor(rng.normal(size=(8, 2))),
+        torch.tensor(rng.normal(size=(8, 3))),
+        [0, 1, 1, 2, 2, 2, 2, 2],
+    )
+    free = hyper_knowledge(z, logits, torch.tensor(y), 0.5)
+    known = hyper_knowledge(z, logits, torch.tensor(y), 0.5, 0.25)
+    assert free["counts"].tolist() == [1, 2, 5]
+    assert known["counts"].tolist() == [0, 2, 5]
+    for name in ("embeddings", "predictions"):
+        assert not known[name][0].any()
+        assert torch.equal(known[name][1:], free[name][1:])
+
+
+def test_a_steps_gradient_is_clipped_once_there_is_knowledge():
+    """One step of plain SGD with a pull so strong that its norm is above 1.1: it moves lr·1.1."""
+    known = {"embeddings": torch.full((10, 32), 40.0), "predictions": torch.full((10, 10), 0.1)}
+    known["held"] = torch.ones(10, dtype=torch.bool)
+    moved = {}
+    for clip in ("1.1", "null"):
+        half = client(
+            "fedhkd", "strategy.gamma=3", "train.momentum=0", "train.batch_size=1000", f"strategy.clip={clip}"
+        )
+        take(half, "classes", **known)
+        start = half.weights()
+        half.fit()
+        moved[clip] = torch.cat([(v - start[k]).flatten() for k, v in half.weights().items()]).norm().item() / 0.05
+    assert moved["1.1"] == pytest.approx(1.1, rel=1e-4)
+    assert moved["null"] > 2
 
 
 def doubles(sent):

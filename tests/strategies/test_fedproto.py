@@ -10,6 +10,7 @@ from fedfuse.strategies.fedproto import nearness
 from fedfuse.train import training
 from fedfuse.train.classwise import pull
 from tests.federations import federation, play
+from tests.strategies.halves import client, take
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
 
@@ -100,3 +101,26 @@ def test_negative_counts_are_refused():
 
     with pytest.raises(InvalidArrays, match="negative"):
         registry.entry("fedproto").server.examine(None, {"prototypes": {"counts": torch.tensor([1, -1])}})
+
+
+def test_a_client_chooses_among_its_own_classes():
+    """Authors' test: a prototype of a class that the client has no example of is not looked at, however near."""
+    means = 3 * torch.randn(10, 32, generator=torch.Generator().manual_seed(3))
+    held = torch.arange(10) != 4
+    found = {}
+    for among in ("own", "held"):
+        half = client("fedproto", *SKEWED, f"strategy.among={among}")
+        mine = torch.bincount(half.y, minlength=10) > 0
+        assert 1 < mine.sum() < 10
+        means[(held & ~mine).nonzero()[0]] = half.embed(half.x).mean(
+            0
+        )  # of another's class, and in the middle of it all
+        take(half, "prototypes", means=means, held=held)
+        allowed = held & mine if among == "own" else held
+        x = half.workspace.tensors("test")[0]
+        distance = torch.cdist(half.embed(x).double(), means.double()).masked_fill(~allowed, float("inf"))
+        assert half.predict(x).argmax(1).tolist() == distance.argmin(1).tolist()
+        found[among] = half.predict(x).argmax(1)
+    assert not mine[found["held"]].all()
+    assert mine[found["own"]].all()
+    assert registry.entry("fedproto").hyper().among == "own"

@@ -237,3 +237,30 @@ def test_export_to_peft_gives_the_same_logits(tmp_path) -> None:
     ours.eval(), theirs.eval()
     with torch.no_grad():
         assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-5)
+
+
+def test_a_batchnorm_trains_on_the_statistics_it_is_evaluated_with() -> None:
+    """A frozen BatchNorm stays in evaluation mode, so that what is trained is what is scored and sent."""
+    from fedfuse.config.schema import TrainConfig
+    from fedfuse.train import training
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain[1].running_mean.fill_(0.7)
+    plain[1].running_var.fill_(3.0)
+    model = inject(copy.deepcopy(plain), LoRA, rank=2, scale=0.5, head=False)
+    x, y = 5 + torch.randn(9, 7, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 1])
+    wanted = nn.functional.cross_entropy(plain.eval()(x), y)  # B = 0: the adapted model is the plain one
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+
+    def loss(logits, labels, rows):
+        return nn.functional.cross_entropy(logits, labels)
+
+    first = training.train(model, x, y, loss, TrainConfig(lr=1e-12), (0,), epochs=1, batch_size=100)
+    assert first["loss"] == pytest.approx(wanted.item(), rel=1e-9)
+    training.train(model, x, y, loss, TrainConfig(lr=0.1), (0,), epochs=3, batch_size=4)
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers())
+    assert model[2].training
+    assert not model[1].training
+    training.predict(model, x)
+    assert not model[1].training

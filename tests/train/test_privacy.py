@@ -196,8 +196,8 @@ def test_the_least_noise_is_found_and_lasts_exactly_as_long_as_planned(tmp_path,
         budget = Budget(config, TrainConfig(batch_size=25), 2, 100, state)
         rate, steps = budget.steps()
         assert (rate, steps) == (0.25, 4)
-        budget.spend(budget.noise((rate, steps)), rate, steps)
-    assert budget.noise((rate, steps)) == noise
+        budget.spend(budget.noise([(rate, steps)]), rate, steps)
+    assert budget.noise([(rate, steps)]) == noise
     assert budget.epsilon == epsilon(((noise, 0.25, 8),), 0.01)
     with pytest.raises(UserError, match=r"privacy.epsilon=0.2 is spent"):
         budget.spend(noise, rate, steps)
@@ -334,3 +334,24 @@ def test_delta_is_far_below_what_would_let_an_example_out() -> None:
 
     assert delta_of(50) == 1e-5
     assert delta_of(20_000) == pytest.approx(5e-6)
+
+
+def test_a_strategy_that_trains_twice_a_round_has_both_planned() -> None:
+    """FedRep: three epochs on the head and two on the body, every round; the budget lasts, and is all spent."""
+    words = ("privacy.epsilon=6", "rounds=3", "strategy.head_epochs=3", "strategy.body_epochs=2", "partition=dirichlet")
+    with federation("fedrep", *words) as (built, directory):
+        built.run()
+        assert not built.strategy.inbox.ever_left_out, built.strategy.inbox.left_out
+        for client in range(3):
+            kept = directory.clients.load(client, built.strategy.outbox.tags[client])["privacy"]
+            ((noise, rate, steps),) = json.loads(kept["history"])  # one σ and one q for both
+            examples = built.scenario.examples(client)
+            assert steps == 3 * (3 + 2) * -(-examples // 16)
+            assert 5.8 < accountant((noise, rate, steps)).get_epsilon(min(1e-5, 1 / (10 * examples))) <= 6
+
+
+def test_what_an_example_of_language_data_is() -> None:
+    from fedfuse.train.privacy import private_notes
+
+    assert not any("tokens" in note for note in private_notes("s", False))
+    assert any("cut into windows is several" in note for note in private_notes("s", False, tokens=True))
