@@ -12,8 +12,8 @@ Readings: the argmin is `train.epochs` epochs; both terms enter as their gradien
 step. The penalty is the squared norm (PFLlib: the norm itself) and is there beside the linear term (FL-bench:
 without weight decay it is not). Buffers are averaged. `scaled=true` is the official code's α_k = α/(m·n_k/Σ n_j).
 Scored on the global test set are both θ, which algorithm 1 returns and clients are sent (`scored=server`, the default:
-`accuracy/global` is its), and the participants' mean θ + h/α, which the official code plots (`scored=mean`); each has its
-row `accuracy/global/…`. Personal scores are θ's.
+`accuracy/global` is its), and the participants' mean θ + h/α, which the official code plots (`scored=mean`); each has
+its row `accuracy/global/…`. Personal scores are θ's.
 """
 
 from __future__ import annotations

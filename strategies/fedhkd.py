@@ -11,12 +11,12 @@ client k's examples of class c and N_c the clients that hold c, in round t:
 
 Travels: (P + C·(d + C))·B_f bytes each way, a client and round, and C counts of 8 bytes up, C flags down.
 Left open by the paper: a class that no participant of a round holds keeps its last knowledge. Of the authors' code:
-T = 0.5, σ = 2, λ = γ = 0.05, gradients clipped at norm 1.1 once there is knowledge, and a divergence that is a mean over
-classes twice, c and the entries of Q_c, without T² (a `loss=` of the user's has its own scale); `weighting=holders` is
-its (uncalled) unweighted mean. Its server lets the last client that holds a class overwrite the others, and it adds one
-noise vector to all classes: neither is reproduced. The paper's ν is not in its code, hence 0; there both terms are norms,
-not squares, which is not reproduced. The noise is seeded, so it makes runs comparable, not private. One architecture,
-since models are averaged.
+T = 0.5, σ = 2, λ = γ = 0.05, gradients clipped at norm 1.1 once there is knowledge, and a divergence that is a mean
+over classes twice, c and the entries of Q_c, without T² (a `loss=` of the user's has its own scale);
+`weighting=holders` is its (uncalled) unweighted mean. Its server lets the last client that holds a class overwrite the
+others, and it adds one noise vector to all classes: neither is reproduced. The paper's ν is not in its code, hence 0;
+its terms are norms, not squares, which is not reproduced. The noise is seeded, so it makes runs comparable, not
+private. One architecture, since models are averaged.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class FusionStrategy(Strategy):
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
     distils : bool
-        Whether soft labels, of the transfer set as a rule, are trained on by `distil`, so that the user's `distil.*` has something to say.
+        Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
 
     Attributes
     ----------

@@ -3,8 +3,8 @@
 DP-SGD (Abadi et al. 2016, arXiv 1607.00133): each step takes every example with probability q (Poisson), clips each
 example's gradient to norm C and adds noise of deviation σ·C. The privacy unit is one example (for language models one
 row of tokens: a text, or a window where texts were joined and cut), neighbours differ by adding or removing one, N is
-the client's own number of examples. ε is the upper bound of the PRV accountant (Gopi et al. 2021, arXiv 2106.02848) over everything a client has released in a run, at δ ≤ 1/N.
-Needs the extra `privacy` (Opacus).
+the client's own number of examples. ε is the upper bound of the PRV accountant (Gopi et al. 2021, arXiv 2106.02848)
+over everything a client has released in a run, at δ ≤ 1/N. Needs the extra `privacy` (Opacus).
 """
 
 from __future__ import annotations
