@@ -297,6 +297,7 @@ WORDS = {
     "train.precision": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
+    "evaluate.moment": ("received", "trained"),
 }
 
 

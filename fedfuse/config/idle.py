@@ -154,6 +154,12 @@ def uses_loss(config: Config, sweep: bool = True) -> bool:
     )
 
 
+def digests(entry: registry.Entry) -> bool:
+    """Whether its clients keep a model of their own and train it on what they receive, read from the code of that."""
+    received = _function(entry.client.receive)
+    return bool(entry.client.personal and received is not None and {"distil", "train"} & _names(received.__code__))
+
+
 def _function(value: Any) -> types.FunctionType | None:
     value = getattr(value, "__func__", getattr(value, "fget", value))
     return value if isinstance(value, types.FunctionType) else None
@@ -171,6 +177,9 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
     "a strategy that trains on soft labels": uses_loss,
     "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils", False)),
+    "a strategy whose clients train on what they receive": lambda config, sweep: digests(
+        registry.entry(config.strategy.name)
+    ),
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
     "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (
         not config.train.pool or any("@" not in word for word in config.train.pool)

@@ -150,6 +150,11 @@ class EvaluateConfig:
 
     every: int = key(1, "rounds between evaluations; the last is always evaluated")
     batch_size: int = key(512, "examples scored at once")
+    moment: str = key(
+        "received",
+        "clients that digest a round's lesson in their next are scored after it, or as training left them (trained)",
+        only="a strategy whose clients train on what they receive",
+    )
     validation: bool = key(False, "also score the clients' validation split (early stop and tuning turn it on)")
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fedfuse.core.moments import BESIDE, MOMENTS
 from fedfuse.core.silence import UNDEFINED
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.train.scores import scored
@@ -33,7 +34,8 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
     -------
     dict
         accuracy/personal (mean over clients), accuracy/personal_worst10 (mean of the lowest ⌈N/10⌉), and the
-        clients' means on the global test set; NaN where nobody has such a score.
+        clients' means on the global test set; NaN where nobody has such a score. Where clients have two models,
+        accuracy/personal_received or accuracy/personal_trained too: the mean at the moment that was not asked for.
     """
     scored = list(scored)
 
@@ -49,6 +51,9 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
         "accuracy/personal": _mean(personal),
         "accuracy/personal_worst10": _mean(worst),
     }
+    for moment in MOMENTS:
+        if beside := values(f"{BESIDE}_{moment}"):
+            out[f"accuracy/personal_{moment}"] = _mean(beside)
     if validation := values("validation/accuracy"):
         out["accuracy/validation"] = _mean(validation)
     return out

@@ -21,7 +21,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config import registry
 from fedfuse.config.files import is_full
+from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
+from fedfuse.core import moments
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
@@ -32,6 +34,7 @@ from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.group_sums import hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.wire.records import (
+    Arrays,
     InvalidArrays,
     LiveArray,
     arrays_in,
@@ -73,10 +76,14 @@ class Asked:
 
 
 class Awake(NamedTuple):
-    """A client that has received what is new to it, and the versions of lessons it has then seen."""
+    """A client that has received what is new to it, and the versions of lessons it has then seen.
+
+    `trained` is its model before that, to be scored; None where what it receives leaves the model alone.
+    """
 
     client: FusionClient
     seen: dict[str, int]
+    trained: Arrays | None = None
 
     def private(self) -> dict[str, Any]:
         """The client's private state as it stands."""
@@ -114,6 +121,7 @@ class Node:
     ) -> None:
         self.entry, self.store, self.retries = entry, store, retries
         self._transfer = entry.server.transfer in ("clients", "both")
+        self._digests = digests(entry)
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
@@ -254,6 +262,9 @@ class Node:
             if topics[topic].kind == "lesson" and item.version > int(seen.get(topic, -1))
         }
         knowledge = {t: item for t, item in knowledge.items() if topics[t].kind != "lesson" or t in new}
+        trained = None
+        if asked.kind == "evaluate" and self._digests:
+            trained = state.get("model") or self.workspace.initial(architecture)
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
         key = json.dumps([str(asked.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
@@ -282,7 +293,7 @@ class Node:
             if not whole:  # copying weights draws nothing
                 client.begin("receive")
             client.receive(knowledge)
-        awake = Awake(client, {**seen, **new})
+        awake = Awake(client, {**seen, **new}, trained)
         if staging and staged is None and asked.kind == "evaluate":
             self.store.stage(who, key, {**awake.private(), "seen": awake.seen})
         return awake
@@ -301,7 +312,7 @@ class Node:
         answer: dict[str, Any] = {"client": who, "phase": asked.phase}
         if asked.kind == "evaluate":
             before = awake.private()
-            records, metrics = client.evaluate()
+            records, metrics = moments.evaluate(client, awake.trained)
             answer["sha"] = state_sha(before)
             if asked.said.get("final") and before:  # the model this client ends with, for `final/` and export
                 self.store.stage(who, "final", {"model": client.weights()})

@@ -18,7 +18,9 @@ WITHOUT_EFFECT = (
     "hydra",
     "data.root",
     "data.download",
-    "evaluate",
+    "evaluate.every",
+    "evaluate.batch_size",
+    "evaluate.validation",
 )
 # Of those, the ones that still change how long a run takes or at which rounds it is scored.
 RUNTIME = ("name", "workers", "device", "server_device", "address")

@@ -102,12 +102,29 @@ def notes(runs: Sequence[RunRecord]) -> list[str]:
         lines += [
             f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished
         ]
-    lines += _told(runs)
+    lines += _moments(groups) + _told(runs)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
     few = few_seeds_note(max(counts)) if counts else ""
     return [*lines, few] if few else lines
+
+
+WHEN = {"received": "after they took in the newest lesson", "trained": "as training left them"}
+
+
+def _moments(groups: Sequence[Group]) -> list[str]:
+    """Where clients have two models after a round: which of them is shown, and what the other scores."""
+    lines = []
+    for shown, other in (("received", "trained"), ("trained", "received")):
+        told = {one.label: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups}
+        means = {label: mean_interval(values).mean for label, values in told.items() if values}
+        listed = "; ".join(f"{label} {100 * mean:.1f} %" for label, mean in means.items() if not math.isnan(mean))
+        if listed:
+            lines.append(
+                f"evaluate.moment={shown}: clients are shown {WHEN[shown]}; personal accuracy {WHEN[other]}: {listed}"
+            )
+    return lines
 
 
 def _told(runs: Sequence[RunRecord], most: int = 20) -> list[str]:
