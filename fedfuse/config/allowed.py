@@ -71,6 +71,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "tracking.uri": _nothing,
     "tracking.experiment": _word,
     "privacy.clipping": _word,
+    "privacy.level": _word,
     "evaluate.moment": _word,
     "search.keys": _word,
     "out": _nothing,

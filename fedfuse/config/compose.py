@@ -273,7 +273,7 @@ def check(config: Config) -> None:
         ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
         ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
     ]
-    exact = train.precision == "float32" or not privacy.on
+    exact = train.precision == "float32" or not privacy.by_example
     rules.append(("train.precision", train.precision, exact, "float32 under privacy: its noise is exact there"))
     share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
     rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
@@ -297,6 +297,7 @@ WORDS = {
     "train.precision": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
+    "privacy.level": ("example", "client"),
     "evaluate.moment": ("received", "trained"),
 }
 

@@ -250,23 +250,28 @@ class SearchConfig:
 
 @dataclass
 class PrivacyConfig:
-    """Differential privacy of the clients' training examples, by DP-SGD; off unless `epsilon` or `noise` is set."""
+    """Differential privacy, off unless `epsilon` or `noise` is set: of examples by DP-SGD, or of whole clients."""
 
     epsilon: float | None = key(None, "ε that a client may spend in a run, at δ")
+    level: str = key(
+        "example",
+        "whose presence is hidden: example (each client by DP-SGD), or client (the server by noise on clipped updates)",
+        only="privacy.epsilon or privacy.noise",
+    )
     delta: float | None = key(
         None,
-        "null: min(1e-5, 1/(10 N)), N the client's own training examples; above 1/N: refused",
+        "null: min(1e-5, 1/(10 N)), N the client's own training examples (level client: clients); above 1/N: refused",
         only="privacy.epsilon or privacy.noise",
     )
     clip: float = key(
         1.0,
-        "C, largest norm of an example's gradient over all that is trained",
+        "C, largest norm of an example's gradient over all that is trained (level client: of a client's update)",
         only="privacy.epsilon or privacy.noise",
     )
     clipping: str = key(
         "ghost",
         "ghost (norms first, a second pass) | plain (a gradient for each example)",
-        only="privacy.epsilon or privacy.noise",
+        only="privacy.epsilon with privacy.level=example or privacy.noise with privacy.level=example",
     )
     noise: float | None = key(None, "σ, noise's deviation over C; null: the least that `epsilon` allows")
     trainings: int | None = key(
@@ -277,13 +282,23 @@ class PrivacyConfig:
     chunk: int | None = key(
         None,
         "examples whose gradients are held at once; null: the whole batch",
-        only="privacy.epsilon or privacy.noise",
+        only="privacy.epsilon with privacy.level=example or privacy.noise with privacy.level=example",
     )
 
     @property
     def on(self) -> bool:
-        """Whether private examples are trained on by DP-SGD."""
+        """Whether anything is hidden."""
         return self.epsilon is not None or self.noise is not None
+
+    @property
+    def by_example(self) -> bool:
+        """Whether private examples are trained on by DP-SGD."""
+        return self.on and self.level == "example"
+
+    @property
+    def by_client(self) -> bool:
+        """Whether updates are clipped and their sum is noised."""
+        return self.on and self.level == "client"
 
 
 @dataclass

@@ -174,7 +174,7 @@ class FusionClient:
         """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
         if split == "global":
             return self.workspace.tensors("test")
-        if split == "train" and self.scenario.config.privacy.on and not self._private:
+        if split == "train" and self.scenario.config.privacy.by_example and not self._private:
             raise UserError(
                 "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover "
                 "them; allowed are those that only train on them"
@@ -253,7 +253,7 @@ class FusionClient:
             num-examples, steps, loss (mean over steps).
         """
         own = x is None
-        private = own and self.scenario.config.privacy.on
+        private = own and self.scenario.config.privacy.by_example
         moment = (self.seed, purpose or self._purpose, self.client, self._moment)
         keep = own and self.training.optimizer_state == "keep" and self.personal
         if keep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fedfuse.core import client_level
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
@@ -46,6 +47,8 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         )
     if scenario.config.privacy.on:
         _check_private(strategy, pool)
+    if scenario.config.privacy.by_client:
+        client_level.check(strategy)
     objective = chosen(scenario.config.loss)  # refuses one that cannot be built
     if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
         raise UserError(
@@ -122,6 +125,9 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     if strategy.discloses:
         what = ", ".join(strategy.discloses)
         raise UserError(f"privacy: strategy={strategy.name} lets {what} of private examples leave the clients")
+    privacy.check_installed()
+    if strategy.scenario.config.privacy.by_client:
+        return
     scenario, delta = strategy.scenario, strategy.scenario.config.privacy.delta
     most = max(range(scenario.clients), key=scenario.examples)
     if delta is not None and delta * scenario.examples(most) > 1:

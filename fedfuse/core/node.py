@@ -25,6 +25,7 @@ from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import moments
 from fedfuse.core.client import FusionClient
+from fedfuse.core.client_level import clipped
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
 from fedfuse.core.workspace import Workspace
@@ -209,6 +210,8 @@ class Node:
         asked = self._admit(message, cache, who)
         awake = self._wake(asked, cache, lends)
         records, metrics, answer = self._play(asked, awake)
+        if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
+            records, metrics = self._clip(asked, cache, records, metrics)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         metrics["seconds"] = time.perf_counter() - started
         return self._reply(asked, awake.client, records, metrics, answer)
@@ -331,6 +334,17 @@ class Node:
         if kept:
             self.store.save(who, answer["tag"], kept, asked.tag)
         return records, metrics, answer
+
+    def _clip(
+        self, asked: Asked, cache: Cache, records: Records, metrics: dict[str, Any]
+    ) -> tuple[Records, dict[str, Any]]:
+        """Shorten the client's update to the largest norm that the noise on the sum is made for."""
+        scenario, topics = self.workspace.scenario, self.entry.server.topics
+        anchors, out = cache.for_client(asked.who, scenario.architectures[asked.who], topics), {}
+        for name, arrays in records.items():
+            out[name], norm = clipped(arrays, anchors[name].arrays, scenario.config.privacy.clip)
+            metrics[f"update_norm/{name}"] = norm
+        return out, metrics
 
     def _reply(
         self, asked: Asked, client: FusionClient, records: Records, metrics: dict[str, Any], answer: dict[str, Any]

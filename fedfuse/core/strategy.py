@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fedfuse.core.client_level import Noised
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
@@ -84,6 +85,7 @@ class FusionStrategy(Strategy):
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
     name: str = ""
+    deployed: bool = False  # whether clients are real sites; then nobody may know what noise is drawn from
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -200,6 +202,11 @@ class FusionStrategy(Strategy):
     def published(self, topic: str, to: int | str | None = None) -> Arrays:
         """The newest value of a topic."""
         return self.board.items[topic, address_of(to)].arrays
+
+    @property
+    def summed(self) -> Mapping[str, str | None]:
+        """`sums`; where whole clients are hidden, all weigh alike."""
+        return dict.fromkeys(self.sums) if self.scenario.config.privacy.by_client else self.sums
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator seeded by (run seed, purpose, round)."""
@@ -322,7 +329,7 @@ class FusionStrategy(Strategy):
         WorldError
             If no client succeeded, or the algorithm failed.
         """
-        sums = dict(self.sums)
+        sums = dict(self.summed)
         totals, known = {name: Sum() for name in sums}, len(self.inbox.left_out)
         stream = self.inbox.shares(replies, sums, totals)
         first = next(stream, None)
@@ -332,7 +339,11 @@ class FusionStrategy(Strategy):
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
         try:
-            getattr(self, verb)(Shares(chain([first], stream), totals))
+            by_client = self.scenario.config.privacy.by_client
+            shares = (
+                Noised(chain([first], stream), totals, self) if by_client else Shares(chain([first], stream), totals)
+            )
+            getattr(self, verb)(shares)
         except (UserError, WorldError):
             raise
         except Exception as error:
@@ -395,7 +406,7 @@ class FusionStrategy(Strategy):
             self.phase,
             label=("setup" if in_setup else "train") if train else "evaluate",
             tag=f"{self.round}.{order.index(self.phase) + 1}" if train else "",
-            said=self._said(asked(self.sums if train else {}), extra),
+            said=self._said(asked(self.summed if train else {}), extra),
         )
         self.inbox.expect(request)
         return self.outbox.messages(request, clients)

@@ -77,7 +77,7 @@ class BasisClient(RankedClient):
 
     def setup(self) -> Records:
         """Sum of the gradients of W₀ over some training rows; under privacy clipped by example, and noised."""
-        if self.scenario.config.privacy.on:
+        if self.scenario.config.privacy.by_example:
             found, count = self._private_gradients()
         else:
             order = torch.randperm(len(self.x), generator=self.generator("init rows"))
@@ -160,7 +160,7 @@ class BasisStrategy(RankedStrategy):
     def begin(self) -> None:
         """Publish hash and R; where the basis is made of gradients, later."""
         if self.hyper.refresh is not None:
-            if self.asks_clients and self.scenario.config.privacy.on:
+            if self.asks_clients and self.scenario.config.privacy.by_example:
                 raise UserError(
                     f"strategy.refresh={self.hyper.refresh}: the privacy budget has room for one release of gradients; "
                     "allowed with privacy: init=random_orthonormal or weight_svd, init_from=transfer, or refresh=null"

@@ -86,8 +86,13 @@ class Policy:
             raise Refused(f"site policy: rounds={config.rounds}; allowed: at most {self.max_rounds}")
         if self.max_epochs is not None and config.train.epochs > self.max_epochs:
             raise Refused(f"site policy: train.epochs={config.train.epochs}; allowed: at most {self.max_epochs}")
-        if self.require_dp and not config.privacy.on:
-            raise Refused("site policy: differential privacy is required, the run has none")
+        if self.require_dp and not config.privacy.by_example:
+            has = (
+                "only clients' (privacy.level=client), from a server that sees the updates"
+                if config.privacy.on
+                else "none"
+            )
+            raise Refused(f"site policy: differential privacy is required, the run has {has}")
         asked = config.privacy
         if asked.on:
             # a run without an epsilon has no end to its budget; what is really spent is checked with every training

@@ -117,7 +117,9 @@ def _moments(groups: Sequence[Group]) -> list[str]:
     """Where clients have two models after a round: which of them is shown, and what the other scores."""
     lines = []
     for shown, other in (("received", "trained"), ("trained", "received")):
-        told = {one.label: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups}
+        told = {
+            one.label: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups
+        }
         means = {label: mean_interval(values).mean for label, values in told.items() if values}
         listed = "; ".join(f"{label} {100 * mean:.1f} %" for label, mean in means.items() if not math.isnan(mean))
         if listed:

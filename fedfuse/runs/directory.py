@@ -21,6 +21,7 @@ import polars as pl
 import torch
 
 from fedfuse.config.files import opened, replaced, synced
+from fedfuse.core import client_level
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
@@ -297,7 +298,8 @@ class RunDirectory(Callback):
                 *remarks(strategy),
                 *strategy.notes(),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
-                *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.on else ()),
+                *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.by_example else ()),
+                *(client_level.notes(strategy) if config.privacy.by_client else ()),
             ],
         }
 

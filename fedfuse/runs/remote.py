@@ -125,6 +125,7 @@ def _serve(
         scenario = server_scenario(scenario, counts)
         write_rows(directory.path / "partition.parquet", "partition", _split_rows(counts))
     strategy = build_strategy(entry, scenario, server_device_of(config))
+    strategy.deployed = directory.deployed
     limit_arrays(largest_array(strategy))
     federation = Federation(strategy, adapter, config.rounds, callbacks(config, directory, quiet))
     if resumed:

@@ -14,14 +14,24 @@ History = tuple[Release, ...]
 
 @functools.lru_cache(maxsize=4096)
 def epsilon(history: History, delta: float) -> float:
-    """ε at δ of a history, by Opacus's PRV accountant."""
+    """ε at δ of a history, by Opacus's PRV accountant.
+
+    Raises
+    ------
+    UserError
+        If there is so little noise that the accountant's grid would not fit into memory.
+    """
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
     accountant.history = list(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at q = 1 it takes a logarithm of zero, rightly
-        return float(accountant.get_epsilon(delta))
+        try:
+            return float(accountant.get_epsilon(delta))
+        except MemoryError as error:
+            least = min(noise for noise, _, _ in history)
+            raise UserError(f"privacy.noise={least:g}: too little for any ε to be told; allowed is more") from error
 
 
 def joined(history: History, more: History) -> History:

@@ -31,6 +31,20 @@ from fedfuse.train.task import task_losses
 PRIVATE = frozenset({"epochs", "batch_size", "params", "lr", "optimizer", "after_backward"})  # options of `train`
 
 
+def check_installed() -> None:
+    """Refuse privacy without Opacus, which computes gradients by example and what releases cost.
+
+    Raises
+    ------
+    UserError
+        Naming what to install.
+    """
+    try:
+        import opacus  # noqa: F401
+    except ImportError as error:
+        raise UserError("privacy needs Opacus: pip install 'fedfuse[privacy]'") from error
+
+
 def check(model: nn.Module, architecture: str) -> None:
     """Refuse what DP-SGD cannot be done with.
 
@@ -39,10 +53,7 @@ def check(model: nn.Module, architecture: str) -> None:
     UserError
         If Opacus is not installed, or the model's layers mix examples.
     """
-    try:
-        import opacus  # noqa: F401
-    except ImportError as error:
-        raise UserError("privacy needs Opacus: pip install 'fedfuse[privacy]'") from error
+    check_installed()
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
             raise UserError(
