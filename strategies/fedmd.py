@@ -10,7 +10,9 @@ redrawn each round:
 
 Travels: |D_t|·C·B_f bytes each way, a client and round. What the paper leaves open, and the reading here: the consensus
 of round t is digested at the start of the client's next round (the same order of steps, shifted by half a round), and
-stands on its own round's rows; an absent client digests only the newest consensus. Architectures may differ.
+stands on its own round's rows; an absent client digests only the newest consensus. The authors score a party after its
+revisit, before the next digest: that is `evaluate.moment=trained`; the default scores what has digested. Architectures
+may differ.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code, and the def
 until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N), and a penalty that is a mean.
 `distance=mse` and `rows=softmax` (c ← softmax(5·c), once a round, which pulls to uniform) are theirs too; their KL
 without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0
-freezes c: at 1/N that is FedMD-style averaging. Architectures may differ.
+freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
+`evaluate.moment=trained`; the default scores it after. Architectures may differ.
 """
 
 from __future__ import annotations
