@@ -18,7 +18,7 @@ from fedfuse.core.client_level import clipped
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.policy import Policy
 from tests.federations import federation, play
-from tests.waking import server, wake
+from tests.halves import server, wake
 
 UNEQUAL = ("partition=dirichlet", "partition.alpha=0.3", "clients=4")
 CLIENT = ("privacy.level=client", "privacy.clip=0.05")

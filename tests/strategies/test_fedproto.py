@@ -10,7 +10,7 @@ from fedfuse.strategies.fedproto import nearness
 from fedfuse.train import training
 from fedfuse.train.classwise import pull
 from tests.federations import federation, play
-from tests.strategies.halves import client, take
+from tests.halves import client, take
 
 SKEWED = ("partition=dirichlet", "partition.alpha=0.1", "clients=4")
 
