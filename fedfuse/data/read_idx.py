@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import gunzipped
 from fedfuse.errors import UserError
 
 
@@ -46,7 +46,7 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
     try:
         if packed.exists():
             path = packed
-            with gzip.open(path) as file:
+            with gunzipped(path) as file:
                 content = file.read()
         else:
             content = path.read_bytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import zlib
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import gunzipped
 from fedfuse.data.locations import split_files
 from fedfuse.errors import UserError
 
@@ -51,7 +52,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """Read one object per line; empty lines are skipped."""
     rows = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(gunzipped(path) if path.suffix == ".gz" else path.open("rb"), encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     row = json.loads(line)

@@ -12,6 +12,7 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.columns import TARGETS, column_of
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import archive
 from fedfuse.data.locations import reason_of, split_files
 from fedfuse.errors import UserError
 
@@ -52,10 +53,10 @@ def read(config: DataConfig, root: Path) -> Dataset:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Read every array of an archive; nothing in it is ever unpickled."""
+    """Read every array of an archive; nothing in it is ever unpickled, nor larger than there is room for."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with archive(path), np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except (
         OSError,
         ValueError,

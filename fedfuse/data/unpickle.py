@@ -4,18 +4,21 @@ PFLlib stores each client as `np.savez(file, data={"x": …, "y": …})`: a pick
 Here no name in the file is ever resolved. The few names that such a file needs are answered by inert
 recorders, from which arrays are rebuilt with `np.frombuffer` and plain types only: NumPy's own
 `__setstate__` is not called, since a crafted dtype state can make it read raw bytes as object pointers.
+What is rebuilt may take no more than there is room for (`fedfuse.data.inflate`): ten bytes of pickle can ask for a
+table of 2³² places, and a list of a list of lists that are one and the same has 2ⁿ items.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import zipfile
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedfuse.data.inflate import archive, room
 from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
@@ -59,7 +62,7 @@ class _Array:
             raise pickle.UnpicklingError("an array of unknown form")
         self.state = state
 
-    def resolve(self) -> Any:
+    def resolve(self, plain: _Plain) -> Any:
         if self.state is None:
             raise pickle.UnpicklingError("an array without content")
         _, shape, dtype, fortran, content = self.state
@@ -69,11 +72,12 @@ class _Array:
         if resolved.kind == "O":
             if not isinstance(content, list):
                 raise pickle.UnpicklingError("an object array that holds no list")
-            return _plain(content[0]) if shape == () and len(content) == 1 else _plain(content)
+            return plain.value(content[0] if shape == () and len(content) == 1 else content)
         if isinstance(content, str):
             content = content.encode("latin1")
         if not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array that holds no bytes")
+        plain.take(len(content))
         return np.frombuffer(content, dtype=resolved).reshape(shape, order="F" if fortran else "C")
 
 
@@ -119,21 +123,40 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, _Array):
-        return value.resolve()
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise pickle.UnpicklingError("a dict whose keys are not strings")
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bytes | int | float):
-        return value
-    raise pickle.UnpicklingError(f"an unexpected {type(value).__name__}")
+class _Plain:
+    """Rebuilds plain values out of `most` bytes at most: what a file names twice counts twice."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.left = most
+
+    def take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"it takes more than {self.most} bytes")
+
+    def value(self, value: Any) -> Any:
+        self.take(8)
+        if isinstance(value, _Array):
+            return value.resolve(self)
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise pickle.UnpicklingError("a dict whose keys are not strings")
+            return {key: self.value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.value(item) for item in value]
+        if value is None or isinstance(value, str | bytes | int | float):
+            return value
+        raise pickle.UnpicklingError(f"an unexpected {type(value).__name__}")
 
 
-def read_member(content: bytes) -> Any:
+def _walked(content: bytes) -> None:
+    """Refuse a pickle whose numbers ask for more than the file has: its reader believes them."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it numbers a value {argument}")
+
+
+def read_member(content: bytes, most: int = 2**62) -> Any:
     """Return what one `.npy` member of an archive holds: an array, or the dict in a 0-d object array.
 
     Raises
@@ -150,7 +173,9 @@ def read_member(content: bytes) -> Any:
     if not dtype.hasobject:
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
-    return _plain(RestrictedUnpickler(file).load())
+    body = content[file.tell() :]
+    _walked(body)
+    return _Plain(most).value(RestrictedUnpickler(io.BytesIO(body)).load())
 
 
 def read_client(path: Path) -> dict[str, Any]:
@@ -162,14 +187,17 @@ def read_client(path: Path) -> dict[str, Any]:
         Where the file is missing, damaged, or holds anything but plain data; nothing in it has run then.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy"): read_member(archive.read(name)) for name in archive.namelist()}
+        with archive(path) as file:
+            most = room(path)
+            members = {name.removesuffix(".npy"): read_member(file.read(name), most) for name in file.namelist()}
         found = members.get("data", members)
         if not isinstance(found, dict) or not {"x", "y"} <= found.keys():
             raise ValueError("no 'x' and 'y'")
         return found
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected a PFLlib client file") from None
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {reason_of(error)}; expected a dict of plain arrays x and y") from None
     except Exception as error:  # hostile content can fail in any way; none of it may look like our own fault

@@ -1,15 +1,21 @@
-"""`fedfuse watch`: the report page served while runs go on. It only reads; loopback unless told otherwise."""
+"""`fedfuse watch`: the report page served while runs go on. It only reads; loopback unless told otherwise.
+
+At any other address whoever asks needs the token that is printed at the start, once: a cookie follows it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import ipaddress
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedfuse.errors import UserError
 from fedfuse.results.page import build, run_names
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 PORT = 8642
+COOKIE = "fedfuse-watch"
 MOST_FINISHED = 10  # shown in the strip; all are in the table below it
 
 
@@ -49,8 +56,13 @@ def command(words: Sequence[str]) -> int:
         raise UserError(f"--host {host} --port {port}: cannot be used ({error.strerror or error})") from error
     bound = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    print(f"watching {', '.join(map(str, directories))} at http://{shown}:{bound}/ (Ctrl-C ends)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(application(directories, host), log_level="warning", lifespan="off"))
+    token = "" if is_loopback(host) else secrets.token_urlsafe(32)
+    query = f"?token={token}" if token else ""
+    print(f"watching {', '.join(map(str, directories))} at http://{shown}:{bound}/{query} (Ctrl-C ends)", flush=True)
+    if token:
+        print("whoever has this address with its token can read these runs; it travels without TLS", flush=True)
+    app = application(directories, host, token)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
@@ -146,14 +158,75 @@ class Watch:
             return self._body
 
 
-def application(directories: Sequence[Path], host: str = LOOPBACK) -> Starlette:
-    """Return the ASGI application: `/`, `/live` and `/body`, GET only, under this host's names only."""
+def is_loopback(host: str) -> bool:
+    """Whether nobody on another machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may stand for any address
+
+
+class Login:
+    """Lets nobody pass who has not brought the token once; in its place a browser keeps a cookie.
+
+    Parameters
+    ----------
+    app : callable
+        The ASGI application behind it.
+    token : str
+    """
+
+    def __init__(self, app: Any, token: str) -> None:
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        from starlette.requests import Request
+        from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+        if scope["type"] != "http":
+            return
+        request, answer = Request(scope), Response()
+        if self._is_it(request.cookies.get(COOKIE, "")):
+            await self.app(scope, receive, send)
+            return
+        if self._is_it(request.query_params.get("token", "")):
+            answer = RedirectResponse("./", status_code=303)  # the token stays in no address bar
+            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+        else:
+            answer = PlainTextResponse("the address that fedfuse watch printed, with its token, is needed\n", 401)
+        answer.headers.update({"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
+        await answer(scope, receive, send)
+
+    def _is_it(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def application(directories: Sequence[Path], host: str = LOOPBACK, token: str = "") -> Starlette:
+    """Return the ASGI application: `/`, `/live` and `/body`, GET only, under this host's names only.
+
+    Parameters
+    ----------
+    directories
+        Run or sweep directories.
+    host : str
+        The address that is served.
+    token : str
+        What a reader must have brought once; empty: nothing is asked.
+
+    Raises
+    ------
+    UserError
+        Without a token where other machines could read.
+    """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse
     from starlette.routing import Route
 
+    if not token and not is_loopback(host):
+        raise UserError(f"--host {host}: other machines reach it, and nobody is asked for a token")
     watch = Watch(directories)
     title = "FedFuse: " + ", ".join(printable(path.name or str(path)) for path in directories)
     # Another site may point a name of its own at this machine; it shall not read what is served here.
@@ -176,5 +249,8 @@ def application(directories: Sequence[Path], host: str = LOOPBACK) -> Starlette:
 
     return Starlette(
         routes=[Route("/", index), Route("/live", live), Route("/body", body)],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=trusted, www_redirect=False)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=trusted, www_redirect=False),
+            *([Middleware(Login, token=token)] if token else []),
+        ],
     )

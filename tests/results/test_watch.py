@@ -103,6 +103,82 @@ def test_wrong_words(words, says):
         watch.command(words)
 
 
+TOKEN = "t0ken" * 9
+
+
+@pytest.fixture
+def far(tmp_path):
+    """What another machine sees: `--host 0.0.0.0`."""
+    write_run(tmp_path / "late", "fedavg", rounds=9, done=3)
+    app = watch.application([tmp_path], "0.0.0.0", TOKEN)
+    return TestClient(app, base_url="http://192.0.2.7:8642", follow_redirects=False)
+
+
+CLOSED = ("/", "/live", "/body", "/docs", "/openapi.json", "/redoc", "/../config.yaml", "/late/config.yaml")
+
+
+def test_without_the_token_nothing_is_read(far):
+    wrong = ("", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é", "\ud800", "%00")
+    for path in CLOSED:
+        for token in wrong:
+            answers = [
+                far.get(path),
+                far.get(path, params={"token": token}) if token != "\ud800" else far.get(path + "?token=%ed%a0%80"),
+                far.get(path, headers={"Cookie": f"{watch.COOKIE}={token}".encode("utf-8", "replace")}),
+                far.post(path, params={"token": TOKEN[1:]}),
+            ]
+            for answer in answers:
+                assert answer.status_code == 401, (path, token)
+                assert "late" not in answer.text
+                assert "set-cookie" not in answer.headers
+
+
+def test_the_token_is_asked_once_and_then_there_is_a_page(far):
+    answer = far.get("/", params={"token": TOKEN})
+    assert (answer.status_code, answer.headers["location"]) == (303, "./")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert far.get("/").status_code == 200
+    assert "3 of 9" in far.get("/live").text
+    for path in ("/docs", "/openapi.json", "/redoc", "/late/config.yaml"):
+        assert far.get(path).status_code == 404
+    assert TOKEN not in far.get("/").text + far.get("/live").text + far.get("/body").text
+
+
+def test_no_page_of_others_can_be_served_without_a_token(tmp_path):
+    for host in ("0.0.0.0", "::", "192.0.2.7", "example.org", "::ffff:0.0.0.0"):
+        with pytest.raises(UserError, match="nobody is asked for a token"):
+            watch.application([tmp_path], host)
+    for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
+        watch.application([tmp_path], host)
+
+
+def test_loopback_needs_no_login_and_has_no_other_pages(client):
+    for path in ("/docs", "/openapi.json", "/redoc"):
+        assert client.get(path).status_code == 404
+
+
+def test_a_server_for_all_addresses_prints_its_token(tmp_path):
+    import httpx
+
+    write_run(tmp_path / "late", "fedavg", rounds=9, done=3)
+    words = [*FEDFUSE, "watch", str(tmp_path), "--host=0.0.0.0", "--port=0"]
+    serving = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        found = re.search(r"http://0\.0\.0\.0:(\d+)/\?token=([\w-]{43}) ", serving.stdout.readline())
+        assert found is not None
+        home = f"http://127.0.0.1:{found[1]}/"
+        with httpx.Client(follow_redirects=True, transport=httpx.HTTPTransport(retries=20)) as reader:
+            assert reader.get(home + "live").status_code == 401
+            assert reader.get(home, params={"token": found[2]}).url == home
+            assert "3 of 9" in reader.get(home + "live").text
+    finally:
+        serving.terminate()
+        said = serving.communicate(timeout=20)[0]
+    assert found[2] not in said  # no log of what was asked
+
+
 def test_loopback_by_default():
     assert watch.arguments(["."])[1] == "127.0.0.1"
 

@@ -1,0 +1,164 @@
+"""Small files that would take much memory: refused in one line before they take any."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.inflate import INFLATED, room
+from fedfuse.data.load import load
+from fedfuse.data.read_npz import load as arrays
+from fedfuse.data.unpickle import read_client
+from fedfuse.errors import UserError
+
+
+def member(shape: tuple[int, ...], descr: str = "<f4", body: int = 0) -> bytes:
+    head = io.BytesIO()
+    np.lib.format.write_array_header_2_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+    return head.getvalue() + bytes(body)
+
+
+def bomb(path: Path, megabytes: int = 256, packing: int = zipfile.ZIP_DEFLATED) -> Path:
+    """An archive a thousand times smaller than what it holds."""
+    with zipfile.ZipFile(path, "w", packing) as file, file.open("x.npy", "w") as x:
+        x.write(member((megabytes * 2**10, 2**10), "|u1"))
+        for _ in range(megabytes):
+            x.write(bytes(2**20))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("y.npy", member((megabytes * 2**10,), "|u1", megabytes * 2**10))
+    return path
+
+
+MEASURED = """
+import sys, resource
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.load import load
+from fedfuse.errors import UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load(DataConfig(name=sys.argv[1], layout=sys.argv[1], root=sys.argv[2]))
+except UserError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("layout", ["npz", "pfllib"])
+def test_a_small_archive_does_not_take_much_memory(layout: str, tmp_path: Path) -> None:
+    """In a process of its own, whose peak is looked at."""
+    (tmp_path / "train").mkdir()
+    path = bomb(tmp_path / "train" / "0.npz")
+    assert path.stat().st_size < 2**20
+    root = path if layout == "npz" else tmp_path
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, layout, str(root)], capture_output=True, text=True, check=True, timeout=120
+    )
+    said, taken = done.stdout.strip().splitlines()
+    assert said.startswith(f"{path}: would inflate to ")
+    assert f"allowed are {room(path)} (set FEDFUSE_INFLATED for more)" in said
+    assert int(taken) < 100, f"{taken} MB"
+
+
+def test_the_limit_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bomb(tmp_path / "x.npz", 2)
+    assert arrays(path)["x"].nbytes == 2 * 2**20
+    monkeypatch.setenv(INFLATED, "1000000")
+    with pytest.raises(UserError, match="allowed are 1000000"):
+        arrays(path)
+    monkeypatch.setenv(INFLATED, "3000000")
+    assert arrays(path)["x"].nbytes == 2 * 2**20
+    monkeypatch.setenv(INFLATED, "much")
+    with pytest.raises(UserError, match="FEDFUSE_INFLATED=much: a whole number of bytes is needed"):
+        arrays(path)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_inflates_at_once_is_refused(packing: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'x\.npy' is packed in a way that no \.npz is"):
+        arrays(bomb(tmp_path / "x.npz", 2, packing))
+
+
+def test_a_directory_that_lies_gives_no_more_than_it_says(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "x.npz", 2)
+    content, size = path.read_bytes(), struct.pack("<I", 2 * 2**20 + 128)
+    assert content.count(size) >= 1
+    path.write_bytes(content.replace(size, struct.pack("<I", 1000)))
+    with pytest.raises(UserError, match=r"x\.npz(: 'x\.npy' declares 2097152 bytes and holds 1000| cannot be read)"):
+        arrays(path)
+
+
+@pytest.mark.parametrize(("shape", "descr"), [((2**40,), "<f8"), ((2**31, 2**31), "|u1"), ((2**40,), "<U0")])
+def test_a_header_that_declares_more_than_follows(shape: tuple[int, ...], descr: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as file:
+        file.writestr("x.npy", member(shape, descr, 64))
+    for read in (arrays, read_client):
+        with pytest.raises(UserError, match=r"'x\.npy' declares \d+ bytes and holds "):
+            read(tmp_path / "0.npz")
+
+
+def test_object_arrays_are_never_unpickled_from_an_archive(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    class Trap:
+        def __reduce__(self) -> object:
+            return (Path.touch, (mark,))
+
+    trapped = np.empty(1, dtype=object)
+    trapped[0] = Trap()
+    np.savez(tmp_path / "a.npz", x=trapped, y=np.arange(1))
+    np.save(tmp_path / "b.npy", trapped, allow_pickle=True)
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    (tmp_path / "c.npz").write_bytes(pickle.dumps(Trap()))
+    for name in ("a", "b", "c"):
+        for read in (arrays, read_client):
+            with pytest.raises(UserError):
+                read(tmp_path / f"{name}.npz")
+    assert not mark.exists()
+
+
+def pickled(body: bytes, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data.npy", member((), "|O") + body)
+    return path
+
+
+def test_a_pickle_takes_no_more_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INFLATED, str(2**20))
+    # a list of the list before it, twice, thirty times over: 2**30 items in 200 bytes
+    laughs = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(30)) + b"."
+    many: list[np.ndarray] = [np.zeros(2**12, dtype=np.uint8)] * 2000
+    wanted = {
+        "memo": (b"\x80\x02]r\xff\xff\xff\x7f.", "it numbers a value 2147483647"),
+        "laughs": (laughs, "it takes more than 1048576 bytes"),
+        "copies": (pickle.dumps({"x": many, "y": [0] * 2000}, protocol=2), "it takes more than 1048576 bytes"),
+        "long": (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b".", "cannot be read"),
+    }
+    for name, (body, said) in wanted.items():
+        with pytest.raises(UserError, match=said):
+            read_client(pickled(body, tmp_path / f"{name}.npz"))
+
+
+@pytest.mark.parametrize("layout", ["builtin", "jsonl"])
+def test_gzipped_files_have_a_limit_too(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INFLATED, str(2**20))
+    if layout == "builtin":
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">IIII", 2051, 4096, 32, 32) + bytes(2**22))
+        )
+    else:
+        line = json.dumps({"x": [0.0] * 2**17, "y": 0}) + "\n"
+        (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line.encode() * 8))
+    name = "mnist" if layout == "builtin" else "jsonl"
+    with pytest.raises(UserError, match=r"\.gz: would inflate to \d+ bytes or more; allowed are 1048576"):
+        load(DataConfig(name=name, layout=layout, root=str(tmp_path)))
