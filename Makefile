@@ -36,7 +36,7 @@ test-deploy: setup
 
 # ten thousand orders and ten thousand replies that nobody would write; CI tries a few hundred
 fuzz: setup
-	FEDFUSE_FUZZ=10000 $(BIN)/python -m pytest tests/deploy/test_fuzz.py -v --durations=0 --timeout=3600
+	FEDFUSE_FUZZ=10000 $(BIN)/python -m pytest tests/deploy/test_fuzz.py -v -rP --durations=0 --timeout=3600
 
 check: setup
 	$(BIN)/ruff check .

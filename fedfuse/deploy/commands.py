@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from fedfuse.deploy.processes import QUOTA
 from fedfuse.errors import UserError
 
 
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
 
     server.add_argument(
         "--memory", type=int, metavar="MB", help="that a run's process may take; default: the machine's"
+    )
+    server.add_argument(
+        "--quota", type=int, default=QUOTA, metavar="MB", help=f"that one node may have lying here; default: {QUOTA}"
     )
     server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
 
@@ -171,6 +175,8 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.launch import follow, run_server
 
     follow(args.follow)
+    if args.quota < 1:
+        raise UserError(f"--quota {args.quota}: at least 1 MB is needed")
     return run_server(
         host=args.host,
         port=args.port,
@@ -181,6 +187,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
         allow_code=args.allow_code,
         memory=_memory(args),
         control=(args.control_host or args.host, args.control_port or args.port + 1),
+        quota=args.quota,
     )
 
 

@@ -215,7 +215,14 @@ async def sent(send: Send, file: Path) -> None:
 
 
 def serve(
-    app: Any, settings: dict[str, Any], *, control: tuple[str, int], near: int, ca: Path | None, post: Path
+    app: Any,
+    settings: dict[str, Any],
+    *,
+    control: tuple[str, int],
+    near: int,
+    ca: Path | None,
+    post: Path,
+    sites: Callable[[Any, Path, Audit], Door],
 ) -> None:
     """Open all doors of a server until it is ended.
 
@@ -231,10 +238,13 @@ def serve(
         Vouches for operators; None without TLS.
     post : Path
         Where orders, results and the roster lie.
+    sites : callable
+        Makes the sites' door of the application, `post` and the audit log.
     """
     import uvicorn
 
-    operators = Operators(app, post, Audit(post / "audit.jsonl"), open_to_all=ca is None)
+    audit = Audit(post / "audit.jsonl")
+    operators = Operators(app, post, audit, open_to_all=ca is None)
 
     async def both(scope: Any, receive: Receive, send: Send) -> None:
         ours = scope["type"] == "http" and scope["path"].startswith(operators.prefix)
@@ -246,7 +256,7 @@ def serve(
             yield  # the first of them listens for signals
 
     settings = {key: value for key, value in settings.items() if key not in ("reload", "workers")}
-    first: Any = both if ca is None else Door(app, ("/v1/fleet/", "/health"))
+    first: Any = both if ca is None else sites(app, post, audit)
     servers = [uvicorn.Server(uvicorn.Config(first, **settings))]
     inner = {**settings, "host": "127.0.0.1", "port": near, "lifespan": "off", "access_log": False}
     servers.append(Beside(uvicorn.Config(Door(app, ("/v1/runtime/",)), **inner)))

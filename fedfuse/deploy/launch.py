@@ -21,7 +21,8 @@ from fedfuse.compat import flower_processes, superlink_doors
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.certs import secret
 from fedfuse.deploy.doors import serve
-from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS, SURROUNDINGS, free_port
+from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
+from fedfuse.deploy.quota import sites_door
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
 
@@ -105,6 +106,7 @@ def run_server(
     allow_code: bool = False,
     memory: int | None = None,
     control: tuple[str, int] | None = None,
+    quota: int = QUOTA,
 ) -> int:
     """Be the SuperLink, with TLS, node authentication and a port of their own for operators unless `insecure`.
 
@@ -128,7 +130,9 @@ def run_server(
     _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
     post.mkdir(mode=0o700, exist_ok=True)
     near, shared = free_port(), _secret(state)
-    doors = partial(serve, control=control or (host, port + 1), near=near, ca=None if insecure else ca, post=post)
+    operators = control or (host, port + 1)
+    sites = partial(sites_door, quota=quota)
+    doors = partial(serve, control=operators, near=near, ca=None if insecure else ca, post=post, sites=sites)
     superlink_doors.open_doors(doors)
     _executor("server", f"127.0.0.1:{near}", executor_tls, shared)
     words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]

@@ -17,6 +17,7 @@ from fedfuse.errors import UserError
 ALLOW_CODE = "FEDFUSE_ALLOW_CODE"  # environment: "1" where the server may import what an order names
 KEYED = "FEDFUSE_KEYED"  # environment: "1" where nodes prove a key, which the roster must know
 POST = "FEDFUSE_POST"  # environment: where the server's orders, results and roster lie
+QUOTA = 8192  # MB of a node's objects at the server, if the operator says nothing else
 RUNS = "FEDFUSE_RUNS"  # environment: where the server keeps run directories
 SURROUNDINGS = {  # of our processes, where the operator says nothing else
     **QUIET,

@@ -79,6 +79,7 @@ def test_no_fuzzed_order_runs_code_or_crashes(tmp_path: Path, monkeypatch: pytes
     assert refused > COUNT / 3
     assert not mark.exists()
     assert "trap_module" not in sys.modules
+    print(f"{COUNT} orders, {refused} refused")
 
 
 @pytest.mark.timeout(1800)
@@ -87,6 +88,7 @@ def test_no_fuzzed_message_crashes_a_site(tmp_path: Path) -> None:
     draw, seat, values = random.Random(1), seats(tmp_path, 3)[0], json.loads(as_json(tiny("fedavg")))
     site, run = Site(seat), "ab" * 16
     words = (0, -1, 2**62, 1.5, "", "x", "../x", "1.1", "a" * 5000, b"\x00", True, [1], ["x"], [], "[]", "{", '{"a":')
+    asked = answered = 0
     for i in range(max(60, COUNT // 5)):
         setting = {"config": as_json(tiny("fedavg")), "run": run, "attempt": 1, "task": ""}
         about = {"run": run, "round": 1, "phase": "train", "strategy": "fedavg", "sums": "{}"}
@@ -109,9 +111,11 @@ def test_no_fuzzed_message_crashes_a_site(tmp_path: Path) -> None:
         except ValueError:
             continue
         reply = site.handle(message)
+        asked, answered = asked + 1, answered + reply.has_content()
         assert reply.has_content() or reply.error.code in (REFUSED, FAILED, INVALID, STALE), i
         if reply.has_error():
             assert "\n" not in reply.error.reason
+    print(f"{asked} messages, {asked - answered} refused")
 
 
 @pytest.mark.timeout(1800)
@@ -139,3 +143,4 @@ def test_no_fuzzed_reply_crashes_the_server_or_is_averaged_in() -> None:
         for value in strategy.model.values():
             assert float(value.min()) == float(value.max()) == 0.5, i
         assert all("\n" not in line for line in strategy.inbox.left_out)
+    print(f"{COUNT} replies, {strategy.inbox.failures['rejected']} rejected by form, none averaged in")

@@ -320,6 +320,27 @@ def test_a_node_refuses_it_even_from_a_server_that_runs_it(tmp_path: Path) -> No
                 process.stop()
 
 
+class Narrow(Federation):
+    """A server that lets each node leave one megabyte."""
+
+    def process(self, name: str, *words: str) -> Process:
+        return super().process(name, *words, *(["--quota", "1"] if words[0] == "server" else []))
+
+
+@long
+def test_a_quota_ends_no_run_that_leaves_little_and_names_who_leaves_much(tmp_path: Path) -> None:
+    keys = ("strategy=fedavg", "data=digits", "clients=1", "seed=0", "evaluate.every=6")
+    narrow = (*keys, "model=mlp", "rounds=6")  # 207 kB a reply: more in all than fits at once
+    with Narrow(1, tmp_path / "work") as started:
+        wanted = inline(tmp_path / "inline", *narrow)
+        assert started.play(order(*narrow), tmp_path / "out")["digest"] == wanted["digest"]
+        assert "too many to take more" not in started.server.text()
+        wide = (*keys, "model=mlp_wide", "model.width=2", "rounds=1")
+        with pytest.raises(WorldError):
+            started.play(order(*wide, deadline=25.0), tmp_path / "wide")
+        assert "fedfuse: node-0: this node has" in started.server.text()
+
+
 @long
 def test_site_policy_is_named_in_the_log(tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"

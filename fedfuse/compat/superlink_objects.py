@@ -1,0 +1,99 @@
+"""What a node's push to Flower's SuperLink says, and whether what it pushed is still there.
+
+Internal names of Flower 1.41, read and not changed: `PushMessagesRequest` and `PushObjectRequest` of `flwr.proto`,
+`authenticate_node` of `flwr.superlink.routers.fleet.node_auth` with the header `flwr-public-key`, and the
+application's `state.superlink_lifespan.objectstore_factory`. They buy a quota a node. If they are gone, the server
+does not start, or every push is refused by name. Guard: `tests/deploy/test_quota.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedfuse.errors import UserError, WorldError
+
+KEY = "flwr-public-key"
+MESSAGES, OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a node wants to leave at the server.
+
+    Attributes
+    ----------
+    asked : message of Flower's
+    objects : dict
+        Bytes of each object, by its hash; 0 where it is only announced.
+    """
+
+    asked: Any
+    objects: dict[str, int]
+
+
+def push_of(path: str, body: bytes, most: int) -> Push:
+    """Read a request to push.
+
+    Raises
+    ------
+    UserError
+        If it is none, speaks for another node, or announces more than `most` objects.
+    """
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import PushObjectRequest
+    from google.protobuf.message import DecodeError
+
+    try:
+        asked: Any = (PushObjectRequest if path == OBJECT else PushMessagesRequest).FromString(body)
+    except DecodeError:
+        raise UserError("a push that cannot be read") from None
+    if path == OBJECT:
+        return Push(asked, {asked.object_id: len(asked.object_content)})
+    if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
+        raise UserError("a push has one message and its objects")
+    about, tree = asked.messages_list[0].metadata, asked.message_object_trees[0]
+    if about.src_node_id != asked.node.node_id:
+        raise UserError("a node answers in its own name only")
+    if about.message_id != tree.object_id:
+        raise UserError("these are another message's objects")
+    found: dict[str, int] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        found[node.object_id] = 0
+        if len(found) + len(waiting) + len(node.children) > most:
+            raise UserError(f"a message of more than {most} objects")
+        waiting += node.children
+    return Push(asked, found)
+
+
+def proved(app: Any, scope: Any, push: Push) -> bytes | None:
+    """The key of the node that pushes, if it proves that it has it, by Flower's own check; else None."""
+    from fastapi import HTTPException, Request
+    from flwr.superlink.routers.fleet.node_auth import authenticate_node
+
+    request = Request({**scope, "app": app, "state": {}})
+    request.state.protobuf_request = push.asked
+    try:
+        authenticate_node(request)
+    except HTTPException:
+        return None
+    return base64.b64decode(request.headers[KEY])
+
+
+def holds(app: Any) -> Callable[[str], bool]:
+    """How to ask the SuperLink's application whether it still has an object.
+
+    Raises
+    ------
+    WorldError
+        If this Flower's cannot be asked.
+    """
+    try:
+        factory = app.state.superlink_lifespan.objectstore_factory
+    except AttributeError as error:
+        raise WorldError("this Flower's SuperLink shows no store of objects, so nodes have no quota") from error
+    return lambda key: key in factory.store()
