@@ -204,12 +204,16 @@ def _general(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def node_keys(directory: Path, name: str) -> list[Path]:
-    """Write a node's key pair in OpenSSH form, as Flower reads it."""
+def node_keys(directory: Path, name: str, passphrase: bytes | None = None) -> list[Path]:
+    """Write a node's key pair: in OpenSSH form, as Flower reads it, or in PEM under a passphrase."""
     key = ec.generate_private_key(ec.SECP384R1())
+    if passphrase is None:
+        content = key.private_bytes(PEM, PRIVATE.OpenSSH, PLAIN)
+    else:
+        content = key.private_bytes(PEM, PRIVATE.PKCS8, serialization.BestAvailableEncryption(passphrase))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return [
-        _write(directory / f"{name}.key", key.private_bytes(PEM, PRIVATE.OpenSSH, PLAIN), secret=True),
+        _write(directory / f"{name}.key", content, secret=True),
         _write(directory / f"{name}.pub", public + f" {name}\n".encode(), secret=False),
     ]
 

@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     request.add_argument("--client-id", type=int, help="which client this site is")
     request.add_argument("--partition", metavar="I/N", help="act as every N-th simulated client from I on")
     request.add_argument("--examples", metavar="A:B", help="how many training examples it will have")
+    request.add_argument(
+        "--passphrase", action="store_true", help="put a new key under one: asked for, or $FEDFUSE_PASSPHRASE"
+    )
     request.add_argument("--out", type=Path, help="where NAME.request is written, if not beside the key")
 
     audit = commands.add_parser(
@@ -252,7 +255,7 @@ def _place(args: argparse.Namespace) -> dict[str, int]:
 def _request(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.registration import write_request
 
-    for path in write_request(args.directory, args.name, _place(args), args.out):
+    for path in write_request(args.directory, args.name, _place(args), args.out, args.passphrase):
         print(path)
     return 0
 

@@ -21,6 +21,7 @@ from fedfuse.compat import flower_processes, superlink_doors
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.certs import secret
 from fedfuse.deploy.doors import serve
+from fedfuse.deploy.passphrase import opened
 from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
 from fedfuse.deploy.quota import sites_door
 from fedfuse.errors import UserError, WorldError
@@ -222,7 +223,8 @@ def run_node(
     else:
         words = ["--root-certificates", str(_there(ca, "--ca"))]
         if key is not None:
-            words += ["--auth-supernode-private-key", str(secret(key, "--key"))]
+            key = opened(key, "--key")
+            words += ["--auth-supernode-private-key", str(key)]
         elif not no_key:
             raise UserError("--key FILE is needed (fedfuse deploy certs DIR --node NAME makes it)")
     state = seat.state
@@ -231,21 +233,21 @@ def run_node(
         seat = replace(seat, data=str(Path(seat.data).resolve()))
     seat = replace(seat, state=state.resolve() / "runs")
     write_private(state / "seat.json", seat.as_json().encode(), secret=True)
-    known = key is not None and not insecure
-    if known:
+    known = key if not insecure else None
+    if known is not None:
         from fedfuse.deploy.successor import succeed
 
-        succeed(server, _there(ca, "--ca"), _there(key, "--key"), state)
+        succeed(server, _there(ca, "--ca"), known, state)
     shared = _secret(state)
     flower_processes.be_patient(poll, broken_off)
     _executor("client", f"127.0.0.1:{port}", ["--insecure"], shared)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(shared)]
     code = _become("flower-supernode", words, flower_processes.supernode())
-    if known and code == 0:
+    if known is not None and code == 0:
         from fedfuse.deploy.successor import revoked
 
-        if revoked(server, _there(ca, "--ca"), _there(key, "--key"), state):
+        if revoked(server, _there(ca, "--ca"), known, state):
             print("fedfuse: the server does not know this node's key any more: it was revoked", flush=True)
             return 1
     return code

@@ -16,19 +16,22 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fedfuse.config.files import read
-from fedfuse.deploy.certs import node_keys, secret
+from fedfuse.deploy.certs import node_keys
 from fedfuse.deploy.link import Link
+from fedfuse.deploy.passphrase import passphrase, private_key
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.roster import Place, fingerprint, place_from
 
 SIGNED = ec.ECDSA(hashes.SHA384())
 
 
-def write_request(directory: Path, name: str, place: Mapping[str, int], out: Path | None = None) -> list[Path]:
-    """Make a site's key if there is none, and a request to be registered.
+def write_request(
+    directory: Path, name: str, place: Mapping[str, int], out: Path | None = None, locked: bool = False
+) -> list[Path]:
+    """Make a site's key if there is none, with `locked` under a passphrase, and a request to be registered.
 
     Raises
     ------
@@ -42,14 +45,14 @@ def write_request(directory: Path, name: str, place: Mapping[str, int], out: Pat
     asked = place_from({"name": name, **place})
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        written = [] if (directory / f"{name}.key").exists() else node_keys(directory, name)
-        key = load_ssh_private_key(secret(directory / f"{name}.key", "key").read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        file = directory / f"{name}.key"
+        written = [] if file.exists() else node_keys(directory, name, passphrase(file, new=True) if locked else None)
+        key = private_key(file, "key")
         content = json.dumps({"key": (directory / f"{name}.pub").read_text(encoding="utf-8"), **asdict(asked)})
         signature = base64.b64encode(key.sign(content.encode(), SIGNED)).decode()
         path = (out or directory) / f"{name}.request"
         path.write_text(json.dumps({"request": content, "signature": signature}, indent=1), encoding="utf-8")
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no request can be written ({error})") from error
     return [*written, path]
 

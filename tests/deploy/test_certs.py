@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ssl
 import stat
+from email.utils import formatdate
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedfuse.deploy import launch
+from fedfuse.deploy.certs import write_certificates
 from fedfuse.deploy.commands import main as command
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError
+from fedfuse.network.site_config import SiteConfig
 
 
 def test_certs_are_made_once_and_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,3 +74,30 @@ def test_a_wrong_command_is_one_line(
     with pytest.raises(UserError, match=r"\A[^\n]+\Z") as error:
         command([word.replace("{}", str(tmp_path / "d")) for word in words])
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(400, "400 s ahead of"), (-301, "301 s behind")])
+def test_a_clock_that_flower_would_refuse_without_a_word_is_named(
+    seconds: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_certificates(tmp_path, [], ["a"])
+    seat = SiteConfig(0, tmp_path / "state", 1)
+    now = 1_800_000_000.0
+
+    def joins(ahead: float, date: str | None = formatdate(now, usegmt=True)) -> None:
+        headers = {} if date is None else {"date": date}
+        monkeypatch.setattr("httpx.get", lambda url, **more: httpx.Response(401, headers=headers))
+        monkeypatch.setattr("fedfuse.deploy.launch.greet", lambda server, ca: True)
+        monkeypatch.setattr("time.time", lambda: now + ahead)
+        launch.run_node(seat, server="s.org:8000", ca=tmp_path / "ca.crt", key=None, insecure=False, port=1)
+
+    with pytest.raises(WorldError) as told:
+        joins(seconds)
+    assert str(told.value) == (
+        f"this machine's clock is {words} the server's at s.org:8000; over 240 s are refused there: "
+        "set it (NTP), then start again"
+    )
+    assert not (tmp_path / "state").exists()
+    for ahead, date in ((239, formatdate(now)), (-239, formatdate(now)), (9999, None), (9999, "yesterday")):
+        with pytest.raises(UserError, match="--key FILE is needed"):  # it goes on to the next question
+            joins(ahead, date)

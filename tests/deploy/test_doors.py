@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import stat
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
@@ -19,6 +23,7 @@ from fedfuse.deploy.commands import main as command
 from fedfuse.deploy.doors import LARGEST, Door, Operators
 from fedfuse.deploy.link import Link
 from fedfuse.deploy.orders import Outcome, deployed, pack, unpack
+from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
 from fedfuse.deploy.registration import read_request, write_request
 from fedfuse.deploy.submit import fetched, order_of
 from fedfuse.errors import UserError, WorldError
@@ -270,6 +275,44 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.key").chmod(mode)
         with pytest.raises(UserError, match=rf"can be read by others \(mode {mode:o}\)"):
             secret(tmp_path / "a.key", "--key")
+
+
+def test_a_key_under_a_passphrase_is_opened_in_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # nobody to ask
+    with pytest.raises(UserError, match="a passphrase is needed; set FEDFUSE_PASSPHRASE"):
+        command(["request", str(tmp_path), "a", "--client-id", "2", "--passphrase"])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(PASSPHRASE, "correct horse")
+    assert command(["request", str(tmp_path), "a", "--client-id", "2", "--passphrase"]) == 0
+    key = tmp_path / "a.key"
+    assert key.read_bytes().startswith(ENCRYPTED)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert read_request(tmp_path / "a.request")[1]["client"] == 2
+    for wrong in ("battery staple", "correct horse "):
+        monkeypatch.setenv(PASSPHRASE, wrong)
+        with pytest.raises(UserError, match=r"a\.key: no key that this passphrase, or none, opens"):
+            opened(key, "--key")
+    monkeypatch.setenv(PASSPHRASE, "correct horse")
+    place = opened(key, "--key")
+    assert PASSPHRASE not in os.environ  # no process that is started from now on is told
+    assert place.parent == Path("/proc/self/fd")
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    public = load_ssh_private_key(place.expanduser().read_bytes(), None).public_key()  # as Flower reads it
+    assert public == load_ssh_public_key((tmp_path / "a.pub").read_bytes())
+    child = subprocess.run(["cat", str(place)], capture_output=True, check=False, close_fds=False)
+    assert (child.returncode, child.stdout) == (1, b"")
+    assert not any(b"OPENSSH PRIVATE" in path.read_bytes() for path in tmp_path.iterdir())
+    os.close(int(place.name))
+
+
+def test_a_passphrase_is_asked_for_twice_where_it_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["one", "two", "one", "one", "one"])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("getpass.getpass", lambda words: next(said))
+    with pytest.raises(UserError, match="the two passphrases differ"):
+        write_request(tmp_path, "a", {"client": 0}, locked=True)
+    write_request(tmp_path, "a", {"client": 0}, locked=True)  # a third time to sign with it
+    assert next(said, None) is None
 
 
 def test_the_roster_says_who_may_be_whom(tmp_path: Path) -> None:

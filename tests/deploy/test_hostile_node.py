@@ -13,10 +13,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 
 from fedfuse.compat.flower_arrays import limit_arrays
+from fedfuse.config.schema import Config
+from fedfuse.core.loop import Federation
 from fedfuse.errors import WorldError, one_line
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.sizes import UNKNOWN
-from fedfuse.wire.records import InvalidArrays, plain_numpy
+from fedfuse.wire.records import InvalidArrays, digest_of, plain_numpy
 from tests.deploy.network import Network, run, seats, tiny
 
 
@@ -49,20 +51,29 @@ class Hostile(Network):
         return taken
 
 
-def honest(tmp_path: Path, gone: Callable[[Message], bool], **patience: Any) -> dict[str, Any]:
-    """The server's models if client 2 had simply been silent."""
-    network = Network(seats(tmp_path / "honest", 3))
+def honest(
+    tmp_path: Path,
+    gone: Callable[[Message], bool],
+    config: Config | None = None,
+    nodes: tuple[int, ...] = (102,),
+    clients: int = 3,
+) -> str:
+    """The digest of the honest rest if some nodes had simply been silent."""
+    network = Network(seats(tmp_path / "honest", clients))
     network.reply = lambda message, reply: (
         Message(Error(1003, "silent"), reply_to=message)
-        if message.metadata.dst_node_id == 102 and gone(message)
+        if message.metadata.dst_node_id in nodes and gone(message)
         else reply
     )
-    built, _ = run(tiny("fedavg"), network, tmp_path / "honest-run", **patience)
-    return built.strategy.model
+    built, _ = run(config or tiny("fedavg"), network, tmp_path / "honest-run")
+    return rest(built, [c for c in range(clients) if 100 + c not in nodes])
 
 
-def same(one: Any, other: Any) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+def rest(built: Federation, clients: Iterable[int] = (0, 1)) -> str:
+    """The digest as semantics.md has it, over some clients: all that the server publishes and keeps, and theirs."""
+    shas = built.strategy.inbox.shas
+    assert all(shas[client] for client in clients)
+    return digest_of(built.strategy.sha(), [shas[client] for client in clients])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +85,7 @@ def test_a_reply_that_cannot_be_taken_from_the_wire_leaves_out_its_node_alone(
     network = Hostile(seats(tmp_path, 3))
     network.broken = broken
     built, _ = run(tiny("fedavg"), network, tmp_path / "run")
-    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train")
     assert built.strategy.inbox.failures["replies"] + built.strategy.inbox.failures["rejected"] == 2
     assert any("client 2: its reply cannot be read" in line for line in built.strategy.inbox.left_out)
 
@@ -116,11 +127,82 @@ def test_a_bad_hello_names_its_node_and_leaves_it_out(kind: str, own: bool, tmp_
     with pytest.raises(WorldError, match=r"no node acts as client \[2\]; turned away: "):
         run(config, network, tmp_path / "all", Patience(join=0.2))
     built, said = run(config, network, tmp_path / "run", Patience(join=0.2, clients=2))
-    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type != "query.hello"))
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type != "query.hello")
     assert any(line.startswith("fedfuse: node 102 is not taken: ") for line in said)
     assert "fedfuse: begins without client [2]: no node acts as it" in said
     assert built.digest is None
     assert built.digest_missing == [2]
+
+
+# --- one of each kind at once -----------------------------------------------------------------------------
+
+
+def nan(reply: Message) -> Message:
+    for record in reply.content.array_records.values():
+        for name, array in list(record.items()):
+            value = array.numpy().copy()
+            if value.dtype.kind == "f":
+                value.reshape(-1)[:1] = np.nan
+                record[name] = Array(value)
+    return reply
+
+
+def shape(reply: Message) -> Message:
+    for record in reply.content.array_records.values():
+        for name, array in list(record.items()):
+            record[name] = Array(np.concatenate([array.numpy().reshape(-1)] * 2))
+    return reply
+
+
+def more(reply: Message) -> Message:
+    reply.content["extra"] = ArrayRecord({"w": Array(np.zeros(3, "float32"))})
+    return reply
+
+
+def heavy(reply: Message) -> Message:
+    reply.content["metrics"]["num-examples"] = 2**52
+    return reply
+
+
+def other(reply: Message) -> Message:
+    reply.metadata.__dict__["_src_node_id"] = 100
+    return reply
+
+
+def name(reply: Message) -> Message:
+    reply.content["config"]["client"] = 0
+    return reply
+
+
+KINDS: dict[int, Callable[[Message], Message] | None] = {
+    102: None, 103: nan, 104: shape, 105: more, 106: heavy, 107: other, 108: name, 109: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmd", "scaffold"])
+def test_one_hostile_node_of_each_kind_leaves_the_digest_of_the_honest_rest(strategy: str, tmp_path: Path) -> None:
+    """Two of ten are honest; 102 cannot be read, 109 fails with a text that forges the log."""
+    config = tiny(strategy, "clients=10")
+    network = Hostile(seats(tmp_path, 10))
+
+    def forge(message: Message, reply: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type != "train" or node not in KINDS:
+            return reply
+        if node == 109:
+            return Message(Error(1003, NASTY), reply_to=message)
+        change = KINDS[node]
+        return change(reply) if change is not None else network._noted(message, reply)
+
+    network.reply = forge
+    built, _said = run(config, network, tmp_path / "run")
+    left_out = " ".join(built.strategy.inbox.left_out)
+    for client in range(2, 10):
+        assert f"client {client}" in left_out, client
+    wanted = honest(tmp_path, lambda m: m.metadata.message_type == "train", config, tuple(KINDS), 10)
+    assert rest(built) == wanted
+    free, _ = run(config, Network(seats(tmp_path / "free", 10)), tmp_path / "free-run")
+    assert rest(free) != wanted  # the attack is one: with them all honest the digest is another
 
 
 def test_a_weight_cannot_grow_beyond_the_hello(tmp_path: Path) -> None:
@@ -133,7 +215,7 @@ def test_a_weight_cannot_grow_beyond_the_hello(tmp_path: Path) -> None:
 
     network.reply = heavy
     built, _ = run(tiny("fedavg"), network, tmp_path / "run")
-    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train")
     assert any("num-examples is 4503599627370496; it said it has" in line for line in built.strategy.inbox.left_out)
 
 
@@ -147,7 +229,7 @@ def test_a_reply_in_anothers_name_is_not_taken(tmp_path: Path) -> None:
 
     network.reply = other
     built, _ = run(tiny("fedavg"), network, tmp_path / "run")
-    assert same(built.strategy.model, honest(tmp_path, lambda m: m.metadata.message_type == "train"))
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train")
 
 
 def test_nine_kilobytes_do_not_become_six_gigabytes() -> None:

@@ -23,8 +23,8 @@ import pytest
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import node_keys, write_certificates
 from fedfuse.deploy.local import Federation
-from fedfuse.deploy.processes import Process, flower, free_port, surroundings
-from fedfuse.deploy.registration import register
+from fedfuse.deploy.processes import Process, flower, free_port, members, surroundings
+from fedfuse.deploy.registration import register, write_request
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import Link, Order, order_of
 from fedfuse.errors import UserError, WorldError
@@ -318,6 +318,30 @@ def test_a_node_refuses_it_even_from_a_server_that_runs_it(tmp_path: Path) -> No
         for process in (started, server):
             if process is not None:
                 process.stop()
+
+
+@long
+def test_a_node_whose_key_has_a_passphrase_joins(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDFUSE_PASSPHRASE", "correct horse")
+    register(federation.link, write_request(tmp_path, "locked", {"client": 0, "every": 3}, locked=True)[-1], {})
+    words = ("--ca", str(federation.link.ca), "--key", str(tmp_path / "locked.key"), "--server", federation.door)
+    started = node(federation, tmp_path, *words)
+    try:
+        assert started.wait_for("SuperNode ID", 90), started.text()
+        told = [pid for pid in members(started.child.pid) if b"correct horse" in environment(pid)]
+        assert told == [started.child.pid]  # as it was started; its executor is not told
+        assert "horse" not in started.text()
+    finally:
+        started.stop()
+
+
+def environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 class Narrow(Federation):
