@@ -107,7 +107,7 @@ def replay(attack: Attack, place: Path) -> list[tuple[str, str]]:
         own = HERE / attack.file
         text = git("show", f"{attack.taken}:{attack.file}") if attack.taken else own.read_text(encoding="utf-8")
         for pattern, instead in attack.instead.items():
-            text = re.sub(pattern, lambda found, instead=instead: instead, text)
+            text = re.sub(pattern, instead.replace("\\", "\\\\"), text)
         (place / attack.file).write_text(text, encoding="utf-8")
         words = [sys.executable, "-m", "pytest", attack.file, "-k", attack.tests, "-q", "--junitxml=found.xml"]
         environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
