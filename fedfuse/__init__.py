@@ -20,19 +20,20 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.core.strategy import FusionStrategy
     from fedfuse.core.workspace import Workspace
     from fedfuse.errors import UserError, WorldError
-    from fedfuse.families import lora
+    from fedfuse.families import lora, merging
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
     from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
     from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
     from fedfuse.families.companion import CompanionClient, CompanionStrategy
     from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
+    from fedfuse.families.merging import MergingClient, MergingHyper, MergingStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts
     from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
-    from fedfuse.train import classwise, distil, training, truncate
+    from fedfuse.train import classwise, curvature, distil, training, truncate
     from fedfuse.train.scores import scores
     from fedfuse.train.task import task_loss
     from fedfuse.wire import label_code
@@ -66,6 +67,7 @@ _HOMES = {
     "families.bases": "BasisClient BasisHyper BasisStrategy",
     "families.companion": "CompanionClient CompanionStrategy",
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
+    "families.merging": "MergingClient MergingHyper MergingStrategy",
     "families.personal": "Part PartClient PartStrategy",
     "families.ranks": "RankedClient RankedHyper RankedStrategy",
     "families.student": "StudentStrategy",
@@ -76,8 +78,8 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "models", "models.pair", "models.parts", "train.classwise", "train.distil",
-            "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+_MODULES = ("families.lora", "families.merging", "models", "models.pair", "models.parts", "train.classwise",
+            "train.curvature", "train.distil", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

@@ -1,0 +1,203 @@
+"""RegMean: the merged weight of each linear layer answers, by least squares, as each client's does on its own inputs.
+
+Box (Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, arXiv 2212.09849). In
+round t, X_i the inputs (rows) of a linear layer at client i, W_i its weight as d_in × d_out:
+
+    client i:  W_i ← W; E epochs of SGD;   G_i = X_iᵀ X_i;   G̃_i = a·G_i + (1 − a)·diag(G_i);   sends G̃_i, G̃_i W_i
+    server:    W ← (Σ_i G̃_i)⁻¹ Σ_i G̃_i W_i;   every other parameter and buffer: the mean, weighted by n_i
+
+With a = 1 and one linear layer that is the least-squares solution of all data together, if G_i are *sums* over rows;
+the released code's means per token are `weighting=uniform`. Equal G̃_i give the plain mean of W_i. Travels: up
+(P + Σ d_in·(d_in + 1)/2)·B_f bytes a client and round (`gram=diag`: P + Σ d_in), down P·B_f; sums alone, so the same
+bits for any number of workers. It tells the server second moments of the inputs of each layer, of pixels for the first.
+
+Choices: `ridge` adds ρ·mean(diag G̃_i) to the diagonal, in both sums, for inputs that are 0 at all clients (dead units),
+which a < 1 leaves singular: they get a mean. Without it such a layer is refused by name. `layers=auto` is every linear
+layer whose weight travels; a pattern may name 2-d convolutions too, as matrices over their patches. With `rank=r` the
+layers are LoRA's A and B (B's inputs are A x) and the head, each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse import (
+    InvalidArrays,
+    Layout,
+    MergingClient,
+    MergingHyper,
+    MergingStrategy,
+    Records,
+    Scope,
+    Shares,
+    UserError,
+    Workspace,
+    WorldError,
+    curvature,
+    hyper,
+    parts,
+    strategy,
+)
+
+
+@dataclass(frozen=True)
+class RegMeanHyper(MergingHyper):
+    """Hyper-parameters of RegMean."""
+
+    a: float = hyper(0.9, "a, share of G's off-diagonal that counts (code: 0.9; T5, DeBERTa 0.1)", low=0, high=1)
+    ridge: float = hyper(0.01, "ρ, added to G's diagonal as a share of its mean (ours)", low=0)
+    gram: str = hyper("full", "what of G travels: its triangle, or its diagonal (a = 0)", choices=("full", "diag"))
+    layers: str = hyper("auto", "merged so, patterns of dotted names; auto: every linear layer whose weight travels")
+    weighting: str = hyper("examples", "G summed over rows, or their mean", choices=("examples", "uniform"))
+
+
+def layers(module: nn.Module, pattern: str, there: Mapping[str, object]) -> list[str]:
+    """The layers that a pattern means.
+
+    Raises
+    ------
+    UserError
+        If it means none, or one that is no matrix, whose weight does not travel, or which is tied to another.
+    """
+    owners: dict[int, int] = {}
+    for inner in module.modules():
+        for parameter in inner.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    able = {n: m for n, m in module.named_modules() if f"{n}.weight" in there and n}
+    alone = {n for n, m in able.items() if owners[id(m.weight)] == 1}
+    wanted = [part.strip() for part in pattern.split(",")]
+    if pattern == "auto":
+        chosen = [n for n, m in able.items() if isinstance(m, nn.Linear) and n in alone and not n.endswith(".lora_B")]
+    else:
+        chosen = [n for n in able if any(fnmatchcase(n, w) or fnmatchcase(n, f"*.{w}") for w in wanted)]
+    if not chosen:
+        raise UserError(f"strategy.layers={pattern}: no such layer; those with weights: {', '.join(able) or 'none'}")
+    for name in chosen:
+        if name not in alone:
+            raise UserError(f"strategy.layers={pattern}: {name} shares its weight with another layer")
+        curvature.check_layer(name, able[name])
+    return chosen
+
+
+def weights_of(scope: Scope) -> Layout:
+    """The weights of the layers, as they travel."""
+    names = layers(scope.module, scope.hyper.layers, scope.model)
+    return {f"{name}.weight": scope.model[f"{name}.weight"] for name in names}
+
+
+def gram_arrays(scope: Scope) -> Layout:
+    """Layout of G̃: the upper triangle by rows, or the diagonal."""
+    sizes = {name: (dtype, torch.Size(shape[1:]).numel()) for name, (dtype, shape) in weights_of(scope).items()}
+    full = scope.hyper.gram == "full"
+    return {name: (dtype, (k * (k + 1) // 2 if full else k,)) for name, (dtype, k) in sizes.items()}
+
+
+def rest_arrays(scope: Scope) -> Layout:
+    """Layout of everything that is averaged."""
+    merged = weights_of(scope)
+    return {name: layout for name, layout in scope.model.items() if name not in merged}
+
+
+def damped(gram: Tensor, a: float, ridge: float) -> Tensor:
+    """G̃ = a·G + (1 − a)·diag(G) + ρ·mean(diag G)·I."""
+    diagonal = gram.diagonal()
+    return a * gram + torch.diag((1 - a) * diagonal + ridge * diagonal.mean())
+
+
+def packed(gram: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix, row by row."""
+    return gram[torch.triu_indices(len(gram), len(gram)).unbind()]
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """Undo `packed`."""
+    size = int((2 * len(triangle)) ** 0.5)
+    gram = torch.zeros(size, size, dtype=triangle.dtype, device=triangle.device)
+    gram[torch.triu_indices(size, size).unbind()] = triangle
+    return gram + gram.triu(1).T
+
+
+def solved(gram: Tensor, product: Tensor, noise: float) -> Tensor | None:
+    """W (d × k) of W·ΣG̃ = ΣW_iG̃_i; None where ΣG̃ is singular, scaled to a diagonal of ones.
+
+    Parameters
+    ----------
+    gram, product : Tensor
+        ΣG̃ (k × k, or its diagonal k) and ΣW_iG̃_i (d × k), float64.
+    noise : float
+        Relative error of the numbers that came; a pivot below k times that is 0.
+    """
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    if not bool((diagonal > 0).all()):
+        return None
+    if gram.ndim == 1:
+        return product / gram
+    scale = diagonal.sqrt()
+    factor, failed = torch.linalg.cholesky_ex(gram / scale / scale[:, None])
+    if int(failed) or float(factor.diagonal().square().min()) <= len(gram) * noise:
+        return None
+    return torch.cholesky_solve((product / scale).T, factor).T / scale
+
+
+class RegMeanClient(MergingClient):
+    """Sends its layers' Gram matrices, and its weights times them."""
+
+    def share(self) -> Records:
+        """G̃_i and G̃_i W_i of the layers, and the rest of the model."""
+        h, end = self.hyper, self.weights()
+        gram, product = {}, {}
+        chosen = layers(self.model, h.layers, end)
+        for layer, (g, rows) in curvature.grams(self.model, chosen, self.predict, self.x).items():
+            name = f"{layer}.weight"
+            g = damped(g if h.weighting == "examples" else g / max(1, rows), h.a if h.gram == "full" else 0.0, h.ridge)
+            flat = end[name].flatten(1).double()
+            product[name] = (flat @ g).view_as(end[name]).to(end[name].dtype)
+            gram[name] = (packed(g) if h.gram == "full" else g.diagonal().clone()).to(end[name].dtype)
+        return {"gram": gram, "product": product, "rest": parts.without(end, gram)}
+
+
+@strategy("regmean", client=RegMeanClient, hyper=RegMeanHyper, paper="Jin et al. 2023, arXiv 2212.09849")
+class RegMean(MergingStrategy):
+    """Linear layers merged by least squares on the clients' Gram matrices, the rest averaged."""
+
+    records = {"gram": gram_arrays, "product": weights_of, "rest": rest_arrays}
+    discloses = ("second moments of features",)
+
+    def __init__(self, hyper: RegMeanHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        layers(workspace.model(self.architecture), hyper.layers, workspace.initial(self.architecture))
+
+    @property
+    def sums(self) -> Mapping[str, str | None]:
+        """ΣG̃ and ΣG̃W as they are; the rest by examples."""
+        return {"gram": None, "product": None, "rest": self.weight}
+
+    @classmethod
+    def examine(cls, scope: Scope, records: Records) -> None:
+        """No diagonal entry of a Gram matrix is negative, and none beside it greater than its two allow."""
+        for name, value in records.get("gram", {}).items():
+            gram = unpacked(value.double()) if scope.hyper.gram == "full" else torch.diag(value.double())
+            bound = gram.diagonal().clamp_min(0).sqrt()
+            if bool((gram.diagonal() < 0).any()) or bool((gram.abs() > bound * bound[:, None] * 1.001).any()):
+                raise InvalidArrays(f"gram/{name}: no sum of squares and products")
+
+    def fuse(self, shares: Shares) -> None:
+        """W ← (ΣG̃)⁻¹ ΣG̃W layer by layer; the mean of the rest."""
+        rest, (grams, _), (products, _) = shares.mean("rest"), shares.total("gram"), shares.total("product")
+        merged = {}
+        for name, product in products.items():
+            old = self.model[name]
+            gram = unpacked(grams[name]) if self.hyper.gram == "full" else grams[name]
+            weight = solved(gram, product.flatten(1), torch.finfo(old.dtype).eps)
+            if weight is None:
+                raise WorldError(
+                    f"layer {name.removesuffix('.weight')}: the sum of the clients' Gram matrices ({len(gram)} × "
+                    f"{len(gram)}) is singular: set strategy.ridge above 0 and strategy.a below 1"
+                )
+            merged[name] = weight.view_as(old).to(old.dtype)
+        self.publish("model", {**merged, **rest})
