@@ -13,8 +13,9 @@ bits for any number of workers. It tells the server second moments of the inputs
 
 Choices: `ridge` adds ρ·mean(diag G̃_i) to the diagonal, in both sums, for inputs that are 0 at all clients (dead units),
 which a < 1 leaves singular: they get a mean. Without it such a layer is refused by name. `layers=auto` is every linear
-layer whose weight travels; a pattern may name 2-d convolutions too, as matrices over their patches. With `rank=r` the
-layers are LoRA's A and B (B's inputs are A x) and the head, each by itself.
+layer whose weight travels; a pattern may name 2-d convolutions too, as matrices over their patches. With `rank=r` it
+is the head alone, and A and B are averaged: least squares fit one matrix, and as two factors of one product A and B
+diverge together within ten rounds on digits (`layers=lora_A`, or `lora_B`, merges one of them so).
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def layers(module: nn.Module, pattern: str, there: Mapping[str, object]) -> list
     alone = {n for n, m in able.items() if owners[id(m.weight)] == 1}
     wanted = [part.strip() for part in pattern.split(",")]
     if pattern == "auto":
-        chosen = [n for n, m in able.items() if isinstance(m, nn.Linear) and n in alone and not n.endswith(".lora_B")]
+        plain = {n: m for n, m in able.items() if isinstance(m, nn.Linear) and not n.endswith((".lora_A", ".lora_B"))}
+        chosen = [n for n in plain if n in alone]
     else:
         chosen = [n for n in able if any(fnmatchcase(n, w) or fnmatchcase(n, f"*.{w}") for w in wanted)]
     if not chosen:

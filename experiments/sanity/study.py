@@ -38,6 +38,7 @@ class Expected(NamedTuple):
 
 
 AVERAGE = Expected("one averaged model knows all classes: near pooled training on the global set", 0.85, 0.8)
+MERGED = Expected("one merged model knows all classes, round after round", 0.8, 0.8)
 ROBUST = Expected("a robust rule gives up some accuracy for it, and is far above chance", 3 * CHANCE, 3 * CHANCE)
 ADAPTIVE = Expected("an adaptive server optimiser, untuned: far above chance", 3 * CHANCE, 3 * CHANCE)
 PERSONAL = Expected("a personal part keeps own classes, and the rest is learnt together", 2 * CHANCE, 0.85)
@@ -53,6 +54,8 @@ EXPECTED: dict[str, Expected] = {
     **dict.fromkeys(("flwr_fedmedian", "flwr_fedtrimmedavg", "flwr_krum", "flwr_multikrum", "flwr_bulyan"), ROBUST),
     **dict.fromkeys(("flwr_fedadagrad", "flwr_fedadam", "flwr_fedyogi", "flwr_qfedavg"), ADAPTIVE),
     **dict.fromkeys(("ditto", "fedper", "fedrep", "fedproto", "fedkd", "fml", "fd"), PERSONAL),
+    **dict.fromkeys(("regmean", "fisher", "task_arithmetic", "ties", "sce", "dare"), MERGED),
+    "twin_merging": MERGED._replace(words="merged weights, and a sparse vector of one's own", least_personal=0.85),
     "fedbn": AVERAGE._replace(words="without a norm in the model it is FedAvg"),
     **dict.fromkeys(("knfu", "fedmd"), TAUGHT),
     "ktpfl": PERSONAL._replace(words="personal mixtures at T = 10: a gentle pull towards the others"),

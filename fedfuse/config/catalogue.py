@@ -115,6 +115,11 @@ LOSSES: dict[str, str] = {
     "bdkd": "forward and reverse KL weighted per sample by the entropy gap (BD-KD; constants ours)",
     "rkd": "distances and angles between samples (RKD, CVPR 2019)",
     "dkd": "target and non-target parts of KL weighed apart; needs labels (DKD, CVPR 2022)",
+    "ttm": "KL to a teacher flattened or sharpened by a power, the student at T = 1 (TTM, ICLR 2024)",
+    "wttm": "ttm, each sample weighed by the sum of the teacher's powers (WTTM, ICLR 2024)",
+    "nd": "pull along the class's direction up to the teacher's norm; needs labels (ND of KD++, 2023)",
+    "ofa": "soft cross-entropy with the target class emphasised; needs labels (OFA-KD, NeurIPS 2023)",
+    "dhkd": "binary KL of logit differences to one half; the loss alone, no second head (DHKD, 2024)",
 }
 
 RUNTIMES = ("inline", "ray", "flower")

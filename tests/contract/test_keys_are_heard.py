@@ -29,7 +29,7 @@ OTHER: dict[str, Any] = {
     "regularised_steps": 1, "clip": 0.01, "period": 2, "vote_round": 2, "validation": 0.3, "prune": 0.1, "gamma": 0.1,
     "num_malicious_nodes": 1, "num_nodes_to_select": 1, "margin": 0.9, "threshold": 0.9, "server_lr": 0.5,
     "client_quantile": 0.9, "beta_2": 0.5, "clusters": 3, "duration": 0, "head_epochs": 2, "projection": 16,
-    "server_momentum": 0.5, "auxiliary": 5,
+    "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head",
 }  # fmt: skip
 VALUES: dict[tuple[str, str], Any] = {
     ("fml", "alpha"): 0.9,
@@ -42,6 +42,7 @@ FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.start
 SEVEN = ("clients=7",)  # of whom one may be malicious
 
 ADAPTERS = [name for name in registry.listed() if "targets" in registry.entry(name).hyper.__dataclass_fields__]
+MERGING = ("dare", "fisher", "regmean", "sce", "task_arithmetic", "ties", "twin_merging")
 
 # what a key needs in order to say anything, said in the key's own help too
 BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
@@ -52,6 +53,8 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("knfu", "finetune_loss"): ("transfer.labelled=true",),
     ("scaffold", "variate"): ("train.momentum=0",),
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
+    **{(name, "targets"): ("model=mlp", "strategy.rank=2") for name in MERGING},
+    **{(name, "alpha"): ("strategy.rank=2",) for name in MERGING},
     ("fed_sb", "rate"): ("strategy.r0=singular",),
     ("hetlora", "gamma"): ("strategy.ranks=[2,8,4]", "strategy.prune=0.1"),
     ("hetlora", "weighting"): ("strategy.sparsity=false",),

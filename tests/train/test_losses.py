@@ -44,7 +44,8 @@ def value(name, s=S, teacher=T, labels=None, **options):
 
 def every(labels=Y, **options):
     for name in names():
-        made = loss(name, **options)
+        power = name in ("ttm", "wttm")  # whose power stands for a temperature
+        made = loss(name, **{k: v for k, v in options.items() if not (power and k == "temperature")})
         yield name, made, torch.tensor(labels) if made.needs_labels else None
 
 
@@ -241,6 +242,76 @@ def test_dkd_by_hand():
     assert together == pytest.approx(kl(q, p), rel=1e-12)
 
 
+@pytest.mark.parametrize("lam", [0.25, 2.0])
+def test_ttm_and_wttm_by_hand(lam):
+    power = soft(T) ** lam
+    q = power / power.sum(1, keepdims=True)
+    assert q == pytest.approx(soft(lam * T), rel=1e-12)
+    rows = kl(q, soft(S))
+    assert value("ttm", lam=lam) == pytest.approx(rows.mean(), rel=1e-12)
+    assert value("wttm", lam=lam) == pytest.approx((power.sum(1) * rows).mean(), rel=1e-12)
+    assert value("ttm", lam=lam) != pytest.approx(value("kl", temperature=1 / lam), rel=0.1)  # the student is at T = 1
+    assert value("ttm") == value("ttm", lam=0.25)
+    with pytest.raises(UserError, match=r"temperature=2.0: a power takes its place: set lam"):
+        loss("wttm", temperature=2.0)
+    with pytest.raises(UserError, match="positive"):
+        loss("ttm", lam=0.0)
+
+
+def test_at_a_power_of_one_ttm_and_wttm_are_kl():
+    assert value("ttm", lam=1.0) == pytest.approx(value("kl"), rel=1e-12)
+    assert value("wttm", lam=1.0) == pytest.approx(value("kl"), rel=1e-12)
+
+
+def test_ofa_by_hand_and_as_soft_ce():
+    y = torch.tensor(Y)
+    assert value("ofa", labels=y, epsilon=1.0) == pytest.approx(value("soft_ce"), rel=1e-12)
+    target = np.eye(4)[Y]
+    for temperature in (1.0, 3.0):
+        weights = (soft(T, temperature) + target) ** 1.5 - target
+        by_hand = -(weights * np.log(soft(S, temperature))).sum(1).mean()
+        assert value("ofa", labels=y, temperature=temperature) == pytest.approx(by_hand, rel=1e-12)
+    with pytest.raises(UserError, match="positive"):
+        loss("ofa", epsilon=0.0)
+
+
+def test_nd_by_hand():
+    labels = torch.tensor([1, 0, 1])
+    centres = np.stack([(T[0] + T[2]) / 2, T[1], (T[0] + T[2]) / 2])
+    along = (S * centres).sum(1) / np.linalg.norm(centres, axis=1)
+    longest = np.maximum(np.linalg.norm(S, axis=1), np.linalg.norm(T, axis=1))
+    assert value("nd", labels=labels) == pytest.approx((1 - along / longest).mean(), rel=1e-12)
+
+
+def test_nd_pulls_an_aligned_row_only_while_it_is_shorter():
+    labels = torch.tensor([0, 1, 2])
+    assert value("nd", 0.5 * T, labels=labels) == pytest.approx(0.5, rel=1e-12)
+    assert value("nd", 3 * T, labels=labels) == pytest.approx(0, abs=1e-12)
+    assert value("nd", 0 * T, labels=labels) == pytest.approx(1, rel=1e-12)
+    assert value("nd", 0 * T, 0 * T, labels=labels) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 5.0])
+def test_dhkd_by_hand(temperature):
+    q = 1 / (1 + np.exp(-(S - T) / temperature))
+    rows = (0.5 * np.log(0.5 / q) + 0.5 * np.log(0.5 / (1 - q))).sum(1)
+    assert value("dhkd", temperature=temperature) == pytest.approx(temperature**2 * rows.mean(), rel=1e-12)
+    assert value("dhkd") == value("dhkd", temperature=2.0)
+    assert value("dhkd", S, S) == pytest.approx(0, abs=1e-15)
+    assert value("dhkd", S + 1, S) > 0.1  # a shift of logits is seen
+
+
+def test_dhkd_of_an_excluded_class_is_bounded():
+    far = np.where(np.arange(4) == 1, -np.inf, T)
+    assert value("dhkd", S, far) == pytest.approx(value("dhkd", S, np.maximum(far, -87.0)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nd", "ofa"])
+def test_what_needs_labels_is_refused_without(name):
+    with pytest.raises(UserError, match=rf"{name}.*labels"):
+        value(name)
+
+
 def test_dkd_without_labels_is_refused():
     assert loss("dkd").needs_labels
     with pytest.raises(UserError, match=r"dkd.*labels"):
@@ -263,8 +334,10 @@ def test_probabilities_equal_logits_where_the_form_is_in_probabilities():
         if name in ("mse", "mae"):
             difference = soft(S, 2.0) - soft(T, 2.0)
             expected = (difference**2).mean() if name == "mse" else np.abs(difference).mean()
-        elif name == "rkd":
-            expected = value("rkd", soft(S, 2.0), soft(T, 2.0))
+        elif name in ("rkd", "nd"):
+            expected = value(name, soft(S, 2.0), soft(T, 2.0), labels)
+        elif name == "dhkd":
+            expected = value(name, np.log(soft(S)), np.log(soft(T)))
         else:
             expected = made(t(S), t(T), labels).item() if name != "taid" else None
         if name == "taid":  # a shift of the teacher's logits per row changes nothing

@@ -1,0 +1,136 @@
+"""Distillation objectives that transform the teacher, or look at something else than a divergence of distributions.
+
+s, t: logits of student and teacher, (B, C); p_s = softmax(s), p_t = softmax(t). Means are over the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedfuse.errors import UserError
+from fedfuse.train.divergences import divergence
+from fedfuse.train.objective import Loss, log_softened
+
+
+@dataclass(eq=False)
+class TTM(Loss):
+    """Mean KL(q‖p_s), q = p_t^λ / Σ_c p_t^λ. TTM, ICLR 2024 (arXiv 2402.11148), and its code.
+
+    λ = 1/T: q is softmax(λ t), and the student stays at temperature 1, so there is no T².
+
+    Parameters
+    ----------
+    lam
+        Power λ, in place of a temperature (which is refused other than 1).
+    """
+
+    lam: float = 0.25
+
+    positive: ClassVar[tuple[str, ...]] = ("temperature", "lam")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature != 1:
+            raise UserError(f"loss option temperature={self.temperature}: a power takes its place: set lam")
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss."""
+        return self.by_row(student, teacher).mean()
+
+    def by_row(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(q‖p_s) of each sample."""
+        return divergence(log_softened(teacher, 1 / self.lam), student.log_softmax(1))
+
+
+class WTTM(TTM):
+    """Mean of (Σ_c p_t^λ)·KL(q‖p_s): a teacher that is unsure counts for more, if λ < 1. WTTM, as TTM."""
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss."""
+        weights = (self.lam * log_softened(teacher, 1.0)).exp().sum(1)
+        return (weights * self.by_row(student, teacher)).mean()
+
+
+@dataclass(eq=False)
+class OFA(Loss):
+    """−mean_b Σ_c [(p_t + 1_y)^ε − 1_y]·log p_s. OFA-KD, NeurIPS 2023 (arXiv 2310.19444); for differing architectures.
+
+    At ε = 1 it is cross-entropy with the teacher's soft labels: with the task's own cross-entropy beside it, CE and KD.
+
+    Parameters
+    ----------
+    epsilon
+        Power ε on the target class's confidence, at least 1 in the paper.
+    """
+
+    epsilon: float = 1.5
+
+    needs_labels: ClassVar[bool] = True
+    positive: ClassVar[tuple[str, ...]] = ("temperature", "epsilon")
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss."""
+        assert labels is not None
+        T = self.temperature
+        target = F.one_hot(labels, student.shape[1]).to(student)
+        weights = ((teacher / T).softmax(1) + target) ** self.epsilon - target
+        return -(weights * (student / T).log_softmax(1)).sum(1).mean()
+
+
+@dataclass(eq=False)
+class ND(Loss):
+    """mean_b [1 − ⟨s_b, c_y/‖c_y‖⟩ / max(‖s_b‖, ‖t_b‖)]. ND of KD++, 2023 (arXiv 2305.17007).
+
+    c_y is the mean of the teacher's rows of class y in the batch (the paper: over all training data). A row that points
+    as c_y does is still pulled while it is shorter than the teacher's, and no more once it is longer. Works on features
+    of one size, or on logits; given probabilities, on probabilities.
+    """
+
+    needs_labels: ClassVar[bool] = True
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss."""
+        assert labels is not None
+        same = (labels[:, None] == labels).to(teacher)
+        centres = F.normalize(same @ teacher / same.sum(1, keepdim=True), dim=1)
+        longest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp_min(torch.finfo(student.dtype).tiny)
+        return (1 - (student * centres).sum(1) / longest).mean()
+
+    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss on probabilities."""
+        T = self.temperature
+        return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
+
+
+@dataclass(eq=False)
+class DHKD(Loss):
+    """T²·mean_b Σ_c KL(Bern(½)‖Bern(σ((s − t)/T))). The binary part of DHKD, 2024 (arXiv 2411.08937).
+
+    The paper trains a second head by it, which is not here: this is its objective on the logits it is given, and
+    nothing projects its gradient off the cross-entropy's. A shift of the logits counts; given probabilities, logarithms
+    of probabilities are compared. A class that the teacher excludes is held at the smallest number's logarithm.
+    """
+
+    temperature: float = 2.0
+
+    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss."""
+        T = self.temperature
+        apart = (student - teacher.clamp_min(FLOOR)) / T
+        # KL(½‖σ(x)) = −½ log σ(x) − ½ log σ(−x) − log 2
+        return T * T * (-0.5 * (F.logsigmoid(apart) + F.logsigmoid(-apart)) - LOG_2).sum(1).mean()
+
+    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss on logarithms of probabilities."""
+        return self.value(student.log_softmax(1), teacher.log_softmax(1), labels)
+
+
+FLOOR, LOG_2 = -87.0, math.log(2)  # the logarithm of about the smallest normal float32, and of 2
+
+LOSSES: dict[str, type[Loss]] = {"ttm": TTM, "wttm": WTTM, "nd": ND, "ofa": OFA, "dhkd": DHKD}
