@@ -91,6 +91,9 @@ class Fisher(MergingStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """θ ← Σ λ F θ / Σ λ F."""
-        rest, (f, _), (scaled, _) = shares.mean("rest"), shares.total("fisher"), shares.total("scaled")
+        (f, weight), (scaled, _) = shares.total("fisher"), shares.total("scaled")
+        if not weight:  # nobody has an example: what is published stays
+            return
+        rest = shares.mean("rest") if len(f) < len(self.model) else {}  # a model without buffers has none
         merged = {name: (scaled[name] / f[name]).to(self.model[name].dtype) for name in f}
         self.publish("model", {**merged, **rest})

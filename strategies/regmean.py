@@ -190,7 +190,8 @@ class RegMean(MergingStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """W ← (ΣG̃)⁻¹ ΣG̃W layer by layer; the mean of the rest."""
-        rest, (grams, _), (products, _) = shares.mean("rest"), shares.total("gram"), shares.total("product")
+        (grams, _), (products, _) = shares.total("gram"), shares.total("product")
+        rest = shares.mean("rest") if len(products) < len(self.model) else {}
         merged = {}
         for name, product in products.items():
             old = self.model[name]

@@ -77,6 +77,7 @@ SILENT: dict[tuple[str, ...], str] = {
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",
+    ("twin_merging", "keep"): "says how a client predicts, not what it learns: test_merging.py",
     (
         "fedbn",
         "norms",

@@ -323,3 +323,10 @@ def test_fisher_refuses_what_is_no_square() -> None:
     for bad in (0.0, -1.0):
         with pytest.raises(InvalidArrays, match="fisher/a: not positive"):
             strategy.examine(scope, {"fisher": {"a": torch.tensor([1.0, bad])}})
+
+
+def test_fisher_where_nobody_has_an_example_publishes_nothing() -> None:
+    strategy = begun("fisher")
+    like = {k: torch.ones_like(v) for k, v in strategy.model.items()}
+    strategy.fuse(shares(strategy, [{"fisher": like, "scaled": like, "rest": {}}] * 2, [0, 0]))
+    assert strategy.board.items["model", ""].version == 0
