@@ -13,9 +13,7 @@ from fedfuse.strategies import sce, ties, twin_merging
 from fedfuse.strategies.dare import mask
 from fedfuse.wire.records import Scope, layout_of
 from tests.federations import play
-from tests.strategies.adapter_halves import shares
-from tests.strategies.halves import server as begun
-from tests.waking import server, wake
+from tests.halves import server, shares, wake
 
 COUNTS = [3, 7, 5]
 LISTED = ("task_arithmetic", "ties", "sce", "twin_merging")
@@ -24,7 +22,7 @@ ALL = (*LISTED, "dare", "fisher", "regmean")
 
 def double(name: str, *words: str):
     """A server half whose θ₀ is float64, and random models of three clients."""
-    strategy = begun(name, *words)
+    strategy = server(name, *words)
     strategy.publish("model", {k: v.double() for k, v in strategy.model.items()})
     strategy.round = 2
     draw = torch.Generator().manual_seed(5)
@@ -36,7 +34,7 @@ def double(name: str, *words: str):
 
 
 def fused(strategy, models, counts=COUNTS):
-    strategy.fuse(shares(strategy, [{"model": m} for m in models], list(counts)))
+    strategy.fuse(shares(strategy, *({"model": m} for m in models), examples=list(counts)))
     return strategy.model
 
 
@@ -298,7 +296,7 @@ def test_settings_of_adapters_without_adapters_are_refused(word: str) -> None:
 
 
 def test_buffers_are_averaged_by_examples() -> None:
-    strategy = begun("ties", "model=resnet8_bn")
+    strategy = server("ties", "model=resnet8_bn")
     start = strategy.model
     names = set(merging.parameters(strategy.workspace.model("resnet8_bn"), start))
     buffers = [key for key in start if key not in names]

@@ -11,9 +11,7 @@ from fedfuse.strategies import regmean
 from fedfuse.train import curvature
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import play
-from tests.strategies.adapter_halves import shares
-from tests.strategies.halves import server as begun
-from tests.waking import server, wake
+from tests.halves import server, shares, wake
 
 ROWS, D, K = (40, 70, 55), 3, 6
 
@@ -111,7 +109,7 @@ def test_what_a_client_sends_is_its_layers_grams_and_weights() -> None:
 
 
 def test_a_round_of_the_server_against_its_formula() -> None:
-    strategy = begun("regmean")
+    strategy = server("regmean")
     strategy.publish("model", {k: v.double() for k, v in strategy.model.items()})
     strategy.round = 2
     draw, told = torch.Generator().manual_seed(3), []
@@ -125,7 +123,7 @@ def test_a_round_of_the_server_against_its_formula() -> None:
             x = torch.randn(2 * n, old.shape[1], generator=draw, dtype=old.dtype)
             one["gram"][name], one["product"][name] = regmean.packed(x.T @ x), w @ (x.T @ x)
         told.append(one)
-    strategy.fuse(shares(strategy, told, [3, 7, 5]))
+    strategy.fuse(shares(strategy, *told, examples=[3, 7, 5]))
     for name in ("body.1.weight", "head.weight"):
         g = sum(regmean.unpacked(one["gram"][name]) for one in told)
         want = torch.linalg.solve(g, sum(one["product"][name] for one in told).T).T
@@ -178,7 +176,7 @@ def test_layers_that_cannot_be_merged_are_named() -> None:
 
 
 def test_grams_that_are_no_sums_of_squares_are_refused() -> None:
-    strategy = begun("regmean")
+    strategy = server("regmean")
     scope, client = strategy.workspace.scope(0, strategy.hyper), wake(server("regmean"))
     sent = client.share()
     strategy.examine(scope, sent)
@@ -260,7 +258,7 @@ def test_next_tokens_are_taken_one_by_one() -> None:
 
 
 def fisher_server(fs, weighting="examples"):
-    strategy = begun("fisher", f"strategy.weighting={weighting}")
+    strategy = server("fisher", f"strategy.weighting={weighting}")
     start = {k: v.double() for k, v in strategy.model.items()}
     strategy.publish("model", start)
     strategy.round = 2
@@ -270,7 +268,7 @@ def fisher_server(fs, weighting="examples"):
         f = {k: fs(i, v, draw) for k, v in start.items()}
         told.append({"fisher": f, "scaled": {k: f[k] * theta[k] for k in f}, "rest": {}})
         thetas.append(theta)
-    strategy.fuse(shares(strategy, told, [3, 7, 5]))
+    strategy.fuse(shares(strategy, *told, examples=[3, 7, 5]))
     return strategy.model, thetas, told
 
 
@@ -317,7 +315,7 @@ def test_a_client_sends_f_and_f_times_its_weights() -> None:
 
 
 def test_fisher_refuses_what_is_no_square() -> None:
-    strategy = begun("fisher")
+    strategy = server("fisher")
     scope = strategy.workspace.scope(0, strategy.hyper)
     strategy.examine(scope, {"fisher": {"a": torch.tensor([1.0, 1e-6])}})
     for bad in (0.0, -1.0):
@@ -326,7 +324,7 @@ def test_fisher_refuses_what_is_no_square() -> None:
 
 
 def test_fisher_where_nobody_has_an_example_publishes_nothing() -> None:
-    strategy = begun("fisher")
+    strategy = server("fisher")
     like = {k: torch.ones_like(v) for k, v in strategy.model.items()}
-    strategy.fuse(shares(strategy, [{"fisher": like, "scaled": like, "rest": {}}] * 2, [0, 0]))
+    strategy.fuse(shares(strategy, *[{"fisher": like, "scaled": like, "rest": {}}] * 2, examples=[0, 0]))
     assert strategy.board.items["model", ""].version == 0
