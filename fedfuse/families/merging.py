@@ -6,7 +6,7 @@ is trained and travels, LoRA's A and B and the head, each array by itself: the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,7 +66,10 @@ class MergingStrategy(AveragingStrategy):
     A client without examples has no task. Where nobody has any, what is published stays.
     """
 
-    sums = {}  # merging looks at all task vectors side by side
+    @property
+    def sums(self) -> Mapping[str, str | None]:
+        """None: merging looks at all task vectors side by side."""
+        return {}
 
     @property
     def merged(self) -> list[str]:
