@@ -26,7 +26,8 @@ from fedfuse.runs.preview import bytes_a_round
 def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, console: Console | None = None) -> Path:
     """Run every combination that comma lists span, each in a directory of its own below `out`.
 
-    A run that is finished is not repeated, one that was interrupted is resumed, one with fewer rounds goes on; all are checked before any begins.
+    A run that is finished is not repeated, one that was interrupted is resumed, one with fewer rounds goes on; all are
+    checked before any begins.
     With `search.trials` every strategy is tuned before; see `fedfuse.runs.search`. What applies to which run is said
     in `fedfuse.runs.combinations`.
 
