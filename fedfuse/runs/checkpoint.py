@@ -45,8 +45,6 @@ def commit(federation: Federation, folder: Path, config: str, seconds: dict[str,
 def recover(
     federation: Federation, folder: Path, config: str, free: tuple[str, ...] = ()
 ) -> tuple[dict[str, float] | None, str]:
-    federation: Federation, folder: Path, config: str, free: tuple[str, ...] = ()
-) -> tuple[dict[str, float] | None, str]:
     """Put a federation back to its last commit that can be read.
 
     Parameters
