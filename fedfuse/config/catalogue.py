@@ -119,7 +119,7 @@ LOSSES: dict[str, str] = {
 
 RUNTIMES = ("inline", "ray", "flower")
 
-TRACKERS = ("none", "csv", "tensorboard", "mlflow")
+TRACKERS = ("none", "csv", "tensorboard", "mlflow", "wandb")
 
 # what a group's word may be: `data=<word>`
 GROUPS: dict[str, tuple[str, ...]] = {

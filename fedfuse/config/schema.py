@@ -185,15 +185,15 @@ class RuntimeConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow`)."""
+    """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow|wandb`)."""
 
-    name: str = key("none", "none, csv, tensorboard or mlflow")
+    name: str = key("none", "none, csv, tensorboard, mlflow or wandb")
     uri: str | None = key(
         None,
         "`mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db",
         only="tracking=mlflow",
     )
-    experiment: str = key("fedfuse", "`mlflow`: name of the group of runs", only="tracking=mlflow")
+    experiment: str = key("fedfuse", "`mlflow`, `wandb`: name of the group of runs", only="tracking=mlflow|wandb")
 
 
 @dataclass

@@ -68,7 +68,7 @@ class GuestGrid(FusionGrid):
         self._puts: dict[int, tuple[Any, Any]] = {}
 
     def _start(self, aside: bool = False) -> _Process:
-        actor = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1).remote(*self._args)
+        actor: Any = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1).remote(*self._args)
         return _Process(actor, actor.loaded.remote())
 
     def _able(self) -> list[_Process]:
@@ -98,7 +98,7 @@ class GuestGrid(FusionGrid):
 
     def _hand_out(self, sent: list[_Sent], size: int) -> None:
         self._pending.update((item.key, item) for item in sent)
-        free = []
+        free: list[_Sent] = []
         for item in sent:  # a node answers one message after another
             self._behind.get(item.message.metadata.dst_node_id, free).append(item)
         able, patient = self._able(), len(self._behind) >= ASIDE
