@@ -1,4 +1,4 @@
-"""The contract tests tell what was different first, and refuse what is no number: tried on strategies that are wrong."""
+"""The contract tests tell what was different first, and refuse what is no number: tried on wrong strategies."""
 
 from __future__ import annotations
 
