@@ -17,7 +17,7 @@ from fedfuse.results.measures import Measures, gather, label_counts, similaritie
 from fedfuse.results.rerun import reproduce
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import Row, notes, printable, row
+from fedfuse.results.table import Row, against_nothing_sent, notes, printable, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
@@ -123,7 +123,7 @@ def _section(
     groups, series = [one for one, _ in part], [one for _, one in part]
     return {
         "title": f"Setting: {printable(setting)}" if setting else "Comparison",
-        "verdicts": sections.verdicts(rows, groups),
+        "verdicts": sections.verdicts(rows, groups) + against_nothing_sent([run for one in groups for run in one.runs]),
         "table": sections.comparison(rows, groups, series),
         "intervals": sections.intervals(rows),
         "best": sections.best(rows),
