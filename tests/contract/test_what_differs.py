@@ -62,7 +62,7 @@ def registered():
 
     yield register
     for name in names:
-        registry._entries.pop(name)
+        registry.registered.pop(name)
 
 
 def test_the_first_difference_is_named(registered) -> None:

@@ -516,7 +516,7 @@ def test_who_reads_the_number_of_rounds_says_so() -> None:
     from fedfuse.config import registry
     from fedfuse.core.strategy import FusionStrategy
 
-    for entry in registry.entries():
+    for entry in map(registry.entry, registry.listed()):
         text = inspect.getsource(inspect.getmodule(entry.server))
         if "config.rounds" in text or ".span(" in text:
             assert entry.server.planned is not FusionStrategy.planned, entry.name
