@@ -179,8 +179,8 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     if bests:
         listed = "; ".join(printable(best) for best in bests)
         console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
-    for line in against_nothing_sent(runs):
-        console.print(Text(printable(line)))
+    for told in against_nothing_sent(runs):
+        console.print(Text(printable(told)))
     for note in notes(runs):
         console.print(Text(printable(note)))
 
