@@ -19,7 +19,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse compare strategy=a,b seed=0,1 …  a sweep, then the table and the report; out=<dir> holds everything
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
   fedfuse watch DIR [--port N]             the same page, live on localhost
-  fedfuse resume RUN_DIR                   go on after the last complete round; --allow-code if it names code to run
+  fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if it names code to run
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
@@ -135,8 +135,12 @@ def _run(words: list[str], started: float) -> int:
 
         preview(config)
         return 0
-    from fedfuse.runs.experiment import run
+    from fedfuse.runs.experiment import resume, run
+    from fedfuse.runs.further import goes_on
 
+    if config.out and goes_on(out := Path(config.out), config):
+        print(f"{out}: holds this run with fewer rounds; it goes on to {config.rounds}")
+        return _show(resume(out, runtime=config.runtime, rounds=config.rounds))
     return _show(run(config, started))
 
 
@@ -164,18 +168,29 @@ def _compare(words: list[str], started: float) -> int:
 
 def _resume(words: list[str], started: float) -> int:
     rest, flags = _flags(words, "--allow-code")
+    asked = [word for word in rest if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()]
+    rest = [word for word in rest if word not in asked]
     if len(rest) != 1:
         raise UserError("fedfuse resume: needs one run directory")
+    rounds = None
+    for word in asked:
+        key, _, value = word.partition("=")
+        if key != "rounds":
+            raise UserError(f"{word}: a run goes on with what it began with; only rounds=<more> may be said")
+        if not value.isdigit():
+            raise UserError(f"{word}: a number of rounds is needed")
+        rounds = int(value)
     path = Path(rest[0])
     if (path / "summary.json").exists():
         from fedfuse.results.run_data import load
 
-        load(path)
-        print(f"{path}: finished already")
-        return _show(path)
+        kept = load(path)
+        if rounds is None or rounds == kept.config.get("rounds"):
+            print(f"{path}: finished already; fedfuse resume {path} rounds=<more> goes on")
+            return _show(path)
     from fedfuse.runs.experiment import resume
 
-    return _show(resume(path, allow_code="--allow-code" in flags))
+    return _show(resume(path, allow_code="--allow-code" in flags, rounds=rounds))
 
 
 def _report(words: list[str], started: float) -> int:

@@ -180,6 +180,10 @@ class CoFED(FusionStrategy):
         first = self.hyper.vote_round or (self.scenario.config.rounds + 1) // 2
         return ("train", "vote") if round == first or (self.hyper.repeat and round > first) else ("train",)
 
+    def planned(self) -> str:
+        """The round of the vote, where the user says none."""
+        return "" if self.hyper.vote_round else "the vote is held in the middle of the rounds"
+
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Votes are for classes, or none."""

@@ -117,6 +117,10 @@ class FedKD(CompanionStrategy):
         """Whether features are compared."""
         return self.hyper.hidden
 
+    def planned(self) -> str:
+        """e_t, unless it is constant."""
+        return "" if self.hyper.energy_start == self.hyper.energy_end else "the energy kept grows over the rounds"
+
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Factors must fit together."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import as_yaml
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import Arrays, tensors
+from tests.differences import Step, Witness
 
 single_thread()
 claim_identity()
@@ -51,6 +53,8 @@ class Played:
     federation: Federation
     strategy: FusionStrategy
     directory: RunDirectory
+    steps: dict[Step, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -157,9 +161,13 @@ def federation(
 
 def play(name: str, *overrides: str, **options: Any) -> Played:
     """Run a small federation to its end."""
+    witness = Witness()
+    options["callbacks"] = (*options.get("callbacks", ()), witness)
     with federation(name, *overrides, **options) as (built, directory):
+        witness.watch(built)
         built.run()
-        return Played(built, built.strategy, directory)
+        notes = json.loads((directory.path / "summary.json").read_text())["notes"]
+        return Played(built, built.strategy, directory, witness.steps, tuple(notes))
 
 
 Look = Callable[[Message], Message | list[Message] | None]

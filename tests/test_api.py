@@ -77,6 +77,16 @@ def test_the_same_on_ray(median, tmp_path, ray_session) -> None:
     assert workers.digest == inline.digest
 
 
+def test_a_torch_data_set_on_both_engines(tmp_path, ray_session) -> None:
+    """From a `Dataset` to a digest and a prediction."""
+    asked = {**SHORT, "strategy": "fedavg", "data": Pairs(), "rounds": 2, "model": "mlp_small"}
+    inline = fedfuse.run(asked, out=tmp_path / "inline")
+    workers = fedfuse.run({**asked, "runtime": "ray", "runtime.workers": 2}, out=tmp_path / "ray")
+    assert workers.digest == inline.digest
+    images = torch.stack([Pairs()[i][0] for i in range(3)])
+    assert workers.predict(images).shape == (3, 3)
+
+
 def test_what_is_gone_is_named(tmp_path, monkeypatch) -> None:
     run = fedfuse.run({**OWN, "strategy": "local", "out": tmp_path / "run"})
     (run.dir / "summary.json").unlink()

@@ -35,7 +35,7 @@ class Source:
     folder: str | None = None
 
 
-LAYOUTS = ("parquet", "npz", "images", "jsonl", "pfllib", "leaf", "custom", "mixed")
+LAYOUTS = ("parquet", "npz", "images", "jsonl", "csv", "pfllib", "leaf", "custom", "mixed")
 
 SOURCES: dict[str, Source] = {
     "digits": Source("scikit-learn's 1,797 handwritten digits of 8×8 (no file needed)", "digits", (0.3053,), (0.3759,)),
@@ -68,6 +68,7 @@ SOURCES: dict[str, Source] = {
     "npz": Source("NumPy archives: inputs, labels and optionally group ids", "npz"),
     "images": Source("a folder of images per class", "images"),
     "jsonl": Source("JSON lines (also .gz): numbers, tokens or text", "jsonl"),
+    "csv": Source("CSV or TSV with a header (also .gz): a column of texts or numbers, one of labels", "csv"),
     "pfllib": Source("PFLlib/HtFLlib per-client train/ and test/ .npz, splits as given", "pfllib"),
     "leaf": Source("LEAF per-user train/ and test/ JSON, splits as given", "leaf"),
     "custom": Source("your own: data.load=pkg.mod:fn returning a fedfuse.data.Dataset", "custom"),
@@ -124,7 +125,7 @@ LOSSES: dict[str, str] = {
 
 RUNTIMES = ("inline", "ray", "flower")
 
-TRACKERS = ("none", "csv", "tensorboard", "mlflow")
+TRACKERS = ("none", "csv", "tensorboard", "mlflow", "wandb")
 
 # what a group's word may be: `data=<word>`
 GROUPS: dict[str, tuple[str, ...]] = {

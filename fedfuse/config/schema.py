@@ -29,18 +29,18 @@ class DataConfig:
     personal_test: float = key(0.2, "share of each client's examples kept for its own test", only="data!=pfllib|leaf")
     download: bool = key(False, "allow the Hugging Face hub, through flwr-datasets", only="data!=digits|custom|mixed")
     hub: str | None = key(None, "name of the data set on the hub", only="data.download=true")
-    layout: str = key("builtin", "builtin | parquet | npz | images | jsonl | pfllib | leaf | custom | mixed")
-    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl")
-    targets: str | None = key(None, "column or array of the labels", only="data.layout=parquet|npz|jsonl")
+    layout: str = key("builtin", "builtin | parquet | npz | images | jsonl | csv | pfllib | leaf | custom | mixed")
+    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv")
+    targets: str | None = key(None, "column or array of the labels", only="data.layout=parquet|npz|jsonl|csv")
     groups: str | None = key(
         None,
         "column or array of natural client ids or domains",
-        only="data.layout=parquet|npz|jsonl|images",
+        only="data.layout=parquet|npz|jsonl|csv|images",
     )
     test_fraction: float = key(
         0.2,
         "global test share where a directory brings no test split",
-        only="data.layout=parquet|npz|jsonl|images|roles",
+        only="data.layout=parquet|npz|jsonl|csv|images|roles",
     )
     load: str | None = key(
         None,
@@ -185,15 +185,15 @@ class RuntimeConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow`)."""
+    """Where metrics go beside the run directory (`tracking=none|csv|tensorboard|mlflow|wandb`)."""
 
-    name: str = key("none", "none, csv, tensorboard or mlflow")
+    name: str = key("none", "none, csv, tensorboard, mlflow or wandb")
     uri: str | None = key(
         None,
         "`mlflow`: server or database; default $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db",
         only="tracking=mlflow",
     )
-    experiment: str = key("fedfuse", "`mlflow`: name of the group of runs", only="tracking=mlflow")
+    experiment: str = key("fedfuse", "`mlflow`, `wandb`: name of the group of runs", only="tracking=mlflow|wandb")
 
 
 @dataclass

@@ -163,6 +163,10 @@ class FusionStrategy(Strategy):
         """What whoever reads the result has to know of this run, from `state`, so that a resumed one says the same."""
         return []
 
+    def planned(self) -> str:
+        """What of this strategy depends on how many rounds there shall be, in words; empty if nothing does."""
+        return ""
+
     @property
     def made_from(self) -> str:
         """What version 0 was made from; said of private runs."""

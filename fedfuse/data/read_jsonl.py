@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,25 @@ def read(config: DataConfig, root: Path) -> Dataset:
     UserError
         Where a file, a line or a key is missing or damaged.
     """
+    return read_rows(config, root, (".jsonl", ".jsonl.gz", ".json.gz"), lines)
+
+
+def read_rows(
+    config: DataConfig, root: Path, suffixes: tuple[str, ...], rows: Callable[[Path], list[dict[str, Any]]]
+) -> Dataset:
+    """Return the data set of files of rows, each a mapping of names to numbers, lists of numbers or text.
+
+    Raises
+    ------
+    UserError
+        Where a file, a row or a name is missing or damaged.
+    """
     extra = options(config, {"train": None, "test": None, **TEXT_OPTIONS})
-    files = split_files(root, config.name, (".jsonl", ".jsonl.gz", ".json.gz"), extra)
+    files = split_files(root, config.name, suffixes, extra)
 
     def build() -> Dataset:
-        train = _table(config, files["train"] or files["other"], extra)
-        test = _table(config, files["test"], extra) if files["test"] else None
+        train = _table(config, files["train"] or files["other"], extra, rows)
+        test = _table(config, files["test"], extra, rows) if files["test"] else None
         return assemble(config, train, test)
 
     if not extra["tokenizer"]:
@@ -41,7 +55,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     used = [path for paths in files.values() for path in paths]
     used += sorted(Path(str(extra["tokenizer"])).expanduser().glob("*tokenizer*.json"))
     key = key_of(
-        "jsonl",
+        suffixes[0][1:],
         [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
     )
@@ -68,12 +82,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(config: DataConfig, paths: list[Path], extra: dict[str, Any]) -> Table:
+def _table(
+    config: DataConfig, paths: list[Path], extra: dict[str, Any], read: Callable[[Path], list[dict[str, Any]]]
+) -> Table:
     values: list[Any] = []
     labels: list[Any] = []
     groups: list[Any] = []
     for path in paths:
-        rows = lines(path)
+        rows = read(path)
         present = list(rows[0])
         names = {
             "inputs": column_of(config.inputs, INPUTS, present, "inputs", path),

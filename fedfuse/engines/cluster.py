@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     atexit.register(disconnect)
     # a busy machine may need more than the half minute that Ray grants itself
     first: str | None = None
-    for lean in (True, True, False):
-        if not lean:
+    told_all = bool(os.environ.get(TRACEBACK))  # what workers print comes by one of the helpers
+    for lean in (False,) if told_all else (True, True, False):
+        if first is not None and not lean:
             log.warning("fedfuse: Ray did not start without its helpers (%s); starting it with them", first)
         try:
             with lean_start() if lean else contextlib.nullcontext():
@@ -80,11 +82,16 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
                 raise WorldError(f"Ray did not start on this machine: {told} The same command goes on.") from error
 
 
+LAST_WORDS = 2.0  # seconds: what workers print comes by Ray's log monitor, which looks a few times a second
+
+
 def disconnect() -> None:
     """End what `connect` started, its sockets and logs included."""
     for forget in before_end:
         forget()
     if ray.is_initialized():
+        if os.environ.get(TRACEBACK):
+            time.sleep(LAST_WORDS)
         ray.shutdown()
     while _own:
         shutil.rmtree(_own.pop(), ignore_errors=True)

@@ -1,99 +1,35 @@
 """`fedfuse flower`: any unmodified Flower app on our actors, without a SuperLink.
 
 Why it is fast where Flower's simulator is not: content goes into the object store once a round, not once a client;
-each actor gets its whole list of messages at once and loads the app once; nothing is polled.
+each actor gets its whole list of messages at once and loads the app once; nothing is polled. A node that waits is left
+to wait apart, so that it holds back nobody (`guest_worker.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import logging
 import time
-import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from ray.exceptions import RayError
 
-from fedfuse.compat.flower_apps import APP_RAISED, as_received, load_app, name_message
-from fedfuse.compat.flower_identity import claim_identity
-from fedfuse.compat.flower_records import trusted
-from fedfuse.core.threads import single_thread
+from fedfuse.compat.flower_apps import APP_RAISED, name_message
 from fedfuse.engines.grid import FusionGrid
+from fedfuse.engines.guest_worker import Answer, GuestWorker
 from fedfuse.errors import UserError, WorldError
 
 LIST = 64  # messages in one call at most, so that replies flow while others work
+ASIDE = 8  # processes that may stand aside with a node that waits before the next such node is waited for
 LARGE = 32 * 1024  # bytes of arrays from which on a record is put into the object store once, not into each message
 
 log = logging.getLogger("fedfuse")
-
-
-def load(reference: str, directory: str, kind: type) -> Any:
-    """Import a Flower app's component.
-
-    Raises
-    ------
-    UserError
-        If there is none, or it is something else.
-    """
-    try:
-        found = load_app(reference, ImportError, directory)
-    except ImportError as error:
-        raise UserError(f"{reference}: cannot be loaded ({error})") from error
-    if not isinstance(found, kind):
-        raise UserError(f"{reference}: is a {type(found).__name__}; a {kind.__name__} is needed")
-    return found
-
-
-class GuestWorker:
-    """An actor that has loaded a ClientApp once and answers lists of messages with it."""
-
-    def __init__(self, reference: str, directory: str, run_config: dict[str, Any], nodes: int) -> None:
-        single_thread()
-        claim_identity()
-        self.app: ClientApp = load(reference, directory, ClientApp)
-        self.run_config, self.nodes = run_config, nodes
-        self.held: dict[Any, Any] = {}
-
-    def work(self, jobs: list[tuple[Any, dict[str, Any], RecordDict | None]], shared: dict[int, Any]) -> list[Any]:
-        """Answer messages in the order given: (reply or cause of failure, the node's state) each."""
-        self.held = {key: self.held.get(key) for key in shared}
-        missing = [key for key in shared if self.held[key] is None]
-        self.held.update(zip(missing, ray.get([shared[key] for key in missing]), strict=True))
-        return [self._answer(*job) for job in jobs]
-
-    def _answer(self, metadata: Any, content: dict[str, Any], state: RecordDict | None) -> tuple[Any, Any]:
-        records = {name: own(self.held[v] if isinstance(v, int) else v) for name, v in content.items()}
-        message = as_received(metadata, trusted(RecordDict, records))
-        node = metadata.dst_node_id
-        context = Context(
-            run_id=metadata.run_id,
-            node_id=node,
-            node_config={"partition-id": node - 1, "num-partitions": self.nodes},
-            state=state if state is not None else RecordDict(),
-            run_config=dict(self.run_config),
-        )
-        try:
-            reply = self.app(message, context)
-            if not isinstance(reply, Message):
-                raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            return f"{text} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})", None
-        return reply, context.state if len(context.state) else None
-
-
-def own(record: Any) -> Any:
-    """A record that the app may change without changing what other clients see."""
-    values = {k: v if isinstance(v, int | float | str | bytes) else copy.copy(v) for k, v in record.items()}
-    return trusted(type(record), values)
 
 
 class GuestGrid(FusionGrid):
@@ -119,17 +55,28 @@ class GuestGrid(FusionGrid):
     ) -> None:
         super().__init__()
         self._args = (reference, directory, run_config, nodes)
-        self.nodes, self.retries = nodes, retries
+        self.nodes, self.retries, self.workers = nodes, retries, workers
         self.actors = [self._start() for _ in range(workers)]
+        self.spare: list[_Process] = []  # beyond the workers, free again
         self.states: dict[int, RecordDict] = {}
         self.failed = self.succeeded = 0  # messages
         self._ids = itertools.count(1)
         self._pending: dict[str, _Sent] = {}
+        self._behind: dict[int, list[_Sent]] = {}  # by node that waits: what it is asked next
         self._ready: dict[str, Message] = {}
+        self._calls: dict[Any, _Call] = {}
         self._puts: dict[int, tuple[Any, Any]] = {}
 
-    def _start(self) -> Any:
-        return ray.remote(GuestWorker).options(num_cpus=1).remote(*self._args)
+    def _start(self, aside: bool = False) -> _Process:
+        actor: Any = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1).remote(*self._args)
+        return _Process(actor, actor.loaded.remote())
+
+    def _able(self) -> list[_Process]:
+        """The processes that have loaded the app; all if none has yet."""
+        loading = {p.loading: p for p in self.actors if p.loading is not None}
+        for reference in ray.wait(list(loading), num_returns=len(loading), timeout=0)[0] if loading else ():
+            loading[reference].loading = None
+        return [p for p in self.actors if p.loading is None] or self.actors
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""
@@ -146,22 +93,24 @@ class GuestGrid(FusionGrid):
             name_message(message, key)
             sent.append(_Sent(key, message))
         self._puts = {k: v for k, v in self._puts.items() if any(v[0] is s.message for s in self._pending.values())}
-        self._hand_out(sent, min(LIST, -(-len(sent) // len(self.actors)) or 1))
+        self._hand_out(sent, min(LIST, -(-len(sent) // len(self._able())) or 1))
         return [item.key for item in sent]
 
     def _hand_out(self, sent: list[_Sent], size: int) -> None:
-        for k, start in enumerate(range(0, len(sent), size)):
-            chosen, jobs = sent[start : start + size], []
+        self._pending.update((item.key, item) for item in sent)
+        free: list[_Sent] = []
+        for item in sent:  # a node answers one message after another
+            self._behind.get(item.message.metadata.dst_node_id, free).append(item)
+        able, patient = self._able(), len(self._behind) >= ASIDE
+        for k, start in enumerate(range(0, len(free), size)):
+            chosen, jobs = free[start : start + size], []
             shared: dict[int, Any] = {}
             for item in chosen:
                 content = {name: self._shared(value, shared) for name, value in item.message.content.items()}
                 jobs.append((item.message.metadata, content, self.states.get(item.message.metadata.dst_node_id)))
-            worker = k % len(self.actors)
-            reference = self.actors[worker].work.remote(jobs, shared)
-            call = _Call(worker, self.actors[worker], reference, chosen)
-            for item in chosen:
-                item.call = call
-                self._pending[item.key] = item
+            process = able[k % len(able)]
+            call = _Call(process, process.actor.work.remote(jobs, shared, patient), chosen)
+            self._calls[call.reference] = call
 
     def _shared(self, record: Any, shared: dict[int, Any]) -> Any:
         if not isinstance(record, ArrayRecord) or sum(len(a.data) for a in record.values()) < LARGE:
@@ -178,27 +127,66 @@ class GuestGrid(FusionGrid):
         return self._pull(keys, 0.5)
 
     def _pull(self, keys: list[str], patience: float | None) -> list[Message]:
-        calls = {id(c): c for k in keys if k in self._pending and (c := self._pending[k].call) is not None}
-        if calls and not any(key in self._ready for key in keys):
-            by_reference = {call.reference: call for call in calls.values()}
-            done, _ = ray.wait(list(by_reference), num_returns=1, timeout=patience)
-            for reference in done:
-                self._take(by_reference[reference])
+        if not any(key in self._ready for key in keys) and any(key in self._pending for key in keys):
+            for reference in ray.wait(list(self._calls), num_returns=1, timeout=patience)[0]:
+                self._take(self._calls.pop(reference))
         return [self._ready.pop(key) for key in keys if key in self._ready]
 
     def _take(self, call: _Call) -> None:
-        """Take one call's answers in; what failed is handed out again, one message a call."""
+        """Take one call's answers in; what failed is handed out again, one message a call, and what was not begun."""
+        answers: list[Answer]
         try:
-            answers = ray.get(call.reference)
+            answers, waits = ray.get(call.reference)
         except RayError as error:
-            if self.actors[call.worker] is call.actor:
-                with contextlib.suppress(Exception):
-                    ray.kill(call.actor)
-                self.actors[call.worker] = self._start()
+            self._replace(call.process)
             cause = str(error).strip().splitlines()
-            answers = [(f"its worker failed: {cause[-1] if cause else type(error).__name__}", None)] * len(call.sent)
+            told = f"its worker failed: {cause[-1] if cause else type(error).__name__}"
+            answers, waits = [(told, None)] * len(call.sent), False
+        behind = self._behind.pop(call.sent[0].message.metadata.dst_node_id, []) if call.aside else []
+        if call.aside:
+            self._return(call.process)
+        rest = call.sent[len(answers) :]
+        if waits:
+            self._set_aside(call.process, rest.pop(0))
+        self._keep(call.sent, answers)
+        if rest or behind:
+            self._hand_out(rest + behind, max(1, -(-len(rest + behind) // len(self._able()))))
+
+    def _set_aside(self, process: _Process, item: _Sent) -> None:
+        """Let a process wait for its node; another takes its place, which computes while the node does not."""
+        call = _Call(process, process.actor.finish.remote(), [item], aside=True)
+        self._calls[call.reference] = call
+        self._behind[item.message.metadata.dst_node_id] = []
+        if process in self.actors:  # else it died since, and was replaced
+            self.actors.remove(process)
+            self.actors.append(self.spare.pop() if self.spare else self._start(aside=True))
+
+    def _return(self, process: _Process) -> None:
+        """Take a process back whose node waits no longer."""
+        if process.dead:
+            return
+        loading = next((p for p in self.actors if p.loading is not None), None)
+        if loading is not None:  # who has loaded the app goes first
+            self.actors.remove(loading)
+            self.spare.append(loading)
+            self.actors.append(process)
+        else:
+            self.spare.append(process)
+
+    def _replace(self, process: _Process) -> None:
+        """End a process that failed; start another where it had a place."""
+        if process.dead:
+            return
+        process.dead = True
+        with contextlib.suppress(Exception):
+            ray.kill(process.actor)
+        if process in self.actors:
+            self.actors[self.actors.index(process)] = self._start()
+
+    def _keep(self, sent: list[_Sent], answers: list[Answer]) -> None:
+        """Keep replies and states; hand out again what failed."""
         again = []
-        for item, (reply, state) in zip(call.sent, answers, strict=True):
+        for item, (reply, state) in zip(sent, answers, strict=False):
             node = item.message.metadata.dst_node_id
             if isinstance(reply, str):
                 item.tries += 1
@@ -242,22 +230,33 @@ class GuestGrid(FusionGrid):
 
     def close(self) -> None:
         """End the actors."""
-        for actor in self.actors:
+        aside = [call.process for call in self._calls.values()]
+        for process in {*self.actors, *self.spare, *aside}:
             with contextlib.suppress(Exception):
-                ray.kill(actor)
-        self.actors = []
+                ray.kill(process.actor)
+        self.actors, self.spare = [], []
 
 
+@dataclass(eq=False)
+class _Process:
+    actor: Any
+    loading: Any  # the reference that says it has loaded the app; None once it has
+    dead: bool = False
+
+
+@dataclass(eq=False)
 class _Call:
-    def __init__(self, worker: int, actor: Any, reference: Any, sent: list[_Sent]) -> None:
-        self.worker, self.actor, self.reference, self.sent = worker, actor, reference, sent
+    process: _Process
+    reference: Any
+    sent: list[_Sent]
+    aside: bool = False  # one message, of a node that waits
 
 
+@dataclass(eq=False)
 class _Sent:
-    def __init__(self, key: str, message: Message) -> None:
-        self.key, self.message = key, message
-        self.call: _Call | None = None
-        self.tries = 0
+    key: str
+    message: Message
+    tries: int = 0
 
 
 def read_app(directory: Path, overrides: list[str]) -> tuple[str, str, dict[str, Any], dict[str, Any]]:

@@ -44,7 +44,8 @@ def command(argv: Sequence[str]) -> int:
     from fedfuse.compat.flower_apps import new_run
     from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.engines.cluster import connect
-    from fedfuse.engines.guest import GuestGrid, load, nodes_of, read_app
+    from fedfuse.engines.guest import GuestGrid, nodes_of, read_app
+    from fedfuse.engines.guest_worker import load
 
     server, client, config, table = read_app(app, given["--run-config"])
     nodes = _count(given, "--nodes", nodes_of(table), 1)

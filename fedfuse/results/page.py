@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.errors import UserError
-from fedfuse.results import curves, figures, sections, wording
+from fedfuse.results import curves, figures, parameters, sections, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import Row, notes, printable, row
+from fedfuse.results.table import Row, against_nothing_sent, notes, printable, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
+MOST_SWEPT = 6
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Page:
     counts: str
     notes: list[str]
     settings: list[dict[str, Any]]
+    swept: list[dict[str, Any]]
     maps: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
     runs: sections.Table
@@ -76,10 +78,12 @@ def build(runs: Sequence[RunRecord], skipped: Sequence[str] = ()) -> tuple[Page,
     settings = list(dict.fromkeys(one.setting for one in groups))
     parts = []
     every: list[Row] = []
+    rows_of: dict[int, Row] = {}
     for k, setting in enumerate(settings):
         part = [(one, series) for one, series in everywhere if one.setting == setting]
         rows = [row(one) for one, _ in part]
         every += rows
+        rows_of |= {id(one): its for (one, _), its in zip(part, rows, strict=True)}
         parts.append(_section(k, setting, part, rows, drawn=k < MOST_SETTINGS))
     lines = notes(runs) + _unequal_partitions(evidence.values(), places)
     if len(settings) > MOST_SETTINGS:
@@ -92,6 +96,7 @@ def build(runs: Sequence[RunRecord], skipped: Sequence[str] = ()) -> tuple[Page,
         counts=_counts(runs, skipped),
         notes=[printable(line) for line in lines],
         settings=parts,
+        swept=_swept(everywhere, rows_of),
         maps=_maps(everywhere),
         similarity=_similarity(everywhere),
         runs=sections.runs([(series, one.setting) for one, series in everywhere], list(evidence.values()), places),
@@ -118,7 +123,7 @@ def _section(
     groups, series = [one for one, _ in part], [one for _, one in part]
     return {
         "title": f"Setting: {printable(setting)}" if setting else "Comparison",
-        "verdicts": sections.verdicts(rows, groups),
+        "verdicts": sections.verdicts(rows, groups) + against_nothing_sent([run for one in groups for run in one.runs]),
         "table": sections.comparison(rows, groups, series),
         "intervals": sections.intervals(rows),
         "best": sections.best(rows),
@@ -155,6 +160,19 @@ def _shown(title: str, drawing: str, caption: str, legend: Sequence[dict[str, An
         "caption": printable(caption),
         "legend": list(legend),
     }
+
+
+def _swept(everywhere: Sequence[tuple[Group, Series]], rows: Mapping[int, Row]) -> list[dict[str, Any]]:
+    """Return, per swept key, figures of accuracy over its values."""
+    found = parameters.over_parameters([(one, series.index, rows[id(one)]) for one, series in everywhere])
+    shown = []
+    for k, one in enumerate(found[:MOST_SWEPT]):
+        drawings = [(title, parameters.draw(one, metric, f"w{k}{metric[-1]}")) for metric, title in one.titles.items()]
+        legend = [{"index": line.index, "label": printable(line.label), "press": True} for line in one.lines]
+        figures = [_shown(title, drawing, wording.SWEPT) for title, drawing in drawings if drawing]
+        if figures:
+            shown.append({"title": printable(one.title), "legend": legend, "figures": figures})
+    return shown
 
 
 def _maps(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, Any]]:

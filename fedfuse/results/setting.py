@@ -168,6 +168,25 @@ def tuning(runs: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
+def swept(flats: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Keys that a sweep may have varied: those that can change a result, beside strategy, seed and what was tuned.
+
+    A strategy's hyper-parameter counts if runs of one strategy differ in it.
+    """
+    flats = list(flats)
+    tuned, found = _tuned(flats), []
+    for name in _differing(flats):
+        if name == "strategy.name" or name in tuned or _within(name, WITHOUT_EFFECT):
+            continue
+        values: dict[str, set[str]] = {}
+        for flat in flats:
+            if name in flat:
+                values.setdefault(str(flat.get("strategy.name")), set()).add(repr(flat[name]))
+        if not name.startswith("strategy.") or any(len(seen) > 1 for seen in values.values()):
+            found.append(name)
+    return found
+
+
 def _tuned(flats: Iterable[Mapping[str, Any]]) -> set[str]:
     """Keys that a search chose, so that they belong to the strategy like its hyper-parameters."""
     listed = [flat.get("search.keys") for flat in flats]

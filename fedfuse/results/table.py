@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, differences, group, tuning
-from fedfuse.results.statistics import Interval, few_seeds_note, mean_interval
+from fedfuse.results.statistics import Interval, few_seeds_note, holm, mean_interval, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,6 +150,7 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
         Where to; standard output by default.
     """
     from rich.console import Console
+    from rich.segment import Segments
     from rich.table import Table
     from rich.text import Text
 
@@ -166,8 +167,9 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     for line in cells:
         table.add_row(*(Text(printable(cell)) for cell in line))
     needed = console.measure(table, options=console.options.update(max_width=200)).maximum
-    width = console.width if console.is_terminal else max(console.width, needed)  # a file has no right edge
-    console.print(table, width=width, crop=False)
+    # wider than the screen, its lines go on below: a column that is cut to nothing would be the strategies' names
+    options = console.options.update(width=max(console.width, needed), max_width=max(console.width, needed))
+    console.print(Segments(console.render(table, options)), crop=False, soft_wrap=True, end="")
     console.print(Text(FOOT), style="dim")
     bests = [
         f"{one.strategy} {' / '.join(percent(replace(one.best[name], low=None), 1) for name in BEST)}"
@@ -177,8 +179,46 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     if bests:
         listed = "; ".join(printable(best) for best in bests)
         console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
+    for told in against_nothing_sent(runs):
+        console.print(Text(printable(told)))
     for note in notes(runs):
         console.print(Text(printable(note)))
+
+
+def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
+    """Say, per test set, what each strategy adds to one that sends nothing, and whether the seeds tell them apart.
+
+    Differences are paired by seed; p-values are adjusted by Holm's rule within a line.
+    """
+    lines = []
+    groups = [one for one in group(runs)[0] if one.runs]
+    for base in groups:
+        if row(base).up_mb or row(base).down_mb:
+            continue
+        others = [one for one in groups if one.setting == base.setting and (row(one).up_mb or row(one).down_mb)]
+        for metric in BEST:
+            pairs = [(one.label, paired(_by_seed(one, metric), _by_seed(base, metric))) for one in others]
+            pairs = [(name, pair) for name, pair in pairs if pair.n]
+            if not pairs:
+                continue
+            adjusted = holm([pair.t_p for _, pair in pairs])
+            said = [f"{name} {_points(pair.difference)}" for name, pair in pairs]
+            sure = [name for (name, _), p in zip(pairs, adjusted, strict=True) if p < 0.05]
+            where = f" at {base.setting}" if base.setting else ""
+            lines.append(
+                f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}; "
+                f"the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm)."
+            )
+    return lines
+
+
+def _by_seed(one: Group, metric: str) -> dict[Hashable, float]:
+    return {run.seed: run.final.get(metric, math.nan) for run in one.runs}
+
+
+def _points(value: Interval) -> str:
+    half = value.half_width
+    return f"{100 * value.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[str]]]:

@@ -24,6 +24,10 @@ TESTS = (
 )
 RUNS = "MB: set-up and training, up and down. Seconds: the rounds. Equal digests mean equal bits."
 BAND = "Line: mean over seeds; band: lowest to highest seed; thin and dashed: an unfinished run."
+SWEPT = (
+    "After the last round. Dot: mean over seeds; upright: its 95 % t interval, within 0 to 100 %; dotted "
+    "line: a strategy that has no such key."
+)
 BYTES = (
     "Payload of set-up and training, up and down, all clients. Dot: last round; grey steps: the Pareto "
     "front of last rounds; dotted line: sends nothing."

@@ -42,8 +42,19 @@ def commit(federation: Federation, folder: Path, config: str, seconds: dict[str,
     write_tree(newest, snapshot(federation, config, seconds), durable=True)
 
 
-def recover(federation: Federation, folder: Path, config: str) -> tuple[dict[str, float] | None, str]:
+def recover(
+    federation: Federation, folder: Path, config: str, free: tuple[str, ...] = ()
+) -> tuple[dict[str, float] | None, str]:
     """Put a federation back to its last commit that can be read.
+
+    Parameters
+    ----------
+    federation : Federation
+    folder : Path
+    config : str
+        The resolved configuration as YAML.
+    free : tuple of str
+        Keys that may differ from those of the commit.
 
     Returns
     -------
@@ -61,12 +72,12 @@ def recover(federation: Federation, folder: Path, config: str) -> tuple[dict[str
     if not newest.exists() and not before.exists():
         return None, ""
     try:
-        return restore(federation, newest, config), ""
+        return restore(federation, newest, config, free), ""
     except Unreadable as error:
         if not before.exists():
             raise
         try:
-            seconds = restore(federation, before, config)
+            seconds = restore(federation, before, config, free)
         except Unreadable:
             raise error from None
         told = f"{newest} is torn; the run goes on from {BEFORE}, after round {federation.done}"
@@ -109,7 +120,7 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
     return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
 
 
-def restore(federation: Federation, path: Path, config: str) -> dict[str, float]:
+def restore(federation: Federation, path: Path, config: str, free: tuple[str, ...] = ()) -> dict[str, float]:
     """Put a federation back to what `snapshot` wrote to a file; return the seconds it had taken.
 
     Raises
@@ -125,7 +136,7 @@ def restore(federation: Federation, path: Path, config: str) -> dict[str, float]
         raise Unreadable(f"{path}: cannot be read ({one_line(error)}); the run cannot be resumed") from error
     if plain.get("format") != FORMAT:
         raise UserError(f"{path}: has format {plain.get('format')}, this fedfuse resumes format {FORMAT}")
-    if different := changed(plain.get("config", ""), config):
+    if different := changed(plain.get("config", ""), config, free):
         raise UserError(f"{path.parent.parent}/config.yaml: {different}; a run goes on with what it began with")
     items: dict[Address, Item] = {}
     chains: dict[Address, list[Parcel]] = {}
@@ -151,10 +162,10 @@ def restore(federation: Federation, path: Path, config: str) -> dict[str, float]
     return plain["seconds"]
 
 
-def changed(begun: str, now: str) -> str:
+def changed(begun: str, now: str, also: tuple[str, ...] = ()) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
     before, after = (dict(_flat(without_gone(yaml.safe_load(text) or {}))) for text in (begun, now))
-    free = ("out", "overwrite", "runtime.", "tracking.")  # where and how it runs changes no bit
+    free = ("out", "overwrite", "runtime.", "tracking.", *also)  # where and how it runs changes no bit
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:
             return f"says {key}={after.get(key)}, the run began with {key}={value}"

@@ -28,6 +28,7 @@ from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
+from fedfuse.runs.further import ended_at, told
 from fedfuse.train.privacy import private_notes
 from fedfuse.wire.client_store import INITIAL, ClientStore, write_arrays
 
@@ -217,8 +218,6 @@ class RunDirectory(Callback):
         """Commit: rows first, then the checkpoint that makes them count."""
         strategy = federation.strategy
         round = federation.done
-        if federation.evaluated == round and (round == federation.rounds or federation.stop):
-            strategy.outbox.traffic.settle()
         rows: dict[str, list[Any]] = {
             "metrics": federation.rows,
             "traffic": strategy.outbox.traffic.take_rows(),
@@ -251,6 +250,10 @@ class RunDirectory(Callback):
         if all(row["label"] for row in rows):  # sites with data of their own tell no labels
             draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
         self.write_final_models(federation)
+        traffic = federation.strategy.outbox.traffic
+        traffic.settle()
+        settled = self.checkpoint / "rows" / f"traffic-settled-{federation.done:06d}.parquet"
+        write_rows(settled, "traffic", traffic.take_rows())
         for kind in ("metrics", "traffic", "timing"):
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
             with replaced(self.path / f"{kind}.parquet", durable=True) as partial:
@@ -297,6 +300,7 @@ class RunDirectory(Callback):
                 *undefined(self._undefined(), federation.scenario.clients),
                 *remarks(strategy),
                 *strategy.notes(),
+                *told(strategy, ended_at(self.checkpoint)),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.by_example else ()),
                 *(client_level.notes(strategy) if config.privacy.by_client else ()),
@@ -333,7 +337,8 @@ class RunDirectory(Callback):
             If the checkpoint is of another format or configuration, or neither it nor the one before can be read.
         """
         done = -1
-        seconds, self.fallen_back = recover(federation, self.checkpoint, self.config)
+        free = ("rounds",) if ended_at(self.checkpoint) else ()
+        seconds, self.fallen_back = recover(federation, self.checkpoint, self.config, free)
         if seconds is not None:
             self.seconds = seconds
             self.seconds["before"] = self.seconds["rounds"]

@@ -28,6 +28,7 @@ from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.tracking import check as check_tracking
 
@@ -179,7 +180,11 @@ def code_of(config: Config) -> str:
 
 
 def resume(
-    path: Path, quiet: bool = False, runtime: RuntimeConfig | None = None, allow_code: bool | None = None
+    path: Path,
+    quiet: bool = False,
+    runtime: RuntimeConfig | None = None,
+    allow_code: bool | None = None,
+    rounds: int | None = None,
 ) -> Path:
     """Go on after the last complete round of a run directory.
 
@@ -192,6 +197,8 @@ def resume(
     allow_code : bool, optional
         Whether code that its configuration names may run; without a word, only with `runtime`, since the caller has
         said the same configuration then.
+    rounds : int, optional
+        How many it shall have; more than it has done even if it has ended.
 
     Raises
     ------
@@ -207,10 +214,10 @@ def resume(
         raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
     config.runtime = runtime or config.runtime
     with code(allowed):
-        return _resumed(path, config, quiet, started)
+        return _resumed(path, config, quiet, started, rounds or config.rounds)
 
 
-def _resumed(path: Path, config: Config, quiet: bool, started: float) -> Path:
+def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: int) -> Path:
     flower = config.runtime.name == "flower"
     if (path / "attempt").exists() and not flower:  # its clients' states, and maybe data, are at the nodes
         raise UserError(f"{path}: was played by a deployment; fedfuse deploy resume {path} goes on")
@@ -219,6 +226,9 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float) -> Path:
     entry = registry.entry(config.strategy.name)
     directory = RunDirectory(path, as_yaml(config), started)
     directory.reopen()
+    if rounds != config.rounds:
+        config = make_room(path, config, rounds)
+        directory.config = as_yaml(config)
     if flower:
         from fedfuse.runs.remote import run_on_flower
 

@@ -67,7 +67,7 @@ def begin(config: Config, started: float | None = None, quiet: bool = False) -> 
     """
     path = Path(str(config.out))
     if (path / "config.yaml").exists() and not config.overwrite:
-        resume(path, quiet, config.runtime)
+        resume(path, quiet, config.runtime, rounds=config.rounds)
     else:
         run(config, started, quiet)
 

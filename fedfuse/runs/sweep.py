@@ -18,6 +18,7 @@ from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import Combination, combine, composed, possible, without_seed
 from fedfuse.runs.experiment import as_yaml, load_config
+from fedfuse.runs.further import check_further, goes_on
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
 
@@ -25,7 +26,8 @@ from fedfuse.runs.preview import bytes_a_round
 def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, console: Console | None = None) -> Path:
     """Run every combination that comma lists span, each in a directory of its own below `out`.
 
-    A run that is finished is not repeated, one that was interrupted is resumed; all are checked before any begins.
+    A run that is finished is not repeated, one that was interrupted is resumed, one with fewer rounds goes on; all are
+    checked before any begins.
     With `search.trials` every strategy is tuned before; see `fedfuse.runs.search`. What applies to which run is said
     in `fedfuse.runs.combinations`.
 
@@ -74,7 +76,10 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     for path, config in plans:
         if config.overwrite or not (path / "config.yaml").exists():
             continue
-        if different := changed(as_yaml(load_config(path)), as_yaml(config)):
+        began = load_config(path)
+        if goes_on(path, config):
+            check_further(path, began, config.rounds)
+        elif different := changed(as_yaml(began), as_yaml(config)):
             raise UserError(
                 f"out={path}: holds a run of another configuration (this one {different}); "
                 f"choose another or say overwrite=true"
@@ -150,7 +155,7 @@ class Tally:
 
 def _once(path: Path, config: Config, console: Console, failed: list[str], tally: Tally) -> Track:
     """A track of one run, if it is not finished yet."""
-    if (path / "summary.json").exists() and not config.overwrite:
+    if (path / "summary.json").exists() and not config.overwrite and not goes_on(path, config):
         console.print(f"{tally.count(False)} {path}: finished already", markup=False)
         return
     error = yield config

@@ -1,4 +1,4 @@
-"""Experiment trackers by one word (`tracking=csv|tensorboard|mlflow`): what a run committed, told to others.
+"""Experiment trackers by one word (`tracking=csv|tensorboard|mlflow|wandb`): what a run committed, told to others.
 
 The run directory stays the record. A tracker only reads it: it is told of a round after that round was committed, and
 catches up where it was killed or could not be reached, so it never shows a round that a resumed run does not have.
@@ -28,7 +28,7 @@ from fedfuse.results.measures import CHARGED
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.results.setting import flatten
 
-NEEDS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
+NEEDS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 
 
 def label(row: Row) -> str:
@@ -231,10 +231,17 @@ class Mlflow(Tracker):
         self.client.set_terminated(self.run)
 
 
+def _wandb(path: Path, config: TrackingConfig) -> Tracker:
+    from fedfuse.runs.weights_and_biases import Wandb
+
+    return Wandb(path, config.experiment)
+
+
 MAKERS: dict[str, Callable[[Path, TrackingConfig], Tracker]] = {
     "csv": lambda path, _: Csv(path),
     "tensorboard": lambda path, _: TensorBoard(path),
     "mlflow": lambda path, config: Mlflow(path, config.uri, config.experiment),
+    "wandb": _wandb,
 }
 
 
@@ -248,8 +255,9 @@ def check(config: TrackingConfig) -> None:
     """
     missing = [name for name in NEEDS.get(config.name, ()) if find_spec(name) is None]
     if missing:
+        extra = "wandb" if config.name == "wandb" else "tracking"
         raise UserError(
-            f"tracking={config.name}: needs {', '.join(missing)}, not installed; pip install 'fedfuse[tracking]'"
+            f"tracking={config.name}: needs {', '.join(missing)}, not installed; pip install 'fedfuse[{extra}]'"
         )
     if config.uri is not None and urlsplit(config.uri).password is not None:
         raise UserError(

@@ -93,7 +93,10 @@ class Traffic:
         return rows
 
     def settle(self) -> None:
-        """End of the run: evaluation deliveries that training never needed are evaluation's."""
+        """End of the run: evaluation deliveries that training never needed are evaluation's.
+
+        No checkpoint follows: a run that goes on for more rounds may need them yet.
+        """
         for (client, (topic, _)), pieces in sorted(self.pending.items()):
             for round, size in pieces:
                 self._row(round, client, "down", "evaluate", topic, size)

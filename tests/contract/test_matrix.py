@@ -12,6 +12,7 @@ from fedfuse.config import registry
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError
 from fedfuse.wire.records import nbytes, record, tensors
+from tests.differences import assert_same
 from tests.federations import answer, federation, intercept, play
 
 NAMES = sorted(registry.listed())
@@ -45,7 +46,12 @@ def undisturbed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deterministic_and_order_free(name: str, undisturbed) -> None:
-    assert play(name, reverse=True).digest == undisturbed(name).digest
+    assert_same(undisturbed(name), play(name, reverse=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_is_a_number(name: str, undisturbed) -> None:
+    assert [note for note in undisturbed(name).notes if note.startswith("not a number")] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +62,7 @@ def test_another_seed_is_another_run(name: str, undisturbed) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_changes_nothing(name: str, undisturbed) -> None:
     seldom = play(name, "evaluate.every=2")
-    assert seldom.digest == undisturbed(name).digest
+    assert_same(undisturbed(name), seldom)
     for key in ("up_bytes", "down_bytes", "down_unique_bytes", "setup_bytes"):
         assert seldom.totals[key] == undisturbed(name).totals[key], key
 
@@ -68,20 +74,20 @@ def test_resumed_equals_undisturbed(name: str, undisturbed, tmp_path: Path) -> N
         built.run()
     resumed = play(name, path=where)
     assert resumed.federation.done == 2
-    assert resumed.digest == undisturbed(name).digest
+    assert_same(undisturbed(name), resumed)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_network_equals_simulation(name: str, undisturbed) -> None:
     if registry.entry(name).server.pooled:
         pytest.skip("pools data at one place: an upper bound that no network of sites can run")
-    assert play(name, grid="serial").digest == undisturbed(name).digest
+    assert_same(undisturbed(name), play(name, grid="serial"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_workers_equal_inline(name: str, undisturbed, ray_session) -> None:
     many = play(name, grid="ray", workers=2)
-    assert many.digest == undisturbed(name).digest
+    assert_same(undisturbed(name), many)
     assert many.totals == undisturbed(name).totals
 
 

@@ -234,6 +234,42 @@ def test_json_lines(tmp_path):
         load(config("jsonl", tmp_path))
 
 
+def test_csv(tmp_path):
+    """Texts with commas and quotes, words as labels; the same inputs as from JSON lines."""
+    texts = [f'word{i % 3}, "and" more' for i in range(20)]
+    table = "text,label,domain\n" + "".join(
+        f'"{t.replace(chr(34), chr(34) * 2)}",{["no", "yes"][i % 2]},{i % 2}\n' for i, t in enumerate(texts)
+    )
+    (tmp_path / "reviews.csv").write_text(table)
+    dataset = load(config("csv", tmp_path, groups="domain", test_fraction=0.0, extra={"buckets": 128}))
+    assert (dataset.kind, dataset.shape, dataset.classes) == ("features", (128,), ("no", "yes"))
+    rows = [json.dumps({"text": t, "label": ["no", "yes"][i % 2]}) for i, t in enumerate(texts)]
+    (tmp_path / "reviews.jsonl").write_text("\n".join(rows))
+    same = load(config("jsonl", tmp_path, test_fraction=0.0, extra={"buckets": 128}))
+    assert (same.train.inputs == dataset.train.inputs).all()
+    assert (same.train.targets == dataset.train.targets).all()
+    (tmp_path / "reviews.csv").unlink()
+    (tmp_path / "train.tsv").write_text("x\ty\n1.5\t0\n2\t1\n")
+    numbers = load(config("csv", tmp_path, test_fraction=0.0))
+    assert numbers.train.inputs.tolist() == [[1.5], [2.0]]
+    assert numbers.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("text,label\na, b,1\n", r"line 2 has 3 columns, the header 2; put text with commas into quotes"),
+        ("text,label\n", "is empty; expected a header"),
+        ("text,label\na,1\n,0\n", "example 2 has no 'text'"),
+        ("what,label\na,1\n", "no column of a usual name; set data.inputs=<one of what, label>"),
+    ],
+)
+def test_a_damaged_csv_is_told(text, said, tmp_path):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(config("csv", tmp_path))
+
+
 def write_leaf(root, test_users):
     for split, users in (("train", ["u1", "u0"]), ("test", test_users)):
         folder = root / "data" / split

@@ -170,3 +170,15 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         command(words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_node_that_sleeps_holds_back_nobody(tmp_path: Path) -> None:
+    """Secure aggregation on two processes: round 1 lacks the sleeper alone, and round 2 has it again."""
+    out, mark = tmp_path / "means.npz", uuid.uuid4().hex
+    override = f"woken='{tmp_path / 'woken'}' out='{out}'"
+    words = ["flower", str(APPS / "secret"), "--nodes", "5", "--workers", "2", "--run-config", override]
+    started(["-m", "fedfuse.cli", *words], mark, tmp_path)
+    assert not gone(mark)
+    with np.load(out) as found:  # node i's number is i + 1; the sleeper is node 0
+        np.testing.assert_allclose(found["means"][0], (2 + 3 + 4 + 5) / 4, atol=1e-4)
+        np.testing.assert_allclose(found["means"][1], (1 + 2 + 3 + 4 + 5) / 5, atol=1e-4)

@@ -9,6 +9,7 @@ import shlex
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import polars as pl
@@ -263,3 +264,69 @@ def test_template_files_are_found():
 
     names = {path.name for path in (Path(module.__file__).parent / "template").iterdir()}
     assert {"page.css", "page.js", "report.html", "body.html", "parts.html", "live.html", "watch.js"} <= names
+
+
+def swept(tmp_path, words):
+    """What the page draws over keys, for runs of (strategy, seed, config, hyper)."""
+    from fedfuse.results.parameters import over_parameters
+    from fedfuse.results.run_data import find
+    from fedfuse.results.setting import group
+    from fedfuse.results.table import row
+
+    for k, (name, seed, config, hyper) in enumerate(words):
+        write_run(tmp_path / str(k), name, seed, config=config, hyper=hyper, rounds=2)
+    groups, _ = group(find([tmp_path])[0])
+    return over_parameters([(one, i, row(one)) for i, one in enumerate(groups)])
+
+
+def test_accuracy_over_a_swept_key(tmp_path):
+    alphas = [1.0, 0.1, 0.3]
+    runs = [(n, s, {"partition": {"alpha": a}}, None) for n in ("local", "fedavg") for s in (0, 1) for a in alphas]
+    (found,) = swept(tmp_path, runs)
+    assert (found.key, found.context, found.values) == ("partition.alpha", "", (0.1, 0.3, 1.0))
+    assert [line.label for line in found.lines] == ["fedavg", "local"]
+    for line in found.lines:
+        assert [value for value, _ in line.points] == [0.1, 0.3, 1.0]
+        assert all(final["accuracy/global"].n == 2 for _, final in line.points)
+        assert all(0 <= final["accuracy/global"].low <= final["accuracy/global"].high <= 1 for _, final in line.points)
+    text = report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")
+    assert text.count("Accuracy over partition.alpha") == 1
+    figures = ElementTree.fromstring(re.findall(r"<svg.*?</svg>", text[text.index("Over a swept key") :], re.S)[0])
+    drawn = [e.get("class") for e in figures.iter() if (e.get("class") or "").startswith("series")]
+    assert drawn.count("series series-0") == 1 + 3  # a line, and an interval for each value
+
+
+def test_two_swept_keys_and_one_that_follows_another(tmp_path):
+    """Clients and α: each is drawn at each value of the other; what follows a data set's name is not drawn apart."""
+    runs = [
+        ("fedavg", 0, {"partition": {"alpha": a}, "clients": n, "participation": n / 10}, None)
+        for a in (0.1, 1.0)
+        for n in (5, 10)
+    ]
+    assert {(one.key, one.context) for one in swept(tmp_path, runs)} == {
+        ("partition.alpha", "clients=5"),
+        ("partition.alpha", "clients=10"),
+        ("clients", "partition.alpha=0.1"),
+        ("clients", "partition.alpha=1.0"),
+    }
+
+
+def test_a_hyper_parameter_and_who_has_none(tmp_path):
+    runs = [("knfu", 0, None, {"beta": b}) for b in (20, 1, 5)] + [("fedavg", 0, None, None)]
+    (found,) = swept(tmp_path, runs)
+    assert (found.key, found.values) == ("strategy.beta", (1, 5, 20))
+    assert [(line.label, line.level, len(line.points)) for line in found.lines] == [
+        ("fedavg", True, 1),
+        ("knfu", False, 3),
+    ]
+
+
+def test_words_and_nulls_are_drawn_in_their_order(tmp_path):
+    runs = [("fedavg", 0, {"model": {"name": name}}, None) for name in ("mlp", "cnn")]
+    (found,) = swept(tmp_path, runs)
+    assert (found.key, set(found.values)) == ("model", {"mlp", "cnn"})
+    assert report([tmp_path], tmp_path / "out").path.exists()
+
+
+def test_nothing_swept_no_section(page):
+    assert "Over a swept key" not in page[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from synthetic import write_run, write_sweep
 from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
-from fedfuse.results.table import compare, notes, print_table, to_csv, to_latex, to_markdown
+from fedfuse.results.table import against_nothing_sent, compare, notes, print_table, to_csv, to_latex, to_markdown
 
 EVIL = 'x</script><img src=x onerror=alert(1)>|$\\write18{id}$"\x1b[31m'
 
@@ -124,3 +126,44 @@ def test_flatten():
         "data.name": "digits",
         "data.extra.x": [1],
     }
+
+
+def _bytes(directory, up):
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["traffic"] |= {"up_bytes": up, "down_bytes": up}
+    path.write_text(json.dumps(summary))
+
+
+def test_what_is_added_to_training_alone(tmp_path):
+    """Paired by seed, against whoever sends nothing, in a sentence."""
+    for seed in range(3):
+        for name, up in (("alone", 0), ("fedavg", 5), ("knfu", 7)):
+            _bytes(write_run(tmp_path / f"{name}{seed}", name, seed), up)
+    runs, _ = find([tmp_path])
+    told = against_nothing_sent(runs)
+    by = {(one.strategy, one.seed): one.final["accuracy/global"] for one in runs}
+    mean = sum(by["knfu", s] - by["alone", s] for s in range(3)) / 3
+    assert [line.partition(", in points")[0] for line in told] == [
+        "Against alone, global test",
+        "Against alone, personal test",
+    ]
+    assert f"knfu {100 * mean:+.1f} ± " in told[0]
+    assert "the seeds tell apart: " in told[0]
+    assert against_nothing_sent([one for one in runs if one.strategy != "alone"]) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
+    """Intervals that are written by their ends are wide; the names stay."""
+    for seed, skill in ((0, 0.99), (1, 0.6)):
+        write_run(tmp_path / f"a{seed}", "a_rather_long_name", seed, skill=skill)
+        write_run(tmp_path / f"b{seed}", "fedavg", seed, skill=skill)
+    console = Console(file=io.StringIO(), width=60, force_terminal=terminal)
+    print_table(find([tmp_path])[0], console)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
+    header, first, second = text.splitlines()[:3]
+    assert header.split()[0] == "strategy"
+    assert header.split()[-1] == "failed"
+    assert first.startswith("a_rather_long_name")
+    assert second.startswith("fedavg")

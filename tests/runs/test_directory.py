@@ -478,3 +478,78 @@ def test_a_disk_that_fills_ends_the_run_and_lets_it_go_on(name: str, room: int, 
             assert summary_of(where)["digest"] == play(name, *words).digest
             assert summary_of(where)["failures"] == {"replies": 0, "rejected": 0, "retried": 0}
             whole(where)
+
+
+# --- more rounds for a run that has ended -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(), ("evaluate.every=2", "participation=0.7")], ids=["plain", "sparse"])
+@pytest.mark.parametrize("name", ["fedavg", "knfu", "scaffold"])
+def test_a_run_that_goes_on_is_the_run_of_more_rounds(name: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    """Bits, bytes and rows; only the evaluation at the first end is there besides."""
+    whole_run = run(configured(name, tmp_path / "whole", "rounds=5", *words), quiet=True)
+    out = run(configured(name, tmp_path / "more", "rounds=3", *words), quiet=True)
+    resume(out, quiet=True, rounds=5)
+    whole(out) if not words else None
+    one, two = summary_of(whole_run), summary_of(out)
+    assert "went on after round 3" in two["notes"]
+    for key in ("digest", "final", "traffic") if not words else ("digest", "final"):
+        assert one[key] == two[key], key
+    training = ("up_bytes", "down_bytes", "down_unique_bytes", "setup_bytes", "resent_bytes")
+    assert [one["traffic"][key] for key in training] == [two["traffic"][key] for key in training]
+    if not words:
+        same_rows(whole_run, out)
+
+
+def test_a_schedule_over_the_rounds_is_said(tmp_path: Path) -> None:
+    out = run(configured("fedkd", tmp_path / "run", "rounds=1"), quiet=True)
+    resume(out, quiet=True, rounds=2)
+    assert [n for n in summary_of(out)["notes"] if n.startswith("went on")] == [
+        "went on after round 1; the energy kept grows over the rounds, so that this is not the run that 2 rounds at "
+        "once give"
+    ]
+
+
+def test_who_reads_the_number_of_rounds_says_so() -> None:
+    import inspect
+
+    from fedfuse.config import registry
+    from fedfuse.core.strategy import FusionStrategy
+
+    for entry in map(registry.entry, registry.listed()):
+        text = inspect.getsource(inspect.getmodule(entry.server))
+        if "config.rounds" in text or ".span(" in text:
+            assert entry.server.planned is not FusionStrategy.planned, entry.name
+
+
+def test_killed_while_it_is_given_more_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its configuration says so it is the run that it was, and then it is the longer one."""
+    from fedfuse.runs import further
+
+    out = run(configured("fedavg", tmp_path / "run"), quiet=True)
+    before = summary_of(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(further, "replace", lambda *args, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            resume(out, quiet=True, rounds=4)
+    assert not (out / "summary.json").exists()
+    resume(out, quiet=True)
+    whole(out)
+    after = summary_of(out)
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    resume(out, quiet=True, rounds=4)
+    assert summary_of(out)["digest"] == play("fedavg", "rounds=4").digest
+
+
+@pytest.mark.parametrize(
+    ("words", "rounds", "said"),
+    [
+        ((), 1, "was to have 2; allowed is that or more"),
+        (("privacy.epsilon=50", "privacy.delta=0.01"), 4, "privacy.trainings or privacy.noise"),
+    ],
+)
+def test_more_rounds_are_refused_in_words(words: tuple[str, ...], rounds: int, said: str, tmp_path: Path) -> None:
+    out = run(configured("fedavg", tmp_path / "run", *words), quiet=True)
+    with pytest.raises(UserError, match=said):
+        resume(out, quiet=True, rounds=rounds)
+    assert (out / "summary.json").exists()

@@ -210,3 +210,16 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
     assert any(line.startswith("Tuned") and "train.lr" in line for line in notes(runs))
     with pytest.raises(UserError, match="holds a search over"):
         sweep([*words, "train.lr=interval(0.1,0.2)", f"out={straight}"])
+
+
+def test_a_sweep_with_more_rounds_goes_on(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    words = [*SMALL[:-1], "strategy=local,fedavg", f"out={tmp_path / 'more'}"]
+    quiet = Console(quiet=True)
+    sweep([*words, "rounds=1"], console=quiet)
+    sweep([*words, "rounds=2"], console=quiet)
+    sweep([*words[:-1], f"out={tmp_path / 'once'}", "rounds=2"], console=quiet)
+    assert digests(tmp_path / "more") == digests(tmp_path / "once")
+    with pytest.raises(UserError, match="rounds=1"):
+        sweep([*words, "rounds=1"], console=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sqlite3
 from collections import Counter
 from dataclasses import replace
@@ -107,10 +108,10 @@ def test_a_tracker_that_stays_away_is_named(tmp_path: Path, monkeypatch) -> None
     assert load(tmp_path / "run").status == "finished"
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_what_is_not_installed_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "extra"), [("tensorboard", "tracking"), ("mlflow", "tracking"), ("wandb", "wandb")])
+def test_what_is_not_installed_is_refused(name: str, extra: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=rf"tracking={name}: needs .* not installed; pip install 'fedfuse\[tracking\]'"):
+    with pytest.raises(UserError, match=rf"tracking={name}: needs .* not installed; pip install 'fedfuse\[{extra}\]'"):
         play(tmp_path / "run", f"tracking={name}")
     assert not (tmp_path / "run").exists()
 
@@ -149,3 +150,39 @@ def test_mlflow_in_sqlite(tmp_path: Path, monkeypatch) -> None:
     assert [status for _, status in ran] == ["FINISHED"]
     assert Counter(rounded(*row) for row in rows if row[0] not in BYTES) == expected(out)
     assert (params["strategy.name"], params["rounds"]) == ("fedmd", "3")
+
+
+def records(file: Path) -> list[bytes]:
+    """What a `.wandb` file holds: seven bytes, then LevelDB's log of records, in blocks of 32 KiB."""
+    content, found, part, at = file.read_bytes(), [], b"", 7
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        part += content[at + 7 : at + 7 + size]
+        if kind in (1, 4):  # whole, or the last part
+            found.append(part)
+            part = b""
+        at += 7 + size
+    return found
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch) -> None:
+    """Its own file holds every row; nothing is sent."""
+    pytest.importorskip("wandb", reason="wandb is not installed (pip install 'fedfuse[wandb]')")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    out = killed_after(tmp_path / "run", 1, monkeypatch, "tracking=wandb", "tracking.experiment=mine")
+    resume(out, quiet=True)
+    (file,) = (f for f in out.glob("wandb/offline-run-*/run-*.wandb"))
+    rows: Counter = Counter()
+    for one in map(wandb_internal_pb2.Record.FromString, records(file)):
+        if one.HasField("run"):
+            assert one.run.project == "mine"
+        values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in one.history.item}
+        step = int(values.get("_step", one.history.step.num))
+        shown = {key: value for key, value in values.items() if not key.startswith("_") and key not in BYTES}
+        rows.update(rounded(key, step, float(value)) for key, value in shown.items())
+    assert rows == expected(out)

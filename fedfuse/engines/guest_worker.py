@@ -1,0 +1,151 @@
+"""The actor of `fedfuse flower`: it answers lists of messages with a ClientApp, and lets a node that waits wait alone.
+
+A node that sleeps uses no processor, so nothing is gained when others stand behind it. The app therefore works on a
+thread of its own; if that is idle for a while, the actor hands back the answers it has and the messages it has not
+begun, which then go to other actors, and the waiting node's answer is asked for apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import traceback
+from typing import Any
+
+import ray
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedfuse.compat.flower_apps import as_received, load_app
+from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.compat.flower_records import trusted
+from fedfuse.core.threads import single_thread
+from fedfuse.errors import UserError
+
+WINDOW = 0.5  # seconds: a node that computed for less than IDLE of them waits
+IDLE = 0.1
+
+Job = tuple[Any, dict[str, Any], RecordDict | None]  # a message's metadata, its content, its node's state
+Answer = tuple[Any, Any]  # the reply, or why there is none; the node's new state
+
+
+def load(reference: str, directory: str, kind: type) -> Any:
+    """Import a Flower app's component.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it is something else.
+    """
+    try:
+        found = load_app(reference, ImportError, directory)
+    except ImportError as error:
+        raise UserError(f"{reference}: cannot be loaded ({error})") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{reference}: is a {type(found).__name__}; a {kind.__name__} is needed")
+    return found
+
+
+class GuestWorker:
+    """An actor that has loaded a ClientApp once and answers lists of messages with it."""
+
+    def __init__(self, reference: str, directory: str, run_config: dict[str, Any], nodes: int) -> None:
+        single_thread()
+        claim_identity()
+        self.app: ClientApp = load(reference, directory, ClientApp)
+        self.run_config, self.nodes = run_config, nodes
+        self.held: dict[Any, Any] = {}
+        self._jobs: list[Job] = []  # not begun
+        self._answers: list[Answer] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None  # of a node that waits
+
+    def loaded(self) -> None:
+        """Do nothing: who has an answer knows that the app is loaded."""
+
+    def work(self, jobs: list[Job], shared: dict[int, Any], patient: bool) -> tuple[list[Answer], bool]:
+        """Answer messages in the order given.
+
+        Parameters
+        ----------
+        jobs : list
+        shared : dict
+            References to the large records among their content.
+        patient : bool
+            Whether to wait for a node that waits.
+
+        Returns
+        -------
+        list
+            The answers; fewer than messages if a node waits, or one waited already.
+        bool
+            Whether the first message without an answer is begun: `finish` returns its answer.
+        """
+        if self._thread is not None:
+            return [], False
+        self.held = {key: self.held.get(key) for key in shared}
+        missing = [key for key in shared if self.held[key] is None]
+        self.held.update(zip(missing, ray.get([shared[key] for key in missing]), strict=True))
+        self._jobs, self._answers = jobs[::-1], []
+        thread = threading.Thread(target=self._go, daemon=True)
+        thread.start()
+        before, used = 0, time.process_time()
+        while True:
+            thread.join(WINDOW)
+            if not thread.is_alive():
+                return self._answers, False
+            spent = time.process_time() - used
+            with self._lock:
+                done = len(self._answers)
+                if done == before and spent < IDLE * WINDOW and not patient:
+                    self._jobs, self._thread = [], thread
+                    return self._answers[:done], True
+            before, used = done, time.process_time()
+
+    def finish(self) -> tuple[list[Answer], bool]:
+        """Wait for the node that waits, and return its answer as `work` does."""
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        return self._answers[-1:], False
+
+    def _go(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    return
+                job = self._jobs.pop()
+            try:
+                answer = self._answer(*job)
+            except BaseException as error:  # an app that ends its process included: this thread has to answer
+                answer = f"{type(error).__name__}: {error}", None
+            with self._lock:
+                self._answers.append(answer)
+
+    def _answer(self, metadata: Any, content: dict[str, Any], state: RecordDict | None) -> tuple[Any, Any]:
+        records = {name: own(self.held[v] if isinstance(v, int) else v) for name, v in content.items()}
+        message = as_received(metadata, trusted(RecordDict, records))
+        node = metadata.dst_node_id
+        context = Context(
+            run_id=metadata.run_id,
+            node_id=node,
+            node_config={"partition-id": node - 1, "num-partitions": self.nodes},
+            state=state if state is not None else RecordDict(),
+            run_config=dict(self.run_config),
+        )
+        try:
+            reply = self.app(message, context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            return f"{text} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})", None
+        return reply, context.state if len(context.state) else None
+
+
+def own(record: Any) -> Any:
+    """A record that the app may change without changing what other clients see."""
+    values = {k: v if isinstance(v, int | float | str | bytes) else copy.copy(v) for k, v in record.items()}
+    return trusted(type(record), values)
