@@ -33,8 +33,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Answer one message; a new process each time, so everything that must survive is on the site's disk."""
-    return Site(_seat(dict(context.node_config))).handle(message)
+    """Answer one message; a new process each time: what must survive is on the site's disk, or in Flower's memory."""
+    return Site(_seat(dict(context.node_config))).handle(message, context.state)
 
 
 client = SiteApp(answer)

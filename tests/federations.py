@@ -68,7 +68,7 @@ class Played:
 
 @cache
 def _composed(words: tuple[str, ...]) -> Config:
-    distils = any(word.startswith("loss=") for word in words)  # elsewhere a loss would be refused as idle
+    distils = any(word.startswith(("loss=", "secure=")) for word in words)  # elsewhere refused as idle
     return compose([*words, "strategy=fedmd" if distils else "strategy=local"])
 
 

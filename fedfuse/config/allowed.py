@@ -67,6 +67,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "runtime.server_device": lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value) is not None,
     "runtime.address": _nothing,
     "runtime.state_dir": _nothing,
+    "secure.name": frozenset({"off", "on"}).__contains__,
     "tracking.name": frozenset(catalogue.TRACKERS).__contains__,
     "tracking.uri": _nothing,
     "tracking.experiment": _word,

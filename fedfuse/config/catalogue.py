@@ -134,6 +134,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("auto", *MODELS, "custom"),
     "loss": ("default", *LOSSES, "custom"),
     "runtime": RUNTIMES,
+    "secure": ("off", "on"),
     "tracking": TRACKERS,
 }
 

@@ -20,6 +20,7 @@ from fedfuse.config.schema import (
     ModelConfig,
     PartitionConfig,
     RuntimeConfig,
+    SecureConfig,
     TrackingConfig,
 )
 from fedfuse.errors import UserError, nearest
@@ -30,6 +31,7 @@ GROUPS = {
     "model": ModelConfig,
     "loss": LossConfig,
     "runtime": RuntimeConfig,
+    "secure": SecureConfig,
     "tracking": TrackingConfig,
 }
 
@@ -244,6 +246,7 @@ def check(config: Config) -> None:
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
+    at_least |= {"secure.quantization_range": 2, "secure.num_shares": 2}
     at_least |= {"stop.patience": 1, "transfer.size": 0, "transfer.subset": 1}
     for key, low in at_least.items():
         value = _value(config, key)
@@ -274,6 +277,10 @@ def check(config: Config) -> None:
         ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
     ]
     exact = train.precision == "float32" or not privacy.by_example
+    clip, needed = config.secure.clipping_range, config.secure.reconstruction_threshold
+    rules.append(("secure.clipping_range", clip, 0 < clip < float("inf"), "more than 0"))
+    good = 0.5 < needed <= 1 or (needed >= 2 and needed % 1 == 0)
+    rules.append(("secure.reconstruction_threshold", needed, good, "above 0.5 up to 1, or a whole number from 2 on"))
     rules.append(("train.precision", train.precision, exact, "float32 under privacy: its noise is exact there"))
     share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
     rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
@@ -299,6 +306,7 @@ WORDS = {
     "privacy.clipping": ("ghost", "plain"),
     "privacy.level": ("example", "client"),
     "evaluate.moment": ("received", "trained"),
+    "secure.name": ("off", "on"),
 }
 
 

@@ -52,7 +52,7 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 
 
 # naming something of the user's own, or an objective, that then is not what runs: another experiment than was asked for
-REFUSED = ("model.build", "model.extra", "data.load", "loss.", "distil.", "privacy.level")
+REFUSED = ("model.build", "model.extra", "data.load", "loss.", "distil.", "privacy.level", "secure.")
 
 
 def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
@@ -179,6 +179,9 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils", False)),
     "a strategy whose clients train on what they receive": lambda config, sweep: digests(
         registry.entry(config.strategy.name)
+    ),
+    "a strategy that sums records": lambda config, sweep: bool(
+        registry.sums_of(registry.entry(config.strategy.name), config.strategy)
     ),
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
     "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (

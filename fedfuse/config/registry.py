@@ -282,3 +282,12 @@ def hypers(name: str) -> list[Key]:
     for found, field in zip(keys_of(kind := entry(name).hyper), dataclasses.fields(kind), strict=True):
         out.append(found._replace(name=f"strategy.{found.name}", kind=allowed(found.kind, field.metadata)))
     return out
+
+
+def sums_of(entry: Entry, hyper: Any) -> dict[str, str | None]:
+    """The sums of a strategy that is not built: they depend on its class and hyper-parameters alone."""
+    if entry.server.pooled:
+        return {}
+    bare = object.__new__(entry.server)
+    bare.hyper = hyper
+    return dict(bare.sums)

@@ -302,6 +302,30 @@ class PrivacyConfig:
 
 
 @dataclass
+class SecureConfig:
+    """Secure aggregation (`secure=on|off`): of records that a strategy sums, the server learns the sums only."""
+
+    name: str = key("off", "off | on: quantise sums, and mask them in a deployment", only="a strategy that sums records")
+    clipping_range: float = key(8.0, "c, values are clipped to ±c before they are summed", only="secure=on")
+    quantization_range: int = key(4194304, "T, steps from -c to c; clients·T is at most 2³²", only="secure=on")
+    num_shares: int | None = key(
+        None,
+        "clients that hold shares of one's secrets, itself included, made odd; null: all of the round",
+        only="secure=on",
+    )
+    reconstruction_threshold: float = key(
+        0.6,
+        "of these, how many a sum needs: a share of them up to 1, else a number; more than half, and 2 or more",
+        only="secure=on",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether sums are quantised, and masked where clients are sites."""
+        return self.name == "on"
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
@@ -317,6 +341,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secure: SecureConfig = field(default_factory=SecureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     clients: int | None = key(None, "default 10, or what the data says where it comes partitioned")

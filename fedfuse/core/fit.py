@@ -6,6 +6,7 @@ from torch import nn
 
 from fedfuse.core import client_level
 from fedfuse.core.scenario import Scenario
+from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
 from fedfuse.train import privacy
@@ -49,6 +50,8 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         _check_private(strategy, pool)
     if scenario.config.privacy.by_client:
         client_level.check(strategy)
+    if scenario.config.secure.on:
+        check_secure(strategy)
     objective = chosen(scenario.config.loss)  # refuses one that cannot be built
     if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
         raise UserError(

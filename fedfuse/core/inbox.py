@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, MetricRecord
@@ -12,7 +13,8 @@ from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, 
 from fedfuse.core.silence import UNDEFINED, is_undefined
 from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
-from fedfuse.wire.group_sums import CARRIED, Sums, add_up, handed_over, kept_back
+from fedfuse.core.masked_sums import MaskedSums, masked_in
+from fedfuse.wire.group_sums import CARRIED, MASKED, Sums, add_up, fixed_points, handed_over, kept_back
 from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, nbytes, tensors, validate
 from fedfuse.wire.sums import Sum
 
@@ -27,6 +29,8 @@ class Inbox:
     ----------
     inside : bool
         Whether nodes are processes of this run, whose sums of a group are believed; the grid says so.
+    unmask : callable or None
+        `unmask(clients, sum) -> sum`, where nodes mask what is only summed; the grid says so.
     failures : dict
         Clients that raised or timed out (`replies`), invalid replies (`rejected`), second tries (`retried`).
     left_out : list of str
@@ -45,6 +49,8 @@ class Inbox:
 
     def __init__(self, strategy: FusionStrategy, outbox: Outbox) -> None:
         self.strategy, self.outbox, self.inside = strategy, outbox, False
+        self.unmask: Callable[[list[int], Any], Any] | None = None
+        self._masked: MaskedSums | None = None
         self.failures = {"replies": 0, "rejected": 0, "retried": 0}
         self.left_out: list[str] = []
         self.undefined = 0
@@ -68,10 +74,12 @@ class Inbox:
         Raises
         ------
         WorldError
-            If the disk that clients' states lie on is full.
+            If the disk that clients' states lie on is full, or too few clients answered for secure sums.
         """
         outbox, request = self.outbox, self.outbox.request
-        expected = set(outbox.awaited)
+        points = fixed_points(request.said) if request.kind == "train" else {}
+        self._masked = MaskedSums(points) if points and self.unmask is not None else None
+        expected, taken = set(outbox.awaited), list[int]()
         if isinstance(replies, Sequence):  # a grid of Flower's, in no order; ours stream in client order
             replies = sorted(replies, key=outbox.client_of)
         for reply in replies:
@@ -87,15 +95,29 @@ class Inbox:
                 continue
             try:
                 share = self._checked(reply, client, request)
-                sizes = {name: nbytes(content) for name, content in share.records.items()}
+                sizes = {
+                    name: totals[name].nbytes(content) if name in totals else nbytes(content)
+                    for name, content in share.records.items()
+                }
                 add_up(share.records, share.metrics, share.group, totals, sums)
+                if self._masked is not None:
+                    sizes |= self._masked.add(client, masked_in(reply), share.metrics, sums)
             except InvalidArrays as error:
                 self.leave_out(client, str(error), INVALID)
                 continue
             self._take(reply, share, sizes, request, totals)
+            taken.append(client)
             yield share
         for client in sorted(expected):
             self.leave_out(client, "did not answer", FAILED)
+        needed = int(json.loads(str(request.said["secure"]))["threshold"]) if points and taken else 0
+        if len(taken) < needed:
+            why = f": {self.left_out[-1]}" if self.left_out else ""
+            raise WorldError(
+                f"round {request.round}, {request.phase}: {len(taken)} clients answered, a secure sum needs {needed}{why}"
+            )
+        if self._masked is not None and taken and self.unmask is not None:
+            self._masked.hand_over(self.unmask(taken, self._masked.vector), totals)
 
     def _take(
         self, reply: Message, share: Share, sizes: dict[str, int], request: Request, totals: dict[str, Sum]
@@ -126,7 +148,7 @@ class Inbox:
             raise InvalidArrays("a reply needs a config and a metrics record")
         records: Records = {}
         for name, value in arrays_in(content).items():
-            if not name.startswith(CARRIED):
+            if not name.startswith((CARRIED, MASKED)):
                 records["model" if name == "arrays" else name] = tensors(value)
         metrics: dict[str, Any] = dict(entries(measured))
         if request.kind == "evaluate":
@@ -135,6 +157,11 @@ class Inbox:
         else:
             strategy = self.strategy
             summed = set(map(str, config.get("summed.record", []))) if self.inside else set()
+            if self._masked is not None:
+                summed = set(self._masked.points)
+                if bare := sorted(summed & records.keys()):
+                    raise InvalidArrays(f"{bare[0]} came unmasked")
+                self._masked.check(masked_in(reply), strategy, client)
             check_share(
                 type(strategy), strategy.hyper, strategy.workspace, client, request.phase, records, metrics, summed
             )

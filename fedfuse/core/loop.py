@@ -65,6 +65,7 @@ class Federation:
         self.digest_missing: list[int] = []
         self.set_up = False
         strategy.inbox.inside = bool(getattr(grid, "inside", False))
+        strategy.inbox.unmask = getattr(grid, "unmask", None)
 
     @property
     def scenario(self) -> Scenario:
@@ -109,8 +110,18 @@ class Federation:
         strategy, started = self.strategy, time.perf_counter()
         strategy.phase = phase
         messages = strategy.configure_train(round, ArrayRecord(), ConfigRecord(), self.grid)
-        strategy.aggregate_train(round, self.exchange(messages))
+        try:
+            strategy.aggregate_train(round, self.exchange(messages))
+        finally:
+            self._count(round)
         self._time(round, phase, started)
+
+    def _count(self, round: int) -> None:
+        """Count the bytes of a phase's secure sums beside the arrays: keys, shares of secrets."""
+        extra: list[tuple[int, str, str, int]] = getattr(self.grid, "extra", [])
+        for client, direction, record, size in extra:
+            self.strategy.outbox.traffic.beside(self.strategy.outbox.request.label, round, client, direction, record, size)
+        extra.clear()
 
     def _time(self, round: int, what: str, started: float) -> None:
         """Note what a phase took here, and on the way if the grid is a network."""

@@ -32,7 +32,8 @@ from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import INITIAL, ClientStore
-from fedfuse.wire.group_sums import hand_over, keep_back, wanted
+from fedfuse.wire.fixed_point import clipped
+from fedfuse.wire.group_sums import empty_totals, fixed_points, hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.wire.records import (
     Arrays,
@@ -50,7 +51,6 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
-from fedfuse.wire.sums import Sum
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 
@@ -169,7 +169,7 @@ class Node:
         sums = wanted(messages[0])
         if not sums or messages[0].metadata.message_type.startswith("evaluate"):
             return [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
-        totals = {name: Sum() for name in sums}
+        totals = empty_totals(sums, config_in(messages[0].content, "run") or {})
         last: Message | None = None
         replies = []
         for message, cache in zip(messages, caches, strict=True):
@@ -213,6 +213,8 @@ class Node:
         if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
             records, metrics = self._clip(asked, cache, records, metrics)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
+        if asked.kind == "train" and (points := fixed_points(asked.run)):
+            metrics["clipped"] = clipped(records, points)
         metrics["seconds"] = time.perf_counter() - started
         return self._reply(asked, awake.client, records, metrics, answer)
 

@@ -18,6 +18,7 @@ from fedfuse.core.client_level import Noised
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
+from fedfuse.core.secure import plan_of
 from fedfuse.core.shares import Metrics, Records, Share, Shares
 from fedfuse.core.silence import check_declared
 from fedfuse.core.workspace import Workspace
@@ -28,10 +29,9 @@ from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
-from fedfuse.wire.group_sums import asked
+from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
-from fedfuse.wire.sums import Sum
 
 
 class FusionStrategy(Strategy):
@@ -334,7 +334,7 @@ class FusionStrategy(Strategy):
             If no client succeeded, or the algorithm failed.
         """
         sums = dict(self.summed)
-        totals, known = {name: Sum() for name in sums}, len(self.inbox.left_out)
+        totals, known = empty_totals(sums, self.outbox.request.said), len(self.inbox.left_out)
         stream = self.inbox.shares(replies, sums, totals)
         first = next(stream, None)
         if first is None:
@@ -401,7 +401,7 @@ class FusionStrategy(Strategy):
 
     def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
         """Build the messages of this phase, in client order; `extra` reaches the clients' `config`."""
-        in_setup = self.phase in self.setup
+        in_setup, clients = self.phase in self.setup, list(clients)
         order = self.setup if in_setup else self.phases(self.round)
         train = kind == "train"
         request = Request(
@@ -410,12 +410,12 @@ class FusionStrategy(Strategy):
             self.phase,
             label=("setup" if in_setup else "train") if train else "evaluate",
             tag=f"{self.round}.{order.index(self.phase) + 1}" if train else "",
-            said=self._said(asked(self.summed if train else {}), extra),
+            said=self._said(asked(self.summed if train else {}), plan_of(self, clients) if train else {}, extra),
         )
         self.inbox.expect(request)
         return self.outbox.messages(request, clients)
 
-    def _said(self, sums: str, extra: Mapping[str, Any]) -> ConfigRecord:
+    def _said(self, sums: str, secure: Mapping[str, Any], extra: Mapping[str, Any]) -> ConfigRecord:
         """What every message of a phase says alike."""
         values: dict[str, Any] = {
             "run": self.run_id,
@@ -425,6 +425,7 @@ class FusionStrategy(Strategy):
             "pooled": self.pooled,
             "splits": list(self.splits),
             "sums": sums,
+            **({"secure": json.dumps(secure)} if secure else {}),
         }
         hypers = {k: v for k, v in asdict(self.hyper).items() if k != "name"}
         values |= {f"hyper.{k}": v for k, v in hypers.items() if v is not None}

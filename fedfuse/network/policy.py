@@ -41,6 +41,8 @@ class Policy:
         Least number of training examples this site joins with.
     require_dp : bool
         Refuse runs without differential privacy.
+    require_secure : bool
+        Refuse runs without secure aggregation; in a run with it, no summed record leaves unmasked anyway.
     max_epsilon, max_delta, min_noise : float or None
         With differential privacy: ε that this site's data may be spent on, over all runs ever (at `max_delta`);
         largest δ
@@ -61,6 +63,7 @@ class Policy:
     max_runs: int | None = 1000
     min_examples: int = 1
     require_dp: bool = False
+    require_secure: bool = False
     max_epsilon: float | None = None
     max_delta: float | None = None
     min_noise: float | None = None
@@ -93,6 +96,8 @@ class Policy:
                 else "none"
             )
             raise Refused(f"site policy: differential privacy is required, the run has {has}")
+        if self.require_secure and not config.secure.on:
+            raise Refused("site policy: secure aggregation is required, the run has none (secure=on)")
         asked = config.privacy
         if asked.on:
             # a run without an epsilon has no end to its budget; what is really spent is checked with every training
@@ -175,7 +180,7 @@ def policy_from(values: dict[str, Any], where: str) -> Policy:
         elif key in ("max_epsilon", "max_delta", "min_noise"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             good, allowed = value is None or (number and 0 < value < float("inf")), "a number above 0"
-        elif key in ("require_dp", "allow_code"):
+        elif key in ("require_dp", "require_secure", "allow_code"):
             good, allowed = isinstance(value, bool), "true or false"
         else:
             good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)

@@ -17,8 +17,9 @@ from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import WorldError, in_words, one_line
 from fedfuse.network.replies import fault_of
 from fedfuse.network.roster import Roster
+from fedfuse.network.secure_sums import SecureSums, size_of
 from fedfuse.wire.packing import packed, unpacked
-from fedfuse.wire.records import InvalidArrays
+from fedfuse.wire.records import InvalidArrays, config_in
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
 POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
@@ -90,6 +91,8 @@ class RemoteGrid(FusionGrid):
     timed : list
         Of each answer the seconds out (sent, until the client began), at work, and back (answered, until it was here).
         Out and back compare two machines' clocks; their sum needs the server's alone.
+    extra : list
+        Of the messages around a secure sum: client, direction, record, bytes; the loop takes them.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class RemoteGrid(FusionGrid):
         self.examples: dict[int, int] = {}  # client -> training examples, as its node said before the first round
         self._online: dict[int, str] | None = None
         self._looked = 0.0
+        self.extra: list[tuple[int, str, str, int]] = []
+        self._secure: SecureSums | None = None
 
     def say(self, line: str) -> None:
         """Log one line, whatever a node's words in it hold."""
@@ -271,11 +276,15 @@ class RemoteGrid(FusionGrid):
         WorldError
             If too few clients succeeded even when asked a second time.
         """
-        sent = []
+        sent, messages = [], list(messages)
         answered: list[tuple[Sent, Message]] = []
+        self._secured(messages)
         for message in messages:
             client = message.metadata.dst_node_id - 1
-            if client in self.nodes:
+            if self._secure is not None and client in self.nodes and client not in self._secure.records:
+                out = Error(FAILED, "dropped out before the secure sum")
+                answered.append((Sent(message, client, -1), Message(out, reply_to=message)))
+            elif client in self.nodes:
                 sent.append(Sent(message, client, self.nodes[client]))
             else:
                 gone = Error(FAILED, "no node acts as it")
@@ -298,6 +307,44 @@ class RemoteGrid(FusionGrid):
         answered.sort(key=lambda pair: pair[0].client)
         return [self._looked_at(item, reply) for item, reply in answered]
 
+    def _secured(self, messages: list[Message]) -> None:
+        """Have keys and shares of a phase's secure sum exchanged; a client asked once more is in it already."""
+        run: Any = (config_in(messages[0].content, "run") if messages else None) or {}
+        if "secure" not in run:
+            self._secure = None
+            return
+        clients = {message.metadata.dst_node_id - 1 for message in messages} & self.nodes.keys()
+        about, open_ = (run["run"], run["round"], run["phase"]), self._secure
+        if open_ is None or open_.about != about or not clients <= open_.clients:
+            self._secure = None
+            self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run))
+
+    def _ask(self, step: str, told: Mapping[int, dict[str, Any]], run: Any) -> dict[int, Mapping[str, Any]]:
+        """Send one step of a secure sum; who does not answer with a record is left out of what comes back."""
+        sent, answered, found = list[Sent](), list[tuple[Sent, Message]](), dict[int, Mapping[str, Any]]()
+        for client, values in told.items():
+            content = RecordDict({"config": ConfigRecord({"client": client}), "run": ConfigRecord(dict(run))})
+            content["secure"] = ConfigRecord(values)
+            node = self.nodes[client]
+            sent.append(Sent(Message(content, node, f"query.secure_{step}"), client, node))
+            self.extra.append((client, "down", f"secure:{step}", size_of(values)))
+        self._exchange(sent, self.patience.deadline, answered)
+        for item, reply in answered:
+            record = reply.content.config_records.get("secure") if reply.has_content() else None
+            if record is not None and reply.metadata.src_node_id == item.node:
+                found[item.client] = record
+                self.extra.append((item.client, "up", f"secure:{step}", size_of(record)))
+            else:
+                why = reply.error.reason if reply.has_error() else "not an answer"
+                self.say(f"fedfuse: client {item.client}: secure sum, {step}: {why}")
+        return dict(sorted(found.items()))
+
+    def unmask(self, clients: list[int], total: Any) -> Any:
+        """Take the masks off a phase's sum over these clients; see `SecureSums`."""
+        assert self._secure is not None
+        secure, self._secure = self._secure, None
+        return secure.unmask(clients, total)
+
     def _looked_at(self, item: Sent, reply: Message) -> Message:
         if reply.has_error():
             if reply.error.code in OURS:
@@ -318,6 +365,9 @@ class RemoteGrid(FusionGrid):
         content = packed(message.content)
         content["setting"] = self.setting
         metadata = message.metadata
+        client = metadata.dst_node_id - 1
+        if self._secure is not None and client in self._secure.records and metadata.message_type[:5] == "train":
+            content["secure"] = self._secure.records[client]
         return Message(content, node, metadata.message_type, group_id=metadata.group_id)
 
     def _exchange(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:

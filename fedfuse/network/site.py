@@ -27,6 +27,7 @@ from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario
 from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.site_memory import SiteMemory
+from fedfuse.network.site_secrets import PREFIX, STEPS, SiteSecrets, refuse_bare
 from fedfuse.train.allowance import Allowance, limited
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import ClientStore
@@ -45,11 +46,18 @@ class Site:
         self._scenarios: dict[str, tuple[Config, Scenario]] = {}
         single_thread()
 
-    def handle(self, message: Message) -> Message:
-        """Answer one message; whatever is refused becomes an error reply with a named reason."""
+    def handle(self, message: Message, kept: RecordDict | None = None) -> Message:
+        """Answer one message; whatever is refused becomes an error reply with a named reason.
+
+        Parameters
+        ----------
+        message : Message
+        kept : RecordDict, optional
+            Memory between messages that is on no disk; without one there are no secure sums.
+        """
         try:
             with code(self.seat.policy.allow_code):
-                return self._handle(message)
+                return self._handle(message, RecordDict() if kept is None else kept)
         except (Refused, UserError) as error:
             self._refused(message, str(error))
             return self._error(REFUSED, f"refused: {error}", message)
@@ -71,7 +79,7 @@ class Site:
         print(f"fedfuse: {reason}", flush=True)
         return Message(Error(code=code, reason=reason), reply_to=message)
 
-    def _handle(self, message: Message) -> Message:
+    def _handle(self, message: Message, kept: RecordDict) -> Message:
         setting = message.content.config_records.get("setting")
         if setting is None:
             raise Refused("a message without a setting: not from a FedFuse server")
@@ -101,6 +109,15 @@ class Site:
         policy, training = self.seat.policy, not message.metadata.message_type.startswith("evaluate")
         round = about.get("round", 0)
         policy.check_round(round if type(round) is int else -1)
+        held, step = SiteSecrets(kept, int(client)), message.metadata.message_type.removeprefix(PREFIX)
+        told: Any = message.content.config_records.get("secure")
+        if step in STEPS and config.secure.on and told is not None:
+            answer = ConfigRecord(held.answer(step, told))
+            self._note(f"secure {step}", message, run, config, round)
+            return Message(RecordDict({"secure": answer}), reply_to=message)
+        secret = training and config.secure.on and "secure" in about
+        if secret:
+            held.accept(told if told is not None else {})  # before anything is trained
         message.content = unpacked(message.content)
         folder = self.seat.state / run / str(client)
         memory = SiteMemory(folder, self._node(config, scenario, folder))
@@ -114,6 +131,10 @@ class Site:
             print(f"fedfuse: client {client}: {reason}", flush=True)
             self._note("not done", message, run, config, round, reason=reason)
             return reply
+        if secret:
+            reply = Message(held.hide(reply.content, config, about), reply_to=message)
+        elif config.secure.on:
+            refuse_bare(reply.content, config)
         content = packed(reply.content)
         self._note("answered", message, run, config, round, **left(content, reply.content))
         return Message(content, reply_to=message)

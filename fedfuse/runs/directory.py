@@ -24,6 +24,7 @@ from fedfuse.config.files import opened, replaced, synced
 from fedfuse.core import client_level
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import COLUMNS
@@ -304,6 +305,7 @@ class RunDirectory(Callback):
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
                 *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.by_example else ()),
                 *(client_level.notes(strategy) if config.privacy.by_client else ()),
+                *(secure_notes(strategy, self.deployed) if config.secure.on else ()),
             ],
         }
 

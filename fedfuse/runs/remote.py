@@ -230,6 +230,6 @@ def simulated(sites: Path, store: Path, clients: int, data: str | None) -> Clien
         key = (str(sites), client)
         if key not in _hosts:
             _hosts[key] = Site(SiteConfig(client, sites, clients, data, Policy(allow_code=True), store))
-        return _hosts[key].handle(message)
+        return _hosts[key].handle(message, context.state)
 
     return SiteApp(answer)

@@ -15,11 +15,13 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message
 
-from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, nbytes, record, tensors
+from fedfuse.wire.fixed_point import FixedPoint
+from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, record, tensors
 from fedfuse.wire.sums import Sum
 
 Sums = Mapping[str, str | None]  # record -> metric that weighs it (None: 1, and 0 for who has no examples)
 CARRIED = "sum:"
+MASKED = "masked:"  # before the name of a record that left its client masked
 
 
 def asked(sums: Sums) -> str:
@@ -31,6 +33,18 @@ def wanted(message: Message) -> dict[str, str | None]:
     """The sums that a message asks its group for."""
     run: Mapping[str, Any] = config_in(message.content, "run") or {}
     return json.loads(str(run.get("sums", "{}")))
+
+
+def fixed_points(run: Mapping[str, Any]) -> dict[str, FixedPoint]:
+    """The records that a phase sums in whole numbers, by what its messages say (`secure=on`)."""
+    plan: dict[str, Any] = json.loads(str(run.get("secure", "{}")))
+    return {name: FixedPoint(plan["clip"], plan["levels"], w) for name, w in plan.get("heaviest", {}).items()}
+
+
+def empty_totals(sums: Sums, run: Mapping[str, Any]) -> dict[str, Sum]:
+    """A sum of each record, before anything was added."""
+    points = fixed_points(run)
+    return {name: Sum(points.get(name)) for name in sums}
 
 
 def keep_back(reply: Message, records: Mapping[str, Arrays], totals: Mapping[str, Sum], sums: Sums) -> None:
@@ -48,7 +62,7 @@ def keep_back(reply: Message, records: Mapping[str, Arrays], totals: Mapping[str
         if name in records:
             total.add(0, records[name], weight_of(sums[name], metrics))
             names.append(name)
-            sizes.append(nbytes(records[name]))
+            sizes.append(total.nbytes(records[name]))
             del entries(content)["arrays" if name == "model" else name]
     if names:
         config["summed.record"], config["summed.bytes"] = names, sizes

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of
+from fedfuse.wire.fixed_point import BITS, FixedPoint
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of, nbytes
 
 GROUP = 8  # clients summed together, in one actor where there are actors
 
@@ -19,9 +20,15 @@ class Sum:
     """Σ wᵢ·xᵢ and Σ wᵢ of one record over a cohort, holding one group and the groups before it, added up.
 
     Clients and groups must come in order: they do, since replies are streamed in client order.
+
+    Parameters
+    ----------
+    fixed : FixedPoint or None
+        Sum whole numbers of its steps (secure aggregation): groups then hold these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: FixedPoint | None = None) -> None:
+        self.fixed = fixed
         self.dtypes: dict[str, torch.dtype] = {}
         self._layout: Layout = {}
         self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
@@ -40,17 +47,27 @@ class Sum:
         self.check(arrays, weight)
         if group != self._group:
             self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
-            self._current = {name: value.to(torch.float64, copy=True).mul_(weight) for name, value in arrays.items()}
+            self._current = {name: self._scaled(value, weight) for name, value in arrays.items()}
             self._weight = weight
             return
         for name, value in arrays.items():
-            _add_scaled(self._current[name], value, weight)
+            if self.fixed is not None:
+                self._current[name].add_(self._scaled(value, weight))
+            else:
+                _add_scaled(self._current[name], value, weight)
         self._weight += weight
+
+    def _scaled(self, value: torch.Tensor, weight: float) -> torch.Tensor:
+        if self.fixed is not None:
+            return self.fixed.quantised(value, weight)
+        return value.to(torch.float64, copy=True).mul_(weight)
 
     def check(self, arrays: Arrays, weight: float) -> None:
         """Refuse what cannot be added: an addition would broadcast other shapes without a word."""
         if not 0 <= weight < math.inf:
             raise InvalidArrays(f"weight {weight}; at least 0 is needed")
+        if self.fixed is not None:
+            self.fixed.check(weight)
         layout = layout_of(arrays)
         if self._layout and layout != self._layout:
             raise InvalidArrays("arrays to be summed differ from those of the clients before in name, shape or dtype")
@@ -85,7 +102,16 @@ class Sum:
     def total(self) -> tuple[Arrays, float]:
         """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
         self._close()
+        if self.fixed is not None:
+            steps = {name: self.fixed.step(self.dtypes[name]) for name in self._total}
+            return {name: value * steps[name] for name, value in self._total.items()}, self._weights
         return self._total, self._weights
+
+    def nbytes(self, arrays: Arrays) -> int:
+        """A client's payload as it travels."""
+        if self.fixed is not None:
+            return sum(value.numel() for value in arrays.values()) * (BITS // 8)
+        return nbytes(arrays)
 
     def mean(self) -> Arrays:
         """Divide once and cast once; integer buffers keep their dtype, rounded.

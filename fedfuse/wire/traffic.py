@@ -82,6 +82,10 @@ class Traffic:
         """Charge one record of a reply."""
         self._row(round, client, "up", message, record, size)
 
+    def beside(self, message: str, round: int, client: int, direction: str, record: str, size: int) -> None:
+        """Charge what is no array and needed all the same, as the keys and shares of secure sums."""
+        self._row(round, client, direction, message, record, size)
+
     def resent(self, round: int, client: int, parcels: Iterable[Parcel]) -> None:
         """Charge a message that had to be sent again."""
         for parcel in parcels:

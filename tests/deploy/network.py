@@ -42,6 +42,7 @@ class Network(Grid):
         self.before: Callable[[Message], bool] = lambda message: True
         self.replies: dict[str, Message] = {}
         self.log: list[str] = []
+        self.memories = {node: RecordDict() for node in self.seats}  # what a SuperNode keeps until it ends
         self.packed: set[str] = set()  # records that came as one array
         self._ids = itertools.count()
 
@@ -76,7 +77,8 @@ class Network(Grid):
             self.log.append(f"{message.metadata.message_type}>{message.metadata.dst_node_id}")
             if not self.before(message):
                 continue
-            reply = Site(self.seats[message.metadata.dst_node_id]).handle(message)
+            node = message.metadata.dst_node_id
+            reply = Site(self.seats[node]).handle(message, self.memories[node])
             if reply.has_content():  # what a test changes is plain; nodes may send it so
                 self.packed |= {name for name, value in reply.content.items() if set(value) == {PACKED}}
                 reply.content = unpacked(reply.content)

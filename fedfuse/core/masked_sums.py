@@ -1,0 +1,115 @@
+"""What clients sent masked, added up as it comes: the server holds one running sum and no client's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedfuse.errors import WorldError
+from fedfuse.wire.fixed_point import FixedPoint
+from fedfuse.wire.group_sums import MASKED, Sums, weight_of
+from fedfuse.wire.records import Arrays, InvalidArrays, Layout, arrays_in, layout_of, tensors, validate
+from fedfuse.wire.sums import Sum
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+    from fedfuse.core.strategy import FusionStrategy
+
+Records = Mapping[str, Arrays]
+
+
+def masked(records: Records) -> tuple[np.ndarray, list[tuple[str, str, tuple[int, ...]]]]:
+    """Records' whole numbers modulo 2³² in one vector, and where each array lies in it: record, array, shape."""
+    places = [(name, key, tuple(records[name][key].shape)) for name in sorted(records) for key in sorted(records[name])]
+    pieces = [records[name][key].reshape(-1).to(torch.int64).numpy() for name, key, _ in places]
+    return (np.concatenate(pieces) if pieces else np.zeros(0, np.int64)).astype(np.uint32), places
+
+
+def placed(vector: np.ndarray, places: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Arrays]:
+    """Undo `masked`; as signed numbers of 32 bits, which is what they are modulo 2³²."""
+    out, start, signed = {}, 0, torch.from_numpy(vector.view(np.int32))  # type: dict[str, Arrays], int, torch.Tensor
+    for name, key, shape in places:
+        size = int(np.prod(shape, dtype=np.int64))
+        out.setdefault(name, {})[key] = signed[start : start + size].reshape(shape)
+        start += size
+    return out
+
+
+class MaskedSums:
+    """The sum modulo 2³² of what the clients of a phase sent masked.
+
+    Parameters
+    ----------
+    points : dict of str to FixedPoint
+        The records that are masked.
+    """
+
+    def __init__(self, points: Mapping[str, FixedPoint]) -> None:
+        self.points = points
+        self.vector = np.zeros(0, np.uint32)
+        self._layouts: dict[str, Layout] = {}
+        self._places: list[Any] = []
+        self._weights = dict.fromkeys(points, 0.0)
+        self._clients = 0
+
+    def check(self, records: Records, strategy: FusionStrategy, client: int) -> None:
+        """Refuse a reply whose masked records are not laid out as its strategy declares: names, shapes, dtypes.
+
+        Raises
+        ------
+        InvalidArrays
+            Naming the record and what is wrong.
+        """
+        if missing := sorted(self.points.keys() ^ records.keys()):
+            raise InvalidArrays(f"masked record {missing[0]} is missing or was not asked for")
+        phase = strategy.phase
+        specs = strategy.records if phase == "train" else getattr(strategy, f"records_{phase}", {})
+        scope = strategy.workspace.scope(client, strategy.hyper)
+        for name, arrays in records.items():
+            spec = specs[name]
+            layout = None if spec is None else {f"{dtype}:{key}": ("int32", s) for key, (dtype, s) in spec(scope).items()}
+            validate(name, arrays, layout)
+            if layout_of(arrays) != self._layouts.get(name, layout_of(arrays)) or any(
+                dtype != "int32" or not isinstance(getattr(torch, key.partition(":")[0], None), torch.dtype)
+                for key, (dtype, _) in layout_of(arrays).items()
+            ):
+                raise InvalidArrays(f"masked {name} differs from what the clients before sent in name, shape or dtype")
+
+    def add(self, client: int, records: Records, metrics: Mapping[str, Any], sums: Sums) -> dict[str, int]:
+        """Add a checked reply, and say how many bytes each record had."""
+        weights = {name: weight_of(sums[name], metrics) for name in records}
+        for name, weight in weights.items():
+            self.points[name].check(weight)
+        self._layouts = {name: layout_of(arrays) for name, arrays in records.items()}
+        vector, self._places = masked(records)
+        self.vector = self.vector + vector if self._clients else vector
+        self._clients += 1
+        for name, weight in weights.items():
+            self._weights[name] += weight
+        return {name: sum(value.numel() * 4 for value in arrays.values()) for name, arrays in records.items()}
+
+    def hand_over(self, vector: np.ndarray, totals: Mapping[str, Sum]) -> None:
+        """Put the unmasked sum where the strategy finds it.
+
+        Raises
+        ------
+        WorldError
+            If it is larger than its clients' numbers can add up to: some client's masks were not what it said.
+        """
+        for name, arrays in placed(vector, self._places).items():
+            parts = {key.partition(":")[2]: value.to(torch.float64) for key, value in arrays.items()}
+            most = self._clients * (self.points[name].levels // 2 + 1)
+            if any(bool((value.abs() > most).any()) for value in parts.values()):
+                raise WorldError(f"{name}: the masks of {self._clients} clients do not cancel")
+            dtypes = {key.partition(":")[2]: key.partition(":")[0] for key in arrays}
+            totals[name].add_group(0, parts, self._weights[name], dtypes)
+
+
+def masked_in(reply: Message) -> dict[str, Arrays]:
+    """A reply's masked records."""
+    found = arrays_in(reply.content)
+    return {name.removeprefix(MASKED): tensors(value) for name, value in found.items() if name.startswith(MASKED)}

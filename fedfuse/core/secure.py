@@ -1,0 +1,80 @@
+"""`secure=on`: of which records the server gets sums only, how these are quantised, and how many clients they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.config.schema import SecureConfig
+from fedfuse.errors import UserError
+from fedfuse.wire.fixed_point import BITS
+
+if TYPE_CHECKING:
+    from fedfuse.core.strategy import FusionStrategy
+
+EXAMPLES = "num-examples"
+
+
+def shared_in(strategy: FusionStrategy, phase: str) -> list[str]:
+    """Records that clients share in a phase."""
+    return sorted(strategy.records if phase == "train" else getattr(strategy, f"records_{phase}", {}))
+
+
+def parties(config: SecureConfig, cohort: int) -> tuple[int, int]:
+    """Neighbours that a client shares secrets with, itself included, and how many of them give a secret back."""
+    shares = cohort if config.num_shares is None else min(cohort, config.num_shares | 1)  # as many on either side
+    asked = config.reconstruction_threshold
+    return shares, max(2, math.ceil(round(asked * shares, 9)) if asked <= 1 else int(asked))
+
+
+def plan_of(strategy: FusionStrategy, clients: Collection[int]) -> dict[str, Any]:
+    """What a phase's messages say of its secure sums; nothing if there are none."""
+    config, scenario = strategy.scenario.config.secure, strategy.scenario
+    names = [name for name in shared_in(strategy, strategy.phase) if name in strategy.sums]
+    if not config.on or not names:
+        return {}
+    shares, threshold = parties(config, len(clients))
+    most = max(1, *(scenario.examples(client) for client in range(scenario.clients)))
+    heaviest = {name: float(most if strategy.sums[name] == EXAMPLES else 1) for name in names}
+    about = {"clip": config.clipping_range, "levels": config.quantization_range, "heaviest": heaviest}
+    return {**about, "shares": shares, "threshold": threshold}
+
+
+def check_secure(strategy: FusionStrategy) -> None:
+    """Refuse what secure sums cannot be had with.
+
+    Raises
+    ------
+    UserError
+        Naming the key and what is allowed.
+    """
+    config, scenario = strategy.scenario.config.secure, strategy.scenario
+    if not strategy.sums or strategy.pooled:
+        raise UserError(f"secure=on: strategy={strategy.name} sums no records; allowed is off")
+    for name, weight in strategy.sums.items():
+        if weight not in (None, EXAMPLES):
+            raise UserError(f"secure=on: {name} is weighed by {weight}, whose largest value nobody knows")
+    cohort = scenario.cohort_size
+    shares, threshold = parties(config, cohort)
+    asked = f"secure.reconstruction_threshold={config.reconstruction_threshold:g}"
+    if threshold > shares:
+        raise UserError(f"{asked}: {threshold} of {shares} clients; a round has {cohort} (clients, participation)")
+    if 2 * threshold <= shares:
+        raise UserError(f"{asked}: {threshold} of {shares} clients; allowed is more than half of them")
+    if scenario.clients * config.quantization_range > 2**BITS:
+        raise UserError(f"secure.quantization_range={config.quantization_range}: with {scenario.clients} clients "
+                        f"allowed is at most {2**BITS // scenario.clients}")  # fmt: skip
+
+
+def secure_notes(strategy: FusionStrategy, deployed: bool) -> list[str]:
+    """What a secure run says of itself."""
+    config, phases = strategy.scenario.config.secure, (*strategy.setup, *strategy.phases(1))
+    least = parties(config, strategy.scenario.cohort_size)[1]
+    summed = ", ".join(sorted(strategy.sums))
+    seen = sorted({name for phase in phases for name in shared_in(strategy, phase)} - set(strategy.sums))
+    how = f"of {summed} the server got sums over a round's clients, {least} at least, and nothing else"
+    said = [f"secure: {how if deployed else f'{summed} quantised as in a deployment, where masks hide all but sums'}"]
+    if seen:
+        said.append(f"secure: these records are still seen by the server: {', '.join(seen)}")
+    return said

@@ -1,0 +1,119 @@
+"""The server's side of secure sums: keys, shares and unmasking, as messages around a phase's own (`wire.masks`).
+
+It keeps of every client the two public keys, shares that others encrypted for others, and what unmasks a sum. A client
+that is missing from any step is a dropout; a sum needs the threshold.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord
+
+from fedfuse.errors import WorldError, one_line
+from fedfuse.wire.masks import neighbourhoods, unmasked
+
+Answers = dict[int, Mapping[str, Any]]  # by client
+Ask = Callable[[str, Mapping[int, dict[str, Any]]], Answers]
+LONGEST = 4096  # bytes of a key, or of an encrypted pair of shares
+
+
+class SecureSums:
+    """One phase's secure sum.
+
+    Parameters
+    ----------
+    run : mapping
+        What every message of the phase says; its `secure` is the plan.
+    clients : collection of int
+        Who is asked.
+    ask : callable
+        `ask(step, {client: what it is told}) -> {client: what it answers}`, without those who do not.
+
+    Attributes
+    ----------
+    records : dict of int to ConfigRecord
+        What goes with the phase's own message to each client that takes part.
+
+    Raises
+    ------
+    WorldError
+        If fewer clients than the threshold take part.
+    """
+
+    def __init__(self, run: Mapping[str, Any], clients: Collection[int], ask: Ask) -> None:
+        plan = json.loads(str(run["secure"]))
+        self.about = (run["run"], run["round"], run["phase"])
+        self.session, self.threshold, self._ask = secrets.token_hex(16), int(plan["threshold"]), ask
+        self.clients = set(clients)
+        told: dict[str, Any] = {"session": self.session, "threshold": self.threshold}
+        around = neighbourhoods(sorted(clients), int(plan["shares"]))
+        found = ask("keys", {client: told for client in sorted(clients)})
+        self._public = {i: answer["public"] for i, answer in found.items() if _lists(answer, "public", bytes, 2)}
+        self._enough(self._public, "sent keys")
+        peers = {i: sorted(around[i] & self._public.keys()) for i in sorted(self._public)}
+        spread = {
+            i: {**told, "peers": near, "public": [key for j in near for key in self._public[j]]}
+            for i, near in peers.items()
+        }
+        sealed: dict[int, dict[int, bytes]] = {}
+        for i, answer in ask("shares", spread).items():
+            if _lists(answer, "sealed", bytes, len(peers[i]) - 1):
+                sealed[i] = dict(zip([j for j in peers[i] if j != i], answer["sealed"], strict=True))
+        self._enough(sealed, "shared their secrets")
+        self.neighbours = {i: set(peers[i]) & sealed.keys() for i in sealed}
+        self.records = {}
+        for i in sealed:
+            others = sorted(self.neighbours[i] - {i})
+            self.records[i] = ConfigRecord({**told, "from": others, "sealed": [sealed[j][i] for j in others]})
+
+    def _enough(self, those: Collection[int], did: str) -> None:
+        if len(those) < self.threshold:
+            raise WorldError(
+                f"round {self.about[1]}, {self.about[2]}: {len(those)} of {len(self.clients)} clients {did}, "
+                f"a secure sum needs {self.threshold}"
+            )
+
+    def unmask(self, active: Collection[int], total: np.ndarray) -> np.ndarray:
+        """The sum of what the active clients sent, without their masks.
+
+        Raises
+        ------
+        WorldError
+            If too few clients give their shares, or the shares do not fit.
+        """
+        active, asked = set(active), dict[int, dict[str, Any]]()
+        for i in sorted(active):
+            near = self.neighbours[i]
+            asked[i] = {"session": self.session, "active": sorted(near & active), "gone": sorted(near - active)}
+        shares: dict[int, list[bytes]] = {}
+        for i, answer in self._ask("unmask", asked).items():
+            whose = asked[i]["active"] + asked[i]["gone"]
+            if _lists(answer, "shares", bytes, len(whose)):
+                for j, part in zip(whose, answer["shares"], strict=True):
+                    shares.setdefault(j, []).append(part)
+        public = {i: keys[0] for i, keys in self._public.items()}
+        try:
+            return unmasked(total, active, self.neighbours, public, shares, self.threshold)
+        except ValueError as error:
+            raise WorldError(f"round {self.about[1]}, {self.about[2]}: no secure sum: {one_line(error)}") from error
+
+
+def size_of(values: Mapping[str, Any]) -> int:
+    """Bytes of what a step says: keys, shares and texts as they are, eight a number."""
+    total = 0
+    for value in values.values():
+        for item in value if isinstance(value, list) else [value]:
+            total += len(item) if isinstance(item, str | bytes) else 8
+    return total
+
+
+def _lists(answer: Mapping[str, Any], name: str, kind: type, count: int) -> bool:
+    """Whether an answer is a list of so many, and nothing is too long."""
+    value = answer.get(name)
+    good = isinstance(value, list) and len(value) == count
+    return good and all(type(item) is kind and len(item) <= LONGEST for item in value)  # type: ignore[union-attr]

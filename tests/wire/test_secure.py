@@ -1,0 +1,164 @@
+"""Sums in whole numbers, and masks that cancel in them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedfuse.errors import Refused
+from fedfuse.wire import masks
+from fedfuse.wire.fixed_point import FixedPoint, clipped
+from fedfuse.wire.records import InvalidArrays
+from fedfuse.wire.sums import Sum
+
+
+def test_the_quantised_sum_in_closed_form() -> None:
+    point = FixedPoint(clip=2.0, levels=8, heaviest=4.0)  # a step of Σ w·x is 2·2·4/8 = 2
+    values = {1: [0.5, -3.0, 1.9], 4: [1.0, 1.0, -0.25], 3: [0.0, 9.0, 0.7]}
+    total = Sum(point)
+    for group, (weight, x) in enumerate(values.items()):
+        total.add(group, {"x": torch.tensor(x, dtype=torch.float64)}, weight)
+    #            1·(.5, -2, 1.9)/2            4·(1, 1, -.25)/2        3·(0, 2, .7)/2
+    by_hand = np.array([0, -1, 1]) + np.array([2, 2, 0]) + np.array([0, 3, 1])  # halves to even
+    found, weights = total.total()
+    assert found["x"].tolist() == (2.0 * by_hand).tolist()
+    assert weights == 8
+    assert total.mean()["x"].tolist() == (2.0 * by_hand / 8).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fine_sum_is_within_half_a_step_a_client_and_the_same_in_any_order(dtype: torch.dtype) -> None:
+    point = FixedPoint(8.0, 2**22, 50.0)
+    draw = torch.Generator().manual_seed(0)
+    xs, weights = [torch.randn(100, generator=draw).to(dtype) for _ in range(4)], [50.0, 3.0, 0.0, 17.0]
+    exact = sum(w * x.double() for w, x in zip(weights, xs, strict=True))
+    found = set()
+    for order in itertools.permutations(range(4)):
+        total = Sum(point)
+        for place, i in enumerate(order):
+            total.add(place // 2, {"x": xs[i]}, weights[i])
+        value = total.total()[0]["x"]
+        found.add(value.numpy().tobytes())
+        assert (value - exact).abs().max() <= 4 * point.step(dtype) / 2
+    assert len(found) == 1
+
+
+def test_counters_are_summed_beyond_the_clipping_range_and_what_is_clipped_is_counted() -> None:
+    point = FixedPoint(8.0, 2**22, 2.0)
+    arrays = {"n": torch.tensor([1000]), "x": torch.tensor([9.0, 1.0, -8.5])}
+    total = Sum(point)
+    total.add(0, arrays, 2.0)
+    total.add(0, {"n": torch.tensor([2000]), "x": torch.zeros(3)}, 1.0)
+    assert total.mean()["n"].tolist() == [1333]
+    assert clipped({"m": arrays}, {"m": point}) == 0.5
+    assert total.nbytes(arrays) == 16
+
+
+def test_what_would_wrap_around_is_refused() -> None:
+    total = Sum(FixedPoint(8.0, 2**22, 10.0))
+    with pytest.raises(InvalidArrays, match="weight 11"):
+        total.add(0, {"x": torch.zeros(1)}, 11.0)
+    with pytest.raises(InvalidArrays, match="not finite"):
+        total.add(0, {"x": torch.tensor([float("nan")])}, 1.0)
+
+
+class Phase:
+    """One phase's protocol, without messages."""
+
+    def __init__(self, clients: list[int], shares: int, threshold: int, silent: tuple[int, ...] = ()) -> None:
+        self.threshold = threshold
+        self.own = {i: masks.keys("s") for i in clients}
+        public = {i: tuple(own["public"]) for i, own in self.own.items()}
+        around = masks.neighbourhoods(clients, shares)
+        sealed = {i: masks.share(self.own[i], i, {j: public[j] for j in around[i]}, threshold) for i in clients}
+        for i in silent:
+            del sealed[i]
+        self.members = {i: around[i] & sealed.keys() for i in sealed}
+        self.public = {i: pair[0] for i, pair in public.items()}
+        for i, near in self.members.items():
+            masks.accept(self.own[i], i, {j: sealed[j][i] for j in near if j != i})
+
+    def total(self, values: dict[int, np.ndarray], deaf: tuple[int, ...] = ()) -> np.ndarray:
+        sent = {i: masks.mask(self.own[i], i, v) for i, v in values.items()}
+        self.sent, shares = sent, dict[int, list[bytes]]()
+        for i in sent.keys() - set(deaf):
+            near = self.members[i]
+            for j, part in masks.reveal(self.own[i], near & sent.keys(), near - sent.keys()).items():
+                shares.setdefault(j, []).append(part)
+        total = sum(sent.values(), np.zeros(len(next(iter(values.values()))), np.uint32))
+        return masks.unmasked(total, sent.keys(), self.members, self.public, shares, self.threshold)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_masks_cancel_whoever_drops_out_whenever(data: st.DataObject) -> None:
+    clients = data.draw(st.lists(st.integers(0, 99), min_size=3, max_size=6, unique=True))
+    n = len(clients)
+    threshold = n // 2 + 1
+    gone = data.draw(st.lists(st.sampled_from(clients), max_size=n - threshold, unique=True))
+    cut, deaf = sorted((data.draw(st.integers(0, len(gone))), data.draw(st.integers(0, len(gone)))))
+    phase = Phase(clients, n, threshold, silent=tuple(gone[:cut]))
+    length = data.draw(st.integers(1, 50))
+    draw = np.random.default_rng(data.draw(st.integers(0, 9)))
+    left = [i for i in clients if i not in gone[:deaf]]
+    values = {i: draw.integers(0, 2**32, length, dtype=np.uint32) for i in left}
+    found = phase.total(values, deaf=tuple(gone[deaf:]))
+    assert (found == sum(values.values(), np.zeros(length, np.uint32))).all()
+    assert all((phase.sent[i] != values[i]).mean() > 0.5 or length < 4 for i in left)
+
+
+def test_few_neighbours_are_enough() -> None:
+    phase = Phase(list(range(8)), 5, 3)
+    assert {len(near) for near in phase.members.values()} == {5}
+    values = {i: np.full(9, i, np.uint32) for i in range(8) if i != 4}
+    assert phase.total(values).tolist() == [24] * 9
+
+
+def test_too_few_shares_are_named() -> None:
+    phase = Phase([0, 1, 2], 3, 2)
+    with pytest.raises(ValueError, match="1 shares of client 0's mask; 2 are needed"):
+        phase.total({i: np.ones(3, np.uint32) for i in range(3)}, deaf=(0, 2))
+
+
+def refused(do: object) -> str:
+    with pytest.raises(Refused) as caught:
+        do()  # type: ignore[operator]
+    return str(caught.value)
+
+
+def test_a_client_gives_no_more_than_a_sum() -> None:
+    phase = Phase([0, 1, 2, 3], 4, 3)
+    own, values = phase.own[0], np.ones(3, np.uint32)
+    assert "out of turn" in refused(lambda: masks.reveal(own, [0, 1, 2, 3], []))
+    first = masks.mask(own, 0, values)
+    assert (masks.mask(own, 0, values) == first).all()  # a repeated message: the same bytes
+    assert "others than before" in refused(lambda: masks.mask(own, 0, values + np.uint32(1)))
+    assert "threshold is 3" in refused(lambda: masks.reveal(dict(own), [0, 1], [2, 3]))
+    assert "threshold is 3" in refused(lambda: masks.reveal(dict(own), [0], [1, 2, 3]))
+    assert "unmask" in refused(lambda: masks.reveal(dict(own), [0, 1, 2, 3], [3]))
+    masks.reveal(own, [0, 1, 2], [3])
+    masks.reveal(own, [0, 1, 2], [3])
+    assert "of others than before" in refused(lambda: masks.reveal(own, [0, 1, 3], [2]))
+    assert "of others than before" in refused(lambda: masks.reveal(own, [0, 1, 2, 3], []))
+
+
+@pytest.mark.parametrize(("count", "threshold"), [(1, 1), (1, 2), (3, 4), (4, 2)])
+def test_groups_that_would_hide_nothing_are_refused_by_the_client(count: int, threshold: int) -> None:
+    pairs = [masks.keys("s") for _ in range(count)]
+    peers = {i: tuple(own["public"]) for i, own in enumerate(pairs)}
+    assert "threshold" in refused(lambda: masks.share(pairs[0], 0, peers, threshold))  # type: ignore[arg-type]
+
+
+def test_false_keys_and_false_shares_are_refused() -> None:
+    pairs = [masks.keys("s") for _ in range(3)]
+    peers = {i: tuple(own["public"]) for i, own in enumerate(pairs)}
+    assert "two share" in refused(lambda: masks.share(dict(pairs[0]), 0, {**peers, 2: peers[1]}, 2))  # type: ignore
+    assert "not this client's" in refused(lambda: masks.share(dict(pairs[0]), 0, {**peers, 0: peers[1]}, 2))  # type: ignore
+    sealed = {i: masks.share(pairs[i], i, peers, 2) for i in range(3)}  # type: ignore[arg-type]
+    assert "cannot be opened" in refused(lambda: masks.accept(dict(pairs[0]), 0, {1: sealed[2][0], 2: sealed[2][0]}))
+    assert "threshold is 2" in refused(lambda: masks.accept(dict(pairs[0]), 0, {}))
