@@ -305,7 +305,9 @@ class PrivacyConfig:
 class SecureConfig:
     """Secure aggregation (`secure=on|off`): of records that a strategy sums, the server learns the sums only."""
 
-    name: str = key("off", "off | on: quantise sums, and mask them in a deployment", only="a strategy that sums records")
+    name: str = key(
+        "off", "off | on: quantise sums, and mask them in a deployment", only="a strategy that sums records"
+    )
     clipping_range: float = key(8.0, "c, values are clipped to ±c before they are summed", only="secure=on")
     quantization_range: int = key(4194304, "T, steps from -c to c; clients·T is at most 2³²", only="secure=on")
     num_shares: int | None = key(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, MetricRecord
 
+from fedfuse.core.masked_sums import MaskedSums, masked_in
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.shares import FAILED, FULL, INVALID, Metrics, Records, Share, check_share
 from fedfuse.core.silence import UNDEFINED, is_undefined
 from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
-from fedfuse.core.masked_sums import MaskedSums, masked_in
 from fedfuse.wire.group_sums import CARRIED, MASKED, Sums, add_up, fixed_points, handed_over, kept_back
 from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, nbytes, tensors, validate
 from fedfuse.wire.sums import Sum

@@ -120,7 +120,9 @@ class Federation:
         """Count the bytes of a phase's secure sums beside the arrays: keys, shares of secrets."""
         extra: list[tuple[int, str, str, int]] = getattr(self.grid, "extra", [])
         for client, direction, record, size in extra:
-            self.strategy.outbox.traffic.beside(self.strategy.outbox.request.label, round, client, direction, record, size)
+            self.strategy.outbox.traffic.beside(
+                self.strategy.outbox.request.label, round, client, direction, record, size
+            )
         extra.clear()
 
     def _time(self, round: int, what: str, started: float) -> None:

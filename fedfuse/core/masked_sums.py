@@ -71,7 +71,9 @@ class MaskedSums:
         scope = strategy.workspace.scope(client, strategy.hyper)
         for name, arrays in records.items():
             spec = specs[name]
-            layout = None if spec is None else {f"{dtype}:{key}": ("int32", s) for key, (dtype, s) in spec(scope).items()}
+            layout = (
+                None if spec is None else {f"{dtype}:{key}": ("int32", s) for key, (dtype, s) in spec(scope).items()}
+            )
             validate(name, arrays, layout)
             if layout_of(arrays) != self._layouts.get(name, layout_of(arrays)) or any(
                 dtype != "int32" or not isinstance(getattr(torch, key.partition(":")[0], None), torch.dtype)

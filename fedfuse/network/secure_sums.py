@@ -52,7 +52,7 @@ class SecureSums:
         self.clients = set(clients)
         told: dict[str, Any] = {"session": self.session, "threshold": self.threshold}
         around = neighbourhoods(sorted(clients), int(plan["shares"]))
-        found = ask("keys", {client: told for client in sorted(clients)})
+        found = ask("keys", dict.fromkeys(sorted(clients), told))
         self._public = {i: answer["public"] for i, answer in found.items() if _lists(answer, "public", bytes, 2)}
         self._enough(self._public, "sent keys")
         peers = {i: sorted(around[i] & self._public.keys()) for i in sorted(self._public)}

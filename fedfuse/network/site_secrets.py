@@ -84,16 +84,23 @@ class SiteSecrets:
         """
         sums = registry.sums_of(registry.entry(config.strategy.name), config.strategy)
         plain = {name: "arrays" if name == "model" else name for name in sums}
-        records = {name: tensors(content.array_records[at]) for name, at in plain.items() if at in content.array_records}
+        records = {
+            name: tensors(content.array_records[at]) for name, at in plain.items() if at in content.array_records
+        }
         points = fixed_points(run)
         if records.keys() != points.keys():
             raise Refused(f"secure: the server sums {', '.join(points) or 'nothing'}, this client {', '.join(records)}")
-        if any((p.clip, p.levels) != (config.secure.clipping_range, config.secure.quantization_range) for p in points.values()):
+        if any(
+            (p.clip, p.levels) != (config.secure.clipping_range, config.secure.quantization_range)
+            for p in points.values()
+        ):
             raise Refused("secure: the server quantises otherwise than the run's configuration says")
         metrics: Any = content.metric_records["metrics"]
         numbers = {
             name: {
-                f"{str(value.dtype).removeprefix('torch.')}:{key}": points[name].quantised(value, weight_of(sums[name], metrics))
+                f"{str(value.dtype).removeprefix('torch.')}:{key}": points[name].quantised(
+                    value, weight_of(sums[name], metrics)
+                )
                 for key, value in arrays.items()
             }
             for name, arrays in records.items()

@@ -57,11 +57,15 @@ def share(own: Secrets, me: int, peers: Mapping[int, Pair], threshold: int) -> d
     if threshold < 2 or len(peers) < threshold or 2 * threshold <= len(peers):
         raise Refused(f"secure: {len(peers)} clients with a threshold of {threshold}; it must be 2 or more, and more "
                       "than half of them")  # fmt: skip
-    if list(peers.get(me, ())) != own["public"] or len({key for pair in peers.values() for key in pair}) < 2 * len(peers):
+    if list(peers.get(me, ())) != own["public"] or len({key for pair in peers.values() for key in pair}) < 2 * len(
+        peers
+    ):
         raise Refused("secure: keys that are not this client's, or that two share")
     if "seed" not in own:
         own["seed"], order = secrets.token_bytes(32), sorted(peers)
-        parts = zip(shares_of(own["seed"], threshold, len(order)), shares_of(own["mask"], threshold, len(order)), strict=True)
+        parts = zip(
+            shares_of(own["seed"], threshold, len(order)), shares_of(own["mask"], threshold, len(order)), strict=True
+        )
         own["threshold"] = threshold
         for j, (of_seed, of_key) in zip(order, parts, strict=True):
             own[f"peer.{j}"] = list(peers[j])
