@@ -113,9 +113,8 @@ class Inbox:
         needed = int(json.loads(str(request.said["secure"]))["threshold"]) if points and taken else 0
         if len(taken) < needed:
             why = f": {self.left_out[-1]}" if self.left_out else ""
-            raise WorldError(
-                f"round {request.round}, {request.phase}: {len(taken)} clients answered, a secure sum needs {needed}{why}"
-            )
+            counted = f"{len(taken)} clients answered, a secure sum needs {needed}"
+            raise WorldError(f"round {request.round}, {request.phase}: {counted}{why}")
         if self._masked is not None and taken and self.unmask is not None:
             self._masked.hand_over(self.unmask(taken, self._masked.vector), totals)
 

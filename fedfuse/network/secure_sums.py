@@ -114,6 +114,7 @@ def size_of(values: Mapping[str, Any]) -> int:
 
 def _lists(answer: Mapping[str, Any], name: str, kind: type, count: int) -> bool:
     """Whether an answer is a list of so many, and nothing is too long."""
-    value = answer.get(name)
-    good = isinstance(value, list) and len(value) == count
-    return good and all(type(item) is kind and len(item) <= LONGEST for item in value)  # type: ignore[union-attr]
+    value: Any = answer.get(name)
+    if not isinstance(value, list) or len(value) != count:
+        return False
+    return all(type(item) is kind and len(item) <= LONGEST for item in value)

@@ -1,7 +1,7 @@
 """A site's side of secure sums: what it answers between a phase's messages, and the masks over what leaves.
 
-Secrets lie in the memory that Flower's SuperNode keeps for an app between messages (`Context.state`), never on a disk: a
-site that is started again has lost them, drops out of the phase, and the others recover the sum without it.
+Secrets lie in the memory that Flower's SuperNode keeps for an app between messages (`Context.state`), never on a disk:
+a site that is started again has lost them, drops out of the phase, and the others recover the sum without it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SiteSecrets:
         Raises
         ------
         Refused
-            If a summed record would leave otherwise, or is to be quantised otherwise than this run's configuration says.
+            If a summed record would leave otherwise, or is to be quantised otherwise than the configuration says.
         """
         sums = registry.sums_of(registry.entry(config.strategy.name), config.strategy)
         plain = {name: "arrays" if name == "model" else name for name in sums}

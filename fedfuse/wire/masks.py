@@ -5,7 +5,7 @@ x_i + G(b_i) + Σ_{j<i} G(k_ij) − Σ_{j>i} G(k_ij), G a cipher's keystream. In
 clients then give the server shares: of b_i for who is in the sum, of i's key for who dropped out and whose masks
 nobody cancelled. A client never gives both of one other. The cryptography is `fedfuse.compat.flower_secagg`.
 
-A client's secrets of one phase are a plain dict, so that whoever runs the client can keep it in memory between messages.
+A client's secrets of one phase are a plain dict, which whoever runs the client keeps in memory between messages.
 """
 
 from __future__ import annotations
