@@ -53,7 +53,7 @@ class SecureSums:
         told: dict[str, Any] = {"session": self.session, "threshold": self.threshold}
         around = neighbourhoods(sorted(clients), int(plan["shares"]))
         found = ask("keys", dict.fromkeys(sorted(clients), told))
-        self._public = {i: answer["public"] for i, answer in found.items() if _lists(answer, "public", bytes, 2)}
+        self._public = {i: answer["public"] for i, answer in found.items() if _lists(answer, "public", 2)}
         self._enough(self._public, "sent keys")
         peers = {i: sorted(around[i] & self._public.keys()) for i in sorted(self._public)}
         spread = {
@@ -62,7 +62,7 @@ class SecureSums:
         }
         sealed: dict[int, dict[int, bytes]] = {}
         for i, answer in ask("shares", spread).items():
-            if _lists(answer, "sealed", bytes, len(peers[i]) - 1):
+            if _lists(answer, "sealed", len(peers[i]) - 1):
                 sealed[i] = dict(zip([j for j in peers[i] if j != i], answer["sealed"], strict=True))
         self._enough(sealed, "shared their secrets")
         self.neighbours = {i: set(peers[i]) & sealed.keys() for i in sealed}
@@ -93,7 +93,7 @@ class SecureSums:
         shares: dict[int, list[bytes]] = {}
         for i, answer in self._ask("unmask", asked).items():
             whose = asked[i]["active"] + asked[i]["gone"]
-            if _lists(answer, "shares", bytes, len(whose)):
+            if _lists(answer, "shares", len(whose)):
                 for j, part in zip(whose, answer["shares"], strict=True):
                     shares.setdefault(j, []).append(part)
         public = {i: keys[0] for i, keys in self._public.items()}
@@ -112,9 +112,9 @@ def size_of(values: Mapping[str, Any]) -> int:
     return total
 
 
-def _lists(answer: Mapping[str, Any], name: str, kind: type, count: int) -> bool:
-    """Whether an answer is a list of so many, and nothing is too long."""
+def _lists(answer: Mapping[str, Any], name: str, count: int) -> bool:
+    """Whether an answer is a list of so many keys or shares, and none is too long."""
     value: Any = answer.get(name)
     if not isinstance(value, list) or len(value) != count:
         return False
-    return all(type(item) is kind and len(item) <= LONGEST for item in value)
+    return all(isinstance(item, bytes) and len(item) <= LONGEST for item in value)
