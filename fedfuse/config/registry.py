@@ -288,6 +288,9 @@ def sums_of(entry: Entry, hyper: Any) -> dict[str, str | None]:
     """The sums of a strategy that is not built: they depend on its class and hyper-parameters alone."""
     if entry.server.pooled:
         return {}
-    bare = object.__new__(entry.server)
-    bare.hyper = hyper
-    return dict(bare.sums)
+
+    class Unbuilt(entry.server):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            self.hyper = hyper
+
+    return dict(Unbuilt().sums)
