@@ -318,6 +318,8 @@ class RemoteGrid(FusionGrid):
         if open_ is None or open_.about != about or not clients <= open_.clients:
             self._secure = None
             self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run))
+            for client, told in self._secure.records.items():
+                self.extra.append((client, "down", "secure:train", size_of(told)))
 
     def _ask(self, step: str, told: Mapping[int, dict[str, Any]], run: Any) -> dict[int, Mapping[str, Any]]:
         """Send one step of a secure sum; who does not answer with a record is left out of what comes back."""

@@ -273,7 +273,13 @@ def test_bytes_are_counted_and_notes_say_what_is_still_seen(tmp_path: Path) -> N
         total = rows.filter(direction=way)["bytes"].sum()
         assert total == built.strategy.outbox.traffic.summary()[f"{way}_bytes"]
         assert total - beside.filter(direction=way)["bytes"].sum() == simulated.totals[f"{way}_bytes"]
-    assert beside.group_by("record", "direction").len().height == 6
+    assert (
+        beside.group_by("record", "direction").len().height == 7
+    )  # keys, shares and unmask both ways; shares that come with the training
+    moved = beside.filter(beside["record"].is_in(["secure:shares", "secure:train"]))
+    sealed = moved.filter((moved["direction"] == "up") | (moved["record"] == "secure:train"))
+    up, down = (sealed.filter(direction=way)["bytes"].sum() for way in ("up", "down"))
+    assert down == up + 2 * 4 * (32 + 8 + 3 * 8)  # what was sealed, and the session, the threshold, three senders
     notes = found.summary["notes"]  # type: ignore[index]
     assert not any("still seen" in note for note in notes)
     run(tiny("fedhkd", "secure=on"), Network(seats(tmp_path / "b", 3)), tmp_path / "b" / "run")
