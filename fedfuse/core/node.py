@@ -32,7 +32,7 @@ from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import INITIAL, ClientStore
-from fedfuse.wire.fixed_point import clipped
+from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.group_sums import empty_totals, fixed_points, hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
 from fedfuse.wire.records import (
@@ -214,7 +214,7 @@ class Node:
             records, metrics = self._clip(asked, cache, records, metrics)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         if asked.kind == "train" and (points := fixed_points(asked.run)):
-            metrics["clipped"] = clipped(records, points)
+            metrics["clipped"] = beyond(records, points)
         metrics["seconds"] = time.perf_counter() - started
         return self._reply(asked, awake.client, records, metrics, answer)
 

@@ -52,6 +52,10 @@ def check_secure(strategy: FusionStrategy) -> None:
     config, scenario = strategy.scenario.config.secure, strategy.scenario
     if not strategy.sums or strategy.pooled:
         raise UserError(f"secure=on: strategy={strategy.name} sums no records; allowed is off")
+    if scenario.config.privacy.by_client:
+        raise UserError(
+            "secure=on: privacy.level=client bounds each update by C, and rounding moves it beyond; allowed is off"
+        )
     for name, weight in strategy.sums.items():
         if weight not in (None, EXAMPLES):
             raise UserError(f"secure=on: {name} is weighed by {weight}, whose largest value nobody knows")

@@ -72,7 +72,7 @@ class FixedPoint:
             raise InvalidArrays(f"weight {weight:g}; secure sums were planned for at most {self.heaviest:g}")
 
 
-def clipped(records: Mapping[str, Arrays], points: Mapping[str, FixedPoint]) -> float:
+def beyond(records: Mapping[str, Arrays], points: Mapping[str, FixedPoint]) -> float:
     """The share of a client's summed values that lie outside their clipping range."""
     outside = total = 0
     for name, point in points.items():

@@ -252,6 +252,7 @@ def test_a_policy_may_require_secure_sums(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "why"), [
     (("knfu", "secure=on"), "secure=on does nothing here: it goes with a strategy that sums records"),
     (("centralized", "secure=on"), "secure=on does nothing here"),
+    (("fedavg", "secure=on", "privacy.level=client", "privacy.noise=1"), "secure=on: privacy.level=client bounds each"),
     (("fedavg", "secure.clipping_range=1"), "secure.clipping_range=1.0 does nothing here: it goes with secure=on"),
     (("fedavg", "secure=on", "clients=1"), "reconstruction_threshold=0.6: 2 of 1 clients"),
     (("fedavg", "secure=on", "participation=0.3"), "reconstruction_threshold=0.6: 2 of 1 clients"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedfuse.errors import Refused
 from fedfuse.wire import masks
-from fedfuse.wire.fixed_point import FixedPoint, clipped
+from fedfuse.wire.fixed_point import FixedPoint, beyond
 from fedfuse.wire.records import InvalidArrays
 from fedfuse.wire.sums import Sum
 
@@ -55,7 +55,7 @@ def test_counters_are_summed_beyond_the_clipping_range_and_what_is_clipped_is_co
     total.add(0, arrays, 2.0)
     total.add(0, {"n": torch.tensor([2000]), "x": torch.zeros(3)}, 1.0)
     assert total.mean()["n"].tolist() == [1333]
-    assert clipped({"m": arrays}, {"m": point}) == 0.5
+    assert beyond({"m": arrays}, {"m": point}) == 0.5
     assert total.nbytes(arrays) == 16
 
 
