@@ -35,7 +35,7 @@ FOLDER = "FOLDER"  # stands for a directory with an npz file
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "knfu": ("strategy=knfu", "partition=dirichlet", "transfer.subset=12"),
     "foreign": ("strategy=fedmd", "partition=iid", "loss=kl", "transfer.source=digits"),
-    "size": ("strategy=fedavg", "partition=size"),
+    "size": ("strategy=fedavg", "partition=size", "secure=on"),
     "clustered": ("strategy=fedavg", "partition=clustered", "stop.patience=1", "tracking=csv"),
     "shards": ("strategy=local", "partition=shards", "participation=0.7"),
     "pathological": ("strategy=centralized", "partition=pathological"),
