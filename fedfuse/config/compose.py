@@ -189,8 +189,19 @@ def _check_keys(overrides: Sequence[str]) -> None:
             raise UserError(f"{key}: no such key; {meant(key, [*known, *GROUPS, 'strategy'])}")
 
 
+ELSEWHERE = {  # what Flower, Hydra and others call it
+    "dir": "out", "output_dir": "out", "hydra.run.dir": "out", "fraction_fit": "participation",
+    "fraction_train": "participation", "fraction": "participation", "num_supernodes": "clients", "nodes": "clients",
+    "num_gpus": "runtime.device", "num_workers": "runtime.workers", "workers": "runtime.workers", "iid": "partition",
+    "local_epochs": "train.epochs", "num_server_rounds": "rounds", "public": "transfer.size", "proxy": "transfer.size",
+}  # fmt: skip
+
+
 def meant(name: str, known: Iterable[str]) -> str:
-    """Say which key was probably meant: the same word inside a group goes first."""
+    """Say which key was probably meant: another platform's word for it goes first, then the same word in a group."""
+    known = list(known)
+    if ELSEWHERE.get(name) in known:
+        return f"did you mean {ELSEWHERE[name]!r}?"
     inside = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     if inside:
         return f"did you mean {' or '.join(map(repr, inside))}?"

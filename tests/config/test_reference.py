@@ -6,6 +6,7 @@ import pytest
 
 from fedfuse.cli import main
 from fedfuse.config import registry
+from fedfuse.config.compose import ELSEWHERE, GROUPS, keys, meant
 from fedfuse.config.idle import CONDITIONS, holds
 from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
 from fedfuse.config.schema import Config, known
@@ -53,6 +54,10 @@ def test_what_is_asked_for_is_found(capsys) -> None:
     [
         ("run lr=0.1", "lr: no such key; did you mean 'train.lr' or 'distil.lr'?"),
         ("run alpha=0.1", "did you mean 'partition.alpha'?"),
+        ("run dir=x", "dir: no such key; did you mean 'out'?"),
+        ("run fraction_fit=0.5", "did you mean 'participation'?"),
+        ("run num_workers=2", "did you mean 'runtime.workers'?"),
+        ("run local_epochs=2", "did you mean 'train.epochs'?"),
         ("help lr", "did you mean 'train.lr'"),
         ("help strategy.knfu.bta", "knfu has no such setting; did you mean 'beta'"),
         ("list knfuu", "did you mean 'knfu'"),
@@ -68,3 +73,8 @@ def test_listings_are_of_what_there_is() -> None:
     assert {"smoke", "label_skew"} <= dict(listing("experiments")).keys()
     with pytest.raises(UserError):
         key_text("nonsense")
+
+
+def test_what_other_platforms_call_it_leads_to_keys_that_there_are() -> None:
+    for word, key in ELSEWHERE.items():
+        assert meant(word, [*keys(Config, ""), *GROUPS]) == f"did you mean {key!r}?"
