@@ -56,3 +56,5 @@ class DittoClient(FusionClient):
 @strategy("ditto", client=DittoClient, hyper=DittoHyper, paper="Li et al. 2021, arXiv 2012.04221")
 class Ditto(AveragingStrategy):
     """FedAvg, and beside it a personal model a client, pulled towards the common one."""
+
+    staleness = "updates"

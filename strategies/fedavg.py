@@ -28,3 +28,5 @@ class FedAvgHyper:
 @strategy("fedavg", client=FusionClient, hyper=FedAvgHyper, paper="McMahan et al. 2017, arXiv 1602.05629")
 class FedAvg(AveragingStrategy):
     """Weighted mean of the clients' models."""
+
+    staleness = "updates"

@@ -39,4 +39,6 @@ class FedBNClient(PartClient):
 class FedBN(PartStrategy):
     """FedAvg of everything but the normalisation layers."""
 
+    staleness = "updates"
+
     part = NORMS

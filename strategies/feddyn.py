@@ -73,6 +73,7 @@ class FedDynClient(AnchoredClient):
 class FedDyn(AveragingStrategy):
     """FedAvg with dynamic regularisation of the local objectives."""
 
+    staleness = "wrong"  # h adds up what was moved from the model that is published
     weight = None
 
     def fuse(self, shares: Shares) -> None:

@@ -90,6 +90,7 @@ class FedMD(FusionStrategy):
     sums = {"logits": None}
     transfer = "clients"
     distils = True
+    staleness = "newest"
 
     def __init__(self, hyper: FedMDHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

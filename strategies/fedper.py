@@ -27,4 +27,6 @@ class FedPerHyper:
 class FedPer(PartStrategy):
     """FedAvg of the body; heads are private, trained jointly with it."""
 
+    staleness = "updates"
+
     needs_features = True

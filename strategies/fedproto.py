@@ -109,6 +109,7 @@ class FedProto(FusionStrategy):
     records = {"prototypes": arrays(means=("classes", "features"), counts=("int64", "classes"))}
     needs_features = True
     same_features = True
+    staleness = "newest"
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -118,9 +119,11 @@ class FedProto(FusionStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """P_c over the clients that hold c."""
-        everyone = [share.records["prototypes"] for share in shares]
+        taken = list(shares)
+        everyone = [share.records["prototypes"] for share in taken]
         counts = torch.stack([r["counts"] for r in everyone])
         weights = counts if self.hyper.weighting == "count" else (counts > 0)
+        weights = weights * torch.tensor([[share.weight] for share in taken], dtype=torch.float64)
         means, held = classwise.mean_over_holders(torch.stack([r["means"] for r in everyone]), weights)
         means = means.float()
         if ("prototypes", "") in self.board.items:

@@ -35,3 +35,5 @@ class FedProxClient(AnchoredClient):
 @strategy("fedprox", client=FedProxClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")
 class FedProx(AveragingStrategy):
     """FedAvg with a proximal term at the clients."""
+
+    staleness = "updates"

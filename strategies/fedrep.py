@@ -52,4 +52,6 @@ class FedRepClient(PartClient):
 class FedRep(PartStrategy):
     """Mean of the bodies; private heads, fitted before the body."""
 
+    staleness = "updates"
+
     needs_features = True

@@ -112,7 +112,7 @@ def distances(p: Tensor, kind: str) -> Tensor:
     return ((p[:, None] * (log[:, None] - mid)).sum(-1) + (p[None] * (log[None] - mid)).sum(-1)) / 2
 
 
-def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None) -> Tensor:
+def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None, worth: Tensor | None = None) -> Tensor:
     """w_nm = softmax_m(−β·d_nm), with the paper's open choices applied.
 
     Parameters
@@ -122,6 +122,8 @@ def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None) -> Ten
     h : KnFuHyper
     taught : Tensor, optional
         Which clients have examples (N) bool; the others get a mixture and are in nobody's. Default: all.
+    worth : Tensor, optional
+        What each client's share counts for (N), by its staleness; multiplies w_nm before it is normalised.
 
     Returns
     -------
@@ -137,7 +139,8 @@ def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None) -> Ten
     if h.top_k is not None and h.top_k < n:
         nearest = d.masked_fill(left_out, math.inf).topk(h.top_k, dim=1, largest=False).indices
         left_out |= torch.ones_like(left_out).scatter(1, nearest, False)
-    w = (-h.beta * d).masked_fill(left_out, -math.inf).softmax(1)
+    closeness = -h.beta * d if worth is None else -h.beta * d + worth.log()
+    w = closeness.masked_fill(left_out, -math.inf).softmax(1)
     if h.min_weight > 0:
         strongest = F.one_hot(w.argmax(1), n).bool()  # somebody always stays
         w = torch.where((w >= h.min_weight) | strongest, w, 0)
@@ -204,6 +207,7 @@ class KnFu(FusionStrategy):
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
     distils = True
+    staleness = "newest"
 
     def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
@@ -228,7 +232,8 @@ class KnFu(FusionStrategy):
         taught = torch.tensor([s.examples > 0 for s in everyone])
         if not bool(taught.any()):
             return
-        w = fusion_weights(p.double(), self.hyper, taught)
+        worth = torch.tensor([s.weight for s in everyone], dtype=torch.float64)
+        w = fusion_weights(p.double(), self.hyper, taught, worth)
         clients = [s.client for s in everyone]
         self.log_matrix("similarity", clients, w)
         self._say(clients, w)

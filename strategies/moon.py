@@ -101,4 +101,5 @@ class MoonClient(AnchoredClient):
 class Moon(AveragingStrategy):
     """FedAvg with a contrastive term between representations."""
 
+    staleness = "updates"
     needs_features = True

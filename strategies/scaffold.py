@@ -98,6 +98,7 @@ class ScaffoldClient(AnchoredClient):
 class Scaffold(AveragingStrategy):
     """Local steps corrected by control variates."""
 
+    staleness = "wrong"  # c stays the mean of all c_i only if every Δc is of the c that is published
     topics = {"model": model_topic(), "control": Topic("state", parts.parameter_arrays)}
     records = {"model": model_arrays, "control": parts.parameter_arrays}
 

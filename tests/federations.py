@@ -27,6 +27,7 @@ from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
+from fedfuse.core.timed import build_clock
 from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
@@ -146,8 +147,8 @@ def federation(
         undrawn.start()
         uncollected.start()
         try:
-            whole = [Evaluation(config.evaluate.every), directory, *callbacks]
-            built = Federation(strategy, transport, config.rounds, whole)
+            whole = [Evaluation(config.evaluate.every, config.evaluate.seconds), directory, *callbacks]
+            built = Federation(strategy, transport, config.rounds, whole, build_clock(strategy))
             if resumed:
                 directory.restore(built)
                 transport.cache.update(strategy.board.items)

@@ -75,6 +75,15 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "privacy.level": _word,
     "evaluate.moment": _word,
     "search.keys": _word,
+    "clock.name": "off".__eq__,  # a deployment's clock is real
+    "clock.devices": _nothing,
+    "clock.intervals": _nothing,
+    "clock.speeds": _word,
+    "clock.tiers": _word,
+    "clock.availability": _word,
+    "clock.policy": _word,
+    "schedule.name": frozenset(catalogue.SCHEDULES).__contains__,
+    "schedule.staleness": _word,
     "out": _nothing,
 }
 NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type

@@ -127,6 +127,21 @@ RUNTIMES = ("inline", "ray", "flower")
 
 TRACKERS = ("none", "csv", "tensorboard", "mlflow", "wandb")
 
+CLOCKS: dict[str, str] = {
+    "off": "rounds only; no time is kept",
+    "devices": "devices drawn from a distribution or from tiers",
+    "trace": "devices and availability from files: CSV, or FedScale's pickles",
+}
+
+SCHEDULES: dict[str, str] = {
+    "sync": "waits for all of the cohort; who is lost is left out",
+    "deadline": "fuses what arrives within T seconds",
+    "overcommit": "invites more than are needed; the first n count",
+    "semiasync": "fuses every W seconds whatever has arrived",
+    "fedbuff": "fuses every K arrivals, weighted by staleness (arXiv 2106.06639)",
+    "fedasync": "fuses every arrival, weighted by staleness (arXiv 1903.03934)",
+}
+
 # what a group's word may be: `data=<word>`
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": tuple(SOURCES),
@@ -136,6 +151,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "runtime": RUNTIMES,
     "secure": ("off", "on"),
     "tracking": TRACKERS,
+    "clock": tuple(CLOCKS),
+    "schedule": tuple(SCHEDULES),
 }
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config import catalogue, registry
+from fedfuse.config.clock_keys import MANY, ClockConfig, ScheduleConfig
+from fedfuse.config.clock_rules import timed
 from fedfuse.config.dotted import given
 from fedfuse.config.idle import refuse
 from fedfuse.config.schema import (
@@ -33,6 +35,8 @@ GROUPS = {
     "runtime": RuntimeConfig,
     "secure": SecureConfig,
     "tracking": TrackingConfig,
+    "clock": ClockConfig,
+    "schedule": ScheduleConfig,
 }
 
 
@@ -158,6 +162,8 @@ def compose(overrides: Sequence[str]) -> Config:
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
     config.model.build, config.data.load = given(config.model.build), given(config.data.load)
+    if config.until.seconds is not None and not any(text.lstrip("+~").startswith("rounds=") for text in overrides):
+        config.rounds = MANY
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config
@@ -296,6 +302,7 @@ def check(config: Config) -> None:
     share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
     rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
     rules.append(("runtime.client_timeout", limit, limit is None or 0 < limit < float("inf"), "more than 0 (seconds)"))
+    rules += timed(config)
     for word in config.train.pool or ():
         name, at, rate = word.partition("@")
         good = name in WORDS["train.optimizer"] and (not at or _positive(rate))
@@ -318,6 +325,12 @@ WORDS = {
     "privacy.level": ("example", "client"),
     "evaluate.moment": ("received", "trained"),
     "secure.name": ("off", "on"),
+    "clock.name": tuple(catalogue.CLOCKS),
+    "clock.speeds": ("lognormal", "tiers"),
+    "clock.availability": ("always", "markov", "diurnal"),
+    "clock.policy": ("whole", "end"),
+    "schedule.name": tuple(catalogue.SCHEDULES),
+    "schedule.staleness": ("constant", "polynomial", "hinge"),
 }
 
 

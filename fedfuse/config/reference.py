@@ -32,7 +32,8 @@ def _words(group: str) -> dict[str, str]:
     """A group's words that the catalogue says more about than the name."""
     if group == "data":
         return catalogue.names()
-    return dict({"partition": catalogue.PARTITIONS, "model": catalogue.MODELS, "loss": catalogue.LOSSES}.get(group, {}))
+    told = {"partition": catalogue.PARTITIONS, "model": catalogue.MODELS, "loss": catalogue.LOSSES}
+    return dict((told | {"clock": catalogue.CLOCKS, "schedule": catalogue.SCHEDULES}).get(group, {}))
 
 
 def strategy_text(name: str) -> str:

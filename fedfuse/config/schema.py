@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedfuse.config.clock_keys import ON, ClockConfig, ScheduleConfig, UntilConfig
 from fedfuse.config.keys import Key, key, keys_of
 
 
@@ -156,6 +157,7 @@ class EvaluateConfig:
         only="a strategy whose clients train on what they receive",
     )
     validation: bool = key(False, "also score the clients' validation split (early stop and tuning turn it on)")
+    seconds: float | None = key(None, "virtual seconds between evaluations, in place of `every`", only=ON)
 
 
 @dataclass
@@ -238,6 +240,12 @@ class StopConfig:
     """Early stop on the clients' validation split (never on test)."""
 
     patience: int | None = key(None, "rounds without improvement; null: off")
+    seconds: float | None = key(None, "virtual seconds without improvement; null: off", only=ON)
+
+    @property
+    def on(self) -> bool:
+        """Whether a run may end before its last round for want of improvement."""
+        return self.patience is not None or self.seconds is not None
 
 
 @dataclass
@@ -346,6 +354,9 @@ class Config:
     secure: SecureConfig = field(default_factory=SecureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    clock: ClockConfig = field(default_factory=ClockConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    until: UntilConfig = field(default_factory=UntilConfig)
     clients: int | None = key(None, "default 10, or what the data says where it comes partitioned")
     participation: float = key(1.0, "share of the clients drawn for each round", only="a strategy whose clients train")
     rounds: int = key(10, "rounds of training and fusing")

@@ -22,7 +22,7 @@ def splits_of(strategy: FusionStrategy) -> tuple[str, ...]:
     config, splits = strategy.scenario.config, ["personal"]
     if strategy.scenario.data.dataset.test is not None and not strategy.server_models():
         splits.append("global")
-    if config.stop.patience is not None or config.evaluate.validation:
+    if config.stop.on or config.evaluate.validation:
         splits.append("validation")
     return tuple(splits)
 

@@ -99,16 +99,17 @@ class Inbox:
                     name: totals[name].nbytes(content) if name in totals else nbytes(content)
                     for name, content in share.records.items()
                 }
-                add_up(share.records, share.metrics, share.group, totals, sums)
+                add_up(share.records, share.metrics, share.group, totals, sums, share.weight)
                 if self._masked is not None:
                     sizes |= self._masked.add(client, masked_in(reply), share.metrics, sums)
             except InvalidArrays as error:
                 self.leave_out(client, str(error), INVALID)
                 continue
-            self._take(reply, share, sizes, request, totals)
+            if client not in outbox.repeated:
+                self._take(reply, share, sizes, request, totals)
             taken.append(client)
             yield share
-        for client in sorted(expected):
+        for client in sorted(expected & outbox.awaited):  # of an overcommitted cohort, who is not needed is let go
             self.leave_out(client, "did not answer", FAILED)
         needed = int(json.loads(str(request.said["secure"]))["threshold"]) if points and taken else 0
         if len(taken) < needed:
@@ -135,7 +136,8 @@ class Inbox:
             return
         self._note(share)
         self._before[client] = outbox.tags.get(client, INITIAL)
-        outbox.tags[client] = request.tag if config.get("tag") == request.tag else INITIAL
+        made = outbox.made.get(client, request.tag)
+        outbox.tags[client] = made if config.get("tag") == made else INITIAL
         if self.inside:
             for name, arrays, weight, dtypes in handed_over(reply, totals):
                 totals[name].add_group(share.group, arrays, weight, dtypes)
@@ -164,7 +166,7 @@ class Inbox:
             check_share(
                 type(strategy), strategy.hyper, strategy.workspace, client, request.phase, records, metrics, summed
             )
-        return Share(client, records, metrics, self.outbox.groups[client])
+        return Share(client, records, metrics, self.outbox.groups[client], self.outbox.weights.get(client, 1.0))
 
     def _note(self, share: Share) -> None:
         """Keep a client's own figures; seconds are timing, not a result."""
@@ -180,10 +182,15 @@ class Inbox:
         if isinstance(loss, int | float) and loss == loss:
             self.losses.append((float(share.examples), float(loss)))
 
+    @property
+    def taken(self) -> set[int]:
+        """Clients whose shares of this phase were taken."""
+        return set(self._before)
+
     def exclude(self, client: int, reason: str) -> None:
         """Reject a share that was taken: its client goes on from the state before it."""
         if client in self._before:
-            self.outbox.tags[client] = self._before[client]
+            self.outbox.tags[client] = self._before.pop(client)
         self.leave_out(client, reason, INVALID)
 
     def leave_out(self, client: int, reason: str, code: int) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Sequence
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from fedfuse.core.buffered import play_version
 from fedfuse.core.evaluation import Row, of_clients, of_server, splits_of
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import STALE
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.virtual_clock import Over, VirtualClock
 from fedfuse.wire.records import digest_of
 
 
@@ -50,10 +52,22 @@ class Federation:
         This round's rows, taken away by whoever commits them.
     stop : str
         Why the loop shall end early; empty if it shall not.
+    clock : VirtualClock or None
+        Keeps virtual time.
+    again : bool
+        Whether the last round is committed a second time, now as the last: its evaluation replaces an earlier one.
     """
 
-    def __init__(self, strategy: FusionStrategy, grid: Grid, rounds: int, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        strategy: FusionStrategy,
+        grid: Grid,
+        rounds: int,
+        callbacks: Sequence[Callback] = (),
+        clock: VirtualClock | None = None,
+    ) -> None:
         self.strategy, self.grid, self.rounds, self.callbacks = strategy, grid, rounds, list(callbacks)
+        self.clock, self.again = clock, False
         self.done = 0
         self.evaluated = -1
         self.headline: dict[str, float] = {}
@@ -83,23 +97,37 @@ class Federation:
         strategy = self.strategy
         for callback in self.callbacks:
             callback.start(self)
-        if not self.set_up:
-            strategy.ensure_begun()
-            for phase in strategy.setup:
-                self.play(0, phase)
-            self.set_up = True
-            if strategy.setup:
-                self.collect(0)
+        try:
+            if not self.set_up:
+                strategy.ensure_begun()
+                for phase in strategy.setup:
+                    self.play(0, phase)
+                self.set_up = True
+                if strategy.setup:
+                    self.collect(0)
+                    self._call("round")
+            while self.done < self.rounds and not self.stop:
+                round = self.done + 1
+                for phase in strategy.phases(round):
+                    self.play(round, phase)
+                self.done = round
+                self.collect(round)
                 self._call("round")
-        while self.done < self.rounds and not self.stop:
-            round = self.done + 1
-            for phase in strategy.phases(round):
-                self.play(round, phase)
-            self.done = round
-            self.collect(round)
-            self._call("round")
+        except Over:
+            self._end_in_time()
         for callback in self.callbacks:
             callback.end(self)
+
+    def _end_in_time(self) -> None:
+        """Virtual time is up: the last whole round is evaluated as the last, and committed so."""
+        self.stop = f"until.seconds={self.scenario.config.until.seconds:g}"
+        self.again, self.rows, self.timing = True, [], []
+        self.strategy.round, self.strategy.logged = self.done, []
+        self.strategy.inbox.losses, self.strategy.inbox.timed = [], []
+        if self.evaluated == self.done and self.history:
+            self.history.pop()
+        self.evaluate(final=True)
+        self._call("round")
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
@@ -109,6 +137,13 @@ class Federation:
         """Play one phase: messages out, replies in, fused."""
         strategy, started = self.strategy, time.perf_counter()
         strategy.phase = phase
+        if self.clock is not None:
+            if self.clock.outlives and phase not in strategy.setup:
+                play_version(self.clock, self, round)
+            else:
+                self.clock.play(self, round, phase)
+            self._time(round, phase, started)
+            return
         messages = strategy.configure_train(round, ArrayRecord(), ConfigRecord(), self.grid)
         try:
             strategy.aggregate_train(round, self.exchange(messages))
@@ -189,7 +224,8 @@ class Federation:
         self.rows += [(round, *row) for row in strategy.logged]
         strategy.logged, strategy.inbox.timed = [], []
         self.headline = {"loss/train": self.headline.get("loss/train", math.nan), **headline}
-        self.history.append({"round": float(round), **headline})
+        virtual = {} if self.clock is None else {"virtual_s": self.clock.seconds}
+        self.history.append({"round": float(round), **virtual, **headline})
         self.evaluated = round
         self._time(round, "evaluate", started)
         if final:

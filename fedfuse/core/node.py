@@ -31,6 +31,7 @@ from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, 
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
+from fedfuse.train.work import Tally, counting
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.group_sums import empty_totals, fixed_points, hand_over, keep_back, wanted
@@ -208,8 +209,11 @@ class Node:
     def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
         started = time.perf_counter()
         asked = self._admit(message, cache, who)
-        awake = self._wake(asked, cache, lends)
-        records, metrics, answer = self._play(asked, awake)
+        with counting(self.workspace.scenario.config.clock.on) as tally:
+            awake = self._wake(asked, cache, lends, tally)
+            records, metrics, answer = self._play(asked, awake)
+        if tally.flops:
+            answer["flops"], answer["unit"] = tally.flops, tally.unit
         if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
             records, metrics = self._clip(asked, cache, records, metrics)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
@@ -254,7 +258,7 @@ class Node:
                 cache["model", ""] = Item(tensors(arrays), round)
         return Asked(message, who, kind, phase, round, config, run, said, hyper, ours)
 
-    def _wake(self, asked: Asked, cache: Cache, lends: bool) -> Awake:
+    def _wake(self, asked: Asked, cache: Cache, lends: bool, tally: Tally) -> Awake:
         """Load the client's committed state, and let it receive what is new to it."""
         who, topics = asked.who, self.entry.server.topics
         architecture = self.workspace.scenario.architectures[who]
@@ -277,6 +281,8 @@ class Node:
         if staged is not None:
             state, knowledge = staged, {}
             state.pop("seen", None)
+            tally.flops, tally.unit, trained = state.pop("spent", (0, 0, 0))  # as if done now
+            tally.trained = bool(trained)
 
         whole = self._replaces_all(knowledge, architecture)
         client = self.entry.client(
@@ -300,7 +306,8 @@ class Node:
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
         if staging and staged is None and asked.kind == "evaluate":
-            self.store.stage(who, key, {**awake.private(), "seen": awake.seen})
+            spent = {"spent": [tally.flops, tally.unit, int(tally.trained)]} if tally.flops else {}
+            self.store.stage(who, key, {**awake.private(), "seen": awake.seen, **spent})
         return awake
 
     def _replaces_all(self, knowledge: Mapping[str, Item], architecture: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,6 +70,12 @@ class Outbox:
         This phase's clients, each in the group that is summed together.
     awaited : set of int
         Clients of this phase.
+    weights : dict of int to float
+        What a client's share counts for beside others; 1 where nothing is said (virtual time: staleness).
+    made : dict of int to str
+        The state that a client's reply made, where it is not the request's.
+    repeated : set of int
+        Clients whose share was taken in an earlier phase and is only looked at again.
     """
 
     def __init__(self, scenario: Scenario, board: Board) -> None:
@@ -78,16 +84,64 @@ class Outbox:
         self.held: dict[int, dict[Address, int]] = {}
         self.groups: dict[int, int] = {}
         self.awaited: set[int] = set()
+        self.weights: dict[int, float] = {}
+        self.made: dict[int, str] = {}
+        self.repeated: set[int] = set()
         self._sent: dict[int, dict[Address, int]] = {}  # versions a node holds once it has answered
+        self._parcels: dict[int, list[Parcel]] = {}  # of messages that are not charged yet
 
-    def messages(self, request: Request, clients: Iterable[int]) -> list[Message]:
-        """The messages of one phase, in client order."""
-        clients = sorted(clients)
-        self.request, self.awaited, self._sent = request, set(clients), {}
-        self.groups = {client: i // GROUP for i, client in enumerate(clients)}
+    def messages(self, request: Request, clients: Iterable[int], charge: bool = True) -> list[Message]:
+        """The messages of one phase, in client order; charged at once, or one by one by `charge`."""
+        self.expect(request, clients)
         self._wire: dict[Any, ArrayRecord] = {}
         self._deliveries: dict[Any, Delivery] = {}
-        return [self._message(client) for client in clients]
+        messages = [self._message(client) for client in sorted(self.awaited)]
+        for client in sorted(self.awaited) if charge else ():
+            self.charge(client)
+        return messages
+
+    def expect(self, request: Request, clients: Iterable[int]) -> None:
+        """Await replies of clients, in groups of eight in client order."""
+        clients = sorted(clients)
+        self.request, self.awaited = request, set(clients)
+        self.groups = {client: i // GROUP for i, client in enumerate(clients)}
+        self.weights, self.made, self.repeated = {}, {}, set()
+
+    def charge(self, client: int) -> None:
+        """Count the bytes of a message."""
+        request = self.request
+        needed, parcels = tuple(self._sent[client]), self._parcels.pop(client)
+        self.traffic.down(request.label, request.round, client, needed, parcels, self.board)
+
+    # -- virtual time: what was sent to a client in flight -------------------------------------------------
+
+    def owed(self, client: int, used: Mapping[Address, int]) -> int:
+        """Bytes of knowledge that training at a client lacks; evaluations, which take no time, are left out."""
+        needed = self.board.addresses(client, self.scenario.architectures[client])
+        return sum(p.nbytes for address in needed for p in self.board.path(address, used.get(address, -1)))
+
+    def used(self, client: int) -> dict[Address, int]:
+        """Versions that training at a client has had."""
+        needed, used = self.board.addresses(client, self.scenario.architectures[client]), self.traffic.used
+        return {address: used.get((client, address), -1) for address in needed}
+
+    def lost(self, client: int, used: Mapping[Address, int]) -> None:
+        """A client that was sent something is lost: its training has had what it had before."""
+        for address, version in used.items():
+            self.traffic.used[client, address] = version
+
+    @property
+    def unsent(self) -> set[int]:
+        """Clients whose message is made and not charged."""
+        return set(self._parcels)
+
+    def sent(self, client: int) -> dict[Address, int]:
+        """Versions that a client holds once it has answered."""
+        return self._sent[client]
+
+    def deliver(self, client: int, sent: dict[Address, int], made: str) -> None:
+        """A reply to a message of an earlier round is awaited now."""
+        self._sent[client], self.made[client] = sent, made
 
     def again(self, client: int) -> Message:
         """A client's message anew, with whole values, after its node said that it could not follow."""
@@ -105,8 +159,10 @@ class Outbox:
         return reply.metadata.src_node_id - 1
 
     def arrived(self, client: int) -> None:
-        """A client has answered: its node holds what it was sent."""
-        self.held[client] = self._sent[client]
+        """A client has answered: its node holds what it was sent, or newer."""
+        held = self.held.setdefault(client, {})
+        for address, version in self._sent[client].items():
+            held[address] = max(version, held.get(address, -1))
 
     def _message(self, client: int, again: bool = False) -> Message:
         request, held = self.request, self.held.get(client, {})
@@ -128,7 +184,7 @@ class Outbox:
         if again:
             self.traffic.resent(request.round, client, delivery.parcels)
         else:
-            self.traffic.down(request.label, request.round, client, needed, delivery.parcels, self.board)
+            self._parcels[client] = delivery.parcels
         return Message(trusted(RecordDict, content), self.node_of(client), request.type)
 
     def _deliver(self, needed: tuple[Address, ...], parcels: list[Parcel]) -> Delivery:

@@ -52,12 +52,14 @@ class Scenario:
 
     def sampled(self, round: int) -> list[int]:
         """The clients drawn for a round, in order; alike for every strategy."""
-        n = self.clients
-        size = self.cohort_size
-        if size == n:
-            return list(range(n))
+        return sorted(self.order(round)[: self.cohort_size])
+
+    def order(self, round: int) -> list[int]:
+        """All clients in the order in which a round draws them."""
+        if self.cohort_size == self.clients:
+            return list(range(self.clients))
         draw = generator(self.seed, "cohort", round)
-        return sorted(torch.randperm(n, generator=draw)[:size].tolist())
+        return torch.randperm(self.clients, generator=draw).tolist()
 
     @property
     def cohort_size(self) -> int:

@@ -27,6 +27,7 @@ class Share:
     records: Records
     metrics: Mapping[str, Any]
     group: int = 0  # of the cohort's, within which clients are summed first
+    weight: float = 1.0  # what it counts for beside others, s(staleness); in `sums` already
 
     @property
     def examples(self) -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -32,6 +32,18 @@ from fedfuse.train.objective import followed
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
+
+
+class Calendar(Protocol):
+    """Who can be invited, where virtual time is kept."""
+
+    apart: bool  # whether replies come one by one, since some of them may not count
+
+    def sampled(self, round: int) -> list[int]:
+        """The clients drawn for a round, of those that are on."""
+
+    def there(self, client: int) -> bool:
+        """Whether a client can be invited now."""
 
 
 class FusionStrategy(Strategy):
@@ -63,6 +75,10 @@ class FusionStrategy(Strategy):
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
     distils : bool
         Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
+    staleness : {"", "updates", "newest", "wrong"}
+        What a share made from an older version is worth (`schedule=fedbuff|fedasync`). *updates*: what it moved; a
+        record named like a topic is that topic's value, moved. *newest*: it stands until its client sends another;
+        `Share.weight` says what for. *wrong*: nothing. Nothing said: refused, as *wrong* is.
 
     Attributes
     ----------
@@ -84,6 +100,7 @@ class FusionStrategy(Strategy):
     same_features: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
+    staleness: ClassVar[Literal["", "updates", "newest", "wrong"]] = ""
     name: str = ""
     deployed: bool = False  # whether clients are real sites; then nobody may know what noise is drawn from
 
@@ -98,6 +115,7 @@ class FusionStrategy(Strategy):
         self.board = Board(self.topics)
         self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
+        self.calendar: Calendar | None = None  # who is there, where virtual time is kept
         self.splits: tuple[str, ...] = ("personal",)  # what an evaluation scores
         self.logged: list[tuple[str, int, str, str, float]] = []  # rows: scope, client, split, metric, value
         self._losses: list[Loss] = []  # made for the next training at the server
@@ -309,11 +327,12 @@ class FusionStrategy(Strategy):
         """This round's clients: the platform's seeded sample, alike for every strategy, plus what `cohort` adds."""
         if self.pooled:
             return [0]
-        sampled = self.scenario.sampled(round)
+        calendar = self.calendar
+        sampled = self.scenario.sampled(round) if calendar is None else calendar.sampled(round)
         chosen = sorted(set(self.cohort(round, sampled)))
         if not set(sampled) <= set(chosen):
             raise ValueError("cohort() may only add clients to the sample")
-        return chosen
+        return chosen if calendar is None else [client for client in chosen if calendar.there(client)]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -404,16 +423,19 @@ class FusionStrategy(Strategy):
         in_setup, clients = self.phase in self.setup, list(clients)
         order = self.setup if in_setup else self.phases(self.round)
         train = kind == "train"
+        apart = self.calendar is not None and self.calendar.apart
         request = Request(
             kind,
             self.round,
             self.phase,
             label=("setup" if in_setup else "train") if train else "evaluate",
             tag=f"{self.round}.{order.index(self.phase) + 1}" if train else "",
-            said=self._said(asked(self.summed if train else {}), plan_of(self, clients) if train else {}, extra),
+            said=self._said(
+                asked(self.summed if train and not apart else {}), plan_of(self, clients) if train else {}, extra
+            ),
         )
         self.inbox.expect(request)
-        return self.outbox.messages(request, clients)
+        return self.outbox.messages(request, clients, charge=not train or self.calendar is None)
 
     def _said(self, sums: str, secure: Mapping[str, Any], extra: Mapping[str, Any]) -> ConfigRecord:
         """What every message of a phase says alike."""

@@ -30,6 +30,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "timing": ("round", "scope", "what", "seconds"),
     "partition": ("client", "split", "label", "examples"),
 }
+SCHEDULE = (
+    "round", "client", "phase", "outcome", "attempt", "since", "start_ns", "received_ns", "computed_ns", "end_ns",
+    "weight", "down_bytes", "up_bytes", "flops", "joules",
+)  # fmt: skip
 _INTEGERS = {"round", "client", "bytes", "examples"}
 _FLOATS = {"value", "seconds"}
 

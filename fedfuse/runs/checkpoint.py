@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from fedfuse.config.files import checked, synced
 from fedfuse.config.schema import without_gone
 from fedfuse.core.loop import Federation
+from fedfuse.core.waiting import listed, unlisted
 from fedfuse.errors import UserError, one_line
 from fedfuse.wire.client_store import read_tree, write_tree
 from fedfuse.wire.knowledge import Address, Item, Parcel
@@ -92,9 +92,9 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         chain = strategy.board.chains.get((topic, to), [])
         board[str(i)] = {
             "about": json.dumps([topic, to, item.version, item.sha]),
-            "value": _listed(item.arrays),
+            "value": listed(item.arrays),
             "chain": {
-                str(j): {"about": json.dumps([p.version, p.since, p.sha]), "value": _listed(p.arrays)}
+                str(j): {"about": json.dumps([p.version, p.since, p.sha]), "value": listed(p.arrays)}
                 for j, p in enumerate(chain)
             },
         }
@@ -117,7 +117,8 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         "left_out": strategy.inbox.ever_left_out,
         "seconds": seconds,
     }
-    return {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
+    tree = {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
+    return tree if federation.clock is None else {**tree, "clock": federation.clock.saved()}
 
 
 def restore(federation: Federation, path: Path, config: str, free: tuple[str, ...] = ()) -> dict[str, float]:
@@ -142,12 +143,12 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
     chains: dict[Address, list[Parcel]] = {}
     for slot in tree.get("board", {}).values():
         topic, to, version, hashed = json.loads(slot["about"])
-        items[topic, to] = Item(_unlisted(slot["value"]), version, hashed)
+        items[topic, to] = Item(unlisted(slot["value"]), version, hashed)
         steps = sorted(slot.get("chain", {}).items(), key=lambda pair: int(pair[0]))
         chains[topic, to] = []
         for _, step in steps:
             reached, since, folded = json.loads(step["about"])
-            chains[topic, to].append(Parcel(topic, to, reached, since, _unlisted(step["value"]), folded))
+            chains[topic, to].append(Parcel(topic, to, reached, since, unlisted(step["value"]), folded))
     strategy.board.restore(items, chains)
     strategy.state = tree.get("state", {})
     strategy.begun = True
@@ -157,6 +158,8 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
     strategy.outbox.traffic = Traffic.restored(plain["traffic"])
     strategy.inbox.failures, strategy.inbox.ever_left_out = plain["failures"], plain["left_out"]
     strategy.round = plain["done"]
+    if federation.clock is not None:
+        federation.clock.restore(tree["clock"])
     for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
         setattr(federation, name, plain[name])
     return plain["seconds"]
@@ -178,12 +181,3 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _listed(arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
-    names = sorted(arrays)
-    return {"names": names, "arrays": {str(i): arrays[name] for i, name in enumerate(names)}}
-
-
-def _unlisted(slot: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: slot["arrays"][str(i)] for i, name in enumerate(slot["names"])}

@@ -27,7 +27,7 @@ from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import COLUMNS
+from fedfuse.results.run_data import COLUMNS, SCHEDULE
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.runs.further import ended_at, told
 from fedfuse.train.privacy import private_notes
@@ -39,7 +39,13 @@ _KINDS = {
 }
 PASSWORD = re.compile(r"://[^\s/@]*@")
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
+_WORDS = {"phase", "outcome"}
 SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
+SCHEMAS["schedule"] = {
+    name: pl.String if name in _WORDS else pl.Float64 if name in ("weight", "joules") else pl.Int64 for name in SCHEDULE
+}
+
+KINDS = ("metrics", "traffic", "timing", "schedule")
 
 FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
 
@@ -50,10 +56,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_rows(path: Path, kind: str, rows: list[Any]) -> None:
+def write_rows(path: Path, kind: str, rows: list[Any], virtual_s: float | None = None) -> None:
     """Write rows as parquet, atomically; once this returns, they have survived a loss of power."""
+    frame = pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False)
+    if virtual_s is not None:
+        frame = frame.with_columns(virtual_s=pl.lit(virtual_s))
     with replaced(path, durable=True) as partial:
-        pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False).write_parquet(partial)
+        frame.write_parquet(partial)
 
 
 class RunDirectory(Callback):
@@ -80,7 +89,7 @@ class RunDirectory(Callback):
         self.clients: ClientStore
         self._made: list[Path] = []  # directories that `create` made, the innermost first
         self._ours = False  # whether all that the directory holds is this run's
-        self._kept: dict[int, str] = {}  # states of clients that are on the disk for good
+        self._kept: dict[tuple[str, int], str] = {}  # states of clients that are on the disk for good
         self.fallen_back = ""  # what was wrong with the newest checkpoint, if the one before it was used
         self.deployed = False  # whether clients are real sites, whose noise comes from their own entropy
 
@@ -224,24 +233,35 @@ class RunDirectory(Callback):
             "traffic": strategy.outbox.traffic.take_rows(),
             "timing": federation.timing,
         }
+        clock = federation.clock
+        if clock is not None:
+            rows["schedule"], clock.book.rows = clock.book.rows, []
         for kind, values in rows.items():
-            write_rows(self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet", kind, values)
-        federation.rows, federation.timing = [], []
+            path = self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet"
+            if federation.again and path.exists():
+                values = [*_before(path, kind), *values]
+            virtual = clock.seconds if clock is not None and kind == "metrics" else None
+            write_rows(path, kind, values, virtual)
+        federation.rows, federation.timing, federation.again = [], [], False
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
         self._keep_clients(strategy.outbox.tags)
+        if clock is not None:
+            self._keep_clients({client: one.made for client, one in clock.waiting.items() if one.made}, "flight")
         commit(federation, self.checkpoint, self.config, self.seconds)
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
         progress["failures"] = dict(strategy.inbox.failures)
+        if clock is not None:
+            progress["virtual_s"] = clock.seconds
         write_text(self.checkpoint / "round.json", json.dumps(progress))
 
-    def _keep_clients(self, tags: dict[int, str]) -> None:
+    def _keep_clients(self, tags: dict[int, str], of: str = "tag") -> None:
         """Bring to the disk what a commit names: the states of clients that have new ones. Sites keep their own."""
         for client, tag in tags.items():
             path = self.clients.path(client, tag)
-            if self._kept.get(client) != tag and tag != INITIAL and path.exists():
+            if self._kept.get((of, client)) != tag and tag != INITIAL and path.exists():
                 synced(path)
                 synced(path.parent)
-            self._kept[client] = tag
+            self._kept[of, client] = tag
 
     def end(self, federation: Federation) -> None:
         """Merge the rows, draw the partition, write the final models, and last the summary."""
@@ -255,7 +275,8 @@ class RunDirectory(Callback):
         traffic.settle()
         settled = self.checkpoint / "rows" / f"traffic-settled-{federation.done:06d}.parquet"
         write_rows(settled, "traffic", traffic.take_rows())
-        for kind in ("metrics", "traffic", "timing"):
+        kinds = ("metrics", "traffic", "timing") if federation.clock is None else KINDS
+        for kind in kinds:
             pieces = sorted((self.checkpoint / "rows").glob(f"{kind}-*.parquet"))
             with replaced(self.path / f"{kind}.parquet", durable=True) as partial:
                 pl.concat([pl.scan_parquet(p, glob=False) for p in pieces]).sink_parquet(partial)
@@ -266,7 +287,7 @@ class RunDirectory(Callback):
 
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""
-        strategy, config = federation.strategy, federation.scenario.config
+        strategy, config, clock = federation.strategy, federation.scenario.config, federation.clock
         tokens = federation.scenario.data.dataset.kind == "tokens"
         keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
         final = {**dict.fromkeys(keys, math.nan), **federation.headline}
@@ -293,6 +314,8 @@ class RunDirectory(Callback):
             "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
             "digest": federation.digest,
             "digest_missing": federation.digest_missing,
+            **({} if clock is None else {"schedule_digest": clock.book.chain, "virtual_s": clock.seconds}),
+            **({} if clock is None else {"clock": clock.book.summary(clock.now)}),
             **({"dp": "deployed" if self.deployed else "simulated"} if config.privacy.on else {}),
             "notes": [
                 *federation.scenario.data.notes,
@@ -352,6 +375,12 @@ class RunDirectory(Callback):
         for piece in rows.glob("*.parquet"):
             if int(piece.stem.rsplit("-", 1)[1]) > done:
                 piece.unlink()
+
+
+def _before(path: Path, kind: str) -> list[Any]:
+    """Rows of a round that is committed again, without those of its evaluation."""
+    frame = pl.read_parquet(path).select(list(SCHEMAS[kind]))
+    return frame.filter(pl.col("split") == "train").rows() if kind == "metrics" else frame.rows()
 
 
 def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

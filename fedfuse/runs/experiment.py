@@ -24,6 +24,8 @@ from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
+from fedfuse.core.timed import build_clock
+from fedfuse.core.virtual_clock import VirtualClock
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
@@ -93,6 +95,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     entry = registry.entry(config.strategy.name)
     scenario = prepare_scenario(config)
     strategy = build_strategy(entry, scenario, server_device_of(config))
+    clock = build_clock(strategy)
     path = Path(config.out) if config.out else default_out(config)
     directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
     if config.runtime.name == "flower":
@@ -100,10 +103,17 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
 
         return run_on_flower(config, directory)
     directory.create(config.overwrite)
-    return play(entry, strategy, directory, quiet)
+    return play(entry, strategy, directory, quiet, clock=clock)
 
 
-def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet: bool, resumed: bool = False) -> Path:
+def play(
+    entry: Entry,
+    strategy: FusionStrategy,
+    directory: RunDirectory,
+    quiet: bool,
+    resumed: bool = False,
+    clock: VirtualClock | None = None,
+) -> Path:
     """Put the grid and the callbacks together, run what is left of the rounds, and end what was started.
 
     Raises
@@ -117,7 +127,8 @@ def play(entry: Entry, strategy: FusionStrategy, directory: RunDirectory, quiet:
     grid: LocalGrid | None = None
     try:
         grid = build_grid(entry, scenario, directory)
-        federation = Federation(strategy, grid, scenario.config.rounds, callbacks(scenario.config, directory, quiet))
+        listeners = callbacks(scenario.config, directory, quiet)
+        federation = Federation(strategy, grid, scenario.config.rounds, listeners, clock)
         if resumed:
             directory.restore(federation)
             grid.cache.update(strategy.board.items)
@@ -234,4 +245,4 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
 
         return run_on_flower(config, directory, resumed=True)
     strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
-    return play(entry, strategy, directory, quiet, resumed=True)
+    return play(entry, strategy, directory, quiet, resumed=True, clock=build_clock(strategy))

@@ -12,9 +12,9 @@ from fedfuse.runs.tracking import tracker
 
 def callbacks(config: Config, directory: RunDirectory, quiet: bool) -> list[Callback]:
     """Evaluation first, the commit next, then who reads what was committed; the progress line last."""
-    chosen: list[Callback] = [Evaluation(config.evaluate.every)]
-    if config.stop.patience is not None:
-        chosen.append(EarlyStop(config.stop.patience))
+    chosen: list[Callback] = [Evaluation(config.evaluate.every, config.evaluate.seconds)]
+    if config.stop.on:
+        chosen.append(EarlyStop(config.stop.patience, config.stop.seconds))
     chosen.append(directory)
     if (told := tracker(config.tracking, directory.path)) is not None:
         chosen.append(told)

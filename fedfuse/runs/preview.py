@@ -12,6 +12,7 @@ from fedfuse.core.devices import server_device_of
 from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.timed import build_clock, shape
 from fedfuse.runs.experiment import as_yaml, workers_of
 from fedfuse.wire.records import layout_nbytes
 
@@ -43,6 +44,9 @@ def preview(config: Config, console: Console | None = None) -> None:
         console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
     up, down = bytes_a_round(strategy)
     console.print(f"round: {scenario.cohort_size} clients, up {up:,.0f} bytes, down {down:,.0f} bytes (at most)")
+    if (clock := build_clock(strategy)) is not None:
+        for line in shape(strategy, clock):
+            console.print(line, markup=False)
     data = scenario.data.dataset.train.inputs.nbytes
     workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
     console.print(

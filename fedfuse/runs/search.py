@@ -136,8 +136,8 @@ class _Plan:
         if not self.base.data.validation > 0:
             raise UserError(f"data.validation={self.base.data.validation}: a search needs a validation split; allowed: "
                             f"more than 0")  # fmt: skip
-        if self.base.stop.patience is None:  # only the end counts
-            self.job.append(f"evaluate.every={self.base.rounds}")
+        if not self.base.stop.on:  # only the end counts
+            self.job += [f"evaluate.every={self.base.rounds}", "evaluate.seconds=null"]
 
     def open(self, storage: optuna.storages.BaseStorage, folder: Path) -> None:
         """Make the study, or find it."""

@@ -21,7 +21,7 @@ from fedfuse.compat.opacus_noise import noised_by
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.errors import UserError
-from fedfuse.train import training
+from fedfuse.train import training, work
 from fedfuse.train.accounting import History, epsilon, joined, noise_for
 from fedfuse.train.allowance import passes
 from fedfuse.train.entropy import Keystream, Source, gaussian, uniform
@@ -261,6 +261,7 @@ def train(
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks: Any = None
+    passed = 0
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens, and data, need no gradient
     try:
         more = {"max_grad_norm": privacy.clip} if ghost else {}
@@ -269,6 +270,7 @@ def train(
             training.seed(x.device, *seed_parts, "layers")
             for _ in range(steps):
                 rows = drawn(len(x), rate, sampling).to(x.device)
+                passed += len(rows)
                 chunks = rows.split(privacy.chunk or max(1, len(rows))) if len(rows) else (rows,)
                 for i, part in enumerate(chunks):
                     wrapped.zero_grad()
@@ -297,3 +299,4 @@ def train(
         inner.zero_grad()
         for parameter in frozen:
             parameter.requires_grad_(True)
+    work.note(model, x, passed, True)

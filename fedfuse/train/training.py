@@ -13,6 +13,7 @@ from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
+from fedfuse.train import work
 from fedfuse.train.allowance import passes
 
 _OPTIMIZERS = {
@@ -170,7 +171,7 @@ def train(
         call = _mixed(call, x.device.type)
     planned = epochs * len(sizes_of(len(x), batch_size, least)) if after_step is not None else 0
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    steps = 0
+    steps = passed = 0
     training_mode(model)
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -188,8 +189,10 @@ def train(
                 optimizer.step()
                 total += value.detach()
                 steps += 1
+                passed += len(rows)
                 if after_step is not None and after_step(steps, planned):
                     break
+        work.note(model, x, passed, True, forward)
     finally:
         optimizer.zero_grad()
         for parameter in frozen:
@@ -219,6 +222,7 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512, *, features: boo
     if features and not hasattr(model, "features"):
         raise UserError(f"{type(model).__name__} has no features(x): use a built-in model or add the method")
     call = cast(Callable[[Tensor], Tensor], model.features if features else model)
+    work.note(model, x, len(x), False)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

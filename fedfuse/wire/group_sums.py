@@ -109,9 +109,16 @@ def weight_of(key: str | None, metrics: Mapping[str, Any]) -> float:
 
 
 def add_up(
-    records: dict[str, Arrays], metrics: Mapping[str, Any], group: int, totals: dict[str, Sum], sums: Sums
+    records: dict[str, Arrays],
+    metrics: Mapping[str, Any],
+    group: int,
+    totals: dict[str, Sum],
+    sums: Sums,
+    scale: float = 1.0,
 ) -> None:
     """Move the records that are only summed from a client's share into the totals; all of them or none.
+
+    What weighs a record is multiplied by `scale`.
 
     Raises
     ------
@@ -121,7 +128,7 @@ def add_up(
     weights: dict[str, float] = {}
     for name, total in totals.items():
         if name in records:
-            weights[name] = weight_of(sums[name], metrics)
+            weights[name] = weight_of(sums[name], metrics) * scale
             total.check(records[name], weights[name])
     for name, weight in weights.items():
         totals[name].add(group, records.pop(name), weight)

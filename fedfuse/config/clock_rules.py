@@ -1,0 +1,90 @@
+"""What the keys of the virtual clock may be, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fedfuse.config.schema import Config
+from fedfuse.errors import UserError
+
+Rule = tuple[str, Any, bool, str]  # key, value, whether it is good, what is allowed
+
+TIERS = ("workstation", "laptop", "phone", "board")
+
+
+def timed(config: Config) -> list[Rule]:
+    """Rules of the clock, the schedule and their limits."""
+    clock, schedule = config.clock, config.schedule
+    positive = {
+        "clock.gflops": clock.gflops,
+        "clock.down_kbps": clock.down_kbps,
+        "clock.up_kbps": clock.up_kbps,
+        "clock.on_s": clock.on_s,
+        "clock.off_s": clock.off_s,
+        "clock.period_s": clock.period_s,
+        "schedule.seconds": schedule.seconds,
+        "schedule.server_lr": schedule.server_lr,
+        "until.seconds": config.until.seconds,
+        "evaluate.seconds": config.evaluate.seconds,
+        "stop.seconds": config.stop.seconds,
+    }
+    not_negative = {
+        "clock.spread": clock.spread,
+        "clock.link_spread": clock.link_spread,
+        "clock.latency_ms": clock.latency_ms,
+        "clock.jitter": clock.jitter,
+        "clock.watts": clock.watts,
+        "clock.joules_per_mb": clock.joules_per_mb,
+        "schedule.a": schedule.a,
+        "schedule.b": schedule.b,
+    }
+    at_least_one = {"schedule.buffer": schedule.buffer, "schedule.concurrency": schedule.concurrency}
+    rules: list[Rule] = [(k, v, v is None or 0 < v < math.inf, "more than 0") for k, v in positive.items()]
+    rules += [(k, v, v is None or 0 <= v < math.inf, "at least 0") for k, v in not_negative.items()]
+    rules += [(k, v, v is None or v >= 1, "at least 1") for k, v in at_least_one.items()]
+    rules += [
+        ("clock.dropout", clock.dropout, 0 <= clock.dropout < 1, "at least 0 and below 1"),
+        ("clock.on_share", clock.on_share, 0 < clock.on_share <= 1, "more than 0 and at most 1"),
+        ("schedule.factor", schedule.factor, 1 < schedule.factor < math.inf, "more than 1"),
+        ("schedule.mixing", schedule.mixing, 0 < schedule.mixing <= 1, "more than 0 and at most 1"),
+        (
+            "clock.tiers",
+            clock.tiers,
+            bool(clock.tiers) and set(clock.tiers) <= set(TIERS),
+            "a list of " + ", ".join(TIERS),
+        ),
+    ]
+    return rules
+
+
+def refuse_apart(config: Config) -> None:
+    """Refuse words that are good alone and say nothing together.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value and what is allowed.
+    """
+    clock, schedule, part = config.clock, config.schedule, config.participation
+    told = [
+        (
+            clock.name == "trace" and not (clock.devices or clock.intervals),
+            "clock=trace: needs clock.devices=<file>, clock.intervals=<file> or both",
+        ),
+        (
+            not clock.on and schedule.name != "sync",
+            f"schedule={schedule.name}: needs a clock; allowed with clock=off is sync",
+        ),
+        (
+            schedule.name == "overcommit" and part == 1,
+            "schedule=overcommit: participation=1.0 leaves nobody to invite more; allowed is below 1",
+        ),
+        (
+            clock.on and config.runtime.name == "flower",
+            f"clock={clock.name}: runtime=flower keeps its own time; allowed are inline and ray",
+        ),
+    ]
+    for wrong, line in told:
+        if wrong:
+            raise UserError(line)

@@ -1,0 +1,101 @@
+"""Work is counted, not measured: examples that passed through a network, times the FLOPs of one of them.
+
+FLOPs of one example are torch's own count (`FlopCounterMode`) of one pass forward, or forward and backward, made once
+for each network in a process; they depend on the network alone, so every process counts alike. Nothing is counted
+unless somebody asks (`counting`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Tally:
+    """What was counted so far.
+
+    Attributes
+    ----------
+    flops : int
+    unit : int
+        FLOPs of one example forward and backward through the network that was trained first; without any training,
+        of one example forward.
+    """
+
+    flops: int = 0
+    unit: int = 0
+    trained: bool = False
+
+
+_tally: Tally | None = None
+_known: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def counting(on: bool = True) -> Iterator[Tally]:
+    """Count what is trained and predicted inside."""
+    global _tally
+    before, tally = _tally, Tally()
+    _tally = tally if on else None
+    try:
+        yield tally
+    finally:
+        _tally = before
+
+
+def note(
+    model: nn.Module, x: Tensor, rows: int, backward: bool, forward: Callable[[Tensor], Any] | None = None
+) -> None:
+    """Count `rows` examples like those of `x` that passed through a network, if anybody counts.
+
+    A `forward` that is a method of the network is counted in its place; any other may look at what it likes.
+    """
+    if _tally is None or not rows:
+        return
+    own = forward if getattr(forward, "__self__", None) is model else None
+    one = flops(model, x[:1], backward, own)
+    _tally.flops += rows * one
+    if (backward and not _tally.trained) or not _tally.unit:
+        _tally.unit, _tally.trained = one, backward
+
+
+def flops(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None = None) -> int:
+    """FLOPs of one pass of a batch, forward, or forward and backward to what is trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if backward else 0
+    key = (tuple(x.shape), str(x.dtype), trained, getattr(forward, "__name__", ""))
+    known = _known.setdefault(model, {})
+    if key not in known:
+        known[key] = _counted(model, x, backward and trained > 0, forward)
+    return known[key]
+
+
+def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None) -> int:
+    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    modes = [(module, module.training) for module in model.modules()]
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.set_grad_enabled(backward), counter:
+            out = (forward or model)(x)
+            if backward:
+                wanted = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(_scalar(out), wanted, allow_unused=True)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return int(counter.get_total_flops())
+
+
+def _scalar(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out.sum()
+    return torch.stack([_scalar(one) for one in out if one is not None]).sum()
