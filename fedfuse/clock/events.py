@@ -239,6 +239,7 @@ class _Passing:
 
     def _fill(self) -> None:
         """Invite clients that are on, as many as may be at work."""
+        self.pending = -1  # who is lost at once is made up for at the same instant
         while len(self.flying) < self.sky.concurrency and self.free:
             place = self._pick()
             if place is None:

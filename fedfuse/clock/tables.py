@@ -43,7 +43,7 @@ def _read(path: Path, line: int, row: dict[str, str | None], optional: set[str])
         try:
             value = float(text or "")
         except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}: {name}={one_line(text, 40)!r}; a number is needed") from None
+            raise UserError(f"{path}, line {line}: {name}={one_line(text or '', 40)!r}; a number is needed") from None
         if value != value:
             raise UserError(f"{path}, line {line}: {name}=nan; a number is needed")
         out[name] = value

@@ -27,7 +27,8 @@ def test_strategies_compose_with_their_defaults(name: str) -> None:
 def test_groups_compose(group: str) -> None:
     """Every word of a group gives the configuration of that name; a layout reads by itself."""
     for name in options(group):
-        chosen = getattr(compose([f"{group}={name}", "strategy=fedmd"]), group)  # which takes a loss, too
+        beside = ["clock=devices"] if group == "schedule" else []
+        chosen = getattr(compose([f"{group}={name}", "strategy=fedmd", *beside]), group)  # which takes a loss, too
         assert chosen.name == (None if (group, name) == ("loss", "default") else name)
         if group == "data":
             assert chosen.layout == (name if name in catalogue.LAYOUTS else "builtin")

@@ -44,6 +44,36 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "model": ("strategy=fedavg", "partition=iid", "model=custom", "model.build=tests.core.test_silence:network"),
     "adam": ("strategy=fedavg", "partition=iid", "train.optimizer=adam"),
     "pool": ("strategy=local", "partition=iid", "model.pool=[mlp,mlp_small]", "train.pool=[sgd@0.1,adam@0.001]"),
+    "timed": (
+        "strategy=fedavg",
+        "partition=iid",
+        "clock=devices",
+        "clock.availability=markov",
+        "schedule=fedbuff",
+        "schedule.buffer=2",
+        "clock.on_s=900.0",
+        "clock.watts=3.0",
+        "stop.patience=1",
+    ),
+    "hinged": (
+        "strategy=fedavg",
+        "partition=iid",
+        "clock=devices",
+        "clock.availability=diurnal",
+        "schedule=fedasync",
+        "schedule.staleness=hinge",
+        "clock.speeds=tiers",
+        "clock.on_share=0.9",
+    ),
+    "deadline": ("strategy=fedavg", "partition=iid", "clock=devices", "schedule=deadline"),
+    "overcommit": ("strategy=fedavg", "partition=iid", "clock=devices", "schedule=overcommit", "participation=0.5"),
+    "trace": (
+        "strategy=fedavg",
+        "partition=iid",
+        "clock=trace",
+        f"clock.devices={FOLDER}/devices.csv",
+        f"clock.intervals={FOLDER}/availability.csv",
+    ),
     "private": ("strategy=fedavg", "partition=iid", "privacy.epsilon=50.0", "train.batch_size=64"),
 }
 # read by what these runs have no use for; where that is tested
@@ -91,6 +121,10 @@ def folder(tmp_path_factory) -> Path:
     draw = np.random.default_rng(0)
     np.savez(place / "all.npz", x=draw.normal(size=(120, 8)).astype("float32"), y=np.arange(120) % 3,
              g=np.repeat([0, 1, 2], 40))  # fmt: skip
+    (place / "devices.csv").write_text(
+        "client,gflops,down_kbps,up_kbps,latency_ms\n" + "".join(f"{client},1,9000,9000,1\n" for client in range(3))
+    )
+    (place / "availability.csv").write_text("client,on_s,off_s\n" + "".join(f"{c},0,50\n" for c in range(3)))
     return place
 
 
