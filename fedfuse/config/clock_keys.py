@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fedfuse.config.keys import key
 
 ON = "clock=devices|trace"
-INTERVALS = "clock.availability=markov|diurnal"
-BUFFERED = "schedule=fedbuff|fedasync"
+DRAWN = f"clock.devices=null with clock.speeds=lognormal with {ON}"
+STALE = "schedule=semiasync|fedbuff|fedasync"
 
 
 @dataclass
@@ -26,22 +26,30 @@ class ClockConfig:
         "file: availability.csv (client, on_s, off_s), or FedScale's behaviour",
         only="clock=trace",
     )
-    speeds: str = key("lognormal", "how devices are drawn where no file gives them: lognormal | tiers", only=ON)
-    gflops: float = key(10.0, "median speed of a device, 10⁹ floating-point operations a second", only=ON)
+    speeds: str = key(
+        "lognormal",
+        "how devices are drawn where no file gives them: lognormal | tiers",
+        only=f"clock.devices=null with {ON}",
+    )
+    gflops: float = key(10.0, "median speed of a device, 10⁹ floating-point operations a second", only=DRAWN)
     spread: float = key(
         1.0, "σ of the logarithm of speeds; 1.5 spans two orders of magnitude over 100 clients", only=ON
     )
-    down_kbps: float = key(20000.0, "median bandwidth to a device, 1,000 bits a second", only=ON)
-    up_kbps: float = key(5000.0, "median bandwidth from a device, 1,000 bits a second", only=ON)
-    link_spread: float = key(0.5, "σ of the logarithm of bandwidths, both ways alike on one device", only=ON)
-    latency_ms: float = key(50.0, "time until the first byte, each way", only=ON)
+    down_kbps: float = key(20000.0, "median bandwidth to a device, 1,000 bits a second", only=DRAWN)
+    up_kbps: float = key(5000.0, "median bandwidth from a device, 1,000 bits a second", only=DRAWN)
+    link_spread: float = key(0.5, "σ of the logarithm of bandwidths, both ways alike on one device", only=DRAWN)
+    latency_ms: float = key(50.0, "time until the first byte, each way", only=DRAWN)
     tiers: list[str] = key(
         ["laptop", "phone", "board"],
         "`tiers`: kinds of device, dealt round-robin: workstation | laptop | phone | board",
         only="clock.speeds=tiers",
     )
-    jitter: float = key(0.0, "σ of the logarithm of a factor on each training's time", only=ON)
-    availability: str = key("always", "when devices are on where no file says it: always | markov | diurnal", only=ON)
+    jitter: float = key(0.0, "σ of the logarithm of a factor on each training's time", only=f"{DRAWN} or clock=trace")
+    availability: str = key(
+        "always",
+        "when devices are on where no file says it: always | markov | diurnal",
+        only=f"clock.intervals=null with {ON}",
+    )
     on_s: float = key(3600.0, "`markov`: mean length of an on interval, seconds", only="clock.availability=markov")
     off_s: float = key(3600.0, "`markov`: mean length of an off interval, seconds", only="clock.availability=markov")
     on_share: float = key(0.5, "`diurnal`: share of the period that a device is on", only="clock.availability=diurnal")
@@ -72,15 +80,15 @@ class ScheduleConfig:
     concurrency: int | None = key(
         None,
         "clients at work at once; null: as many as participation draws",
-        only="schedule=semiasync|fedbuff|fedasync",
+        only=STALE,
     )
     staleness: str = key(
         "polynomial",
         "s(τ) of a share τ versions old: constant: 1 | polynomial: (1+τ)^−a | hinge: 1 if τ ≤ b, else 1/(a·(τ−b)+1)",
-        only="schedule=semiasync|fedbuff|fedasync",
+        only=STALE,
     )
-    a: float = key(0.5, "a of s(τ); a hinge's is usually 10", only="schedule.staleness=polynomial|hinge")
-    b: int = key(4, "b of the hinge", only="schedule.staleness=hinge")
+    a: float = key(0.5, "a of s(τ); a hinge's is usually 10", only=f"{STALE} with schedule.staleness=polynomial|hinge")
+    b: int = key(4, "b of the hinge", only=f"{STALE} with schedule.staleness=hinge")
     mixing: float = key(0.6, "`fedasync`: α, what an update without staleness is worth", only="schedule=fedasync")
     server_lr: float = key(1.0, "`fedbuff`: η_g, the server's step along the mean update", only="schedule=fedbuff")
 

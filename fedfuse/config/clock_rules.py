@@ -85,6 +85,9 @@ def refuse_apart(config: Config) -> None:
             f"clock={clock.name}: runtime=flower keeps its own time; allowed are inline and ray",
         ),
     ]
+    for key, on in (("secure=on", config.secure.name == "on"), ("privacy.level=client", config.privacy.by_client)):
+        wrong = clock.on and on
+        told.append((wrong, f"clock={clock.name}: {key} needs everybody's reply at once; allowed is clock=off"))
     for wrong, line in told:
         if wrong:
             raise UserError(line)

@@ -281,8 +281,8 @@ class Node:
         if staged is not None:
             state, knowledge = staged, {}
             state.pop("seen", None)
-            tally.flops, tally.unit, trained = state.pop("spent", (0, 0, 0))  # as if done now
-            tally.trained = bool(trained)
+            tally.flops, tally.unit, learned = state.pop("spent", (0, 0, 0))  # as if done now
+            tally.trained = bool(learned)
 
         whole = self._replaces_all(knowledge, architecture)
         client = self.entry.client(

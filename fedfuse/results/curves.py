@@ -50,6 +50,17 @@ def by_round(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     return _curves(series, metric, prefix, lambda one, rounds: rounds.astype(float), "round")
 
 
+def by_virtual_time(series: Sequence[Series], metric: str, prefix: str) -> str | None:
+    """Draw `metric` over virtual time; None where none was kept."""
+    timed = [one for one in series if any(len(run.virtual_seconds) for run in one.everything)]
+
+    def when(one: Measures, rounds: np.ndarray) -> np.ndarray:
+        known = one.virtual_seconds
+        return known[np.searchsorted(one.rounds, rounds)] if len(known) else np.full(len(rounds), np.nan)
+
+    return _curves(timed, metric, prefix, when, "virtual seconds") if timed else None
+
+
 def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     """Draw `metric` over cumulative bytes, with the Pareto front of the last rounds.
 

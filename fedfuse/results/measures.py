@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Measures:
         Up and down payload of set-up and training until the end of each round, shape (r + 1,), bytes.
     cumulative_seconds
         Time until the end of each round, shape (r + 1,), seconds; empty where no timing was written.
+    virtual_seconds
+        Virtual time at the end of each round, shape (r + 1,), seconds; empty where none was kept.
     clients
         Personal accuracy by client after the last evaluated round.
     phases
@@ -49,6 +51,7 @@ class Measures:
     clients: dict[int, float]
     phases: dict[str, float]
     partition_hash: int | None
+    virtual_seconds: np.ndarray = field(default_factory=lambda: np.array([]))
 
 
 def gather(run: RunRecord) -> Measures:
@@ -105,8 +108,19 @@ def _gather(run: RunRecord) -> Measures:
         cumulative_seconds=seconds,
         clients=dict(zip(last["client"].to_list(), last["value"].to_list(), strict=True)),
         phases=phases,
+        virtual_seconds=_virtual(run, rounds),
         partition_hash=int(counts.hash_rows().sum()) if counts.height else None,
     )
+
+
+def _virtual(run: RunRecord, rounds: np.ndarray) -> np.ndarray:
+    """The virtual moment at which each round ended; none where no virtual time was kept."""
+    import polars as pl
+
+    if "virtual_s" not in run.metrics.collect_schema().names():
+        return np.array([])
+    each = run.metrics.group_by("round").agg(pl.col("virtual_s").max()).sort("round").collect()
+    return np.interp(rounds, [0, *each["round"].to_list()], [0.0, *each["virtual_s"].to_list()])
 
 
 def _until(rows: pl.DataFrame, column: str, rounds: np.ndarray) -> np.ndarray:

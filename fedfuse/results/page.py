@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.errors import UserError
-from fedfuse.results import curves, figures, parameters, sections, wording
+from fedfuse.results import curves, figures, parameters, sections, virtual, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
@@ -22,6 +22,7 @@ from fedfuse.results.table import Row, against_nothing_sent, notes, printable, r
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
 MOST_SWEPT = 6
+MOST_TIMELINES = 6  # of strategies
 
 
 @dataclass
@@ -130,6 +131,7 @@ def _section(
         "legend": [{"index": one.index, "label": printable(one.label), "press": True} for one in series],
         "figures": _figures(k, series) if drawn else [],
         "targets": sections.to_targets(series),
+        "virtual": virtual.table(series),
         "tests": sections.tests(groups),
     }
 
@@ -140,6 +142,8 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
         tag = metric.partition("/")[2]
         shown.append((f"{name} accuracy by round", curves.by_round(series, metric, f"f{k}r{tag}"), wording.BAND, []))
         shown.append((f"{name} accuracy by bytes", curves.by_bytes(series, metric, f"f{k}b{tag}"), wording.BYTES, []))
+        timed = curves.by_virtual_time(series, metric, f"f{k}v{tag}")
+        shown.append((f"{name} accuracy by virtual time", timed, wording.BAND, []))
         if name == "Global":
             spread = figures.client_spread(series, f"f{k}c")
             shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
@@ -147,6 +151,11 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]
     shown.append(("Where the time went", bars, wording.TIME, legend))
+    shown.append(("Staleness", virtual.staleness(series, f"f{k}y"), virtual.STALE, []))
+    shown.append(("Fairness by speed", virtual.fairness(series, f"f{k}g"), virtual.FAIR, []))
+    for i, one in enumerate(series[:MOST_TIMELINES]):
+        drawn = virtual.timeline(one, f"f{k}u{i}")
+        shown.append((f"A round of {one.label}", drawn, virtual.TIMELINE, []))
     return [_shown(title, drawing, caption, legend) for title, drawing, caption, legend in shown if drawing]
 
 

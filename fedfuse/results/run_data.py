@@ -34,8 +34,8 @@ SCHEDULE = (
     "round", "client", "phase", "outcome", "attempt", "since", "start_ns", "received_ns", "computed_ns", "end_ns",
     "weight", "down_bytes", "up_bytes", "flops", "joules",
 )  # fmt: skip
-_INTEGERS = {"round", "client", "bytes", "examples"}
-_FLOATS = {"value", "seconds"}
+_INTEGERS = {"round", "client", "bytes", "examples", *SCHEDULE} - {"phase", "outcome", "weight", "joules"}
+_FLOATS = {"value", "seconds", "weight", "joules"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,23 @@ class RunRecord:
         return {str(key): value for key, value in found.items() if isinstance(value, int)}
 
     @cached_property
+    def virtual_s(self) -> float | None:
+        """Virtual seconds until the last committed round; None where no virtual time is kept."""
+        source = self.summary
+        if source is None:
+            try:
+                source = _json(self.dir / "checkpoint" / "round.json")
+            except UserError:
+                return None
+        found = source.get("virtual_s")
+        return float(found) if isinstance(found, int | float) else None
+
+    @property
+    def schedule(self) -> pl.LazyFrame:
+        """Rows of flights that ended, as `SCHEDULE` names them; none where no virtual time is kept."""
+        return self._rows("schedule")
+
+    @cached_property
     def final(self) -> dict[str, float]:
         """Headline values of the last committed round, NaN where there is none: `accuracy/global`, …"""
         if self.summary is not None:
@@ -145,7 +162,7 @@ class RunRecord:
         pieces = [checked(path) for round, path in _pieces(self.dir, kind) if round <= self.rounds_done]
         if pieces:
             return pl.scan_parquet(pieces, glob=False)
-        types = {name: _type(name) for name in COLUMNS[kind]}
+        types = {name: _type(name) for name in COLUMNS.get(kind, SCHEDULE)}
         return pl.LazyFrame(schema=types)
 
 

@@ -63,7 +63,7 @@ def _share(value: Interval) -> Cell:
     return number(value.mean, percent(value))
 
 
-def _columns(*names: str) -> tuple[Column, ...]:
+def columns(*names: str) -> tuple[Column, ...]:
     """Return columns; a name that starts with `:` holds words."""
     return tuple(Column(name.removeprefix(":"), name.startswith(":")) for name in names)
 
@@ -95,7 +95,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         )
     names = list(METRICS.values())
     spread = "spread over clients"
-    columns = _columns(
+    heads = columns(
         ":strategy",
         "n",
         *names,
@@ -109,7 +109,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
     )
     on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
     note = f"{FOOT} {wording.COMPARISON.format(seeds=on)}"
-    return Table("After the last round", columns, tuple(lines), note, "comparison")
+    return Table("After the last round", heads, tuple(lines), note, "comparison")
 
 
 def intervals(rows: Sequence[Row]) -> Table:
@@ -127,8 +127,8 @@ def intervals(rows: Sequence[Row]) -> Table:
                     *(_end(end) for end in (t.low, t.high, boot.low, boot.high)),
                 )
             )
-    columns = _columns(":strategy", ":accuracy", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
-    return Table("Intervals", columns, tuple(lines), wording.INTERVALS)
+    heads = columns(":strategy", ":accuracy", "n", "mean", "t low", "t high", "bootstrap low", "bootstrap high")
+    return Table("Intervals", heads, tuple(lines), wording.INTERVALS)
 
 
 def _end(value: float | None) -> Cell:
@@ -142,7 +142,7 @@ def best(rows: Sequence[Row]) -> Table:
     ]
     return Table(
         "Best round",
-        _columns(":strategy", "n", "best global %", "best personal %"),
+        columns(":strategy", "n", "best global %", "best personal %"),
         tuple(lines),
         wording.BEST,
     )
@@ -151,6 +151,7 @@ def best(rows: Sequence[Row]) -> Table:
 def to_targets(series: Sequence[Series]) -> Table | None:
     """Return rounds, seconds and bytes to target accuracies, global and personal."""
     lines = []
+    timed = any(len(run.virtual_seconds) for one in series for run in one.finished)
     for metric in BEST:
         for target in targets([run for one in series for run in one.finished], metric):
             for one in series:
@@ -166,12 +167,15 @@ def to_targets(series: Sequence[Series]) -> Table | None:
                         number(cost.rounds, None),
                         number(cost.seconds),
                         number(cost.megabytes),
+                        *([number(cost.virtual)] if timed else []),
                     )
                 )
     if not lines:
         return None
-    columns = _columns(":strategy", ":test set", "target", "reached by", "rounds", "seconds", "MB")
-    return Table("To a target accuracy", columns, tuple(lines), wording.TARGETS, "targets")
+    heads = columns(
+        ":strategy", ":test set", "target", "reached by", "rounds", "seconds", "MB", *(["virtual s"] if timed else [])
+    )
+    return Table("To a target accuracy", heads, tuple(lines), wording.TARGETS, "targets")
 
 
 def tests(groups: Sequence[Group]) -> Table | None:
@@ -217,7 +221,7 @@ def tests(groups: Sequence[Group]) -> Table | None:
         "signed rank p, Holm",
         ":note",
     )
-    return Table("Paired tests over seeds", _columns(*names), tuple(lines), note, "tests")
+    return Table("Paired tests over seeds", columns(*names), tuple(lines), note, "tests")
 
 
 def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
@@ -292,5 +296,5 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
         "rounds",
         *METRICS.values(),
     ]
-    columns = _columns(*names, "MB", "seconds", ":digest")
-    return Table("Every run", columns, tuple(lines), wording.RUNS, "runs")
+    heads = columns(*names, "MB", "seconds", ":digest")
+    return Table("Every run", heads, tuple(lines), wording.RUNS, "runs")

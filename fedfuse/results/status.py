@@ -32,6 +32,7 @@ def line(run: RunRecord, name: str) -> dict[str, Any]:
         "status": run.status,
         "done": run.rounds_done,
         "rounds": run.rounds,
+        "virtual": "" if run.virtual_s is None else amount(run.virtual_s),
         "score": _percent(run.final.get("accuracy/global")),
         "personal": _percent(run.final.get("accuracy/personal")),
         "up": amount(totals.get("up", 0.0)),

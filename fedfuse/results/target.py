@@ -21,6 +21,8 @@ class Reached:
         How many of how many runs did.
     rounds, seconds, megabytes
         Means over those; NaN where none did or nothing was measured. Megabytes are 10⁶ bytes, up and down.
+    virtual
+        Virtual seconds, in the same way.
     """
 
     target: float
@@ -29,6 +31,7 @@ class Reached:
     rounds: float
     seconds: float
     megabytes: float
+    virtual: float = math.nan
 
 
 def targets(evidence: Sequence[Measures], metric: str) -> list[float]:
@@ -41,7 +44,7 @@ def targets(evidence: Sequence[Measures], metric: str) -> list[float]:
 
 
 def reach(evidence: Sequence[Measures], metric: str, target: float) -> Reached:
-    """Return rounds, seconds and bytes until `metric` is first at or above `target` in an evaluated round."""
+    """Return rounds, seconds, bytes and virtual seconds until `metric` is first at or above `target` in an evaluated round."""
     costs = []
     for one in evidence:
         if metric not in one.curves:
@@ -53,6 +56,7 @@ def reach(evidence: Sequence[Measures], metric: str, target: float) -> Reached:
             i = int(np.searchsorted(one.rounds, number))
             seconds = one.cumulative_seconds[i] if i < len(one.cumulative_seconds) else math.nan
             moved = one.cumulative_bytes[i] / 1e6 if i < len(one.cumulative_bytes) else math.nan
-            costs.append((float(number), float(seconds), float(moved)))
-    means = np.mean(costs, axis=0) if costs else [math.nan] * 3
+            virtual = one.virtual_seconds[i] if i < len(one.virtual_seconds) else math.nan
+            costs.append((float(number), float(seconds), float(moved), float(virtual)))
+    means = np.mean(costs, axis=0) if costs else [math.nan] * 4
     return Reached(target, len(costs), len(evidence), *map(float, means))

@@ -139,7 +139,8 @@ class Watch:
                 lines.append(line(run, names[run.dir]))
             except Exception:  # files change while they are read; the next look has them whole
                 continue
-        return fragment("live.html", runs=lines, hidden=max(0, len(finished) - MOST_FINISHED)), version
+        timed = any(one["virtual"] for one in lines)
+        return fragment("live.html", runs=lines, hidden=max(0, len(finished) - MOST_FINISHED), timed=timed), version
 
     def body(self) -> tuple[str, str]:
         """Return the page's body and the version it was made from; an older one while it is too soon."""

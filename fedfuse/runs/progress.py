@@ -44,6 +44,8 @@ class Progress(Callback):
         parts.append(f"loss {loss:.4f}" if loss == loss else "loss –")
         parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")
         parts.append(f"{now - self._clock:.2f} s")
+        if federation.clock is not None:
+            parts.append(f"virtual {federation.clock.seconds:.3g} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
         told = unheard(federation.strategy) if federation.done == 1 else []
