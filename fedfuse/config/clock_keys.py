@@ -33,18 +33,18 @@ class ClockConfig:
     )
     gflops: float = key(10.0, "median speed of a device, 10⁹ floating-point operations a second", only=DRAWN)
     spread: float = key(
-        1.0, "σ of the logarithm of speeds; 1.5 spans two orders of magnitude over 100 clients", only=ON
+        1.0, "σ of the logarithm of speeds; 1.5 spans two orders of magnitude over 100 clients", only=DRAWN
     )
     down_kbps: float = key(20000.0, "median bandwidth to a device, 1,000 bits a second", only=DRAWN)
     up_kbps: float = key(5000.0, "median bandwidth from a device, 1,000 bits a second", only=DRAWN)
     link_spread: float = key(0.5, "σ of the logarithm of bandwidths, both ways alike on one device", only=DRAWN)
-    latency_ms: float = key(50.0, "time until the first byte, each way", only=DRAWN)
+    latency_ms: float = key(50.0, "time until the first byte, each way", only=f"{DRAWN} or clock=trace")
     tiers: list[str] = key(
         ["laptop", "phone", "board"],
         "`tiers`: kinds of device, dealt round-robin: workstation | laptop | phone | board",
         only="clock.speeds=tiers",
     )
-    jitter: float = key(0.0, "σ of the logarithm of a factor on each training's time", only=f"{DRAWN} or clock=trace")
+    jitter: float = key(0.0, "σ of the logarithm of a factor on each training's time", only=ON)
     availability: str = key(
         "always",
         "when devices are on where no file says it: always | markov | diurnal",

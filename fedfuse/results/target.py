@@ -44,7 +44,7 @@ def targets(evidence: Sequence[Measures], metric: str) -> list[float]:
 
 
 def reach(evidence: Sequence[Measures], metric: str, target: float) -> Reached:
-    """Return rounds, seconds, bytes and virtual seconds until `metric` is first at or above `target` in an evaluated round."""
+    """Rounds, seconds, bytes, virtual seconds until `metric` is first at or above `target` in an evaluated round."""
     costs = []
     for one in evidence:
         if metric not in one.curves:

@@ -24,11 +24,11 @@ MOST_CLIENTS = 40  # on a timeline
 DECILES = 10
 
 TIMELINE = (
-    "Clients of the middle round of the first seed, slowest above. Dark: computing; light: on the network; hatched: for "
-    "nothing (late or lost); blank: not at work. The line is the moment of fusion."
+    "Clients of the middle round of the first seed, slowest above. Dark: computing; light: on the network; "
+    "hatched: for nothing (late or lost); blank: not at work. The line is the moment of fusion."
 )
 STALE = "Share of the replies that were fused, by how many versions older their message was; all seeds."
-FAIR = "Clients by the speed of their device, slowest tenth left. Bars: share of all replies fused; line: personal accuracy."
+FAIR = "Clients by their device's speed, slowest tenth left. Bars: share of all replies fused; line: personal accuracy."
 TABLE = (
     "Idle: share of the time of those invited at least once in which they were not at work. Wasted: of clients' time "
     "and bytes, what was late or lost. Staleness: mean over replies fused."
