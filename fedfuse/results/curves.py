@@ -51,14 +51,47 @@ def by_round(series: Sequence[Series], metric: str, prefix: str) -> str | None:
 
 
 def by_virtual_time(series: Sequence[Series], metric: str, prefix: str) -> str | None:
-    """Draw `metric` over virtual time; None where none was kept."""
-    timed = [one for one in series if any(len(run.virtual_seconds) for run in one.everything)]
+    """Draw `metric` over virtual time; None where none was kept.
 
-    def when(one: Measures, rounds: np.ndarray) -> np.ndarray:
-        known = one.virtual_seconds
-        return known[np.searchsorted(one.rounds, rounds)] if len(known) else np.full(len(rounds), np.nan)
+    Seeds are evaluated at moments of their own: each is read off between its evaluations, where all have some.
+    """
+    found = {
+        one.index: [curve for run in one.finished if (curve := _in_time(run, metric)) is not None] for one in series
+    }
+    if not any(found.values()):
+        return None
+    scale = 100 if metric.startswith("accuracy") else 1
+    with svg.figure() as drawn:
+        axes = drawn.add_subplot()
+        for one in series:
+            curves = found[one.index]
+            if not curves:
+                continue
+            start, end = max(when[0] for when, _ in curves), min(when[-1] for when, _ in curves)
+            moments = np.unique(np.concatenate([when for when, _ in curves]))
+            moments = moments[(moments >= start) & (moments <= end)]
+            if not len(moments):
+                continue
+            values = scale * np.array([np.interp(moments, when, value) for when, value in curves])
+            if len(curves) > 1:
+                low, high, gid = values.min(axis=0), values.max(axis=0), f"series-{one.index}.band"
+                axes.fill_between(moments, low, high, color=one.colour, alpha=0.15, lw=0, gid=gid)
+            look: dict[str, Any] = {"color": one.colour, "linestyle": svg.series_dash(one.index)}
+            marker = "o" if len(moments) == 1 else None
+            axes.plot(moments, values.mean(axis=0), marker=marker, ms=4, gid=f"series-{one.index}.mean", **look)
+        axes.set_xlabel("virtual seconds")
+        axes.set_ylabel(f"{metric.replace('/', ', ')}{' (%)' if scale == 100 else ''}")
+        return svg.to_svg(drawn, prefix)
 
-    return _curves(timed, metric, prefix, when, "virtual seconds") if timed else None
+
+def _in_time(run: Measures, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Moments of a run's evaluations, and a metric there."""
+    if not len(run.virtual_seconds) or metric not in run.curves:
+        return None
+    rounds, values = run.curves[metric]
+    good = np.isfinite(values)
+    when = run.virtual_seconds[np.searchsorted(run.rounds, rounds)]
+    return (when[good], values[good]) if good.any() else None
 
 
 def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
