@@ -153,7 +153,7 @@ def timeline(one: Series, prefix: str) -> str | None:
             look: dict[str, Any] = {"color": one.colour, "height": 0.7, "hatch": hatch, "edgecolor": svg.PAPER, "lw": 0}
             axes.barh(y, moments[3] - moments[0], left=moments[0], alpha=0.3, **look)
             axes.barh(y, max(0.0, moments[2] - moments[1]), left=moments[1], alpha=0.8, **look)
-        axes.axvline((int(fused) - origin) / 1e9, color=svg.INK, lw=1)  # type: ignore[call-overload]
+        axes.axvline((int(fused) - origin) / 1e9, color=svg.INK, lw=1)  # type: ignore[call-overload,arg-type]
         axes.set_ylim(part.height - 0.4, -0.6)
         step = max(1, part.height // 10)
         axes.set_yticks(range(0, part.height, step), [str(c) for c in part["client"].to_list()[::step]])
@@ -195,8 +195,8 @@ def _by_speed(runs: Sequence[Measures]) -> tuple[np.ndarray, np.ndarray] | None:
         if found is None:
             continue
         rows = found.rows.with_columns(took=(pl.col("computed_ns") - pl.col("received_ns")) / 1e9)
-        speed = rows.filter((pl.col("took") > 0) & (pl.col("flops") > 0)).group_by("client")
-        speed = speed.agg((pl.col("flops").sum() / pl.col("took").sum()).alias("speed")).sort("speed", "client")
+        worked = rows.filter((pl.col("took") > 0) & (pl.col("flops") > 0)).group_by("client")
+        speed = worked.agg((pl.col("flops").sum() / pl.col("took").sum()).alias("speed")).sort("speed", "client")
         order = speed["client"].to_list()
         if len(order) < 2:
             continue

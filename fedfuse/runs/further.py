@@ -74,7 +74,8 @@ def make_room(path: Path, config: Config, rounds: int) -> Config:
     if (path / "summary.json").exists():
         done = (load(path).summary or {})["rounds_done"]
         (checkpoint / "rows").mkdir(exist_ok=True)
-        for kind in ("metrics", "traffic", "timing"):
+        kinds = ("metrics", "traffic", "timing", *(["schedule"] if (path / "schedule.parquet").exists() else []))
+        for kind in kinds:
             rows = pl.read_parquet(path / f"{kind}.parquet")
             rows = _unsettled(rows, checkpoint / NEWEST) if kind == "traffic" else rows
             with replaced(checkpoint / "rows" / f"{kind}-{done:06d}.parquet", durable=True) as partial:

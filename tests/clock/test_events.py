@@ -144,6 +144,7 @@ def test_of_an_overcommitted_cohort_the_first_count() -> None:
     assert close(flights(), 0, wanted=4).end == 7 * S  # one is lost: all that come count
     same = [world(*[1.0] * 3).flight(c, 0, 1, 0, 0, WORK) for c in (2, 0, 1)]
     assert [f.client for f in close(same, 0, wanted=2).counted] == [0, 1]  # at one instant, by client
+    assert [f.outcome for f in close(same, 0, wanted=2).ended] == [ARRIVED, ARRIVED, LATE]
 
 
 def test_no_order_of_construction_matters() -> None:
@@ -240,6 +241,16 @@ def test_nobody_for_a_whole_period_ends_in_a_clear_line() -> None:
         sky.collect(1, none, Everybody(), window=3 * S)
     slow = Sky(world(500.0, 1.5, intervals=[ALWAYS, Intervals(((0, S),), 10 * S)]), 2)
     assert slow.collect(1, none, Everybody(), count=1).now == 501 * S  # slow is not lost
+
+
+def test_among_few_that_are_on_each_is_drawn() -> None:
+    """Of 200 clients the last four are on: looking at all of them, as much as drawing, favours nobody."""
+    away = Intervals(((50 * S, 60 * S),), 10**6 * S)
+    sky, met = Sky(world(*[1.0] * 200, intervals=[away] * 196 + [ALWAYS] * 4), 1), set()
+    for round in range(1, 21):
+        ((client, _, _),), _ = passing(sky, round, count=1)
+        met.add(client)
+    assert met == {196, 197, 198, 199}
 
 
 def test_a_client_that_is_off_is_waited_for() -> None:
