@@ -34,6 +34,8 @@ class Tally:
     trained: bool = False
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 _tally: Tally | None = None
 _known: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
 
@@ -77,10 +79,13 @@ def flops(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor
 
 
 def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None) -> int:
-    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are."""
+    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are, and wakes no hook."""
     from torch.utils.flop_counter import FlopCounterMode
 
     modes = [(module, module.training) for module in model.modules()]
+    hooks = [(module, name, vars(module)[name]) for module in model.modules() for name in HOOKS]
+    for module, name, kept in hooks:  # a strategy's hooks add up what passes through a layer
+        vars(module)[name] = type(kept)()
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
@@ -90,6 +95,8 @@ def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Ten
                 wanted = [p for p in model.parameters() if p.requires_grad]
                 torch.autograd.grad(_scalar(out), wanted, allow_unused=True)
     finally:
+        for module, name, kept in hooks:
+            vars(module)[name] = kept
         for module, training in modes:
             module.training = training
     return int(counter.get_total_flops())

@@ -172,7 +172,7 @@ def test_evaluation_by_virtual_time() -> None:
     played = play("fedavg", *ON, "rounds=12", "evaluate.seconds=0.5")
     times = [h["virtual_s"] for h in played.federation.history]
     assert 2 < len(times) < 9
-    assert all(b // 0.5 > a // 0.5 for a, b in itertools.pairwise(times))
+    assert all(b // 0.5 > a // 0.5 for a, b in itertools.pairwise(times[:-1]))  # and the last always
     assert played.digest == play("fedavg", *ON, "rounds=12").digest
 
 
