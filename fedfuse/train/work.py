@@ -79,7 +79,7 @@ def flops(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor
 
 
 def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None) -> int:
-    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are, and wakes no hook."""
+    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are and wakes no hook."""
     from torch.utils.flop_counter import FlopCounterMode
 
     modes = [(module, module.training) for module in model.modules()]
