@@ -256,6 +256,8 @@ def test_among_few_that_are_on_each_is_drawn() -> None:
 def test_a_client_that_is_off_is_waited_for() -> None:
     later = Intervals(((4 * S, 8 * S),), 10 * S)
     assert passing(Sky(world(1.0, intervals=[later]), 1), 1, count=1) == ([(0, 1, 6)], 6)
+    sooner = Intervals(((3 * S, 8 * S),), 10 * S)
+    assert passing(Sky(world(1.0, 1.0, intervals=[later, sooner]), 2), 1, count=2) == ([(1, 1, 5), (0, 1, 6)], 6)
 
 
 @settings(max_examples=30, deadline=None)
