@@ -32,8 +32,8 @@ from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.network.serial import SerialGrid
+from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import Arrays, tensors
 from tests.differences import Step, Witness

@@ -122,3 +122,9 @@ def replaced(path: Path, durable: bool = False) -> Iterator[Path]:
 def is_full(error: BaseException) -> bool:
     """Whether a disk, not a client, is why something failed: full, over quota or read-only."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically; once this returns, it has survived a loss of power."""
+    with replaced(path, durable=True) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -24,8 +24,8 @@ from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.roster import Roster
+from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml
 from fedfuse.runs.remote import serve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

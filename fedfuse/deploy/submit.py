@@ -72,7 +72,7 @@ class Order:
                 from_json(values["config"], code=True), values["name"], read_patience(values["patience"]), values["own"]
             )
         if (path / "config.yaml").exists():
-            from fedfuse.runs.experiment import load_config
+            from fedfuse.runs.configuration import load_config
 
             return Order(load_config(path), path.resolve().name, Patience())
         raise UserError(f"{path}: neither order.json nor config.yaml is there: not the directory of a run")

@@ -20,7 +20,7 @@ from typing import IO, Any
 import polars as pl
 import torch
 
-from fedfuse.config.files import opened, replaced, synced
+from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.core import client_level
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
@@ -48,12 +48,6 @@ SCHEMAS["schedule"] = {
 KINDS = ("metrics", "traffic", "timing", "schedule")
 
 FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically; once this returns, it has survived a loss of power."""
-    with replaced(path, durable=True) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def write_rows(path: Path, kind: str, rows: list[Any], virtual_s: float | None = None) -> None:

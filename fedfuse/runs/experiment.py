@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from dataclasses import asdict
 from pathlib import Path
-
-import yaml
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
-from fedfuse.config.allowed import leaves
-from fedfuse.config.dotted import code, given
-from fedfuse.config.files import read_text
+from fedfuse.config.dotted import code
 from fedfuse.config.registry import Entry
-from fedfuse.config.schema import Config, RuntimeConfig, without_gone
+from fedfuse.config.schema import Config, RuntimeConfig
 from fedfuse.core.build import build_strategy
 from fedfuse.core.devices import device_of, server_device_of
 from fedfuse.core.loop import Federation
@@ -29,13 +23,11 @@ from fedfuse.core.virtual_clock import VirtualClock
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.runs.configuration import as_yaml, code_of, load_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.tracking import check as check_tracking
-
-CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
-ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
 
 
 def workers_of(config: Config, clients: int) -> int:
@@ -67,15 +59,6 @@ def default_out(config: Config) -> Path:
     """`runs/<time>-<strategy>-<data>-s<seed>`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{stamp}-{config.strategy.name}-{config.data.name}-s{config.seed}"
-
-
-def as_yaml(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    values = asdict(config)
-    for group, key in (("model", "build"), ("data", "load")):  # plain text, whatever it carries
-        if values[group][key] is not None:
-            values[group][key] = str.__str__(values[group][key])
-    return yaml.safe_dump(values, sort_keys=False)
 
 
 def run(config: Config, started: float | None = None, quiet: bool = False) -> Path:
@@ -147,47 +130,6 @@ def play(
             grid.close()
         directory.close()
     return directory.path
-
-
-def load_config(path: Path) -> Config:
-    """Read a run directory's `config.yaml` back as a checked `Config`.
-
-    Raises
-    ------
-    UserError
-        If there is none, or it is not one of this version's.
-    """
-    from omegaconf import OmegaConf
-
-    from fedfuse.config.compose import check
-
-    file = path / "config.yaml"
-    if not file.exists():
-        raise UserError(f"{path}: not a run directory (no config.yaml)")
-    try:
-        raw = without_gone(yaml.safe_load(read_text(file, 1 << 20)))
-        name = raw["strategy"]["name"]
-        base = OmegaConf.structured(Config)
-        values = {k: v for k, v in raw.items() if k != "strategy"}
-        config: Config = OmegaConf.to_object(OmegaConf.merge(base, values))  # type: ignore[assignment]
-        schema = OmegaConf.structured(registry.schema(name))
-        config.strategy = registry.typed(OmegaConf.to_object(OmegaConf.merge(schema, raw["strategy"])))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
-    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
-    check(config)
-    return config
-
-
-def code_of(config: Config) -> str:
-    """The first key of a configuration that names code of the user's, with its value; empty if none does."""
-    for key, value in leaves(asdict(config)):
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and CODE.fullmatch(item) and key not in ADDRESSES:
-                return f"{key}={item}"
-    return ""
 
 
 def resume(

@@ -42,7 +42,7 @@ def final_file(path: Path, client: int | None) -> Path:
         from safetensors import safe_open
 
         from fedfuse.core.scenario import prepare_scenario
-        from fedfuse.runs.experiment import load_config
+        from fedfuse.runs.configuration import load_config
 
         wanted = prepare_scenario(load_config(path)).architectures[client]
         for file in servers:
@@ -72,7 +72,7 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
 
     from fedfuse.config.schema import ModelConfig
     from fedfuse.core.scenario import prepare_scenario
-    from fedfuse.runs.experiment import load_config
+    from fedfuse.runs.configuration import load_config
 
     source = final_file(path, client)
     config = load_config(path)
@@ -119,7 +119,7 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     from fedfuse.core.scenario import prepare_scenario
     from fedfuse.core.workspace import Workspace
     from fedfuse.models.pair import Split
-    from fedfuse.runs.experiment import load_config
+    from fedfuse.runs.configuration import load_config
 
     source = final_file(path, client)
     config = load_config(path)

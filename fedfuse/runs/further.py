@@ -8,12 +8,13 @@ from pathlib import Path
 
 import polars as pl
 
-from fedfuse.config.files import checked, read_text, replaced
+from fedfuse.config.files import checked, read_text, replaced, write_text
 from fedfuse.config.schema import Config
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, one_line
 from fedfuse.results.run_data import load
 from fedfuse.runs.checkpoint import NEWEST, changed
+from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.wire.client_store import read_tree
 
 KEPT = "further.json"  # in `checkpoint/`: the numbers of rounds that a run ended with before it went on
@@ -50,8 +51,6 @@ def check_further(path: Path, config: Config, rounds: int) -> None:
 
 def goes_on(path: Path, config: Config) -> bool:
     """Whether a directory holds the same run with fewer rounds."""
-    from fedfuse.runs.experiment import as_yaml, load_config
-
     if config.overwrite or not (path / "config.yaml").exists():
         return False
     began = load_config(path)
@@ -66,9 +65,6 @@ def make_room(path: Path, config: Config, rounds: int) -> Config:
     Config
         The run's configuration with that many rounds.
     """
-    from fedfuse.runs.directory import write_text
-    from fedfuse.runs.experiment import as_yaml
-
     check_further(path, config, rounds)
     checkpoint, before = path / "checkpoint", ended_at(path / "checkpoint")
     if (path / "summary.json").exists():

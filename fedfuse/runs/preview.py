@@ -13,7 +13,8 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
-from fedfuse.runs.experiment import as_yaml, workers_of
+from fedfuse.runs.configuration import as_yaml
+from fedfuse.runs.experiment import workers_of
 from fedfuse.wire.records import layout_nbytes
 
 

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedfuse.compat.flower_arrays import limit_arrays
 from fedfuse.compat.quiet import QUIET
 from fedfuse.config import registry
+from fedfuse.config.files import write_text
 from fedfuse.config.message import as_json, for_sites
 from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy
@@ -35,7 +36,7 @@ from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.roster import Roster
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.network.sizes import UNKNOWN, largest_array
-from fedfuse.runs.directory import RunDirectory, write_rows, write_text
+from fedfuse.runs.directory import RunDirectory, write_rows
 from fedfuse.runs.listeners import callbacks
 
 

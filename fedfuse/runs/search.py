@@ -22,11 +22,11 @@ from rich.console import Console
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose, strategy_of
+from fedfuse.config.files import write_text
 from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
 from fedfuse.runs.combinations import without_seed
-from fedfuse.runs.directory import write_text
 from fedfuse.runs.parallel import Track, drive, shared_out
 
 if TYPE_CHECKING:

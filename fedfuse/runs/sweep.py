@@ -17,7 +17,7 @@ from fedfuse.results.table import print_table
 from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import Combination, combine, composed, possible, without_seed
-from fedfuse.runs.experiment import as_yaml, load_config
+from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.runs.further import check_further, goes_on
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round

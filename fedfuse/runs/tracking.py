@@ -10,123 +10,22 @@ import csv
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import polars as pl
 import yaml
 
 from fedfuse.config.schema import TrackingConfig
 from fedfuse.core.evaluation import Row
-from fedfuse.core.loop import Callback, Federation
-from fedfuse.errors import UserError, WorldError
-from fedfuse.results.measures import CHARGED
+from fedfuse.errors import UserError
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.results.setting import flatten
+from fedfuse.runs.tracker import Tracker, label, reason
+from fedfuse.runs.weights_and_biases import Wandb
 
 NEEDS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
-
-
-def label(row: Row) -> str:
-    """Name of a row's series: `accuracy/global` of the server, `personal_accuracy/client_3` of a client."""
-    _, scope, client, split, metric, _ = row
-    return metric if scope == "server" else f"{split}_{metric}/client_{client}"
-
-
-class Tracker(Callback):
-    """Keeps a tracker even with a run directory.
-
-    Parameters
-    ----------
-    path : Path
-        The run directory. This callback comes after the one that commits rounds to it.
-
-    Attributes
-    ----------
-    told : int
-        The last round that the tracker has; -1 before any.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.told, self._silent = path, -1, False
-
-    def start(self, federation: Federation) -> None:
-        """Open the tracker.
-
-        Raises
-        ------
-        UserError
-            If it cannot be opened: before the first round is the time to say so.
-        """
-        try:
-            self.told = self.open(federation.strategy.run_id)
-            self._catch_up(federation.done)
-        except UserError:
-            raise
-        except Exception as error:  # each tracker raises types of its own
-            raise UserError(f"tracking={type(self).__name__.lower()}: {_line(error)}") from error
-
-    def round(self, federation: Federation) -> None:
-        """Tell of the rounds it does not have yet; one that fails is told again later, and the run goes on."""
-        try:
-            self._catch_up(federation.done)
-            self._silent = False
-        except Exception as error:
-            if not self._silent:
-                name = type(self).__name__.lower()
-                print(f"tracking={name}: {_line(error)}; the run goes on, tried again each round", file=sys.stderr)
-            self._silent = True
-
-    def end(self, federation: Federation) -> None:
-        """Close the tracker.
-
-        Raises
-        ------
-        WorldError
-            If it does not have the whole run; the run directory has.
-        """
-        try:
-            self._catch_up(federation.done)
-            self.close()
-        except Exception as error:
-            name = type(self).__name__.lower()
-            raise WorldError(f"tracking={name}: {_line(error)}; {self.path} is complete, {name} is not") from error
-
-    def _catch_up(self, done: int) -> None:
-        while self.told < done:
-            self.tell(self.told + 1, self._committed(self.told + 1))
-            self.told += 1
-
-    def _committed(self, round: int) -> list[Row]:
-        """A round's rows, and the bytes it moved as rows of the server."""
-
-        def read(kind: str) -> pl.DataFrame:
-            merged, piece = self.path / f"{kind}.parquet", self.path / f"checkpoint/rows/{kind}-{round:06d}.parquet"
-            file = piece if piece.exists() else merged
-            if not file.exists():  # there is no round 0 where nothing has to be set up
-                return pl.DataFrame(schema=dict.fromkeys(COLUMNS[kind]))
-            return pl.scan_parquet(file, glob=False).filter(pl.col("round") == round).collect()
-
-        moved = read("traffic").filter(pl.col("message").is_in(CHARGED)).group_by("direction").agg(pl.sum("bytes"))
-        rows: list[Row] = read("metrics").rows()
-        return rows + [(round, "server", -1, "train", f"bytes/{way}", float(n)) for way, n in sorted(moved.rows())]
-
-    # -- what a tracker is -----------------------------------------------------------------------------------
-
-    def open(self, run_id: str) -> int:
-        """Open it for a run, and return the last round it has of that."""
-        raise NotImplementedError
-
-    def tell(self, round: int, rows: Sequence[Row]) -> None:
-        """Record a round."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Record that the run is finished."""
 
 
 class Csv(Tracker):
@@ -231,17 +130,11 @@ class Mlflow(Tracker):
         self.client.set_terminated(self.run)
 
 
-def _wandb(path: Path, config: TrackingConfig) -> Tracker:
-    from fedfuse.runs.weights_and_biases import Wandb
-
-    return Wandb(path, config.experiment)
-
-
 MAKERS: dict[str, Callable[[Path, TrackingConfig], Tracker]] = {
     "csv": lambda path, _: Csv(path),
     "tensorboard": lambda path, _: TensorBoard(path),
     "mlflow": lambda path, config: Mlflow(path, config.uri, config.experiment),
-    "wandb": _wandb,
+    "wandb": lambda path, config: Wandb(path, config.experiment),
 }
 
 
@@ -279,7 +172,7 @@ def prepare(config: TrackingConfig) -> None:
         try:
             Mlflow(Path(), config.uri, config.experiment).connect()
         except Exception as error:
-            raise UserError(f"tracking=mlflow: {_line(error)}") from error
+            raise UserError(f"tracking=mlflow: {reason(error)}") from error
 
 
 def tracker(config: TrackingConfig, path: Path) -> Tracker | None:
@@ -297,7 +190,3 @@ def tracker(config: TrackingConfig, path: Path) -> Tracker | None:
 def _allowed(name: str) -> str:
     """A name as MLflow allows it."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
-
-
-def _line(error: Exception) -> Any:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

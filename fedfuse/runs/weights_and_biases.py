@@ -12,7 +12,7 @@ import yaml
 
 from fedfuse.core.evaluation import Row
 from fedfuse.results.setting import flatten
-from fedfuse.runs.tracking import Tracker, label
+from fedfuse.runs.tracker import Tracker, label
 
 _OPEN: dict[str, Any] = {}  # this process's runs that were not finished: their ids are taken until they are
 

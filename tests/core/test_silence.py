@@ -22,7 +22,8 @@ from fedfuse.core.silence import unheard
 from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.combinations import combine, possible
-from fedfuse.runs.experiment import as_yaml, run
+from fedfuse.runs.configuration import as_yaml
+from fedfuse.runs.experiment import run
 from fedfuse.train.scores import scores
 from fedfuse.wire.knowledge import Topic
 from tests.federations import TINY, play

@@ -18,8 +18,8 @@ from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import Site, SiteConfig
+from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml
 from fedfuse.runs.remote import serve
 from fedfuse.wire.packing import PACKED, unpacked
 from tests.federations import TINY

@@ -16,7 +16,8 @@ from fedfuse.network.policy import Policy
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import Site
 from fedfuse.results.run_data import load
-from fedfuse.runs.experiment import as_yaml, resume
+from fedfuse.runs.configuration import as_yaml
+from fedfuse.runs.experiment import resume
 from tests.deploy.network import Network, lost, run, seats, tiny
 from tests.federations import play
 

@@ -233,7 +233,7 @@ def test_reproduce_round_trips(tmp_path):
     """The printed command composes to the very configuration of the run."""
     yaml = pytest.importorskip("yaml")
     compose = pytest.importorskip("fedfuse.config.compose").compose
-    as_yaml = pytest.importorskip("fedfuse.runs.experiment").as_yaml
+    as_yaml = pytest.importorskip("fedfuse.runs.configuration").as_yaml
     words = ["strategy=fedprox", "strategy.mu=0.25", "data=usps", "partition.alpha=0.1", "clients=7", "seed=3"]
     words += ["model.pool=[mlp,mlp]", "data.root='a b, {c}=$d\\'e'", "participation=0.5", "runtime=inline"]
     config = as_yaml(compose(words))

@@ -19,8 +19,9 @@ from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError, WorldError
+from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml, load_config, resume, run
+from fedfuse.runs.experiment import resume, run
 from fedfuse.wire.client_store import read_tree, write_tree
 from fedfuse.wire.records import sha_arrays
 from tests.federations import TINY, federation, play

@@ -10,7 +10,8 @@ import pytest
 
 import fedfuse
 from fedfuse.results.report import report
-from fedfuse.runs.experiment import load_config, resume, run
+from fedfuse.runs.configuration import load_config
+from fedfuse.runs.experiment import resume, run
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "run_of_format_1"
 

@@ -12,7 +12,7 @@ from fedfuse.config.compose import compose
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import Share
 from fedfuse.errors import UserError
-from fedfuse.runs import experiment
+from fedfuse.runs import configuration, experiment
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import TINY, play
 from tests.halves import client, server, shares, take
@@ -172,7 +172,7 @@ def test_the_tail_is_kept_exported_and_stands_behind_each_client(tmp_path):
     assert "features" in about["preprocessing"]
     kept = fedfuse.load(where)
     assert layers == set(kept.model().state_dict())
-    scenario = prepare_scenario(experiment.load_config(where))
+    scenario = prepare_scenario(configuration.load_config(where))
     rows = kept.metrics.filter((pl.col("split") == "personal") & (pl.col("metric") == "accuracy"))
     for i in range(3):  # what the run reported of a client is what its two halves answer now
         x, y = scenario.data.tensors(i, "personal")
