@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def test_one_new_file_is_one_new_strategy(shelf: dict, monkeypatch, tmp_path: Pa
     def found(name: str, *args):
         spec = find(name, *args)
         if spec is not None and name == "fedfuse.strategies":
+            spec = copy.copy(spec)  # it is the package's own, and stays with it
             spec.submodule_search_locations = [*spec.submodule_search_locations, str(tmp_path)]
         return spec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fedfuse.wire.client_store as store_module
+import fedfuse.config.files as files
 from fedfuse.config.compose import compose
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.errors import UserError
@@ -106,7 +106,7 @@ def test_rows_of_a_round_that_never_committed_are_dropped(
 
 def test_every_prefix_of_the_writes_of_a_commit_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power goes at each rename of the second round's commit: what was renamed is whole, the rest is not there."""
-    usual, wanted = store_module.os.replace, play("ditto", "rounds=2").digest
+    usual, wanted = files.os.replace, play("ditto", "rounds=2").digest
 
     for stop in range(20):
         out, count = tmp_path / f"run-{stop}", [0]
@@ -127,7 +127,7 @@ def test_every_prefix_of_the_writes_of_a_commit_can_be_resumed(tmp_path: Path, m
 
         usual_callbacks = experiment.callbacks
         with monkeypatch.context() as patch:
-            patch.setattr(store_module.os, "replace", cut)
+            patch.setattr(files.os, "replace", cut)
             patch.setattr(experiment, "callbacks", lambda *args, c=usual_callbacks, a=Arm: [*c(*args), a()])
             try:
                 run(compose([*TINY, "strategy=ditto", "rounds=2", "runtime=inline", f"out={out}"]), quiet=True)
@@ -141,10 +141,10 @@ def test_every_prefix_of_the_writes_of_a_commit_can_be_resumed(tmp_path: Path, m
 
 def test_a_commit_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, str]] = []
-    sync, replace = store_module.synced, store_module.os.replace
-    monkeypatch.setattr(store_module, "synced", lambda path: (told.append(("sync", path.name)), sync(path)))
+    sync, replace = files.synced, files.os.replace
+    monkeypatch.setattr(files, "synced", lambda path: (told.append(("sync", path.name)), sync(path)))
     monkeypatch.setattr(
-        store_module.os, "replace", lambda a, b: (told.append(("name", Path(b).name)), replace(a, b))
+        files.os, "replace", lambda a, b: (told.append(("name", Path(b).name)), replace(a, b))
     )  # fmt: skip
     write_tree(tmp_path / "state", {"a": torch.arange(64)}, durable=True)
     kinds = [kind for kind, _ in told]

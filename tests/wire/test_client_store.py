@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedfuse.config import files
 from fedfuse.config.files import is_full
 from fedfuse.wire import client_store as store_module
 from fedfuse.wire.client_store import INITIAL, ClientStore, read_tree, write_tree
@@ -126,7 +127,7 @@ def test_a_crash_while_writing_leaves_the_old_state(tmp_path: Path, monkeypatch,
 
     with monkeypatch.context() as patch:
         if where == "replace":
-            patch.setattr(store_module.os, "replace", crash)
+            patch.setattr(files.os, "replace", crash)
         else:
             patch.setattr(store_module, "save_file", crash)
         with pytest.raises(KeyboardInterrupt):
@@ -143,7 +144,7 @@ def test_a_process_killed_while_writing_leaves_the_old_state(tmp_path: Path, mon
     store.save(0, "1.1", state(1), INITIAL)
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(store_module.os, "replace", lambda *a: os._exit(9))
+        monkeypatch.setattr(files.os, "replace", lambda *a: os._exit(9))
         store.save(0, "2.1", state(2), "1.1")
         os._exit(0)
     os.waitpid(child, 0)
