@@ -45,6 +45,8 @@ from fedfuse import (
     strategy,
 )
 
+packed, unpacked = curvature.packed, curvature.unpacked
+
 
 @dataclass(frozen=True)
 class RegMeanHyper(MergingHyper):
@@ -109,19 +111,6 @@ def damped(gram: Tensor, a: float, ridge: float) -> Tensor:
     """G̃ = a·G + (1 − a)·diag(G) + ρ·mean(diag G)·I."""
     diagonal = gram.diagonal()
     return a * gram + torch.diag((1 - a) * diagonal + ridge * diagonal.mean())
-
-
-def packed(gram: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix, row by row."""
-    return gram[torch.triu_indices(len(gram), len(gram)).unbind()]
-
-
-def unpacked(triangle: Tensor) -> Tensor:
-    """Undo `packed`."""
-    size = int((2 * len(triangle)) ** 0.5)
-    gram = torch.zeros(size, size, dtype=triangle.dtype, device=triangle.device)
-    gram[torch.triu_indices(size, size).unbind()] = triangle
-    return gram + gram.triu(1).T
 
 
 def solved(gram: Tensor, product: Tensor, noise: float) -> Tensor | None:

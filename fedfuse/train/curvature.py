@@ -146,3 +146,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def packed(gram: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix, row by row: d·(d + 1)/2 numbers."""
+    return gram[torch.triu_indices(len(gram), len(gram)).unbind()]
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """Undo `packed`."""
+    size = int((2 * len(triangle)) ** 0.5)
+    gram = torch.zeros(size, size, dtype=triangle.dtype, device=triangle.device)
+    gram[torch.triu_indices(size, size).unbind()] = triangle
+    return gram + gram.triu(1).T
