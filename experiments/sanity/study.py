@@ -64,6 +64,7 @@ EXPECTED: dict[str, Expected] = {
     "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so little is taught, and nothing wrong"),
     **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
     "gaussian_heads": Expected("the pooled data's linear discriminant on random features, in one round", 0.88, 0.88),
+    "fedov": STUDENT._replace(words="who knows a row teaches the student: all classes", least_global=0.7),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),
