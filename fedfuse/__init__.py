@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.core.strategy import FusionStrategy
     from fedfuse.core.workspace import Workspace
     from fedfuse.errors import UserError, WorldError
-    from fedfuse.families import lora, merging, one_shot
+    from fedfuse.families import lora, merging, one_shot, synthesis
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
     from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
     from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
@@ -80,8 +80,9 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "families.merging", "families.one_shot", "models", "models.pair", "models.parts", "train.classwise",
-            "train.curvature", "train.distil", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+_MODULES = ("families.lora", "families.merging", "families.one_shot", "families.synthesis", "models", "models.pair",
+            "models.parts", "train.classwise", "train.curvature", "train.distil", "train.training", "train.truncate",
+            "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

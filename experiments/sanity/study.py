@@ -49,7 +49,7 @@ EXPECTED: dict[str, Expected] = {
     "centralized": Expected("the upper bound: all data at one place", 0.9, 0.9),
     "local": Expected("the lower bound: own classes only", 2 * CHANCE, 0.8, "it is local training"),
     **dict.fromkeys(("fedavg", "fedprox", "fednova", "scaffold", "feddyn", "moon"), AVERAGE),
-    **dict.fromkeys(("fedgen", "feddf", "fedhkd"), AVERAGE),
+    **dict.fromkeys(("fedgen", "feddf", "fedftg", "fedhkd"), AVERAGE),
     **dict.fromkeys(("flwr_fedavg", "flwr_fedprox", "flwr_fedavgm"), AVERAGE),
     **dict.fromkeys(("flwr_fedmedian", "flwr_fedtrimmedavg", "flwr_krum", "flwr_multikrum", "flwr_bulyan"), ROBUST),
     **dict.fromkeys(("flwr_fedadagrad", "flwr_fedadam", "flwr_fedyogi", "flwr_qfedavg"), ADAPTIVE),
