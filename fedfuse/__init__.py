@@ -20,12 +20,13 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.core.strategy import FusionStrategy
     from fedfuse.core.workspace import Workspace
     from fedfuse.errors import UserError, WorldError
-    from fedfuse.families import lora, merging, one_shot, synthesis
+    from fedfuse.families import inversion, lora, merging, one_shot, synthesis
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
     from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
     from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
     from fedfuse.families.companion import CompanionClient, CompanionStrategy
     from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
+    from fedfuse.families.inversion import InversionHyper, InversionStrategy
     from fedfuse.families.merging import MergingClient, MergingHyper, MergingStrategy
     from fedfuse.families.one_shot import Ensemble, OneShotStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
@@ -68,6 +69,7 @@ _HOMES = {
     "families.bases": "BasisClient BasisHyper BasisStrategy",
     "families.companion": "CompanionClient CompanionStrategy",
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
+    "families.inversion": "InversionHyper InversionStrategy",
     "families.merging": "MergingClient MergingHyper MergingStrategy",
     "families.one_shot": "Ensemble OneShotStrategy",
     "families.personal": "Part PartClient PartStrategy",
@@ -80,9 +82,9 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "families.merging", "families.one_shot", "families.synthesis", "models", "models.pair",
-            "models.parts", "train.classwise", "train.curvature", "train.distil", "train.training", "train.truncate",
-            "wire.label_code")  # fmt: skip
+_MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.synthesis",
+            "models", "models.pair", "models.parts", "train.classwise", "train.curvature", "train.distil", "train.training",
+            "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

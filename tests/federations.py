@@ -46,6 +46,13 @@ TINY = (
     "model=mlp_small", "transfer.size=24", "train.batch_size=16", "runtime=inline",
 )  # fmt: skip
 
+# generators train for minutes as they come: what a run does is the same in a few steps of small batches
+_SHORT = ("strategy.epochs=2", "strategy.generator_steps=2", "strategy.batch=16", "strategy.noise_dim=8")
+QUICK: dict[str, tuple[str, ...]] = {
+    "dense": _SHORT, "coboosting": _SHORT, "fedftg": ("strategy.iterations=2", "strategy.batch=16"),
+    "fedov": ("strategy.distill_epochs=3",),
+}  # fmt: skip
+
 
 @dataclass
 class Played:
@@ -92,6 +99,7 @@ def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
     plain = [w for w in overrides if w.split("=")[0] not in (*GROUPS, "strategy")]
     name = next(w.split("=", 1)[1] for w in reversed(overrides) if w.startswith("strategy="))
     values = {k: v for k, v in asdict(_composed(tuple(groups))).items() if k != "strategy"}
+    plain = [*QUICK.get(name, ()), *plain]  # what is asked for comes after, and holds
     own = OmegaConf.from_dotlist([w.removeprefix("strategy.") for w in plain if w.startswith("strategy.")])
     keys = OmegaConf.from_dotlist([w.lstrip("+") for w in plain if not w.startswith("strategy.")])
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values, keys))  # type: ignore

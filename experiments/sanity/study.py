@@ -65,6 +65,9 @@ EXPECTED: dict[str, Expected] = {
     **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
     "gaussian_heads": Expected("the pooled data's linear discriminant on random features, in one round", 0.88, 0.88),
     "fedov": STUDENT._replace(words="who knows a row teaches the student: all classes", least_global=0.7),
+    **dict.fromkeys(("dense", "coboosting"), STUDENT._replace(
+        words="a student taught on generated inputs alone knows all classes", least_global=0.7, least_personal=0.7
+    )),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),

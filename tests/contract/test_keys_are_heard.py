@@ -29,9 +29,12 @@ OTHER: dict[str, Any] = {
     "regularised_steps": 1, "clip": 0.01, "period": 2, "vote_round": 2, "validation": 0.3, "prune": 0.1, "gamma": 0.1,
     "num_malicious_nodes": 1, "num_nodes_to_select": 1, "margin": 0.9, "threshold": 0.9, "server_lr": 0.5,
     "client_quantile": 0.9, "beta_2": 0.5, "clusters": 3, "duration": 0, "head_epochs": 2, "projection": 16,
-    "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head", "voters": 1,
+    "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head", "voters": 1, "epochs": 3,
 }  # fmt: skip
 VALUES: dict[tuple[str, str], Any] = {
+    **{(name, "generator_steps"): 3 for name in ("dense", "coboosting")},
+    **{(name, "batch"): 24 for name in ("dense", "coboosting", "fedftg")},
+    ("fedftg", "iterations"): 1,
     ("fml", "alpha"): 0.9,
     ("feddyn", "alpha"): 0.5,
     ("flwr_krum", "num_malicious_nodes"): 2,
@@ -55,6 +58,7 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
     **{(name, "targets"): ("model=mlp", "strategy.rank=2") for name in MERGING},
     **{(name, "alpha"): ("strategy.rank=2",) for name in MERGING},
+    **{(name, "statistics"): ("model=resnet8_bn", "rounds=1") for name in ("dense", "coboosting")},
     ("fed_sb", "rate"): ("strategy.r0=singular",),
     ("hetlora", "gamma"): ("strategy.ranks=[2,8,4]", "strategy.prune=0.1"),
     ("hetlora", "weighting"): ("strategy.sparsity=false",),
