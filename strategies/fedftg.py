@@ -1,4 +1,4 @@
-"""FedFTG: the averaged model is fine-tuned at the server on generated inputs that it and the clients' models disagree on.
+"""FedFTG: the average is fine-tuned at the server on generated inputs that it and the clients' models disagree on.
 
 Box (Zhang et al., "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated Learning",
 CVPR 2022, arXiv 2203.09249; ZhangLin-PKU/FedFTG, MIT). n_k^y client k's examples of class y, t_k its logits, s the

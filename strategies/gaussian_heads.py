@@ -125,9 +125,7 @@ class GaussianHeadsClient(FusionClient):
         return {"moments": moments(z, self.y[:kept], self.classes)}
 
 
-@strategy(
-    "gaussian_heads", client=GaussianHeadsClient, hyper=GaussianHeadsHyper, paper="GH-OFL 2026, arXiv 2602.01186"
-)
+@strategy("gaussian_heads", client=GaussianHeadsClient, hyper=GaussianHeadsHyper, paper="GH-OFL 2026, arXiv 2602.01186")
 class GaussianHeads(FusionStrategy):
     """The pooled data's linear discriminant on frozen features, from one message a client."""
 

@@ -3,10 +3,10 @@
     python experiments/one_shot/study.py run [mnist] [--quick]   # resumable: the same command goes on where it stopped
     python experiments/one_shot/study.py table                   # prints README.md's tables from results.csv
 
-Blocks: digits (mlp), and on request MNIST (cnn, 6,000 training examples); 10 clients, Dirichlet 0.1 and 0.5, seeds 0, 1,
-2; one round of 50 local epochs. Everybody has the same partitions, initial weights and transfer set; who distils on it
-(fedov, feddf) takes 100 epochs. `local` is the floor. DENSE's authors report 22.44 % for it and Co-Boosting's authors
-8.88 % (Tiny-ImageNet, α = 0.1): the second table is coboosting − dense, seed by seed, at equal generator effort.
+Blocks: digits (mlp), and on request MNIST (cnn, 6,000 training examples); 10 clients, Dirichlet 0.1 and 0.5, seeds
+0, 1, 2; one round of 50 local epochs. Everybody has the same partitions, initial weights and transfer set; who distils
+on it (fedov, feddf) takes 100 epochs. `local` is the floor. DENSE's authors report 22.44 % for it and Co-Boosting's
+authors 8.88 % (Tiny-ImageNet, α = 0.1): the second table is coboosting − dense, seed by seed, at equal generator effort.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def table(results: Path) -> int:
     print("\n| data | α | difference on the global set | points | p (paired t) |\n|---|---|---|---|---|")
     for data, alpha in sorted({s[:2] for s in values}):
         for first, second in (("coboosting", "dense"), ("dense", "fedavg"), ("fedov", "feddf"), ("fedftg", "fedavg")):
-            both = [values[data, alpha, name]["global"] for name in (first, second)]
-            if all(both):
-                told = paired(*both)
+            ours, theirs = (values[data, alpha, name]["global"] for name in (first, second))
+            if ours and theirs:
+                told = paired({**ours}, {**theirs})
                 half = f" ± {100 * (told.difference.high - told.difference.mean):.1f}" if told.difference.high else ""
                 difference = f"{100 * told.difference.mean:+.1f}{half}"
                 print(f"| {data} | {alpha} | {first} − {second} | {difference} | {told.t_p:.3f} |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class OneShotStrategy(FusionStrategy):
         ]
 
 
-def votes(ensemble: Ensemble, x: Tensor, batch_size: int, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+def votes(ensemble: Ensemble, x: Tensor, batch_size: int, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """What `call(model, x)` gives of each model, batch by batch, without gradients: K × n × …."""
     found = []
     with torch.no_grad():
@@ -115,7 +116,7 @@ def votes(ensemble: Ensemble, x: Tensor, batch_size: int, call: Callable[[nn.Mod
 class _Called(nn.Module):
     """A network that is called another way than by `forward`."""
 
-    def __init__(self, inner: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, inner: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.inner, self._call = inner, call
 

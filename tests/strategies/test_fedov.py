@@ -96,7 +96,8 @@ def test_one_step_is_the_gradient_of_the_five_terms() -> None:
     z = fedov.opened(model, model.features(x))
     value = F.cross_entropy(z, y) + F.cross_entropy(z - 1e4 * F.one_hot(y, 11), nobody)
     value = value + F.cross_entropy(fedov.opened(model, model.features(strange)), nobody)
-    between, apart = beta[:, None] * model.features(x) + (1 - beta)[:, None] * model.features(x)[partner], y != y[partner]
+    features, apart = model.features(x), y != y[partner]
+    between = beta[:, None] * features + (1 - beta)[:, None] * features[partner]
     value = value + 0.5 * F.cross_entropy(fedov.opened(model, between[apart]), nobody[apart])
     for _ in range(2):
         strange = strange.detach().requires_grad_()

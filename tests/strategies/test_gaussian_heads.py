@@ -1,4 +1,4 @@
-"""Gaussian heads are the pooled data's LDA, however the data are dealt; told once; nonsense and singular sums refused."""
+"""Gaussian heads are the pooled data's LDA, however the data are dealt; told once; singular sums are refused."""
 
 from __future__ import annotations
 
