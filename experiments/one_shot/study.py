@@ -6,7 +6,7 @@
 Blocks: digits (mlp), and on request MNIST (cnn, 6,000 training examples); 10 clients, Dirichlet 0.1 and 0.5, seeds
 0, 1, 2; one round of 50 local epochs. Everybody has the same partitions, initial weights and transfer set; who distils
 on it (fedov, feddf) takes 100 epochs. `local` is the floor. DENSE's authors report 22.44 % for it and Co-Boosting's
-authors 8.88 % (Tiny-ImageNet, α = 0.1): the second table is coboosting − dense, seed by seed, at equal generator effort.
+authors 8.88 % (Tiny-ImageNet, α = 0.1): the second table is coboosting − dense by seed, at equal generator effort.
 """
 
 from __future__ import annotations
