@@ -15,14 +15,14 @@ run; R_a reverses gradients and scales them by a. In round t:
 
 The target is `data.target=<domain>`, whose train split is then the transfer set; without it, the transfer set.
 Everybody sees its inputs, clients too, nobody a label, and it is scored on other rows: the target's test split. Travels
-P·B_f bytes each way, P with the domain head (also what clients need no more: features of the target, which they make
-themselves of w_t); the target's inputs once.
+P·B_f bytes each way, P with the domain head, and the target's inputs once: clients make f_{w_t}(x̃) themselves.
 
 Of the code, not reproduced: `=+` for `+=`, by which only the last of each eight batches counted in the matching;
 gradients of the matching in w_t, which is fixed here; labels of one domain shifted by one (`data=mixed` refuses other
 classes, `data.target` a domain without a class); the target's train split as test; the best round as the result. Ours:
-clients pass over all their examples, optimisers are `train.*` and start afresh; both domains go through h in one batch,
-so that its BatchNorm cannot hide how their means differ; tied votes go to the larger summed probability.
+clients pass over all their examples, optimisers are `train.*` and start afresh (code: Adam 3e-4); gradients are clipped,
+without which the reversed ones grow at SGD 0.05 until every feature is alike; tied votes go to the larger summed
+probability; a client without examples has no vote.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class FedKAHyper:
     accumulate: int = hyper(8, "batches whose matching loss makes one step (code: 8)", low=1)
     vote_epochs: int = hyper(1, "passes of the global model over the voted target a round", low=0)
     vote_batch: int = hyper(16, "target rows a step of that (code: 16)", low=1)
-    vote_lr: float | None = hyper(None, "rate of that; null: train.lr", above=0)
+    vote_lr: float | None = hyper(0.001, "rate of that (at 0.05 wrong votes collapse it); null: train.lr", above=0)
+    clip: float | None = hyper(1.0, "largest gradient norm of a step, against collapse (ours); null: none", above=0)
     weighting: str = hyper("uniform", "all alike (code), or weights n_k", choices=("uniform", "examples"))
 
 
@@ -106,6 +107,13 @@ def vote(probabilities: Sequence[Tensor], classes: int) -> tuple[Tensor, Tensor]
     return chosen, votes.gather(1, chosen[:, None])[:, 0] / len(probabilities)
 
 
+def clipped(largest: float | None) -> Callable[[nn.Module], None] | None:
+    """An `after_backward` that scales the gradient to a norm of at most `largest`."""
+    if largest is None:
+        return None
+    return lambda model: nn.utils.clip_grad_norm_(model.parameters(), largest) and None
+
+
 class FedKAClient(FusionClient):
     """Trains on its own domain, and draws its features towards the target's."""
 
@@ -126,13 +134,18 @@ class FedKAClient(FusionClient):
         target = self.transfer[self.subset(None).to(self.workspace.device)]
         fixed = self.embed(target) if h.matching else target
         if h.adversarial:
-            metrics = self.train(self._adversarial(target), forward=self.features_and_logits)
+            loss = self._adversarial(target)
+            metrics = self.train(loss, forward=self.features_and_logits, after_backward=clipped(self.hyper.clip))
         else:
-            metrics = self.train()
+            metrics = self.train(after_backward=clipped(self.hyper.clip))
         if h.matching:
             size = self.training.batch_size
             matched = self.train(
-                self._matching(fixed, size), forward=lambda x: x, batch_size=size * h.accumulate, purpose="matching"
+                self._matching(fixed, size),
+                forward=lambda x: x,
+                after_backward=clipped(self.hyper.clip),
+                batch_size=size * h.accumulate,
+                purpose="matching",
             )
             if matched["steps"]:
                 metrics["loss/matching"] = matched["loss"]
@@ -157,10 +170,12 @@ class FedKAClient(FusionClient):
 
         def loss(out: tuple[Tensor, Tensor], y: Tensor, _: Tensor) -> Tensor:
             source, logits = out
-            aimed = model.features(target[draw(len(y))])
-            domain = torch.cat([torch.zeros_like(y), torch.ones_like(y[:1]).expand(len(aimed))])
-            said = model.domain_head(reverse(torch.cat([source, aimed]), a()))
-            return F.cross_entropy(logits, y) + domain_loss(said, domain)
+            aimed, value = model.features(target[draw(len(y))]), F.cross_entropy(logits, y)
+            if min(len(source), len(aimed)) < 2:  # the head's BatchNorm cannot train on one row
+                return value
+            strength = a()
+            said = [model.domain_head(reverse(z, strength)) for z in (source, aimed)]
+            return value + domain_loss(*said)
 
         return loss
 
@@ -177,10 +192,10 @@ class FedKAClient(FusionClient):
         return loss
 
 
-def domain_loss(said: Tensor, domain: Tensor) -> Tensor:
-    """Σ over both domains of the mean cross-entropy of its rows."""
-    each = F.cross_entropy(said, domain, reduction="none")
-    return each[domain == 0].mean() + each[domain == 1].mean()
+def domain_loss(source: Tensor, target: Tensor) -> Tensor:
+    """CE(h(source), 0) + CE(h(target), 1), each a mean over its rows."""
+    zero, one = source.new_zeros(len(source)).long(), source.new_ones(len(target)).long()
+    return F.cross_entropy(source, zero) + F.cross_entropy(target, one)
 
 
 @strategy("fedka", client=FedKAClient, hyper=FedKAHyper, paper="Sun et al. 2022, arXiv 2203.11635")
@@ -219,5 +234,6 @@ class FedKA(AveragingStrategy):
         a = schedule(self.scenario.span(self.round)[1], h.gamma)
         model = self.workspace.loaded(self.architecture, mean)
         learnt = self.train(model, target, labels, lambda z, y, _: a * F.cross_entropy(z, y), purpose="vote",
-                            epochs=h.vote_epochs, batch_size=h.vote_batch, lr=h.vote_lr)  # fmt: skip
+                            epochs=h.vote_epochs, batch_size=h.vote_batch, lr=h.vote_lr,
+                            after_backward=clipped(h.clip))  # fmt: skip
         self.publish("model", learnt)

@@ -29,11 +29,13 @@ OTHER: dict[str, Any] = {
     "regularised_steps": 1, "clip": 0.01, "period": 2, "vote_round": 2, "validation": 0.3, "prune": 0.1, "gamma": 0.1,
     "num_malicious_nodes": 1, "num_nodes_to_select": 1, "margin": 0.9, "threshold": 0.9, "server_lr": 0.5,
     "client_quantile": 0.9, "beta_2": 0.5, "clusters": 3, "duration": 0, "head_epochs": 2, "projection": 16,
-    "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head",
+    "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head", "accumulate": 1, "vote_lr": 0.1,
 }  # fmt: skip
 VALUES: dict[tuple[str, str], Any] = {
     ("fml", "alpha"): 0.9,
     ("feddyn", "alpha"): 0.5,
+    ("fedd2s", "tau"): 1,
+    ("fedd2s", "head_batch"): 8,
     ("flwr_krum", "num_malicious_nodes"): 2,
     ("flwr_multikrum", "num_malicious_nodes"): 2,
 }
