@@ -111,7 +111,7 @@ def federated(heads: Sequence[Callable[[Tensor], Tensor]], given: Sequence[Tenso
     if bool(there.any()):
         for head, h, soft in zip(heads, given, q, strict=False):
             value = value + distance.from_probabilities(head(h[there]), soft[y[there]], y[there])
-    return value * (there.sum() / max(len(y), 1))
+    return value * there.to(value).mean()
 
 
 class FedD2SClient(FusionClient):
