@@ -4,8 +4,8 @@ A reconstruction. Confirmed from the paper (Atapour et al., "FedD2S: Personalize
 Distillation", 2024, arXiv 2402.10846): no public data; knowledge goes from clients to server and back in each round;
 head models turn what a layer gives into soft labels; both ways are KL plus cross-entropy; deep layers stop taking part
 as rounds pass. Not known: every equation, the heads, what exactly goes up, the dropping schedule, all values: ours. So
-a result is "FedD2S-style", never the paper's. With layers 1…L from shallow to deep, h_l(x) what layer l gives (rectified,
-an image's averaged over its places; h_L the logits), D_nc client n's examples of class c, in round t = 0, 1, …:
+a result is "FedD2S-style", never the paper's. With layers 1…L from shallow to deep, h_l(x) what layer l gives
+(rectified, an image's averaged over its places; h_L the logits), D_nc client n's examples of class c, in round t ≥ 0:
 
     A_t = {1, …, max(1, L − ⌊t/τ⌋)}                             A_{t+1} ⊆ A_t, the deepest active one leaves first
     client n:  min CE(f(x), y) + Σ_{l∈A_t} [CE(head_l(sg h_l), y) + μ·KL(q_l[y] ‖ head_l(h_l))]

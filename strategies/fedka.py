@@ -20,9 +20,9 @@ P·B_f bytes each way, P with the domain head, and the target's inputs once: cli
 Of the code, not reproduced: `=+` for `+=`, by which only the last of each eight batches counted in the matching;
 gradients of the matching in w_t, which is fixed here; labels of one domain shifted by one (`data=mixed` refuses other
 classes, `data.target` a domain without a class); the target's train split as test; the best round as the result. Ours:
-clients pass over all their examples, optimisers are `train.*` and start afresh (code: Adam 3e-4); gradients are clipped,
-without which the reversed ones grow at SGD 0.05 until every feature is alike; tied votes go to the larger summed
-probability; a client without examples has no vote.
+clients pass over all their examples, optimisers are `train.*` and start afresh (code: Adam 3e-4); gradients are
+clipped, without which the reversed ones grow at SGD 0.05 until every feature is alike; tied votes go to the larger
+summed probability; a client without examples has no vote.
 """
 
 from __future__ import annotations
@@ -111,7 +111,11 @@ def clipped(largest: float | None) -> Callable[[nn.Module], None] | None:
     """An `after_backward` that scales the gradient to a norm of at most `largest`."""
     if largest is None:
         return None
-    return lambda model: nn.utils.clip_grad_norm_(model.parameters(), largest) and None
+
+    def clip(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), largest)
+
+    return clip
 
 
 class FedKAClient(FusionClient):

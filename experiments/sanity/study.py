@@ -63,6 +63,8 @@ EXPECTED: dict[str, Expected] = {
     "cofed": PERSONAL._replace(words="pseudo-labels of own classes, voted once half-way"),
     "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so little is taught, and nothing wrong"),
     **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
+    "fedd2s": PERSONAL._replace(words="class distributions of shallow layers alone: local training, a little helped"),
+    "fedka": AVERAGE._replace(words="averaged, and aligned to a target that is of the same kind here"),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),

@@ -20,10 +20,9 @@ def set_apart(config: DataConfig, transfer: TransferConfig, dataset: Dataset, se
 
     Returns
     -------
-    Dataset
-        Trained on the other domains, tested on the target's test split.
-    Examples
-        The target's training inputs, unlabelled.
+    tuple
+        The data set of the other domains, tested on the target's test split; and the target's training inputs,
+        unlabelled.
 
     Raises
     ------

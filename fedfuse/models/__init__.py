@@ -110,7 +110,7 @@ def build(
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
     model.float()
-    model.input_shape = shape  # for what asks a model how it reads an example
+    object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
     path = config.checkpoints.get(name, config.checkpoint)
     if path:
         weights.load(model, path, head=config.checkpoint_head)

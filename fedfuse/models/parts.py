@@ -7,6 +7,7 @@ less is refused.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -108,7 +109,7 @@ def layers(model: Any) -> dict[str, int]:
             raise UserError(f"{kind}: {name} works {times.count(name)} times for one example; once is needed")
     if not outputs:
         raise UserError(f"{kind}: no child has parameters")
-    for (name, before), (later, after) in zip(outputs, outputs[1:], strict=False):
+    for (name, before), (later, after) in itertools.pairwise(outputs):
         if not isinstance(after, Tensor) or not isinstance(before, Tensor):
             raise UserError(f"{kind}: {name} or {later} gives more than one tensor")
         if torch.autograd.grad(after.sum(), before, allow_unused=True, retain_graph=True)[0] is None:

@@ -93,7 +93,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(monkeypatch, said, make, words
 
 
 def test_domains_elsewhere_are_refused():
-    with pytest.raises(UserError, match="data.target=usps: data=digits has no domains"):
+    with pytest.raises(UserError, match=r"data\.target=usps: data=digits has no domains"):
         prepare(DataConfig(target="usps"), PartitionConfig(name="iid"), TransferConfig(), 3, 0)
 
 

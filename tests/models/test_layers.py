@@ -1,4 +1,4 @@
-"""A network's layers, from shallow to deep, as following one example finds them; and networks that have no such order."""
+"""A network's layers, from shallow to deep, as following one example finds them; and networks without an order."""
 
 import pytest
 import torch

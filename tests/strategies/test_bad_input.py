@@ -22,7 +22,17 @@ DISTIL = (
     "cfd", "cofed", "comet", "dsfl", "fd", "fedd2s", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedka", "fedkd",
     "fedmd", "fedproto", "fml", "knfu", "ktpfl", "scarlet", "selectivefd",
 )  # fmt: skip
-SOFT = {"comet", "dsfl", "fd", "fedd2s", "fedhkd", "knfu", "ktpfl", "scarlet", "selectivefd"}  # probabilities travel as such
+SOFT = {
+    "comet",
+    "dsfl",
+    "fd",
+    "fedd2s",
+    "fedhkd",
+    "knfu",
+    "ktpfl",
+    "scarlet",
+    "selectivefd",
+}  # probabilities travel as such
 
 
 def nan(name: str, arrays: Arrays) -> Arrays:
