@@ -32,7 +32,7 @@ SOFT = {
     "ktpfl",
     "scarlet",
     "selectivefd",
-}  # probabilities travel as such
+}  # send probabilities
 
 
 def nan(name: str, arrays: Arrays) -> Arrays:

@@ -1,5 +1,7 @@
 """FedD2S: which layers take part when, that the others get nothing from the federation, and its rules by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def test_the_deepest_active_layer_leaves_first_and_none_comes_back():
     for depth, tau in ((3, 1), (5, 2), (1, 4)):
         sets = [set(range(1, active(depth, round, tau) + 1)) for round in range(1, 20)]
         assert sets[0] == set(range(1, depth + 1))
-        for now, then in zip(sets, sets[1:], strict=False):
+        for now, then in itertools.pairwise(sets):
             assert then <= now
             assert now - then <= {max(now)}
             assert then
@@ -99,7 +101,7 @@ def test_without_the_divergence_it_is_local_training():
     _, free = final_states("fedd2s", "strategy.mu=0")
     _, taught = final_states("fedd2s", "strategy.mu=1")
     for own, other, third in zip(alone, free, taught, strict=True):
-        own, other, third = (state["model"] if "model" in state else state for state in (own, other, third))
+        own, other, third = (state.get("model", state) for state in (own, other, third))
         common = [name for name in own if name in other]
         assert len(common) == 4
         assert all(torch.equal(own[name], other[name]) for name in common)

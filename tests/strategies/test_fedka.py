@@ -1,4 +1,4 @@
-"""FedKA by hand: MK-MMD by brute force, votes, the accumulated step; and that the notebook's five defects are absent."""
+"""FedKA by hand: MK-MMD by brute force, votes, the accumulated step; and that the notebook's defects are absent."""
 
 import json
 import math
