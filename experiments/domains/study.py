@@ -53,7 +53,11 @@ def run(quick: bool) -> int:
                 if variant not in ("none", "all"):
                     continue
                 command = [w.partition(",")[0] if w.startswith("data.target=") else w for w in command]
-                command = [w for w in command if not w.startswith(("seed=", "rounds=", "data.extra.per_source"))]
+                command = [
+                    w
+                    for w in command
+                    if not w.startswith(("seed=", "rounds=", "transfer.size=", "data.extra.per_source"))
+                ]
                 least = ["data.extra.per_source=200"] if corpus == "digits" else ["data.limit=800"]
                 command += ["seed=0", "rounds=2", *least]
             command += [f"out={folder(quick) / corpus / variant.replace(' ', '-')}"]
