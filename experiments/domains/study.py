@@ -26,7 +26,7 @@ CORPORA = {
     "digits": ["data=mixed", "data.extra.per_source=2000", "data.target=mnist,usps,mnist_m", "data.test_limit=3000",
                "model=cnn", "transfer.size=1000"],
     "office": ["data=office_caltech10", "data.extra.size=32", "data.target=amazon,caltech10,dslr,webcam", "model=cnn"],
-    "reviews": ["data=amazon_reviews", "data.extra.text=counts", "data.extra.size=2000", "data.extra.length=200",
+    "reviews": ["data=amazon_reviews", "data.extra.text=counts", "data.extra.buckets=2000",
                 "data.target=books,dvd,electronics,kitchen", "model=mlp"],
 }  # fmt: skip
 BLOCKS = ("adversarial", "matching", "voting")
