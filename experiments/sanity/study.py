@@ -68,6 +68,8 @@ EXPECTED: dict[str, Expected] = {
     **dict.fromkeys(("dense", "coboosting"), STUDENT._replace(
         words="a student taught on generated inputs alone knows all classes", least_global=0.7, least_personal=0.7
     )),
+    "fedd2s": PERSONAL._replace(words="class distributions of shallow layers alone: local training, a little helped"),
+    "fedka": AVERAGE._replace(words="averaged, and aligned to a target that is of the same kind here"),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),

@@ -43,6 +43,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "data.inputs": _word,
     "data.targets": _word,
     "data.groups": _word,
+    "data.target": _word,
     "data.load": _nothing,
     "data.hub": _nothing,
     "data.root": _nothing,

@@ -38,6 +38,11 @@ class DataConfig:
         "column or array of natural client ids or domains",
         only="data.layout=parquet|npz|jsonl|csv|images",
     )
+    target: str | None = key(
+        None,
+        "a domain whose labels nobody has: its train split is the transfer set, its test split the global one",
+        only="data!=digits|pfllib|leaf",
+    )
     test_fraction: float = key(
         0.2,
         "global test share where a directory brings no test split",

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data.dataset import SPLITS, Dataset, Examples
+from fedfuse.data.domains import set_apart
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows
 from fedfuse.data.transfer import cut_transfer
@@ -164,7 +165,12 @@ def prepare(
     if clients is not None and clients < 1:
         raise UserError(f"clients={clients}; allowed: 1 or more")
     dataset = load(data)
-    chosen, rest = cut_transfer(transfer, dataset, seed)
+    chosen: Examples | None
+    if data.target is not None:
+        dataset, chosen = set_apart(data, transfer, dataset, seed)
+        rest = np.arange(len(dataset.train))
+    else:
+        chosen, rest = cut_transfer(transfer, dataset, seed)
     if dataset.provided is not None:
         return _as_given(dataset, chosen, clients)
     groups = dataset.train.groups

@@ -110,6 +110,7 @@ def build(
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
     model.float()
+    object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
     path = config.checkpoints.get(name, config.checkpoint)
     if path:
         weights.load(model, path, head=config.checkpoint_head)

@@ -7,13 +7,15 @@ less is refused.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedfuse.compat.torch_norms import KEEP_STATISTICS
+from fedfuse.errors import UserError
 from fedfuse.seeding import seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
@@ -64,3 +66,75 @@ def classes_of(model: Any) -> int:
 def parameter_arrays(scope: Scope) -> Layout:
     """Spec: the parameters alone (control variates, updates)."""
     return {name: scope.model[name] for name in parameters(scope.module) if name in scope.model}
+
+
+def layers(model: Any) -> dict[str, int]:
+    """Return a network's layers from shallow to deep, each with the width of what it gives, by following one example.
+
+    A layer is a child with parameters, those of a `Sequential` one by one; a normalisation belongs to the layer before
+    it. The width is that of a row, or the channels of an image.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As `fedfuse.models.build` makes it, which tells it its `input_shape`.
+
+    Raises
+    ------
+    UserError
+        Where layers cannot be ordered: one that works twice or not at all, or that does not feed the next.
+    """
+    kind, outputs = f"the layers of {type(model).__name__} cannot be ordered", list[tuple[str, Tensor]]()
+    units = dict(_units(model, ""))
+
+    def seen(name: str) -> Any:
+        return lambda module, given, out: outputs.append((name, out))
+
+    hooks = [unit.register_forward_hook(seen(name)) for name, unit in units.items()]
+    modes = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            model(torch.zeros(2, *model.input_shape, requires_grad=True))
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{kind}: it does not take images or vectors ({str(error).splitlines()[0]})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in modes:
+            module.training = True
+    times = [name for name, _ in outputs]
+    for name in units:
+        if times.count(name) != 1:
+            raise UserError(f"{kind}: {name} works {times.count(name)} times for one example; once is needed")
+    if not outputs:
+        raise UserError(f"{kind}: no child has parameters")
+    for (name, before), (later, after) in itertools.pairwise(outputs):
+        if not isinstance(after, Tensor) or not isinstance(before, Tensor):
+            raise UserError(f"{kind}: {name} or {later} gives more than one tensor")
+        if torch.autograd.grad(after.sum(), before, allow_unused=True, retain_graph=True)[0] is None:
+            raise UserError(f"{kind}: {name} does not feed {later}")
+    found: dict[str, int] = {}
+    for name, out in outputs:
+        if isinstance(units[name], _NORMS) and found:
+            found.popitem()
+        found[name] = int(out.shape[1])
+    return found
+
+
+_NORMS = (*KEEP_STATISTICS, nn.GroupNorm, nn.LayerNorm)
+
+
+def _units(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is None:
+            continue
+        if isinstance(child, nn.Sequential) and not any(map(_whole, child)):
+            yield from _units(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
+
+
+def _whole(module: nn.Module) -> bool:
+    """Whether a module has children of its own, as a residual block has."""
+    return next(module.children(), None) is not None

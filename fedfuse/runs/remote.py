@@ -146,6 +146,11 @@ def check_own(config: Config) -> None:
     """
     if config.clients is None:
         raise UserError("clients=null: with --own-data the number of sites is needed, for example clients=3")
+    if config.data.target is not None:
+        raise UserError(
+            f"data.target={config.data.target}: with --own-data each site has its own data and the server no domain "
+            "of theirs; allowed: null, and transfer.source=<name of a data set> for an unlabelled set that all have"
+        )
     if registry.entry(config.strategy.name).server.transfer != "none" and config.transfer.source == "holdout":
         raise UserError(
             f"transfer.source=holdout: strategy={config.strategy.name} needs a transfer set that every site has; "

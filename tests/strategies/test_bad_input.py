@@ -19,10 +19,20 @@ from tests.federations import answer, asked, federation, intercept, play
 from tests.halves import client, server
 
 DISTIL = (
-    "cfd", "cofed", "comet", "dsfl", "fd", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedkd", "fedmd", "fedproto",
-    "fml", "knfu", "ktpfl", "scarlet", "selectivefd",
+    "cfd", "cofed", "comet", "dsfl", "fd", "fedd2s", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedka", "fedkd",
+    "fedmd", "fedproto", "fml", "knfu", "ktpfl", "scarlet", "selectivefd",
 )  # fmt: skip
-SOFT = {"comet", "dsfl", "fd", "fedhkd", "knfu", "ktpfl", "scarlet", "selectivefd"}  # probabilities travel as such
+SOFT = {
+    "comet",
+    "dsfl",
+    "fd",
+    "fedd2s",
+    "fedhkd",
+    "knfu",
+    "ktpfl",
+    "scarlet",
+    "selectivefd",
+}  # send probabilities
 
 
 def nan(name: str, arrays: Arrays) -> Arrays:
