@@ -15,6 +15,7 @@ from typing import Any
 
 from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
+from fedfuse.config.allowed import no_attack
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link
@@ -80,6 +81,7 @@ class Order:
 
 def order_of(config: Config, patience: Patience, own: bool = False) -> Order:
     """Give a run a name, and leave out what only concerns the asker's machine."""
+    no_attack(config)
     plain = replace(config, out=None, overwrite=False)
     return Order(
         plain, f"{config.strategy.name}-{config.data.name}-s{config.seed}-{uuid.uuid4().hex[:8]}", patience, own
