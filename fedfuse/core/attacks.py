@@ -45,13 +45,13 @@ def distributions(x: Tensor) -> bool:
 
 def fdla(x: Tensor) -> Tensor:
     """Per row, the value of rank r goes to the class of rank r + 1, cyclic: the top class moves, the multiset is kept."""
-    order = x.argsort(-1, descending=True, stable=True)
+    order = x.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(x).scatter_(-1, order.roll(-1, -1), x.gather(-1, order))
 
 
 def pcfdla(x: Tensor, s: float) -> Tensor:
     """Per row, the class of rank 2 gets s, every other −s."""
-    second = x.argsort(-1, descending=True, stable=True)[..., 1:2]
+    second = x.argsort(dim=-1, descending=True, stable=True)[..., 1:2]
     return torch.full_like(x, -s).scatter_(-1, second, s)
 
 

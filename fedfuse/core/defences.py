@@ -105,7 +105,7 @@ def cronus(x: Tensor, f: int) -> Tensor:
         centred = kept - kept.mean(1, keepdim=True)
         # of the n × n Gram matrix, whose top eigenvector u has |u_k| ∝ |⟨x_k − x̄, v⟩|; d may be millions
         u = torch.linalg.eigh(centred @ centred.transpose(1, 2)).eigenvectors[..., -1].abs()
-        stay = u.argsort(-1, stable=True)[:, : kept.shape[1] - drop].sort(-1).values
+        stay = u.argsort(dim=-1, stable=True)[:, : kept.shape[1] - drop].sort(-1).values
         kept = kept.gather(1, stay[..., None].expand(-1, -1, kept.shape[-1]))
     return kept.mean(1)
 

@@ -13,7 +13,7 @@ rule's value, w_k ← w_k·e^{−η ℓ_k}, and the result is Σ w_k x_k / Σ w_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,19 +88,23 @@ class Defended(Shares):
             return {}, 0.0
         return {name: value.double() * clients for name, value in self.mean(record).items()}, float(clients)
 
+    def averaged(self, record: str, parts: Iterable[tuple[Share, Arrays, float]]) -> Arrays:
+        """What the rule makes of arrays made from single shares; a weight of 0 leaves its client out."""
+        held = {share.client: arrays for share, arrays, weight in parts if weight > 0}
+        if not held:
+            raise ValueError("a mean needs a client with examples")
+        return self._robust(record, list(held), list(held.values()))
+
     def over_holders(self, record: str, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Class by class, the rule over the clients that hold it; over too few for it, their median."""
-        x, holds = values.double(), weights > 0
-        out, held = torch.zeros_like(x[0]), holds.any(0)
-        for pattern in torch.unique(holds.T[held], dim=0):
-            alike, who = (holds == pattern[:, None]).all(0), pattern.nonzero().flatten()
+        x, holds, name = values.double(), weights > 0, self._config.name
+        held = holds.any(0)
+        if name == "expguard":
+            return self._guarded(record, self._clients, [x], holds)[0], held
+        out = torch.zeros_like(x[0])
+        for who, rows in _alike(holds):
             f = liars_among(len(who), self._config.fraction)
-            part = x[who][:, alike]
-            if self._config.name == "expguard":
-                continue
-            out[alike] = (RULES[self._config.name] if len(who) >= least(self._config.name, f) else median)(part, f)
-        if self._config.name == "expguard":
-            out = self._guarded(record, self._clients, [x], holds)[0]
+            out[rows] = RULES[name if len(who) >= least(name, f) else "median"](x[who][:, rows], f)
         return out, held
 
     # -- the rules over records ----------------------------------------------------------------------------
@@ -159,11 +163,8 @@ class Defended(Shares):
         kept = self._strategy.state.setdefault("defence", {})
         everyone = kept.get(record, torch.zeros(self._strategy.scenario.clients, dtype=torch.float64))
         masks = [torch.ones(x.shape[:2], dtype=torch.bool) if holds is None else holds for x in parts]
-        distances = torch.cat([
-            self._distances(x, mask) for x, mask in zip(parts, masks, strict=True)
-        ], 1)  # fmt: skip
-        there = torch.cat(masks, 1)
-        far = (distances * there).sum(1) / there.sum(1).clamp_min(1)
+        distances = torch.cat([self._distances(x, mask) for x, mask in zip(parts, masks, strict=True)], 1)
+        far = distances.sum(1) / torch.cat(masks, 1).sum(1).clamp_min(1)
         everyone = everyone.clone()
         everyone[clients] -= self._config.rate * far.cpu()
         kept[record] = everyone
@@ -181,13 +182,17 @@ class Defended(Shares):
     def _distances(self, x: Tensor, mask: Tensor) -> Tensor:
         """‖x_k − agg‖₂ (n × b), agg over the clients that have the row."""
         out = torch.zeros_like(x[..., 0])
-        for pattern in torch.unique(mask.T, dim=0):
-            alike, who = (mask == pattern[:, None]).all(0), pattern.nonzero().flatten()
-            if len(who):
-                part = x[who][:, alike]
-                rows = alike.nonzero().flatten()
-                out[who[:, None], rows] = (part - RULES[self._config.around](part, 0)).norm(dim=-1)
+        for who, rows in _alike(mask):
+            part = x[who][:, rows]
+            out[who[:, None], rows] = (part - RULES[self._config.around](part, 0)).norm(dim=-1)
         return out
+
+
+def _alike(holds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows held by the same clients (n × b): the clients and the rows; without those that nobody holds."""
+    for pattern in torch.unique(holds.T, dim=0):
+        if bool(pattern.any()):
+            yield pattern.nonzero().flatten(), (holds == pattern[:, None]).all(0).nonzero().flatten()
 
 
 def check_defence(strategy: FusionStrategy) -> None:
@@ -205,7 +210,8 @@ def check_defence(strategy: FusionStrategy) -> None:
         raise UserError(f"{key}: with secure=on the server sees sums alone, and a rule needs every share; allowed is off")
     if scenario.config.privacy.by_client:
         raise UserError(f"{key}: privacy.level=client adds noise to a sum, and a rule makes none; allowed is off")
-    phases = (*strategy.setup, *strategy.phases(1))
+    rounds = range(1, scenario.config.rounds + 1)
+    phases = {*strategy.setup, *(phase for round in rounds for phase in strategy.phases(round))}
     shared = sorted({name for phase in phases for name in shared_in(strategy, phase)})
     if strategy.pooled or not shared:
         raise UserError(f"{key}: {who} has clients share nothing that could be fused; allowed is off")

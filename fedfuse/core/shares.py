@@ -59,6 +59,13 @@ class Shares(Iterable[Share]):
             pass
         return self._sums[record].total()
 
+    def averaged(self, record: str, parts: Iterable[tuple[Share, Arrays, float]]) -> Arrays:
+        """Weighted mean of arrays made from single shares of a record, in float64, client order and fixed groups."""
+        total = Sum()
+        for share, arrays, weight in parts:
+            total.add(share.group, arrays, weight)
+        return total.mean()
+
     def over_holders(self, record: str, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Class by class, the weighted mean over the clients that hold the class, and which classes are held.
 
