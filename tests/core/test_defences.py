@@ -115,6 +115,25 @@ def test_cronus_is_its_rule_in_numpy(f: int, d: int) -> None:
 # -- in a strategy ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("rule", "theirs"),
+    [
+        (("median",), ("flwr_fedmedian",)),
+        (("trimmed_mean", "defence.fraction=0.2"), ("flwr_fedtrimmedavg", "strategy.beta=0.3")),
+        (("krum", "defence.fraction=0.2"), ("flwr_krum", "strategy.num_malicious_nodes=2")),
+        (("bulyan", "defence.fraction=0.1"), ("flwr_bulyan", "strategy.num_malicious_nodes=1")),
+    ],
+    ids=lambda words: words[0],
+)
+def test_over_weights_it_is_flowers_own_strategy(rule, theirs) -> None:
+    """FedAvg under a defence ends where Flower's strategy does, liars and all; f = 2 of 7, or 1."""
+    words = ("clients=7", "attack=scale", "attack.clients=[3]")
+    ours = play("fedavg", f"defence={rule[0]}", *rule[1:], *words).strategy.model
+    flowers = play(theirs[0], *theirs[1:], *words).strategy.model
+    for name, value in flowers.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_clients_weigh_alike_and_who_has_no_examples_is_left_out() -> None:
     """A count of 10⁹ buys nothing; the mean of what is published is the median of the others."""
     strategy = server("fedavg", "defence=median")
