@@ -30,7 +30,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
 
 --traceback (or FEDFUSE_TRACEBACK=1) tells a failure's whole story, a client's in a worker too.
 
-Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= tracking= experiment=
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= tracking=
+      experiment=
 Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5

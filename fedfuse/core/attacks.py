@@ -44,7 +44,7 @@ def distributions(x: Tensor) -> bool:
 
 
 def fdla(x: Tensor) -> Tensor:
-    """Per row, the value of rank r goes to the class of rank r + 1, cyclic: the top class moves, the multiset is kept."""
+    """Per row, the value of rank r goes to the class of rank r + 1, cyclic: the top class moves, the multiset stays."""
     order = x.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(x).scatter_(-1, order.roll(-1, -1), x.gather(-1, order))
 
@@ -154,7 +154,9 @@ def check_attack(strategy: FusionStrategy) -> None:
     if beyond:
         raise UserError(f"attack.clients={beyond[0]}: no such client; allowed are 0 to {scenario.clients - 1}")
     if strategy.pooled:
-        raise UserError(f"attack={attack.name}: {who} joins all examples at one place, and no client shares any; allowed is off")
+        raise UserError(
+            f"attack={attack.name}: {who} joins all examples at one place, and no client shares any; allowed is off"
+        )
     phases = (*strategy.setup, *strategy.phases(1))
     if attack.name == "label_flip":
         return

@@ -7,7 +7,8 @@ in all), d coordinates. Clients weigh alike: a count of examples is a client's w
     geometric_median   per row argmin_m Σ_k ‖x_k − m‖₂, Weiszfeld's steps from the mean, at most 100, until Σ falls by
                        less than 1e-8 of itself; fewer than half
     trimmed_mean       each coordinate's mean without the f least and the f greatest; n > 2f
-    krum               the client whose n − f − 2 nearest are nearest; multi_krum: the mean of the n − f best; n ≥ 2f + 3
+    krum               the client whose n − f − 2 nearest are nearest; n ≥ 2f + 3
+    multi_krum         the mean of the n − f best of these; n ≥ 2f + 3
     bulyan             of the n − 2f best by multi-Krum, per coordinate the mean of the n − 4f nearest to their median;
                        n ≥ 4f + 3
     cronus             per row: v the top eigenvector of the clients' covariance; without the ⌈f/2⌉ of largest

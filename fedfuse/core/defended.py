@@ -207,7 +207,9 @@ def check_defence(strategy: FusionStrategy) -> None:
     defence, who = scenario.config.defence, f"strategy={strategy.name}"
     key = f"defence={defence.name}"
     if scenario.config.secure.on:
-        raise UserError(f"{key}: with secure=on the server sees sums alone, and a rule needs every share; allowed is off")
+        raise UserError(
+            f"{key}: with secure=on the server sees sums alone, and a rule needs every share; allowed is off"
+        )
     if scenario.config.privacy.by_client:
         raise UserError(f"{key}: privacy.level=client adds noise to a sum, and a rule makes none; allowed is off")
     rounds = range(1, scenario.config.rounds + 1)
@@ -216,7 +218,9 @@ def check_defence(strategy: FusionStrategy) -> None:
     if strategy.pooled or not shared:
         raise UserError(f"{key}: {who} has clients share nothing that could be fused; allowed is off")
     if other := [name for name in shared if name not in strategy.means]:
-        raise UserError(f"{key} stands in for a mean, and {who} makes something else of {', '.join(other)}; allowed is off")
+        raise UserError(
+            f"{key} stands in for a mean, and {who} makes something else of {', '.join(other)}; allowed is off"
+        )
     f = liars_among(scenario.cohort_size, defence.fraction)
     if scenario.cohort_size < (needed := least(defence.name, f)):
         raise UserError(

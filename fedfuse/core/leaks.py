@@ -42,7 +42,11 @@ def errors(truth: Tensor, guess: Tensor) -> dict[str, float]:
     """How far a guessed class prior is from the true one: KL(truth ‖ guess), total variation, Chebyshev."""
     p, q = truth.double(), guess.double().clamp_min(1e-12)
     apart = (p - guess).abs()
-    return {"kl": float(torch.special.xlogy(p, p / q).sum()), "tv": float(apart.sum() / 2), "chebyshev": float(apart.max())}
+    return {
+        "kl": float(torch.special.xlogy(p, p / q).sum()),
+        "tv": float(apart.sum() / 2),
+        "chebyshev": float(apart.max()),
+    }
 
 
 def scored(

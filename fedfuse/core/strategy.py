@@ -32,8 +32,8 @@ from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
-from fedfuse.wire.sums import Sum
 from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
+from fedfuse.wire.sums import Sum
 
 
 class Calendar(Protocol):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedfuse.config.allowed import no_attack
 from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
-from fedfuse.config.allowed import no_attack
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link

@@ -79,8 +79,6 @@ class Policy:
             Naming the key, the value and what the policy allows.
         """
         name = config.strategy.name
-        if config.attack.on:
-            raise Refused(f"attack={config.attack.name}: clients lie in simulations only; allowed here: off")
         if self.strategies is not None and name not in self.strategies:
             raise Refused(f"site policy: strategy={name}; allowed: {', '.join(self.strategies) or 'none'}")
         if self.data is not None and config.data.name not in self.data:

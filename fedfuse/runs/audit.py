@@ -83,7 +83,9 @@ def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
     if (path / "attempt").exists() or (path / "order.json").exists():
-        raise UserError(f"{path}: was played by a deployment, whose clients' labels are theirs alone; allowed are simulations")
+        raise UserError(
+            f"{path}: was played by a deployment, whose clients' labels are theirs alone; allowed are simulations"
+        )
     if not allow_code and (asked := code_of(config)):
         raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
     if config.secure.on:
@@ -96,7 +98,9 @@ def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
     if not seen:
         raise UserError(f"{path}: --audit ldia reads soft labels, and strategy={config.strategy.name} shares none")
     if again != digest:
-        raise WorldError(f"{path}: played again it ends with another digest ({again} for {digest}): nothing was measured")
+        raise WorldError(
+            f"{path}: played again it ends with another digest ({again} for {digest}): nothing was measured"
+        )
     priors = {client: _prior(scenario, client) for client in range(scenario.clients)}
     rows = scored(label_distributions(seen), priors)
     with replaced(path / "audit.parquet", durable=True) as partial:
@@ -136,7 +140,7 @@ def _prior(scenario: Scenario, client: int) -> torch.Tensor:
 def _told(rows: list[tuple[int, int, str, float]], clients: int) -> str:
     """The means over clients by round, beside those of whoever has seen nothing."""
     lines = [
-        "ldia, by a curious server that sees each client's soft labels and nothing else (simulation: the truth is known here)",
+        "ldia, by a server that sees each client's soft labels, nothing else (in a simulation the truth is known)",
         "round   KL      TV      Chebyshev   TV of a blind guess   nearer than blind",
     ]
     for round in sorted({row[0] for row in rows}):

@@ -22,10 +22,10 @@ import torch
 
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.core import client_level
-from fedfuse.core.fit import remarks
-from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.attacks import attack_notes
 from fedfuse.core.defended import defence_notes
+from fedfuse.core.fit import remarks
+from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError

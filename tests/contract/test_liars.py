@@ -45,9 +45,9 @@ def test_evaluation_changes_nothing(name: str, undisturbed) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_equals_undisturbed(name: str, undisturbed, tmp_path: Path) -> None:
     where = tmp_path / "run"
-    with federation(name, *CASES[name], path=where, callbacks=(Crash(1),)) as (built, _):
-        with pytest.raises(KeyboardInterrupt):
-            built.run()
+    crash = federation(name, *CASES[name], path=where, callbacks=(Crash(1),))
+    with crash as (built, _), pytest.raises(KeyboardInterrupt):
+        built.run()
     assert_same(undisturbed(name), play(name, *CASES[name], path=where))
 
 
