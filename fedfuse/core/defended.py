@@ -14,6 +14,7 @@ rule's value, w_k ← w_k·e^{−η ℓ_k}, and the result is Σ w_k x_k / Σ w_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,9 @@ from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of
 
 if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
+
+
+STALE = ("semiasync", "fedbuff", "fedasync")  # schedules
 
 
 class Defended(Shares):
@@ -59,7 +63,7 @@ class Defended(Shares):
             for name in heard:
                 self._held.setdefault(name, {})[share.client] = mine[name]
             self._clients.append(share.client)
-            yield Share(share.client, rest, share.metrics, share.group)
+            yield replace(share, records=rest)
 
     def mean(self, record: str) -> Arrays:
         """What the rule makes of a record that `sums` declares.
@@ -212,6 +216,11 @@ def check_defence(strategy: FusionStrategy) -> None:
         )
     if scenario.config.privacy.by_client:
         raise UserError(f"{key}: privacy.level=client adds noise to a sum, and a rule makes none; allowed is off")
+    if scenario.config.schedule.name in STALE:
+        raise UserError(
+            f"{key}: with schedule={scenario.config.schedule.name} shares of different rounds are fused, and honest "
+            "ones differ as lies do; allowed are sync, deadline, overcommit"
+        )
     rounds = range(1, scenario.config.rounds + 1)
     phases = {*strategy.setup, *(phase for round in rounds for phase in strategy.phases(round))}
     shared = sorted({name for phase in phases for name in shared_in(strategy, phase)})

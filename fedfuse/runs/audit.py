@@ -33,8 +33,9 @@ from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError, WorldError, nearest
+from fedfuse.runs.configuration import as_yaml, code_of, load_config
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import as_yaml, build_grid, code_of, load_config
+from fedfuse.runs.experiment import build_grid
 from fedfuse.wire.records import arrays_in, layout_of, tensors
 
 AUDITS = {"ldia": "class priors of clients, from their soft labels, by a curious server"}
@@ -88,6 +89,8 @@ def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
         )
     if not allow_code and (asked := code_of(config)):
         raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
+    if config.clock.on:
+        raise UserError(f"{path}: clock={config.clock.name}: virtual time is not replayed yet; allowed is off")
     if config.secure.on:
         raise UserError(f"{path}: secure=on: the server saw sums, and no client's share")
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

@@ -226,6 +226,7 @@ def test_another_layout_is_excluded() -> None:
         (("strategy=fedavg", "defence=cronus", "defence.fraction=0.45"), "2 may lie, and the rule needs 5"),
         (("strategy=fedavg", "defence=cronus", "defence.fraction=0.5"), "defence.fraction=0.5: allowed is"),
         (("strategy=fedavg", "defence=expguard", "defence.around=krum"), "defence.around=krum"),
+        (("strategy=fedavg", "defence=median", "clock=devices", "schedule=fedbuff"), "of different rounds are fused"),
         (("strategy=fedavg", "defence=median", "secure=on"), "secure=on the server sees sums alone"),
         (("strategy=fedavg", "defence=median", "privacy.noise=1.0", "privacy.level=client"), "adds noise to a sum"),
     ],
