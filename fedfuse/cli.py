@@ -23,13 +23,15 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
+  fedfuse audit RUN_DIR --audit ldia       what a finished simulation's messages give away: audit.parquet and a table
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
 
 --traceback (or FEDFUSE_TRACEBACK=1) tells a failure's whole story, a client's in a worker too.
 
-Groups, chosen by one word: strategy= data= partition= model= loss= runtime= tracking= experiment=
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= tracking=
+      experiment=
 Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
@@ -262,6 +264,17 @@ def _export(words: list[str], started: float) -> int:
     return 0
 
 
+def _audit(words: list[str], started: float) -> int:
+    rest, flags = _flags([word for word in words if word != "--allow-code"], "--audit")
+    if len(rest) != 1:
+        raise UserError("fedfuse audit: needs one run directory")
+    from fedfuse.runs.audit import audit
+
+    names = [name for name in (flags.get("--audit") or "").split(",") if name]
+    print(audit(Path(rest[0]), names, "--allow-code" in words))
+    return 0
+
+
 def _deploy(words: list[str], started: float) -> int:
     from fedfuse.deploy import command
 
@@ -289,6 +302,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int]] = {
     "list": _list,
     "help": _help,
     "export": _export,
+    "audit": _audit,
     "deploy": _deploy,
     "flower": _flower,
     "bench": _bench,

@@ -60,6 +60,7 @@ class FedNova(AveragingStrategy):
 
     records = {"update": model_arrays}
     averaged = "update"
+    means = ()  # times the steps that clients say they took
 
     def fuse(self, shares: Shares) -> None:
         """x ← x − τ_eff Σ p_i d_i."""

@@ -107,6 +107,7 @@ class FedProto(FusionStrategy):
 
     topics = {"prototypes": Topic("state", arrays(means=("classes", "features"), held=("bool", "classes")))}
     records = {"prototypes": arrays(means=("classes", "features"), counts=("int64", "classes"))}
+    means = ("prototypes",)
     needs_features = True
     same_features = True
     staleness = "newest"
@@ -124,7 +125,7 @@ class FedProto(FusionStrategy):
         counts = torch.stack([r["counts"] for r in everyone])
         weights = counts if self.hyper.weighting == "count" else (counts > 0)
         weights = weights * torch.tensor([[share.weight] for share in taken], dtype=torch.float64)
-        means, held = classwise.mean_over_holders(torch.stack([r["means"] for r in everyone]), weights)
+        means, held = shares.over_holders("prototypes", torch.stack([r["means"] for r in everyone]), weights)
         means = means.float()
         if ("prototypes", "") in self.board.items:
             old = self.published("prototypes")

@@ -77,6 +77,8 @@ class Fisher(MergingStrategy):
         if hyper.labels == "expected" and self.scenario.data.dataset.next_token:
             raise UserError("strategy.labels=expected: a token for each of a vocabulary is too many; allowed: data")
 
+    means = ()  # what is fused is a ratio of two sums
+
     @property
     def sums(self) -> Mapping[str, str | None]:
         """Σ λ F, Σ λ F θ, and the mean of the buffers."""

@@ -163,6 +163,8 @@ class RegMean(MergingStrategy):
         super().__init__(hyper, workspace)
         layers(workspace.model(self.architecture), hyper.layers, workspace.initial(self.architecture))
 
+    means = ()  # what is fused is the solution of two sums
+
     @property
     def sums(self) -> Mapping[str, str | None]:
         """ΣG̃ and ΣG̃W as they are; the rest by examples."""

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedfuse.config import catalogue
-from fedfuse.errors import Refused
+from fedfuse.config.schema import Config
+from fedfuse.errors import Refused, UserError
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .@*,\-]{0,99}", re.ASCII)  # a column, a pattern of layers: never a path
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
@@ -69,6 +70,9 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "runtime.address": _nothing,
     "runtime.state_dir": _nothing,
     "secure.name": frozenset({"off", "on"}).__contains__,
+    "attack.name": frozenset(catalogue.GROUPS["attack"]).__contains__,
+    "defence.name": frozenset(catalogue.GROUPS["defence"]).__contains__,
+    "defence.around": _word,
     "tracking.name": frozenset(catalogue.TRACKERS).__contains__,
     "tracking.uri": _nothing,
     "tracking.experiment": _word,
@@ -111,6 +115,17 @@ def check_texts(values: Any, at_server: bool = False) -> None:
             continue
         if not _allowed(key, value):
             raise Refused(f"{key}={str(value)[:80]!r}: over the wire only registered names and numbers are taken")
+
+
+def no_attack(config: Config) -> None:
+    """Refuse a configuration in which clients lie, wherever clients are sites.
+
+    Raises
+    ------
+    UserError
+    """
+    if config.attack.on:
+        raise UserError(f"attack={config.attack.name}: clients lie in simulations only; allowed in a deployment is off")
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

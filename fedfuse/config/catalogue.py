@@ -123,6 +123,28 @@ LOSSES: dict[str, str] = {
     "dhkd": "binary KL of logit differences to one half; the loss alone, no second head (DHKD, 2024)",
 }
 
+ATTACKS: dict[str, str] = {
+    "label_flip": "trains on labels C − 1 − y; everything it shares follows from that",
+    "noise": "adds Gaussian noise to what it shares",
+    "sign_flip": "shares the opposite of its update, or of its logits",
+    "scale": "shares a multiple of its update, or of its logits",
+    "fdla": "soft labels: the value of rank r goes to the class of rank r + 1 (FDLA, arXiv 2401.03685)",
+    "pcfdla": "soft labels: the second class gets s, every other −s (PCFDLA, arXiv 2407.18039)",
+    "lma": "soft labels: all on the class it finds least likely (LMA, arXiv 2402.12265; from its own alone)",
+    "cpa": "soft labels: all on the class least like the likeliest (CPA, arXiv 2402.12265; from its own alone)",
+}
+
+DEFENCES: dict[str, str] = {
+    "median": "median of each coordinate",
+    "geometric_median": "the point of least sum of distances, by Weiszfeld's steps",
+    "trimmed_mean": "mean of each coordinate without the f largest and the f smallest (Flower's rule)",
+    "krum": "the client nearest to its neighbours (Blanchard et al. 2017; Flower's rule)",
+    "multi_krum": "mean of the n − f clients nearest to their neighbours (Flower's rule)",
+    "bulyan": "multi-Krum, then what is nearest to the median in each coordinate (Flower's rule)",
+    "cronus": "mean without who lies farthest along the widest direction, twice (Cronus, arXiv 1912.11279)",
+    "expguard": "mean weighed by e to the minus of past distances (ExpGuard, arXiv 2402.12265)",
+}
+
 RUNTIMES = ("inline", "ray", "flower")
 
 TRACKERS = ("none", "csv", "tensorboard", "mlflow", "wandb")
@@ -150,6 +172,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "loss": ("default", *LOSSES, "custom"),
     "runtime": RUNTIMES,
     "secure": ("off", "on"),
+    "attack": ("off", *ATTACKS),
+    "defence": ("off", *DEFENCES),
     "tracking": TRACKERS,
     "clock": tuple(CLOCKS),
     "schedule": tuple(SCHEDULES),

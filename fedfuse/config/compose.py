@@ -16,8 +16,10 @@ from fedfuse.config.clock_rules import timed
 from fedfuse.config.dotted import given
 from fedfuse.config.idle import refuse
 from fedfuse.config.schema import (
+    AttackConfig,
     Config,
     DataConfig,
+    DefenceConfig,
     LossConfig,
     ModelConfig,
     PartitionConfig,
@@ -34,6 +36,8 @@ GROUPS = {
     "loss": LossConfig,
     "runtime": RuntimeConfig,
     "secure": SecureConfig,
+    "attack": AttackConfig,
+    "defence": DefenceConfig,
     "tracking": TrackingConfig,
     "clock": ClockConfig,
     "schedule": ScheduleConfig,
@@ -298,6 +302,13 @@ def check(config: Config) -> None:
     rules.append(("secure.clipping_range", clip, 0 < clip < float("inf"), "more than 0"))
     good = 0.5 < needed <= 1 or (needed >= 2 and needed % 1 == 0)
     rules.append(("secure.reconstruction_threshold", needed, good, "above 0.5 up to 1, or a whole number from 2 on"))
+    lies, defence = config.attack, config.defence
+    rules.append(("attack.fraction", lies.fraction, 0 < lies.fraction <= 1, "more than 0 and at most 1"))
+    rules.append(("attack.scale", lies.scale, lies.scale is None or 0 < lies.scale < float("inf"), "more than 0"))
+    good = len(set(lies.clients)) == len(lies.clients) and min(lies.clients, default=0) >= 0
+    rules.append(("attack.clients", lies.clients, good, "numbers of clients from 0 on, each once"))
+    rules.append(("defence.fraction", defence.fraction, 0 < defence.fraction < 0.5, "more than 0 and below 0.5"))
+    rules.append(("defence.rate", defence.rate, 0 < defence.rate < float("inf"), "more than 0"))
     rules.append(("train.precision", train.precision, exact, "float32 under privacy: its noise is exact there"))
     share, limit = config.runtime.gpu_fraction, config.runtime.client_timeout
     rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
@@ -331,6 +342,9 @@ WORDS = {
     "clock.policy": ("whole", "end"),
     "schedule.name": tuple(catalogue.SCHEDULES),
     "schedule.staleness": ("constant", "polynomial", "hinge"),
+    "attack.name": catalogue.GROUPS["attack"],
+    "defence.name": catalogue.GROUPS["defence"],
+    "defence.around": ("mean", "median", "geometric_median"),
 }
 
 

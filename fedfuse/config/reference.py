@@ -33,6 +33,7 @@ def _words(group: str) -> dict[str, str]:
     if group == "data":
         return catalogue.names()
     told = {"partition": catalogue.PARTITIONS, "model": catalogue.MODELS, "loss": catalogue.LOSSES}
+    told |= {"attack": catalogue.ATTACKS, "defence": catalogue.DEFENCES}
     return dict((told | {"clock": catalogue.CLOCKS, "schedule": catalogue.SCHEDULES}).get(group, {}))
 
 

@@ -341,6 +341,49 @@ class SecureConfig:
 
 
 @dataclass
+class AttackConfig:
+    """Clients that lie (`attack=<name>`), in simulations only."""
+
+    name: str = key("off", "off, or the lie: fedfuse help attack")
+    fraction: float = key(
+        0.2, "share of all clients that lie, drawn by the seed, halves up", only="attack!=off with attack.clients=[]"
+    )
+    clients: list[int] = key([], "who lies, by number; empty: drawn", only="attack!=off")
+    scale: float | None = key(
+        None,
+        "`noise`: σ over an array's root mean square (1); `sign_flip`: the flipped update's length (1); `scale`: an "
+        "update's factor (10); `pcfdla`: s (10); null: the number in brackets",
+        only="attack=noise|sign_flip|scale|pcfdla",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether anybody lies."""
+        return self.name != "off"
+
+
+@dataclass
+class DefenceConfig:
+    """What the server puts in the place of a mean (`defence=<name>`)."""
+
+    name: str = key("off", "off, or the rule: fedfuse help defence")
+    fraction: float = key(
+        0.2,
+        "α, share of a round's clients that may lie, below one half; counted up to whole clients f",
+        only="defence=trimmed_mean|krum|multi_krum|bulyan|cronus",
+    )
+    around: str = key(
+        "median", "distances are from the clients' mean | median | geometric_median", only="defence=expguard"
+    )
+    rate: float = key(1.0, "η, how fast a client far off loses weight", only="defence=expguard")
+
+    @property
+    def on(self) -> bool:
+        """Whether a mean is replaced."""
+        return self.name != "off"
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
@@ -357,6 +400,8 @@ class Config:
     stop: StopConfig = field(default_factory=StopConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    defence: DefenceConfig = field(default_factory=DefenceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     clock: ClockConfig = field(default_factory=ClockConfig)

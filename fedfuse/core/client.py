@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.config.schema import TrainConfig
+from fedfuse.core.attacks import flipped
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import Metrics, Records
 from fedfuse.core.workspace import Workspace
@@ -181,6 +182,9 @@ class FusionClient:
             )
         if split == "train" and self.pooled:
             return self.workspace.tensors("pooled")
+        if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
+            x, y = self.workspace.tensors(self.client, split)
+            return x, flipped(y, self.classes)
         return self.workspace.tensors(self.client, split)
 
     def generator(self, *purpose: object) -> torch.Generator:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from fedfuse.core import client_level
+from fedfuse.core.attacks import check_attack
+from fedfuse.core.defended import check_defence
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
@@ -52,6 +54,10 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         client_level.check(strategy)
     if scenario.config.secure.on:
         check_secure(strategy)
+    if scenario.config.attack.on:
+        check_attack(strategy)
+    if scenario.config.defence.on:
+        check_defence(strategy)
     objective = chosen(scenario.config.loss)  # refuses one that cannot be built
     if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
         raise UserError(

@@ -214,6 +214,9 @@ class Federation:
                 split, _, metric = key.partition("/")
                 self.rows.append((round, "client", client, split, metric, float(value)))
         headline = of_clients(strategy.inbox.scored.values())
+        if liars := self.scenario.liars:
+            honest = [scores for client, scores in strategy.inbox.scored.items() if client not in liars]
+            headline["accuracy/personal_honest"] = of_clients(honest)["accuracy/personal"]
         if test is not None and models:
             at_server, rows = of_server(strategy, models, round)
             headline |= at_server

@@ -23,7 +23,7 @@ from fedfuse.config import registry
 from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
-from fedfuse.core import moments
+from fedfuse.core import attacks, moments
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.scenario import Scenario
@@ -127,6 +127,7 @@ class Node:
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
+        self._liars = scenario.liars
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
 
     def _equip(self, model: Any, build: Any) -> Any:
@@ -216,6 +217,8 @@ class Node:
             answer["flops"], answer["unit"] = tally.flops, tally.unit
         if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
             records, metrics = self._clip(asked, cache, records, metrics)
+        if asked.kind == "train" and who in self._liars:
+            records = self._lie(asked, cache, records)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         if asked.kind == "train" and (points := fixed_points(asked.run)):
             metrics["clipped"] = beyond(records, points)
@@ -354,6 +357,15 @@ class Node:
             out[name], norm = clipped(arrays, anchors[name].arrays, scenario.config.privacy.clip)
             metrics[f"update_norm/{name}"] = norm
         return out, metrics
+
+    def _lie(self, asked: Asked, cache: Cache, records: Records) -> Records:
+        """What a client that lies shares instead."""
+        scenario = self.workspace.scenario
+        architecture = scenario.architectures[asked.who]
+        known = cache.for_client(asked.who, architecture, self.entry.server.topics)
+        moment = (scenario.seed, "lie", asked.who, asked.round, asked.phase)
+        liar = attacks.Liar(scenario.config.attack, moment, self.workspace.layout(architecture), scenario.classes)
+        return {n: liar.altered(n, arrays, known[n].arrays if n in known else {}) for n, arrays in records.items()}
 
     def _reply(
         self, asked: Asked, client: FusionClient, records: Records, metrics: dict[str, Any], answer: dict[str, Any]

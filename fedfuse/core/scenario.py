@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -60,6 +61,17 @@ class Scenario:
             return list(range(self.clients))
         draw = generator(self.seed, "cohort", round)
         return torch.randperm(self.clients, generator=draw).tolist()
+
+    @cached_property
+    def liars(self) -> frozenset[int]:
+        """Clients that lie (`attack=`): those that are named, else drawn by the seed; nobody without an attack."""
+        attack = self.config.attack
+        if not attack.on:
+            return frozenset()
+        if attack.clients:
+            return frozenset(attack.clients)
+        count = max(1, int(self.clients * attack.fraction + 0.5))
+        return frozenset(torch.randperm(self.clients, generator=generator(self.seed, "liars"))[:count].tolist())
 
     @property
     def cohort_size(self) -> int:

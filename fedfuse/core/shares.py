@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from fedfuse.core.workspace import Workspace
+from fedfuse.train.classwise import mean_over_holders
 from fedfuse.wire.records import Arrays, InvalidArrays, validate
 from fedfuse.wire.sums import Sum
 
@@ -55,6 +58,25 @@ class Shares(Iterable[Share]):
         for _ in self._stream:
             pass
         return self._sums[record].total()
+
+    def averaged(self, record: str, parts: Iterable[tuple[Share, Arrays, float]]) -> Arrays:
+        """Weighted mean of arrays made from single shares of a record, in float64, client order and fixed groups."""
+        total = Sum()
+        for share, arrays, weight in parts:
+            total.add(share.group, arrays, weight)
+        return total.mean()
+
+    def over_holders(self, record: str, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Class by class, the weighted mean over the clients that hold the class, and which classes are held.
+
+        Parameters
+        ----------
+        record : str
+            Where the values came in.
+        values, weights
+            (N, C, d) and (N, C), of the clients in the order of their shares: see `classwise.mean_over_holders`.
+        """
+        return mean_over_holders(values, weights)
 
 
 def check_share(

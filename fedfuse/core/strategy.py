@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, ClassVar, Literal, Protocol
@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedfuse.core.client_level import Noised
+from fedfuse.core.defended import Defended
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
@@ -32,6 +33,7 @@ from fedfuse.train.objective import followed
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
+from fedfuse.wire.sums import Sum
 
 
 class Calendar(Protocol):
@@ -126,6 +128,11 @@ class FusionStrategy(Strategy):
     def sums(self) -> Mapping[str, str | None]:
         """Records of which `fuse` needs only the weighted sum; a class attribute where nothing depends on hyper."""
         return {}
+
+    @property
+    def means(self) -> Collection[str]:
+        """Records of which `fuse` wants the mean and nothing else: a `defence` may stand in its place."""
+        return self.sums.keys()
 
     def begin(self) -> None:
         """Publish version 0: by default each architecture's initial model, if there is a topic `model`."""
@@ -227,7 +234,9 @@ class FusionStrategy(Strategy):
 
     @property
     def summed(self) -> Mapping[str, str | None]:
-        """`sums`; where whole clients are hidden, all weigh alike."""
+        """`sums`; where whole clients are hidden, all weigh alike; none where a defence looks at every share."""
+        if self.scenario.config.defence.on:
+            return {}
         return dict.fromkeys(self.sums) if self.scenario.config.privacy.by_client else self.sums
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -362,11 +371,7 @@ class FusionStrategy(Strategy):
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
         try:
-            by_client = self.scenario.config.privacy.by_client
-            shares = (
-                Noised(chain([first], stream), totals, self) if by_client else Shares(chain([first], stream), totals)
-            )
-            getattr(self, verb)(shares)
+            getattr(self, verb)(self._handed(chain([first], stream), totals))
         except (UserError, WorldError):
             raise
         except Exception as error:
@@ -375,6 +380,12 @@ class FusionStrategy(Strategy):
             pass
         item = self.board.items.get(("model", ""))
         return (record(item.arrays) if item is not None else ArrayRecord()), MetricRecord()
+
+    def _handed(self, stream: Iterator[Share], totals: dict[str, Sum]) -> Shares:
+        """A phase's shares as `fuse` sees them."""
+        if self.scenario.config.defence.on:
+            return Defended(stream, self)
+        return Noised(stream, totals, self) if self.scenario.config.privacy.by_client else Shares(stream, totals)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedfuse.config.allowed import no_attack
 from fedfuse.config.dotted import code
 from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
@@ -98,6 +99,7 @@ def _deployed(grid: Grid, orders: Mapping[str, Any], audit: Audit | None) -> Non
     allowed = os.environ.get(ALLOW_CODE) == "1"
     with code(allowed):
         config = from_json(str(orders.get("config", "")), allowed, at_server=True)
+        no_attack(config)
         _carried_out(grid, orders, name, config, started, audit)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedfuse.config.allowed import no_attack
 from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
@@ -80,6 +81,7 @@ class Order:
 
 def order_of(config: Config, patience: Patience, own: bool = False) -> Order:
     """Give a run a name, and leave out what only concerns the asker's machine."""
+    no_attack(config)
     plain = replace(config, out=None, overwrite=False)
     return Order(
         plain, f"{config.strategy.name}-{config.data.name}-s{config.seed}-{uuid.uuid4().hex[:8]}", patience, own

@@ -123,6 +123,12 @@ class BasisStrategy(RankedStrategy):
         "merged": Topic("fold", fold=lora.fold, increment=lora.increments, sometimes=True),
         "R": Topic("state", lora.at_most(lora.part("lora_R"))),
     }
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """R, where all have all of it."""
+        return () if self.hyper.ranks else (self.averaged,)
+
     records_setup = records_refresh = {"gradient": basis.gradient_arrays}
 
     @property
@@ -212,7 +218,7 @@ class BasisStrategy(RankedStrategy):
     def mean_over_holders(self, shares: Shares) -> Arrays:
         """Each entry's weighted mean over the clients whose rank reaches it; where none took part, it stays."""
         if not self.hyper.ranks:
-            return self.mean((share, self.padded(share)) for share in shares)
+            return shares.averaged("R", ((share, self.padded(share), self.weight_of(share)) for share in shares))
         old: Arrays = self.state["R"]
 
         def marked(share: Any) -> Arrays:

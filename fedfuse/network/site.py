@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedfuse.config import registry
-from fedfuse.config.allowed import check_texts
+from fedfuse.config.allowed import check_texts, no_attack
 from fedfuse.config.dotted import code
 from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
@@ -184,6 +184,8 @@ class Site:
     def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
         if text not in self._scenarios:
             config = from_json(text, code=self.seat.policy.allow_code)
+            if self.seat.store is None:  # Flower's simulator is no deployment
+                no_attack(config)
             self.seat.policy.check(config)
             config = replace(config, data=replace(self.seat.policy.selected(config.data), root=self.seat.data))
             if (self.seat.clients is None) != bool(task):

@@ -22,6 +22,8 @@ import torch
 
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.core import client_level
+from fedfuse.core.attacks import attack_notes
+from fedfuse.core.defended import defence_notes
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.secure import secure_notes
@@ -323,6 +325,8 @@ class RunDirectory(Callback):
                 *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.by_example else ()),
                 *(client_level.notes(strategy) if config.privacy.by_client else ()),
                 *(secure_notes(strategy, self.deployed) if config.secure.on else ()),
+                *(attack_notes(federation.scenario) if config.attack.on else ()),
+                *(defence_notes(strategy) if config.defence.on else ()),
             ],
         }
 

@@ -37,6 +37,8 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "knfu": ("strategy=knfu", "partition=dirichlet", "transfer.subset=12"),
     "foreign": ("strategy=fedmd", "partition=iid", "loss=kl", "transfer.source=digits"),
     "size": ("strategy=fedavg", "partition=size", "secure=on"),
+    "guarded": ("strategy=fedavg", "partition=iid", "attack=scale", "defence=expguard"),
+    "trimmed": ("strategy=fedavg", "partition=iid", "defence=trimmed_mean"),
     "clustered": ("strategy=fedavg", "partition=clustered", "stop.patience=1", "tracking=csv"),
     "shards": ("strategy=local", "partition=shards", "participation=0.7"),
     "pathological": ("strategy=centralized", "partition=pathological"),
