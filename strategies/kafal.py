@@ -56,6 +56,7 @@ class KAFALHyper:
         "ksas", "which labels are asked for", choices=("ksas", "random", "entropy", "coreset")
     )
     update: str = hyper("kcfu", "L_bal + L_comp, or plain cross-entropy", choices=("kcfu", "fedavg"))
+    compensation: float = hyper(1.0, "weight of L_comp (paper: 1); nothing in a round of one step", low=0)
     restart: bool = hyper(True, "begin each cycle from the initial weights; false: go on with the global model")
 
 
@@ -130,20 +131,21 @@ class KAFALClient(AnchoredClient):
         return metrics
 
     def _update(self, taught: bool) -> Metrics:
-        counts, pool, draw = self.counts, self.unlabelled, self.generator("mixtures")
+        counts, pool, draw, weight = self.counts, self.unlabelled, self.generator("mixtures"), self.hyper.compensation
         gamma, size = rarity(counts).to(pool.dtype), min(self.training.batch_size, len(pool))
         teacher = copy.deepcopy(self.model)  # z^s: the global model, from which training starts
 
         def loss(logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
             value = balanced(logits, y, counts)
-            if not taught or not size:
+            if not taught or not size or not weight:
                 return value
             x = pool[torch.randperm(len(pool), generator=draw)[:size].to(pool.device)]
             partner = torch.randperm(size, generator=draw).to(pool.device)
             beta = torch.rand(size, 3, generator=draw).median(1).values.to(x)  # of three uniform numbers: Beta(2, 2)
             share = beta.reshape(-1, *[1] * (x.dim() - 1))
             mixed = share * x + (1 - share) * x[partner]
-            return value + compensatory(self.model(mixed), training.predict(teacher, mixed), beta, partner, gamma)
+            student, taught_by = self.model(mixed), training.predict(teacher, mixed)
+            return value + weight * compensatory(student, taught_by, beta, partner, gamma)
 
         return self.train(loss)
 
