@@ -23,13 +23,14 @@ embeddings up, and the server takes the class whose answer (its name) is the lik
 Choices: the adapters stand in the language model's embedding space; features(x) is the encoder's output; embeddings are
 normalised over d; the floor in place of an ε in the denominator, which would draw weights of small F to 0. All clients
 make as many exchanges as the one with the most examples; who is done sends nothing. Without `language` the model is a
-small transformer with random weights: a trial of the machinery, not of the method.
+small transformer with random weights: a trial of the machinery, not of the method. The adapters' own optimiser is Adam at
+0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,11 +69,13 @@ class FedNanoHyper:
     """Hyper-parameters of FedNano."""
 
     language: str | None = hyper(None, "directory of the server's language model; null: a small random one")
-    question: str = hyper("What is it? ", "what is asked of every image")
-    tokens: int = hyper(4, "L, embeddings that an image becomes", low=1)
+    question: str = hyper("What is it?", "what is asked of every image")
+    tokens: int = hyper(8, "L, embeddings that an image becomes", low=1)
     width: int = hyper(64, "d, numbers in an embedding: the language model's", low=4)
     letters: int = hyper(32, "most tokens of the question", low=1)
     rank: int = hyper(8, "r of the NanoAdapters", low=1)
+    optimizer: str | None = hyper("adam", "of the adapters; null: train.optimizer and train.lr")
+    lr: float = hyper(0.01, "η of that optimizer", above=0)
     merge: str = hyper("fisher", "weights F_k, or 1: FedAvg", choices=("fisher", "fedavg"))
     samples: int = hyper(64, "most examples that F_k is taken over", low=1)
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
@@ -127,6 +130,12 @@ class FedNanoClient(FusionClient):
         """Put connector and adapters behind the encoder; one without features is refused by the platform."""
         return Nano(model, hyper) if hasattr(model, "features") else model
 
+    @property
+    def training(self) -> Any:
+        """The adapters' own optimiser, or the user's."""
+        h, config = self.hyper, super().training
+        return config if h.optimizer is None else replace(config, optimizer=h.optimizer, lr=h.lr)
+
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """The common adapters, the question, and the slopes of the last batch if there are new ones."""
         self.load(knowledge["model"].arrays)
@@ -177,7 +186,7 @@ class FedNanoClient(FusionClient):
         trained = {name: p for name, p in self.model.named_parameters() if name in found}
         for name, p in trained.items():
             p.grad = found[name].mean(0)
-        optimizer = self._kept_optimizer({"params": list(trained.values())})
+        optimizer = self._kept_optimizer({"params": list(trained.values())})  # of the round, in `state`
         optimizer.step()
         optimizer.zero_grad()
         self._keep_optimizer(optimizer)

@@ -64,6 +64,7 @@ EXPECTED: dict[str, Expected] = {
     "selectivefd": PERSONAL._replace(words="few clients speak of few rows, so little is taught, and nothing wrong"),
     **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
     "kafal": Expected("a tenth of the labels, then three twentieths, five rounds each: far above chance", 0.3, 0.3),
+    "fednano": Expected("adapters before a frozen random language model: above twice chance", 2 * CHANCE, 2 * CHANCE),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),

@@ -36,6 +36,11 @@ VALUES: dict[tuple[str, str], Any] = {
     ("feddyn", "alpha"): 0.5,
     ("flwr_krum", "num_malicious_nodes"): 2,
     ("flwr_multikrum", "num_malicious_nodes"): 2,
+    ("fednano", "language"): "/nowhere",
+    ("fednano", "question"): "Which?",
+    ("fednano", "optimizer"): "sgd",
+    ("fednano", "width"): 32,
+    ("fednano", "tokens"): 3,
 }
 
 FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.startswith("flwr_")]
@@ -77,6 +82,7 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 # (strategy, key) or (strategy, key, value): why nothing can differ
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
+    ("fednano", "letters"): "bounds the question's length: test_fednano.py",
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",
@@ -90,6 +96,7 @@ SILENT: dict[tuple[str, ...], str] = {
 
 # what is refused as it stands, and the words that say why
 REFUSED: dict[tuple[str, str], str] = {
+    ("fednano", "language"): "/nowhere is not a directory",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},
