@@ -78,8 +78,9 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.lora", "families.merging", "models", "models.pair", "models.parts", "models.reader", "train.classwise",
-            "train.curvature", "train.distil", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+_MODULES = ("families.lora", "families.merging", "models", "models.pair", "models.parts", "models.reader",
+            "train.classwise", "train.curvature", "train.distil", "train.training", "train.truncate",
+            "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

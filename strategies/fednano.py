@@ -14,7 +14,7 @@ connector(encoder(x)), or of the question's tokens, which the server sends once:
                F_k = mean (∂ℓ/∂θ_k)² over `samples` examples, the square of one example's slope; sends F_k, F_k θ_k
     server:    θ ← Σ_k n_k F_k θ_k / Σ_k n_k F_k, F_k at least `floor`
 
-Where all F_k are equal this is FedAvg. Travels, a client and round, P = 4·r·d: 2·P·B_f up and P·B_f down for the adapters,
+Where all F_k are equal this is FedAvg. Travels, a client and round, P = 4·r·d: 2·P·B_f up, P·B_f down for the adapters,
 and for each example of each step (L + L_text)·d·B_f down and L·d·B_f + 4 up, with L_text·d·B_f up a step: the
 activations, which the paper's figure of 0.01 % of the parameters leaves out, are most of it. **Labels and features of
 private examples leave the clients**; the run's notes say so. Predicting needs both halves, so evaluation sends the
@@ -23,8 +23,8 @@ embeddings up, and the server takes the class whose answer (its name) is the lik
 Choices: the adapters stand in the language model's embedding space; features(x) is the encoder's output; embeddings are
 normalised over d; the floor in place of an ε in the denominator, which would draw weights of small F to 0. All clients
 make as many exchanges as the one with the most examples; who is done sends nothing. Without `language` the model is a
-small transformer with random weights: a trial of the machinery, not of the method. The adapters' own optimiser is Adam at
-0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
+small transformer with random weights: a trial of the machinery, not of the method. The adapters' own optimiser is Adam
+at 0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ cycle the global model begins anew, T rounds are played, and every client asks f
                      labels for the b_k unlabelled examples with the largest D
 
 Travels: the model both ways, P·B_f bytes a client and round; no label and no score leaves a client, their number
-does. At a cycle's end all clients train, and ask after the new global model came, which the next round does not send
-again. Labels, budget and rounds of a cycle are the platform's `labels.*` (paper: 10 %, 5 %, T = 50; b_k = ⌈budget·n_k⌉).
+does. At a cycle's end all clients train, and ask after the new global model came, which the next round does not
+send again. Labels, budget and rounds of a cycle are the platform's `labels.*` (paper: 10 %, 5 %, T = 50;
+b_k = ⌈budget·n_k⌉).
 
 What the paper's code does otherwise: it mixes a whole batch with one single example (here each with its own partner,
 by a permutation), keeps examples that have been labelled since among the unlabelled ones, and takes the logarithm of 0
@@ -52,9 +53,7 @@ from fedfuse import (
 class KAFALHyper:
     """Hyper-parameters of KAFAL."""
 
-    acquisition: str = hyper(
-        "ksas", "which labels are asked for", choices=("ksas", "random", "entropy", "coreset")
-    )
+    acquisition: str = hyper("ksas", "which labels are asked for", choices=("ksas", "random", "entropy", "coreset"))
     update: str = hyper("kcfu", "L_bal + L_comp, or plain cross-entropy", choices=("kcfu", "fedavg"))
     compensation: float = hyper(1.0, "weight of L_comp (paper: 1); nothing in a round of one step", low=0)
     restart: bool = hyper(True, "begin each cycle from the initial weights; false: go on with the global model")

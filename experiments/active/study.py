@@ -38,7 +38,14 @@ BLOCKS = {
     "all": ["strategy.acquisition=random", "strategy.update=fedavg", "labels.initial=1", f"rounds={CYCLE}",
             "seed=0,1,2,3,4"],
 }  # fmt: skip
-QUICK = {"labels.rounds": "2", "evaluate.every": "2", "rounds": "4", "seed": "0", "data.limit": "1000", "train.epochs": "1"}
+QUICK = {
+    "labels.rounds": "2",
+    "evaluate.every": "2",
+    "rounds": "4",
+    "seed": "0",
+    "data.limit": "1000",
+    "train.epochs": "1",
+}
 Row = tuple[str, str, int, int, int, float, float]
 
 
@@ -126,7 +133,10 @@ def table(rows: list[Row]) -> int:
 
     found = curves(rows)
     rounds = sorted({round for by_round in found.values() for round in by_round})
-    sizes = [sorted({labels for (u, _), c in found.items() if u != "all labels" for labels, _ in c[r].values()}) for r in rounds]
+    sizes = [
+        sorted({labels for (u, _), c in found.items() if u != "all labels" for labels, _ in c[r].values()})
+        for r in rounds
+    ]
     heads = [f"{low[0]} to {low[-1]} labels" if len(low) > 1 else f"{low[0]} labels" for low in sizes]
     print("| losses | asks by | " + " | ".join(heads) + " | over chance, last | over chance, mean of cycles |")
     print("|---" * (4 + len(rounds)) + "|")
@@ -160,7 +170,9 @@ def figure() -> int:
             axis.axhline(means[-1], color="grey", linestyle=":", label="all labels (FedAvg)")
             continue
         labels = [sum(n for n, _ in seeds.values()) / len(seeds) for _, seeds in sorted(by_round.items())]
-        (line,) = axis.plot(labels, means, "--" if update == "fedavg" else "-", marker="o", label=f"{acquisition}, {update}")
+        (line,) = axis.plot(
+            labels, means, "--" if update == "fedavg" else "-", marker="o", label=f"{acquisition}, {update}"
+        )
         axis.fill_between(labels, [s.low for s in spread], [s.high for s in spread], color=line.get_color(), alpha=0.1)
     axis.set(xlabel="labels of all clients together", ylabel="global accuracy, %")
     axis.legend(fontsize=8)

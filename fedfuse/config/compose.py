@@ -274,7 +274,12 @@ def check(config: Config) -> None:
         if value not in allowed_words:
             raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
-    labels, privacy, distil, optimizers = config.labels, config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
+    labels, privacy, distil, optimizers = (
+        config.labels,
+        config.privacy,
+        config.distil,
+        ", ".join(WORDS["train.optimizer"]),
+    )
     rules: list[tuple[str, Any, bool, str]] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),

@@ -25,7 +25,9 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
     scenario = strategy.scenario
     pool = sorted(set(scenario.architectures))
     if client.partly_labelled and scenario.data.dataset.next_token:
-        raise UserError(f"strategy={strategy.name} asks for labels, and data={scenario.data.dataset.name} has none to ask for")
+        raise UserError(
+            f"strategy={strategy.name} asks for labels, and data={scenario.data.dataset.name} has none to ask for"
+        )
     if not strategy.heterogeneous and len(pool) > 1:
         raise UserError(
             f"strategy={strategy.name} averages weights and needs one architecture, model.pool has {', '.join(pool)}; "
@@ -50,7 +52,9 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
         )
     if scenario.config.privacy.on and client.partly_labelled:
-        raise UserError(f"privacy: strategy={strategy.name} asks for labels as private examples say; N is not fixed there")
+        raise UserError(
+            f"privacy: strategy={strategy.name} asks for labels as private examples say; N is not fixed there"
+        )
     if scenario.config.privacy.on:
         _check_private(strategy, pool)
     if scenario.config.privacy.by_client:

@@ -218,9 +218,7 @@ class FusionStrategy(Strategy):
         """The published model common to all."""
         return self.board.items["model", ""].arrays
 
-    def publish(
-        self, topic: str, arrays: Arrays, to: int | str | None = None, *, version: int | None = None
-    ) -> None:
+    def publish(self, topic: str, arrays: Arrays, to: int | str | None = None, *, version: int | None = None) -> None:
         """Put knowledge on the board for everyone, one client (int) or one architecture (str).
 
         Its version is the round; what is published several times in a round says one of its own, which must grow.

@@ -16,14 +16,16 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.labels import Pools, exhausted, share
 from fedfuse.errors import UserError
 from fedfuse.runs import remote
-from tests.federations import TINY, intercept, federation, play, scenario_of
+from tests.federations import TINY, federation, intercept, play, scenario_of
 from tests.halves import client
 
 HALF = ("labels.initial=0.25", "labels.budget=0.1", "labels.rounds=2")
 
 
 def pools(examples: int = 70, seed: int = 3, who: int = 1, state=None, **config) -> Pools:
-    return Pools(LabelsConfig(**{"initial": 0.1, "budget": 0.05, "rounds": 5, **config}), seed, who, examples, state or {})
+    return Pools(
+        LabelsConfig(**{"initial": 0.1, "budget": 0.05, "rounds": 5, **config}), seed, who, examples, state or {}
+    )
 
 
 def test_shares_are_rounded_up_and_never_by_a_last_bit() -> None:
@@ -108,7 +110,9 @@ def test_who_ran_out_is_told_in_one_line() -> None:
     rows = [(2, "client", c, "train", "unlabelled", 0.0) for c in range(12)]
     rows += [(1, "client", 11, "train", "unlabelled", 0.0), (1, "client", 12, "train", "unlabelled", 4.0)]
     (line,) = exhausted(rows, 20)
-    assert line.startswith("labels: nothing is left to label at 12 of 20 clients (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …), first")
+    assert line.startswith(
+        "labels: nothing is left to label at 12 of 20 clients (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …), first"
+    )
     assert "round 1;" in line
     assert exhausted(rows[-1:], 20) == []
 

@@ -124,7 +124,9 @@ def test_the_reader_scores_answers_by_their_tokens() -> None:
     wanted = log_p[:, 2, ord("b")] + log_p[:, 3, ord("c")] + log_p[:, 4, ord("d")]
     found = one.scores(prefix, answers)
     torch.testing.assert_close(found[:, 1], wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[:, 0], F.log_softmax(one.run(prefix)[:, -1], -1)[:, ord("a")], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found[:, 0], F.log_softmax(one.run(prefix)[:, -1], -1)[:, ord("a")], rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(UserError, match="the same tokens"):
         one.answers(["a", "b", "a"])
 

@@ -54,7 +54,9 @@ def test_a_class_without_labels_neither_counts_nor_breaks_the_score() -> None:
     assert bool(torch.isfinite(found).all())
     local[:, 1], common[:, 1] = 50.0, -50.0
     torch.testing.assert_close(kafal.ksas(local, common, COUNTS), found, rtol=0, atol=0)
-    assert torch.equal(kafal.ksas(local, common, torch.zeros(4, dtype=torch.int64)), torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(
+        kafal.ksas(local, common, torch.zeros(4, dtype=torch.int64)), torch.zeros(5, dtype=torch.float64)
+    )
 
 
 def test_the_balanced_loss_and_its_gradient() -> None:
@@ -121,7 +123,9 @@ def test_two_steps_on_both_losses() -> None:
         torch.testing.assert_close(p.detach(), own[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("round", "restart", "taught"), [(1, True, False), (2, True, True), (3, True, False), (3, False, True)])
+@pytest.mark.parametrize(
+    ("round", "restart", "taught"), [(1, True, False), (2, True, True), (3, True, False), (3, False, True)]
+)
 def test_no_teacher_where_a_cycle_begins_anew(round: int, restart: bool, taught: bool) -> None:
     trained = []
     for weight in (0, 50):
