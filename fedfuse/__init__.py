@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
     from fedfuse.families.student import StudentStrategy
-    from fedfuse.models import pair, parts
+    from fedfuse.models import pair, parts, reader
     from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
     from fedfuse.train import classwise, curvature, distil, training, truncate
@@ -85,6 +85,9 @@ _HOMES = {
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.synthesis",
             "models", "models.pair", "models.parts", "train.classwise", "train.curvature", "train.distil",
             "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+_MODULES = ("families.lora", "families.merging", "models", "models.pair", "models.parts", "models.reader",
+            "train.classwise", "train.curvature", "train.distil", "train.training", "train.truncate",
+            "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

@@ -70,6 +70,8 @@ EXPECTED: dict[str, Expected] = {
     )),
     "fedd2s": PERSONAL._replace(words="class distributions of shallow layers alone: local training, a little helped"),
     "fedka": AVERAGE._replace(words="averaged, and aligned to a target that is of the same kind here"),
+    "kafal": Expected("a tenth of the labels, then three twentieths, five rounds each: far above chance", 0.3, 0.3),
+    "fednano": Expected("adapters before a frozen random language model: above twice chance", 2 * CHANCE, 2 * CHANCE),
     "fedgkt": Expected("the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8),
     **dict.fromkeys(
         ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsa_lora", "fedsvd", "fed_sb"),

@@ -268,7 +268,7 @@ def check(config: Config) -> None:
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
     at_least |= {"secure.quantization_range": 2, "secure.num_shares": 2}
-    at_least |= {"stop.patience": 1, "transfer.size": 0, "transfer.subset": 1}
+    at_least |= {"stop.patience": 1, "transfer.size": 0, "transfer.subset": 1, "labels.rounds": 1}
     for key, low in at_least.items():
         value = _value(config, key)
         if value is not None and not low <= value < float("inf"):
@@ -278,11 +278,18 @@ def check(config: Config) -> None:
         if value not in allowed_words:
             raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
     part, train, temperature = config.participation, config.train, config.loss.temperature
-    privacy, distil, optimizers = config.privacy, config.distil, ", ".join(WORDS["train.optimizer"])
+    labels, privacy, distil, optimizers = (
+        config.labels,
+        config.privacy,
+        config.distil,
+        ", ".join(WORDS["train.optimizer"]),
+    )
     rules: list[tuple[str, Any, bool, str]] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("labels.initial", labels.initial, 0 < labels.initial <= 1, "more than 0 and at most 1"),
+        ("labels.budget", labels.budget, 0 <= labels.budget <= 1, "0 to 1"),
         ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
         (
             "distil.optimizer",

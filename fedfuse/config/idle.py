@@ -55,6 +55,8 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 REFUSED = (
     "model.build", "model.extra", "data.load", "loss.", "distil.", "privacy.level", "secure.", "clock.", "schedule.",
     "until.", "attack.", "defence.",
+    "model.build", "model.extra", "data.load", "loss.", "distil.", "labels.", "privacy.level", "secure.", "clock.",
+    "schedule.", "until.",
 )  # fmt: skip
 
 
@@ -180,6 +182,9 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
     "a strategy that trains on soft labels": uses_loss,
     "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils", False)),
+    "a strategy that asks for labels": lambda config, sweep: (
+        registry.entry(config.strategy.name).client.partly_labelled
+    ),
     "a strategy whose clients train on what they receive": lambda config, sweep: digests(
         registry.entry(config.strategy.name)
     ),

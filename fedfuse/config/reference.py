@@ -68,6 +68,8 @@ def asks(name: str) -> list[str]:
         out.append("Models need features(x), head(z) and feature_dim.")
     if entry.client.personal:
         out.append("Each client keeps a model of its own.")
+    if entry.client.partly_labelled:
+        out.append("Only a part of a client's examples is labelled, more on request: labels.*.")
     if kind.discloses:
         out.append(f"Discloses {', '.join(kind.discloses)} of private examples to the server.")
     return out

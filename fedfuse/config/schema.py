@@ -151,6 +151,19 @@ class TrainConfig:
 
 
 @dataclass
+class LabelsConfig:
+    """Labelled and unlabelled pools of each client, and the annotator's budget."""
+
+    initial: float = key(
+        0.1, "share of a client's training examples that is labelled at first", only="a strategy that asks for labels"
+    )
+    budget: float = key(
+        0.05, "share of them that the annotator labels each cycle", only="a strategy that asks for labels"
+    )
+    rounds: int = key(5, "rounds of a cycle; at its end labels are asked for", only="a strategy that asks for labels")
+
+
+@dataclass
 class EvaluateConfig:
     """When clients and server models are scored. It never changes a result."""
 
@@ -391,6 +404,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fedfuse.config.schema import TrainConfig
 from fedfuse.core.attacks import flipped
+from fedfuse.core.labels import Pools
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import Metrics, Records
 from fedfuse.core.workspace import Workspace
@@ -48,10 +50,18 @@ class FusionClient:
     client, round, version : int
         This client, the current round, and the newest version of a lesson in this message.
     x, y : Tensor
-        Private training examples and labels, in index order.
+        Private training examples and labels, in index order; those with labels, where only a part has some.
+
+    Class attributes
+    ----------------
+    personal : bool
+        Whether the whole model is this client's own.
+    partly_labelled : bool
+        Whether only a part of the training examples has labels, and more are asked for by `reveal` (`labels.*`).
     """
 
     personal: ClassVar[bool] = False
+    partly_labelled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -161,6 +171,33 @@ class FusionClient:
         """Private training labels."""
         return self.examples("train")[1]
 
+    @functools.cached_property
+    def pools(self) -> Pools:
+        """Which of the training examples have labels (`fedfuse.core.labels.Pools`)."""
+        config = self.scenario.config.labels
+        return Pools(config, self.seed, self.client, self.scenario.examples(self.client), self.state)
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """Inputs of the training examples without a label, in index order."""
+        x: Tensor = self.workspace.tensors(self.client, "train")[0]
+        return x[self.pools.unlabelled.to(x.device)]
+
+    @property
+    def allowance(self) -> int:
+        """How many labels may be asked for now: what `labels.budget` allows and the pool still has."""
+        return self.pools.allowance(self.round)
+
+    def reveal(self, rows: Tensor) -> None:
+        """Ask for the labels of rows of `unlabelled`; from then on they are in `x` and `y`.
+
+        Raises
+        ------
+        UserError
+            For a row that is not there or named twice, or more of them than the `allowance`.
+        """
+        self.pools.reveal(rows, self.round)
+
     @property
     def transfer(self) -> Tensor:
         """Inputs of the transfer set D_t."""
@@ -186,6 +223,11 @@ class FusionClient:
             x, y = self.workspace.tensors(self.client, split)
             return x, flipped(y, self.classes)
         return self.workspace.tensors(self.client, split)
+        found = self.workspace.tensors(self.client, split)
+        if split == "train" and self.partly_labelled:
+            rows = self.pools.labelled.to(found[0].device)
+            return found[0][rows], found[1][rows]
+        return found
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A generator seeded by (run seed, purpose, client, round or lesson version)."""

@@ -7,6 +7,7 @@ from torch import nn
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.defended import check_defence
+from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
@@ -15,7 +16,7 @@ from fedfuse.train import privacy
 from fedfuse.train.losses import chosen
 
 
-def check_fit(strategy: FusionStrategy, personal: bool) -> None:
+def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
     """Refuse, in words, a strategy that cannot run on this experiment.
 
     Raises
@@ -25,6 +26,10 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
     """
     scenario = strategy.scenario
     pool = sorted(set(scenario.architectures))
+    if client.partly_labelled and scenario.data.dataset.next_token:
+        raise UserError(
+            f"strategy={strategy.name} asks for labels, and data={scenario.data.dataset.name} has none to ask for"
+        )
     if not strategy.heterogeneous and len(pool) > 1:
         raise UserError(
             f"strategy={strategy.name} averages weights and needs one architecture, model.pool has {', '.join(pool)}; "
@@ -44,9 +49,13 @@ def check_fit(strategy: FusionStrategy, personal: bool) -> None:
         for key, size in asked.items():
             if size is not None and size > rows:
                 raise UserError(f"{key}={size}: the transfer set has {rows} examples; allowed is at most that")
-    if scenario.config.train.optimizer_state == "keep" and not personal:
+    if scenario.config.train.optimizer_state == "keep" and not client.personal:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
+        )
+    if scenario.config.privacy.on and client.partly_labelled:
+        raise UserError(
+            f"privacy: strategy={strategy.name} asks for labels as private examples say; N is not fixed there"
         )
     if scenario.config.privacy.on:
         _check_private(strategy, pool)

@@ -100,16 +100,16 @@ class Federation:
         try:
             if not self.set_up:
                 strategy.ensure_begun()
-                for phase in strategy.setup:
-                    self.play(0, phase)
+                for place, phase in enumerate(strategy.setup):
+                    self.play(0, phase, place)
                 self.set_up = True
                 if strategy.setup:
                     self.collect(0)
                     self._call("round")
             while self.done < self.rounds and not self.stop:
                 round = self.done + 1
-                for phase in strategy.phases(round):
-                    self.play(round, phase)
+                for place, phase in enumerate(strategy.phases(round)):
+                    self.play(round, phase, place)
                 self.done = round
                 self.collect(round)
                 self._call("round")
@@ -133,10 +133,10 @@ class Federation:
         for callback in self.callbacks:
             getattr(callback, hook)(self)
 
-    def play(self, round: int, phase: str) -> None:
-        """Play one phase: messages out, replies in, fused."""
+    def play(self, round: int, phase: str, place: int = 0) -> None:
+        """Play one phase, the round's `place`-th from 0 on: messages out, replies in, fused."""
         strategy, started = self.strategy, time.perf_counter()
-        strategy.phase = phase
+        strategy.phase, strategy.place = phase, place
         if self.clock is not None:
             if self.clock.outlives and phase not in strategy.setup:
                 play_version(self.clock, self, round)

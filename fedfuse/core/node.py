@@ -26,6 +26,7 @@ from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
+from fedfuse.core.labels import LEFT
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
 from fedfuse.core.workspace import Workspace
@@ -338,9 +339,12 @@ class Node:
             for verb, value in (("fit", metrics), ("share", records)):
                 if not isinstance(value, dict):
                     raise UserError(f"{verb}() of {type(client).__name__} returned {value!r:.40}; a dict is needed")
+            if client.partly_labelled:
+                metrics |= {"labelled": len(client.pools.labelled), LEFT: len(client.pools.unlabelled)}
         else:
             records = getattr(client, asked.phase)()
-            metrics = {"num-examples": len(client.x) if client.pooled else self.workspace.scenario.examples(who)}
+            counted = client.pooled or client.partly_labelled
+            metrics = {"num-examples": len(client.x) if counted else self.workspace.scenario.examples(who)}
         kept = {**awake.private(), **({"seen": awake.seen} if awake.seen else {})}
         answer["tag"] = (str(asked.config.get("new-tag", "")) or f"{asked.round}.1") if kept else INITIAL
         if kept:

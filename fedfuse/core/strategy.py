@@ -114,6 +114,7 @@ class FusionStrategy(Strategy):
         self.hyper, self.workspace = hyper, workspace
         self.state: dict[str, Any] = {}
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
+        self.place = 0  # of the phase among its round's
         self.board = Board(self.topics)
         self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
@@ -145,7 +146,7 @@ class FusionStrategy(Strategy):
                     self.publish("model", self.workspace.initial(name), to=name)
 
     def phases(self, round: int) -> tuple[str, ...]:
-        """Phases of a round."""
+        """Phases of a round; one may come several times (the steps of a split network), `place` counts them."""
         return ("train",)
 
     def cohort(self, round: int, sampled: list[int]) -> list[int]:
@@ -224,9 +225,12 @@ class FusionStrategy(Strategy):
         """The published model common to all."""
         return self.board.items["model", ""].arrays
 
-    def publish(self, topic: str, arrays: Arrays, to: int | str | None = None) -> None:
-        """Put knowledge on the board for everyone, one client (int) or one architecture (str)."""
-        self.board.publish(topic, arrays, to, self.round)
+    def publish(self, topic: str, arrays: Arrays, to: int | str | None = None, *, version: int | None = None) -> None:
+        """Put knowledge on the board for everyone, one client (int) or one architecture (str).
+
+        Its version is the round; what is published several times in a round says one of its own, which must grow.
+        """
+        self.board.publish(topic, arrays, to, self.round if version is None else version)
 
     def published(self, topic: str, to: int | str | None = None) -> Arrays:
         """The newest value of a topic."""
@@ -432,7 +436,6 @@ class FusionStrategy(Strategy):
     def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
         """Build the messages of this phase, in client order; `extra` reaches the clients' `config`."""
         in_setup, clients = self.phase in self.setup, list(clients)
-        order = self.setup if in_setup else self.phases(self.round)
         train = kind == "train"
         apart = self.calendar is not None and self.calendar.apart
         request = Request(
@@ -440,7 +443,7 @@ class FusionStrategy(Strategy):
             self.round,
             self.phase,
             label=("setup" if in_setup else "train") if train else "evaluate",
-            tag=f"{self.round}.{order.index(self.phase) + 1}" if train else "",
+            tag=f"{self.round}.{self.place + 1}" if train else "",
             said=self._said(
                 asked(self.summed if train and not apart else {}), plan_of(self, clients) if train else {}, extra
             ),

@@ -25,6 +25,7 @@ from fedfuse.core import client_level
 from fedfuse.core.attacks import attack_notes
 from fedfuse.core.defended import defence_notes
 from fedfuse.core.fit import remarks
+from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
@@ -317,7 +318,8 @@ class RunDirectory(Callback):
                 *federation.scenario.data.notes,
                 *([self.fallen_back] if self.fallen_back else ()),
                 *unheard(strategy),
-                *undefined(self._undefined(), federation.scenario.clients),
+                *undefined(self._figures(UNDEFINED), federation.scenario.clients),
+                *exhausted(self._figures(LEFT), federation.scenario.clients),
                 *remarks(strategy),
                 *strategy.notes(),
                 *told(strategy, ended_at(self.checkpoint)),
@@ -330,10 +332,10 @@ class RunDirectory(Callback):
             ],
         }
 
-    def _undefined(self) -> list[Any]:
-        """Rows of figures that were no numbers."""
+    def _figures(self, ending: str) -> list[Any]:
+        """Rows of the figures whose names end so."""
         rows = pl.scan_parquet(self.path / "metrics.parquet", glob=False)
-        return rows.filter(pl.col("metric").str.ends_with(UNDEFINED)).collect().rows()
+        return rows.filter(pl.col("metric").str.ends_with(ending)).collect().rows()
 
     def write_final_models(self, federation: Federation) -> None:
         """Keep the server's models, and those of the clients that the last evaluation scored."""

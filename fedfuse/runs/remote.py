@@ -95,6 +95,10 @@ def _serve(
 ) -> Federation:
     single_thread()
     entry = registry.entry(config.strategy.name)
+    if entry.client.partly_labelled:
+        raise UserError(
+            f"strategy={entry.name} asks an annotator for labels, and a site has none: it runs in simulation only"
+        )
     scenario = prepare_scenario(config)
     run_id = _kept(directory.path / "run_id", uuid.uuid4().hex)
     attempt = int(_kept(directory.path / "attempt", "0")) + 1

@@ -42,6 +42,11 @@ VALUES: dict[tuple[str, str], Any] = {
     ("fedd2s", "head_batch"): 8,
     ("flwr_krum", "num_malicious_nodes"): 2,
     ("flwr_multikrum", "num_malicious_nodes"): 2,
+    ("fednano", "language"): "/nowhere",
+    ("fednano", "question"): "Which?",
+    ("fednano", "optimizer"): "sgd",
+    ("fednano", "width"): 32,
+    ("fednano", "tokens"): 3,
 }
 
 FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.startswith("flwr_")]
@@ -56,6 +61,9 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("feddf", "validation"): ("strategy.drop_worst=true", "transfer.labelled=true"),
     ("fedmd", "public_epochs"): ("transfer.labelled=true",),
     ("fed_sb", "init_from"): ("transfer.labelled=true",),
+    ("kafal", "acquisition"): ("labels.rounds=1",),
+    ("kafal", "compensation"): ("train.epochs=3",),
+    ("kafal", "restart"): ("labels.rounds=1",),
     ("knfu", "finetune_loss"): ("transfer.labelled=true",),
     ("scaffold", "variate"): ("train.momentum=0",),
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
@@ -81,6 +89,7 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 # (strategy, key) or (strategy, key, value): why nothing can differ
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
+    ("fednano", "letters"): "bounds the question's length: test_fednano.py",
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",
@@ -94,6 +103,7 @@ SILENT: dict[tuple[str, ...], str] = {
 
 # what is refused as it stands, and the words that say why
 REFUSED: dict[tuple[str, str], str] = {
+    ("fednano", "language"): "/nowhere is not a directory",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},

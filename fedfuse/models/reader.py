@@ -1,0 +1,121 @@
+"""A frozen language model that reads embeddings and says how likely an answer is: the large half of a split network.
+
+`build(path)` takes the directory of a causal language model, as `model=causal_lm` does, with its tokenizer beside it;
+without a path it is a small transformer with random weights over bytes, for trials. Nothing of it is ever trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.errors import UserError
+from fedfuse.seeding import seed_of
+
+NONE = -1  # fills short answers
+
+
+class Reader(nn.Module):
+    """A causal language model on embeddings.
+
+    Attributes
+    ----------
+    width : int
+        Size d of an embedding.
+    encode : callable
+        Token ids of a text.
+    """
+
+    def __init__(
+        self, model: nn.Module, table: Tensor, run: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]]
+    ) -> None:
+        super().__init__()
+        self.model, self.run, self.encode, self.width = model, run, encode, table.shape[1]
+        self.register_buffer("table", table.detach().clone())
+        self.eval().requires_grad_(False)
+
+    def embed(self, text: str) -> Tensor:
+        """Embeddings (L × d) of a text's tokens."""
+        return self.table[torch.tensor(self.encode(text), dtype=torch.int64, device=self.table.device)]  # type: ignore
+
+    def answers(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (C × A) of answers, short ones filled with −1.
+
+        Raises
+        ------
+        UserError
+            If one is the same as another to the tokenizer, or nothing.
+        """
+        ids = [self.encode(text) for text in texts]
+        for i, one in enumerate(ids):
+            if not one or one in ids[:i]:
+                other = texts[ids.index(one)] if one else "nothing"
+                raise UserError(f"answer {texts[i]!r}: is the same tokens as {other!r}; answers must differ")
+        longest = max(map(len, ids))
+        return torch.tensor([one + [NONE] * (longest - len(one)) for one in ids], device=self.table.device)  # type: ignore
+
+    def loss(self, prefix: Tensor, answers: Tensor) -> Tensor:
+        """−log p(answer | prefix) of each row (B,): prefixes (B × T × d), token ids (B × A) with −1 after the end."""
+        ids, there = answers.clamp_min(0), answers != NONE
+        inputs = torch.cat([prefix, self.table[ids[:, :-1]]], 1)  # type: ignore[index]
+        logits = self.run(inputs)[:, prefix.shape[1] - 1 :]
+        log_p = logits.log_softmax(-1).gather(2, ids[:, :, None]).squeeze(2)
+        return -(log_p * there).sum(1)
+
+    def scores(self, prefix: Tensor, answers: Tensor) -> Tensor:
+        """log p(answer | prefix) of each prefix and answer (B × C): prefixes (B × T × d), token ids (C × A)."""
+        if not len(prefix):
+            return prefix.new_zeros(0, len(answers))
+        return torch.stack([-self.loss(prefix, one.expand(len(prefix), -1)) for one in answers], 1)
+
+
+def build(path: str | None, width: int, seed: int) -> Reader:
+    """Build the model of a directory, or a small random one of this width.
+
+    Raises
+    ------
+    UserError
+        If the directory holds no model or its width is another.
+    """
+    if path is None:
+        return _random(width, seed)
+    from fedfuse.data.tokenize import Tokenizer
+    from fedfuse.models import language
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"language model {path} needs transformers: pip install 'fedfuse[lm]'") from error
+    transformers.logging.set_verbosity_error()
+    model: Any = nn.Module.float(language._load(transformers, "causal_lm", Path(path).expanduser(), 0))
+    tokenizer, table = Tokenizer(path), model.get_input_embeddings().weight
+    if table.shape[1] != width:
+        raise UserError(f"language model {path}: its embeddings have {table.shape[1]} numbers, {width} were asked for")
+
+    def run(embeddings: Tensor) -> Tensor:
+        return model(inputs_embeds=embeddings, use_cache=False).logits
+
+    return Reader(model, table, run, lambda text: tokenizer.ids([text], special=False)[0])
+
+
+def _random(width: int, seed: int) -> Reader:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of("reader", seed))
+        blocks = [
+            nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(2)
+        ]
+        model, table = nn.ModuleList([*blocks, nn.LayerNorm(width)]), torch.randn(256, width)
+
+    def run(embeddings: Tensor) -> Tensor:
+        length, h = embeddings.shape[1], embeddings
+        later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1)
+        for block in blocks:
+            h = block(h, src_mask=later)
+        return model[-1](h) @ table.to(h.device).T / width**0.5
+
+    return Reader(model, table, run, lambda text: list(text.encode()))
