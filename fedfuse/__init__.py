@@ -83,11 +83,8 @@ _HOMES = {
     "wire.sums": "Sum",
 }
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.synthesis",
-            "models", "models.pair", "models.parts", "train.classwise", "train.curvature", "train.distil",
-            "train.training", "train.truncate", "wire.label_code")  # fmt: skip
-_MODULES = ("families.lora", "families.merging", "models", "models.pair", "models.parts", "models.reader",
-            "train.classwise", "train.curvature", "train.distil", "train.training", "train.truncate",
-            "wire.label_code")  # fmt: skip
+            "models", "models.pair", "models.parts", "models.reader", "train.classwise", "train.curvature",
+            "train.distil", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

@@ -53,10 +53,8 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 
 # naming something of the user's own, or an objective, that then is not what runs: another experiment than was asked for
 REFUSED = (
-    "model.build", "model.extra", "data.load", "loss.", "distil.", "privacy.level", "secure.", "clock.", "schedule.",
-    "until.", "attack.", "defence.",
     "model.build", "model.extra", "data.load", "loss.", "distil.", "labels.", "privacy.level", "secure.", "clock.",
-    "schedule.", "until.",
+    "schedule.", "until.", "attack.", "defence.",
 )  # fmt: skip
 
 

@@ -219,14 +219,12 @@ class FusionClient:
             )
         if split == "train" and self.pooled:
             return self.workspace.tensors("pooled")
-        if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
-            x, y = self.workspace.tensors(self.client, split)
-            return x, flipped(y, self.classes)
-        return self.workspace.tensors(self.client, split)
         found = self.workspace.tensors(self.client, split)
+        if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
+            found = (found[0], flipped(found[1], self.classes))
         if split == "train" and self.partly_labelled:
             rows = self.pools.labelled.to(found[0].device)
-            return found[0][rows], found[1][rows]
+            found = (found[0][rows], found[1][rows])
         return found
 
     def generator(self, *purpose: object) -> torch.Generator:

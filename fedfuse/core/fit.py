@@ -6,8 +6,8 @@ from torch import nn
 
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
-from fedfuse.core.defended import check_defence
 from fedfuse.core.client import FusionClient
+from fedfuse.core.defended import check_defence
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
