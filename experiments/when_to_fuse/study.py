@@ -141,6 +141,9 @@ def figure() -> int:
                 axis.errorbar(sizes, middle, half, label=name, color=f"C{i}", **style)
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set_xscale("log")
+            axis.set_xticks(sorted(set(part["examples"])))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(plt.NullLocator())
             axis.set_yscale("symlog", linthresh=10)  # gains of a few points beside losses of forty
             axis.set_yticks([-50, -20, -10, -5, 0, 5, 10, 20, 50], minor=False)
             axis.yaxis.set_major_formatter("{x:g}")
