@@ -14,6 +14,7 @@ from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
 from fedfuse.train import privacy
 from fedfuse.train.losses import chosen
+from fedfuse.train.objective import Loss
 
 
 def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
@@ -35,6 +36,20 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
             f"strategy={strategy.name} averages weights and needs one architecture, model.pool has {', '.join(pool)}; "
             f"use model=<name>, or a strategy that exchanges knowledge instead of weights"
         )
+    _check_transfer(strategy)
+    _check_settings(strategy, client, pool)
+    objective = chosen(scenario.config.loss)  # refuses one that cannot be built
+    if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
+        raise UserError(
+            f"loss={scenario.config.loss.name} needs labels, and strategy={strategy.name} distils on an unlabelled "
+            f"transfer set: set transfer.labelled=true, or choose another loss"
+        )
+    _check_models(strategy, objective, pool)
+
+
+def _check_transfer(strategy: FusionStrategy) -> None:
+    """Refuse a transfer set that is not there, or smaller than what is asked of it."""
+    scenario = strategy.scenario
     if strategy.transfer != "none" and scenario.data.transfer is None:
         if scenario.config.transfer.size == 0:
             raise UserError(f"transfer.size=0: strategy={strategy.name} needs a transfer set; allowed is 1 or more")
@@ -49,6 +64,11 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
         for key, size in asked.items():
             if size is not None and size > rows:
                 raise UserError(f"{key}={size}: the transfer set has {rows} examples; allowed is at most that")
+
+
+def _check_settings(strategy: FusionStrategy, client: type[FusionClient], pool: list[str]) -> None:
+    """Refuse settings of training, privacy, secure sums, attacks and defences that the strategy cannot follow."""
+    scenario = strategy.scenario
     if scenario.config.train.optimizer_state == "keep" and not client.personal:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
@@ -67,12 +87,11 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
         check_attack(strategy)
     if scenario.config.defence.on:
         check_defence(strategy)
-    objective = chosen(scenario.config.loss)  # refuses one that cannot be built
-    if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
-        raise UserError(
-            f"loss={scenario.config.loss.name} needs labels, and strategy={strategy.name} distils on an unlabelled "
-            f"transfer set: set transfer.labelled=true, or choose another loss"
-        )
+
+
+def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) -> None:
+    """Refuse architectures that cannot be built, or lack what the strategy or the loss asks of them."""
+    scenario = strategy.scenario
     for name in pool:  # refuses one that cannot be built, instead of leaving out its clients
         _check_takes(name, scenario)
         try:

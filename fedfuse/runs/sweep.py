@@ -73,17 +73,7 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
         run.config.runtime = shared_out(run.config, len(runs))
         run.config.out = str(path)
         plans.append((path, run.config))
-    for path, config in plans:
-        if config.overwrite or not (path / "config.yaml").exists():
-            continue
-        began = load_config(path)
-        if goes_on(path, config):
-            check_further(path, began, config.rounds)
-        elif different := changed(as_yaml(began), as_yaml(config)):
-            raise UserError(
-                f"out={path}: holds a run of another configuration (this one {different}); "
-                f"choose another or say overwrite=true"
-            )
+    _check_places(plans)
     failed: list[str] = []
     runtime = plans[0][1].runtime
     if (runtime.parallel or 1) > 1:
@@ -112,6 +102,21 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
             f"{len(failed)} of {len(plans)} runs failed: {', '.join(failed)}; the same command resumes them"
         )
     return root
+
+
+def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
+    """Refuse to write over runs of another configuration."""
+    for path, config in plans:
+        if config.overwrite or not (path / "config.yaml").exists():
+            continue
+        began = load_config(path)
+        if goes_on(path, config):
+            check_further(path, began, config.rounds)
+        elif different := changed(as_yaml(began), as_yaml(config)):
+            raise UserError(
+                f"out={path}: holds a run of another configuration (this one {different}); "
+                f"choose another or say overwrite=true"
+            )
 
 
 def _told(
