@@ -108,7 +108,7 @@ def exhausted(rows: Iterable[tuple[int, str, int, str, str, float]], clients: in
         How many there are.
     """
     first: dict[int, int] = {}
-    for round, scope, client, _, metric, value in rows:
+    for round, scope, client, _, metric, value, *_ in rows:  # a clock adds a column
         if scope == "client" and metric == LEFT and value == 0:
             first[client] = min(round, first.get(client, round))
     if not first:

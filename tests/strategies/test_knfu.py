@@ -177,7 +177,8 @@ class _Said:
     """A share as `fuse` sees it."""
 
     def __init__(self, client: int, p: torch.Tensor, examples: int) -> None:
-        self.client, self.records, self.examples = client, {"soft_labels": {"p": p}}, examples
+        self.client, self.records = client, {"soft_labels": {"p": p}}
+        self.examples, self.weight = examples, float(examples)
 
 
 @pytest.mark.parametrize("space", ["prob", "logit"])

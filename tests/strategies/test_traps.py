@@ -204,7 +204,7 @@ def test_a_class_that_nobody_holds_makes_nothing_infinite():
 def test_what_discloses_examples_says_so():
     assert registry.entry("fedgkt").server.discloses == ("labels", "features")
     loud = {name for name in registry.listed() if registry.entry(name).server.discloses}
-    assert loud == {"fedftg", "fedgkt", "gaussian_heads", "regmean"}
+    assert loud == {"fedftg", "fedgkt", "fednano", "gaussian_heads", "regmean"}
 
 
 @pytest.mark.parametrize("name", ["local", "fedavg"])
