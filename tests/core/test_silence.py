@@ -34,7 +34,7 @@ from tests.ledger import enter
 BASE = tuple(word for word in TINY if not word.startswith("partition="))
 FOLDER = "FOLDER"  # stands for a directory with an npz file
 CONTEXTS: dict[str, tuple[str, ...]] = {
-    "pools": ("strategy=kafal", "partition=iid"),
+    "pools": ("strategy=kafal", "partition=iid", "labels.rounds=1"),
     "knfu": ("strategy=knfu", "partition=dirichlet", "transfer.subset=12"),
     "foreign": ("strategy=fedmd", "partition=iid", "loss=kl", "transfer.source=digits"),
     "size": ("strategy=fedavg", "partition=size", "secure=on"),

@@ -178,7 +178,7 @@ class _Said:
 
     def __init__(self, client: int, p: torch.Tensor, examples: int) -> None:
         self.client, self.records = client, {"soft_labels": {"p": p}}
-        self.examples, self.weight = examples, float(examples)
+        self.examples, self.weight = examples, 1.0  # it is fresh
 
 
 @pytest.mark.parametrize("space", ["prob", "logit"])
