@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedfuse.config.schema import AttackConfig
 from fedfuse.core.scenario import Scenario
-from fedfuse.core.secure import shared_in
+from fedfuse.core.shares import declared
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator
 from fedfuse.wire.records import Arrays, Layout, layout_of
@@ -160,7 +160,7 @@ def check_attack(strategy: FusionStrategy) -> None:
     phases = (*strategy.setup, *strategy.phases(1))
     if attack.name == "label_flip":
         return
-    if not any(shared_in(strategy, phase) for phase in phases):
+    if not any(declared(strategy, phase) for phase in phases):
         raise UserError(f"attack={attack.name}: {who} shares no arrays; allowed are off and label_flip")
     if attack.name in OF_ROWS and not any(_has_soft(strategy, phase) for phase in phases):
         allowed = "label_flip, noise, sign_flip, scale"
@@ -168,10 +168,10 @@ def check_attack(strategy: FusionStrategy) -> None:
 
 
 def _has_soft(strategy: FusionStrategy, phase: str) -> bool:
-    records = strategy.records if phase == "train" else getattr(strategy, f"records_{phase}", {})
     scope = strategy.workspace.scope(0, strategy.hyper)
     return any(
-        spec is None or bool(soft_labels(spec(scope), scope.model, strategy.classes)) for spec in records.values()
+        spec is None or bool(soft_labels(spec(scope), scope.model, strategy.classes))
+        for spec in declared(strategy, phase).values()
     )
 
 

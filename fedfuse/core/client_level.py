@@ -101,7 +101,7 @@ class Noised(Shares):
         return self._released, float(self._clients)
 
     def mean(self, record: str) -> Arrays:
-        """W + (Σ Δ + noise)/m, in the dtype of what clients sent."""
+        """The anchor w and (Σ Δ + noise)/m on it, in the dtype of what clients sent."""
         total, clients = self.total(record)
         return {name: (value / clients).to(self._sums[record].dtypes[name]) for name, value in total.items()}
 

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from fedfuse.core.attacks import distributions
 from fedfuse.core.defences import OF_CLIENTS, RULES, least, liars_among, median
-from fedfuse.core.secure import shared_in
-from fedfuse.core.shares import Share, Shares
+from fedfuse.core.shares import Share, Shares, declared
 from fedfuse.errors import UserError, WorldError
 from fedfuse.wire.group_sums import weight_of
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of
@@ -223,7 +222,7 @@ def check_defence(strategy: FusionStrategy) -> None:
         )
     rounds = range(1, scenario.config.rounds + 1)
     phases = {*strategy.setup, *(phase for round in rounds for phase in strategy.phases(round))}
-    shared = sorted({name for phase in phases for name in shared_in(strategy, phase)})
+    shared = sorted({name for phase in phases for name in declared(strategy, phase)})
     if strategy.pooled or not shared:
         raise UserError(f"{key}: {who} has clients share nothing that could be fused; allowed is off")
     if other := [name for name in shared if name not in strategy.means]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedfuse.core.shares import declared
 from fedfuse.errors import WorldError
 from fedfuse.wire.fixed_point import FixedPoint
 from fedfuse.wire.group_sums import MASKED, Sums, weight_of
@@ -67,7 +68,7 @@ class MaskedSums:
         if missing := sorted(self.points.keys() ^ records.keys()):
             raise InvalidArrays(f"masked record {missing[0]} is missing or was not asked for")
         phase = strategy.phase
-        specs = strategy.records if phase == "train" else getattr(strategy, f"records_{phase}", {})
+        specs = declared(strategy, phase)
         scope = strategy.workspace.scope(client, strategy.hyper)
         for name, arrays in records.items():
             spec = specs[name]

@@ -351,24 +351,28 @@ class Node:
             self.store.save(who, answer["tag"], kept, asked.tag)
         return records, metrics, answer
 
+    def _known(self, asked: Asked, cache: Cache) -> dict[str, Item]:
+        """What the client was sent, newest of each topic."""
+        architecture = self.workspace.scenario.architectures[asked.who]
+        return cache.for_client(asked.who, architecture, self.entry.server.topics)
+
     def _clip(
         self, asked: Asked, cache: Cache, records: Records, metrics: dict[str, Any]
     ) -> tuple[Records, dict[str, Any]]:
         """Shorten the client's update to the largest norm that the noise on the sum is made for."""
-        scenario, topics = self.workspace.scenario, self.entry.server.topics
-        anchors, out = cache.for_client(asked.who, scenario.architectures[asked.who], topics), {}
+        anchors, out = self._known(asked, cache), {}
         for name, arrays in records.items():
-            out[name], norm = clipped(arrays, anchors[name].arrays, scenario.config.privacy.clip)
+            out[name], norm = clipped(arrays, anchors[name].arrays, self.workspace.scenario.config.privacy.clip)
             metrics[f"update_norm/{name}"] = norm
         return out, metrics
 
     def _lie(self, asked: Asked, cache: Cache, records: Records) -> Records:
         """What a client that lies shares instead."""
-        scenario = self.workspace.scenario
-        architecture = scenario.architectures[asked.who]
-        known = cache.for_client(asked.who, architecture, self.entry.server.topics)
+        scenario, known = self.workspace.scenario, self._known(asked, cache)
         moment = (scenario.seed, "lie", asked.who, asked.round, asked.phase)
-        liar = attacks.Liar(scenario.config.attack, moment, self.workspace.layout(architecture), scenario.classes)
+        liar = attacks.Liar(
+            scenario.config.attack, moment, self.workspace.layout(scenario.architectures[asked.who]), scenario.classes
+        )
         return {n: liar.altered(n, arrays, known[n].arrays if n in known else {}) for n, arrays in records.items()}
 
     def _reply(

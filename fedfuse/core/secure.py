@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.config.schema import SecureConfig
+from fedfuse.core.shares import declared
 from fedfuse.errors import UserError
 from fedfuse.wire.fixed_point import BITS
 
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
 
 EXAMPLES = "num-examples"
-
-
-def shared_in(strategy: FusionStrategy, phase: str) -> list[str]:
-    """Records that clients share in a phase."""
-    return sorted(strategy.records if phase == "train" else getattr(strategy, f"records_{phase}", {}))
 
 
 def parties(config: SecureConfig, cohort: int) -> tuple[int, int]:
@@ -31,7 +27,7 @@ def parties(config: SecureConfig, cohort: int) -> tuple[int, int]:
 def plan_of(strategy: FusionStrategy, clients: Collection[int]) -> dict[str, Any]:
     """What a phase's messages say of its secure sums; nothing if there are none."""
     config, scenario = strategy.scenario.config.secure, strategy.scenario
-    names = [name for name in shared_in(strategy, strategy.phase) if name in strategy.sums]
+    names = [name for name in sorted(declared(strategy, strategy.phase)) if name in strategy.sums]
     if not config.on or not names:
         return {}
     shares, threshold = parties(config, len(clients))
@@ -76,7 +72,7 @@ def secure_notes(strategy: FusionStrategy, deployed: bool) -> list[str]:
     config, phases = strategy.scenario.config.secure, (*strategy.setup, *strategy.phases(1))
     least = parties(config, strategy.scenario.cohort_size)[1]
     summed = ", ".join(sorted(strategy.sums))
-    seen = sorted({name for phase in phases for name in shared_in(strategy, phase)} - set(strategy.sums))
+    seen = sorted({name for phase in phases for name in declared(strategy, phase)} - set(strategy.sums))
     how = f"of {summed} the server got sums over a round's clients, {least} at least, and nothing else"
     said = [f"secure: {how if deployed else f'{summed} quantised as in a deployment, where masks hide all but sums'}"]
     if seen:

@@ -79,6 +79,12 @@ class Shares(Iterable[Share]):
         return mean_over_holders(values, weights)
 
 
+def declared(server: FusionStrategy | type[FusionStrategy], phase: str) -> Mapping[str, Any]:
+    """The records that clients share in a phase, each with its layout: `records`, or `records_<phase>`."""
+    found: Mapping[str, Any] = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
+    return found
+
+
 def check_share(
     server: type[FusionStrategy],
     hyper: Any,
@@ -96,7 +102,7 @@ def check_share(
     InvalidArrays
         Naming the record and what is wrong.
     """
-    wanted = server.records if phase == "train" else getattr(server, f"records_{phase}", {})
+    wanted = declared(server, phase)
     scope = workspace.scope(client, hyper)
     if missing := [name for name in wanted if name not in records and name not in summed]:
         raise InvalidArrays(f"missing record {', '.join(sorted(missing))}")
