@@ -110,6 +110,10 @@ class Nano(nn.Module):
         self.encoder.requires_grad_(False)
         self.connector.requires_grad_(False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings of images."""
+        return self.head(self.features(x))
+
     def features(self, x: Tensor) -> Tensor:
         """The encoder's output (B × feature_dim)."""
         return self.encoder.features(x)  # type: ignore[operator]

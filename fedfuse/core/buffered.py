@@ -15,10 +15,11 @@ from flwr.app import Message
 from fedfuse.clock.draws import nanoseconds
 from fedfuse.clock.events import Collected
 from fedfuse.clock.staleness import discount
-from fedfuse.clock.world import Flight, Work
+from fedfuse.clock.world import ARRIVED, Flight, Work
 from fedfuse.core.shares import FAILED
-from fedfuse.core.virtual_clock import Over, VirtualClock, why, worked
+from fedfuse.core.virtual_clock import UNKNOWN, Over, VirtualClock, why, worked
 from fedfuse.core.waiting import Waiting, difference, moved, newest, shifted, waiting
+from fedfuse.errors import WorldError
 from fedfuse.wire.knowledge import Address
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def play_version(clock: VirtualClock, federation: Federation, round: int) -> Non
     ------
     Over
         If it would be made after `until.seconds`.
+    WorldError
+        If every client fails, or nobody arrives for a whole period.
     """
     strategy, schedule, sky = clock.strategy, clock.schedule, clock.sky
     strategy.ensure_begun()
@@ -85,6 +88,11 @@ class _Version:
             if self.clock.schedule.name == "fedbuff" and strategy.staleness == "updates":
                 self._rebase(client, kept, difference)
             self.trained[client] = kept
+        lost = {client: UNKNOWN for client, flight in self.clock.sky.flying.items() if flight.outcome != ARRIVED}
+        known = lost | self.work
+        if len(known) == strategy.scenario.clients and all(work == UNKNOWN for work in known.values()):
+            reason = self.trained[clients[0]].config["reason"]  # no matter of time: it would happen again
+            raise WorldError(f"round {self.round}: no client succeeded: client {clients[0]}: {reason}")
 
     def _rebase(self, client: int, kept: Waiting, change: object, *scale: float) -> None:
         """Put each record that is the new value of a topic in another form, by what the client was sent of it."""

@@ -16,8 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 
 from fedfuse.clock.draws import SECOND, nanoseconds
 from fedfuse.clock.events import Sky, close, stopped
-from fedfuse.clock.world import ARRIVED, DROPPED, LATE, Flight, Work, World
-from fedfuse.core.shares import FAILED
+from fedfuse.clock.world import ARRIVED, DROPPED, FAILED, LATE, Flight, Work, World
+from fedfuse.core import shares
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timekeeping import Timekeeping
 from fedfuse.core.waiting import Waiting
@@ -129,7 +129,7 @@ class VirtualClock:
         Over
             If it would end after `until.seconds`; nothing of it counts then.
         WorldError
-            If nobody arrives for a whole period.
+            If every client fails, or nobody arrives for a whole period.
         """
         while not self._together(federation, round, phase):
             self._cohort = (-1, None)
@@ -157,6 +157,8 @@ class VirtualClock:
             self._check_limit(close(flights, start, limit, wanted).end)
         counted = None if wanted is None else {f.client for f in close(flights, start, None, wanted).counted}
         anybody = self._fuse(self._counting(answers, start, limit, counted), round)
+        if all(flight.outcome == FAILED for flight in flights):  # no matter of time: it would happen again
+            raise WorldError(f"round {round}, {phase}: no client succeeded: {strategy.inbox.left_out[-1]}")
         closed = close(flights, start, limit, wanted)
         self.book.note(round, phase, closed.ended)
         counting = {flight.client for flight in closed.counted}
@@ -289,7 +291,7 @@ def _lost(message: Message, flight: Flight) -> Message:
     """The reply that never came, in words."""
     client = flight.client
     asked = message if message.metadata.dst_node_id == client + 1 else Message(message.content, client + 1, "train")
-    return Message(Error(code=FAILED, reason=why(flight)), reply_to=asked)
+    return Message(Error(code=shares.FAILED, reason=why(flight)), reply_to=asked)
 
 
 def why(flight: Flight) -> str:

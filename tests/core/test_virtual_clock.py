@@ -203,6 +203,16 @@ def test_nobody_for_a_whole_period_stops_resumably() -> None:
         play("fedavg", *ON, *words)
 
 
+@pytest.mark.parametrize("words", [(), SCHEDULES[3], SCHEDULES[4], SCHEDULES[5]])
+def test_when_every_client_fails_the_run_stops_with_the_cause(words, monkeypatch) -> None:
+    def fail(self):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(registry.entry("fedavg").client, "fit", fail)
+    with pytest.raises(WorldError, match=r"round 1.*no client succeeded: client \d: RuntimeError: no such layer"):
+        play("fedavg", *ON, *words)
+
+
 def test_slow_architectures_and_more_epochs_take_longer() -> None:
     network = ("clock.latency_ms=0", "clock.gflops=0.001", "clock.spread=0")
     seconds = [
