@@ -9,7 +9,7 @@ Box (Shen et al., "Federated Mutual Learning", 2020, arXiv 2006.16765). In round
 
 Travels: P_meme·B_f bytes each way. Each takes the other's predictions on the batch as given. Own models may be of any
 architecture, `strategy.meme` is common; where both are of one architecture the meme starts from other weights. Clients
-predict with their own model, so the figures on the global set are the mean over those. α = β = 1 is local training
+predict with their own model; the figure on the global set is the meme's. α = β = 1 is local training
 beside FedAvg of the meme.
 """
 

@@ -69,7 +69,7 @@ def of_server(
     rows: list[Row] = []
     weights = 0
     for name, (architecture, arrays) in models.items():
-        model = workspace.loaded(architecture, arrays)
+        model = (workspace.bare if strategy.bare else workspace.loaded)(architecture, arrays)
         found = scored(partial(_predict, strategy, model), x, y, strategy.classes)
         if strategy.headline is not None:
             count = int(name == strategy.headline)

@@ -75,6 +75,8 @@ class FusionStrategy(Strategy):
         Whether `feature_dim` must be the same in all architectures.
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
+    bare : bool
+        Whether the server's models are networks as they are built, without what the client's `equip` adds.
     distils : bool
         Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
     staleness : {"", "updates", "newest", "wrong"}
@@ -103,6 +105,7 @@ class FusionStrategy(Strategy):
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
     staleness: ClassVar[Literal["", "updates", "newest", "wrong"]] = ""
+    bare: ClassVar[bool] = False
     name: str = ""
     deployed: bool = False  # whether clients are real sites; then nobody may know what noise is drawn from
 

@@ -109,6 +109,12 @@ class Workspace:
         overlay(model, arrays)
         return model
 
+    def bare(self, architecture: str, arrays: Arrays) -> nn.Module:
+        """A new network as it is built, without what `equip` adds, holding these weights."""
+        model = self.build(architecture).to(self.device)
+        overlay(model, arrays)
+        return model
+
     def scope(self, client: int, hyper: Any) -> Scope:
         """The sizes a spec may name, for one client."""
         architecture, subset = self.scenario.architectures[client], getattr(hyper, "subset", None)

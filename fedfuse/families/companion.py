@@ -62,6 +62,7 @@ class CompanionStrategy(AveragingStrategy):
     """Server half: the mean of the companions. Own networks may be of any architecture."""
 
     heterogeneous = True
+    bare = True
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
@@ -77,3 +78,7 @@ class CompanionStrategy(AveragingStrategy):
     def begin(self) -> None:
         """Publish the initial companion."""
         self.publish(self.averaged, shared_part(self.workspace.initial(self.architecture)))
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The companion: the one network that all clients have made together."""
+        return {self.averaged: (getattr(self.hyper, self.averaged), self.published(self.averaged))}

@@ -343,6 +343,7 @@ class RunDirectory(Callback):
         final.mkdir(exist_ok=True)
         for name, (architecture, arrays) in federation.strategy.server_models().items():
             about = {"architecture": architecture, "server": name}
+            about |= {"bare": "true"} if federation.strategy.bare else {}
             write_arrays(final / f"server-{name}.safetensors", arrays, notes=about)
         for name, (architecture, arrays, shape) in federation.strategy.server_halves().items():
             about = {"architecture": architecture, "server": name, "shape": json.dumps(shape)}

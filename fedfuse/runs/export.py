@@ -142,7 +142,7 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     arrays, about = read(source)
     if "shape" in about:
         return half(arrays, about).eval(), scenario
-    model = workspace.loaded(about["architecture"], arrays)
+    model = (workspace.bare if "bare" in about else workspace.loaded)(about["architecture"], arrays)
     for file in sorted((path / "final").glob("server-*.safetensors")):
         behind = read(file)
         if "shape" in behind[1]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fedfuse import run
 from fedfuse.errors import UserError
 from fedfuse.models.pair import private_part, shared_part
 from tests.federations import play
@@ -61,6 +64,29 @@ def test_twins_start_from_different_weights() -> None:
     weights = wake(server("fml", "strategy.meme=mlp_small")).weights()
     own, meme = private_part(weights), shared_part(weights)
     assert not torch.equal(own["own.head.weight"], meme["head.weight"])
+
+
+def test_the_meme_is_what_the_server_scores_on_the_global_set() -> None:
+    """On its own, as built, without a client's network beside it; before, the clients' networks were scored there."""
+    played = play("fml", "strategy.meme=mlp")
+    strategy = played.strategy
+    ((architecture, arrays),) = strategy.server_models().values()
+    x, y = strategy.workspace.tensors("test")
+    meme = strategy.workspace.build("mlp")
+    meme.load_state_dict(strategy.published("meme"))
+    assert (architecture, arrays.keys()) == ("mlp", meme.state_dict().keys())
+    right = (meme(x).argmax(1) == y).double().mean()
+    assert played.federation.headline["accuracy/global_plain"] == pytest.approx(float(right))
+
+
+def test_the_meme_is_kept_and_comes_back(tmp_path: Path) -> None:
+    words = {"data": "digits", "data.limit": 120, "clients": 2, "rounds": 1, "runtime": "inline"}
+    done = run({"strategy": "fml", "strategy.meme": "mlp", "model": "mlp_small", "out": str(tmp_path / "r"), **words})
+    x = torch.rand(5, 64)
+    pair, meme = done.model(client=1), done.model()
+    assert torch.equal(pair(x), pair.own(x))
+    assert meme.state_dict().keys() == pair.shared.state_dict().keys()
+    assert torch.equal(meme(x), pair.shared(x))  # what a client holds last is what the server has
 
 
 def test_a_pool_of_three_architectures() -> None:
