@@ -1,6 +1,6 @@
 """Gathers the pages of the site, and writes those that are generated: `python docs/site.py build/pages`.
 
-Links to what is not a page (sources, tests) become plain text; links between pages are checked by mkdocs (`strict`).
+Links to a strategy's file lead to its entry in the reference, those to other sources become plain text; links between pages are checked by mkdocs (`strict`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedfuse.config.reference import asks, listing
 from fedfuse.config.schema import known
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("when_to_fuse", "adapters")
+STUDIES = ("sanity", "when_to_fuse", "adapters")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 
@@ -38,7 +38,7 @@ def pages(target: Path) -> list[Path]:
     places |= {ROOT / "CONTRIBUTING.md": target / "contributing.md", ROOT / "CHANGELOG.md": target / "changelog.md"}
     for source, page in places.items():
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(linked(source, page, places), encoding="utf-8")
+        page.write_text(linked(source, page, places, target), encoding="utf-8")
     for name, text in {"keys": keys(), "strategies": strategies(), "python": python()}.items():
         page = target / f"reference/{name}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def pages(target: Path) -> list[Path]:
     return sorted(target.rglob("*.md"))
 
 
-def linked(source: Path, page: Path, places: dict[Path, Path]) -> str:
+def linked(source: Path, page: Path, places: dict[Path, Path], target: Path) -> str:
     """A page's text with its links as they are in the site; pictures are copied beside it."""
 
     def moved(match: re.Match[str]) -> str:
@@ -56,6 +56,8 @@ def linked(source: Path, page: Path, places: dict[Path, Path]) -> str:
         meant = (source.parent / where).resolve()
         if meant in places:
             return f"[{words}]({os.path.relpath(places[meant], page.parent)}{anchor or ''})"
+        if meant.parent == ROOT / "strategies" and meant.stem in registry.listed():
+            return f"[{words}]({os.path.relpath(target / 'reference/strategies.md', page.parent)}#{meant.stem})"
         if not meant.exists():
             raise SystemExit(f"{source}: links to {where}, which is not there")
         if meant.suffix in (".png", ".svg"):

@@ -2,7 +2,7 @@
 
     python experiments/sanity/study.py run       # resumable: the same command goes on where it stopped
     python experiments/sanity/study.py check     # reads results.json; says what does not hold, exit 1 if anything
-    python experiments/sanity/study.py table     # prints README.md's table from results.json
+    python experiments/sanity/study.py table     # writes README.md's tables from results.json
 
 Every run is the public command; `EXPECTED` says what each strategy has to reach, in words and numbers.
 """
@@ -10,6 +10,7 @@ Every run is the public command; `EXPECTED` says what each strategy has to reach
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,20 +22,35 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/sanity")
 RESULTS = HERE / "results.json"
 CHANCE = 0.1
-COMMAND = [
-    "data=digits", "clients=10", "partition=dirichlet", "partition.alpha=0.3", "rounds=10", "train.epochs=5",
-    "evaluate.every=10", "seed=0,1,2", "runtime=inline", "runtime.parallel=2",
+COMMON = [
+    "clients=10", "partition=dirichlet", "partition.alpha=0.3", "train.epochs=5", "evaluate.every=100", "seed=0,1,2",
+    "runtime=inline", "runtime.parallel=2",
 ]  # fmt: skip
+COMMANDS = {
+    "digits": ["data=digits", "rounds=10", *COMMON],
+    "mnist_m": ["data=mnist_m", "data.limit=1000", "data.test_limit=1000", "model=cnn", "rounds=6", *COMMON],
+}
+HARDER = "mnist_m"
 METRICS = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10")
 
 
 class Expected(NamedTuple):
-    """What a strategy has to reach, means over seeds; and why it may be as local training is, if it may."""
+    """What a strategy has to reach on digits, means over seeds; and why it may be as local training is, if it may.
+
+    On the harder set, where all pooled data make about 60 % in as many steps, it is a floor for all alike: twice chance
+    on the global set for whom digits ask 40 %, above chance for the others, and twice chance on personal test sets.
+    """
 
     words: str
     least_global: float
     least_personal: float
     as_local: str = ""
+
+    def least(self, data: str) -> tuple[float, float]:
+        """Floors of the global and the personal accuracy on a set."""
+        if data != HARDER:
+            return self.least_global, self.least_personal
+        return (2 * CHANCE if self.least_global >= 4 * CHANCE else 1.1 * CHANCE), 2 * CHANCE
 
 
 AVERAGE = Expected("one averaged model knows all classes: near pooled training on the global set", 0.85, 0.8)
@@ -82,84 +98,101 @@ EXPECTED: dict[str, Expected] = {
 
 def run() -> int:
     """Carry out all runs, then collect their final figures and check them."""
-    words = ["strategy=" + ",".join(sorted(registry.listed())), *COMMAND]
-    print("fedfuse compare", *words, flush=True)
-    command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, f"out={RUNS}"]
-    if code := subprocess.call(command, stdout=subprocess.DEVNULL):
-        return code
+    for data, command in COMMANDS.items():
+        words = ["strategy=" + ",".join(sorted(registry.listed())), *command]
+        print("fedfuse compare", *words, flush=True)
+        line = [sys.executable, "-m", "fedfuse.cli", "compare", *words, f"out={RUNS / data}"]
+        if code := subprocess.call(line, stdout=subprocess.DEVNULL):
+            return code
     return collect()
 
 
 def collect() -> int:
-    """Write `results.json`: by strategy and seed, figures, bytes, seconds and notes."""
+    """Write `results.json`: by set, strategy and seed, figures, bytes, seconds and notes; and README's tables."""
     from fedfuse.results.run_data import find
 
-    runs, skipped = find([RUNS])
-    for line in skipped:
-        print(f"skipped: {line}")
-    found: dict[str, dict[str, Any]] = {}
-    for one in sorted(runs, key=lambda run: (run.strategy, run.seed)):
-        summary = one.summary or {}
-        found.setdefault(one.strategy, {})[str(one.seed)] = {
-            **{metric: round(one.final[metric], 6) for metric in METRICS},
-            "up_bytes": summary["traffic"]["up_bytes"],
-            "down_bytes": summary["traffic"]["down_bytes"],
-            "seconds": round(summary["seconds"]["rounds"], 2),
-            "notes": summary["notes"],
-        }
-    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    found: dict[str, Any] = read() if RESULTS.exists() else {}
+    for data in COMMANDS:
+        if not (RUNS / data).exists():
+            continue
+        runs, skipped = find([RUNS / data])
+        for line in skipped:
+            print(f"skipped: {line}")
+        found[data] = {}
+        for one in sorted(runs, key=lambda run: (run.strategy, run.seed)):
+            summary = one.summary or {}
+            found[data].setdefault(one.strategy, {})[str(one.seed)] = {
+                **{metric: round(one.final[metric], 6) for metric in METRICS},
+                "up_bytes": summary["traffic"]["up_bytes"],
+                "down_bytes": summary["traffic"]["down_bytes"],
+                "seconds": round(summary["seconds"]["rounds"], 2),
+                "notes": summary["notes"],
+            }
+    RESULTS.write_text(json.dumps(found, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     table()
     return check()
 
 
-def read() -> dict[str, dict[str, Any]]:
+def read() -> dict[str, dict[str, dict[str, Any]]]:
     """The figures kept beside this file."""
-    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return found
 
 
-def gains(found: dict[str, dict[str, Any]], name: str, metric: str) -> list[float]:
-    """A strategy's figure over local training's, seed by seed."""
-    return [one[metric] - found["local"][seed][metric] for seed, one in found[name].items()]
-
-
-def faults(found: dict[str, dict[str, Any]], name: str) -> list[str]:
+def faults(data: str, found: dict[str, dict[str, Any]], name: str) -> list[str]:
     """What a strategy does not hold of what is expected of it."""
     from fedfuse.results.statistics import mean_interval
 
     want, out = EXPECTED[name], []
-    for metric, least in zip(METRICS, (want.least_global, want.least_personal), strict=False):
+    for metric, least in zip(METRICS, want.least(data), strict=False):
         mean = mean_interval([one[metric] for one in found[name].values()]).mean
         if not mean >= least:
             out.append(f"{metric} {100 * mean:.1f} %, expected at least {100 * least:.0f} %")
-    intervals = [mean_interval(gains(found, name, metric)) for metric in METRICS]
-    differs = any(one.low > 0 or one.high < 0 for one in intervals)
-    if not differs and not want.as_local:
+    if not want.as_local and not differs(found, name):
         out.append("no figure differs from local training's beyond its interval")
-    said = sorted({note for one in found[name].values() for note in one["notes"] if "next to nothing" in note})
-    return out + said
+    return out + sorted({note for one in found[name].values() for note in one["notes"] if "next to nothing" in note})
+
+
+def differs(found: dict[str, dict[str, Any]], name: str) -> bool:
+    """Whether any figure differs from local training's beyond its 95 % t interval, paired by seed."""
+    from fedfuse.results.statistics import mean_interval
+
+    gains = [[one[m] - found["local"][seed][m] for seed, one in found[name].items()] for m in METRICS]
+    return any(one.low > 0 or one.high < 0 for one in map(mean_interval, gains))
 
 
 def check() -> int:
     """Print what does not hold."""
-    found, bad = read(), 0
-    for name in sorted(set(registry.listed()) | set(EXPECTED)):
-        if name not in found or name not in EXPECTED:
-            print(f"{name}: not run" if name in EXPECTED else f"{name}: say in EXPECTED what it has to reach")
-            bad += 1
-            continue
-        for line in faults(found, name):
-            print(f"{name}: {line}")
-            bad += 1
-    print(f"{len(found)} strategies, {bad} faults")
+    whole, bad = read(), 0
+    for data in COMMANDS:
+        found = whole.get(data, {})
+        for name in sorted(set(registry.listed()) | set(EXPECTED)):
+            if name not in EXPECTED:
+                lines = ["say in EXPECTED what it has to reach"]
+            else:
+                lines = faults(data, found, name) if name in found else []
+            for line in lines:
+                print(f"{data}: {name}: {line}")
+            bad += len(lines)
+        missing = sorted(set(registry.listed()) - set(found))
+        print(f"{data}: {len(found)} strategies" + (f", not run: {' '.join(missing)}" if missing else ""))
+        bad += len(missing)
+    print(f"{bad} faults")
     return 1 if bad else 0
 
 
 def table() -> int:
-    """Print one line a strategy, best on the global set first."""
-    from fedfuse.results.statistics import mean_interval
+    """Write one line a strategy into README.md, best on the global set of digits first."""
+    readme = HERE / "README.md"
+    parts = readme.read_text(encoding="utf-8").split("<!-- table -->")
+    lines = [f"\n\n## {data}\n\n" + "\n".join(rows(found)) for data, found in read().items()]
+    readme.write_text("<!-- table -->".join([parts[0], "".join(lines) + "\n\n", parts[2]]), encoding="utf-8")
+    return 0
 
-    found = read()
+
+def rows(found: dict[str, dict[str, Any]]) -> list[str]:
+    """A table in Markdown."""
+    from fedfuse.results.statistics import mean_interval
 
     def cell(name: str, metric: str) -> str:
         one = mean_interval([100 * figures[metric] for figures in found[name].values()])
@@ -168,15 +201,29 @@ def table() -> int:
     def mean(name: str, key: str) -> float:
         return sum(figures[key] for figures in found[name].values()) / len(found[name])
 
-    print("| strategy | global % | personal % | worst tenth % | up MB | down MB | seconds | expected |")
-    print("|---" * 8 + "|")
+    out = ["| strategy | paper | global % | personal % | worst tenth % | up MB | down MB | seconds | expected |"]
+    out.append("|---" * 9 + "|")
     for name in sorted(found, key=lambda n: mean(n, METRICS[0]), reverse=True):
         want = EXPECTED[name]
-        words = f"{want.words} (at least {100 * want.least_global:.0f} / {100 * want.least_personal:.0f})"
         moved = [f"{mean(name, key) / 1e6:.2f}" for key in ("up_bytes", "down_bytes")]
-        cells = [name, *(cell(name, metric) for metric in METRICS), *moved, f"{mean(name, 'seconds'):.1f}", words]
-        print("| " + " | ".join(cells) + " |")
-    return 0
+        told = want.words + (f"; {want.as_local}" if want.as_local and not differs(found, name) else "")
+        cells = [linked(name), cited(name), *(cell(name, metric) for metric in METRICS), *moved]
+        out.append("| " + " | ".join([*cells, f"{mean(name, 'seconds'):.1f}", told]) + " |")
+    return out
+
+
+def linked(name: str) -> str:
+    """A strategy's name, linked to its file; Flower's own rules are all in one."""
+    file = Path(str(sys.modules[registry.entry(name).server.__module__].__file__)).name
+    own = HERE.parent.parent / "strategies" / file
+    return f"[{name}](../../strategies/{file})" if own.exists() else name
+
+
+def cited(name: str) -> str:
+    """Its paper, linked where arXiv has it."""
+    paper = registry.entry(name).paper
+    number = re.search(r"\d{4}\.\d{5}", paper)
+    return f"[{paper.partition(',')[0]}](https://arxiv.org/abs/{number[0]})" if number else paper
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Do open defaults stand where clients' validation examples would put them? Test figures are shown, never selected on.
+
+    python experiments/defaults/study.py run [STRATEGY …]    # resumable: the same command goes on where it stopped
+    python experiments/defaults/study.py table               # prints README.md's tables from results.csv
+
+Every run is the public command. A setting is what one key of a strategy is set to, the others at their defaults.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/defaults")
+RESULTS = HERE / "results.csv"
+COMMON = [
+    "data=digits", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=10", "partition=dirichlet",
+    "partition.alpha=0.3,0.1", "clients=10", "rounds=10", "train.epochs=5", "runtime=inline", "runtime.parallel=2",
+    "seed=0,1,2",
+]  # fmt: skip
+SETTINGS: dict[str, dict[str, str]] = {
+    "local": {},
+    "fedavg": {},
+    "regmean": {"a": "0.5,0.9,1", "ridge": "0.001,0.01,0.1,1"},
+    "task_arithmetic": {"lam": "0.05,0.1,null,0.2,0.3"},
+    "twin_merging": {"lam": "0.05,0.1,null,0.2,0.3", "keep": "0,0.1,0.2,0.5,1"},
+    "fedhkd": {"threshold": "0,0.05,0.25"},
+    "fedproto": {"lam": "0.1,1,10"},
+    "fednano": {"lr": "0.001,0.003,0.01,0.03"},
+    "fedka": {"vote_lr": "0.0001,0.001,0.01", "clip": "0.5,1,10,null"},
+}
+FIELDS = ("strategy", "key", "value", "alpha", "seed", "validation", "personal", "global")
+METRICS = FIELDS[5:]
+
+
+def run(chosen: list[str]) -> int:
+    """Carry out the runs of some strategies, or of all, then collect their final figures."""
+    for name in chosen or SETTINGS:
+        for key, values in (SETTINGS[name] or {"": ""}).items():
+            words = [f"strategy={name}", *([f"strategy.{key}={values}"] if key else [])]
+            command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, *COMMON, f"out={RUNS / f'{name}-{key}'}"]
+            print("fedfuse", " ".join(command[3:]), flush=True)
+            if code := subprocess.call(command, stdout=subprocess.DEVNULL):
+                return code
+    return collect()
+
+
+def collect() -> int:
+    """Write `results.csv`: one line a run."""
+    from fedfuse.results.run_data import find
+
+    rows = []
+    for folder in sorted(path for path in RUNS.iterdir() if path.is_dir()):
+        key = folder.name.partition("-")[2]
+        for one in find([folder])[0]:
+            figures = [f"{one.final[f'accuracy/{metric}']:.6f}" for metric in METRICS]
+            value = one.config["strategy"][key] if key else ""
+            rows.append((one.strategy, key, value, one.config["partition"]["alpha"], one.seed, *figures))
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        writer.writerows(sorted(rows, key=lambda row: tuple(map(str, row))))
+    return table()
+
+
+def table() -> int:
+    """Print each key's settings by mean validation accuracy, with 95 % t intervals over seeds."""
+    from fedfuse.config import registry
+    from fedfuse.results.statistics import mean_interval
+
+    found: dict[tuple[str, str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    with RESULTS.open() as file:
+        for row in csv.DictReader(file):
+            for metric in METRICS:
+                found[row["strategy"], row["key"], row["value"]][metric, row["alpha"]].append(100 * float(row[metric]))
+
+    def mean(setting: tuple[str, str, str]) -> float:
+        both = [one for (metric, _), values in found[setting].items() if metric == "validation" for one in values]
+        return sum(both) / len(both)
+
+    print("| strategy | key | value | validation % | α = 0.3: personal | global | α = 0.1: personal | global |")
+    print("|---" * 8 + "|")
+    for setting in sorted(found, key=lambda s: (*s[:2], -mean(s))):
+        name, key, value = setting
+        default = str(getattr(registry.entry(name).hyper(), key)) if key else ""
+        shown = ("null" if value in ("", "None") and key else value) + (
+            " (default)" if key and same(default, value) else ""
+        )
+        cells = [name, key, shown, f"{mean(setting):.1f}"]
+        for alpha in ("0.3", "0.1"):
+            for metric in ("personal", "global"):
+                one = mean_interval(found[setting][metric, alpha])
+                cells.append(f"{one.mean:.1f} ± {one.high - one.mean:.1f}")
+        print("| " + " | ".join(cells) + " |")
+    return 0
+
+
+def same(default: str, value: str) -> bool:
+    """Whether a value read from the file is the default."""
+    return value in (default, "") if default == "None" else value not in ("", "None") and float(default) == float(value)
+
+
+if __name__ == "__main__":
+    verb, *names = sys.argv[1:] or ["run"]
+    sys.exit({"run": lambda: run(names), "collect": collect, "table": table}.get(verb, lambda: run(names))())
