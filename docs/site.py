@@ -1,6 +1,7 @@
 """Gathers the pages of the site, and writes those that are generated: `python docs/site.py build/pages`.
 
-Links to a strategy's file lead to its entry in the reference, those to other sources become plain text; links between pages are checked by mkdocs (`strict`).
+Links to a strategy's file lead to its entry in the reference, those to other sources become plain text; links between
+pages are checked by mkdocs (`strict`).
 """
 
 from __future__ import annotations
