@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> Examples:
         """Return a copy of the given rows, in the given order."""
-        found = {part: getattr(self, part) for part in PARTS}
+        found: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
         return Examples(**{part: None if array is None else array[rows] for part, array in found.items()})
 
 

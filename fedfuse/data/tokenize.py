@@ -1,4 +1,4 @@
-"""Texts to token ids by the tokenizer of a model directory, which needs the extra `lm`; or bytes, which need nothing."""
+"""Texts to token ids by the tokenizer of a model directory (the extra `lm`), or as their bytes."""
 
 from __future__ import annotations
 

@@ -47,26 +47,34 @@ def test_every_byte_is_predicted_once_whatever_the_length() -> None:
 
 def test_a_cut_text_is_one_row_and_counts_what_is_left() -> None:
     (row,) = rows_of([SAID], Bytes(), 6, windows=False)
-    assert row.byte_count == 5 and bytes(row.ids[1:]) == SAID.encode()[:5]
+    assert row.byte_count == 5
+    assert bytes(row.ids[1:]) == SAID.encode()[:5]
 
 
 def test_rows_are_padded_at_their_end_and_padding_does_not_count(tmp_path: Path) -> None:
     found = load(text(folder(tmp_path), test_fraction=0.0))
     assert found.train.inputs.tolist()[-1] == [0, *b"xyz", 0, 0, 0, 0]
-    assert found.train.wanted is not None and found.train.wanted[-1].tolist() == [False, True, True, True] + [False] * 4
+    assert found.train.wanted is not None
+    assert found.train.wanted[-1].tolist() == [False, True, True, True] + [False] * 4
     assert found.train.lengths.tolist() == [8, 8, 3, 4]  # 0 and 7 bytes, the last of them and 7 more, and 2
-    assert found.train.byte_counts is not None and found.train.byte_counts.tolist() == [7, 7, 2, 3]
-    assert found.train.texts is not None and found.train.texts.tolist() == [0, 0, 0, 1]
-    assert found.group_names == ("a.txt", "b.txt") and found.pad == 0 and found.next_token
+    assert found.train.byte_counts is not None
+    assert found.train.byte_counts.tolist() == [7, 7, 2, 3]
+    assert found.train.texts is not None
+    assert found.train.texts.tolist() == [0, 0, 0, 1]
+    assert found.group_names == ("a.txt", "b.txt")
+    assert found.pad == 0
+    assert found.next_token
 
 
 def test_labels_ignore_padding_and_bytes_follow_the_split(tmp_path: Path) -> None:
     config = text(folder(tmp_path), test_fraction=0.0, validation=0.0, personal_test=0.0)
     data = prepare(config, PartitionConfig(name="natural"), TransferConfig(size=0), None, 0)
     x, y = data.tensors(1, "train")
-    assert y.tolist() == [[IGNORED, *b"xyz", *[IGNORED] * 4]] and x.shape == (1, 8)
+    assert y.tolist() == [[IGNORED, *b"xyz", *[IGNORED] * 4]]
+    assert x.shape == (1, 8)
     assert [data.byte_count("train", client) for client in (0, 1)] == [16, 3]
-    assert data.byte_count("global") is None and data.byte_count("personal", 0) == 0
+    assert data.byte_count("global") is None
+    assert data.byte_count("personal", 0) == 0
 
 
 def test_clients_by_field_by_role_and_by_topic(tmp_path: Path) -> None:
@@ -74,7 +82,9 @@ def test_clients_by_field_by_role_and_by_topic(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     found = load(text(tmp_path, groups="author", extra={"length": 16}))
-    assert found.group_names == ("a", "b") and found.test is not None and len(found.test) == 1
+    assert found.group_names == ("a", "b")
+    assert found.test is not None
+    assert len(found.test) == 1
     by_topic = text(tmp_path, targets="about", extra={"length": 16})
     skewed = prepare(by_topic, PartitionConfig(alpha=0.01, min_size=1), TransferConfig(size=0), 3, 0)
     labels = [np.bincount(skewed.split(client, "train").targets, minlength=3) for client in range(3)]
@@ -83,7 +93,8 @@ def test_clients_by_field_by_role_and_by_topic(tmp_path: Path) -> None:
     play.mkdir()
     (play / "play.txt").write_text("A:\nIs it so?\nIs it?\n\nB:\nIt is.\n\nA:\nGood.\n")
     roles = load(text(play, groups="role", test_fraction=0.0, extra={"length": 32}))
-    assert roles.group_names == ("A", "B") and roles.train.groups is not None
+    assert roles.group_names == ("A", "B")
+    assert roles.train.groups is not None
     assert [bytes(row[1:n].tolist()).decode() for row, n in zip(roles.train.inputs, roles.train.lengths, strict=True)] \
         == ["Is it so?\nIs it?", "It is.", "Good."]  # fmt: skip
     assert roles.train.groups.tolist() == [0, 1, 0]
@@ -93,7 +104,8 @@ def test_a_list_of_texts_is_as_many_and_small_clients_are_left_out(tmp_path: Pat
     rows = [{"role": "A", "lines": ["one", "two"]}, {"role": "B", "lines": ["three"]}]
     (tmp_path / "roles.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = load(text(tmp_path, inputs="lines", groups="role", test_fraction=0.0, extra={"least": 2}))
-    assert found.group_names == ("A",) and len(found.train) == 2
+    assert found.group_names == ("A",)
+    assert len(found.train) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,8 +151,10 @@ def test_bits_per_byte_are_of_bytes_not_of_tokens() -> None:
     fine = scored(flat, two, two, 4, byte_count=4)
     assert math.isclose(fine["bits_per_byte"], 2 * 2 / 4)
     coarse = scored(lambda x: torch.zeros(*x.shape, 16).double(), one, one, 16, byte_count=4)
-    assert math.isclose(coarse["bits_per_byte"], fine["bits_per_byte"]) and coarse["loss"] > fine["loss"]
-    assert "bits_per_byte" not in scored(flat, two, two, 4) and "exact_match" not in fine
+    assert math.isclose(coarse["bits_per_byte"], fine["bits_per_byte"])
+    assert coarse["loss"] > fine["loss"]
+    assert "bits_per_byte" not in scored(flat, two, two, 4)
+    assert "exact_match" not in fine
     assert math.isnan(scored(flat, two, torch.full_like(two, IGNORED), 4, 0)["bits_per_byte"])
 
 
@@ -149,7 +163,8 @@ def test_exact_match_is_of_prompted_texts_word_for_word() -> None:
     y = torch.tensor([[IGNORED, IGNORED, 1, 2], [IGNORED, IGNORED, 1, 3], [IGNORED, IGNORED, 1, IGNORED]])
     says = torch.tensor([[0, 1, 2, 0]] * 3)  # what is likeliest after each place
     found = scored(lambda part: torch.nn.functional.one_hot(says[: len(part)], 8).double(), x, y, 8, 5)
-    assert found["exact_match"] == 2 / 3 and found["accuracy"] == 4 / 5
+    assert found["exact_match"] == 2 / 3
+    assert found["accuracy"] == 4 / 5
 
 
 def test_trailing_places_that_count_nowhere_are_left_out() -> None:
@@ -178,10 +193,13 @@ def test_bytes_of_a_trained_tokenizer_are_those_of_the_text(tmp_path: Path) -> N
     assert (found.pad, found.bos, found.eos) == (0, 0, 0)
     for said in (SAID, "the cat", "👍👍", " \n "):
         ((ids, ends),) = found.spans([said])
-        assert ends[-1] == len(said.encode()) and ends == sorted(ends) and found.text(ids) == said
+        assert ends[-1] == len(said.encode())
+        assert ends == sorted(ends)
+        assert found.text(ids) == said
         for length in (2, 5, 64):
             rows = list(rows_of([said], found, length, windows=True))
             assert sum(row.byte_count for row in rows) == len(said.encode())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "t"}, "bos_token": None}))
     named = tokenizer_of(str(tmp_path))
-    assert named.pad == named.spans(["t"])[0][0][0] and named.bos == 0  # pad as named; bos: the end of text
+    assert named.pad == named.spans(["t"])[0][0][0]
+    assert named.bos == 0
