@@ -22,7 +22,7 @@ OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 DATA = frozenset(catalogue.SOURCES) - {"custom"}
 LAYOUTS = (frozenset(catalogue.LAYOUTS) | {"builtin"}) - {"custom"}
 EXTRA = frozenset(
-    {"text", "features", "length", "least", "long", "per_source", "shape", "size", "sources", "train", "test"}
+    {"chat", "features", "least", "length", "long", "per_source", "shape", "size", "sources", "test", "text", "train"}
 )
 
 

@@ -166,11 +166,21 @@ def compose(overrides: Sequence[str]) -> Config:
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
     config.model.build, config.data.load = given(config.model.build), given(config.data.load)
+    if config.model.path and _layout(config.data) in ("text", "instruct", "roles"):
+        config.data.extra = {
+            "tokenizer": config.model.path,
+            **config.data.extra,
+        }  # the model's own, unless another is said
     if config.until.seconds is not None and not any(text.lstrip("+~").startswith("rounds=") for text in overrides):
         config.rounds = MANY
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config
+
+
+def _layout(data: DataConfig) -> str:
+    known = catalogue.SOURCES.get(data.name)
+    return known.layout if data.layout == "builtin" and known is not None else data.layout
 
 
 def _check_keys(overrides: Sequence[str]) -> None:

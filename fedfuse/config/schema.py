@@ -32,18 +32,18 @@ class DataConfig:
     hub: str | None = key(None, "name of the data set on the hub", only="data.download=true")
     layout: str = key(
         "builtin",
-        "builtin | parquet | npz | images | jsonl | csv | text | pfllib | leaf | custom | mixed",
+        "builtin | parquet | npz | images | jsonl | csv | text | instruct | pfllib | leaf | custom | mixed",
     )
     inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv|text")
     targets: str | None = key(
         None,
-        "column or array of the labels; `text`: a topic to deal by",
-        only="data.layout=parquet|npz|jsonl|csv|text",
+        "column or array of the labels; `text`, `instruct`: a topic to deal by",
+        only="data.layout=parquet|npz|jsonl|csv|text|instruct",
     )
     groups: str | None = key(
         None,
-        "column or array of natural client ids or domains; `text`: also file; plain text: file or role",
-        only="data.layout=parquet|npz|jsonl|csv|images|text",
+        "column or array of natural client ids or domains; `text`, `instruct`: also file; plain text: file or role",
+        only="data.layout=parquet|npz|jsonl|csv|images|text|instruct",
     )
     target: str | None = key(
         None,
@@ -53,7 +53,7 @@ class DataConfig:
     test_fraction: float = key(
         0.2,
         "global test share where a directory brings no test split",
-        only="data.layout=parquet|npz|jsonl|csv|images|roles|text",
+        only="data.layout=parquet|npz|jsonl|csv|images|roles|text|instruct",
     )
     load: str | None = key(
         None,

@@ -68,8 +68,8 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> Examples:
         """Return a copy of the given rows, in the given order."""
-        found: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
-        return Examples(**{part: None if array is None else array[rows] for part, array in found.items()})
+        every: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
+        return Examples(**{part: array if array is None else array[rows] for part, array in every.items()})
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,14 @@ class Document:
         Its client.
     topic : str or None
         What it is dealt by.
+    where : str
+        File and line, for messages.
     """
 
     text: Any
     group: str | None
     topic: str | None
+    where: str
 
 
 def documents(config: DataConfig, root: Path, extra: dict[str, Any], whole: bool = False) -> dict[str, list[Document]]:
@@ -84,7 +87,7 @@ def _of_file(config: DataConfig, path: Path, root: Path, whole: bool) -> Iterato
         own = name if by_file else None if group is None else str(row[group])
         about = None if topic is None else str(row[topic])
         for text in _texts(row, field, path, number):
-            yield Document(text, own, about)
+            yield Document(text, own, about, f"{path}: example {number}")
 
 
 def _texts(row: dict[str, Any], field: str | None, path: Path, number: int) -> Sequence[Any]:
@@ -107,7 +110,7 @@ def _plain(config: DataConfig, path: Path, name: str) -> Iterator[Document]:
         raise UserError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
     if config.groups in (None, "file"):
         if text.strip():
-            yield Document(text, name, None)
+            yield Document(text, name, None, str(path))
         return
     if config.groups != "role":
         raise UserError(f"data.groups={config.groups}: {path} is plain text; allowed: file, role")
@@ -116,4 +119,4 @@ def _plain(config: DataConfig, path: Path, name: str) -> Iterator[Document]:
         raise UserError(f"data.groups=role: {path} has no line that is a name and a colon before what is said")
     for speech in speeches:
         if speech is not None:
-            yield Document(speech[2], speech[1].strip(), None)
+            yield Document(speech[2], speech[1].strip(), None, str(path))

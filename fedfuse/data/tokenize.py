@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ class Tokenizer:
         the end, so a text may hold that token itself.
     bos, eos : int or None
         What stands before a text (where the tokenizer has nothing of the kind, its end of text), and after it.
+    chat : callable or None
+        `chat(messages, ask)`: messages (`role`, `content`) as text by the directory's own template, which
+        `transformers` runs in a sandbox; with `ask`, an answer's beginning stands at the end. None: it has none.
     """
+
+    chat: Callable[[list[dict[str, str]], bool], str] | None = None
 
     def __init__(self, path: str) -> None:
         try:
@@ -46,12 +51,13 @@ class Tokenizer:
             if (root / "tokenizer.json").exists():
                 self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(root / "tokenizer.json"))
                 special = _special(root / "tokenizer_config.json")
+                self.chat = _template(root, special)
             elif (root / "config_tokenizer.json").exists():
                 self._tokenizer = _by_scores(
                     tokenizers, json.loads((root / "config_tokenizer.json").read_text("utf-8"))
                 )
             elif len(files := sorted(root.glob("*.gguf"))) == 1:
-                self._tokenizer, special = _of_gguf(files[0])
+                self._tokenizer, special, self.chat = _of_gguf(files[0])
             else:
                 raise UserError(
                     f"data.extra.tokenizer={path}: expected tokenizer.json, config_tokenizer.json or one .gguf there"
@@ -124,6 +130,8 @@ class Tokenizer:
 class Bytes:
     """The tokenizer `bytes`: a text's UTF-8 bytes are its tokens; the byte 0, which texts do not have, is all else."""
 
+    chat = None
+
     def __init__(self) -> None:
         self.names = tuple(chr(i) if 32 < i < 127 else f"<0x{i:02X}>" for i in range(256))
         self.pad, self.bos, self.eos = 0, 0, 0
@@ -165,13 +173,42 @@ def _special(path: Path) -> dict[str, str]:
     return {role: str(t["content"] if isinstance(t, dict) else t) for role, t in found.items() if t is not None}
 
 
-def _of_gguf(path: Path) -> tuple[Any, dict[str, str]]:
+def _template(root: Path, special: dict[str, str]) -> Any:
+    """The chat template of a directory, if it has one."""
+    file, about = root / "chat_template.jinja", root / "tokenizer_config.json"
+    if file.exists():
+        template: Any = file.read_text("utf-8")
+    else:
+        template = json.loads(about.read_text("utf-8")).get("chat_template") if about.exists() else None
+    if isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    if template is None:
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return _chat(PreTrainedTokenizerFast(tokenizer_file=str(root / "tokenizer.json"), **special), template)
+
+
+def _chat(tokenizer: Any, template: str) -> Callable[[list[dict[str, str]], bool], str]:
+    def chat(messages: list[dict[str, str]], ask: bool) -> str:
+        # a date of today's would make another experiment of it tomorrow
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=ask, date_string="1 Jan 2025"
+            )
+        )
+
+    return chat
+
+
+def _of_gguf(path: Path) -> tuple[Any, dict[str, str], Any]:
     """The tokenizer inside a .gguf file, as transformers reads it."""
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     special = {role: getattr(found, role) for role in ("bos_token", "eos_token", "pad_token")}
-    return found.backend_tokenizer, {role: str(token) for role, token in special.items() if token is not None}
+    chat = None if found.chat_template is None else _chat(found, found.chat_template)
+    return found.backend_tokenizer, {role: str(token) for role, token in special.items() if token is not None}, chat
 
 
 def _by_scores(tokenizers: Any, about: dict[str, Any]) -> Any:

@@ -108,8 +108,9 @@ def test_a_base_in_bf16_keeps_its_head_in_float32(shape: str, built) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
     x, _ = batch(PADS[shape])
     found = model(x)
-    assert found.dtype == torch.float32 and (found - built(shape, "text_classifier").eval()(x)).abs().max() < 0.05
-    with pytest.raises(UserError, match="model.dtype='half' is not known"):
+    assert found.dtype == torch.float32
+    assert (found - built(shape, "text_classifier").eval()(x)).abs().max() < 0.05
+    with pytest.raises(UserError, match=r"model.dtype='half' is not known"):
         built(shape, "text_classifier", dtype="half")
 
 
