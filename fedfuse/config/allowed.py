@@ -64,6 +64,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "train.optimizer_state": _word,
     "distil.optimizer": _word,
     "train.precision": _word,
+    "train.schedule": _word,
     "train.pool": _word,
     "loss.name": frozenset(catalogue.LOSSES).__contains__,
     "loss.build": _nothing,

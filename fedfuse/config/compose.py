@@ -275,6 +275,7 @@ def check(config: Config) -> None:
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
+    at_least |= {"train.max_steps": 1, "train.micro_batch": 1}
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
     at_least |= {"secure.quantization_range": 2, "secure.num_shares": 2}
@@ -298,6 +299,10 @@ def check(config: Config) -> None:
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("train.warmup", train.warmup, 0 <= train.warmup < 1, "at least 0 and below 1"),
+        ("train.lr_floor", train.lr_floor, 0 <= train.lr_floor <= 1, "0 to 1"),
+        ("train.clip", train.clip, train.clip is None or 0 < train.clip < float("inf"), "more than 0"),
+        ("train.betas", train.betas, len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), "two from 0 to 1"),
         ("labels.initial", labels.initial, 0 < labels.initial <= 1, "more than 0 and at most 1"),
         ("labels.budget", labels.budget, 0 <= labels.budget <= 1, "0 to 1"),
         ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
@@ -348,6 +353,8 @@ WORDS = {
     "train.optimizer": ("sgd", "adam", "adamw"),
     "train.optimizer_state": ("fresh", "keep"),
     "train.precision": ("float32", "bf16"),
+    "train.schedule": ("constant", "linear", "cosine"),
+    "model.dtype": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
     "privacy.level": ("example", "client"),

@@ -156,11 +156,24 @@ class ModelConfig:
 class TrainConfig:
     """Local training."""
 
-    epochs: int = key(1, "passes over a client's examples a round")
+    epochs: int = key(1, "passes over a client's examples a round", only="train.max_steps=null")
+    max_steps: int | None = key(None, "steps a round, in place of passes: as many passes as they take")
     batch_size: int = key(32, "examples a step")
+    micro_batch: int | None = key(
+        None,
+        "examples whose activations are held at once, gradients add up to the batch's; null: the whole batch",
+        only="no privacy of examples (there: privacy.chunk)",
+    )
     lr: float = key(0.05, "learning rate", only="an optimiser without a rate of its own (train.pool)")
     optimizer: str = key("sgd", "sgd | adam | adamw", only="train.pool=null")
     momentum: float = key(0.9, "momentum of sgd", only="train.optimizer=sgd")
+    betas: list[float] = key([0.9, 0.999], "β₁ and β₂ of adam and adamw", only="train.optimizer=adam|adamw")
+    schedule: str = key("constant", "of the learning rate over the run: constant | linear | cosine")
+    warmup: float = key(0.0, "share of the run in which the rate rises from 0")
+    lr_floor: float = key(0.0, "share of the rate that a schedule ends at", only="train.schedule=linear|cosine")
+    clip: float | None = key(
+        None, "largest norm of a step's gradient", only="no privacy of examples (there: privacy.clip)"
+    )
     weight_decay: float = key(0.0, "weight decay of the optimiser")
     optimizer_state: str = key("fresh", "fresh | keep (only for strategies with private state)")
     precision: str = key("float32", "float32 | bf16: forward and backward by torch.autocast, weights stay float32")

@@ -68,8 +68,9 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> Examples:
         """Return a copy of the given rows, in the given order."""
-        every: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
-        return Examples(**{part: array if array is None else array[rows] for part, array in every.items()})
+        every = {part: getattr(self, part) for part in PARTS}
+        chosen: dict[str, Any] = {part: array if array is None else array[rows] for part, array in every.items()}
+        return Examples(**chosen)
 
 
 @dataclass(frozen=True)
