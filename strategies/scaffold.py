@@ -111,6 +111,12 @@ class Scaffold(AveragingStrategy):
                 f"strategy.variate=difference: (x − y)/(Kη) is a gradient only under plain SGD, the run has "
                 f"train.optimizer={train.optimizer} train.momentum={train.momentum}; allowed: train.momentum=0, or path"
             )
+        uneven = next((t for t in trains if t.schedule != "constant" or t.warmup or t.clip), None)
+        if hyper.variate == "difference" and uneven is not None:
+            raise UserError(
+                f"strategy.variate=difference: η must be one number, the run has train.schedule={uneven.schedule} "
+                f"train.warmup={uneven.warmup:g} train.clip={uneven.clip}; allowed: constant, 0 and null, or path"
+            )
 
     @property
     def sums(self) -> dict[str, str | None]:

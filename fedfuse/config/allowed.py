@@ -21,7 +21,9 @@ WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .@*,\-]{0,99}", re.ASCII)  # a colum
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 DATA = frozenset(catalogue.SOURCES) - {"custom"}
 LAYOUTS = (frozenset(catalogue.LAYOUTS) | {"builtin"}) - {"custom"}
-EXTRA = frozenset({"text", "features", "length", "least", "per_source", "shape", "size", "sources", "train", "test"})
+EXTRA = frozenset(
+    {"chat", "features", "least", "length", "long", "per_source", "shape", "size", "sources", "test", "text", "train"}
+)
 
 
 def _architecture(value: Any) -> bool:
@@ -56,11 +58,13 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "model.pool": _architecture,
     "model.build": _nothing,
     "model.path": _nothing,
+    "model.dtype": _word,
     "model.checkpoint": _nothing,
     "train.optimizer": _word,
     "train.optimizer_state": _word,
     "distil.optimizer": _word,
     "train.precision": _word,
+    "train.schedule": _word,
     "train.pool": _word,
     "loss.name": frozenset(catalogue.LOSSES).__contains__,
     "loss.build": _nothing,

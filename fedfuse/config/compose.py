@@ -166,11 +166,21 @@ def compose(overrides: Sequence[str]) -> Config:
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
     config.model.build, config.data.load = given(config.model.build), given(config.data.load)
+    if config.model.path and _layout(config.data) in ("text", "instruct", "roles"):
+        config.data.extra = {
+            "tokenizer": config.model.path,
+            **config.data.extra,
+        }  # the model's own, unless another is said
     if config.until.seconds is not None and not any(text.lstrip("+~").startswith("rounds=") for text in overrides):
         config.rounds = MANY
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config
+
+
+def _layout(data: DataConfig) -> str:
+    known = catalogue.SOURCES.get(data.name)
+    return known.layout if data.layout == "builtin" and known is not None else data.layout
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
@@ -265,6 +275,7 @@ def check(config: Config) -> None:
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
+    at_least |= {"train.max_steps": 1, "train.micro_batch": 1}
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
     at_least |= {"secure.quantization_range": 2, "secure.num_shares": 2}
@@ -288,6 +299,10 @@ def check(config: Config) -> None:
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("train.warmup", train.warmup, 0 <= train.warmup < 1, "at least 0 and below 1"),
+        ("train.lr_floor", train.lr_floor, 0 <= train.lr_floor <= 1, "0 to 1"),
+        ("train.clip", train.clip, train.clip is None or 0 < train.clip < float("inf"), "more than 0"),
+        ("train.betas", train.betas, len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), "two from 0 to 1"),
         ("labels.initial", labels.initial, 0 < labels.initial <= 1, "more than 0 and at most 1"),
         ("labels.budget", labels.budget, 0 <= labels.budget <= 1, "0 to 1"),
         ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
@@ -338,6 +353,8 @@ WORDS = {
     "train.optimizer": ("sgd", "adam", "adamw"),
     "train.optimizer_state": ("fresh", "keep"),
     "train.precision": ("float32", "bf16"),
+    "train.schedule": ("constant", "linear", "cosine"),
+    "model.dtype": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "privacy.clipping": ("ghost", "plain"),
     "privacy.level": ("example", "client"),

@@ -54,7 +54,7 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 # naming something of the user's own, or an objective, that then is not what runs: another experiment than was asked for
 REFUSED = (
     "model.build", "model.extra", "data.load", "loss.", "distil.", "labels.", "privacy.level", "secure.", "clock.",
-    "schedule.", "until.", "attack.", "defence.",
+    "schedule.", "until.", "attack.", "defence.", "train.micro_batch", "train.clip", "train.betas",
 )  # fmt: skip
 
 
@@ -189,6 +189,8 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a strategy that sums records": lambda config, sweep: bool(
         registry.sums_of(registry.entry(config.strategy.name), config.strategy)
     ),
+    "no privacy of examples (there: privacy.chunk)": lambda config, sweep: not config.privacy.by_example,
+    "no privacy of examples (there: privacy.clip)": lambda config, sweep: not config.privacy.by_example,
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
     "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (
         not config.train.pool or any("@" not in word for word in config.train.pool)

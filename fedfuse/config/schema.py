@@ -30,13 +30,20 @@ class DataConfig:
     personal_test: float = key(0.2, "share of each client's examples kept for its own test", only="data!=pfllib|leaf")
     download: bool = key(False, "allow the Hugging Face hub, through flwr-datasets", only="data!=digits|custom|mixed")
     hub: str | None = key(None, "name of the data set on the hub", only="data.download=true")
-    layout: str = key("builtin", "builtin | parquet | npz | images | jsonl | csv | pfllib | leaf | custom | mixed")
-    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv")
-    targets: str | None = key(None, "column or array of the labels", only="data.layout=parquet|npz|jsonl|csv")
+    layout: str = key(
+        "builtin",
+        "builtin | parquet | npz | images | jsonl | csv | text | instruct | pfllib | leaf | custom | mixed",
+    )
+    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv|text")
+    targets: str | None = key(
+        None,
+        "column or array of the labels; `text`, `instruct`: a topic to deal by",
+        only="data.layout=parquet|npz|jsonl|csv|text|instruct",
+    )
     groups: str | None = key(
         None,
-        "column or array of natural client ids or domains",
-        only="data.layout=parquet|npz|jsonl|csv|images",
+        "column or array of natural client ids or domains; `text`, `instruct`: also file; plain text: file or role",
+        only="data.layout=parquet|npz|jsonl|csv|images|text|instruct",
     )
     target: str | None = key(
         None,
@@ -46,7 +53,7 @@ class DataConfig:
     test_fraction: float = key(
         0.2,
         "global test share where a directory brings no test split",
-        only="data.layout=parquet|npz|jsonl|csv|images|roles",
+        only="data.layout=parquet|npz|jsonl|csv|images|roles|text|instruct",
     )
     load: str | None = key(
         None,
@@ -120,11 +127,21 @@ class ModelConfig:
     feature_dim: int | None = key(
         None,
         "common size of `features(x)` across a pool",
-        only="model!=causal_lm|text_classifier",
+        only="model!=hf|causal_lm|text_classifier",
     )
-    width: float = key(1.0, "scales the number of channels", only="model!=custom|causal_lm|text_classifier")
+    width: float = key(1.0, "scales the number of channels", only="model!=custom|hf|causal_lm|text_classifier")
     build: str | None = key(None, "`model=custom`: dotted path pkg.mod:fn returning an nn.Module", only="model=custom")
-    path: str | None = key(None, "`causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    path: str | None = key(None, "`hf`, `causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    dtype: str = key(
+        "float32",
+        "of a frozen base: float32 | bf16 (half the memory; what is trained stays float32)",
+        only="model=hf|causal_lm|text_classifier",
+    )
+    gradient_checkpointing: bool = key(
+        False,
+        "compute activations again on the way back instead of keeping them: less memory, about a third more time",
+        only="model=hf|causal_lm|text_classifier",
+    )
     checkpoint: str | None = key(None, "weights to start from: torch (weights only) or safetensors")
     checkpoints: dict[str, str] = key({}, "in a pool: architecture to checkpoint")
     checkpoint_head: bool = key(
@@ -139,11 +156,24 @@ class ModelConfig:
 class TrainConfig:
     """Local training."""
 
-    epochs: int = key(1, "passes over a client's examples a round")
+    epochs: int = key(1, "passes over a client's examples a round", only="train.max_steps=null")
+    max_steps: int | None = key(None, "steps a round, in place of passes: as many passes as they take")
     batch_size: int = key(32, "examples a step")
+    micro_batch: int | None = key(
+        None,
+        "examples whose activations are held at once, gradients add up to the batch's; null: the whole batch",
+        only="no privacy of examples (there: privacy.chunk)",
+    )
     lr: float = key(0.05, "learning rate", only="an optimiser without a rate of its own (train.pool)")
     optimizer: str = key("sgd", "sgd | adam | adamw", only="train.pool=null")
     momentum: float = key(0.9, "momentum of sgd", only="train.optimizer=sgd")
+    betas: list[float] = key([0.9, 0.999], "β₁ and β₂ of adam and adamw", only="train.optimizer=adam|adamw")
+    schedule: str = key("constant", "of the learning rate over the run: constant | linear | cosine")
+    warmup: float = key(0.0, "share of the run in which the rate rises from 0")
+    lr_floor: float = key(0.0, "share of the rate that a schedule ends at", only="train.schedule=linear|cosine")
+    clip: float | None = key(
+        None, "largest norm of a step's gradient", only="no privacy of examples (there: privacy.clip)"
+    )
     weight_decay: float = key(0.0, "weight decay of the optimiser")
     optimizer_state: str = key("fresh", "fresh | keep (only for strategies with private state)")
     precision: str = key("float32", "float32 | bf16: forward and backward by torch.autocast, weights stay float32")

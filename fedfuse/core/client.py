@@ -19,7 +19,7 @@ from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import overlay, variable
 from fedfuse.seeding import generator, seed_everything
-from fedfuse.train import training
+from fedfuse.train import schedule, training
 from fedfuse.train.distil import Effort, plan
 from fedfuse.train.entropy import Source
 from fedfuse.train.losses import Loss, chosen
@@ -116,7 +116,8 @@ class FusionClient:
             examples = self.examples(split)
             if examples is not None:
                 x, y = examples
-                for name, value in scored(self.predict, x, y, self.classes).items():
+                bytes_held = self.scenario.data.byte_count(split, self.client)
+                for name, value in scored(self.predict, x, y, self.classes, bytes_held).items():
                     metrics[f"{split}/{name}"] = value
         return {}, metrics
 
@@ -311,11 +312,29 @@ class FusionClient:
         losses, self._losses = self._losses, []
         span = self.scenario.span(self._moment)
         config = options.pop("config", self.training)
+        if own or (not self.scenario.config.privacy.by_example and x is self.x):
+            options = {**self._settings(config, options, span, losses), "trim": loss is None, **options}
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
             result = training.train(self.model, inputs, labels, loss or _task, config, moment, **{**more, **options})
         if keep:
             self._keep_optimizer(options["optimizer"])
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
+
+    def _settings(
+        self, config: TrainConfig, options: dict[str, Any], span: tuple[float, float], losses: list[Loss]
+    ) -> dict[str, Any]:
+        """What `train.*` says of training on private examples, beside the optimiser's own settings."""
+        if config.micro_batch is not None and any(one.min_batch > 1 for one in losses):
+            raise UserError(
+                f"train.micro_batch={config.micro_batch}: loss={self.scenario.config.loss.name} compares the examples "
+                f"of a batch; allowed: null"
+            )
+        return {
+            "max_steps": config.max_steps if options.get("epochs") is None else None,
+            "rate": schedule.over(config, span),
+            "clip": config.clip,
+            "micro_batch": config.micro_batch,
+        }
 
     def distil(
         self,
@@ -369,6 +388,7 @@ class FusionClient:
                 f"privacy: this strategy trains on private examples with {what}; only the task's is covered"
             )
         epochs, size = options.pop("epochs", None), options.pop("batch_size", None)
+        rate_of = schedule.over(self.training, self.scenario.span(self._moment))
         with self.inside_budget(moment) as (budget, sampling, noising):
             rate, steps = budget.steps(epochs, size)
             noise = budget.noise([budget.steps(planned, size) for planned in self.trainings()])
@@ -376,7 +396,7 @@ class FusionClient:
             train, privacy = self.training, self.scenario.config.privacy
             dp_sgd(
                 self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
-                seed_parts=moment, **options,
+                seed_parts=moment, rate_of=rate_of, **options,
             )  # fmt: skip
             return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
 

@@ -94,7 +94,11 @@ def _nominal(strategy: FusionStrategy, client: int) -> tuple[int, Work]:
     if examples is not None and len(examples[0]):
         x: torch.Tensor = examples[0][:1].to(workspace.device)
         unit = flops(workspace.model(scenario.architectures[client]), x, True)
-    return down, Work(unit * scenario.examples(client) * scenario.config.train.epochs, unit, up)
+    train = scenario.config.train
+    passed = scenario.examples(client) * train.epochs
+    if train.max_steps is not None:
+        passed = train.max_steps * min(train.batch_size, scenario.examples(client))
+    return down, Work(unit * passed, unit, up)
 
 
 def shape(strategy: FusionStrategy, clock: VirtualClock) -> list[str]:

@@ -24,7 +24,9 @@ def names() -> dict[str, str]:
     return dict(MODELS)
 
 
-def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int) -> list[str]:
+def architectures(
+    config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int, next_token: bool = False
+) -> list[str]:
     """Name the architecture of each client.
 
     Parameters
@@ -37,6 +39,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
         Shape of one example; `auto` is a cnn for images larger than 8×8.
     clients
         Number of clients.
+    next_token
+        Whether tokens are labels too, so that `hf` is a causal language model, and no classifier.
 
     Raises
     ------
@@ -45,7 +49,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
     """
     if config.pool is not None and not config.pool:
         raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
-    pool = [_resolve(name, config, kind, shape) for name in config.pool or [config.name]]
+    named = ["causal_lm" if next_token and n == "hf" else n for n in config.pool or [config.name]]
+    pool = [_resolve("text_classifier" if n == "hf" else n, config, kind, shape) for n in named]
     if config.extra and not any(":" in name for name in pool):
         raise UserError(f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}")
     if config.checkpoint and len(set(pool)) > 1:
@@ -62,9 +67,15 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
 
 
 def build(
-    name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfig | None = None, seed: int
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    config: ModelConfig | None = None,
+    seed: int,
+    pad: int | None = None,
 ) -> nn.Module:
-    """Build a model in float32 on the CPU; equal (seed, name) give equal weights.
+    """Build a model on the CPU, in float32 but for `model.dtype`; equal (seed, name) give equal weights.
 
     Parameters
     ----------
@@ -78,6 +89,8 @@ def build(
         Width, feature size, checkpoint, and what a dotted path is called with; default: as a model has them itself.
     seed
         The run's seed. The global generators are left as they were.
+    pad
+        The token that fills short texts, for language models; None: their own.
 
     Raises
     ------
@@ -104,12 +117,13 @@ def build(
         elif name in LANGUAGE:
             from fedfuse.models import language
 
-            model = language.build(name, shape, classes, config)
+            model = language.build(name, shape, classes, config, pad)
         else:
             base, width = _split(name)
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
-    model.float()
+    if config.dtype == "float32" or name not in LANGUAGE:
+        model.float()
     object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
     path = config.checkpoints.get(name, config.checkpoint)
     if path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedfuse.config.schema import DistilConfig, TrainConfig
-from fedfuse.train.training import sizes_of
+from fedfuse.train.batch import sizes_of
 
 RATES = {"sgd": 0.05, "adam": 0.001, "adamw": 0.001}  # where nobody names a rate for a chosen optimiser
 

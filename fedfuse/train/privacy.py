@@ -9,9 +9,10 @@ over everything a client has released in a run, at δ ≤ 1/N. Needs the extra `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from fedfuse.errors import UserError
 from fedfuse.train import training, work
 from fedfuse.train.accounting import History, epsilon, joined, noise_for
 from fedfuse.train.allowance import passes
+from fedfuse.train.batch import only, rates
 from fedfuse.train.entropy import Keystream, Source, gaussian, uniform
 from fedfuse.train.ledger import Ledger
-from fedfuse.train.task import task_losses
+from fedfuse.train.task import task_losses, trimmed
 
 PRIVATE = frozenset({"epochs", "batch_size", "params", "lr", "optimizer", "after_backward"})  # options of `train`
 
@@ -138,9 +140,14 @@ class Budget:
         return epsilon(self.history, self.delta) if self.history else 0.0
 
     def steps(self, epochs: int | None = None, batch_size: int | None = None) -> tuple[float, int]:
-        """Sampling rate q and steps of one training: on average, `epochs` passes in batches of `batch_size`."""
+        """Sampling rate q and steps of one training: on average, `epochs` passes in batches of `batch_size`.
+
+        Without `epochs`, the run's `train.max_steps` or `train.epochs`.
+        """
         size = self.train.batch_size if batch_size is None else batch_size
         a_pass = max(1, -(-self.examples // size))
+        if epochs is None and self.train.max_steps is not None:
+            return 1 / a_pass, self.train.max_steps
         return 1 / a_pass, a_pass * (self.train.epochs if epochs is None else epochs)
 
     def noise(self, round: Sequence[tuple[float, int]], *before: tuple[float, int]) -> float:
@@ -214,6 +221,7 @@ def train(
     lr: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     after_backward: Callable[[nn.Module], None] | None = None,
+    rate_of: Callable[[int, int], float] | None = None,
 ) -> None:
     """Train by DP-SGD on the task's loss, in place; whatever is trained is clipped and noised together.
 
@@ -227,20 +235,19 @@ def train(
         What dropout is drawn from.
     after_backward
         Called between the noised gradient and the step; it may use only what is public or was released.
+    rate_of
+        Factor on the learning rate in step k of K, from 0.
 
     Raises
     ------
     UserError
         If Opacus cannot give gradients by example of this model.
     """
-    from opacus.grad_sample.utils import get_hooks_class
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
     noise, rate, steps = release
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
-    wanted = {id(p) for p in chosen}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
     inner = training.optimizer(chosen, config) if optimizer is None else optimizer
     if lr is not None:
         for group in inner.param_groups:
@@ -258,24 +265,22 @@ def train(
         generator=None if isinstance(noising, Keystream) else noising,
     )
     training.training_mode(model)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    hooks: Any = None
     passed = 0
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens, and data, need no gradient
     try:
-        more = {"max_grad_norm": privacy.clip} if ghost else {}
-        hooks = get_hooks_class("ghost" if ghost else "hooks")(model, **more)
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+        with only(model, chosen), _by_example(model, privacy) as hooks, rates(inner, rate_of) as put, fork:
             training.seed(x.device, *seed_parts, "layers")
-            for _ in range(steps):
+            for step in range(steps):
+                put(step, steps)
                 rows = drawn(len(x), rate, sampling).to(x.device)
                 passed += len(rows)
                 chunks = rows.split(privacy.chunk or max(1, len(rows))) if len(rows) else (rows,)
                 for i, part in enumerate(chunks):
                     wrapped.zero_grad()
                     if len(part):
-                        losses = task_losses(model(x[part]), y[part])
+                        labels, texts = trimmed(y[part], x[part])
+                        losses = task_losses(model(texts), labels)
                         value: Any = DPTensorFastGradientClipping(hooks, wrapped, losses) if ghost else losses.mean()
                         value.backward()
                     else:  # nobody was drawn: the step is noise alone
@@ -291,12 +296,22 @@ def train(
         words = " ".join(str(error).split())[:160]
         raise UserError(f"privacy.clipping={privacy.clipping}: Opacus refuses this model ({words})") from error
     finally:
-        if hooks is not None:
-            hooks.cleanup()
-            for module in model.modules():
-                for name in ("activations", "max_batch_len"):
-                    module.__dict__.pop(name, None)
         inner.zero_grad()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     work.note(model, x, passed, True)
+
+
+@contextlib.contextmanager
+def _by_example(model: nn.Module, privacy: PrivacyConfig) -> Iterator[Any]:
+    """Opacus's hooks on a model, which find gradients by example; nothing of them is left behind."""
+    from opacus.grad_sample.utils import get_hooks_class
+
+    ghost = privacy.clipping == "ghost"
+    more = {"max_grad_norm": privacy.clip} if ghost else {}
+    hooks = get_hooks_class("ghost" if ghost else "hooks")(model, **more)
+    try:
+        yield hooks
+    finally:
+        hooks.cleanup()
+        for module in model.modules():
+            for name in ("activations", "max_batch_len"):
+                module.__dict__.pop(name, None)

@@ -15,6 +15,7 @@ from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
 from fedfuse.train import work
 from fedfuse.train.allowance import passes
+from fedfuse.train.batch import backward, only, rates, sizes_of
 
 _OPTIMIZERS = {
     "sgd": bare(torch.optim.SGD),
@@ -24,7 +25,7 @@ _OPTIMIZERS = {
 
 
 def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return a fresh optimiser of `params` by `train.optimizer`, `lr`, `momentum` (sgd) and `weight_decay`.
+    """Return a fresh optimiser of `params` by `train.optimizer`, its rate, moments and weight decay.
 
     Raises
     ------
@@ -45,6 +46,8 @@ def optimizer(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.Opti
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
+    else:
+        options["betas"] = tuple(config.betas)
     return _OPTIMIZERS[config.optimizer](chosen, **options)
 
 
@@ -80,17 +83,6 @@ def batches(n: int, size: int, epochs: int, *seed_parts: object, least: int = 2)
         yield from torch.randperm(n, generator=generator(*seed_parts, epoch)).split(sizes)
 
 
-def sizes_of(n: int, size: int, least: int = 2) -> list[int]:
-    """Return the rows in each batch of one epoch, as `batches` makes them."""
-    sizes = [size] * (n // size)
-    tail = n % size
-    if tail and sizes and tail < least:
-        sizes[-1] += tail
-    elif tail:
-        sizes.append(tail)
-    return sizes
-
-
 def train(
     model: nn.Module,
     x: Tensor,
@@ -108,6 +100,11 @@ def train(
     after_step: Callable[[int, int], object] | None = None,
     forward: Callable[[Tensor], Any] | None = None,
     least: int = 2,
+    max_steps: int | None = None,
+    rate: Callable[[int, int], float] | None = None,
+    clip: float | None = None,
+    micro_batch: int | None = None,
+    trim: bool = False,
 ) -> dict[str, Any]:
     """Minimise a loss by mini-batches. The result depends on the arguments alone, also with dropout.
 
@@ -138,6 +135,16 @@ def train(
         `forward(x_batch)` in place of `model(x_batch)`; its value is what `loss` gets.
     least
         Least rows in the last batch of an epoch (see `batches`).
+    max_steps
+        Steps in place of passes: exactly so many, over as many passes as they take.
+    rate
+        `rate(k, K)`: factor on the learning rate in step k of K, from 0.
+    clip
+        Largest norm of a step's gradient, as the optimiser gets it.
+    micro_batch
+        Rows that pass through the network at once (see `batch.backward`).
+    trim
+        As in `batch.backward`: leave out places of texts that count in none of the batch.
 
     Returns
     -------
@@ -153,50 +160,47 @@ def train(
         return {"steps": 0, "loss": float("nan")}
     epochs = config.epochs if epochs is None else epochs
     batch_size = config.batch_size if batch_size is None else batch_size
-    passes(epochs)
+    each = len(sizes_of(len(x), batch_size, least)) if batch_size > 0 else 1
+    if max_steps is not None:
+        epochs = -(-max_steps // each)
+    passes(epochs if max_steps is None else max_steps / each)
     chosen = list(model.parameters() if params is None else params)
-    frozen: list[nn.Parameter] = []
-    if params is not None:
-        wanted = {id(p) for p in chosen}
-        frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    trained = [p for p in chosen if p.requires_grad]
     if optimizer is None:
-        if lr is not None:
-            config = dataclasses.replace(config, lr=lr)
-        optimizer = _fresh((p for p in chosen if p.requires_grad), config)
+        optimizer = _fresh(trained, config if lr is None else dataclasses.replace(config, lr=lr))
     elif lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr
     call: Callable[[Tensor], Any] = model if forward is None else forward
     if config.precision == "bf16":
         call = _mixed(call, x.device.type)
-    planned = epochs * len(sizes_of(len(x), batch_size, least)) if after_step is not None else 0
+    planned = epochs * each if max_steps is None else max_steps
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     steps = passed = 0
     training_mode(model)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        with only(model, chosen), rates(optimizer, rate) as put, fork:
             seed(x.device, *seed_parts, "layers")
             for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
                 optimizer.zero_grad()
-                out = call(x.index_select(0, rows))
-                value = loss(out, None if y is None else y.index_select(0, rows), rows)
-                cast(Any, value).backward()
+                put(steps, planned)
+                batch = x.index_select(0, rows), None if y is None else y.index_select(0, rows), rows
+                value = backward(call, loss, batch, micro_batch, trim)
                 if after_backward is not None:
                     after_backward(model)
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(trained, clip)
                 optimizer.step()
-                total += value.detach()
+                total += value
                 steps += 1
                 passed += len(rows)
-                if after_step is not None and after_step(steps, planned):
+                if steps == max_steps or (after_step is not None and after_step(steps, planned)):
                     break
         work.note(model, x, passed, True, forward)
     finally:
         optimizer.zero_grad()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     return {"steps": steps, "loss": total.item() / steps if steps else float("nan")}
 
 

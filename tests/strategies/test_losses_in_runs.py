@@ -32,8 +32,8 @@ MORE = {
     "fedgen": ("strategy.generator_steps=3",),
 }
 DISTIL = (
-    "cfd", "comet", "dsfl", "fd", "fedd2s", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedkd", "fedmd", "fedov", "fml",
-    "knfu", "ktpfl", "scarlet", "selectivefd",
+    "cfd", "comet", "dsfl", "fd", "fedd2s", "feddf", "fedet", "fedgen", "fedgkt", "fedhkd", "fedkd", "fedmd", "fedov",
+    "fml", "knfu", "ktpfl", "scarlet", "selectivefd",
 )  # fmt: skip
 
 
