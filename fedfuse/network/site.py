@@ -82,8 +82,8 @@ class Site:
 
     def _outside(self, reason: str) -> str:
         """A reason as others are told it: where things lie here is this site's affair."""
-        for place in filter(None, (self.seat.data, str(self.seat.state))):
-            reason = reason.replace(place, "…")
+        for folder in filter(None, (self.seat.data, str(self.seat.state))):
+            reason = reason.replace(folder, "…")
         return FOLDERS.sub("…/", reason)
 
     def _handle(self, message: Message, kept: RecordDict) -> Message:

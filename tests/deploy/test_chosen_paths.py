@@ -134,7 +134,9 @@ def test_a_site_with_data_of_its_own_reads_inside_its_folder_alone(words: list[s
     reference.mkdir()
     np.savez(reference / "train.npz", x=rows, y=np.arange(60) % 10)
     told = tiny("fedavg")
-    config = replace(told, data=replace(told.data, name="npz", layout="builtin", root=str(reference), limit=None, test_limit=None))
+    config = replace(
+        told, data=replace(told.data, name="npz", layout="builtin", root=str(reference), limit=None, test_limit=None)
+    )
     task, values = task_of(prepare_scenario(config)), json.loads(as_json(for_sites(config)))
     keys = [key for key in all_keys(values) if key.startswith("data.")]
     keys += ["data.extra.sources", "data.extra.test", "data.extra.text", "data.extra.size"]
@@ -170,7 +172,8 @@ def test_no_hyper_parameter_of_a_message_chooses_a_path(words: list[str], tmp_pa
 
 def test_a_path_of_the_servers_is_its_operators_and_no_client_is_told_it() -> None:
     config = tiny("fednano", "strategy.language=bait")
-    for text, why in ((as_json(config), "no file or folder is named"), (put(json.loads(as_json(config)), "strategy.language", "/bait"), "only registered names")):  # fmt: skip
+    absolute = put(json.loads(as_json(config)), "strategy.language", "/bait")
+    for text, why in ((as_json(config), "no file or folder is named"), (absolute, "only registered names")):
         with pytest.raises(Refused, match=why):
             from_json(text, at_server=True)
     assert from_json(as_json(config), code=True, at_server=True).strategy.language == "bait"
@@ -222,7 +225,7 @@ def test_a_round_is_a_whole_number(round: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_the_configuration_that_it_began_with(tmp_path: Path) -> None:
-    """The attack: a reply that was masked lies at its site as it was; the run's id with secure=off asks for it again."""
+    """The attack: what left masked lies at its site as it was, and the run's id with secure=off asks for it again."""
     network, bare = Network(seats(tmp_path, 3)), list[Message]()
     plain = as_json(tiny("fedavg"))
 
