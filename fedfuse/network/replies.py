@@ -50,7 +50,7 @@ def _config_fault(config: Any, client: int) -> str | None:
     for key, value in config.items():
         if key not in WORDS:
             return f"unexpected entry {key[:80]!r} in config"
-        if type(value) is not WORDS[key] or (key in FORMS and not FORMS[key].fullmatch(value)):
+        if type(value) is not WORDS[key] or (key in FORMS and not FORMS[key].fullmatch(str(value))):
             return f"config entry {key!r} is no {key}, or no {WORDS[key].__name__}"
     if config.get("client", client) != client:
         return f"says it is client {config['client']}, client {client} was asked"
