@@ -68,7 +68,7 @@ from fedfuse import (
 class FedNanoHyper:
     """Hyper-parameters of FedNano."""
 
-    language: str | None = hyper(None, "directory of the server's language model; null: a small random one")
+    language: str | None = hyper(None, "folder of the server's language model; null: a small random one", path=True)
     question: str = hyper("What is it?", "what is asked of every image")
     tokens: int = hyper(8, "L, embeddings that an image becomes", low=1)
     width: int = hyper(64, "d, numbers in an embedding: the language model's", low=4)

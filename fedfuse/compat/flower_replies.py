@@ -14,6 +14,8 @@ from functools import cache
 
 from flwr.app import Message, Metadata, RecordDict
 
+from fedfuse.compat.flower_identity import claim_identity
+
 FIELDS = frozenset(
     {
         "_message_id",
@@ -31,6 +33,7 @@ FIELDS = frozenset(
 @cache
 def known() -> bool:
     """Whether Flower keeps a message in the fields that we know, and no others."""
+    claim_identity()  # in an actor of Flower's simulator nobody has yet
     made = Message(RecordDict(), dst_node_id=1, message_type="train")
     return made.metadata.__dict__.keys() >= FIELDS and made.__dict__.keys() == {"_metadata", "_content", "_error"}
 

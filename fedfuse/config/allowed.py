@@ -35,6 +35,10 @@ def _word(value: Any) -> bool:
     return WORD.fullmatch(value) is not None and ".." not in value
 
 
+def _sentence(value: Any) -> bool:
+    return _word(value.replace("?", "").replace("!", ""))
+
+
 def _nothing(value: Any) -> bool:
     return not value
 
@@ -95,6 +99,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "schedule.staleness": _word,
     "out": _nothing,
 }
+MOST = {"clients": 1_000_000, "runtime.retries": 100}  # numbers that something is done so often for
 NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type
 OWNERS = frozenset({"data.root", "tracking.uri", "out"})  # the operator's own at the server; never told to sites
 
@@ -117,6 +122,8 @@ def check_texts(values: Any, at_server: bool = False) -> None:
     for key, value in leaves(values):
         if at_server and key in OWNERS:
             continue
+        if key in MOST and isinstance(value, int) and value > MOST[key]:
+            raise Refused(f"{key}={str(value)[:80]}: over the wire at most {MOST[key]} is taken")
         if not _allowed(key, value):
             raise Refused(f"{key}={str(value)[:80]!r}: over the wire only registered names and numbers are taken")
 
@@ -155,7 +162,7 @@ def _allowed(key: str, value: Any) -> bool:
         return bool(TEXTS[key](value))
     group, _, rest = key.partition(".")
     if group == "strategy":
-        return _word(value) and OPTION.fullmatch(rest) is not None
+        return _sentence(value) and OPTION.fullmatch(rest) is not None
     if key.startswith("data.extra."):
         return rest.removeprefix("extra.") in EXTRA and _word(value)
     option = key.removeprefix("loss.options.")

@@ -28,6 +28,18 @@ def code(allowed: bool) -> Iterator[None]:
         _own_machine.reset(token)
 
 
+def refuse_by_wire(said: str) -> None:
+    """Refuse what names a file or folder, where the configuration came by wire.
+
+    Raises
+    ------
+    Refused
+        With what was said.
+    """
+    if not _own_machine.get():
+        raise Refused(f"{said[:80]}: over the wire no file or folder is named")
+
+
 class Given(str):
     """A key's text that brings along what it stands for: something a Python program handed over, for one's own machine.
 

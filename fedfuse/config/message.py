@@ -11,6 +11,7 @@ from typing import Any
 from fedfuse.config import registry
 from fedfuse.config.allowed import check_texts
 from fedfuse.config.compose import check
+from fedfuse.config.dotted import code as code_allowed
 from fedfuse.config.schema import Config, TrackingConfig
 from fedfuse.errors import UserError, nearest
 
@@ -25,7 +26,8 @@ def as_json(config: Config) -> str:
 def for_sites(config: Config) -> Config:
     """The configuration as sites are told it: without what is the server's own (folders, trackers, passwords)."""
     told = dataclasses.replace(config, out=None, tracking=TrackingConfig())
-    return dataclasses.replace(told, data=dataclasses.replace(config.data, root=None))
+    strategy = dataclasses.replace(config.strategy, **registry.told(config.strategy))
+    return dataclasses.replace(told, strategy=strategy, data=dataclasses.replace(config.data, root=None))
 
 
 def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
@@ -61,7 +63,8 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     if not isinstance(name, str):
         raise UserError(f"strategy={name!r}: a name is needed")
     registry.entry(name)  # refuses what is not registered
-    chosen = registry.typed(_build(registry.schema(name), values["strategy"], "strategy."))
+    with code_allowed(code):
+        chosen = registry.typed(_build(registry.schema(name), values["strategy"], "strategy."))
     config = _build(Config, {key: value for key, value in values.items() if key != "strategy"}, "")
     config.strategy = chosen
     check(config)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedfuse.config.dotted import refuse_by_wire
 from fedfuse.config.keys import Key, allowed, keys_of
 from fedfuse.errors import UserError, in_words, nearest
 
@@ -62,6 +63,7 @@ def hyper(
     high: float | None = None,
     above: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    path: bool = False,
 ) -> Any:
     """Declare a hyper-parameter: a dataclass field with its meaning (paper's symbol, unit) and what is allowed.
 
@@ -77,8 +79,10 @@ def hyper(
         Open lower bound.
     choices : tuple, optional
         Allowed values.
+    path : bool
+        It names a file or folder of the server's machine: whoever asks by wire may not say it, clients are not told it.
     """
-    metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices}
+    metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices, "path": path}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -213,12 +217,16 @@ def check(name: str, values: Any) -> None:
     ------
     UserError
         One line naming the strategy, the field, the value and what is allowed.
+    Refused
+        If the values came by wire and name a path.
     """
     for field in dataclasses.fields(values):
         value, rule = getattr(values, field.name), field.metadata
         where = f"strategy.{field.name}={value}"
         if value is None or not rule:
             continue
+        if rule.get("path"):
+            refuse_by_wire(where)
         if rule.get("choices") is not None and value not in rule["choices"]:
             raise UserError(f"{where}: {name} allows {', '.join(map(str, rule['choices']))}")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -268,6 +276,12 @@ def typed(values: Any) -> Any:
         raise UserError(f"strategy={chosen.name}: {error}") from error
     check(chosen.name, made)
     return made
+
+
+def told(hyper: Any) -> dict[str, Any]:
+    """Hyper-parameters as clients are told them: without what names a file or folder of the server's."""
+    kinds = dataclasses.fields(hyper)
+    return {f.name: None if f.metadata.get("path") else getattr(hyper, f.name) for f in kinds if f.name != "name"}
 
 
 def hypers(name: str) -> list[Key]:

@@ -36,7 +36,7 @@ from fedfuse.train.work import Tally, counting
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.group_sums import empty_totals, fixed_points, hand_over, keep_back, wanted
-from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale
+from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
@@ -394,6 +394,8 @@ class Node:
         if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
             raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
         for parcel in parcels(content, config, cache):
+            if not reaches(parcel.to, who, self.workspace.scenario.architectures[who]):
+                raise Refused(f"topic {parcel.topic!r} for {parcel.to[:80]!r} is not for client {who}")
             scope = self.workspace.scope(who, hyper)
             spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
             validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from itertools import chain
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -14,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fedfuse.config import registry
 from fedfuse.core.client_level import Noised
 from fedfuse.core.defended import Defended
 from fedfuse.core.inbox import Inbox
@@ -466,7 +466,7 @@ class FusionStrategy(Strategy):
             "sums": sums,
             **({"secure": json.dumps(secure)} if secure else {}),
         }
-        hypers = {k: v for k, v in asdict(self.hyper).items() if k != "name"}
+        hypers = registry.told(self.hyper)
         values |= {f"hyper.{k}": v for k, v in hypers.items() if v is not None}
         values["hyper.unset"] = json.dumps(sorted(k for k, v in hypers.items() if v is None))
         return ConfigRecord({**values, **{f"server.{k}": v for k, v in extra.items()}})

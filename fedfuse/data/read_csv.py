@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import Any
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import gunzipped
 from fedfuse.data.read_jsonl import read_rows
 from fedfuse.errors import UserError
 
@@ -30,11 +31,8 @@ def read(config: DataConfig, root: Path) -> Dataset:
 def rows(path: Path) -> list[dict[str, Any]]:
     """Read one row per example; a column of which every value is a number holds numbers."""
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig", newline="")
-        ) as file:
+        content = gunzipped(path) if path.suffix == ".gz" else path.open("rb")
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, "excel-tab" if ".tsv" in path.suffixes else "excel", strict=True)
             header = next(reader, [])
             found = []

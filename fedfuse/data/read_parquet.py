@@ -13,6 +13,7 @@ from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, pad_of
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import room, too_large
 from fedfuse.data.locations import reason_of, split_files
 from fedfuse.data.pixels import decode
 from fedfuse.errors import UserError
@@ -55,6 +56,11 @@ def _open(path: Path) -> pyarrow.Table:
     import pyarrow.parquet
 
     try:
+        about = pyarrow.parquet.read_metadata(path)
+        # what its pages hold, and a byte a value: a column of a million equal values is a page of a few
+        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if (size := max(size, about.num_rows * about.num_columns)) > (most := room(path)):
+            raise too_large(path, size, most)
         return pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); expected a parquet file") from None

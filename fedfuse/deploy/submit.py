@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import subprocess
 import tempfile
@@ -21,9 +22,10 @@ from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link
 from fedfuse.deploy.orders import unpack, write_patience
 from fedfuse.deploy.processes import surroundings
-from fedfuse.errors import UserError, WorldError, one_line
+from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line
 from fedfuse.network.remote_grid import Patience
 
+ENDED = ("fedfuse: failed: ", "fedfuse: refused: ")  # lines of ours that a run ends with
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
 
 
@@ -123,11 +125,14 @@ def submit(
             text=True,
         ) as stream:
             assert stream.stdout is not None
+            over = False
             try:
                 for raw in stream.stdout:
                     line = raw.rstrip()
-                    if line and not line.lstrip().startswith(NOISE):
+                    if line and not line.lstrip().startswith(NOISE) and not over:
                         say(line)
+                    # what follows is the same once more, in Flower's words and with a traceback
+                    over = over or (line.startswith(ENDED) and not os.environ.get(TRACEBACK))
             except BaseException:
                 stream.terminate()
                 raise

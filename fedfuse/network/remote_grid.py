@@ -17,7 +17,7 @@ from fedfuse.engines.grid import FusionGrid
 from fedfuse.errors import WorldError, in_words, one_line
 from fedfuse.network.replies import fault_of
 from fedfuse.network.roster import Roster
-from fedfuse.network.secure_sums import SecureSums, size_of
+from fedfuse.network.secure_sums import SecureSums, TooFew, size_of
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays, config_in
 
@@ -276,9 +276,24 @@ class RemoteGrid(FusionGrid):
         WorldError
             If too few clients succeeded even when asked a second time.
         """
-        sent, messages = [], list(messages)
-        answered: list[tuple[Sent, Message]] = []
-        self._secured(messages)
+        messages = list(messages)
+        limit = timeout if timeout is not None else self.patience.deadline
+        try:
+            opened = self._secured(messages)
+            answered = self._answers(messages, limit, 0 if opened else self.patience.minimum)
+            short = self._secure.short(_good(answered)) if opened and self._secure is not None else None
+        except TooFew as few:  # nothing was unmasked yet
+            short, answered = str(few), []
+        if short is not None:
+            self.say(f"fedfuse: {short}; keys are exchanged anew and all are asked once more")
+            self._secured(messages, anew=True)
+            answered = self._answers(messages, limit, self.patience.minimum)
+        answered.sort(key=lambda pair: pair[0].client)
+        return [self._looked_at(item, reply) for item, reply in answered]
+
+    def _answers(self, messages: list[Message], limit: float | None, least: int) -> list[tuple[Sent, Message]]:
+        """Whatever clients answer; those who fail are asked once more where fewer than `least` succeed."""
+        sent, answered = list[Sent](), list[tuple[Sent, Message]]()
         for message in messages:
             client = message.metadata.dst_node_id - 1
             if self._secure is not None and client in self.nodes and client not in self._secure.records:
@@ -289,9 +304,8 @@ class RemoteGrid(FusionGrid):
             else:
                 gone = Error(FAILED, "no node acts as it")
                 answered.append((Sent(message, client, -1), Message(gone, reply_to=message)))
-        limit = timeout if timeout is not None else self.patience.deadline
         self._exchange(sent, limit, answered)
-        needed = min(self.patience.minimum, len(sent))
+        needed = min(least, len(sent))
         if _good(answered) < needed:
             self.say(f"fedfuse: {_good(answered)} of {len(sent)} replied, {needed} are needed; asking again")
             answered = [(item, reply) for item, reply in answered if _counts(reply)]
@@ -304,22 +318,26 @@ class RemoteGrid(FusionGrid):
                     f"{_good(answered)} of {len(sent)} clients replied, at least {needed} are needed"
                     + (f" ({'; '.join(causes)})" if causes else "")
                 )
-        answered.sort(key=lambda pair: pair[0].client)
-        return [self._looked_at(item, reply) for item, reply in answered]
+        return answered
 
-    def _secured(self, messages: list[Message]) -> None:
-        """Have keys and shares of a phase's secure sum exchanged; a client asked once more is in it already."""
+    def _secured(self, messages: list[Message], anew: bool = False) -> bool:
+        """Have keys and shares of a phase's secure sum exchanged, and say whether that was done now.
+
+        A client that is asked once more is in its phase's sum already.
+        """
         run: Any = (config_in(messages[0].content, "run") if messages else None) or {}
         if "secure" not in run:
             self._secure = None
-            return
+            return False
         clients = {message.metadata.dst_node_id - 1 for message in messages} & self.nodes.keys()
         about, open_ = (run["run"], run["round"], run["phase"]), self._secure
-        if open_ is None or open_.about != about or not clients <= open_.clients:
-            self._secure = None
-            self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run))
-            for client, told in self._secure.records.items():
-                self.extra.append((client, "down", "secure:train", size_of(told)))
+        if open_ is not None and open_.about == about and clients <= open_.clients and not anew:
+            return False
+        self._secure = None
+        self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run))
+        for client, told in self._secure.records.items():
+            self.extra.append((client, "down", "secure:train", size_of(told)))
+        return True
 
     def _ask(self, step: str, told: Mapping[int, dict[str, Any]], run: Any) -> dict[int, Mapping[str, Any]]:
         """Send one step of a secure sum; who does not answer with a record is left out of what comes back."""

@@ -8,7 +8,11 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int}
-LONGEST = 512  # characters of a text in a reply
+FORMS = {  # of these texts, which the server keeps: a method's name, a state's, a hash
+    "phase": re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII),
+    "tag": re.compile(r"(\d{1,12}(\.\d{1,6})?)?", re.ASCII),
+    "sha": re.compile(r"([0-9a-f]{64})?", re.ASCII),
+}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric: it goes into tables and logs
 MOST = 64  # records and metrics of a reply
 
@@ -46,8 +50,8 @@ def _config_fault(config: Any, client: int) -> str | None:
     for key, value in config.items():
         if key not in WORDS:
             return f"unexpected entry {key[:80]!r} in config"
-        if type(value) is not WORDS[key] or (isinstance(value, str) and len(value) > LONGEST):
-            return f"config entry {key!r} is not a short {WORDS[key].__name__}"
+        if type(value) is not WORDS[key] or (key in FORMS and not FORMS[key].fullmatch(str(value))):
+            return f"config entry {key!r} is no {key}, or no {WORDS[key].__name__}"
     if config.get("client", client) != client:
         return f"says it is client {config['client']}, client {client} was asked"
     if not 0 <= int(config.get("retried", 0)) <= 100:

@@ -22,6 +22,10 @@ Ask = Callable[[str, Mapping[int, dict[str, Any]]], Answers]
 LONGEST = 4096  # bytes of a key, or of an encrypted pair of shares
 
 
+class TooFew(WorldError):
+    """A sum would be of fewer clients than its threshold; nothing of it was unmasked."""
+
+
 class SecureSums:
     """One phase's secure sum.
 
@@ -41,7 +45,7 @@ class SecureSums:
 
     Raises
     ------
-    WorldError
+    TooFew
         If fewer clients than the threshold take part.
     """
 
@@ -71,12 +75,16 @@ class SecureSums:
             others = sorted(self.neighbours[i] - {i})
             self.records[i] = ConfigRecord({**told, "from": others, "sealed": [sealed[j][i] for j in others]})
 
+    def short(self, count: int, did: str = "answered") -> str | None:
+        """What is to be said if so many clients are too few; None if they are enough."""
+        if count >= self.threshold:
+            return None
+        of = f"{count} of {len(self.clients)} clients {did}, a secure sum needs {self.threshold}"
+        return f"round {self.about[1]}, {self.about[2]}: {of}"
+
     def _enough(self, those: Collection[int], did: str) -> None:
-        if len(those) < self.threshold:
-            raise WorldError(
-                f"round {self.about[1]}, {self.about[2]}: {len(those)} of {len(self.clients)} clients {did}, "
-                f"a secure sum needs {self.threshold}"
-            )
+        if (short := self.short(len(those), did)) is not None:
+            raise TooFew(short)
 
     def unmask(self, active: Collection[int], total: np.ndarray) -> np.ndarray:
         """The sum of what the active clients sent, without their masks.

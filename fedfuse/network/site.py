@@ -36,6 +36,7 @@ from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
 
 RUN = re.compile(r"[0-9a-f]{32}")
+FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/'\",;:()]+/)+")  # that lead to a file or folder of this site's
 
 
 class Site:
@@ -77,7 +78,13 @@ class Site:
     def _error(self, code: int, reason: str, message: Message) -> Message:
         reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log
         print(f"fedfuse: {reason}", flush=True)
-        return Message(Error(code=code, reason=reason), reply_to=message)
+        return Message(Error(code=code, reason=self._outside(reason)), reply_to=message)
+
+    def _outside(self, reason: str) -> str:
+        """A reason as others are told it: where things lie here is this site's affair."""
+        for folder in filter(None, (self.seat.data, str(self.seat.state))):
+            reason = reason.replace(folder, "…")
+        return FOLDERS.sub("…/", reason)
 
     def _handle(self, message: Message, kept: RecordDict) -> Message:
         setting = message.content.config_records.get("setting")
@@ -89,6 +96,7 @@ class Site:
         config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
         self._room(run)  # nothing is written for a run that the site does not take part in
         self._not_orphaned(self.seat.state / run, setting)
+        self._pinned(self.seat.state / run, str(setting.get("config", "")))
         mine = self.seat.acts_as(scenario.clients)
         if message.metadata.message_type == "query.hello":
             found: dict[str, Any] = {
@@ -108,7 +116,9 @@ class Site:
             check_texts({"strategy": given})
         policy, training = self.seat.policy, not message.metadata.message_type.startswith("evaluate")
         round = about.get("round", 0)
-        policy.check_round(round if type(round) is int else -1)
+        if type(round) is not int:
+            raise Refused(f"round {str(round)[:40]!r} is no whole number")
+        policy.check_round(round)
         held, step = SiteSecrets(kept, int(client)), message.metadata.message_type.removeprefix(PREFIX)
         told: Any = message.content.config_records.get("secure")
         if step in STEPS and config.secure.on and told is not None:
@@ -130,7 +140,7 @@ class Site:
             reason = one_line(reply.error.reason)
             print(f"fedfuse: client {client}: {reason}", flush=True)
             self._note("not done", message, run, config, round, reason=reason)
-            return reply
+            return Message(Error(reply.error.code, self._outside(reason)), reply_to=message)
         if secret:
             reply = Message(held.hide(reply.content, config, about), reply_to=message)
         elif config.secure.on:
@@ -180,6 +190,17 @@ class Site:
             folder.mkdir(parents=True, exist_ok=True)
             with replaced(path, durable=True) as partial:
                 partial.write_text(str(attempt))
+
+    def _pinned(self, folder: Path, text: str) -> None:
+        """Keep a run to the configuration that it began with here: what was masked under it, another would lay bare."""
+        if self.seat.store is not None:  # Flower's simulator is no deployment
+            return
+        path, found = folder / "configuration", hashlib.sha256(text.encode()).hexdigest()
+        if not path.exists():
+            with replaced(path, durable=True) as partial:
+                partial.write_text(found)
+        elif path.read_text() != found:
+            raise Refused("this run began with another configuration")
 
     def _scenario(self, text: str, task: str) -> tuple[Config, Scenario]:
         if text not in self._scenarios:

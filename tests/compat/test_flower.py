@@ -80,6 +80,15 @@ def test_without_the_names_a_reply_is_flowers(monkeypatch: pytest.MonkeyPatch) -
     assert reply.metadata.reply_to_message_id == "m1"
 
 
+def test_a_reply_is_made_where_nobody_has_said_who_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the actors of Flower's simulator: the look at Flower's fields makes a message of its own."""
+    message = asked()
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(flower_identity.TaskIdentity, name, None)
+    flower_replies.known.cache_clear()
+    assert flower_replies.reply_to(message, RecordDict()).metadata.reply_to_message_id == "m1"
+
+
 def test_an_identity_is_asked_for_and_can_be_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     identity = flower_identity.TaskIdentity
     for name in ("_run_id", "_task_id", "_node_id"):

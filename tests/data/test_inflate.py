@@ -150,16 +150,31 @@ def test_a_pickle_takes_no_more_than_there_is_room_for(tmp_path: Path, monkeypat
             read_client(pickled(body, tmp_path / f"{name}.npz"))
 
 
-@pytest.mark.parametrize("layout", ["builtin", "jsonl"])
+def test_a_small_parquet_file_does_not_take_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values of a column lie in it as a few bytes and a count."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv(INFLATED, str(2**20))
+    column, path = pyarrow.array(np.zeros(2**20, np.int8)), tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"x": column, "label": column}), path)
+    assert path.stat().st_size < 2**17
+    with pytest.raises(UserError, match=r"train\.parquet: would inflate to 2097152 bytes or more; allowed are 1048576"):
+        load(DataConfig(name="parquet", layout="parquet", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("layout", ["builtin", "jsonl", "csv"])
 def test_gzipped_files_have_a_limit_too(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INFLATED, str(2**20))
     if layout == "builtin":
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(
             gzip.compress(struct.pack(">IIII", 2051, 4096, 32, 32) + bytes(2**22))
         )
+    elif layout == "csv":
+        (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"x,y\n" + b"0.0,0\n" * 2**20))
     else:
         line = json.dumps({"x": [0.0] * 2**17, "y": 0}) + "\n"
         (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line.encode() * 8))
-    name = "mnist" if layout == "builtin" else "jsonl"
+    name = "mnist" if layout == "builtin" else layout
     with pytest.raises(UserError, match=r"\.gz: would inflate to \d+ bytes or more; allowed are 1048576"):
         load(DataConfig(name=name, layout=layout, root=str(tmp_path)))

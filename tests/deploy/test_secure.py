@@ -196,6 +196,37 @@ def test_below_the_threshold_there_is_no_sum_and_one_line(tmp_path: Path) -> Non
     assert built.digest == play("fedavg", *SECURE).digest
 
 
+@pytest.mark.parametrize(("kind", "away", "did"), [
+    ("query.secure_keys", (102, 103), "2 of 4 clients sent keys"),
+    ("query.secure_shares", (102, 103), "2 of 4 clients shared their secrets"),
+    ("train", (102, 103), "2 of 4 clients answered"),
+    ("train", (100, 101, 102, 103), "0 of 4 clients answered"),
+])  # fmt: skip
+def test_a_phase_that_too_few_answer_is_tried_once_more(
+    kind: str, away: tuple[int, ...], did: str, tmp_path: Path
+) -> None:
+    """Sites were started again at once: keys are exchanged anew, and nobody trains a second time."""
+    network, hit = Network(seats(tmp_path, 4)), list[int]()
+
+    def restarts(message: Message) -> bool:
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type != kind or node not in away or node in hit:
+            return True
+        hit.append(node)
+        network.memories[node] = RecordDict()
+        return False
+
+    network.before = restarts
+    built, said = run(tiny("fedavg", *SECURE), network, tmp_path / "run", Patience(deadline=0.1))
+    assert built.digest == play("fedavg", *SECURE).digest
+    assert built.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    again = "; keys are exchanged anew and all are asked once more"
+    assert [line for line in said if again in line] == [f"fedfuse: round 1, train: {did}, a secure sum needs 3{again}"]
+    assert sorted(hit) == list(away)
+    trained = [path.read_text() for i in range(4) for path in (tmp_path / f"site-{i}").rglob("trainings")]
+    assert trained == ["2"] * 4  # once a round
+
+
 def test_a_rejected_reply_leaves_the_sum_and_its_masks_are_taken_off(tmp_path: Path, without_2: str) -> None:
     network = Network(seats(tmp_path, 4))
 
