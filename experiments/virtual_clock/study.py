@@ -2,8 +2,8 @@
 
     python experiments/virtual_clock/study.py OUT [--small] [--only-results]
 
-100 clients whose devices span two orders of magnitude and who are away half of the time. Every strategy runs
-under `sync` and under `fedbuff` with 10 and with 40 clients at work: more at work, more versions go by while one of them
+100 clients whose devices span two orders of magnitude and who are away half of the time. Every strategy runs under
+`sync` and under `fedbuff` with 10 and with 40 clients at work: more at work, more versions go by while one of them
 works, and nothing else changes. FedBuff itself is `fedavg` there. What is finished is not run again, what was
 interrupted goes on, and seeds come one after the other, so that a part of it is three arms of some seeds.
 Writes `results.csv`, `contrasts.csv` and `figure.svg` beside this file (`--small`: into OUT).
@@ -165,9 +165,8 @@ def results(found: Mapping[tuple[str, str, int], Played]) -> list[dict[str, obje
 def contrasts(found: Mapping[tuple[str, str, int], Played]) -> list[dict[str, object]]:
     """What buffering gives at equal time, and what it takes at equal work: differences paired by seed.
 
-    `per time` compares at the end of the shorter of the two. `per share` compares after as many arrivals as the slower of
-    the two has had at its end: no credit for making more of the time. `staleness` is that between 40 and 10 at work,
-    which differ in nothing else.
+    `per time` compares at the end of the shorter of the two. `per share` compares after as many arrivals as the slower
+    of the two has had at its end: no credit for making more of the time. 40 and 10 at work differ in staleness alone.
     """
     pairs = {
         "10 − sync, per time": ("buffered 10", "sync", 0),

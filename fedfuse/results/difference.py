@@ -1,4 +1,4 @@
-"""Where two runs that should be alike part: keys, libraries, partition, then the first row that differs, then models."""
+"""Where two runs part: keys, libraries, partition, then the first row that differs, then models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ENVIRONMENT = ("python", "machine", "cpu_flags", "cpu_capability", "mkldnn", "th
 # What a row is named by, and what is compared of it.
 TABLES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("schedule", ("round", "client", "phase", "attempt"),
-     ("outcome", "since", "start_ns", "received_ns", "computed_ns", "end_ns", "weight", "down_bytes", "up_bytes", "flops")),
+     ("outcome", "since", "start_ns", "received_ns", "computed_ns", "end_ns", "weight", "down_bytes", "up_bytes",
+      "flops")),
     ("traffic", ("round", "client", "direction", "message", "record"), ("bytes",)),
     ("metrics", ("round", "scope", "client", "split", "metric"), ("value",)),
 )  # fmt: skip
