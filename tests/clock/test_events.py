@@ -142,7 +142,10 @@ def test_who_is_stopped_had_received_and_computed_no_later_than_then() -> None:
     loading = world(3.0).flight(0, 0, 1, 0, 4000, WORK)  # has the message after 4 s, has trained after 7
     assert stopped(loading, 2 * S)[4:7] == (2 * S, 2 * S, 2 * S)
     assert stopped(loading, 5 * S)[4:7] == (4 * S, 5 * S, 5 * S)
-    assert stopped(loading, 8 * S) == loading  # its end: it is there
+    assert stopped(loading, 8 * S + 1) == loading
+    assert stopped(loading, 8 * S) == loading._replace(outcome=LATE)  # at that instant, and not among the first
+    lost = loading._replace(outcome=LOST)
+    assert stopped(lost, 8 * S) == lost
     late = stopped(loading, 8 * S - 1)
     assert (late.computed, late.end, late.up, late.outcome) == (7 * S, 8 * S - 1, 1000, LATE)
     assert stopped(loading, 7 * S).up == 0  # trained at that moment: nothing was on its way
