@@ -26,7 +26,6 @@ SCHEDULES = [
     ("schedule=fedbuff", "schedule.buffer=2"),
     ("schedule=fedasync",),
 ]
-PLAIN = [name for name in registry.listed() if not name.startswith("flwr_")]
 
 
 class Killed(Exception):
@@ -46,14 +45,6 @@ class Kill(Callback):
 
 def told(played):
     return played.digest, played.federation.clock.book.chain
-
-
-@pytest.mark.parametrize("name", [*PLAIN, "flwr_fedavg"])
-def test_with_everybody_there_time_changes_no_bit(name: str) -> None:
-    plain, timed = play(name), play(name, "clock=devices")
-    assert timed.digest == plain.digest
-    assert timed.totals == plain.totals
-    assert timed.federation.clock.seconds > 0.1 * len(plain.strategy.phases(1)) or name in ("local", "centralized")
 
 
 @pytest.mark.parametrize(("name", "schedule"), [*(("fedavg", s) for s in SCHEDULES), ("fedmd", SCHEDULES[4])])
