@@ -18,6 +18,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse run [key=value …]                one experiment; -m sweeps over key=a,b; --dry-run only says what it would do
   fedfuse compare strategy=a,b seed=0,1 …  a sweep, then the table and the report; out=<dir> holds everything
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
+  fedfuse diff RUN_DIR RUN_DIR             what first differs between two runs; 0 if nothing, 1 if something
   fedfuse watch DIR [--port N]             the same page, live on localhost
   fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if it names code to run
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
@@ -210,6 +211,17 @@ def _report(words: list[str], started: float) -> int:
     return 0
 
 
+def _diff(words: list[str], started: float) -> int:
+    runs, _ = _flags(words)
+    if len(runs) != 2:
+        raise UserError(f"fedfuse diff: needs two run directories; {len(runs)} given")
+    from fedfuse.results.difference import difference
+
+    found = difference(*runs)
+    print("\n".join(found.lines()))
+    return 0 if found.alike else 1
+
+
 def _watch(words: list[str], started: float) -> int:
     from fedfuse.results.watch import command
 
@@ -297,6 +309,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int]] = {
     "run": _run,
     "compare": _compare,
     "report": _report,
+    "diff": _diff,
     "watch": _watch,
     "resume": _resume,
     "list": _list,

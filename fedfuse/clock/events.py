@@ -50,7 +50,7 @@ def close(flights: Iterable[Flight], start: int, limit: int | None = None, wante
     Closed
         `counted` and `ended` in client order. Who had not arrived at the end was stopped there: late.
     """
-    order = sorted(flights, key=lambda f: (f.end, ARRIVAL if f.outcome == ARRIVED else LOSS, f.client))
+    order = sorted(flights, key=lambda f: (f.end, f.client))
     end = max((f.end for f in order), default=start)
     if limit is not None:
         end = min(end, start + limit)
@@ -190,13 +190,13 @@ class _Passing:
         self.sent: list[Flight] = []
         self.tried: dict[int, int] = {}  # attempts begun since
         self.unknown: list[int] = []
-        self.pending = -1  # moment of the dispatch that is in the heap
-        self.waking = -1  # moment of the availability event that is in the heap
+        self.pending: int | None = None  # moment of the dispatch that is in the heap
+        self.waking = 0  # moment of the last availability event that was put into the heap
 
     def run(self) -> Collected:
         self._dispatch_at_once()
         if self.window is not None:
-            heapq.heappush(self.heap, (self.now + self.window, DEADLINE, -1, 0))
+            self._expect(self.now + self.window, DEADLINE)
         while not self._over():
             pass
         return Collected(self.now, self.arrived, self.lost, self.sent, self.unknown, self.flying, self.free, self.last)
@@ -223,7 +223,7 @@ class _Passing:
         elif kind == DEADLINE:
             if self.arrived or self._hopeless():
                 return True
-            heapq.heappush(self.heap, (self.now + (self.window or 1), DEADLINE, -1, 0))
+            self._expect(self.now + (self.window or 1), DEADLINE)
         elif kind == AVAILABILITY:
             if self._hopeless():
                 return True
@@ -232,21 +232,25 @@ class _Passing:
             self._fill()
         return False
 
+    def _expect(self, moment: int, kind: int) -> None:
+        """Put an event that is no client's into the heap."""
+        heapq.heappush(self.heap, (moment, kind, 0, 0))
+
     def _dispatch_at_once(self) -> None:
         if self.pending != self.now:
             self.pending = self.now
-            heapq.heappush(self.heap, (self.now, DISPATCH, -1, 0))
+            self._expect(self.now, DISPATCH)
 
     def _fill(self) -> None:
         """Invite clients that are on, as many as may be at work."""
-        self.pending = -1  # who is lost at once is made up for at the same instant
+        self.pending = None  # who is lost at once is made up for at the same instant
         while len(self.flying) < self.sky.concurrency and self.free:
             place = self._pick()
             if place is None:
                 wake = [at for c in self.free if (at := self.world.intervals[c].on_from(self.now)) is not None]
                 if wake and (self.waking <= self.now or min(wake) < self.waking):
                     self.waking = min(wake)
-                    heapq.heappush(self.heap, (self.waking, AVAILABILITY, -1, 0))
+                    self._expect(self.waking, AVAILABILITY)
                 return
             client = self.free.pop(place)
             attempt = self.tried.get(client, self.sky.attempts.get(client, 0))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedfuse.clock.availability import ALWAYS, Intervals
 from fedfuse.clock.devices import Device
-from fedfuse.clock.events import Sky, close
+from fedfuse.clock.draws import uniform
+from fedfuse.clock.events import Sky, close, stopped
 from fedfuse.clock.world import ARRIVED, DROPPED, FAILED, LATE, LOST, Flight, Work, World
 from fedfuse.errors import WorldError
 
@@ -137,6 +138,26 @@ def test_what_was_being_sent_at_a_deadline_was_for_nothing() -> None:
     assert late == {0: 1000, 2: 0, 3: 0}
 
 
+def test_who_is_stopped_had_received_and_computed_no_later_than_then() -> None:
+    loading = world(3.0).flight(0, 0, 1, 0, 4000, WORK)  # has the message after 4 s, has trained after 7
+    assert stopped(loading, 2 * S)[4:7] == (2 * S, 2 * S, 2 * S)
+    assert stopped(loading, 5 * S)[4:7] == (4 * S, 5 * S, 5 * S)
+    assert stopped(loading, 8 * S + 1) == loading
+    assert stopped(loading, 8 * S) == loading._replace(outcome=LATE)  # at that instant, and not among the first
+    lost = loading._replace(outcome=LOST)
+    assert stopped(lost, 8 * S) == lost
+    late = stopped(loading, 8 * S - 1)
+    assert (late.computed, late.end, late.up, late.outcome) == (7 * S, 8 * S - 1, 1000, LATE)
+    assert stopped(loading, 7 * S).up == 0  # trained at that moment: nothing was on its way
+
+
+def test_as_many_as_are_wanted_end_a_round_and_one_lost_later_does_not_prolong_it() -> None:
+    there = world(1.0, 2.0, 9.0, intervals=[ALWAYS, ALWAYS, Intervals(((0, 8 * S),), 100 * S)])
+    found = [there.flight(c, 0, 1, 0, 0, WORK) for c in range(3)]
+    assert close(found, 0, wanted=2).end == 3 * S
+    assert close(found, 0, wanted=3).end == 8 * S
+
+
 def test_of_an_overcommitted_cohort_the_first_count() -> None:
     closed = close(flights(), 0, wanted=2)
     assert (closed.end, [f.client for f in closed.counted]) == (4 * S, [0, 1])
@@ -199,6 +220,12 @@ def test_an_arrival_at_the_end_of_a_window_is_in_it() -> None:
     assert passing(Sky(world(1.0), 1), 1, window=2 * S) == ([(0, 1, 2)], 2)
 
 
+def test_a_window_is_counted_from_the_version_before() -> None:
+    landing = world(1.0).flight(0, 0, 1, 3 * S, 0, WORK)
+    sky = Sky(world(1.0, 99.0), 2, now=5 * S, flying={0: landing})
+    assert passing(sky, 2, window=3 * S) == ([(0, 1, 5)], 8)
+
+
 def test_as_many_are_at_work_as_may_be() -> None:
     sky = Sky(world(*[1.0] * 6), 2)
     first = sky.collect(1, none, Everybody(), count=3)
@@ -241,6 +268,55 @@ def test_nobody_for_a_whole_period_ends_in_a_clear_line() -> None:
         sky.collect(1, none, Everybody(), window=3 * S)
     slow = Sky(world(500.0, 1.5, intervals=[ALWAYS, Intervals(((0, S),), 10 * S)]), 2)
     assert slow.collect(1, none, Everybody(), count=1).now == 501 * S  # slow is not lost
+
+
+def test_nobody_is_given_up_while_the_work_of_one_is_unknown_nor_before_a_period_is_over() -> None:
+    across = Intervals(((0, 5 * S), (6 * S, 10 * S)), 10 * S)
+    failing = Sky(World([Device(None, 1.0, 8.0, 8.0, 500.0)] * 2, [across, ALWAYS]), 2)
+
+    def known(client: int) -> int:
+        return 1000 if client == 0 else 0
+
+    work = {0: Work(-1, 1, 0)}  # fails a second and a half after each invitation, or goes off at 5 s
+    passed = failing.collect(1, known, work, count=1)
+    assert (passed.unknown, passed.now) == ([1], 10_500_000_000)  # by a loss, the first event after a whole period
+    with pytest.raises(WorldError, match="virtual second 10: nobody has arrived since 0 s"):
+        failing.collect(1, known, {**work, 1: Work(-1, 1, 0)}, count=1)
+    ended = Sky(world(1.5, 1.0, intervals=[Intervals(((0, S),), 10 * S), ALWAYS]), 2)
+    by_waking = ended.collect(1, none, {0: WORK}, count=1)
+    assert (by_waking.unknown, by_waking.now) == ([1], 10 * S)
+    by_window = ended.collect(1, none, {0: WORK}, window=5 * S)
+    assert (by_window.unknown, by_window.now) == ([1], 10 * S)
+
+
+def test_a_period_without_anybody_counts_from_the_last_arrival() -> None:
+    sky = Sky(world(1.5, intervals=[Intervals(((0, S),), 10 * S)]), 1, now=10 * S, last=8 * S)
+    with pytest.raises(WorldError, match="virtual second 20: nobody has arrived since 8 s, a whole period"):
+        sky.collect(1, none, Everybody(), count=1)
+    exactly = Sky(world(1.5, intervals=[Intervals(((0, S),), 10 * S)]), 1)
+    with pytest.raises(WorldError, match="virtual second 10: "):
+        exactly.collect(1, none, Everybody(), count=1)
+
+
+def test_whoever_is_on_is_as_likely_as_another() -> None:
+    sky, met = Sky(world(*[1.0] * 10), 1), []
+    for round in range(1, 61):
+        ((client, _, _),), _ = passing(sky, round, count=1)
+        met.append(client)
+    assert set(met) == set(range(10))
+    assert max(met.count(client) for client in range(10)) < 20
+
+
+def test_a_draw_is_of_its_number_and_try_alone() -> None:
+    """The k-th look at an invitation is uniform(seed, "choice", its number, k) of all that are free; eight looks."""
+    away = Intervals(((50 * S, 60 * S),), 10**6 * S)
+    for seed in range(12):
+        there = world(*[1.0] * 40, intervals=[away] * 30 + [ALWAYS] * 10, seed=seed)
+        looked = [int(uniform(seed, "choice", 5, k) * 40) for k in range(8)]
+        fallen_back = 30 + int(uniform(seed, "choice", 5, 8) * 10)
+        expected = next((place for place in looked if place >= 30), fallen_back)
+        sky = Sky(there, 1, serial=5)
+        assert [f.client for f in sky.collect(1, none, Everybody(), count=1).arrived] == [expected]
 
 
 def test_among_few_that_are_on_each_is_drawn() -> None:

@@ -68,6 +68,15 @@ def test_evaluation_changes_nothing(name: str, undisturbed) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_with_everybody_there_virtual_time_changes_no_bit(name: str, undisturbed) -> None:
+    timed = play(name, "clock=devices")
+    assert_same(undisturbed(name), timed)
+    assert timed.totals == undisturbed(name).totals
+    silent = ("local", "centralized")  # they send nothing; each other phase takes two latencies and more
+    assert timed.federation.clock.seconds > 0.1 * len(timed.strategy.phases(1)) or name in silent
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_resumed_equals_undisturbed(name: str, undisturbed, tmp_path: Path) -> None:
     where = tmp_path / "run"
     with federation(name, path=where, callbacks=(Crash(1),)) as (built, _), pytest.raises(KeyboardInterrupt):
