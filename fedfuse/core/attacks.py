@@ -23,7 +23,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import declared
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator
-from fedfuse.wire.records import Arrays, Layout, layout_of
+from fedfuse.wire.records import Arrays, Layout, layout_of, strays
 
 if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
@@ -40,7 +40,7 @@ def distributions(x: Tensor) -> bool:
     """Whether all rows of an array are probability distributions over two classes or more."""
     if x.ndim < 2 or x.shape[-1] < 2 or not x.is_floating_point() or not len(x):
         return False
-    return bool((x >= 0).all()) and bool(((x.double().sum(-1) - 1).abs() < 1e-3).all())
+    return not bool(strays(x).any())
 
 
 def fdla(x: Tensor) -> Tensor:
