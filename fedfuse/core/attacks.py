@@ -162,12 +162,13 @@ def check_attack(strategy: FusionStrategy) -> None:
         return
     if not any(declared(strategy, phase) for phase in phases):
         raise UserError(f"attack={attack.name}: {who} shares no arrays; allowed are off and label_flip")
-    if attack.name in OF_ROWS and not any(_has_soft(strategy, phase) for phase in phases):
+    if attack.name in OF_ROWS and not any(shares_soft_labels(strategy, phase) for phase in phases):
         allowed = "label_flip, noise, sign_flip, scale"
         raise UserError(f"attack={attack.name} alters soft labels, and {who} shares none; allowed are {allowed}")
 
 
-def _has_soft(strategy: FusionStrategy, phase: str) -> bool:
+def shares_soft_labels(strategy: FusionStrategy, phase: str) -> bool:
+    """Whether rows over the classes travel up in a phase, or may."""
     scope = strategy.workspace.scope(0, strategy.hyper)
     return any(
         spec is None or bool(soft_labels(spec(scope), scope.model, strategy.classes))
