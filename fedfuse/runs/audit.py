@@ -150,7 +150,9 @@ def _keep_images(path: Path, painted: dict[int, inversion.Painted], scenario: Sc
 
 
 def _write(path: Path, names: Sequence[str], rows: list[Row]) -> None:
-    schema: dict[str, Any] = {name: pl.String if name in ("audit", "adversary", "metric") else pl.Float64 for name in Row._fields}
+    schema: dict[str, Any] = {
+        name: pl.String if name in ("audit", "adversary", "metric") else pl.Float64 for name in Row._fields
+    }
     schema |= {"round": pl.Int64, "client": pl.Int64}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     if path.exists():
