@@ -24,15 +24,15 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
-  fedfuse audit RUN_DIR --audit ldia       what a finished simulation's messages give away: audit.parquet and a table
+  fedfuse audit RUN_DIR --audit ldia,pli   what a finished simulation's messages give away: fedfuse help audit
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
 
 --traceback (or FEDFUSE_TRACEBACK=1) tells a failure's whole story, a client's in a worker too.
 
-Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= tracking=
-      experiment=
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= audit=
+      tracking= experiment=
 Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5

@@ -97,6 +97,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "clock.policy": _word,
     "schedule.name": frozenset(catalogue.SCHEDULES).__contains__,
     "schedule.staleness": _word,
+    "audit": frozenset(catalogue.AUDITS).__contains__,
     "out": _nothing,
 }
 MOST = {"clients": 1_000_000, "runtime.retries": 100}  # numbers that something is done so often for
@@ -129,7 +130,7 @@ def check_texts(values: Any, at_server: bool = False) -> None:
 
 
 def no_attack(config: Config) -> None:
-    """Refuse a configuration in which clients lie, wherever clients are sites.
+    """Refuse a configuration in which clients lie or are spied upon, wherever clients are sites.
 
     Raises
     ------
@@ -137,6 +138,10 @@ def no_attack(config: Config) -> None:
     """
     if config.attack.on:
         raise UserError(f"attack={config.attack.name}: clients lie in simulations only; allowed in a deployment is off")
+    if config.audit:
+        raise UserError(
+            f"audit={','.join(config.audit)}: what is true of sites is theirs alone; allowed in a deployment is none"
+        )
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

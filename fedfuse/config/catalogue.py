@@ -150,6 +150,54 @@ DEFENCES: dict[str, str] = {
     "expguard": "mean weighed by e to the minus of past distances (ExpGuard, arXiv 2402.12265)",
 }
 
+
+@dataclass(frozen=True)
+class Audit:
+    """One attack on privacy.
+
+    Attributes
+    ----------
+    line : str
+        What it finds out.
+    adversary : str
+        Who attacks.
+    sees : str
+        What that is handed, and nothing else.
+    """
+
+    line: str
+    adversary: str
+    sees: str
+
+
+AUDITS: dict[str, Audit] = {
+    "ldia": Audit(
+        "class priors of clients (label distribution inference, arXiv 2502.08001)",
+        "a curious server",
+        "each client's soft labels of the public rows (of weights, it computes them itself; of prototypes, the counts)",
+    ),
+    "coop_lira": Audit(
+        "who trained on an example, the other clients as shadows (Co-op LiRA, arXiv 2502.08001)",
+        "a curious server that chooses the public rows",
+        "each client's soft labels of the examples in question, put once among a round's public rows",
+    ),
+    "distill_lira": Audit(
+        "who trained on an example, 16 distilled shadows (distillation-based LiRA, arXiv 2502.08001)",
+        "a curious server that chooses the public rows",
+        "each client's soft labels of the public rows, and of the examples in question, put once among them",
+    ),
+    "fedmia": Audit(
+        "who trained on an example, from weights or adapters of all rounds (FedMIA, CVPR 2025)",
+        "a curious server",
+        "each client's weights or adapters as they came, and the examples in question",
+    ),
+    "pli": Audit(
+        "what a client takes its classes to look like (paired-logits inversion, CVPR 2023)",
+        "a curious server",
+        "the public images, and each client's soft labels of them",
+    ),
+}
+
 RUNTIMES = ("inline", "ray", "flower")
 
 TRACKERS = ("none", "csv", "tensorboard", "mlflow", "wandb")

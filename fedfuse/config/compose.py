@@ -99,7 +99,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.override_parser.types import IntervalSweep
 
     parser, choices = OverridesParser.create(), []
-    for text in overrides:
+    for text in map(listed, overrides):
         try:
             parsed = parser.parse_override(text)
         except Exception as error:
@@ -112,6 +112,12 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         else:
             choices.append([text])
     return [list(combination) for combination in itertools.product(*choices)]
+
+
+def listed(text: str) -> str:
+    """`audit=a,b` as the list that it is: both in every run, no sweep over them."""
+    key, _, value = text.partition("=")
+    return f"audit=[{value}]" if key == "audit" and not value.startswith(("[", "$")) else text
 
 
 def strategy_of(overrides: Sequence[str]) -> str | None:
@@ -141,7 +147,7 @@ def compose(overrides: Sequence[str]) -> Config:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    overrides = list(overrides)
+    overrides = [listed(text) for text in overrides]
     for text in overrides:
         if "=" not in text:
             raise UserError(f"{text!r}: not of the form key=value")
@@ -288,6 +294,11 @@ def check(config: Config) -> None:
         value = _value(config, key)
         if value not in allowed_words:
             raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
+    for name in config.audit:
+        if name not in catalogue.AUDITS:
+            raise UserError(f"audit={name}: {nearest(str(name), catalogue.AUDITS)}")
+    if len(set(config.audit)) < len(config.audit):
+        raise UserError(f"audit={','.join(config.audit)}: allowed is each once")
     part, train, temperature = config.participation, config.train, config.loss.temperature
     labels, privacy, distil, optimizers = (
         config.labels,

@@ -89,6 +89,11 @@ def key_text(name: str) -> str:
         return "\n".join([f"{name}=<word>, one of:", *words, "", "Its keys:", *rows(name)])
     if any(key.startswith(f"{name}.") for key in keys):
         return "\n".join(rows(name))
+    if name == "audit":
+        words = [
+            f"  {word:<14} {one.line}\n{'':17}{one.adversary}: {one.sees}" for word, one in catalogue.AUDITS.items()
+        ]
+        return "\n".join([_full(keys[name]), "What it may name, and who sees what:", *words])
     if name in keys:
         return _full(keys[name])
     parts = name.split(".")

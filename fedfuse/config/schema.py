@@ -454,6 +454,7 @@ class Config:
     clients: int | None = key(None, "default 10, or what the data says where it comes partitioned")
     participation: float = key(1.0, "share of the clients drawn for each round", only="a strategy whose clients train")
     rounds: int = key(10, "rounds of training and fusing")
+    audit: list[str] = key([], "attacks on privacy, made once the run is over: fedfuse help audit; a,b makes both")
     seed: int = key(0, "every random choice follows from it")
     out: str | None = key(None, "run directory; null: runs/<time>-<strategy>-<data>-s<seed>")
     overwrite: bool = key(False, "replace what a run left in `out`")

@@ -23,7 +23,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import declared
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator
-from fedfuse.wire.records import Arrays, Layout, layout_of
+from fedfuse.wire.records import Arrays, Layout, layout_of, strays
 
 if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
@@ -40,7 +40,7 @@ def distributions(x: Tensor) -> bool:
     """Whether all rows of an array are probability distributions over two classes or more."""
     if x.ndim < 2 or x.shape[-1] < 2 or not x.is_floating_point() or not len(x):
         return False
-    return bool((x >= 0).all()) and bool(((x.double().sum(-1) - 1).abs() < 1e-3).all())
+    return not bool(strays(x).any())
 
 
 def fdla(x: Tensor) -> Tensor:
@@ -162,12 +162,13 @@ def check_attack(strategy: FusionStrategy) -> None:
         return
     if not any(declared(strategy, phase) for phase in phases):
         raise UserError(f"attack={attack.name}: {who} shares no arrays; allowed are off and label_flip")
-    if attack.name in OF_ROWS and not any(_has_soft(strategy, phase) for phase in phases):
+    if attack.name in OF_ROWS and not any(shares_soft_labels(strategy, phase) for phase in phases):
         allowed = "label_flip, noise, sign_flip, scale"
         raise UserError(f"attack={attack.name} alters soft labels, and {who} shares none; allowed are {allowed}")
 
 
-def _has_soft(strategy: FusionStrategy, phase: str) -> bool:
+def shares_soft_labels(strategy: FusionStrategy, phase: str) -> bool:
+    """Whether rows over the classes travel up in a phase, or may."""
     scope = strategy.workspace.scope(0, strategy.hyper)
     return any(
         spec is None or bool(soft_labels(spec(scope), scope.model, strategy.classes))

@@ -83,6 +83,7 @@ class FusionClient:
         self.lends = False  # whether what is shared is summed at once, so that nobody needs a copy (platform use)
         self._purpose = "receive"
         self._losses: list[Loss] = []  # made for the next training
+        self._false_labels: Tensor | None = None  # what a liar trains on (`attack=label_flip`)
         self._private = False  # whether private examples are being used inside the privacy budget
 
     # -- what an algorithm writes --------------------------------------------------------------------------
@@ -222,7 +223,9 @@ class FusionClient:
             return self.workspace.tensors("pooled")
         found = self.workspace.tensors(self.client, split)
         if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
-            found = (found[0], flipped(found[1], self.classes))
+            if self._false_labels is None:
+                self._false_labels = flipped(found[1], self.classes)
+            found = (found[0], self._false_labels)
         if split == "train" and self.partly_labelled:
             rows = self.pools.labelled.to(found[0].device)
             found = (found[0][rows], found[1][rows])

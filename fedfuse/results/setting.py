@@ -15,6 +15,7 @@ WITHOUT_EFFECT = (
     "overwrite",
     "runtime",
     "tracking",
+    "audit",
     "hydra",
     "data.root",
     "data.download",

@@ -1,7 +1,7 @@
-"""`fedfuse audit RUN --audit ldia`: what a finished simulation's messages leak, measured against what is true.
+"""`fedfuse audit RUN --audit ldia,coop_lira`, and `audit=`: what a finished simulation's messages leak.
 
-The run is played once more from its configuration, and every reply is looked at where the server gets it. The adversary
-(`fedfuse.core.leaks`) is handed these messages alone; the truth comes in where it is scored. A replay that ends with
+The run is played once more from its configuration, every reply is noted where the server gets it, and the attacks
+(`fedfuse.audits`) are handed these messages alone; the truth comes in where they are scored. A replay that ends with
 another digest than the run is refused: it would measure something else.
 """
 
@@ -10,65 +10,49 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
-import torch
-from flwr.app import Message
 
+from fedfuse.audits import inversion, label_prior
+from fedfuse.audits.adversary import Adversary
+from fedfuse.audits.membership import CoopLira, DistillLira, FedMIA
+from fedfuse.audits.outcomes import EVERYONE, Row, of_membership
+from fedfuse.audits.possible import OF_ANSWERS, OF_MEMBERS, check_audits, known
+from fedfuse.audits.replay import Listening, asking
+from fedfuse.audits.truth import Questions, mean_images, prior
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
+from fedfuse.config.catalogue import AUDITS
 from fedfuse.config.dotted import code
-from fedfuse.config.files import replaced
+from fedfuse.config.files import checked, replaced
 from fedfuse.config.schema import Config
-from fedfuse.core.attacks import soft_labels
 from fedfuse.core.build import build_strategy
 from fedfuse.core.callbacks import Evaluation
-from fedfuse.core.leaks import Seen, label_distributions, scored
+from fedfuse.core.devices import device_of
 from fedfuse.core.loop import Federation
+from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario, prepare_scenario
-from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
-from fedfuse.engines.grid import LocalGrid
-from fedfuse.errors import UserError, WorldError, nearest
+from fedfuse.engines.inline import InlineGrid
+from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.configuration import as_yaml, code_of, load_config
 from fedfuse.runs.directory import RunDirectory
-from fedfuse.runs.experiment import build_grid
-from fedfuse.wire.records import arrays_in, layout_of, tensors
 
-AUDITS = {"ldia": "class priors of clients, from their soft labels, by a curious server"}
-
-
-class Listening:
-    """A grid whose replies are noted as the server gets them."""
-
-    def __init__(self, grid: LocalGrid, strategy: FusionStrategy) -> None:
-        self.grid, self.strategy, self.seen = grid, strategy, list[Seen]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.grid, name)
-
-    def send_and_receive(self, messages: Iterable[Message], **options: Any) -> Iterator[Message]:
-        """Pass on, and note soft labels that come with training."""
-        train = self.strategy.outbox.request.kind == "train"
-        for reply in self.grid.send_and_receive(messages, **options):
-            if train and reply.has_content():
-                self._note(reply)
-            yield reply
-
-    def _note(self, reply: Message) -> None:
-        strategy, client = self.strategy, self.strategy.outbox.client_of(reply)
-        model = strategy.workspace.layout(strategy.scenario.architectures[client])
-        for content in arrays_in(reply.content).values():
-            arrays = tensors(content)
-            for name in soft_labels(layout_of(arrays), model, strategy.classes):
-                self.seen.append(Seen(strategy.round, client, arrays[name].clone()))
+ATTACKS: dict[str, Any] = {
+    "ldia": label_prior.LabelDistributions, "coop_lira": CoopLira, "distill_lira": DistillLira, "fedmia": FedMIA,
+    "pli": inversion.PairedLogits,
+}  # fmt: skip
+IMAGES = "audit_pli.npz"  # what `pli` painted, by client
 
 
-def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
+def audit(path: Path, names: Sequence[str], allow_code: bool = False) -> str:
     """Replay a run, attack what its server saw, write `audit.parquet`, and say what was found.
+
+    Audits of the run that were made before, of other names, are kept.
 
     Raises
     ------
@@ -77,9 +61,7 @@ def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
     WorldError
         If the replay is another run than was played.
     """
-    for name in names or [""]:
-        if name not in AUDITS:
-            raise UserError(f"--audit {name}: {nearest(name, AUDITS)}")
+    known(names, "--audit ")
     config = load_config(path)
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
@@ -89,70 +71,148 @@ def audit(path: Path, names: list[str], allow_code: bool = False) -> str:
         )
     if not allow_code and (asked := code_of(config)):
         raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
-    if config.clock.on:
-        raise UserError(f"{path}: clock={config.clock.name}: virtual time is not replayed yet; allowed is off")
-    if config.secure.on:
-        raise UserError(f"{path}: secure=on: the server saw sums, and no client's share")
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     digest, rounds = summary["digest"], int(summary["rounds_done"])  # of fewer than planned, if it stopped early
     config.runtime.name, config.overwrite, config.evaluate.every = "inline", False, config.rounds
+    config.audit = []
     with code(allow_code):
-        scenario, seen, again = _replayed(config, rounds)
-    if not seen:
-        raise UserError(f"{path}: --audit ldia reads soft labels, and strategy={config.strategy.name} shares none")
+        scenario, attacks, questions, again = _replayed(path, config, names, rounds)
     if again != digest:
         raise WorldError(
             f"{path}: played again it ends with another digest ({again} for {digest}): nothing was measured"
         )
-    priors = {client: _prior(scenario, client) for client in range(scenario.clients)}
-    rows = scored(label_distributions(seen), priors)
-    with replaced(path / "audit.parquet", durable=True) as partial:
-        frame = pl.DataFrame(
-            [("ldia", "server", *row) for row in rows],
-            schema=["audit", "adversary", "round", "client", "metric", "value"],
-            orient="row",
-        )
-        frame.write_parquet(partial)
-    return _told(rows, scenario.clients)
+    rows = [row for name in names for row in _scored(path, name, attacks[name], scenario, questions)]
+    _write(path / "audit.parquet", names, rows)
+    return "\n\n".join(_told(name, [row for row in rows if row.audit == name]) for name in names)
 
 
-def _replayed(config: Config, rounds: int) -> tuple[Scenario, list[Seen], str | None]:
+def made(path: Path) -> set[str]:
+    """The audits that a run directory has the figures of."""
+    file = path / "audit.parquet"
+    return set(pl.read_parquet(checked(file), columns=["audit"])["audit"]) if file.exists() else set()
+
+
+def _replayed(
+    path: Path, config: Config, names: Sequence[str], rounds: int
+) -> tuple[Scenario, dict[str, Any], Questions | None, str | None]:
     single_thread()
     claim_identity()
     scenario, entry = prepare_scenario(config), registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario)
+    check_audits(strategy, names, f"{path}: --audit ")
+    questions = Questions(scenario) if set(names) & set(OF_MEMBERS) else None
+    adversary = Adversary(entry, scenario, None if questions is None else questions.candidates)
+    attacks = {name: ATTACKS[name](adversary) for name in names}
+    if questions is not None and set(names) & set(OF_ANSWERS):
+        asked_by = [attacks[name] for name in OF_ANSWERS if name in names]
+        entry = asking(entry, scenario, questions.asked, {1, rounds}, asked_by)
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "replay", as_yaml(config), time.time())
         directory.create(False)
-        grid = Listening(build_grid(entry, scenario, directory), strategy)
+        grid = Listening(
+            InlineGrid(place(entry, scenario, directory.clients, device=device_of(config))),
+            strategy,
+            [a for a in attacks.values() if hasattr(a, "see")],
+        )
         try:
             federation = Federation(strategy, grid, rounds, [Evaluation(rounds), directory])  # type: ignore[arg-type]
             federation.run()
         finally:
             grid.close()
             directory.close()
-    return scenario, grid.seen, federation.digest
+    return scenario, attacks, questions, federation.digest
 
 
-def _prior(scenario: Scenario, client: int) -> torch.Tensor:
-    """A client's true class prior, of its training examples."""
-    counts = torch.bincount(scenario.data.tensors(client, "train")[1], minlength=scenario.classes).double()
-    return counts / counts.sum().clamp_min(1)
+def _scored(path: Path, name: str, attack: Any, scenario: Scenario, questions: Questions | None) -> list[Row]:
+    """An attack's guesses against the truth."""
+    if name == "ldia":
+        return label_prior.scored(attack.estimates, {k: prior(scenario, k) for k in range(scenario.clients)})
+    if name == "pli":
+        painted = attack.painted()
+        _keep_images(path / IMAGES, painted, scenario)
+        return inversion.scored(attack.round, painted, {k: mean_images(scenario, k) for k in painted})
+    assert questions is not None
+    who = "server" if name == "fedmia" else "asking server"
+    found = attack.scores()
+    return [row for round, scores in found.items() for row in of_membership(name, who, round, scores, questions.truth)]
 
 
-def _told(rows: list[tuple[int, int, str, float]], clients: int) -> str:
-    """The means over clients by round, beside those of whoever has seen nothing."""
+def _keep_images(path: Path, painted: dict[int, inversion.Painted], scenario: Scenario) -> None:
+    """What was painted beside what is true, as pixels from 0 to 1: client, class, (painted, prior, own mean)."""
+    kept = {}
+    for client, one in painted.items():
+        for label, mean in mean_images(scenario, client).items():
+            three = np.stack([image.numpy() for image in (one.images[label], one.prior[label], mean)])
+            low, high = three[2].min(), three[2].max()
+            kept[f"{client}/{label}"] = ((three - low) / max(high - low, 1e-6)).clip(0, 1).astype(np.float16)
+    with replaced(path, durable=True) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **kept)
+
+
+def _write(path: Path, names: Sequence[str], rows: list[Row]) -> None:
+    schema: dict[str, Any] = {
+        name: pl.String if name in ("audit", "adversary", "metric") else pl.Float64 for name in Row._fields
+    }
+    schema |= {"round": pl.Int64, "client": pl.Int64}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    if path.exists():
+        before = pl.read_parquet(path)
+        if before.schema == frame.schema:
+            frame = pl.concat([before.filter(~pl.col("audit").is_in(list(names))), frame])
+    with replaced(path, durable=True) as partial:
+        frame.write_parquet(partial)
+
+
+# -- in words ------------------------------------------------------------------------------------------------
+
+
+def _told(name: str, rows: list[Row]) -> str:
+    """What an audit found, about all clients."""
+    about = AUDITS[name]
     lines = [
-        "ldia, by a server that sees each client's soft labels, nothing else (in a simulation the truth is known)",
-        "round   KL      TV      Chebyshev   TV of a blind guess   nearer than blind",
+        f"{name}: {about.line}",
+        f"by {about.adversary}, which sees {about.sees}; nothing else (in a simulation the truth is known)",
     ]
-    for round in sorted({row[0] for row in rows}):
-        found = {(client, metric): value for r, client, metric, value in rows if r == round}
-        who = sorted({client for client, _ in found})
-        mean = {m: sum(found[c, m] for c in who) / len(who) for m in ("kl", "tv", "chebyshev", "tv/blind")}
-        nearer = sum(found[c, "tv"] < found[c, "tv/blind"] for c in who)
-        lines.append(
-            f"{round:5d}   {mean['kl']:.3f}   {mean['tv']:.3f}   {mean['chebyshev']:.3f}       "
-            f"{mean['tv/blind']:.3f}                 {nearer} of {len(who)} clients"
-        )
+    whole = {(row.round, row.metric, row.at): row for row in rows if row.client == EVERYONE}
+    rounds = sorted({row.round for row in rows})
+    if name == "ldia":
+        lines.append("round   KL      TV      Chebyshev   TV of a blind guess   nearer than blind")
+        for round in rounds:
+            own = {(row.client, row.metric): row.value for row in rows if row.round == round}
+            who = sorted({client for client, _ in own} - {EVERYONE})
+            nearer = sum(own[c, "tv"] < own[c, "tv/blind"] for c in who)  # type: ignore[operator]
+            kl, tv, chebyshev, blind = (whole[round, m, None].value for m in ("kl", "tv", "chebyshev", "tv/blind"))
+            lines.append(
+                f"{round:5d}   {kl:.3f}   {tv:.3f}   {chebyshev:.3f}       {blind:.3f}                 "
+                f"{nearer} of {len(who)} clients"
+            )
+    elif name == "pli":
+        for round in rounds:
+            for metric, said in (
+                ("ssim", "SSIM with the client's own mean images"),
+                ("ssim/prior", "the same, of means of public images"),
+                ("told", "paintings nearest to their own class"),
+                ("told/chance", "by chance"),
+            ):
+                if (round, metric, None) in whole:
+                    lines.append(f"round {round}: {said}: {_interval(whole[round, metric, None])}")
+    else:
+        for round in rounds:
+            if (round, "auc", None) not in whole:
+                lines.append(f"round {round}: too few candidates to say anything")
+                continue
+            count = int(whole[round, "members", None].value or 0)
+            lines.append(
+                f"round {round}: AUC {_interval(whole[round, 'auc', None])} of {count} members, as many others"
+            )
+            for (at_round, metric, rate), row in sorted(whole.items(), key=str, reverse=True):
+                if at_round == round and metric == "tpr":
+                    lines.append(f"    true positives at {100 * (rate or 0):g} % false ones: {_interval(row)}")
     return "\n".join(lines)
+
+
+def _interval(row: Row) -> str:
+    if row.value is None:
+        return "not to be told from so few candidates"
+    between = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.3f}{between}"

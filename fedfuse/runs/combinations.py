@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from fedfuse.audits.possible import reason
 from fedfuse.config import registry
 from fedfuse.config.compose import compose, expand, strategy_of
 from fedfuse.config.idle import Idle, idle
@@ -186,6 +187,37 @@ def possible(runs: Sequence[Combination], look: Callable[[FusionStrategy], Look]
         rest = f" ({len(refused)} of {len(distinct)} combinations cannot run)" if len(refused) > 1 else ""
         raise UserError(refused[0] + rest)
     return found
+
+
+def share_audits(runs: Sequence[Combination]) -> list[str]:
+    """Leave each run of a sweep the audits (`audit=`) that mean something for it.
+
+    Returns
+    -------
+    list of str
+        A line for each audit that some runs go without.
+
+    Raises
+    ------
+    UserError
+        For an audit that no run has a use for.
+    """
+    asked = list(dict.fromkeys(name for run in runs for name in run.config.audit))
+    found = possible(runs, lambda strategy: {name: reason(strategy, name) for name in asked})
+    keys = list(dict.fromkeys(without_seed(run.words) for run in reversed(runs)))[::-1]  # the order of `possible`
+    of = dict(zip(keys, found, strict=True))
+    lines = []
+    for name in asked:
+        whys = [of[without_seed(run.words)][name] for run in runs if name in run.config.audit]
+        if all(whys):
+            raise UserError(f"audit={name} means nothing in any of these runs: {'; '.join(dict.fromkeys(whys))}")
+        if lost := [why for why in whys if why]:
+            lines.append(
+                f"audit={name}: left out of {len(lost)} of {len(whys)} runs ({'; '.join(dict.fromkeys(lost))})"
+            )
+    for run in runs:
+        run.config.audit = [name for name in run.config.audit if not of[without_seed(run.words)][name]]
+    return lines
 
 
 def deal(config: Config) -> FederatedData:

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from fedfuse.audits.possible import check_audits
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
 from fedfuse.config.dotted import code
@@ -78,6 +79,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     entry = registry.entry(config.strategy.name)
     scenario = prepare_scenario(config)
     strategy = build_strategy(entry, scenario, server_device_of(config))
+    check_audits(strategy, config.audit)
     clock = build_clock(strategy)
     path = Path(config.out) if config.out else default_out(config)
     directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
@@ -86,7 +88,19 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
 
         return run_on_flower(config, directory)
     directory.create(config.overwrite)
-    return play(entry, strategy, directory, quiet, clock=clock)
+    return audited(play(entry, strategy, directory, quiet, clock=clock), config, quiet)
+
+
+def audited(path: Path, config: Config, quiet: bool) -> Path:
+    """Make the audits that a configuration asks for and its finished run has not had (`audit=`)."""
+    if config.audit:
+        from fedfuse.runs.audit import audit, made
+
+        if missing := [name for name in config.audit if name not in made(path)]:
+            told = audit(path, missing, allow_code=True)  # whoever began the run has said the same configuration
+            if not quiet:
+                print(told, end="\n\n")
+    return path
 
 
 def play(
@@ -187,4 +201,5 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
 
         return run_on_flower(config, directory, resumed=True)
     strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
-    return play(entry, strategy, directory, quiet, resumed=True, clock=build_clock(strategy))
+    played = play(entry, strategy, directory, quiet, resumed=True, clock=build_clock(strategy))
+    return audited(played, config, quiet)

@@ -16,8 +16,9 @@ from fedfuse.results.run_data import find, load
 from fedfuse.results.table import print_table
 from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
-from fedfuse.runs.combinations import Combination, combine, composed, possible, without_seed
+from fedfuse.runs.combinations import Combination, combine, composed, possible, share_audits, without_seed
 from fedfuse.runs.configuration import as_yaml, load_config
+from fedfuse.runs.experiment import audited
 from fedfuse.runs.further import check_further, goes_on
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
@@ -63,6 +64,9 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     fresh = [run for run, path in zip(runs, places, strict=True) if not (path / "config.yaml").exists()]
     if len({without_seed(run.words) for run in fresh}) > 1:  # one alone is refused at its beginning
         possible(fresh)
+    if any(run.config.audit for run in runs):
+        for line in share_audits(runs):
+            console.print(f"note: {line}", markup=False, soft_wrap=True)
     if space:
         tuned = search.tune([run.words for run in runs], space, root, console)
         known: dict[tuple[str, ...], Config] = {}
@@ -161,6 +165,11 @@ class Tally:
 def _once(path: Path, config: Config, console: Console, failed: list[str], tally: Tally) -> Track:
     """A track of one run, if it is not finished yet."""
     if (path / "summary.json").exists() and not config.overwrite and not goes_on(path, config):
+        try:
+            audited(path, config, True)  # those that were asked for since
+        except (UserError, WorldError) as why:
+            console.print(f"{path}: {why}", markup=False, style="red")
+            failed.append(str(path))
         console.print(f"{tally.count(False)} {path}: finished already", markup=False)
         return
     error = yield config

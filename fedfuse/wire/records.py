@@ -218,11 +218,15 @@ def _fits(have: Sequence[int], want: Shape) -> bool:
     return len(have) == len(want) and all(h <= -w if w < 0 else h == w for h, w in zip(have, want, strict=True))
 
 
+def strays(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows (…, C) are no distributions: not all non-negative (NaN is not), or of another sum than 1 ± 10⁻³."""
+    return ~((rows >= 0).all(-1) & ((rows.sum(-1, dtype=torch.float64) - 1).abs() <= 1e-3))
+
+
 def distributions(name: str, rows: torch.Tensor) -> None:
-    """Raise `InvalidArrays` unless every row of `rows` (…, C) is a distribution: non-negative, with sum 1 ± 10⁻³."""
-    off = (rows.sum(-1, dtype=torch.float64) - 1).abs() > 1e-3
-    if bool((rows < 0).any()) or bool(off.any()):
-        raise InvalidArrays(f"{name}: {int(((rows < 0).any(-1) | off).sum())} rows are no distributions")
+    """Raise `InvalidArrays` unless every row of `rows` (…, C) is a distribution (`strays`)."""
+    if count := int(strays(rows).sum()):
+        raise InvalidArrays(f"{name}: {count} rows are no distributions")
 
 
 def _pretty(shape: Shape) -> str:

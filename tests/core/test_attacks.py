@@ -15,7 +15,8 @@ from fedfuse.deploy.submit import order_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.remote_grid import Patience
 from fedfuse.seeding import generator
-from fedfuse.wire.records import arrays_in, tensors
+from fedfuse.wire.records import InvalidArrays, arrays_in, strays, tensors
+from fedfuse.wire.records import distributions as checked
 from tests.deploy import network
 from tests.federations import TINY, federation, intercept, play, scenario_of
 from tests.halves import client, random_labels, server
@@ -97,6 +98,23 @@ def test_labels_are_flipped_in_training_alone() -> None:
     assert torch.equal(lying.x, honest.x)
     assert torch.equal(lying.examples("personal")[1], honest.examples("personal")[1])
     assert torch.equal(client("fedavg", "attack=label_flip", "attack.clients=[1]").y, honest.y)
+    assert lying.y is lying.y  # flipped once a message, not at each look
+
+
+def test_what_is_a_distribution_is_said_once() -> None:
+    """Server's check and liar's guess agree, on what is not a number, negative, or of another sum, too."""
+    good = random_labels(4, 3)
+    for bad in (float("nan"), float("inf"), -0.2, 0.9):
+        rows = good.clone()
+        rows[1, 0] = bad
+        assert strays(rows).tolist() == [False, True, False, False]
+        assert not distributions(rows)
+        with pytest.raises(InvalidArrays, match="labels: 1 rows are no distributions"):
+            checked("labels", rows)
+    checked("labels", good)
+    assert distributions(good)
+    assert not distributions(torch.ones(3, 1))
+    assert not distributions(good[:0])
 
 
 def test_liars_are_drawn_by_the_seed_or_named() -> None:

@@ -1,4 +1,4 @@
-"""What a run's soft labels say of its clients' classes, from the messages alone."""
+"""Audits of finished runs and inside sweeps: what is refused, what is kept, and that a replay is the run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 
+from fedfuse.cli import main
+from fedfuse.config.allowed import no_attack
 from fedfuse.config.compose import compose
-from fedfuse.core.leaks import Seen, errors, label_distributions
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.audit import audit
 from fedfuse.runs.experiment import run
-from tests.halves import random_labels
+from fedfuse.runs.sweep import sweep
 
 SMALL = (
     "data=digits", "data.limit=400", "data.test_limit=60", "partition=dirichlet", "partition.alpha=0.1", "clients=4",
@@ -26,18 +26,8 @@ def played(path: Path, *words: str) -> Path:
     return run(compose([*SMALL, *words, f"out={path}"]), quiet=True)
 
 
-def test_the_estimate_is_the_mean_over_rows_and_rounds() -> None:
-    """From messages alone, hand-made: distributions as they are, logits by softmax, rows weighed alike."""
-    p, z = random_labels(6, 3), torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
-    out = label_distributions([Seen(2, 0, z), Seen(1, 0, p), Seen(1, 5, z)])
-    torch.testing.assert_close(out[1, 0], p.mean(0))
-    torch.testing.assert_close(out[2, 0], torch.cat([p, z.softmax(1)]).mean(0))
-    torch.testing.assert_close(out[1, 5], z.softmax(1).mean(0))
-
-
-def test_errors_in_closed_form() -> None:
-    found = errors(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))
-    assert found == pytest.approx({"kl": 0.6931471805599453, "tv": 0.5, "chebyshev": 0.5})
+def figures(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(path / "audit.parquet")
 
 
 def test_skewed_clients_are_found_out(tmp_path: Path) -> None:
@@ -45,32 +35,77 @@ def test_skewed_clients_are_found_out(tmp_path: Path) -> None:
     where = played(tmp_path / "run", "strategy=knfu", "train.epochs=10")
     said = audit(where, ["ldia"])
     assert said.splitlines()[-1].endswith("4 of 4 clients")
-    rows = pl.read_parquet(where / "audit.parquet")
+    assert "by a curious server, which sees each client's soft labels" in said
+    rows = figures(where).filter(pl.col("client") >= 0)
     last = rows.filter(pl.col("round") == 2)
     tv = {m: last.filter(pl.col("metric") == m)["value"].mean() for m in ("tv", "tv/blind")}
     assert tv["tv"] < tv["tv/blind"] / 2
     assert set(rows["adversary"]) == {"server"}
-    estimates = last.filter(pl.col("metric").str.starts_with("estimate/")).group_by("client").agg(pl.col("value").sum())
+    estimates = last.filter(pl.col("metric") == "estimate").group_by("client").agg(pl.col("value").sum())
     assert estimates["value"].to_list() == pytest.approx([1.0] * 4)
+    whole = figures(where).filter(client=-1, metric="tv", round=2).row(0, named=True)
+    assert whole["value"] == pytest.approx(tv["tv"])
+    assert whole["low"] < whole["value"] < whole["high"]
+
+
+def test_weights_are_asked_and_counts_are_read(tmp_path: Path) -> None:
+    """A server that is sent a model computes its soft labels itself; FedProto's counts are the prior."""
+    said = audit(played(tmp_path / "weights", "strategy=fedavg", "train.epochs=10", "rounds=1"), ["ldia"])
+    assert said.splitlines()[-1].endswith("4 of 4 clients")
+    audit(where := played(tmp_path / "counts", "strategy=fedproto", "rounds=1"), ["ldia"])
+    assert figures(where).filter(metric="tv")["value"].to_list() == [0.0] * 5
 
 
 def test_clients_that_learned_nothing_say_nothing(tmp_path: Path) -> None:
     """All models are the initial one: one estimate for everybody, whatever they hold."""
     where = played(tmp_path / "run", "strategy=fedmd", "train.epochs=0", "rounds=1")
     audit(where, ["ldia"])
-    rows = pl.read_parquet(where / "audit.parquet").filter(pl.col("metric").str.starts_with("estimate/"))
-    assert rows.group_by("metric").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 10
+    rows = figures(where).filter(metric="estimate")
+    assert rows.group_by("at").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 10
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
-    where = played(tmp_path / "run", "strategy=fedavg", "rounds=1")
-    with pytest.raises(UserError, match="reads soft labels, and strategy=fedavg shares none"):
-        audit(where, ["ldia"])
+    local = played(tmp_path / "local", "strategy=local", "rounds=1")
+    with pytest.raises(
+        UserError, match="strategy=local has clients send nothing after training; audits of this run: none"
+    ):
+        audit(local, ["ldia"])
     with pytest.raises(UserError, match="did you mean 'ldia'"):
-        audit(where, ["ldja"])
+        audit(local, ["ldja"])
+    with pytest.raises(UserError, match="each once"):
+        audit(local, ["ldia", "ldia"])
     with pytest.raises(UserError, match="not a run directory"):
         audit(tmp_path, ["ldia"])
+    where = played(tmp_path / "run", "strategy=fedavg", "rounds=1", "transfer.size=0")
+    said = "ldia reads soft labels, and strategy=fedavg shares none; with transfer.size above 0"
+    with pytest.raises(UserError, match=said):
+        audit(where, ["ldia"])
+    for name in ("coop_lira", "distill_lira", "pli"):
+        with pytest.raises(UserError, match=f"{name} reads soft labels, and strategy=fedavg shares none.*: fedmia"):
+            audit(where, ["fedmia", name])
+    assert main(["audit", str(where), "--audit", "pli"]) == 2
     assert not (where / "audit.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("strategy=fedmd", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedmd shares none"),
+        (("strategy=fedproto", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedproto shares none"),
+        (("strategy=fedavg", "audit=fedmia", "clients=2"), "compares with the other clients, and a round has 2"),
+        (("strategy=fedavg", "audit=fedmia", "secure=on"), "secure=on: the server sees sums"),
+        (("strategy=fedavg", "audit=fedmia", "clock=devices"), "virtual time is not replayed"),
+        (("strategy=fedavg", "audit=fedmia", "runtime=flower"), "runtime=flower: its messages are not replayed"),
+        (("strategy=fedmd", "audit=coop_lira", "attack=fdla"), "with attack=fdla some lie"),
+        (("strategy=centralized", "audit=ldia"), "send nothing"),
+        (("strategy=fedmd", "audit=ldia,ldia"), "each once"),
+        (("strategy=fedmd", "audit=[ldia,coop]"), "audit=coop: .*did you mean"),
+    ],
+)  # fmt: skip
+def test_a_run_that_could_not_be_audited_does_not_begin(words, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        played(tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_replay_that_is_another_run_is_no_measurement(tmp_path: Path) -> None:
@@ -80,3 +115,24 @@ def test_a_replay_that_is_another_run_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(WorldError, match="another digest"):
         audit(where, ["ldia"])
     assert not (where / "audit.parquet").exists()
+
+
+def test_in_a_sweep_each_run_gets_what_means_something_for_it(tmp_path: Path, capsys) -> None:
+    """At the end of each run, in words where it is left out; asked for later, it is made without another run."""
+    words = ["strategy=local,fedavg,fedmd", *SMALL, "rounds=1", f"out={tmp_path / 'all'}"]
+    sweep([*words, "audit=ldia"])
+    said = capsys.readouterr().out
+    assert "note: audit=ldia: left out of 1 of 3 runs (strategy=local has clients send nothing after training)" in said
+    kept = {path.parts[-3]: set(pl.read_parquet(path)["audit"]) for path in tmp_path.glob("all/*/*/audit.parquet")}
+    assert kept == {"fedavg": {"ldia"}, "fedmd": {"ldia"}}
+    sweep([*words, "audit=ldia,pli"])
+    assert "finished already" in capsys.readouterr().out
+    kept = {path.parts[-3]: set(pl.read_parquet(path)["audit"]) for path in tmp_path.glob("all/*/*/audit.parquet")}
+    assert kept == {"fedavg": {"ldia"}, "fedmd": {"ldia", "pli"}}
+    with pytest.raises(UserError, match="audit=pli means nothing in any of these runs"):
+        sweep(["strategy=local,fedavg", *SMALL, "audit=pli", f"out={tmp_path / 'none'}"])
+
+
+def test_sites_are_not_spied_upon() -> None:
+    with pytest.raises(UserError, match="audit=ldia: what is true of sites is theirs alone"):
+        no_attack(compose([*SMALL, "strategy=fedmd", "audit=ldia"]))

@@ -1,0 +1,95 @@
+"""Which audits mean anything for a run, and in words why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedfuse.config import registry
+from fedfuse.config.catalogue import AUDITS
+from fedfuse.core.attacks import shares_soft_labels
+from fedfuse.core.shares import declared
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.errors import UserError, nearest
+
+OF_ANSWERS = ("coop_lira", "distill_lira")  # that ask about candidates among the public rows
+OF_MEMBERS = (*OF_ANSWERS, "fedmia")
+FEWEST = 3  # clients, where the others of one make a distribution
+
+
+def shares_models(strategy: FusionStrategy) -> bool:
+    """Whether what a client sends, in the place of what it was sent, is the client's model."""
+    names = declared(strategy, "train").keys() & strategy.topics.keys()
+    return bool(names) and not registry.entry(strategy.name).client.personal
+
+
+def _tells_counts(strategy: FusionStrategy) -> bool:
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    layouts = [spec(scope) for spec in declared(strategy, "train").values() if spec is not None]
+    return any(("int64", (strategy.classes,)) in layout.values() for layout in layouts)
+
+
+def reason(strategy: FusionStrategy, name: str) -> str:
+    """Why an audit means nothing here; empty if it does."""
+    scenario, who = strategy.scenario, f"strategy={strategy.name}"
+    config = scenario.config
+    if strategy.pooled or not declared(strategy, "train"):
+        return f"{who} has clients send nothing after training"
+    if config.secure.on:
+        return "secure=on: the server sees sums, and no client's share"
+    if config.clock.on:
+        return f"clock={config.clock.name}: virtual time is not replayed yet; allowed is off"
+    if config.runtime.name == "flower":
+        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    soft = shares_soft_labels(strategy, "train")
+    if name == "ldia":
+        if soft or _tells_counts(strategy) or (shares_models(strategy) and scenario.data.transfer is not None):
+            return ""
+        rows = "; with transfer.size above 0 it could ask the models that came" if shares_models(strategy) else ""
+        return f"ldia reads soft labels, and {who} shares none{rows}"
+    if name == "fedmia" and not shares_models(strategy):
+        return f"fedmia reads weights or adapters, and {who} shares none that make a client's model"
+    if name != "fedmia" and not soft:
+        return f"{name} reads soft labels, and {who} shares none"
+    if name in OF_MEMBERS and scenario.data.dataset.next_token:
+        return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"
+    if name in OF_MEMBERS and scenario.cohort_size < FEWEST:
+        return f"{name} compares with the other clients, and a round has {scenario.cohort_size}; allowed is 3 or more"
+    if name in OF_ANSWERS and config.attack.on:
+        return f"{name} asks clients for answers, and with attack={config.attack.name} some lie; allowed is off"
+    if name == "pli" and scenario.data.dataset.kind != "image":
+        return f"pli paints images, and data={config.data.name} has {scenario.data.dataset.kind}"
+    return ""
+
+
+def known(names: Sequence[str], what: str) -> None:
+    """Refuse a name that is no audit's, and one that stands twice.
+
+    Raises
+    ------
+    UserError
+    """
+    for name in names or ([""] if what.startswith("--") else []):
+        if name not in AUDITS:
+            raise UserError(f"{what}{name}: {nearest(name, AUDITS)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"{what}{','.join(names)}: each once")
+
+
+def check_audits(strategy: FusionStrategy, names: Sequence[str], what: str = "audit=") -> None:
+    """Refuse audits that mean nothing for a strategy over its data.
+
+    Raises
+    ------
+    UserError
+        Naming the audit, why, and what is allowed.
+    """
+    known(names, what)
+    for name in names:
+        if why := reason(strategy, name):
+            allowed = ", ".join(fitting(strategy, list(AUDITS))) or "none"
+            raise UserError(f"{what}{name}: {why}; audits of this run: {allowed}")
+
+
+def fitting(strategy: FusionStrategy, names: Sequence[str]) -> list[str]:
+    """Those of some audits that mean something here."""
+    return [name for name in names if not reason(strategy, name)]

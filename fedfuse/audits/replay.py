@@ -1,0 +1,133 @@
+"""A run played again with a curious server in the middle: it notes what arrives, and may ask what it was not to.
+
+Neither changes a bit of what is played: random states are put back, and answers come from copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message
+
+from fedfuse.audits.adversary import Answer, Sent
+from fedfuse.config.registry import Entry
+from fedfuse.core.attacks import soft_labels
+from fedfuse.core.client import FusionClient
+from fedfuse.core.scenario import Scenario
+from fedfuse.core.shares import Records
+from fedfuse.core.strategy import FusionStrategy
+from fedfuse.core.workspace import Workspace
+from fedfuse.data.dataset import Examples
+from fedfuse.engines.grid import LocalGrid
+from fedfuse.wire.knowledge import Cache
+from fedfuse.wire.records import arrays_in, layout_of, tensors
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's random states back, whatever is drawn within."""
+    plain, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(plain)
+    np.random.set_state(arrays)
+
+
+class Listening:
+    """A grid whose replies are told as the server gets them.
+
+    Parameters
+    ----------
+    grid : LocalGrid
+    strategy : FusionStrategy
+    listeners : sequence
+        Each has `see(sent)`.
+    """
+
+    def __init__(self, grid: LocalGrid, strategy: FusionStrategy, listeners: Sequence[Any]) -> None:
+        self.grid, self.strategy, self.listeners = grid, strategy, listeners
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+    def send_and_receive(self, messages: Iterable[Message], **options: Any) -> Iterator[Message]:
+        """Pass on, and tell what comes after training."""
+        request, strategy = self.strategy.outbox.request, self.strategy
+        told = request.kind == "train" and request.phase == "train"
+        known = Cache(strategy.board.items)
+        for reply in self.grid.send_and_receive(messages, **options):
+            if told and reply.has_content():
+                with undisturbed():
+                    self._tell(reply, known)
+            yield reply
+
+    def _tell(self, reply: Message, known: Cache) -> None:
+        strategy = self.strategy
+        client = strategy.outbox.client_of(reply)
+        records: Records = {}
+        for name, content in arrays_in(reply.content).items():
+            arrays = {key: value.clone() for key, value in tensors(content).items()}
+            records["model" if name == "arrays" else name] = arrays
+        published = known.for_client(client, strategy.scenario.architectures[client], strategy.topics)
+        sent = Sent(strategy.round, client, records, published)
+        for listener in self.listeners:
+            listener.see(sent)
+
+
+def asking(
+    entry: Entry, scenario: Scenario, examples: Examples, rounds: Collection[int], listeners: Sequence[Any]
+) -> Entry:
+    """A strategy whose clients also say, in some rounds, what they would of other public rows.
+
+    The clients' own code answers, `share`, over a transfer set that is the examples; nothing of it stays.
+
+    Parameters
+    ----------
+    listeners : sequence
+        Each has `answered(answer)`.
+    """
+    transfer = replace(scenario.config.transfer, subset=None, size=len(examples))
+    asked = replace(
+        scenario,
+        config=replace(scenario.config, transfer=transfer),
+        data=replace(scenario.data, transfer=examples),
+    )
+    elsewhere: list[Workspace] = []
+
+    class Answering(entry.client):  # type: ignore[name-defined,misc]
+        def share(self) -> Records:
+            records: Records = super().share()
+            if self.round in rounds:
+                with undisturbed():
+                    self._answer()
+            return records
+
+        def _answer(self) -> None:
+            half: FusionClient = self
+            own, state, hyper = half.workspace, half.state, half.hyper
+            model = own.layout(self.architecture)
+            self.state = copy.deepcopy(state)
+            if getattr(hyper, "subset", None) is not None:
+                self.hyper = replace(hyper, subset=None)
+            if not elsewhere:
+                elsewhere.append(Workspace(asked, device=own.device))
+            self.workspace = elsewhere[0]
+            try:
+                answers = super().share()
+            finally:
+                self.workspace, self.state, self.hyper = own, state, hyper
+            for arrays in answers.values():
+                for name in soft_labels(layout_of(arrays), model, self.classes):
+                    rows = arrays[name].detach().cpu().clone()
+                    for listener in listeners:
+                        listener.answered(Answer(self.round, self.client, rows))
+                    return
+
+    return entry._replace(client=Answering)
