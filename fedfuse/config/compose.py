@@ -339,6 +339,7 @@ WORDS = {
     "train.optimizer_state": ("fresh", "keep"),
     "train.precision": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
+    "runtime.vectorize": ("off", "auto"),
     "privacy.clipping": ("ghost", "plain"),
     "privacy.level": ("example", "client"),
     "evaluate.moment": ("received", "trained"),

@@ -13,7 +13,7 @@ from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
-from fedfuse.train import work
+from fedfuse.train import abreast, work
 from fedfuse.train.allowance import passes
 
 _OPTIMIZERS = {
@@ -154,6 +154,14 @@ def train(
     epochs = config.epochs if epochs is None else epochs
     batch_size = config.batch_size if batch_size is None else batch_size
     passes(epochs)
+    if abreast.desk is not None and params is None and optimizer is None and forward is None:
+        rate = config if lr is None else dataclasses.replace(config, lr=lr)
+        asked = abreast.Training(
+            model, x, y, loss, rate, seed_parts, epochs, batch_size, least, after_backward, after_step
+        )
+        if (made := abreast.desk.train(asked)) is not None:
+            work.note(model, x, made.pop("rows"), True)
+            return made
     chosen = list(model.parameters() if params is None else params)
     frozen: list[nn.Parameter] = []
     if params is not None:
