@@ -75,6 +75,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "runtime.name": frozenset(catalogue.RUNTIMES).__contains__,
     "runtime.device": _word,
     "runtime.server_device": lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value) is not None,
+    "runtime.vectorize": frozenset({"off", "auto"}).__contains__,
     "runtime.address": _nothing,
     "runtime.state_dir": _nothing,
     "secure.name": frozenset({"off", "on"}).__contains__,

@@ -367,6 +367,7 @@ WORDS = {
     "train.schedule": ("constant", "linear", "cosine"),
     "model.dtype": ("float32", "bf16"),
     "runtime.device": ("auto", "cpu", "cuda"),
+    "runtime.vectorize": ("off", "auto"),
     "privacy.clipping": ("ghost", "plain"),
     "privacy.level": ("example", "client"),
     "evaluate.moment": ("received", "trained"),

@@ -222,6 +222,11 @@ class RuntimeConfig:
     gpu_fraction: float = key(1.0, "share of a GPU each actor takes on cuda", only="runtime=ray or a sweep")
     memory: int | None = key(None, "MB for what grows: object store, waiting replies, caches; default: Ray's own")
     address: str | None = key(None, "join this Ray cluster", only="runtime=ray")
+    vectorize: str = key(
+        "off",
+        "off | auto: clients whose trainings fit together train as one stacked computation",
+        only="runtime=inline|ray",
+    )
     retries: int = key(2, "times a client that fails is tried again, from its committed state")
     client_timeout: float | None = key(None, "seconds; off by default", only="runtime=ray")
     reverse: bool = key(

@@ -27,7 +27,7 @@ from fedfuse.train.objective import followed
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
 from fedfuse.train.privacy import train as dp_sgd
 from fedfuse.train.scores import scored
-from fedfuse.train.task import task_loss
+from fedfuse.train.task import task_loss, task_step
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 
@@ -318,7 +318,9 @@ class FusionClient:
         if own or (not self.scenario.config.privacy.by_example and x is self.x):
             options = {**self._settings(config, options, span, losses), "trim": loss is None, **options}
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
-            result = training.train(self.model, inputs, labels, loss or _task, config, moment, **{**more, **options})
+            result = training.train(
+                self.model, inputs, labels, loss or task_step, config, moment, **{**more, **options}
+            )
         if keep:
             self._keep_optimizer(options["optimizer"])
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
@@ -417,10 +419,6 @@ class FusionClient:
             whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}
             optimizer.load_state_dict(whole)
         return optimizer
-
-
-def _task(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    return task_loss(logits, labels)
 
 
 def transfer_rows(scenario: Scenario, size: int | None, version: int) -> Tensor:

@@ -5,14 +5,16 @@ The same code serves every runtime; what differs is where the cache of knowledge
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
+from fedfuse.core.abreast import AWAKE, Abreast, seats
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
@@ -129,6 +132,9 @@ class Node:
         self._default = entry.hyper()
         self._asked: Any = None
         self._liars = scenario.liars
+        runtime = scenario.config.runtime
+        self._vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
+        self._desk = Abreast()
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
 
     def _equip(self, model: Any, build: Any) -> Any:
@@ -164,19 +170,22 @@ class Node:
                     return self._error(FAILED, who, in_words(error), message)
         raise AssertionError("unreachable")
 
-    def handle_group(self, messages: Sequence[Message], caches: Sequence[Cache]) -> list[Message]:
+    def handle_group(
+        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Message] = ()
+    ) -> list[Message]:
         """Answer a group of messages in client order, adding up what the strategy only needs the sum of.
 
-        The arrays of summed records leave with the group's last valid member; every reply says their bytes.
+        The arrays of summed records leave with the group's last valid member; every reply says their bytes. `answers`
+        are replies that are there already.
         """
         sums = wanted(messages[0])
         if not sums or messages[0].metadata.message_type.startswith("evaluate"):
-            return [self.handle(message, cache) for message, cache in zip(messages, caches, strict=True)]
+            return list(answers) or [self.handle(m, cache) for m, cache in zip(messages, caches, strict=True)]
         totals = empty_totals(sums, config_in(messages[0].content, "run") or {})
         last: Message | None = None
         replies = []
-        for message, cache in zip(messages, caches, strict=True):
-            reply = self.handle(message, cache, "model" in sums)
+        for i, (message, cache) in enumerate(zip(messages, caches, strict=True)):
+            reply = answers[i] if answers else self.handle(message, cache, "model" in sums)
             if not reply.has_error():
                 try:
                     keep_back(reply, self._checked(reply), totals, sums)
@@ -187,6 +196,63 @@ class Node:
         if last is not None:
             hand_over(last, totals)
         return replies
+
+    def handle_groups(self, groups: Sequence[Sequence[Message]], cache: Cache) -> Iterator[list[Message]]:
+        """Answer groups as `handle_group` does, their clients abreast where that is asked for and pays."""
+        for some in self.portions(groups):
+            messages = [message for group in some for message in group]
+            answers = self.handle_abreast(messages, cache, "model" in wanted(messages[0]))
+            for group in some:
+                mine, answers = answers[: len(group)], answers[len(group) :]
+                yield self.handle_group(group, [cache] * len(group), mine)
+
+    def portions(self, groups: Sequence[Sequence[Message]]) -> Iterator[Sequence[Sequence[Message]]]:
+        """Groups whose clients may be awake at once; one group at a time where they take turns anyway."""
+        some: list[Sequence[Message]] = []
+        for group in groups:
+            if some and (not self._vectorized or sum(map(len, some)) + len(group) > AWAKE):
+                yield some
+                some = []
+            some.append(group)
+        if some:
+            yield some
+
+    def handle_abreast(self, messages: Sequence[Message], cache: Cache, lends: bool = False) -> list[Message]:
+        """Answer messages, clients abreast where that pays; [] where they had better take turns.
+
+        If the caller is done with the replies' arrays before the next messages, they may be lent, not copied.
+        """
+        kind = messages[0].metadata.message_type
+        if not self._vectorized or (kind.startswith("evaluate") and not self._digests):
+            return []
+        with contextlib.suppress(Refused):  # then every message is refused
+            self._hyper_of(config_in(messages[0].content, "run") or {})
+        names = [self.workspace.scenario.architectures[self._client(message)] for message in messages]
+        room = {name: seats(self.workspace, name) for name in set(names)}
+        if max(room.values()) < 2:
+            return []
+        return self._seated(messages, names, room, cache, lends)
+
+    def _seated(
+        self, messages: Sequence[Message], names: Sequence[str], room: dict[str, int], cache: Cache, lends: bool
+    ) -> list[Message]:
+        answers: dict[int, Message] = {}
+        todo = list(range(len(messages)))
+        while todo:
+            taken, left, later = [], dict(room), []
+            for i in todo:
+                name = names[i]
+                if room[name] < 2:
+                    answers[i] = self.handle(messages[i], cache)
+                elif left[name]:
+                    left[name] -= 1
+                    taken.append(i)
+                else:
+                    later.append(i)
+            jobs = [(names[i], partial(self.handle, messages[i], cache, lends and not later)) for i in taken]
+            answers |= zip(taken, self._desk.run(lambda: self.workspace, jobs), strict=True)
+            todo = later
+        return [answers[i] for i in range(len(messages))]
 
     def _checked(self, reply: Message) -> Records:
         """A reply's records, checked as the server would: what is summed here, it never sees."""
@@ -209,7 +275,7 @@ class Node:
     # -- one message, in four steps --------------------------------------------------------------------------
 
     def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
-        started = time.perf_counter()
+        started = time.perf_counter() - self._desk.away()
         asked = self._admit(message, cache, who)
         with counting(self.workspace.scenario.config.clock.on) as tally:
             awake = self._wake(asked, cache, lends, tally)
@@ -223,7 +289,7 @@ class Node:
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         if asked.kind == "train" and (points := fixed_points(asked.run)):
             metrics["clipped"] = beyond(records, points)
-        metrics["seconds"] = time.perf_counter() - started
+        metrics["seconds"] = time.perf_counter() - self._desk.away() - started
         return self._reply(asked, awake.client, records, metrics, answer)
 
     def _admit(self, message: Message, cache: Cache, who: int) -> Asked:

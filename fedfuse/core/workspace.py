@@ -13,8 +13,11 @@ from fedfuse import models
 from fedfuse.core.scenario import Scenario
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import frozen, overlay, variable
+from fedfuse.models.replicas import Replicas
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
+from fedfuse.train import abreast
+from fedfuse.train.abreast_layers import Forward, stacked
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
@@ -47,6 +50,8 @@ class Workspace:
         self.transfer_declared = transfer
         self.scenario, self.equip, self.device, self.ledger = scenario, equip, torch.device(device), ledger
         self._models: dict[str, nn.Module] = {}
+        self._replicas: dict[str, Replicas] = {}
+        self._forwards: dict[str, Forward | None] = {}
         self._initial: dict[str, Arrays] = {}
         self._layouts: dict[str, Layout] = {}
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
@@ -68,7 +73,12 @@ class Workspace:
         )
 
     def model(self, architecture: str) -> nn.Module:
-        """The resident model of an architecture, in whatever state it was left."""
+        """The resident model of an architecture, in whatever state it was left; of a client abreast, its replica."""
+        if abreast.desk is not None and (own := abreast.desk.replica(self, architecture)) is not None:
+            return own
+        return self._resident(architecture)
+
+    def _resident(self, architecture: str) -> nn.Module:
         if architecture not in self._models:
             model = self.build(architecture)
             if self.equip is not None:
@@ -81,9 +91,22 @@ class Workspace:
             self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
 
+    def replicas(self, architecture: str, count: int) -> Replicas:
+        """At least so many copies of an architecture's model, whose weights lie side by side."""
+        found = self._replicas.get(architecture)
+        if found is None or len(found) < count:
+            found = self._replicas[architecture] = Replicas(self._resident(architecture), count)
+        return found
+
+    def forward(self, architecture: str) -> Forward | None:
+        """A forward pass of many replicas at once; None where there is none."""
+        if architecture not in self._forwards:
+            self._forwards[architecture] = stacked(self._resident(architecture))
+        return self._forwards[architecture]
+
     def initial(self, architecture: str) -> Arrays:
         """The initial weights, equal for all clients of an architecture."""
-        self.model(architecture)
+        self._resident(architecture)
         return self._initial[architecture]
 
     def fresh(self, architecture: str) -> nn.Module:

@@ -29,9 +29,16 @@ class InlineGrid(LocalGrid):
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Run groups one after another."""
         if self.reverse:
-            done = [self.node.handle(m, self.cache) for group in reversed(groups) for m in reversed(group)]
-            yield from reversed(done)
+            backwards = [group[::-1] for group in reversed(groups)]
+            yield from reversed(list(self._answers(backwards)))
             return
-        for group in groups:
-            for message in group:
+        yield from self._answers(groups)
+
+    def _answers(self, groups: list[list[Message]]) -> Iterator[Message]:
+        for some in self.node.portions(groups):
+            messages = [message for group in some for message in group]
+            if answers := self.node.handle_abreast(messages, self.cache):
+                yield from answers
+                continue
+            for message in messages:
                 yield self.node.handle(message, self.cache)

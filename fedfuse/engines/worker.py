@@ -135,13 +135,14 @@ class Worker:
             self.store.given, self.store.kept = states, []
         common = None if run is None else trusted(ConfigRecord, run)
         out = []
-        for group in groups:
-            messages = [self._message(bare, common) for bare in group]
-            if alone:
-                replies = [self.node.handle(message, self.cache) for message in messages]
-            else:
-                replies = self.node.handle_group(messages, [self.cache] * len(messages))
-            out.append([answer_of(reply) for reply in replies])
+        asked = [[self._message(bare, common) for bare in group] for group in groups]
+        if alone:
+            for messages in asked:
+                replies = self.node.handle_abreast(messages, self.cache)
+                replies = replies or [self.node.handle(message, self.cache) for message in messages]
+                out.append([answer_of(reply) for reply in replies])
+        else:
+            out = [[answer_of(reply) for reply in replies] for replies in self.node.handle_groups(asked, self.cache)]
         for address in needs:  # what was meant for one client is not kept in every actor
             if address[1].startswith("client:"):
                 self.cache.pop(address, None)

@@ -25,6 +25,11 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
+def task_step(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """The task's loss as `fedfuse.train.training.train` calls a loss."""
+    return task_loss(logits, labels)
+
+
 def task_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy by example, (B,): of a class, or the mean over the places of a text that count."""
     if labels.ndim == 1:

@@ -13,7 +13,7 @@ from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import generator, seed_of
-from fedfuse.train import work
+from fedfuse.train import abreast, work
 from fedfuse.train.allowance import passes
 from fedfuse.train.batch import backward, only, rates, sizes_of
 
@@ -164,6 +164,15 @@ def train(
     if max_steps is not None:
         epochs = -(-max_steps // each)
     passes(epochs if max_steps is None else max_steps / each)
+    plain = not trim and all(word is None for word in (params, optimizer, forward, max_steps, rate, clip, micro_batch))
+    if abreast.desk is not None and plain:
+        own = config if lr is None else dataclasses.replace(config, lr=lr)
+        asked = abreast.Training(
+            model, x, y, loss, own, seed_parts, epochs, batch_size, least, after_backward, after_step
+        )
+        if (made := abreast.desk.train(asked)) is not None:
+            work.note(model, x, made.pop("rows"), True)
+            return made
     chosen = list(model.parameters() if params is None else params)
     trained = [p for p in chosen if p.requires_grad]
     if optimizer is None:

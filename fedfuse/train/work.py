@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,20 +37,19 @@ class Tally:
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
-_tally: Tally | None = None
+_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)  # clients that take turns have one each
 _known: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def counting(on: bool = True) -> Iterator[Tally]:
     """Count what is trained and predicted inside."""
-    global _tally
-    before, tally = _tally, Tally()
-    _tally = tally if on else None
+    tally = Tally()
+    token = _tally.set(tally if on else None)
     try:
         yield tally
     finally:
-        _tally = before
+        _tally.reset(token)
 
 
 def note(
@@ -59,20 +59,21 @@ def note(
 
     A `forward` that is a method of the network is counted in its place; any other may look at what it likes.
     """
-    if _tally is None or not rows:
+    tally = _tally.get()
+    if tally is None or not rows:
         return
     own = forward if getattr(forward, "__self__", None) is model else None
     one = flops(model, x[:1], backward, own)
-    _tally.flops += rows * one
-    if (backward and not _tally.trained) or not _tally.unit:
-        _tally.unit, _tally.trained = one, backward
+    tally.flops += rows * one
+    if (backward and not tally.trained) or not tally.unit:
+        tally.unit, tally.trained = one, backward
 
 
 def flops(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None = None) -> int:
     """FLOPs of one pass of a batch, forward, or forward and backward to what is trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if backward else 0
     key = (tuple(x.shape), str(x.dtype), trained, getattr(forward, "__name__", ""))
-    known = _known.setdefault(model, {})
+    known = _known.setdefault(model.__dict__.get("twin", model), {})  # replicas of a model are counted once
     if key not in known:
         known[key] = _counted(model, x, backward and trained > 0, forward)
     return known[key]

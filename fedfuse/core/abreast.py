@@ -1,0 +1,217 @@
+"""Clients of a group abreast (`runtime.vectorize=auto`): each runs until it asks for a training.
+
+Every client is a greenlet with a replica of the model, random streams and context variables of its own; only one runs
+at a time. Who asks for what fits together waits; who asks for anything else computes alone, at once, as without all
+this. When nobody can go on, the largest set of trainings that fit is made, all at once, and its clients go on.
+
+What a client computes depends on itself alone, not on who is there: layers are such that a batch of many gives each
+the bits of a batch of one (`fedfuse.train.abreast_layers`). If a computation of several fails, for want of memory or
+by one client's fault, its clients start anew from their committed states: first in stacks of one, and who fails there
+too, without any stack.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from fedfuse.compat.turns import Turns
+from fedfuse.core.workspace import Workspace
+from fedfuse.models.replicas import nbytes
+from fedfuse.train import abreast
+from fedfuse.train.abreast import Apart, Training
+from fedfuse.train.abreast_steps import together
+from fedfuse.train.task import IGNORED, task_step
+
+AWAKE = 64  # clients that are awake at once, at most
+ROOM = 64 * 2**20  # bytes of their replicas
+STACK = 2**20  # bytes of weights that are trained at once: with gradients they stay in a core's cache
+
+
+class Seat:
+    """One client that takes its turns."""
+
+    def __init__(self, place: int, slot: int, architecture: str) -> None:
+        self.place, self.slot, self.architecture = place, slot, architecture
+        self.turns = Turns()
+        self.green: Any = None
+        self.alone = self.off = False  # in stacks of one; without any
+        self.asked: Training | None = None
+        self.answer: Any = None
+        self.left, self.away = 0.0, 0.0
+
+
+class Abreast:
+    """The desk of a process: who sits at it, and what they ask for."""
+
+    def __init__(self) -> None:
+        self.workspace: Workspace | None = None
+        self.now: Seat | None = None
+        self.hub: Any = None
+        self.busy = False
+
+    # -- what clients ask for --------------------------------------------------------------------------------
+
+    def replica(self, workspace: Any, architecture: str) -> nn.Module | None:
+        """The replica of the client that runs now."""
+        seat = self.now
+        if (
+            seat is None
+            or self.workspace is None
+            or workspace is not self.workspace
+            or architecture != seat.architecture
+        ):
+            return None
+        found: nn.Module = self.workspace.replicas(architecture, seat.slot + 1).modules[seat.slot]
+        return found
+
+    def away(self) -> float:
+        """Seconds that the client that runs now has waited for others."""
+        return 0.0 if self.now is None else self.now.away
+
+    def train(self, asked: Training) -> dict[str, Any] | None:
+        """Wait until it is made together with what fits; None if it is none that could be."""
+        seat = self.now
+        if seat is None or seat.off or self.busy or not self._fits(seat, asked):
+            return None
+        if seat.alone:
+            return self._make([seat], [asked])[0]
+        graded, seat.asked = torch.is_grad_enabled(), asked
+        seat.answer = None
+        self.hub.switch(seat)
+        torch.set_grad_enabled(graded)
+        if isinstance(seat.answer, BaseException):
+            raise seat.answer
+        return seat.answer
+
+    def _fits(self, seat: Seat, asked: Training) -> bool:
+        assert self.workspace is not None
+        if asked.model is not self.replica(self.workspace, seat.architecture) or asked.config.precision == "bf16":
+            return False
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled():
+            return False
+        if asked.loss is task_step:
+            y = asked.y
+            return y is not None and y.ndim == 1 and not bool((y == IGNORED).any())
+        return True
+
+    # -- turns -----------------------------------------------------------------------------------------------
+
+    def run(self, workspace: Callable[[], Workspace], jobs: Sequence[tuple[str, Callable[[], Any]]]) -> list[Any]:
+        """Run jobs of clients abreast, given with their architectures; return what each returns, in order."""
+        slots: dict[str, int] = {}
+        seats = []
+        for place, (architecture, job) in enumerate(jobs):
+            seats.append(seat := Seat(place, slots.get(architecture, 0), architecture))
+            slots[architecture] = seat.slot + 1
+            seat.green = greenlet(lambda seat=seat, job=job: self._work(seat, job))
+            seat.green.gr_context = contextvars.copy_context()
+        self.workspace, self.hub = workspace(), getcurrent()
+        for architecture, count in slots.items():
+            self.workspace.replicas(architecture, count)
+        out: list[Any] = [None] * len(jobs)
+        mine, graded = Turns(), torch.is_grad_enabled()
+        mine.leave()
+        abreast.desk = self
+        try:
+            ready, waiting = list(seats), list[Seat]()
+            while ready:
+                for seat in ready:
+                    value = self._turn(seat)
+                    if seat.green.dead:
+                        out[seat.place] = value
+                    else:
+                        waiting.append(seat)
+                ready = self._answered(waiting)
+                waiting = [seat for seat in waiting if seat not in ready]
+            return out
+        finally:
+            for seat in seats:
+                if seat.green and not seat.green.dead:
+                    seat.green.throw()
+            abreast.desk, self.now, self.hub = None, None, None
+            torch.set_grad_enabled(graded)
+            mine.take()
+
+    def _work(self, seat: Seat, job: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return job()
+            except Apart:
+                seat.alone, seat.off = True, seat.alone
+
+    def _turn(self, seat: Seat) -> Any:
+        seat.turns.take()
+        if seat.left:
+            seat.away += time.perf_counter() - seat.left
+        self.now = seat
+        try:
+            return seat.green.switch()
+        finally:
+            self.now = None
+            if not seat.green.dead:
+                seat.turns.leave()
+                seat.left = time.perf_counter()
+
+    def _answered(self, waiting: Sequence[Seat]) -> list[Seat]:
+        """Make the largest set of trainings that fit together, and answer those who asked for them."""
+        sets: dict[Any, list[Seat]] = {}
+        for seat in waiting:
+            assert seat.asked is not None
+            sets.setdefault(self._kind(seat, seat.asked), []).append(seat)
+        if not sets:
+            return []
+        crew = max(sets.values(), key=len)
+        crew.sort(key=lambda seat: seat.slot)
+        torch.set_grad_enabled(True)
+        for part in self._parts(crew):
+            started = time.perf_counter()
+            try:
+                made: list[Any] = self._make(part, [seat.asked for seat in part if seat.asked is not None])
+            except Exception:
+                made = [Apart() for _ in part]
+            share = (time.perf_counter() - started) / len(part)
+            for seat, answer in zip(part, made, strict=True):
+                seat.answer, seat.asked = answer, None
+                seat.away -= share  # of what it waits, this much was its own
+        return crew
+
+    def _kind(self, seat: Seat, asked: Training) -> Any:
+        trained = tuple(p.requires_grad for p in asked.model.parameters())
+        y = None if asked.y is None else (asked.y.dtype, asked.y.shape[1:])
+        own = asked.loss is not task_step
+        return seat.architecture, repr(asked.config), trained, own, asked.x.dtype, asked.x.shape[1:], y
+
+    def _parts(self, crew: list[Seat]) -> Iterator[list[Seat]]:
+        assert self.workspace is not None
+        size = max(1, STACK // max(1, nbytes(self.workspace.model(crew[0].architecture))))
+        for first in range(0, len(crew), size):
+            yield crew[first : first + size]
+
+    def _make(self, crew: Sequence[Seat], asked: Sequence[Training]) -> list[dict[str, Any]]:
+        assert self.workspace is not None
+        architecture = crew[0].architecture
+        forward, replicas = self.workspace.forward(architecture), self.workspace.replicas(architecture, 1)
+        assert forward is not None
+        self.busy = True  # what a loss asks for in its turn is computed at once
+        try:
+            return together([(s.slot, a) for s, a in zip(crew, asked, strict=True)], replicas, forward)
+        except Exception as error:
+            if len(crew) > 1 or not crew[0].alone:
+                raise
+            raise Apart from error
+        finally:
+            self.busy = False
+
+
+def seats(workspace: Workspace, architecture: str) -> int:
+    """How many clients of an architecture may be awake at once; 0 if none of its trainings fits together."""
+    if workspace.forward(architecture) is None:
+        return 0
+    return min(AWAKE, ROOM // max(1, nbytes(workspace.model(architecture))))

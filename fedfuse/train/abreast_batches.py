@@ -1,0 +1,94 @@
+"""Batches of several clients in step: each client's own rows, in its own order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedfuse.seeding import generator, seed_of
+from fedfuse.train import training
+from fedfuse.train.abreast import Training
+from fedfuse.train.task import task_step
+
+ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead
+
+
+class Member:
+    """One client of a stack: its training, its place, and how far it is."""
+
+    def __init__(self, asked: Training, slot: int) -> None:
+        self.asked, self.slot = asked, slot
+        self.sizes = training.sizes_of(len(asked.x), asked.batch_size, asked.least)
+        self.planned = asked.epochs * len(self.sizes)
+        self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
+        self.values: list[Tensor | tuple[int, int]] = []  # of each step; or where among the rows' losses it is
+        if self.own:  # what it draws at random, it draws from the stream that it would alone
+            alone = torch.Generator().manual_seed(seed_of(*asked.seed_parts, "layers"))
+            self.stream = alone.get_state()
+
+    def order(self, epoch: int) -> Tensor:
+        """Rows of an epoch."""
+        return torch.randperm(len(self.asked.x), generator=generator(*self.asked.seed_parts, epoch))
+
+
+class Feed:
+    """The members' batches, step by step; examples of an epoch are put in order at once where there is room."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+        self.at = [(0, 0)] * len(members)  # step within the epoch, first row of it
+        self.rows: list[Tensor] = [torch.empty(0)] * len(members)
+        first = members[0].asked
+        self.device = first.x.device
+        longest = max(len(member.asked.x) for member in members)
+        size = sum(t[:1].numel() * t.element_size() for t in (first.x, first.y) if t is not None)
+        self.x = self.y = None
+        if len(members) * longest * size <= ROOM:
+            self.x = first.x.new_empty(len(members), longest, *first.x.shape[1:])
+            self.y = None if first.y is None else first.y.new_empty(len(members), longest, *first.y.shape[1:])
+
+    def groups(self, step: int, alive: int) -> Iterator[tuple[list[int], int]]:
+        """Who has a batch of the same size at this step: places among the members, and the size."""
+        sizes: dict[int, list[int]] = {}
+        for k in range(alive):
+            member = self.members[k]
+            epoch, within = divmod(step, len(member.sizes))
+            if within == 0:
+                self._begin(k, epoch)
+            else:
+                self.at[k] = within, self.at[k][1] + member.sizes[within - 1]
+            sizes.setdefault(member.sizes[within], []).append(k)
+        yield from ((places, size) for size, places in sizes.items())
+
+    def _begin(self, k: int, epoch: int) -> None:
+        asked = self.members[k].asked
+        order = self.members[k].order(epoch)
+        self.rows[k], self.at[k] = order.to(self.device), (0, 0)
+        if self.x is not None:
+            torch.index_select(asked.x, 0, self.rows[k], out=self.x[k, : len(order)])
+            if self.y is not None and asked.y is not None:
+                torch.index_select(asked.y, 0, self.rows[k], out=self.y[k, : len(order)])
+
+    def named(self, k: int, size: int) -> Tensor:
+        """Rows of a member's batch."""
+        first = self.at[k][1]
+        return self.rows[k][first : first + size]
+
+    def batch(self, places: list[int], size: int) -> tuple[Tensor, Tensor | None]:
+        """Inputs (g, B, …) and labels of the batches of one size."""
+        if self.x is None:
+            asked = [self.members[k].asked for k in places]
+            rows = [self.named(k, size) for k in places]
+            x = torch.stack([a.x.index_select(0, r) for a, r in zip(asked, rows, strict=True)])
+            ys = [None if a.y is None else a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True)]
+            return x, None if ys[0] is None else torch.stack(ys)  # type: ignore[arg-type]
+        return _cut(self.x, places, self.at, size), None if self.y is None else _cut(self.y, places, self.at, size)
+
+
+def _cut(stack: Tensor, places: list[int], at: Sequence[tuple[int, int]], size: int) -> Tensor:
+    first = at[places[0]][1]
+    if places[-1] - places[0] == len(places) - 1 and all(at[k][1] == first for k in places):
+        return stack[places[0] : places[-1] + 1, first : first + size]
+    return torch.stack([stack[k, at[k][1] : at[k][1] + size] for k in places])

@@ -1,0 +1,102 @@
+"""Layers of many clients at once, (K, B, …) through K sets of weights: each gets the numbers it would get alone.
+
+A batched product computes each of its matrices as it does one alone, whatever their number, so what a client gets does
+not depend on who else is there. It also has the bits of a plain product, but for the smallest ones, which are taken
+one by one here (`tests/train/test_abreast.py` compares).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedfuse.models.feedforward import Classifier
+
+Weights = Mapping[str, Tensor]  # by name, (K, *shape); what all clients share has no K
+Forward = Callable[[Weights, Tensor], Tensor]
+
+SMALL = 400  # multiplications of one product below which torch has a loop of its own for batched ones
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def stacked(module: nn.Module, prefix: str = "") -> Forward | None:
+    """A forward pass of many clients' copies of a module at once; None where there is none.
+
+    Parameters
+    ----------
+    module
+        One of the copies: structure is read from it, never weights.
+    prefix
+        What its parameters' names begin with among the weights.
+    """
+    own = vars(module)
+    if "forward" in own or any(own.get(name) for name in HOOKS):
+        return None
+    build = KINDS.get(type(module))
+    return None if build is None else build(module, prefix)
+
+
+def _sequential(module: Any, prefix: str) -> Forward | None:
+    return _chain([stacked(child, f"{prefix}{name}.") for name, child in module.named_children()])
+
+
+def _classifier(module: Any, prefix: str) -> Forward | None:
+    return _chain([stacked(getattr(module, name), f"{prefix}{name}.") for name in ("body", "head")])
+
+
+def _chain(steps: list[Forward | None]) -> Forward | None:
+    if None in steps:
+        return None
+    found = cast("list[Forward]", steps)
+
+    def forward(weights: Weights, x: Tensor) -> Tensor:
+        for step in found:
+            x = step(weights, x)
+        return x
+
+    return forward
+
+
+def _linear(module: Any, prefix: str) -> Forward:
+    weight, bias = f"{prefix}weight", None if module.bias is None else f"{prefix}bias"
+
+    def forward(weights: Weights, x: Tensor) -> Tensor:
+        w, b = weights[weight], None if bias is None else weights[bias]
+        if w.ndim == 2:  # common to all
+            return F.linear(x, w, b)
+        (_, outputs, inputs), rows = w.shape, x.shape[1]
+        if min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL:
+            biases = [None] * len(w) if b is None else b.unbind()
+            return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
+        if b is None:
+            return torch.bmm(x, w.transpose(1, 2))
+        return torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2))
+
+    return forward
+
+
+def _flatten(module: Any, prefix: str) -> Forward | None:
+    return (lambda weights, x: x.flatten(2)) if (module.start_dim, module.end_dim) == (1, -1) else None
+
+
+def _exact(module: Any, prefix: str) -> Forward | None:
+    return None if getattr(module, "inplace", False) else lambda weights, x: module(x)
+
+
+def _each(module: Any, prefix: str) -> Forward:
+    # torch rounds the last few numbers of a tensor otherwise than those before: their place must be that in one's own
+    return lambda weights, x: torch.stack([module(one) for one in x.unbind()])
+
+
+KINDS: dict[type[nn.Module], Callable[[Any, str], Forward | None]] = {
+    nn.Sequential: _sequential,
+    Classifier: _classifier,
+    nn.Linear: _linear,
+    nn.Flatten: _flatten,
+    **dict.fromkeys((nn.ReLU, nn.Identity), _exact),
+    **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.GELU), _each),
+}

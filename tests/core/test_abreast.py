@@ -1,0 +1,110 @@
+"""`runtime.vectorize=auto`: the same digests and rows as clients in turns, on every grid and through every fault."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fedfuse.core import abreast
+from fedfuse.core.client import FusionClient
+from tests.federations import play
+
+AUTO = "runtime.vectorize=auto"
+UNEQUAL = ("partition=dirichlet", "clients=9", "train.batch_size=7", "rounds=2")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many trainings were made in each stack."""
+    found: list[int] = []
+    real = abreast.together
+
+    def together(asked, replicas, forward):
+        found.append(len(asked))
+        return real(asked, replicas, forward)
+
+    monkeypatch.setattr(abreast, "together", together)
+    return found
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "knfu", "ditto"])
+def test_digests_are_those_of_clients_in_turns(name, made):
+    alone, together = play(name, *UNEQUAL), play(name, *UNEQUAL, AUTO)
+    assert alone.digest == together.digest
+    assert alone.steps == together.steps
+    assert sum(made) >= 2 * 8
+    assert max(made) > 2
+    assert play(name, *UNEQUAL, AUTO, reverse=True).digest == alone.digest
+
+
+def test_architectures_that_fit_and_one_that_does_not(made):
+    words = ("clients=6", "model.pool=[mlp_small,mlp,cnn]", "rounds=1")
+    assert play("fedmd", *words, AUTO).digest == play("fedmd", *words).digest
+    assert max(made) == 2
+
+
+def test_stacks_of_any_size(monkeypatch, made):
+    whole = play("fedavg", *UNEQUAL, AUTO)
+    for stack, awake in ((1, 64), (2**30, 64), (2**30, 3)):
+        monkeypatch.setattr(abreast, "STACK", stack)
+        monkeypatch.setattr(abreast, "AWAKE", awake)
+        made.clear()
+        assert play("fedavg", *UNEQUAL, AUTO).digest == whole.digest
+        assert max(made) == (1 if stack == 1 else min(awake, 9))
+
+
+def test_ray_has_the_same_bits():
+    assert play("fedavg", *UNEQUAL, AUTO, grid="ray").digest == play("fedavg", *UNEQUAL).digest
+
+
+def test_a_stack_without_memory_is_taken_apart(monkeypatch):
+    alone, real, sizes = play("fedavg", *UNEQUAL), abreast.together, []
+
+    def together(asked, replicas, forward):
+        sizes.append(len(asked))
+        if len(asked) > 1:
+            for stack in replicas.stacks.values():
+                stack.fill_(float("nan"))  # what fails half-way leaves rubbish behind
+            raise torch.OutOfMemoryError("no room")
+        return real(asked, replicas, forward)
+
+    monkeypatch.setattr(abreast, "together", together)
+    crowded = play("fedavg", *UNEQUAL, AUTO)
+    assert crowded.digest == alone.digest
+    assert crowded.strategy.inbox.left_out == []
+    assert 1 in sizes
+    monkeypatch.setattr(abreast, "together", lambda *_: 1 / 0)  # nor does a stack of one work
+    assert play("fedavg", *UNEQUAL, AUTO).digest == alone.digest
+
+
+def test_random_numbers_are_each_clients_own(monkeypatch, made):
+    seen: dict[str, list] = {}
+
+    def fit(self):
+        first = torch.rand(1).item(), random.random(), np.random.rand(), np.random.randn()
+        metrics = self.train()
+        second = torch.rand(1).item(), random.random(), np.random.rand(), np.random.randn()
+        seen.setdefault(mode, []).append((self.client, self.round, first, second))
+        return metrics
+
+    monkeypatch.setattr(FusionClient, "fit", fit)
+    for mode in ("off", "auto"):
+        play("fedavg", *UNEQUAL, *(AUTO,) * (mode == "auto"))
+    assert max(made) > 2
+    assert sorted(seen["off"]) == sorted(seen["auto"])
+
+
+def test_a_client_that_fails_takes_nobody_with_it(monkeypatch):
+    def fit(self):
+        metrics = self.train()
+        if self.client == 3:
+            raise ValueError("broken")
+        return metrics
+
+    monkeypatch.setattr(FusionClient, "fit", fit)
+    broken = [play("fedavg", *UNEQUAL, *mode) for mode in ((), (AUTO,))]
+    assert broken[0].federation.digest == broken[1].federation.digest
+    assert broken[0].strategy.inbox.left_out == broken[1].strategy.inbox.left_out != []
