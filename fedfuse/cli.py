@@ -23,7 +23,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if it names code to run
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
-  fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors
+  fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors; --peft DIR: its adapters for peft;
+                                           --merged DIR: a Hugging Face directory, adapters merged
   fedfuse audit RUN_DIR --audit ldia,pli   what a finished simulation's messages give away: fedfuse help audit
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
@@ -263,16 +264,23 @@ def _help(words: list[str], started: float) -> int:
 
 
 def _export(words: list[str], started: float) -> int:
-    rest, flags = _flags(words, "--client", "--out")
+    rest, flags = _flags(words, "--client", "--out", "--peft", "--merged")
     if len(rest) != 1:
         raise UserError("fedfuse export: needs one run directory")
-    from fedfuse.runs.export import export
+    asked = flags.get("--client")
+    if asked is not None and not asked.isdigit():
+        raise UserError(f"--client={asked}: a client's number is needed")
+    run, client = Path(rest[0]), None if asked is None else int(asked)
+    if "--peft" in flags or "--merged" in flags:
+        from fedfuse.runs.hand_over import to_merged, to_peft
 
-    client = flags.get("--client")
-    if client is not None and not client.isdigit():
-        raise UserError(f"--client={client}: a client's number is needed")
-    path = export(Path(rest[0]), None if client is None else int(client), flags.get("--out"))
-    print(path)
+        for flag, write in (("--peft", to_peft), ("--merged", to_merged)):
+            if flag in flags:
+                print(write(run, flags[flag], client))
+    if "--out" in flags or not flags.keys() & {"--peft", "--merged"}:
+        from fedfuse.runs.export import export
+
+        print(export(run, client, flags.get("--out")))
     return 0
 
 

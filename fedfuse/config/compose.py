@@ -281,7 +281,7 @@ def check(config: Config) -> None:
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
-    at_least |= {"train.max_steps": 1, "train.micro_batch": 1}
+    at_least |= {"model.lora_rank": 1, "train.max_steps": 1, "train.micro_batch": 1}
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}
     at_least |= {"secure.quantization_range": 2, "secure.num_shares": 2}
@@ -299,7 +299,7 @@ def check(config: Config) -> None:
             raise UserError(f"audit={name}: {nearest(str(name), catalogue.AUDITS)}")
     if len(set(config.audit)) < len(config.audit):
         raise UserError(f"audit={','.join(config.audit)}: allowed is each once")
-    part, train, temperature = config.participation, config.train, config.loss.temperature
+    part, train, temperature, model = config.participation, config.train, config.loss.temperature, config.model
     labels, privacy, distil, optimizers = (
         config.labels,
         config.privacy,
@@ -310,6 +310,8 @@ def check(config: Config) -> None:
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
+        ("model.lora_alpha", model.lora_alpha, model.lora_alpha is None or model.lora_alpha > 0, "more than 0"),
+        ("model.lora_dropout", model.lora_dropout, 0 <= model.lora_dropout < 1, "at least 0 and below 1"),
         ("train.warmup", train.warmup, 0 <= train.warmup < 1, "at least 0 and below 1"),
         ("train.lr_floor", train.lr_floor, 0 <= train.lr_floor <= 1, "0 to 1"),
         ("train.clip", train.clip, train.clip is None or 0 < train.clip < float("inf"), "more than 0"),

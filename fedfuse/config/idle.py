@@ -54,7 +54,7 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 # naming something of the user's own, or an objective, that then is not what runs: another experiment than was asked for
 REFUSED = (
     "model.build", "model.extra", "data.load", "loss.", "distil.", "labels.", "privacy.level", "secure.", "clock.",
-    "schedule.", "until.", "attack.", "defence.", "train.micro_batch", "train.clip", "train.betas",
+    "schedule.", "until.", "attack.", "defence.", "train.micro_batch", "train.clip", "train.betas", "model.lora_",
 )  # fmt: skip
 
 
@@ -163,6 +163,11 @@ def digests(entry: registry.Entry) -> bool:
     return bool(entry.client.personal and received is not None and {"distil", "train"} & _names(received.__code__))
 
 
+def adapts(config: Config) -> bool:
+    """Whether the strategy brings adapters of its own."""
+    return hasattr(config.strategy, "targets")
+
+
 def _function(value: Any) -> types.FunctionType | None:
     value = getattr(value, "__func__", getattr(value, "fget", value))
     return value if isinstance(value, types.FunctionType) else None
@@ -189,6 +194,7 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a strategy that sums records": lambda config, sweep: bool(
         registry.sums_of(registry.entry(config.strategy.name), config.strategy)
     ),
+    "a strategy without adapters of its own": lambda config, sweep: not adapts(config),
     "no privacy of examples (there: privacy.chunk)": lambda config, sweep: not config.privacy.by_example,
     "no privacy of examples (there: privacy.clip)": lambda config, sweep: not config.privacy.by_example,
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),

@@ -142,6 +142,16 @@ class ModelConfig:
         "compute activations again on the way back instead of keeping them: less memory, about a third more time",
         only="model=hf|causal_lm|text_classifier",
     )
+    lora_rank: int | None = key(
+        None,
+        "r of LoRA over a frozen base, for strategies without adapters of their own: these and the head are trained",
+        only="a strategy without adapters of its own",
+    )
+    lora_alpha: float | None = key(None, "α in the scale α/r; null: r", only="model.lora_rank")
+    lora_targets: str = key(
+        "auto", "adapted layers, patterns of dotted names; auto: every linear layer but heads", only="model.lora_rank"
+    )
+    lora_dropout: float = key(0.0, "dropout of the adapters' inputs", only="model.lora_rank")
     checkpoint: str | None = key(None, "weights to start from: torch (weights only) or safetensors")
     checkpoints: dict[str, str] = key({}, "in a pool: architecture to checkpoint")
     checkpoint_head: bool = key(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedfuse import models
+from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import frozen, overlay, variable
@@ -18,6 +19,7 @@ from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
 from fedfuse.train import abreast
 from fedfuse.train.abreast_layers import Forward, stacked
+from fedfuse.train.adapters import LoRA, inject
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
@@ -72,6 +74,18 @@ class Workspace:
             pad=dataset.pad,
         )
 
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        """The model under LoRA, where `model.lora_rank` says so: its base then neither changes nor travels."""
+        config = self.scenario.config.model
+        if config.lora_rank is None or adapts(self.scenario.config):
+            return model
+        scale = 1.0 if config.lora_alpha is None else config.lora_alpha / config.lora_rank
+        options = {"rank": config.lora_rank, "scale": scale, "dropout": config.lora_dropout}
+        try:
+            return inject(model, LoRA, config.lora_targets, **options)
+        except UserError as error:
+            raise UserError(str(error).replace("strategy.", "model.lora_", 1)) from None
+
     def model(self, architecture: str) -> nn.Module:
         """The resident model of an architecture, in whatever state it was left; of a client abreast, its replica."""
         if abreast.desk is not None and (own := abreast.desk.replica(self, architecture)) is not None:
@@ -81,9 +95,10 @@ class Workspace:
     def _resident(self, architecture: str) -> nn.Module:
         if architecture not in self._models:
             model = self.build(architecture)
-            if self.equip is not None:
-                with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
-                    torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
+            with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
+                torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
+                model = self._adapted(model)
+                if self.equip is not None:
                     model = self.equip(model, self.build)
             if frozen(model) and self.device.type == "cpu":
                 share(model, frozen(model))  # one copy a machine, however many processes and clients

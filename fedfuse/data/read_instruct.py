@@ -14,7 +14,7 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import options
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.documents import Document, documents
-from fedfuse.data.read_text import tokenized
+from fedfuse.data.read_text import kept, tokenized
 from fedfuse.data.token_rows import Row
 from fedfuse.errors import UserError
 
@@ -41,7 +41,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
         Where a file or a line is damaged, there is no chat template, or no answer fits.
     """
     extra = options(config, OPTIONS)
-    found, notes = documents(config, root, extra, whole=True), list[str]()
+    notes = list[str]()
 
     def rows(given: Sequence[Document], tokenizer: Any, length: int) -> list[Row]:
         made = [_row(i, _parts(document, tokenizer, extra), tokenizer, length) for i, document in enumerate(given)]
@@ -53,8 +53,11 @@ def read(config: DataConfig, root: Path) -> Dataset:
             )
         return [row for row, _ in made if row is not None]
 
-    dataset = tokenized(config, extra, found, rows)
-    return Dataset(**{**vars(dataset), "notes": tuple(notes)})
+    def build() -> Dataset:
+        dataset = tokenized(config, extra, documents(config, root, extra, whole=True), rows)
+        return Dataset(**{**vars(dataset), "notes": tuple(notes)})
+
+    return kept(config, root, extra, build)
 
 
 def _row(number: int, parts: Iterator[Part], tokenizer: Any, length: int) -> tuple[Row | None, bool]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import codes_of, cut_test, options
+from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
 from fedfuse.data.token_rows import Row, padded, rows_of
@@ -40,7 +41,22 @@ def read(config: DataConfig, root: Path) -> Dataset:
     def rows(found: Sequence[Document], tokenizer: Any, length: int) -> list[Row]:
         return list(rows_of([document.text for document in found], tokenizer, length, windows))
 
-    return tokenized(config, extra, documents(config, root, extra), rows)
+    return kept(config, root, extra, lambda: tokenized(config, extra, documents(config, root, extra), rows))
+
+
+def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[[], Dataset]) -> Dataset:
+    """Return the data set from the user's cache; files and settings that were not there before are tokenised, once."""
+    model = Path(str(extra["tokenizer"])).expanduser()
+    if extra["tokenizer"] in (None, "bytes") or not model.is_dir():
+        return build()
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    files += sorted([*model.glob("*token*"), *model.glob("*.gguf"), *model.glob("*.jinja")])
+    key = key_of(
+        config.name,
+        [config.inputs, config.targets, config.groups, config.test_fraction, extra],
+        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    )
+    return stored_dataset(key, build)
 
 
 def tokenized(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedfuse.seeding import generator, seed_of
-from fedfuse.train import training
 from fedfuse.train.abreast import Training
+from fedfuse.train.batch import sizes_of
 from fedfuse.train.task import task_step
 
 ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead
@@ -20,7 +20,7 @@ class Member:
 
     def __init__(self, asked: Training, slot: int) -> None:
         self.asked, self.slot = asked, slot
-        self.sizes = training.sizes_of(len(asked.x), asked.batch_size, asked.least)
+        self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
         self.planned = asked.epochs * len(self.sizes)
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
         self.values: list[Tensor | tuple[int, int]] = []  # of each step; or where among the rows' losses it is

@@ -282,7 +282,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def peft_state(model: nn.Module, prefix: str = "base_model.model.") -> tuple[Arrays, dict[str, Any]]:
-    """Adapters as peft's LoRA has them: a state dict and the fields of its `LoraConfig`.
+    """Adapters, and heads that are trained beside them, as peft's LoRA has them: a state dict, and its `LoraConfig`.
 
     s·B R A is written as lora_B = B R, lora_A = A; with `lora_alpha` = s·r the scale is the same.
 
@@ -306,11 +306,17 @@ def peft_state(model: nn.Module, prefix: str = "base_model.model.") -> tuple[Arr
         state[f"{prefix}{name}.lora_A.weight"] = a.detach().clone()
         state[f"{prefix}{name}.lora_B.weight"] = b.detach().clone().contiguous()
     one = next(iter(found.values()))
-    heads = sorted({n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and in_parts(n, HEADS)})
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and in_parts(n, HEADS)}
+    trained = {n: p for n, p in trained.items() if ".lora_" not in n}
+    heads = sorted({n.split(".")[0] for n in trained})
+    state |= {f"{prefix}{n}": p.detach().clone() for n, p in trained.items()}
+    leaves = {name.rpartition(".")[2] for name in found}
+    meant = {n.removesuffix(".base") for n, m in model.named_modules() if is_projection(m) and ".lora_" not in n}
+    short = {name for name in meant if name.rpartition(".")[2] in leaves} == set(found)
     return state, {
         "r": one.rank,
         "lora_alpha": one.scale * one.rank,
-        "target_modules": sorted(found),
+        "target_modules": sorted(leaves if short else found),
         "fan_in_fan_out": one.transposed,
         "modules_to_save": heads or None,
     }
