@@ -21,7 +21,9 @@ WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .@*,\-]{0,99}", re.ASCII)  # a colum
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 DATA = frozenset(catalogue.SOURCES) - {"custom"}
 LAYOUTS = (frozenset(catalogue.LAYOUTS) | {"builtin"}) - {"custom"}
-EXTRA = frozenset({"text", "features", "length", "least", "per_source", "shape", "size", "sources", "train", "test"})
+EXTRA = frozenset(
+    {"text", "features", "length", "least", "long", "per_source", "shape", "size", "sources", "train", "test"}
+)
 
 
 def _architecture(value: Any) -> bool:

@@ -35,7 +35,7 @@ class Source:
     folder: str | None = None
 
 
-LAYOUTS = ("parquet", "npz", "images", "jsonl", "csv", "pfllib", "leaf", "custom", "mixed")
+LAYOUTS = ("parquet", "npz", "images", "jsonl", "csv", "text", "pfllib", "leaf", "custom", "mixed")
 
 SOURCES: dict[str, Source] = {
     "digits": Source("scikit-learn's 1,797 handwritten digits of 8×8 (no file needed)", "digits", (0.3053,), (0.3759,)),
@@ -69,6 +69,7 @@ SOURCES: dict[str, Source] = {
     "images": Source("a folder of images per class", "images"),
     "jsonl": Source("JSON lines (also .gz): numbers, tokens or text", "jsonl"),
     "csv": Source("CSV or TSV with a header (also .gz): a column of texts or numbers, one of labels", "csv"),
+    "text": Source("texts to model: a folder of .txt, or JSON lines; next tokens (data.extra.tokenizer)", "text"),
     "pfllib": Source("PFLlib/HtFLlib per-client train/ and test/ .npz, splits as given", "pfllib"),
     "leaf": Source("LEAF per-user train/ and test/ JSON, splits as given", "leaf"),
     "custom": Source("your own: data.load=pkg.mod:fn returning a fedfuse.data.Dataset", "custom"),

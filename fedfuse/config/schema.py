@@ -30,13 +30,20 @@ class DataConfig:
     personal_test: float = key(0.2, "share of each client's examples kept for its own test", only="data!=pfllib|leaf")
     download: bool = key(False, "allow the Hugging Face hub, through flwr-datasets", only="data!=digits|custom|mixed")
     hub: str | None = key(None, "name of the data set on the hub", only="data.download=true")
-    layout: str = key("builtin", "builtin | parquet | npz | images | jsonl | csv | pfllib | leaf | custom | mixed")
-    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv")
-    targets: str | None = key(None, "column or array of the labels", only="data.layout=parquet|npz|jsonl|csv")
+    layout: str = key(
+        "builtin",
+        "builtin | parquet | npz | images | jsonl | csv | text | pfllib | leaf | custom | mixed",
+    )
+    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv|text")
+    targets: str | None = key(
+        None,
+        "column or array of the labels; `text`: a topic to deal by",
+        only="data.layout=parquet|npz|jsonl|csv|text",
+    )
     groups: str | None = key(
         None,
-        "column or array of natural client ids or domains",
-        only="data.layout=parquet|npz|jsonl|csv|images",
+        "column or array of natural client ids or domains; `text`: also file; plain text: file or role",
+        only="data.layout=parquet|npz|jsonl|csv|images|text",
     )
     target: str | None = key(
         None,
@@ -46,7 +53,7 @@ class DataConfig:
     test_fraction: float = key(
         0.2,
         "global test share where a directory brings no test split",
-        only="data.layout=parquet|npz|jsonl|csv|images|roles",
+        only="data.layout=parquet|npz|jsonl|csv|images|roles|text",
     )
     load: str | None = key(
         None,

@@ -116,7 +116,8 @@ class FusionClient:
             examples = self.examples(split)
             if examples is not None:
                 x, y = examples
-                for name, value in scored(self.predict, x, y, self.classes).items():
+                bytes_held = self.scenario.data.byte_count(split, self.client)
+                for name, value in scored(self.predict, x, y, self.classes, bytes_held).items():
                     metrics[f"{split}/{name}"] = value
         return {}, metrics
 

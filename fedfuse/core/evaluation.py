@@ -14,6 +14,7 @@ from fedfuse.core.strategy import FusionStrategy
 from fedfuse.train.scores import scored
 from fedfuse.wire.records import Arrays
 
+OF_TEXTS = ("bits_per_byte", "exact_match")  # what only texts have
 Row = tuple[int, str, int, str, str, float]  # round, scope, client, split, metric, value
 
 
@@ -35,6 +36,7 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
     dict
         accuracy/personal (mean over clients), accuracy/personal_worst10 (mean of the lowest ⌈N/10⌉), and the
         clients' means on the global test set; NaN where nobody has such a score. Where clients have two models,
+        bits_per_byte and exact_match of texts, likewise;
         accuracy/personal_received or accuracy/personal_trained too: the mean at the moment that was not asked for.
     """
     scored = list(scored)
@@ -50,6 +52,12 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
         "accuracy/global_plain": _mean(values("global/accuracy")),
         "accuracy/personal": _mean(personal),
         "accuracy/personal_worst10": _mean(worst),
+        **{
+            f"{key}/{split}": _mean(found)
+            for key in OF_TEXTS
+            for split in ("global", "personal")
+            if (found := values(f"{split}/{key}"))
+        },
     }
     for moment in MOMENTS:
         if beside := values(f"{BESIDE}_{moment}"):
@@ -70,13 +78,14 @@ def of_server(
     weights = 0
     for name, (architecture, arrays) in models.items():
         model = workspace.loaded(architecture, arrays)
-        found = scored(partial(_predict, strategy, model), x, y, strategy.classes)
+        byte_count = strategy.scenario.data.byte_count("global")
+        found = scored(partial(_predict, strategy, model), x, y, strategy.classes, byte_count)
         if strategy.headline is not None:
             count = int(name == strategy.headline)
         else:
             count = sum(a == architecture for a in names) if len(models) > 1 else len(names)
         weights += count
-        for key in ("accuracy_macro", "accuracy"):
+        for key in ("accuracy_macro", "accuracy", *(key for key in OF_TEXTS if key in found)):
             total[key] = total.get(key, 0.0) + count * found[key]
         if UNDEFINED in found:
             rows.append((round, "server", -1, "global", f"{name}/{UNDEFINED}", found[UNDEFINED]))
@@ -88,6 +97,7 @@ def of_server(
     headline = {
         "accuracy/global": total["accuracy_macro"] / weights,
         "accuracy/global_plain": total["accuracy"] / weights,
+        **{f"{key}/global": total[key] / weights for key in OF_TEXTS if key in total},
     }
     return headline, rows
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedfuse.data.dataset import Dataset, Examples
+from fedfuse.data.dataset import PARTS, Dataset, Examples
 
 FORMAT = 1  # part of every key: old entries are never misread
 
@@ -58,7 +58,7 @@ def stored_dataset(key: str, build: Callable[[], Dataset]) -> Dataset:
 def _write(dataset: Dataset, folder: Path) -> None:
     for split, examples in (("train", dataset.train), ("test", dataset.test)):
         if examples is not None:
-            for part in ("inputs", "targets", "groups"):
+            for part in PARTS:
                 array = getattr(examples, part)
                 if array is not None:
                     np.save(folder / f"{split}_{part}.npy", array, allow_pickle=False)
@@ -70,6 +70,8 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "std": dataset.std,
         "group_names": dataset.group_names,
         "next_token": dataset.next_token,
+        "pad": dataset.pad,
+        "notes": dataset.notes,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -79,7 +81,7 @@ def _open(folder: Path) -> Dataset:
 
     def examples(split: str) -> Examples | None:
         arrays = {}
-        for part in ("inputs", "targets", "groups"):
+        for part in PARTS:
             path = folder / f"{split}_{part}.npy"
             if path.exists():
                 arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -101,6 +103,8 @@ def _open(folder: Path) -> Dataset:
         std=values("std"),
         group_names=values("group_names"),
         next_token=bool(meta.get("next_token", False)),
+        pad=meta.get("pad"),
+        notes=tuple(meta.get("notes", ())),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from fedfuse.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+IGNORED = -100  # a label that does not count: padding, a prompt
+PARTS = ("inputs", "targets", "groups", "wanted", "byte_counts", "texts")  # arrays of `Examples`
 SPLITS = ("train", "validation", "personal")
 
 
@@ -28,27 +30,46 @@ class Examples:
         Class ids; -1 where unlabelled.
     groups : ndarray of int64, shape (n,), optional
         Natural client or domain id of each row.
+    wanted : ndarray of bool, shape (n, T), optional
+        Of texts: which tokens are to be predicted, each from those before it. The others are padding, a prompt, or
+        what only stands before. None: all tokens but the first.
+    byte_counts : ndarray of int64, shape (n,), optional
+        Of texts: UTF-8 bytes that the wanted tokens stand for.
+    texts : ndarray of int64, shape (n,), optional
+        Of texts: which one a row was cut from; None where nobody knows.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     groups: np.ndarray | None = None
+    wanted: np.ndarray | None = None
+    byte_counts: np.ndarray | None = None
+    texts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         # This also strips np.memmap: a subclass would be copied into a pickle, not travel beside it.
         set_field = object.__setattr__
         set_field(self, "inputs", np.ascontiguousarray(self.inputs))
         set_field(self, "targets", np.ascontiguousarray(self.targets, dtype=np.int64))
-        if self.groups is not None:
-            set_field(self, "groups", np.ascontiguousarray(self.groups, dtype=np.int64))
+        for part, dtype in (("groups", np.int64), ("wanted", bool), ("byte_counts", np.int64), ("texts", np.int64)):
+            if getattr(self, part) is not None:
+                set_field(self, part, np.ascontiguousarray(getattr(self, part), dtype=dtype))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row up to the last wanted one, int64 (n,)."""
+        n, width = self.inputs.shape
+        if self.wanted is None:
+            return np.full(n, width, dtype=np.int64)
+        return np.where(self.wanted.any(1), width - self.wanted[:, ::-1].argmax(1), 0).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: np.ndarray) -> Examples:
         """Return a copy of the given rows, in the given order."""
-        groups = None if self.groups is None else self.groups[rows]
-        return Examples(self.inputs[rows], self.targets[rows], groups)
+        found: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
+        return Examples(**{part: None if array is None else array[rows] for part, array in found.items()})
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,12 @@ class Dataset:
     kind : str
         "image", "features" or "tokens". Images that came as floats (PFLlib) are used as given.
     next_token : bool
-        Tokens are labels too: place t predicts token t + 1, and `classes` are the vocabulary. `targets` say nothing.
+        Tokens are labels too: place t predicts token t + 1, and `classes` are the vocabulary. `targets` are what rows
+        are dealt by, a topic, or 0.
+    pad : int or None
+        The token that fills the end of short rows; None: what the model names, or there is none.
+    notes : tuple of str
+        What the user should know of how it was read.
     mean, std : tuple of float, optional
         Per channel, of `inputs / 255`; only for uint8 images.
     """
@@ -95,6 +121,8 @@ class Dataset:
     group_names: tuple[str, ...] | None = None
     provided: Provided | None = None
     next_token: bool = False
+    pad: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

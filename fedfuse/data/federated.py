@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
-from fedfuse.data.dataset import SPLITS, Dataset, Examples
+from fedfuse.data.dataset import IGNORED, SPLITS, Dataset, Examples
 from fedfuse.data.domains import set_apart
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows
@@ -70,7 +70,15 @@ class FederatedData:
 
     def _pair(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.dataset.tensor(examples.inputs)
-        return inputs, inputs if self.dataset.next_token else _labels(examples)
+        return inputs, _next_tokens(inputs, examples) if self.dataset.next_token else _labels(examples)
+
+    def byte_count(self, split: str, client: int = 0) -> int | None:
+        """UTF-8 bytes that a client's split, or the "global" test set, is to predict; None where nobody knows."""
+        examples = self.dataset.test if split == "global" else self.dataset.train
+        if examples is None or examples.byte_counts is None:
+            return None
+        chosen = slice(None) if split == "global" else self.rows_of(client, split)
+        return int(examples.byte_counts[chosen].sum())
 
     def transfer_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the transfer set's inputs and, if it is labelled, its labels.
@@ -119,6 +127,15 @@ class FederatedData:
             digest.update(f"{little.dtype.str} {little.shape}\n".encode())
             digest.update(np.ascontiguousarray(little).data)
         return digest.hexdigest()
+
+
+def _next_tokens(inputs: torch.Tensor, examples: Examples) -> torch.Tensor:
+    """The tokens as labels, `IGNORED` where nobody shall predict them."""
+    import torch
+
+    if examples.wanted is None:
+        return inputs
+    return inputs.masked_fill(~torch.from_numpy(np.array(examples.wanted)), IGNORED)
 
 
 def _labels(examples: Examples) -> torch.Tensor:
@@ -190,7 +207,7 @@ def prepare(
     counts = split_counts(sizes, data.validation, data.personal_test)
     ends = np.cumsum(counts.ravel()).reshape(counts.shape)
     offsets = np.column_stack([ends[:, 0] - counts[:, 0], ends])
-    return FederatedData(dataset, rest[np.concatenate(cut)], offsets, chosen, tuple(notes))
+    return FederatedData(dataset, rest[np.concatenate(cut)], offsets, chosen, (*dataset.notes, *notes))
 
 
 def _as_given(dataset: Dataset, transfer: Examples | None, clients: int | None) -> FederatedData:

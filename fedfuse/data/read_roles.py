@@ -58,4 +58,5 @@ def read(config: DataConfig, root: Path) -> Dataset:
         kind="tokens",
         group_names=tuple(names),
         next_token=True,
+        pad=tokenizer.pad,
     )

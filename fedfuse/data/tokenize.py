@@ -1,4 +1,4 @@
-"""Texts to token ids by the tokenizer of a model directory; needs the extra `lm`."""
+"""Texts to token ids by the tokenizer of a model directory (the extra `lm`), or as their bytes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ class Tokenizer:
     Parameters
     ----------
     path : str
-        A directory with `tokenizer.json`, or with llama.cpp's `config_tokenizer.json` (`tokens`, `scores`).
+        A directory with `tokenizer.json`, with llama.cpp's `config_tokenizer.json` (`tokens`, `scores`), or with one
+        `.gguf` file. Beside `tokenizer.json`, `tokenizer_config.json` names the special tokens.
 
     Attributes
     ----------
     names : tuple of str
         The vocabulary, by id.
     pad : int
-        What fills short texts: the tokenizer's padding token, else 0.
+        What fills short texts: the tokenizer's padding token, else its end of text, else 0. Padding is only ever at
+        the end, so a text may hold that token itself.
+    bos, eos : int or None
+        What stands before a text (where the tokenizer has nothing of the kind, its end of text), and after it.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,15 +40,22 @@ class Tokenizer:
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"data.extra.tokenizer={path} is not a directory")
+        self.path = root
+        special: dict[str, str] = {}
         try:
             if (root / "tokenizer.json").exists():
                 self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(root / "tokenizer.json"))
+                special = _special(root / "tokenizer_config.json")
             elif (root / "config_tokenizer.json").exists():
                 self._tokenizer = _by_scores(
                     tokenizers, json.loads((root / "config_tokenizer.json").read_text("utf-8"))
                 )
+            elif len(files := sorted(root.glob("*.gguf"))) == 1:
+                self._tokenizer, special = _of_gguf(files[0])
             else:
-                raise UserError(f"data.extra.tokenizer={path}: expected tokenizer.json or config_tokenizer.json there")
+                raise UserError(
+                    f"data.extra.tokenizer={path}: expected tokenizer.json, config_tokenizer.json or one .gguf there"
+                )
         except UserError:
             raise
         except Exception as error:
@@ -53,8 +64,43 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         size = self._tokenizer.get_vocab_size()
         self.names = tuple(self._tokenizer.id_to_token(i) or str(i) for i in range(size))
-        known = (self._tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>", "<|endoftext|>"))
-        self.pad = next((i for i in known if i is not None), 0)
+
+        def first(*names: str | None) -> int | None:
+            known = (self._tokenizer.token_to_id(name) for name in names if name)
+            return next((i for i in known if i is not None), None)
+
+        self.eos = first(special.get("eos_token"), "</s>", "<|endoftext|>", "<|im_end|>", "[SEP]")
+        self.bos = first(special.get("bos_token"), "<s>", "[CLS]", "<|endoftext|>")
+        self.bos = self.eos if self.bos is None else self.bos
+        pad = first(special.get("pad_token"), "[PAD]", "<pad>", "<|endoftext|>")
+        self.pad = pad if pad is not None else self.eos if self.eos is not None else 0
+
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text without special tokens, and how many of its UTF-8 bytes end with each token.
+
+        What the tokenizer leaves out (white space) counts to the token after it, at the end to the last one: the
+        last number is the text's size.
+
+        Raises
+        ------
+        UserError
+            For text that is not Unicode.
+        """
+        whole = encoded(texts)
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        out = []
+        for text, raw, one in zip(texts, whole, found, strict=True):
+            # characters to bytes: where each character ends
+            ends = np.cumsum([0, *(len(character.encode()) for character in text)])
+            sizes = np.maximum.accumulate([int(ends[stop]) for _, stop in one.offsets] or [0]).tolist()
+            if one.ids:
+                sizes[-1] = len(raw)
+            out.append((one.ids, sizes[: len(one.ids)]))
+        return out
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Token ids of each text."""
@@ -73,6 +119,59 @@ class Tokenizer:
         joined = [i for found in self.ids(list(texts), special=False) for i in found]
         count = len(joined) // length
         return np.array(joined[: count * length], dtype=np.int64).reshape(count, length)
+
+
+class Bytes:
+    """The tokenizer `bytes`: a text's UTF-8 bytes are its tokens; the byte 0, which texts do not have, is all else."""
+
+    def __init__(self) -> None:
+        self.names = tuple(chr(i) if 32 < i < 127 else f"<0x{i:02X}>" for i in range(256))
+        self.pad, self.bos, self.eos = 0, 0, 0
+
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """As `Tokenizer.spans`."""
+        return [(list(raw), list(range(1, len(raw) + 1))) for raw in encoded(texts)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some bytes."""
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+
+def encoded(texts: Sequence[str]) -> list[bytes]:
+    """Texts as UTF-8.
+
+    Raises
+    ------
+    UserError
+        For half a surrogate pair, which JSON can hold and UTF-8 cannot.
+    """
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text is not Unicode: {error}") from None
+
+
+def tokenizer_of(name: str) -> Tokenizer | Bytes:
+    """The tokenizer of a directory, or `bytes`."""
+    return Bytes() if name == "bytes" else Tokenizer(name)
+
+
+def _special(path: Path) -> dict[str, str]:
+    """Special tokens by role, from `tokenizer_config.json`; none without it."""
+    if not path.exists():
+        return {}
+    about = json.loads(path.read_text("utf-8"))
+    found = {role: about.get(role) for role in ("bos_token", "eos_token", "pad_token")}
+    return {role: str(t["content"] if isinstance(t, dict) else t) for role, t in found.items() if t is not None}
+
+
+def _of_gguf(path: Path) -> tuple[Any, dict[str, str]]:
+    """The tokenizer inside a .gguf file, as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    special = {role: getattr(found, role) for role in ("bos_token", "eos_token", "pad_token")}
+    return found.backend_tokenizer, {role: str(token) for role, token in special.items() if token is not None}
 
 
 def _by_scores(tokenizers: Any, about: dict[str, Any]) -> Any:

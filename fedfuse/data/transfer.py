@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from fedfuse.config.catalogue import SOURCES
@@ -52,7 +54,7 @@ def cut_transfer(config: TransferConfig, dataset: Dataset, seed: int) -> tuple[E
     if config.subset is not None and config.subset > len(chosen):
         raise UserError(f"transfer.subset={config.subset} of {len(chosen)} transfer examples; allowed: at most that")
     targets = chosen.targets if config.labelled else np.full(len(chosen), -1)
-    return Examples(chosen.inputs, targets), rest
+    return dataclasses.replace(chosen, targets=targets, groups=None), rest
 
 
 def _noise(config: TransferConfig, dataset: Dataset, size: int, rng: np.random.Generator) -> Examples:
@@ -89,4 +91,4 @@ def _foreign(config: TransferConfig, dataset: Dataset, size: int, rng: np.random
             f"{where} gives {other.kind} {inputs.dtype} {other.shape}, data={dataset.name} is {dataset.kind} "
             f"{dataset.train.inputs.dtype} {dataset.shape}; only uint8 images are converted"
         )
-    return Examples(inputs, chosen.targets)
+    return dataclasses.replace(chosen, inputs=inputs, groups=None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.train.task import IGNORED
+from fedfuse.train.task import IGNORED, trimmed
 
 CHUNK = 64  # texts whose logits are held at once
 
@@ -51,25 +51,43 @@ def scores(logits: Tensor, y: Tensor, classes: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def scored(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, classes: int) -> dict[str, float]:
+def scored(
+    predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, classes: int, byte_count: int | None = None
+) -> dict[str, float]:
     """Score a model that predicts classes, or next tokens where `y` are the tokens (n, T) themselves.
+
+    Parameters
+    ----------
+    byte_count
+        UTF-8 bytes that all the predicted tokens stand for, where it is known.
 
     Returns
     -------
     dict
         As `scores`; for next tokens `accuracy` counts tokens (and is `accuracy_macro`), `loss` is per token, and
-        `perplexity` = exp(loss).
+        `perplexity` = exp(loss). With a byte count, `bits_per_byte` = total loss / (bytes · ln 2), which does not
+        depend on the tokenizer. Where texts begin with a prompt, `exact_match` is the share of texts of whose tokens
+        to predict each is the likeliest: those that greedy generation would give word for word.
     """
     if y.ndim == 1:
         return scores(predict(x), y, classes)
-    right = count = 0
+    right = count = exact = 0
     loss = 0.0
     for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):  # logits over a vocabulary are large
+        labels, part = trimmed(labels, part)
         logits, wanted = predict(part)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         loss += F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
-        right += int((logits.argmax(1) == wanted).sum())
+        hits = logits.argmax(1) == wanted
+        right += int(hits.sum())
+        exact += int((hits | (wanted == IGNORED)).view(len(part), -1).all(1).sum())
         count += int((wanted != IGNORED).sum())
+    prompted = bool((y[:, 1:2] == IGNORED).any())
+    names = ["accuracy", "accuracy_macro", "loss", "perplexity"]
+    names += ["bits_per_byte"] * (byte_count is not None) + ["exact_match"] * prompted
     if not count:
-        return dict.fromkeys(("accuracy", "accuracy_macro", "loss", "perplexity"), math.nan)
+        return dict.fromkeys(names, math.nan)
     accuracy, mean = right / count, loss / count
-    return {"accuracy": accuracy, "accuracy_macro": accuracy, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    found = {"accuracy": accuracy, "accuracy_macro": accuracy, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    if byte_count is not None:
+        found["bits_per_byte"] = loss / (byte_count * math.log(2)) if byte_count else math.nan
+    return {**found, "exact_match": exact / len(y)} if prompted else found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that does not count (padding)
+from fedfuse.data.dataset import IGNORED
+
+__all__ = ["IGNORED", "task_loss", "task_losses", "trimmed"]
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,3 +32,15 @@ def task_losses(logits: Tensor, labels: Tensor) -> Tensor:
     wanted = labels[:, 1:]
     places = F.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
     return places.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+
+
+def trimmed(labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Labels (B, T) and what goes with them, without the last places that count in no row: nothing before reads them.
+
+    At least two places are left. Labels of classes, and rows without any place to leave out, are returned as they are.
+    """
+    if labels.ndim == 1 or labels.shape[1] < 3 or bool((labels[:, -1] != IGNORED).any()):
+        return (labels, *others)
+    counted = (labels != IGNORED).any(0).nonzero()
+    length = max(2, int(counted[-1]) + 1 if len(counted) else 0)
+    return tuple(one[:, :length] for one in (labels, *others))
