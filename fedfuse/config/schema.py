@@ -132,6 +132,9 @@ class ModelConfig:
     width: float = key(1.0, "scales the number of channels", only="model!=custom|causal_lm|text_classifier")
     build: str | None = key(None, "`model=custom`: dotted path pkg.mod:fn returning an nn.Module", only="model=custom")
     path: str | None = key(None, "`causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    paths: dict[str, str] = key(
+        {}, "in a pool: directories by word; `causal_lm@<word>` is the model there (docs/tokenisers.md)"
+    )
     checkpoint: str | None = key(None, "weights to start from: torch (weights only) or safetensors")
     checkpoints: dict[str, str] = key({}, "in a pool: architecture to checkpoint")
     checkpoint_head: bool = key(
