@@ -58,6 +58,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "model.pool": _architecture,
     "model.build": _nothing,
     "model.path": _nothing,
+    "model.dtype": _word,
     "model.checkpoint": _nothing,
     "train.optimizer": _word,
     "train.optimizer_state": _word,

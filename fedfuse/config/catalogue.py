@@ -99,6 +99,7 @@ MODELS: dict[str, str] = {
     "resnet8_bn": "He et al. 2016 for CIFAR, 1 block per stage, BatchNorm; images",
     "resnet20": "He et al. 2016 for CIFAR, 3 blocks per stage, GroupNorm; images",
     "resnet20_bn": "He et al. 2016 for CIFAR, 3 blocks per stage, BatchNorm; images",
+    "hf": "a Hugging Face model (model.path): causal_lm where data are next tokens, else text_classifier",
     "causal_lm": "a Hugging Face language model (model.path), next tokens; tokens",
     "text_classifier": "a Hugging Face encoder (model.path) with a head, a class per text; tokens",
 }

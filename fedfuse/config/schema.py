@@ -127,13 +127,23 @@ class ModelConfig:
     feature_dim: int | None = key(
         None,
         "common size of `features(x)` across a pool",
-        only="model!=causal_lm|text_classifier",
+        only="model!=hf|causal_lm|text_classifier",
     )
-    width: float = key(1.0, "scales the number of channels", only="model!=custom|causal_lm|text_classifier")
+    width: float = key(1.0, "scales the number of channels", only="model!=custom|hf|causal_lm|text_classifier")
     build: str | None = key(None, "`model=custom`: dotted path pkg.mod:fn returning an nn.Module", only="model=custom")
-    path: str | None = key(None, "`causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    path: str | None = key(None, "`hf`, `causal_lm`, `text_classifier`: directory of a Hugging Face model")
     paths: dict[str, str] = key(
         {}, "in a pool: directories by word; `causal_lm@<word>` is the model there (docs/tokenisers.md)"
+    )
+    dtype: str = key(
+        "float32",
+        "of a frozen base: float32 | bf16 (half the memory; what is trained stays float32)",
+        only="model=hf|causal_lm|text_classifier",
+    )
+    gradient_checkpointing: bool = key(
+        False,
+        "compute activations again on the way back instead of keeping them: less memory, about a third more time",
+        only="model=hf|causal_lm|text_classifier",
     )
     checkpoint: str | None = key(None, "weights to start from: torch (weights only) or safetensors")
     checkpoints: dict[str, str] = key({}, "in a pool: architecture to checkpoint")

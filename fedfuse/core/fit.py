@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fedfuse.config.catalogue import LANGUAGE
@@ -70,6 +71,10 @@ def _check_transfer(strategy: FusionStrategy) -> None:
 
 def _check_tokenizers(strategy: FusionStrategy, pool: list[str]) -> None:
     """Refuse tokenizers that differ where a transfer set's outputs are compared place by place."""
+    asked = {*pool, *(value for value in vars(strategy.hyper).values() if isinstance(value, str))}
+    for word in strategy.scenario.config.model.paths:
+        if not any(name.partition("@")[2] == word for name in asked):
+            raise UserError(f"model.paths names {word!r}, which nobody has: model.pool=[causal_lm@{word},…] takes it")
     apart = [name for name in pool if strategy.workspace.texts.tokenizer(name) is not None]
     if apart and strategy.transfer != "none" and not strategy.aligns:
         raise UserError(
@@ -111,6 +116,7 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
         except AttributeError:  # what the strategy adds asks for parts that are not there
             model = strategy.workspace.build(name)
         _check_vocabulary(name, model, scenario)
+        _check_precision(strategy, model)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
         if missing and (strategy.needs_features or objective.needs_features):
             who = f"strategy={strategy.name}" if strategy.needs_features else f"loss={scenario.config.loss.name}"
@@ -149,6 +155,16 @@ def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -
         raise UserError(
             f"model={architecture}: the data have a token {int(inputs.max())}, the model knows {known}: "
             f"use its tokenizer"
+        )
+
+
+def _check_precision(strategy: FusionStrategy, model: nn.Module) -> None:
+    """Refuse to train weights of half precision, in which small steps are lost."""
+    half = next((n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16), None)
+    if half is not None:
+        raise UserError(
+            f"model.dtype=bf16: strategy={strategy.name} trains {half}, and steps are lost in bf16; allowed: float32 "
+            f"(train.precision=bf16 computes in it), a strategy of adapters, or model.lora_rank=<r>"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedfuse import models
+from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.data.dataset import IGNORED
 from fedfuse.data.federated import next_tokens
 from fedfuse.data.own_tokenizer import OwnTokenizer, Read, own_tokenizer
@@ -54,7 +55,9 @@ class Texts:
     def tokenizer(self, architecture: str) -> OwnTokenizer | None:
         """The tokenizer that an architecture reads rows of bytes by; None where it takes the data as they are."""
         scenario = self._workspace.scenario
-        path = models.path_of(architecture, scenario.config.model) if scenario.data.dataset.utf8 else None
+        if not scenario.data.dataset.utf8 or architecture.partition("@")[0] not in LANGUAGE:
+            return None
+        path = models.path_of(architecture, scenario.config.model)
         return None if path is None else own_tokenizer(path)
 
     def pieces(self, architecture: str, size: int) -> tuple[bytes, ...]:

@@ -67,6 +67,7 @@ class Workspace:
             classes=self.scenario.classes,
             config=config.model,
             seed=config.seed,
+            pad=dataset.pad,
         )
 
     def model(self, architecture: str) -> nn.Module:

@@ -25,11 +25,14 @@ class Table:
         Already of one dtype and shape.
     labels, groups : ndarray, shape (n,)
         Integers or strings.
+    pad : int or None
+        Of tokens: what fills the end of short rows.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None = None
+    pad: int | None = None
 
 
 def options(config: DataConfig, allowed: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +201,7 @@ def assemble(
         mean=mean,
         std=std,
         group_names=None if group_names is None else tuple(group_names),
+        pad=train.pad if kind == "tokens" else None,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedfuse.data.dataset import PARTS, Dataset, Examples
 
-FORMAT = 1  # part of every key: old entries are never misread
+FORMAT = 2  # part of every key: old entries are never misread
 
 
 def cache_directory() -> Path:

@@ -83,3 +83,12 @@ def column_inputs(values: Sequence[Any], extra: Mapping[str, Any], where: str) -
     if array.dtype.kind not in "iufb" or array.ndim < 1:
         raise UserError(f"{where}: expected text, numbers or lists of numbers of one length")
     return array[:, None].astype(np.float32) if array.ndim == 1 else array
+
+
+def pad_of(extra: Mapping[str, Any]) -> int:
+    """The token that fills the end of short texts, as `column_inputs` makes them tokens."""
+    if extra.get("tokenizer"):
+        from fedfuse.data.tokenize import Tokenizer
+
+        return Tokenizer(str(extra["tokenizer"])).pad
+    return 0

@@ -158,6 +158,7 @@ class Dataset:
                 "scale": 255 if self.kind == "image" and inputs.dtype == np.uint8 else 1,
                 "mean": None if self.mean is None else [float(value) for value in self.mean],
                 "std": None if self.std is None else [float(value) for value in self.std],
+                **({} if self.pad is None else {"pad": self.pad}),
             },
             sort_keys=True,
         )

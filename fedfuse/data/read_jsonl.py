@@ -14,7 +14,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
+from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, pad_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import gunzipped
 from fedfuse.data.locations import split_files
@@ -104,4 +104,5 @@ def _table(
                     raise UserError(f"{path}: example {number} has no {name!r}")
                 columns[role].append(row[name])
     inputs = column_inputs(values, extra, f"data={config.name}")
-    return Table(inputs, np.asarray(labels), np.asarray(groups) if groups else None)
+    pad = pad_of(extra) if isinstance(values[0], str) else None
+    return Table(inputs, np.asarray(labels), np.asarray(groups) if groups else None, pad)

@@ -68,4 +68,6 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
     train = joined("train")
     assert train is not None
     mean, std = channel_statistics(train.inputs) if first.kind == "image" else (None, None)
-    return Dataset(config.name, train, joined("test"), first.classes, first.kind, mean, std, tuple(sources))
+    return Dataset(
+        config.name, train, joined("test"), first.classes, first.kind, mean, std, tuple(sources), pad=first.pad
+    )

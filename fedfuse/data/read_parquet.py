@@ -11,7 +11,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of
+from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, pad_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.locations import reason_of, split_files
 from fedfuse.data.pixels import decode
@@ -91,7 +91,8 @@ def _table(
             groups.append(np.full(len(rows), domains.index(path), dtype=np.int64))
     where = f"data={config.name}"
     inputs = decode(values, extra["size"], where) if encoded else column_inputs(values, extra, where)
-    return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None), classes
+    pad = pad_of(extra) if isinstance(values[0], str) else None
+    return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad), classes
 
 
 def _class_names(table: pyarrow.Table, target: str) -> list[str] | None:

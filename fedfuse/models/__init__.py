@@ -25,7 +25,9 @@ def names() -> dict[str, str]:
     return dict(MODELS)
 
 
-def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int) -> list[str]:
+def architectures(
+    config: ModelConfig, kind: str, shape: tuple[int, ...], clients: int, next_token: bool = False
+) -> list[str]:
     """Name the architecture of each client.
 
     Parameters
@@ -38,6 +40,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
         Shape of one example; `auto` is a cnn for images larger than 8×8.
     clients
         Number of clients.
+    next_token
+        Whether tokens are labels too, so that `hf` is a causal language model, and no classifier.
 
     Raises
     ------
@@ -46,7 +50,8 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
     """
     if config.pool is not None and not config.pool:
         raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
-    pool = [_resolve(name, config, kind, shape) for name in config.pool or [config.name]]
+    named = ["causal_lm" if next_token and n == "hf" else n for n in config.pool or [config.name]]
+    pool = [_resolve("text_classifier" if n == "hf" else n, config, kind, shape) for n in named]
     if config.extra and not any(":" in name for name in pool):
         raise UserError(f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}")
     if config.checkpoint and len(set(pool)) > 1:
@@ -56,9 +61,6 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
         )
     if config.path and not {name.partition("@")[0] for name in pool} & set(LANGUAGE):
         raise UserError(f"model.path={config.path} is for {' and '.join(LANGUAGE)}, not for {','.join(pool)}")
-    for word in config.paths:
-        if not any(name.partition("@")[2] == word for name in pool):
-            raise UserError(f"model.paths names {word!r}, which no client has: causal_lm@{word} in model.pool takes it")
     for name in config.checkpoints:
         if name not in pool:
             raise UserError(f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}")
@@ -66,9 +68,15 @@ def architectures(config: ModelConfig, kind: str, shape: tuple[int, ...], client
 
 
 def build(
-    name: str, *, shape: tuple[int, ...], classes: int, config: ModelConfig | None = None, seed: int
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    classes: int,
+    config: ModelConfig | None = None,
+    seed: int,
+    pad: int | None = None,
 ) -> nn.Module:
-    """Build a model in float32 on the CPU; equal (seed, name) give equal weights.
+    """Build a model on the CPU, in float32 but for `model.dtype`; equal (seed, name) give equal weights.
 
     Parameters
     ----------
@@ -82,6 +90,8 @@ def build(
         Width, feature size, checkpoint, and what a dotted path is called with; default: as a model has them itself.
     seed
         The run's seed. The global generators are left as they were.
+    pad
+        The token that fills short texts, for language models; None: their own.
 
     Raises
     ------
@@ -109,12 +119,13 @@ def build(
             from fedfuse.models import language
 
             config = replace(config, path=path_of(name, config))
-            model = language.build(name.partition("@")[0], shape, classes, config)
+            model = language.build(name.partition("@")[0], shape, classes, config, pad)
         else:
             base, width = _split(name)
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
-    model.float()
+    if config.dtype == "float32" or name.partition("@")[0] not in LANGUAGE:
+        model.float()
     object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
     path = config.checkpoints.get(name, config.checkpoint)
     if path:

@@ -15,17 +15,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, nearest
+from fedfuse.models.parts import HEADS
 
 if TYPE_CHECKING:
     from fedfuse.config.schema import ModelConfig
 
 ARCHITECTURES = ("causal_lm", "text_classifier")
-PAD = 0  # what fills short texts, where a model names no padding token
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+PAD = 0  # what fills short texts, where neither data nor model name a token
+
+
+def attended(x: Tensor, pad: int) -> Tensor:
+    """Which places (B, T) hold a text: all up to the last token that is not padding, at least the first.
+
+    Only the end is padding, so a text may hold the padding token itself (GPT-2's is its end of text).
+    """
+    mask = (x != pad).flip(1).cummax(1).values.flip(1)
+    mask[:, 0] = True  # an empty text still has one place to look at
+    return mask
 
 
 class CausalLM(nn.Module):
-    """Logits of the next token at every place, (B, T, V), from tokens (B, T)."""
+    """Logits of the next token at every place, (B, T, V), from tokens (B, T).
+
+    Padding stands at the end, where no place before it looks: it needs no mask, and its own logits say nothing.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -35,23 +50,31 @@ class CausalLM(nn.Module):
         """Return logits of shape (B, T, V); place t sees tokens up to t."""
         if not len(x):
             return torch.zeros(*x.shape, self.model.config.vocab_size, device=x.device)
-        return self.model(input_ids=x, use_cache=False).logits
+        return self.model(input_ids=x, use_cache=False).logits.float()
 
 
 class TextClassifier(nn.Module):
-    """Logits of a class per text, (B, C), from padded tokens (B, T)."""
+    """Logits of a class per text, (B, C), from padded tokens (B, T).
+
+    A decoder (Llama, Qwen2, GPT-2) is read at its text's last token, which is found here: `transformers` looks for
+    the last token that is not padding by its own rule, and refuses batches where it knows no padding token.
+    """
 
     def __init__(self, model: Any, pad: int) -> None:
         super().__init__()
         self.model, self.pad = model, pad
+        self.decoder = isinstance(getattr(model, "score", None), nn.Module)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (B, C); padding is not attended to."""
-        mask = x != self.pad
-        mask[:, 0] = True  # an empty text still has one place to look at
         if not len(x):  # transformers' attention cannot be asked about no text at all
             return torch.zeros(0, self.model.config.num_labels, device=x.device)
-        return self.model(input_ids=x, attention_mask=mask.long()).logits
+        mask = attended(x, self.pad)
+        if not self.decoder:
+            return self.model(input_ids=x, attention_mask=mask.long()).logits.float()
+        states = self.model.base_model(input_ids=x, use_cache=False).last_hidden_state
+        last = states[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
+        return self.model.score(last.to(self.model.score.weight.dtype)).float()
 
 
 class PooledClassifier(nn.Module):
@@ -65,12 +88,11 @@ class PooledClassifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return features of shape (B, feature_dim)."""
-        mask = x != self.pad
-        mask[:, 0] = True
         if not len(x):
             return torch.zeros(0, self.feature_dim, device=x.device)
+        mask = attended(x, self.pad)
         states = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
-        weights = mask[:, :, None].to(states.dtype)
+        states, weights = states.float(), mask[:, :, None].float()
         return (states * weights).sum(1) / weights.sum(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,13 +100,15 @@ class PooledClassifier(nn.Module):
         return self.head(self.features(x))
 
 
-def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig) -> nn.Module:
+def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig, pad: int | None = None) -> nn.Module:
     """Build a language model for texts of `shape` = (T,).
 
     Parameters
     ----------
     classes
         Size of the vocabulary for `causal_lm`, else number of classes.
+    pad
+        What fills short texts of the data; it becomes the model's padding token. None: the model's own.
 
     Raises
     ------
@@ -116,13 +140,29 @@ def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig) 
         raise UserError(
             f"model={name}: the data have {classes} tokens, the model knows {vocabulary}: use its tokenizer"
         )
-    nn.Module.float(model)  # transformers refuses .float() on what it dequantised from a .gguf file
+    own = model.config.pad_token_id
+    pad = int(pad) if pad is not None else PAD if own is None else int(own)
+    if not 0 <= pad < vocabulary:
+        raise UserError(f"model={name}: the data are padded by token {pad}, the model knows {vocabulary}")
+    model.config.pad_token_id = pad
+    if config.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.dtype!r} is not known: {nearest(config.dtype, DTYPES)}")
+    nn.Module.to(model, DTYPES[config.dtype])  # transformers refuses .float() on what it dequantised from .gguf
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.dtype != "float32":
+        for part, module in model.named_children():
+            if part in HEADS:  # trained, so of full precision, on states that are not
+                module.float().register_forward_pre_hook(_single)
     if causal:
         return CausalLM(model)
-    pad = PAD if model.config.pad_token_id is None else int(model.config.pad_token_id)
     if not hasattr(model, "num_labels") or type(model).__name__.endswith("Model"):
         return PooledClassifier(model, pad, classes)
     return TextClassifier(model, pad)
+
+
+def _single(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.float() if isinstance(one, Tensor) else one for one in given)
 
 
 def _small(transformers: Any, name: str, length: int, classes: int) -> Any:

@@ -19,6 +19,8 @@ from fedfuse.errors import UserError
 from fedfuse.seeding import seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
+HEADS = ("head", "classifier", "score", "fc")  # names of classification heads: under adapters not adapted, but trained
+
 
 def parameters(module: nn.Module) -> list[str]:
     """Return the names of the parameters, buffers excluded, in the module's order."""

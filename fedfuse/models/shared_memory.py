@@ -41,7 +41,7 @@ def share(model: nn.Module, names: frozenset[str]) -> int:
     if size < LEAST:
         return 0
     arrays = {name: parameter.detach().contiguous() for name, parameter in found.items()}
-    key = sha_arrays({n: a.float() for n, a in arrays.items()})
+    key = sha_arrays({f"{n} {a.dtype}": a.float() for n, a in arrays.items()})
     folder = cache_directory() / "bases"
     path, partial = folder / f"{key}.safetensors", folder / f".{key}.{os.getpid()}"
     try:
@@ -54,7 +54,7 @@ def share(model: nn.Module, names: frozenset[str]) -> int:
     except Exception as error:
         partial.unlink(missing_ok=True)
         raise WorldError(f"{path}: the frozen base cannot be kept there ({error})") from error
-    if sha_arrays({n: a.float() for n, a in mapped.items()}) != key:
+    if sha_arrays({f"{n} {a.dtype}": a.float() for n, a in mapped.items()}) != key:
         raise WorldError(f"{path}: is not the base it is named after; delete it")
     for name, parameter in found.items():
         parameter.data = mapped[name]

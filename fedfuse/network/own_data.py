@@ -89,7 +89,8 @@ def server_scenario(scenario: Scenario, examples: Mapping[int, Sequence[int]]) -
 
 def _scenario(config: Config, data: FederatedData, clients: int) -> Scenario:
     dataset: Dataset = data.dataset
-    return Scenario(config, data, tuple(models.architectures(config.model, dataset.kind, dataset.shape, clients)))
+    names = models.architectures(config.model, dataset.kind, dataset.shape, clients, dataset.next_token)
+    return Scenario(config, data, tuple(names))
 
 
 def counts_of(hello: Mapping[str, Any]) -> list[int]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.errors import UserError
+from fedfuse.models.parts import HEADS
 from fedfuse.wire.records import Arrays
 
-HEADS = ("head", "classifier", "score", "fc")  # names of classification heads: never adapted, but trained
 VOCABULARY = ("lm_head", "embed_out", "cls")  # output layers over a vocabulary: neither adapted nor trained
 
 
