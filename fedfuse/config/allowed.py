@@ -94,7 +94,12 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "schedule.staleness": _word,
     "out": _nothing,
 }
-NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type
+NEVER = {
+    "data.download": False,
+    "model.checkpoints": {},
+    "model.paths": {},
+    "model.extra": {},
+}  # the only value, of any type
 OWNERS = frozenset({"data.root", "tracking.uri", "out"})  # the operator's own at the server; never told to sites
 
 

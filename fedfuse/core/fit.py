@@ -71,7 +71,7 @@ def _check_transfer(strategy: FusionStrategy) -> None:
 
 def _check_tokenizers(strategy: FusionStrategy, pool: list[str]) -> None:
     """Refuse tokenizers that differ where a transfer set's outputs are compared place by place."""
-    asked = {*pool, *(value for value in vars(strategy.hyper).values() if isinstance(value, str))}
+    asked = {*pool, *(value for value in getattr(strategy.hyper, "__dict__", {}).values() if isinstance(value, str))}
     for word in strategy.scenario.config.model.paths:
         if not any(name.partition("@")[2] == word for name in asked):
             raise UserError(f"model.paths names {word!r}, which nobody has: model.pool=[causal_lm@{word},…] takes it")

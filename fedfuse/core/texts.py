@@ -1,4 +1,4 @@
-"""The data as an architecture reads them: texts by its own tokenizer, all else as it is; and what there is to predict."""
+"""The data as an architecture reads them, texts by its own tokenizer; and what there is to predict."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ class Places(NamedTuple):
         The token at each place, or the class of an example at its only one; `IGNORED` where none counts.
     ends : Tensor of int64, shape (n, P)
         Where each token ends: a byte where texts are read by tokenizers of their own, else a count of tokens.
+    vocabulary : int
+        V, tokens there are; a network may have columns for more.
     """
 
     x: Tensor
     tokens: Tensor
     ends: Tensor
+    vocabulary: int
 
     @property
     def counted(self) -> Tensor:
@@ -42,7 +45,7 @@ class Places(NamedTuple):
     def log_p(self, logits: Tensor) -> Tensor:
         """Log-probabilities of each place's own token (n, P, V), from a model's logits of these rows."""
         shifted = logits[:, None] if logits.ndim == 2 else logits[:, :-1]
-        return shifted.log_softmax(-1)
+        return shifted[..., : self.vocabulary].log_softmax(-1)
 
 
 class Texts:
@@ -60,19 +63,17 @@ class Texts:
         path = models.path_of(architecture, scenario.config.model)
         return None if path is None else own_tokenizer(path)
 
-    def pieces(self, architecture: str, size: int) -> tuple[bytes, ...]:
-        """What each of an architecture's tokens spells, by id, up to the size of its vocabulary; b"" for special ones.
+    def pieces(self, architecture: str) -> tuple[bytes, ...]:
+        """What each of an architecture's tokens spells, by id; b"" for special ones.
 
         Where tokens are not read from bytes, all architectures have one vocabulary, and a token spells its number.
         """
-        own = self.tokenizer(architecture)
+        own, scenario = self.tokenizer(architecture), self._workspace.scenario
         if own is not None:
-            found = own.pieces
-        elif self._workspace.scenario.data.dataset.utf8:
-            found = (b"", *(bytes([i]) for i in range(1, 256)))
-        else:
-            found = tuple(b"%d" % i for i in range(size))
-        return (*found, *[b""] * (size - len(found)))[:size]
+            return own.pieces
+        if scenario.data.dataset.utf8:
+            return (b"", *(bytes([i]) for i in range(1, 256)))
+        return tuple(b"%d" % i for i in range(scenario.classes))
 
     def read(self, architecture: str, *key: Any) -> Any:
         """Inputs and labels of (client, split), "transfer" or "test"; None where there is no such set."""
@@ -93,8 +94,8 @@ class Texts:
         else:
             tokens = x.new_full((len(x), 1), IGNORED, dtype=torch.int64) if y is None else y[:, None]
             ends = torch.ones_like(tokens)
-        found = Places(x, tokens, ends)
-        return found if rows is None else Places(*(one[rows.to(one.device)] for one in found))
+        chosen = slice(None) if rows is None else rows.to(x.device)
+        return Places(x[chosen], tokens[chosen], ends[chosen], len(self.pieces(architecture)))
 
     def _labels(self, x: Tensor) -> Tensor:
         transfer = self._workspace.scenario.data.transfer

@@ -123,6 +123,7 @@ class Workspace:
                 "classes": self.scenario.classes,
                 "transfer": 0 if transfer is None else len(transfer),
                 "subset": self.scenario.rows_of(subset),
+                "vocabulary": len(self.texts.pieces(architecture)) if self._predicts else 0,
                 "places": self.texts.places(architecture).tokens.shape[1] if self._predicts else 0,
                 "features": int(getattr(self.model(architecture), "feature_dim", 0) or 0),
             }

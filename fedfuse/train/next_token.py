@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NO_BYTE = 256  # the bucket of tokens that spell nothing
+NOBODY = -1  # an id that is none
 TINY = 1e-30  # least probability whose logarithm is taken
 
 
@@ -63,7 +64,7 @@ def compress(log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     p, ids = top.values.exp(), top.indices
     if (missing := k - p.shape[-1]) > 0:
         p = torch.cat([p, p.new_zeros(*p.shape[:-1], missing)], -1)
-        ids = torch.cat([ids, ids.new_full((*ids.shape[:-1], missing), -1)], -1)
+        ids = torch.cat([ids, ids.new_full((*ids.shape[:-1], missing), NOBODY)], -1)
     return p, ids
 
 
@@ -82,7 +83,7 @@ def with_rest(p: Tensor) -> Tensor:
     return torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0)], -1)
 
 
-def bucketed(log_p: Tensor, ids: Tensor) -> Tensor:
+def bucketed(log_p: Tensor, ids: Tensor, first: Tensor | None = None) -> Tensor:
     """Log-probabilities of given ids (N × k) and in a last column of all others together: logits of k + 1 buckets.
 
     Parameters
@@ -90,19 +91,36 @@ def bucketed(log_p: Tensor, ids: Tensor) -> Tensor:
     log_p : Tensor
         (N × V), normalised.
     ids : Tensor
-        (N × k), no id twice in a row; −1 is nobody, with a probability of 0.
+        (N × k), no id twice in a row. −1 is nobody, with a probability of 0; below that an id names a next byte, by
+        `byte_ids`, and so do all of its row.
+    first : Tensor, optional
+        Where ids may name bytes: the byte that each token starts with (V,).
     """
-    nobody = ids < 0
+    bytewise = (ids < NOBODY).any(1)
+    if first is None or not bool(bytewise.any()):
+        return _buckets(log_p, ids)
+    out = log_p.new_empty(len(log_p), ids.shape[1] + 1)
+    out[~bytewise] = _buckets(log_p[~bytewise], ids[~bytewise])
+    out[bytewise] = _buckets(coarse(log_p[bytewise], first), byte_ids(ids[bytewise]))
+    return out
+
+
+def _buckets(log_p: Tensor, ids: Tensor) -> Tensor:
+    nobody, width = ids == NOBODY, log_p.shape[1]
     kept = log_p.gather(1, ids.clamp_min(0)).masked_fill(nobody, math.log(TINY))
-    width = log_p.shape[1]
     named = torch.zeros(len(log_p), width + 1, dtype=torch.bool, device=log_p.device)  # the last column is nobody's
     named = named.scatter(1, torch.where(nobody, width, ids), True)[:, :width]
     others = log_p.masked_fill(named, math.log(TINY)).logsumexp(1, keepdim=True)
     return torch.cat([kept, others], 1)
 
 
+def byte_ids(ids: Tensor) -> Tensor:
+    """Bytes as ids that no token has, −2 − byte, and back; −1 stays."""
+    return torch.where(ids == NOBODY, NOBODY, -2 - ids)
+
+
 def remapped(p: Tensor, ids: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of the ids that others map to: what meets there adds up, what maps nowhere is left to the rest.
+    """Probabilities of the ids that others map to; what maps nowhere is left to the rest.
 
     Parameters
     ----------
@@ -114,16 +132,21 @@ def remapped(p: Tensor, ids: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     Tensor
-        p and ids (N × k), falling; nobody twice in a row.
+        p and ids (N × k), as `gathered` has them.
     """
-    new = torch.where(ids < 0, -1, to[ids.clamp_min(0)])
-    p = torch.where(new < 0, 0, p)
-    alike = (new[:, :, None] == new[:, None, :]) & (new >= 0)[:, :, None]
+    return gathered(p, torch.where(ids == NOBODY, NOBODY, to[ids.clamp_min(0)]))
+
+
+def gathered(p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal ids of a row become one, with their sum: (N × k), falling, what is empty at the end."""
+    nobody = ids == NOBODY
+    p = p.masked_fill(nobody, 0)
+    alike = (ids[:, :, None] == ids[:, None, :]) & ~nobody[:, :, None]
     total = (alike * p[:, None, :]).sum(-1)
     again = alike.tril(-1).any(-1)  # met before in this row
-    total, new = total.masked_fill(again, 0), new.masked_fill(again, -1)
+    total, ids = total.masked_fill(again, 0), ids.masked_fill(again, NOBODY)
     order = total.sort(dim=1, descending=True, stable=True).indices
-    return total.gather(1, order), new.gather(1, order)
+    return total.gather(1, order), ids.gather(1, order)
 
 
 def first_bytes(pieces: Sequence[bytes]) -> Tensor:

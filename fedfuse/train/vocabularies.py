@@ -1,8 +1,8 @@
 """Distillation objectives between vocabularies that differ. Rows are places that were aligned by byte offsets before.
 
 s, t: logits of student and teacher, (B, V_s) and (B, V_t), at places that both predict (`fedfuse.data.alignment`); a
-row may have one column more than its vocabulary, for what is left to 1 (`fedfuse.train.next_token.merged`). Between equal
-vocabularies, which is what they are unless `across` says otherwise, `gold` is `js` and `xtoken` is `kl`.
+row may have one column more than its vocabulary, for what is left to 1 (`fedfuse.train.next_token.merged`). Between
+equal vocabularies, which is what they are unless `across` says otherwise, `gold` is `js` and `xtoken` is `kl`.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class XToken(Across):
     """T² · mean KL(p_t ‖ Wᵀ p_s), W (V_s × V_t) by cutting each token with the other tokenizer: P-KL, arXiv 2605.21699.
 
     A student's token puts its probability on the first pieces that the teacher's tokenizer makes of its bytes, by
-    0.9·0.1^i; what the student's tokenizer makes of the teacher's tokens is added, rows are normalised. Tokens that spell
-    nothing have no row: their probability is lost, which KL punishes. W = I is `kl`.
+    0.9·0.1^i; what the student's tokenizer makes of the teacher's tokens is added, rows are normalised. Tokens that
+    spell nothing have no row: their probability is lost, which KL punishes. W = I is `kl`.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def test_all_losses_run_and_each_is_another(name: str, tmp_path: Path) -> None:
 def test_every_strategy_that_asks_for_a_loss_is_in_the_list() -> None:
     folder = Path(__file__).parents[2] / "strategies"
     asking = {path.stem for path in folder.glob("*.py") if "self.loss(" in path.read_text(encoding="utf-8")}
-    assert asking == {*DISTIL, "fedd2s"}  # fedd2s has not been played under every loss yet
+    assert asking == {*DISTIL, "fedd2s", "fedmkt"}  # these have not been played under every loss yet
 
 
 @pytest.mark.parametrize("name", ["dsfl", "feddf", "fedmd", "knfu"])

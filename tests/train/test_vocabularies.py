@@ -17,6 +17,7 @@ from fedfuse.train.next_token import (
     NO_BYTE,
     bits,
     bucketed,
+    byte_ids,
     chain,
     coarse,
     compress,
@@ -163,6 +164,21 @@ def test_equal_tokenisers_are_plain_top_k_to_the_bit() -> None:
     assert torch.equal(new, ids)
     ends = np.arange(1, 8)
     assert groups(ends, ends).single.all()
+
+
+def test_ids_may_name_bytes() -> None:
+    log_p, first = logits(3, 6).log_softmax(1), first_bytes(WORDS.pieces)
+    ids = torch.tensor([[3, 1, -1], [-2 - ord("b"), -2 - ord("a"), -1], [5, 0, 2]])
+    assert byte_ids(ids[1]).tolist() == [ord("b"), ord("a"), -1]
+    assert byte_ids(byte_ids(ids[1])).tolist() == ids[1].tolist()
+    found, p = bucketed(log_p, ids, first).exp(), log_p.exp()
+    assert found[0].tolist() == pytest.approx([p[0, 3].item(), p[0, 1].item(), 0, p[0, [0, 2, 4, 5]].sum().item()])
+    a = p[1, [1, 3, 4]].sum().item()
+    assert found[1].tolist() == pytest.approx([p[1, 2].item(), a, 0, p[1, [0, 5]].sum().item()])
+    assert torch.equal(found[2], bucketed(log_p[[2]], ids[[2]])[0].exp())
+    mapped, new = remapped(p[:1, [1, 2, 3]], torch.tensor([[1, 2, 3]]), torch.tensor([-1, -99, -100, -99]))
+    assert new.tolist()[0].count(-1) == 1
+    assert dict(zip(new[0].tolist(), mapped[0].tolist(), strict=True))[-99] == pytest.approx((p[0, 1] + p[0, 3]).item())
 
 
 def test_next_bytes_are_sums_over_tokens() -> None:
