@@ -85,7 +85,8 @@ _HOMES = {
 }
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.public_text",
             "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.reader",
-            "train.classwise", "train.curvature", "train.distil", "train.next_token", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
+            "train.classwise", "train.curvature", "train.distil", "train.next_token", "train.training",
+            "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}
