@@ -95,6 +95,14 @@ SILENT: dict[tuple[str, ...], str] = {
     ("fednano", "letters"): "bounds the question's length: test_fednano.py",
     ("fedmkt", "mapping"): "one tokeniser: test_fedmkt.py",
     ("fedmkt", "unmatched"): "one tokeniser: test_fedmkt.py",
+    **{
+        ("proxy_tuning", key): "how the server predicts, not what is learned: test_proxy_tuning.py"
+        for key in (
+            "large",
+            "alpha",
+            "tau",
+        )
+    },
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",
@@ -109,6 +117,7 @@ SILENT: dict[tuple[str, ...], str] = {
 # what is refused as it stands, and the words that say why
 REFUSED: dict[tuple[str, str], str] = {
     ("fednano", "language"): "/nowhere is not a directory",
+    ("proxy_tuning", "weights"): "weighs several experts of texts",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},
