@@ -51,6 +51,7 @@ _SHORT = ("strategy.epochs=2", "strategy.generator_steps=2", "strategy.batch=16"
 QUICK: dict[str, tuple[str, ...]] = {
     "dense": _SHORT, "coboosting": _SHORT, "fedftg": ("strategy.iterations=2", "strategy.batch=16"),
     "fedov": ("strategy.distill_epochs=3",),
+    "fedmkt": ("transfer.labelled=true",),
 }  # fmt: skip
 
 

@@ -103,7 +103,12 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "out": _nothing,
 }
 MOST = {"clients": 1_000_000, "runtime.retries": 100}  # numbers that something is done so often for
-NEVER = {"data.download": False, "model.checkpoints": {}, "model.extra": {}}  # the only value, of any type
+NEVER = {  # the only value, of any type
+    "data.download": False,
+    "model.checkpoints": {},
+    "model.paths": {},
+    "model.extra": {},
+}
 OWNERS = frozenset({"data.root", "tracking.uri", "out"})  # the operator's own at the server; never told to sites
 
 

@@ -126,6 +126,9 @@ LOSSES: dict[str, str] = {
     "nd": "pull along the class's direction up to the teacher's norm; needs labels (ND of KD++, 2023)",
     "ofa": "soft cross-entropy with the target class emphasised; needs labels (OFA-KD, NeurIPS 2023)",
     "dhkd": "binary KL of logit differences to one half; the loss alone, no second head (DHKD, 2024)",
+    "uld": "difference of sorted probabilities, blind to names (ULD, arXiv 2402.12030)",
+    "gold": "js over tokens of equal bytes, sorted differences over the rest (trl's GOLD; js in one vocabulary)",
+    "xtoken": "kl of the student projected to the teacher's tokens (arXiv 2605.21699; kl in one vocabulary)",
 }
 
 ATTACKS: dict[str, str] = {

@@ -234,7 +234,7 @@ def meant(name: str, known: Iterable[str]) -> str:
     return nearest(name, known)
 
 
-_OPEN = ("data.extra.", "model.extra.", "loss.options.")
+_OPEN = ("data.extra.", "model.extra.", "model.paths.", "loss.options.")
 
 
 def keys(node: Any, prefix: str) -> list[str]:

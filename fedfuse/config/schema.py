@@ -132,6 +132,9 @@ class ModelConfig:
     width: float = key(1.0, "scales the number of channels", only="model!=custom|hf|causal_lm|text_classifier")
     build: str | None = key(None, "`model=custom`: dotted path pkg.mod:fn returning an nn.Module", only="model=custom")
     path: str | None = key(None, "`hf`, `causal_lm`, `text_classifier`: directory of a Hugging Face model")
+    paths: dict[str, str] = key(
+        {}, "in a pool: directories by word; `causal_lm@<word>` is the model there (docs/tokenisers.md)"
+    )
     dtype: str = key(
         "float32",
         "of a frozen base: float32 | bf16 (half the memory; what is trained stays float32)",

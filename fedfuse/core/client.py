@@ -203,7 +203,7 @@ class FusionClient:
     @property
     def transfer(self) -> Tensor:
         """Inputs of the transfer set D_t."""
-        return self.workspace.tensors("transfer")[0]
+        return self.workspace.texts.read(self.architecture, "transfer")[0]
 
     @property
     def transfer_labels(self) -> Tensor | None:
@@ -213,7 +213,7 @@ class FusionClient:
     def examples(self, split: str) -> Any:
         """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
         if split == "global":
-            return self.workspace.tensors("test")
+            return self.workspace.texts.read(self.architecture, "test")
         if split == "train" and self.scenario.config.privacy.by_example and not self._private:
             raise UserError(
                 "privacy: this strategy looks at private examples outside of training, where DP-SGD does not cover "
@@ -221,7 +221,7 @@ class FusionClient:
             )
         if split == "train" and self.pooled:
             return self.workspace.tensors("pooled")
-        found = self.workspace.tensors(self.client, split)
+        found = self.workspace.texts.read(self.architecture, self.client, split)
         if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
             if self._false_labels is None:
                 self._false_labels = flipped(found[1], self.classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.client import FusionClient
@@ -38,6 +39,7 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
             f"use model=<name>, or a strategy that exchanges knowledge instead of weights"
         )
     _check_transfer(strategy)
+    _check_tokenizers(strategy, pool)
     _check_settings(strategy, client, pool)
     objective = chosen(scenario.config.loss)  # refuses one that cannot be built
     if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
@@ -65,6 +67,20 @@ def _check_transfer(strategy: FusionStrategy) -> None:
         for key, size in asked.items():
             if size is not None and size > rows:
                 raise UserError(f"{key}={size}: the transfer set has {rows} examples; allowed is at most that")
+
+
+def _check_tokenizers(strategy: FusionStrategy, pool: list[str]) -> None:
+    """Refuse tokenizers that differ where a transfer set's outputs are compared place by place."""
+    asked = {*pool, *(value for value in getattr(strategy.hyper, "__dict__", {}).values() if isinstance(value, str))}
+    for word in strategy.scenario.config.model.paths:
+        if not any(name.partition("@")[2] == word for name in asked):
+            raise UserError(f"model.paths names {word!r}, which nobody has: model.pool=[causal_lm@{word},…] takes it")
+    apart = [name for name in pool if strategy.workspace.texts.tokenizer(name) is not None]
+    if apart and strategy.transfer != "none" and not strategy.aligns:
+        raise UserError(
+            f"strategy={strategy.name} compares outputs token by token, and {apart[0]} has a tokenizer of its own: "
+            f"set data.extra.tokenizer to its directory for all, or choose a strategy that aligns, such as fedmkt"
+        )
 
 
 def _check_settings(strategy: FusionStrategy, client: type[FusionClient], pool: list[str]) -> None:
@@ -121,7 +137,7 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
 def _check_takes(architecture: str, scenario: Scenario) -> None:
     """Refuse a language model on anything but tokens."""
     dataset = scenario.data.dataset
-    if architecture in ("causal_lm", "text_classifier") and dataset.kind != "tokens":
+    if architecture.partition("@")[0] in LANGUAGE and dataset.kind != "tokens":
         raise UserError(
             f"model={architecture} reads tokens, and data={dataset.name} gives {dataset.kind}: "
             f"set data.extra.tokenizer=<directory of the model>, or data.extra.text=tokens, or choose another model"
@@ -131,7 +147,7 @@ def _check_takes(architecture: str, scenario: Scenario) -> None:
 def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -> None:
     """Refuse tokens that a language model has no embedding for."""
     inner = getattr(model, "model", None)
-    if architecture != "text_classifier" or not hasattr(inner, "get_input_embeddings"):
+    if architecture.partition("@")[0] != "text_classifier" or not hasattr(inner, "get_input_embeddings"):
         return
     known = int(inner.get_input_embeddings().num_embeddings)  # type: ignore[union-attr,operator]
     inputs = scenario.data.dataset.train.inputs

@@ -73,6 +73,8 @@ class FusionStrategy(Strategy):
         Whether models must have `features(x)`, `head(z)` and `feature_dim`.
     same_features : bool
         Whether `feature_dim` must be the same in all architectures.
+    aligns : bool
+        Whether architectures may read the transfer set by tokenizers of their own, as `workspace.texts` has them.
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
     bare : bool
@@ -102,6 +104,7 @@ class FusionStrategy(Strategy):
     pooled: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
+    aligns: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
     staleness: ClassVar[Literal["", "updates", "newest", "wrong"]] = ""

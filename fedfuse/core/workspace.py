@@ -12,6 +12,7 @@ from torch import nn
 from fedfuse import models
 from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
+from fedfuse.core.texts import Texts
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import frozen, overlay, variable
 from fedfuse.models.replicas import Replicas
@@ -59,7 +60,9 @@ class Workspace:
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
+        self.texts = Texts(self)
         budget = scenario.config.runtime.memory
+        self._predicts = transfer and scenario.data.transfer is not None
         self._room = min(512, 512 if budget is None else budget // 32) * 2**20
 
     def build(self, architecture: str) -> nn.Module:
@@ -164,6 +167,8 @@ class Workspace:
                 "classes": self.scenario.classes,
                 "transfer": 0 if transfer is None else len(transfer),
                 "subset": self.scenario.rows_of(subset),
+                "vocabulary": len(self.texts.pieces(architecture)) if self._predicts else 0,
+                "places": self.texts.places(architecture).tokens.shape[1] if self._predicts else 0,
                 "features": int(getattr(self.model(architecture), "feature_dim", 0) or 0),
             }
         dims = {**common, "examples": self.scenario.examples(client)}

@@ -106,6 +106,8 @@ class Dataset:
         are dealt by, a topic, or 0.
     pad : int or None
         The token that fills the end of short rows; None: what the model names, or there is none.
+    utf8 : bool
+        The tokens are a text's UTF-8 bytes, which each architecture may read by a tokenizer of its own.
     notes : tuple of str
         What the user should know of how it was read.
     mean, std : tuple of float, optional
@@ -123,6 +125,7 @@ class Dataset:
     provided: Provided | None = None
     next_token: bool = False
     pad: int | None = None
+    utf8: bool = False
     notes: tuple[str, ...] = ()
 
     @property

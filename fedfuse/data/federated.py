@@ -70,7 +70,7 @@ class FederatedData:
 
     def _pair(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.dataset.tensor(examples.inputs)
-        return inputs, _next_tokens(inputs, examples) if self.dataset.next_token else _labels(examples)
+        return inputs, next_tokens(inputs, examples) if self.dataset.next_token else _labels(examples)
 
     def byte_count(self, split: str, client: int = 0) -> int | None:
         """UTF-8 bytes that a client's split, or the "global" test set, is to predict; None where nobody knows."""
@@ -129,7 +129,7 @@ class FederatedData:
         return digest.hexdigest()
 
 
-def _next_tokens(inputs: torch.Tensor, examples: Examples) -> torch.Tensor:
+def next_tokens(inputs: torch.Tensor, examples: Examples) -> torch.Tensor:
     """The tokens as labels, `IGNORED` where nobody shall predict them."""
     import torch
 

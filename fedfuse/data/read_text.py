@@ -15,7 +15,7 @@ from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
 from fedfuse.data.token_rows import Row, padded, rows_of
-from fedfuse.data.tokenize import tokenizer_of
+from fedfuse.data.tokenize import Bytes, tokenizer_of
 from fedfuse.errors import UserError
 
 OPTIONS = {"tokenizer": None, "length": 128, "long": "windows", "least": 1, "train": None, "test": None}
@@ -112,6 +112,7 @@ def tokenized(
         group_names=names,
         next_token=True,
         pad=tokenizer.pad,
+        utf8=isinstance(tokenizer, Bytes),
         notes=tuple(notes),
     )
 

@@ -7,6 +7,7 @@ This room may import `data`, `wire`, `config` and what is below them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedfuse.config.catalogue import LANGUAGE, MODELS
@@ -58,7 +59,7 @@ def architectures(
             f"model.checkpoint={config.checkpoint} fits one architecture, the pool has {len(set(pool))}: "
             "use +model.checkpoints={architecture: path}"
         )
-    if config.path and not set(pool) & set(LANGUAGE):
+    if config.path and not {name.partition("@")[0] for name in pool} & set(LANGUAGE):
         raise UserError(f"model.path={config.path} is for {' and '.join(LANGUAGE)}, not for {','.join(pool)}")
     for name in config.checkpoints:
         if name not in pool:
@@ -114,15 +115,16 @@ def build(
         torch.default_generator.manual_seed(seed_of(seed, "model", name))
         if ":" in name:
             model = by_path.model(name, shape, classes, config)
-        elif name in LANGUAGE:
+        elif name.partition("@")[0] in LANGUAGE:
             from fedfuse.models import language
 
-            model = language.build(name, shape, classes, config, pad)
+            config = replace(config, path=path_of(name, config))
+            model = language.build(name.partition("@")[0], shape, classes, config, pad)
         else:
             base, width = _split(name)
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
             model = builders[base](shape, classes, width * config.width, feature_dim)
-    if config.dtype == "float32" or name not in LANGUAGE:
+    if config.dtype == "float32" or name.partition("@")[0] not in LANGUAGE:
         model.float()
     object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
     path = config.checkpoints.get(name, config.checkpoint)
@@ -143,6 +145,9 @@ def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) 
         return name
     if name == "auto":
         return "mlp" if kind == "features" or len(shape) != 3 or max(shape[1:]) <= 8 else "cnn"
+    if name.partition("@")[0] in LANGUAGE:
+        path_of(name, config)
+        return name
     base, width = _split(name)
     if base not in MODELS:
         raise UserError(f"model={name!r} is not known: {nearest(base, [*MODELS, 'auto', 'custom'])}, or pkg.mod:fn")
@@ -150,6 +155,20 @@ def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) 
         if not 0 < value < float("inf"):
             raise UserError(f"{key} is {value}: it must be positive")
     return name
+
+
+def path_of(name: str, config: ModelConfig) -> str | None:
+    """The directory of a language model: `model.path`, or for `causal_lm@<word>` that of `model.paths`.
+
+    Raises
+    ------
+    UserError
+        If there is no directory of that word.
+    """
+    _, at, word = name.partition("@")
+    if at and word not in config.paths:
+        raise UserError(f"model={name!r}: model.paths has no {word!r}; {nearest(word, config.paths)}")
+    return config.paths[word] if at else config.path
 
 
 def _split(name: str) -> tuple[str, float]:

@@ -48,9 +48,11 @@ def loss(name: str, *, build: str | None = None, **options: Any) -> Loss:
     if name not in LOSSES:
         raise UserError(f"loss={name!r} is not known: {nearest(name, [*LOSSES, 'custom'])}, or pkg.mod:Class")
 
-    from fedfuse.train import divergences, relations, transformed
+    from fedfuse.train import divergences, relations, transformed, vocabularies
 
-    kind: type[Loss] = {**divergences.LOSSES, **relations.LOSSES, **transformed.LOSSES}[name]
+    kind: type[Loss] = {
+        **divergences.LOSSES, **relations.LOSSES, **transformed.LOSSES, **vocabularies.LOSSES
+    }[name]  # fmt: skip
     allowed = [field.name for field in dataclasses.fields(kind)]
     for key in options:
         if key not in allowed:

@@ -47,6 +47,8 @@ VALUES: dict[tuple[str, str], Any] = {
     ("fednano", "optimizer"): "sgd",
     ("fednano", "width"): 32,
     ("fednano", "tokens"): 3,
+    ("fedmkt", "alpha"): 0.5,
+    ("fedmkt", "server"): "mlp",
 }
 
 FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.startswith("flwr_")]
@@ -61,6 +63,7 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("feddf", "validation"): ("strategy.drop_worst=true", "transfer.labelled=true"),
     ("fedmd", "public_epochs"): ("transfer.labelled=true",),
     ("fed_sb", "init_from"): ("transfer.labelled=true",),
+    ("fedmkt", "tau"): ("strategy.select=weighted_mean",),
     ("kafal", "acquisition"): ("labels.rounds=1",),
     ("kafal", "compensation"): ("train.epochs=3",),
     ("kafal", "restart"): ("labels.rounds=1",),
@@ -90,6 +93,16 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
     ("fednano", "letters"): "bounds the question's length: test_fednano.py",
+    ("fedmkt", "mapping"): "one tokeniser: test_fedmkt.py",
+    ("fedmkt", "unmatched"): "one tokeniser: test_fedmkt.py",
+    **{
+        ("proxy_tuning", key): "how the server predicts, not what is learned: test_proxy_tuning.py"
+        for key in (
+            "large",
+            "alpha",
+            "tau",
+        )
+    },
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",
@@ -104,6 +117,7 @@ SILENT: dict[tuple[str, ...], str] = {
 # what is refused as it stands, and the words that say why
 REFUSED: dict[tuple[str, str], str] = {
     ("fednano", "language"): "/nowhere is not a directory",
+    ("proxy_tuning", "weights"): "weighs several experts of texts",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},

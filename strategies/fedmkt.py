@@ -1,0 +1,208 @@
+"""FedMKT: language models of different architectures and tokenisers teach each other on public text.
+
+Box (Fan et al., "FedMKT: Federated Mutual Knowledge Transfer for Large and Small Language Models", COLING 2025,
+arXiv 2406.02224). In round t, on public rows D_t:
+
+    client m:  trains on private text; sends p_m = the k likeliest next tokens of every place of D_t, and CE_m(x) by row
+    server:    aligns every p_m to the other tokenisers; y(x) = p of argmin_m CE_m(x)  (*greater*), or their mean
+               weighted by softmax(−CE_m(x)/τ)  (*weighted_mean*, which are PackLLM's weights, arXiv 2404.11531)
+               with a model of its own: trains it by L on y, and sends its own p and CE in y's place
+    client m:  where CE of what was sent is lower than its own:
+               L = α·CE(labels) + (1 − α)·KL(y ‖ softmax z), else α·CE(labels)
+
+Where this differs from the public code, each with a test: texts are aligned by the bytes that tokens end at, not by
+edit distances of tokens; a place without a partner is taught the *next* token, not the current one; what the k
+likeliest leave of 1 is one more bucket, not lost; CE is bits per byte in float32, comparable between tokenisers, not a
+mean over tokens; only places whose label counts are taught; and ids are never taken for logits.
+
+Two places are partners if their tokens cover the same bytes; ids map to the token of the same bytes, else of least edit
+distance (MinED), and add up where they meet. `mapping=byte` (ours) instead takes two places that *start* at the same
+byte, and compares what both say of the next byte: a token's probability goes to the byte it starts with. MinED tells a
+coarse tokeniser to prefer the single letters that a fine one must; bytes do not. Between equal tokenisers both are
+plain distillation of the k likeliest.
+
+Travels, a client and round and each way: T_s·(P·k·(4 + B_id) + 4) bytes, P places a row in the client's own tokens,
+B_id 2 up to 32,768 tokens, else 4. Step (c) of a round happens at the start of the client's next round. Clients send
+probabilities, not logits: equal at T = 1. The server aligns what it sends too, so that a client needs its own tokeniser
+alone. All weights are trained, not adapters. The public texts are the transfer set; in a task of classes it must be
+labelled, and an example is a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedfuse import (
+    Arrays,
+    FusionClient,
+    FusionStrategy,
+    Item,
+    Records,
+    Scope,
+    Shares,
+    Topic,
+    UserError,
+    Workspace,
+    hyper,
+    next_token,
+    public_text,
+    strategy,
+    transfer_rows,
+)
+
+
+@dataclass(frozen=True)
+class FedMKTHyper:
+    """Hyper-parameters of FedMKT."""
+
+    subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set", low=1)
+    k: int = hyper(16, "k, likeliest tokens of a place that travel (paper: 128)", low=1)
+    alpha: float = hyper(0.9, "α, weight of the labels beside what is taught", low=0, high=1)
+    select: str = hyper("greater", "the best row of all, or a mixture", choices=("greater", "weighted_mean"))
+    tau: float = hyper(1.0, "τ of weighted_mean, in nats per byte", above=0)
+    mapping: str = hyper("byte", "between tokenisers: byte (ours) or edit (MinED, the paper)", choices=("byte", "edit"))
+    unmatched: str = hyper("label", "a place without a partner is taught", choices=("label", "nothing"))
+    server: str | None = hyper(None, "architecture of the server's own model; null: it passes clients' knowledge on")
+    epochs: int = hyper(1, "passes over D_t each round", low=0)
+    batch: int = hyper(16, "rows a step on D_t", low=1)
+
+
+def lesson(h: FedMKTHyper, places: Any, taught: Arrays, rows: Tensor, pieces: Any, loss: Any) -> Callable[..., Tensor]:
+    """L of a batch; `rows` (n, bool) are those that have something to teach."""
+    first = next_token.first_bytes(pieces).to(places.x.device)
+    p, ids = taught["p"].to(places.x.device), taught["ids"].to(places.x.device).long()
+    good = places.counted & rows[:, None] & (p.sum(-1) > 0)
+
+    def step(logits: Tensor, labels: Tensor | None, batch: Tensor) -> Tensor:
+        log_p, counted, here = places.log_p(logits), places.counted[batch], good[batch]
+        value = logits.sum() * 0
+        if h.alpha and bool(counted.any()):
+            value = value - h.alpha * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
+        if h.alpha < 1 and bool(here.any()):
+            buckets = next_token.bucketed(log_p[here], ids[batch][here], first)
+            wanted = next_token.with_rest(p[batch][here])
+            value = value + (1 - h.alpha) * loss.from_probabilities(buckets, wanted, _classes(wanted))
+        return value
+
+    return step
+
+
+def _classes(wanted: Tensor) -> Tensor:
+    return wanted.argmax(1)  # a loss with labels takes the likeliest bucket
+
+
+class FedMKTClient(FusionClient):
+    """Keeps its own model and tokeniser; learns from public text what others know better."""
+
+    personal = True
+
+    def receive(self, knowledge: Mapping[str, Item]) -> None:
+        """Step (c), on the rows of the lesson's own round."""
+        item = knowledge["targets"]
+        places = self.workspace.texts.places(self.architecture, self.subset(self.hyper.subset, item.version))
+        own = self.said(places)["bits"]
+        better = (item.arrays["bits"].to(own.device) < own).to(places.x.device)
+        pieces = self.workspace.texts.pieces(self.architecture)
+        step = lesson(self.hyper, places, item.arrays, better, pieces, self.loss("kl"))
+        self.distil(step, places.x, None, epochs=self.hyper.epochs, batch_size=self.hyper.batch)
+
+    def said(self, places: Any) -> Arrays:
+        """p_m, its ids, and the bits of each row."""
+        return public_text.said(places, self.predict(places.x), self.hyper.k)
+
+    def share(self) -> Records:
+        """What it knows of this round's rows."""
+        return {"said": self.said(self.workspace.texts.places(self.architecture, self.subset(self.hyper.subset)))}
+
+
+@strategy("fedmkt", client=FedMKTClient, hyper=FedMKTHyper, paper="Fan et al. 2025, arXiv 2406.02224 (corrected)")
+class FedMKT(FusionStrategy):
+    """Language models of any tokeniser teach each other on public text, aligned by bytes."""
+
+    topics = {"targets": Topic("lesson", public_text.said_arrays)}
+    records = {"said": public_text.said_arrays}
+    transfer = "both"
+    aligns = True
+    distils = True
+    staleness = "newest"
+
+    def __init__(self, hyper: FedMKTHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        data = self.scenario.data
+        if not data.dataset.next_token and not self.scenario.config.transfer.labelled and data.transfer is not None:
+            raise UserError("strategy=fedmkt chooses whom to learn from by labels: set transfer.labelled=true")
+        if hyper.server is not None:
+            self.workspace.initial(hyper.server)  # refuses one that cannot be built
+
+    @classmethod
+    def examine(cls, scope: Scope, records: Records) -> None:
+        """Probabilities of tokens there are, none twice; bits that are not negative."""
+        public_text.examine("said", records["said"], scope.dims["vocabulary"])
+
+    def fuse(self, shares: Shares) -> None:
+        """Select by row, align, and send to each architecture; teach the server's model first, if there is one."""
+        names = self.scenario.architectures
+        said = [public_text.Said(names[s.client], s.records["said"], s.weight) for s in shares if s.examples]
+        if not said:
+            return
+        if self.hyper.server is not None:
+            said = [public_text.Said(self.hyper.server, self.taught(said))]
+        for name in sorted(set(names)):
+            self.publish("targets", self.targets(name, said), to=name if len(set(names)) > 1 else None)
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows of this round."""
+        return transfer_rows(self.scenario, self.hyper.subset, self.round)
+
+    def taught(self, said: list[public_text.Said]) -> Arrays:
+        """Train the server's model on what clients know better, and return what it says then."""
+        h, (name, arrays) = self.hyper, self.server_models()["server"]
+        places = self.workspace.texts.places(name, self.rows)
+        model = self.workspace.loaded(name, arrays)
+
+        def says() -> Arrays:
+            return public_text.said(
+                places, self.predict(model, places.x, self.scenario.config.evaluate.batch_size), h.k
+            )
+
+        own, targets = says()["bits"], self.targets(name, said)
+        better = (targets["bits"].to(own.device) < own).to(places.x.device)
+        step = lesson(h, places, targets, better, self.workspace.texts.pieces(name), self.loss("kl"))
+        self.state["server"] = self.distil(
+            model, places.x, None, step, purpose="server", epochs=h.epochs, batch_size=h.batch
+        )
+        return says()
+
+    def targets(self, name: str, said: list[public_text.Said]) -> Arrays:
+        """y for one architecture: of each row the best or the mixture, in its own places and tokens."""
+        h, texts = self.hyper, self.workspace.texts
+        places = texts.places(name, self.rows)
+        bits = torch.stack([one.arrays["bits"].double().cpu() for one in said])
+        worth = torch.tensor([one.weight for one in said], dtype=torch.float64)
+        sizes = places.ends.amax(1).cpu()
+        w = public_text.best(bits) if h.select == "greater" else public_text.by_perplexity(bits, sizes, h.tau, worth)
+        alike = {texts.pieces(one.architecture) for one in said} == {texts.pieces(name)}
+
+        def of(one: public_text.Said) -> tuple[Tensor, Tensor]:
+            # what is mixed at a place must be of one kind, all bytes or all tokens
+            same = alike if h.select != "greater" else texts.pieces(one.architecture) == texts.pieces(name)
+            coarse = h.mapping == "byte" and not same
+            label = h.unmatched == "label"
+            return public_text.aligned(texts, name, one, self.rows, coarse=coarse, unmatched_label=label)
+
+        p, ids = public_text.mixture([of(one) for one in said], w, h.k)
+        ids = ids.to(public_text.id_type(places.vocabulary))
+        return {"p": p.float(), "ids": ids, "bits": (w * bits).sum(0).float()}
+
+    def server_models(self) -> dict[str, tuple[str, Arrays]]:
+        """The server's own model, if it has one."""
+        name = self.hyper.server
+        if name is None:
+            return {}
+        return {"server": (name, self.state.get("server", self.workspace.initial(name)))}
