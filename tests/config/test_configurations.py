@@ -47,11 +47,11 @@ def test_a_file_is_shipped_only_for_what_says_more_than_its_name() -> None:
 
 def test_names_are_listed_where_they_are_built() -> None:
     from fedfuse.models import feedforward, residual
-    from fedfuse.train import divergences, relations, transformed
+    from fedfuse.train import divergences, relations, transformed, vocabularies
 
     built = {*feedforward.ARCHITECTURES, *residual.ARCHITECTURES}
-    assert set(catalogue.MODELS) == built | set(catalogue.LANGUAGE)
-    assert set(catalogue.LOSSES) == {*divergences.LOSSES, *relations.LOSSES, *transformed.LOSSES}
+    assert set(catalogue.MODELS) == built | {*catalogue.LANGUAGE, "hf"}
+    assert set(catalogue.LOSSES) == {*divergences.LOSSES, *relations.LOSSES, *transformed.LOSSES, *vocabularies.LOSSES}
 
 
 OTHERS = ("auto", "custom", "causal_lm", "text_classifier")  # need a directory or a builder: tests/models builds them
