@@ -28,7 +28,7 @@ ARMS = {  # those who do less in a second get more of them: all must have done e
         "schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=10", "until.seconds=320", "evaluate.seconds=40",
     ),
     "buffered 40": (
-        "schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=40", "until.seconds=160", "evaluate.seconds=20",
+        "schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=40", "until.seconds=80", "evaluate.seconds=10",
     ),
 }  # fmt: skip
 WORLD = (
@@ -73,9 +73,9 @@ def _smaller(words: tuple[str, ...]) -> tuple[str, ...]:
     few = {
         "schedule.buffer=10": "schedule.buffer=4", "schedule.concurrency=10": "schedule.concurrency=4",
         "schedule.concurrency=40": "schedule.concurrency=9", "until.seconds=960": "until.seconds=6",
-        "until.seconds=320": "until.seconds=4", "until.seconds=160": "until.seconds=2",
+        "until.seconds=320": "until.seconds=4", "until.seconds=80": "until.seconds=2",
         "evaluate.seconds=80": "evaluate.seconds=2", "evaluate.seconds=40": "evaluate.seconds=1",
-        "evaluate.seconds=20": "evaluate.seconds=1",
+        "evaluate.seconds=10": "evaluate.seconds=1",
     }  # fmt: skip
     return tuple(few.get(word, word) for word in words)
 
