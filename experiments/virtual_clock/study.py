@@ -22,12 +22,15 @@ import numpy as np
 import polars as pl
 
 STRATEGIES = ("fedavg", "fedprox", "fedmd", "knfu", "fedproto")
-TIME = ("until.seconds=320", "evaluate.seconds=40")  # of a buffered run
-ARMS = {  # a synchronous run gets three times as long: it would have done too little to be compared at equal work
+ARMS = {  # those who do less in a second get more of them: all must have done enough to be compared at equal work
     "sync": ("schedule=sync", "until.seconds=960", "evaluate.seconds=80"),
-    "buffered 10": ("schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=10", *TIME),
-    "buffered 40": ("schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=40", *TIME),
-}
+    "buffered 10": (
+        "schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=10", "until.seconds=320", "evaluate.seconds=40",
+    ),
+    "buffered 40": (
+        "schedule=fedbuff", "schedule.buffer=10", "schedule.concurrency=40", "until.seconds=80", "evaluate.seconds=10",
+    ),
+}  # fmt: skip
 WORLD = (
     "clock=devices", "clock.spread=1.5", "clock.gflops=0.02", "clock.availability=markov", "clock.on_s=300",
     "clock.off_s=300", "clock.jitter=0.2", "runtime=inline",
@@ -69,9 +72,10 @@ def _smaller(words: tuple[str, ...]) -> tuple[str, ...]:
     """The words of an arm for twenty clients and a few seconds."""
     few = {
         "schedule.buffer=10": "schedule.buffer=4", "schedule.concurrency=10": "schedule.concurrency=4",
-        "schedule.concurrency=40": "schedule.concurrency=9", "until.seconds=320": "until.seconds=3",
-        "until.seconds=960": "until.seconds=6", "evaluate.seconds=40": "evaluate.seconds=1",
-        "evaluate.seconds=80": "evaluate.seconds=2",
+        "schedule.concurrency=40": "schedule.concurrency=9", "until.seconds=960": "until.seconds=6",
+        "until.seconds=320": "until.seconds=4", "until.seconds=80": "until.seconds=2",
+        "evaluate.seconds=80": "evaluate.seconds=2", "evaluate.seconds=40": "evaluate.seconds=1",
+        "evaluate.seconds=10": "evaluate.seconds=1",
     }  # fmt: skip
     return tuple(few.get(word, word) for word in words)
 

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfuse.clock.availability import ALWAYS, Intervals
-from fedfuse.clock.devices import Device
+from fedfuse.clock.devices import Device, devices
 from fedfuse.clock.draws import uniform
 from fedfuse.clock.events import Sky, close, stopped
 from fedfuse.clock.world import ARRIVED, DROPPED, FAILED, LATE, LOST, Flight, Work, World
+from fedfuse.clock.world import world as made
+from fedfuse.config.clock_keys import ClockConfig
 from fedfuse.errors import WorldError
 
 S = 10**9
@@ -79,6 +81,43 @@ def test_or_only_at_the_end() -> None:
     there = world(2.0, 3.5, intervals=[spans] * 2, whole=False)
     assert there.flight(0, 0, 1, 0, 1000, WORK).outcome == ARRIVED
     assert there.flight(1, 0, 1, 0, 1000, WORK)[6:8] == (5_500_000_000, LOST)
+
+
+def test_nothing_is_sent_of_what_was_computed_at_the_moment_of_going_off() -> None:
+    there = world(2.0, intervals=[Intervals(((0, 3 * S),), 100 * S)])
+    assert there.flight(0, 0, 1, 0, 1000, WORK)[6:10] == (3 * S, LOST, 1000, 0)
+
+
+def test_a_client_without_work_arrives() -> None:
+    assert world(2.0).flight(0, 0, 1, 0, 1000, Work(0, 1, 1000))[5:8] == (S, 2 * S, ARRIVED)
+
+
+def test_a_draw_at_the_probability_itself_is_no_loss() -> None:
+    drawn = uniform(0, "dropout", 0, 0)
+    assert not world(1.0, dropout=drawn).flight(0, 0, 1, 0, 0, None).known
+    assert world(1.0, dropout=drawn + 1e-9).flight(0, 0, 1, 0, 0, None).outcome == DROPPED
+
+
+def test_what_a_world_knows_of_itself() -> None:
+    part = Intervals(((0, S),), 10 * S)
+    assert world(1.0, 1.0).certain
+    assert not world(1.0, 1.0, dropout=0.1).certain
+    assert not world(1.0, 1.0, intervals=[ALWAYS, part]).certain
+    assert world(1.0, 1.0).patience == 86_400 * S
+    assert world(1.0, 1.0, intervals=[part, Intervals(((0, S),), 30 * S)]).patience == 30 * S
+    assert world(1.0, 1.0, intervals=[ALWAYS, part]).patience == 10 * S
+    with pytest.raises(AttributeError):
+        world(1.0).seed = 1
+
+
+def test_a_configuration_makes_a_world() -> None:
+    keys = {"name": "devices", "dropout": 0.25, "jitter": 0.5, "watts": 3.0, "joules_per_mb": 7.0}
+    there = made(ClockConfig(policy="end", **keys), 4, 9)
+    assert not there.whole
+    assert made(ClockConfig(policy="whole", **keys), 4, 9).whole
+    assert (there.clients, there.dropout, there.jitter, there.seed) == (4, 0.25, 0.5, 9)
+    assert (there.watts, there.joules_per_mb) == (3.0, 7.0)
+    assert list(there.devices) == devices(ClockConfig(**keys), 4, 9)
 
 
 def test_dropout_strikes_each_dispatch_anew_and_after_the_download() -> None:
