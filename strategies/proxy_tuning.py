@@ -179,5 +179,6 @@ class ProxyTuning(AveragingStrategy):
         w = torch.full(experts.shape[:-1], 1 / len(experts), dtype=torch.float64, device=experts.device)
         if h.weights == "perplexity" and experts.ndim == 4:
             w = by_perplexity(experts, x, h.tau)
-        flat: Any = (large.reshape(-1, size), base.reshape(-1, size), experts.reshape(len(experts), -1, size))
-        return fused(*flat, w.reshape(len(experts), -1), h.alpha).reshape(large.shape).float()
+        n, flat = len(experts), (-1, size)
+        z = fused(large.reshape(flat), base.reshape(flat), experts.reshape(n, *flat), w.reshape(n, -1), h.alpha)
+        return z.reshape(large.shape).float()

@@ -83,7 +83,7 @@ class Workspace:
         if config.lora_rank is None or adapts(self.scenario.config):
             return model
         scale = 1.0 if config.lora_alpha is None else config.lora_alpha / config.lora_rank
-        options = {"rank": config.lora_rank, "scale": scale, "dropout": config.lora_dropout}
+        options: dict[str, Any] = {"rank": config.lora_rank, "scale": scale, "dropout": config.lora_dropout}
         try:
             return inject(model, LoRA, config.lora_targets, **options)
         except UserError as error:

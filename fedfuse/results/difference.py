@@ -160,10 +160,10 @@ def _rows(one: RunRecord, other: RunRecord) -> str:
     """The first row that differs, by round, then by the order of a round's steps."""
     last, found = min(one.rounds_done, other.rounds_done), []
     for place, (kind, keys, values) in enumerate(TABLES):
-        frames = [getattr(run, kind) for run in (one, other)]
-        if kind == "schedule" and not all(frame.head(1).collect().height for frame in frames):
+        mine, theirs = getattr(one, kind), getattr(other, kind)
+        if kind == "schedule" and not all(frame.head(1).collect().height for frame in (mine, theirs)):
             continue  # one of them keeps no virtual time
-        apart = _apart(*frames, keys, values, last)
+        apart = _apart(mine, theirs, keys, values, last)
         if apart is not None:
             row = apart[0]
             found.append((row["round"], row["step"], place, _told(kind, *apart)))
