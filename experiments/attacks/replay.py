@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,19 @@ ATTACKS = {
         {r"from fedfuse.network.sizes import .*": HOSTILE[r"from fedfuse.network.sizes import .*"],
          r"InvalidArrays, plain_numpy": "InvalidArrays", r"Patience\(join=0.2, clients=2\)": "Patience(join=0.2)"},
     ),
-    "directory": Attack("606432f", "tests/test_foreign_directory.py", "38b0dea", "test"),
+    "hello": Attack(
+        "38b0dea", "tests/deploy/test_own_data.py", "", "counts_that_are_none",
+        {r"Patience\(join=0.1, clients=2\)": "Patience(join=0.1)", r"import digits\n": "import _pixels as digits\n"},
+    ),
+    "names": Attack(
+        "38b0dea", "tests/deploy/test_hostile_node.py", "d7a827f", "bad_hello and False",
+        {r"from fedfuse.network.sizes import .*": HOSTILE[r"from fedfuse.network.sizes import .*"],
+         r"InvalidArrays, plain_numpy": "InvalidArrays", r"Patience\(join=0.2, clients=2\)": "Patience(join=0.2)",
+         r'    built, said = run\(config, network, tmp_path / "run", Patience\(join=0.2\)\)': "    return"},
+    ),
+    "directory": Attack(
+        "606432f", "tests/test_foreign_directory.py", "38b0dea", "test", {r"timeout\(60\)": "timeout(10)"}
+    ),
     "power": Attack("606432f", "tests/test_power_loss.py", "38b0dea", "test"),
     "policy": Attack(
         "2ef2cfc", "tests/deploy/test_policy.py", "5932337",
@@ -89,6 +102,13 @@ ATTACKS = {
          r"from fedfuse.deploy.quota import .*": 'ROW, TREE, Sites, Quota, OverQuota = 4096, 10_000, Door, None, None\n'
          'sites_door = lambda app, *more: Door(app, ("/v1/fleet/", "/health"))'},
     ),
+    "chosen": Attack(
+        "152c8b4", "tests/deploy/test_chosen_paths.py", "", "no_key or own_reads or no_hyper or round or keeps or numbers",
+        {r"from fedfuse.config.allowed import MOST": 'MOST = {"clients": 1_000_000, "runtime.retries": 100}',
+         r"tiny\(name\)": 'tiny(name, *(["strategy.question=what"] if name == "fednano" else []))',  # as it was taken
+         r'tiny\("fednano", "model=cnn"\)': 'tiny("fednano", "model=cnn", "strategy.question=what")'},
+    ),
+    "table": Attack("152c8b4", "tests/data/test_inflate.py", "", "parquet or gzipped"),
 }  # fmt: skip
 
 
@@ -110,13 +130,21 @@ def replay(attack: Attack, place: Path) -> list[tuple[str, str]]:
             text = re.sub(pattern, instead.replace("\\", "\\\\"), text)
         (place / attack.file).write_text(text, encoding="utf-8")
         words = [sys.executable, "-m", "pytest", attack.file, "-k", attack.tests, "-q", "--junitxml=found.xml"]
+        words += ["--timeout=120", "--timeout-method=signal"]  # a test that hangs has failed, and the next one goes on
         environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            words, cwd=place, env=environment, capture_output=True, text=True, timeout=900, preexec_fn=limited
+        )
         if not (place / "found.xml").exists():
             return [(attack.file, f"not run: {done.stdout[-300:]}{done.stderr[-300:]}")]
         return [ended(case) for case in ET.parse(place / "found.xml").iter("testcase")]
     finally:
         git("worktree", "remove", "--force", str(place))
+
+
+def limited() -> None:
+    """What some attacks want is all of the memory: they get 4 GiB."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 
 
 def ended(case: ET.Element) -> tuple[str, str]:

@@ -150,7 +150,7 @@ def test_a_site_with_data_of_its_own_reads_inside_its_folder_alone(words: list[s
             site = replace(site, state=tmp_path / f"site-{count}")
             reply = Site(site).handle(Message(RecordDict({"setting": setting}), 100, "query.hello"))
             if reply.has_error():  # and where things lie there is told to nobody
-                assert str(tmp_path) not in reply.error.reason, reply.error.reason
+                assert str(own) not in reply.error.reason, reply.error.reason
     assert seen == []
 
 

@@ -77,7 +77,7 @@ def test_nodes_in_namespaces_complete_a_run(namespaces: tuple[list[str], list[Wi
         words = ["server", "--certs", str(certs), "--host", "0.0.0.0", "--port", str(port), "--state-dir"]
         words += [str(tmp_path / "server"), "--runs", str(tmp_path / "runs"), "--control-port", str(control)]
         running.append(Process("server", [*deploy, *words], surroundings(tmp_path / "s"), tmp_path / "server.log"))
-        assert running[0].wait_for(READY, 120), running[0].text()
+        assert running[0].wait_for(READY, 600), running[0].text()
         link = Link(f"127.0.0.1:{control}", certs / "ca.crt", operator=certs / "operator-local.pem")
         for i, name in enumerate(names):
             register(link, certs / f"node-{i}.pub", {"client": i, "every": 2})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
@@ -67,6 +69,33 @@ def test_a_foreign_class_is_refused(sites: tuple[Config, Network], tmp_path: Pat
     grid.seats[102] = SiteConfig(2, tmp_path / "site-2", None, str(tmp_path / "odd"))
     with pytest.raises(WorldError, match=r"class '10' of this site's data is not one of the task's 10"):
         network.run(config, grid, tmp_path / "run", Patience(join=0.3), own=True)
+
+
+HELLOS: dict[str, Any] = {
+    "no examples": [0, 0, 0], "text": "many", "negative": [-5, 0, 0], "huge": [2**50, 0, 0], "short": [5],
+    "floats": [1.5, 2.0, 3.0], "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(HELLOS))
+def test_counts_that_are_none_leave_out_their_site_alone(
+    kind: str, sites: tuple[Config, Network], tmp_path: Path
+) -> None:
+    """The attack of the audit: `examples=[0, 0, 0]` in one site's hello refused the whole run."""
+    config, grid = sites
+    config.rounds = 1
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "query.hello" and message.metadata.dst_node_id == 102:
+            told: Any = reply.content["hello:2"]
+            told["examples"] = HELLOS[kind]
+        return reply
+
+    grid.reply = forge
+    built, said = network.run(config, grid, tmp_path / "run", Patience(join=0.1, clients=2), own=True)
+    assert any(line.startswith("fedfuse: node 102 is not taken: ") and "examples=" in line for line in said)
+    assert built.done == 1
+    assert built.scenario.data.sizes()[2].tolist() == [0, 0, 0]
 
 
 def test_partitions_and_own_data_do_not_mix(sites: tuple[Config, Network], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def wired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wired]:
     relay = Relay(started.port)
     started.door = relay.address
     with started:
-        assert all(node.wait_for("SuperNode ID", 120) for node in started.processes[1:])
+        assert all(node.wait_for("SuperNode ID", 600) for node in started.processes[1:])
         yield Wired(started, relay)
     relay.close()
     until = time.monotonic() + 15
@@ -217,13 +217,13 @@ def test_a_revoked_node_is_turned_away_and_stays_outside(federation: Federation,
     reach = ["--server", federation.door, "--ca", str(federation.link.ca), "--key", str(tmp_path / "late.key")]
     started = node(federation, tmp_path, *reach)
     try:
-        assert started.wait_for("SuperNode ID", 120), started.text()
+        assert started.wait_for("SuperNode ID", 600), started.text()
         federation.link.flwr("supernode", "unregister", which, "fedfuse")
-        assert started.wait_for("does not know this node's key any more: it was revoked", 120), started.text()
+        assert started.wait_for("does not know this node's key any more: it was revoked", 600), started.text()
         started.stop()
         heard = len(started.text())
         started.start()
-        assert started.wait_for("its key must be registered there and not revoked", 120), started.text()
+        assert started.wait_for("its key must be registered there and not revoked", 600), started.text()
         assert "SuperNode ID" not in started.text()[heard:]
     finally:
         started.stop()
@@ -297,14 +297,14 @@ def test_a_node_refuses_it_even_from_a_server_that_runs_it(tmp_path: Path) -> No
     server = Process("link", words, surroundings(home, PATH=path), tmp_path / "link.log")
     started = None
     try:
-        assert server.wait_for("Uvicorn running", 90), server.text()
+        assert server.wait_for("Uvicorn running", 600), server.text()
         started = Process(
             "node",
             [sys.executable, "-m", "fedfuse.deploy", "node", "--insecure", "--server", link.address, "--partition",
              "0/1", "--state-dir", str(tmp_path / "state"), "--port", str(free_port())],
             surroundings(home), tmp_path / "node.log",
         )  # fmt: skip
-        assert started.wait_for("SuperNode ID", 90)
+        assert started.wait_for("SuperNode ID", 600)
         with link.home() as client:
             done = subprocess.run(
                 [flower("flwr"), "run", str(foreign_app(tmp_path)), "fedfuse", "--stream"],
@@ -328,7 +328,7 @@ def test_a_node_whose_key_has_a_passphrase_joins(
     words = ("--ca", str(federation.link.ca), "--key", str(tmp_path / "locked.key"), "--server", federation.door)
     started = node(federation, tmp_path, *words)
     try:
-        assert started.wait_for("SuperNode ID", 90), started.text()
+        assert started.wait_for("SuperNode ID", 600), started.text()
         told = [pid for pid in members(started.child.pid) if b"correct horse" in environment(pid)]
         assert told == [started.child.pid]  # as it was started; its executor is not told
         assert "horse" not in started.text()
@@ -442,7 +442,7 @@ def test_a_lost_server_is_resumed_by_command(federation: Federation, tmp_path: P
     env, before = surroundings(tmp_path / "home"), federation.server.starts
     asked = Process("run", federation.words("run", *reach, *keys, f"out={out}"), env, tmp_path / "run.log")
     try:
-        assert asked.wait_for("round   1/3", 300), asked.text()
+        assert asked.wait_for("round   1/3", 600), asked.text()
         os.kill(federation.server.child.pid, signal.SIGKILL)
         asked.child.wait(120)
     finally:

@@ -27,7 +27,7 @@ SECURE = ("secure=on", "train.epochs=150")  # a training of seconds, to be caugh
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with Federation(3, tmp_path_factory.mktemp("federation")) as started:
-        assert all(node.wait_for("SuperNode ID", 120) for node in started.processes[1:])
+        assert all(node.wait_for("SuperNode ID", 600) for node in started.processes[1:])
         yield started
 
 
