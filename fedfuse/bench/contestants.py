@@ -26,7 +26,7 @@ EXAMPLES = 50  # of a client
 class Workload:
     """What every client does: a model, the shape of its examples, and whether it trains (batch 10, one epoch)."""
 
-    model: str
+    model: str  # or several, parted by +, which clients have in turn
     shape: tuple[int, ...]
     trains: bool
     strategy: str = "fedavg"  # another: `fedfuse.bench.distillation`, all clients take part
@@ -35,12 +35,20 @@ class Workload:
         """Clients of a round."""
         return COHORT if self.strategy == "fedavg" else clients
 
+    def architectures(self, clients: int) -> tuple[str, ...]:
+        """Each client's."""
+        names = self.model.split("+")
+        return tuple(names[client % len(names)] for client in range(clients))
+
 
 WORKLOADS = {
     "noop": Workload("fedfuse.bench.contestants:linear", (3072,), False),  # 30,730 parameters, 123 kB
     "noop-large": Workload("cnn_large", (1, 28, 28), False),  # 1,663,370 parameters, 6.65 MB
     "logistic": Workload("fedfuse.bench.contestants:linear", (784,), True),  # 7,850 parameters
+    "mlp": Workload("fedfuse.bench.contestants:hidden", (784,), True),  # 16,705 parameters
     "cnn": Workload("cnn_large", (1, 28, 28), True),
+    "fedmd-mlp": Workload("mlp_small+mlp+mlp_wide", (784,), True, "fedmd"),
+    "knfu-mlp": Workload("mlp_small+mlp+mlp_wide", (784,), True, "knfu"),
     "fedmd": Workload("cnn", (1, 28, 28), True, "fedmd"),
     "dsfl": Workload("cnn", (1, 28, 28), True, "dsfl"),
     "knfu": Workload("cnn", (1, 28, 28), True, "knfu"),
@@ -52,6 +60,13 @@ def linear(shape: tuple[int, ...], classes: int) -> Any:
     from torch import nn
 
     return nn.Linear(shape[0], classes)
+
+
+def hidden(shape: tuple[int, ...], classes: int) -> Any:
+    """A network with one hidden layer."""
+    from fedfuse.models.feedforward import mlp
+
+    return mlp(shape, classes, 1, None, hidden=(21,))
 
 
 def pool(workload: Workload) -> tuple[Any, Any]:
@@ -68,12 +83,12 @@ def start_of(client: int) -> int:
     return client % 20 * EXAMPLES
 
 
-def build(workload: Workload) -> Any:
-    """The workload's model."""
+def build(workload: Workload, name: str | None = None) -> Any:
+    """The workload's model; of several, the one named."""
     from fedfuse import models
     from fedfuse.config.schema import ModelConfig
 
-    return models.build(workload.model, shape=workload.shape, classes=10, config=ModelConfig(), seed=0)
+    return models.build(name or workload.model, shape=workload.shape, classes=10, config=ModelConfig(), seed=0)
 
 
 # --- fedfuse ----------------------------------------------------------------------------------------------
@@ -98,15 +113,15 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
     first = np.array([start_of(client) for client in range(clients)])
     offsets = np.stack([first, first + EXAMPLES, first + EXAMPLES, first + EXAMPLES], axis=1)
     data = FederatedData(dataset, np.arange(len(y)), offsets, None)
-    return Scenario(compose([*settings, *words]), data, (workload.model,) * clients)
+    return Scenario(compose([*settings, *words]), data, workload.architectures(clients))
 
 
-def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHORT) -> Callable[[], None]:
+def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHORT, *words: str) -> Callable[[], None]:
     """FedAvg on FedFuse's own runtimes."""
     from fedfuse.config import registry
     from fedfuse.core.client import FusionClient
 
-    scenario, entry = scenario_of(workload, clients, cohort), registry.entry("fedavg")
+    scenario, entry = scenario_of(workload, clients, cohort, *words), registry.entry("fedavg")
     if not workload.trains:
 
         class Idle(FusionClient):

@@ -15,7 +15,7 @@ ROWS = 1000  # |D_t|
 BATCH = 64  # of the distillation
 
 
-def scenario_of(workload: Workload, clients: int) -> Any:
+def scenario_of(workload: Workload, clients: int, *more: str) -> Any:
     """All clients take part, over a pool they share and a transfer set of noise."""
     import numpy as np
 
@@ -30,12 +30,13 @@ def scenario_of(workload: Workload, clients: int) -> Any:
         "rounds=100000", "train.batch_size=10", "train.lr=0.05", "train.momentum=0",
     ]  # fmt: skip
     x, y = pool(workload)
-    dataset = Dataset("synthetic", Examples(x, y), None, tuple("0123456789"), "image")
+    kind = "image" if len(workload.shape) == 3 else "features"
+    dataset = Dataset("synthetic", Examples(x, y), None, tuple("0123456789"), kind)
     first = np.array([start_of(client) for client in range(clients)])
     offsets = np.stack([first, first + EXAMPLES, first + EXAMPLES, first + EXAMPLES], axis=1)
     transfer = Examples(shared(workload), np.full(ROWS, -1))
     data = FederatedData(dataset, np.arange(len(y)), offsets, transfer)
-    return Scenario(compose(words), data, (workload.model,) * clients)
+    return Scenario(compose([*words, *more]), data, workload.architectures(clients))
 
 
 def shared(workload: Workload) -> Any:
@@ -45,40 +46,45 @@ def shared(workload: Workload) -> Any:
     return np.random.default_rng(1).standard_normal((ROWS, *workload.shape), dtype=np.float32)
 
 
-def fedfuse_side(workload: Workload, clients: int, grid: str) -> Callable[[], None]:
+def fedfuse_side(workload: Workload, clients: int, grid: str, *words: str) -> Callable[[], None]:
     """The strategy as users run it, without evaluation and the run directory."""
     from fedfuse.config import registry
 
-    return rounds_of(registry.entry(workload.strategy), scenario_of(workload, clients), grid)
+    return rounds_of(registry.entry(workload.strategy), scenario_of(workload, clients, *words), grid)
 
 
 def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
     """The limit: one thread, one network whose weights are swapped, and no federation around it."""
     import torch
     import torch.nn.functional as F
+    from torch import Tensor
 
     from fedfuse.compat.torch_lists import copy_all
 
     torch.set_num_threads(1)
-    model, method = build(workload), workload.strategy
+    names, method = workload.architectures(clients), workload.strategy
+    networks = {name: build(workload, name) for name in names}
     x, y = map(torch.from_numpy, pool(workload))
     public = torch.from_numpy(shared(workload))
-    params = list(model.parameters())
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    owned = [[v.detach().clone() for v in (*params, *buffers)] for _ in range(clients + 1)]  # the last is the server's
+    kept = {
+        name: [*net.parameters(), *filter(Tensor.is_floating_point, net.buffers())] for name, net in networks.items()
+    }
+    owned = [[v.detach().clone() for v in kept[name]] for name in (*names, names[0])]  # the last is the server's
     lessons: list[Any] = [None] * clients
     draw = torch.Generator().manual_seed(0)
 
-    def wake(who: int) -> None:
+    def wake(who: int) -> Any:
+        name = names[who % clients]
         with torch.no_grad():
-            copy_all([*params, *buffers], owned[who])
+            copy_all(kept[name], owned[who])
+        return networks[name]
 
     def rest(who: int) -> None:
         with torch.no_grad():
-            copy_all(owned[who], [*params, *buffers])
+            copy_all(owned[who], kept[names[who % clients]])
 
-    def steps(inputs: Any, size: int, loss: Callable[[Any, Any], Any]) -> None:
-        optimizer = torch.optim.SGD(params, lr=0.05, fused=True)
+    def steps(model: Any, inputs: Any, size: int, loss: Callable[[Any, Any], Any]) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
         for rows in torch.randperm(len(inputs), generator=draw).split(size):
             optimizer.zero_grad()
             loss(model(inputs[rows]), rows).backward()
@@ -87,15 +93,15 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
     def to(labels: Any) -> Callable[[Any, Any], Any]:
         return lambda z, rows: F.cross_entropy(z, labels[rows])
 
-    def learn(lesson: Any) -> None:
+    def learn(model: Any, lesson: Any) -> None:
         if method == "fedmd":
-            steps(public, BATCH, lambda z, rows: F.l1_loss(z, lesson[rows]))
+            steps(model, public, BATCH, lambda z, rows: F.l1_loss(z, lesson[rows]))
         elif method == "dsfl":
-            steps(public, BATCH, to(lesson))
+            steps(model, public, BATCH, to(lesson))
         else:
-            steps(public, BATCH, lambda z, rows: F.kl_div(z.log_softmax(1), lesson[rows], reduction="batchmean"))
+            steps(model, public, BATCH, lambda z, rows: F.kl_div(z.log_softmax(1), lesson[rows], reduction="batchmean"))
 
-    def answers() -> Any:
+    def answers(model: Any) -> Any:
         model.eval()
         with torch.no_grad():
             z = torch.cat([model(part) for part in public.split(512)])
@@ -105,13 +111,13 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
     def play() -> None:
         said = []
         for client in range(clients):
-            wake(client)
+            model = wake(client)
             if lessons[client] is not None:
-                learn(lessons[client])
+                learn(model, lessons[client])
             first = start_of(client)
             own, labels = x[first : first + EXAMPLES], y[first : first + EXAMPLES]
-            steps(own, 10, to(labels))
-            said.append(answers())
+            steps(model, own, 10, to(labels))
+            said.append(answers(model))
             rest(client)
         heard = torch.stack(said)
         if method == "knfu":
@@ -123,8 +129,7 @@ def plain_side(workload: Workload, clients: int) -> Callable[[], None]:
             mean = heard.mean(0)
             lessons[:] = [(mean / 0.1).softmax(1) if method == "dsfl" else mean] * clients
         if method == "dsfl":
-            wake(clients)
-            learn(lessons[0])
+            learn(wake(clients), lessons[0])
             rest(clients)
 
     return play

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 
 from fedfuse.bench import contestants, distillation
-from fedfuse.bench.contestants import WORKLOADS, serve
+from fedfuse.bench.contestants import COHORT, WORKLOADS, serve
 
 
 def main(side: str, name: str, clients: int) -> None:
     """Run one contestant."""
     workload = WORKLOADS[name]
+    grid = "inline" if side.startswith("inline") else "ray"
+    words = ("runtime.vectorize=auto",) if side.endswith("abreast") else ()
     if workload.strategy != "fedavg":
-        grid = "inline" if side == "inline" else "ray"
         if side == "plain":
             serve(distillation.plain_side(workload, clients))
         else:
-            serve(distillation.fedfuse_side(workload, clients, grid))
+            serve(distillation.fedfuse_side(workload, clients, grid, *words))
     elif side == "flower":
         contestants.flower_side(name, clients)
     elif side == "guest":
@@ -32,7 +33,7 @@ def main(side: str, name: str, clients: int) -> None:
 
         pfl_side(workload)
     else:
-        serve(contestants.fedfuse_side(workload, clients, "inline" if side == "inline" else "ray"))
+        serve(contestants.fedfuse_side(workload, clients, grid, COHORT, *words))
 
 
 if __name__ == "__main__":

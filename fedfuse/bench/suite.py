@@ -23,12 +23,14 @@ from fedfuse.errors import UserError, nearest
 USAGE = """\
 fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out DIR]
 
-Workloads: noop (123 kB), noop-large (6.65 MB), logistic, cnn: 50 clients a round, 50 examples each, batch 10.
+Workloads: noop (123 kB), noop-large (6.65 MB), logistic, mlp, cnn: 50 clients a round, 50 examples each, batch 10.
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
-  flat: noop with 100, 1,000, 10,000 and 100,000 clients, which take turns
+  fedmd-mlp, knfu-mlp: the same with MLPs of three architectures
+  flat: noop with 100, 1,000, 10,000, 100,000 and 1,000,000 clients, which take turns
   startup, cohort-memory, state-memory: whole commands; see `fedfuse.bench.footprint`
   default: all, at the sizes of docs/performance.md
-Sides: fedfuse (Ray), inline, plain (a torch loop, one thread), cores (that loop on every core at once), flower (its
+Sides: fedfuse (Ray), inline, either with runtime.vectorize=auto (abreast, inline-abreast), plain (a torch loop, one
+  thread), cores (that loop on every core at once), flower (its
   simulator), guest (the same Flower app on FedFuse's engine), pfl (pfl-research, two processes; needs
   `pip install pfl==0.6.0`)
 Each side is a process of its own; sides take turns round by round; the first two rounds warm up. N rounds are played,
@@ -36,10 +38,11 @@ by default at least 5, and up to 25 while they take less than two minutes. A rat
 sides took in the same one.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
-SIDES = ("fedfuse", "inline", "plain", "cores", "guest", "flower", "pfl")
+SIDES = ("fedfuse", "abreast", "inline", "inline-abreast", "plain", "cores", "guest", "flower", "pfl")
 DEFAULT = (
-    "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "cnn@1000",
-    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "flat", "startup", "cohort-memory", "state-memory",
+    "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "mlp@1000", "cnn@1000",
+    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "fedmd-mlp@20", "knfu-mlp@20", "flat",
+    "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2
 LEAST, MOST, ENOUGH = 5, 25, 120.0  # rounds at least and at most, and seconds after which no more than the least
@@ -159,7 +162,7 @@ def flat() -> dict[str, Any]:
     dict
         ms_per_client by clients, and ratio: medians over rounds of what a size took over what 100 took.
     """
-    sizes = (100, 1000, 10000, 100000)
+    sizes = (100, 1000, 10000, 100000, 1000000)
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         playing = [Side("fedfuse", "noop", clients, Path(folder)) for clients in sizes]
         take_turns(playing)
@@ -180,7 +183,13 @@ def sides_of(workload: str, clients: int, chosen: Sequence[str]) -> list[str]:
     for side in chosen:
         if side == "flower" and clients > 10000:
             continue
-        if WORKLOADS[workload].strategy != "fedavg" and side not in ("fedfuse", "inline", "plain"):
+        if WORKLOADS[workload].strategy != "fedavg" and side not in (
+            "fedfuse",
+            "abreast",
+            "inline",
+            "inline-abreast",
+            "plain",
+        ):
             continue
         if side == "pfl" and (not WORKLOADS[workload].trains or find_spec("pfl") is None):
             continue

@@ -13,8 +13,10 @@ too, without any stack.
 from __future__ import annotations
 
 import contextvars
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from fedfuse.models.replicas import nbytes
 from fedfuse.train import abreast
 from fedfuse.train.abreast import Apart, Training
 from fedfuse.train.abreast_steps import together
-from fedfuse.train.task import IGNORED, task_step
+from fedfuse.train.task import task_step
 
 AWAKE = 64  # clients that are awake at once, at most
 ROOM = 64 * 2**20  # bytes of their replicas
@@ -97,8 +99,7 @@ class Abreast:
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled():
             return False
         if asked.loss is task_step:
-            y = asked.y
-            return y is not None and y.ndim == 1 and not bool((y == IGNORED).any())
+            return asked.y is not None and asked.y.ndim == 1
         return True
 
     # -- turns -----------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Abreast:
         for place, (architecture, job) in enumerate(jobs):
             seats.append(seat := Seat(place, slots.get(architecture, 0), architecture))
             slots[architecture] = seat.slot + 1
-            seat.green = greenlet(lambda seat=seat, job=job: self._work(seat, job))
+            seat.green = greenlet(partial(self._work, seat, job))
             seat.green.gr_context = contextvars.copy_context()
         self.workspace, self.hub = workspace(), getcurrent()
         for architecture, count in slots.items():
@@ -118,14 +119,15 @@ class Abreast:
         out: list[Any] = [None] * len(jobs)
         mine, graded = Turns(), torch.is_grad_enabled()
         mine.leave()
-        abreast.desk = self
+        abreast.desk, collecting = self, gc.isenabled()
+        gc.disable()  # all are alive at once, and few leave rings behind: looking through them again and again is waste
         try:
             ready, waiting = list(seats), list[Seat]()
             while ready:
                 for seat in ready:
                     value = self._turn(seat)
                     if seat.green.dead:
-                        out[seat.place] = value
+                        out[seat.place], seat.green = value, None
                     else:
                         waiting.append(seat)
                 ready = self._answered(waiting)
@@ -138,6 +140,8 @@ class Abreast:
             abreast.desk, self.now, self.hub = None, None, None
             torch.set_grad_enabled(graded)
             mine.take()
+            if collecting:
+                gc.enable()
 
     def _work(self, seat: Seat, job: Callable[[], Any]) -> Any:
         while True:

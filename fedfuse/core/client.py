@@ -311,7 +311,7 @@ class FusionClient:
             if keep:
                 self._keep_optimizer(options["optimizer"])
             return result
-        inputs, labels = (self.x, self.y) if x is None else (x, y)
+        inputs, labels = self.examples("train") if x is None else (x, y)
         losses, self._losses = self._losses, []
         span = self.scenario.span(self._moment)
         config = options.pop("config", self.training)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from fedfuse import models
+from fedfuse.compat.torch_draws import first_of_permutation
 from fedfuse.config.idle import idle
 from fedfuse.config.schema import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
@@ -53,7 +54,10 @@ class Scenario:
 
     def sampled(self, round: int) -> list[int]:
         """The clients drawn for a round, in order; alike for every strategy."""
-        return sorted(self.order(round)[: self.cohort_size])
+        if self.cohort_size == self.clients:
+            return list(range(self.clients))
+        draw = generator(self.seed, "cohort", round)
+        return sorted(first_of_permutation(self.clients, self.cohort_size, draw))
 
     def order(self, round: int) -> list[int]:
         """All clients in the order in which a round draws them."""

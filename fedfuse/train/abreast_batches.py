@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,7 +24,6 @@ class Member:
         self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
         self.planned = asked.epochs * len(self.sizes)
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
-        self.values: list[Tensor | tuple[int, int]] = []  # of each step; or where among the rows' losses it is
         if self.own:  # what it draws at random, it draws from the stream that it would alone
             alone = torch.Generator().manual_seed(seed_of(*asked.seed_parts, "layers"))
             self.stream = alone.get_state()
@@ -41,16 +41,30 @@ class Feed:
         self.at = [(0, 0)] * len(members)  # step within the epoch, first row of it
         self.rows: list[Tensor] = [torch.empty(0)] * len(members)
         first = members[0].asked
+        self.alike = all(member.sizes == members[0].sizes for member in members)
         self.device = first.x.device
         longest = max(len(member.asked.x) for member in members)
         size = sum(t[:1].numel() * t.element_size() for t in (first.x, first.y) if t is not None)
         self.x = self.y = None
         if len(members) * longest * size <= ROOM:
-            self.x = first.x.new_empty(len(members), longest, *first.x.shape[1:])
-            self.y = None if first.y is None else first.y.new_empty(len(members), longest, *first.y.shape[1:])
+            self.x = _scratch("x", first.x, len(members), longest)
+            self.y = None if first.y is None else _scratch("y", first.y, len(members), longest)
 
     def groups(self, step: int, alive: int) -> Iterator[tuple[list[int], int]]:
         """Who has a batch of the same size at this step: places among the members, and the size."""
+        if self.alike:  # all at the same place of equal epochs
+            sizes = self.members[0].sizes
+            epoch, within = divmod(step, len(sizes))
+            if within == 0:
+                for k in range(alive):
+                    self._begin(k, epoch)
+            else:
+                self.at = [(within, self.at[0][1] + sizes[within - 1])] * len(self.members)
+            yield list(range(alive)), sizes[within]
+            return
+        yield from ((places, size) for size, places in self._by_size(step, alive).items())
+
+    def _by_size(self, step: int, alive: int) -> dict[int, list[int]]:
         sizes: dict[int, list[int]] = {}
         for k in range(alive):
             member = self.members[k]
@@ -60,7 +74,7 @@ class Feed:
             else:
                 self.at[k] = within, self.at[k][1] + member.sizes[within - 1]
             sizes.setdefault(member.sizes[within], []).append(k)
-        yield from ((places, size) for size, places in sizes.items())
+        return sizes
 
     def _begin(self, k: int, epoch: int) -> None:
         asked = self.members[k].asked
@@ -85,6 +99,18 @@ class Feed:
             ys = [None if a.y is None else a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True)]
             return x, None if ys[0] is None else torch.stack(ys)  # type: ignore[arg-type]
         return _cut(self.x, places, self.at, size), None if self.y is None else _cut(self.y, places, self.at, size)
+
+
+_kept: dict[str, Tensor] = {}  # pages that are there already: fresh ones for every stack take as long as its products
+
+
+def _scratch(name: str, like: Tensor, members: int, rows: int) -> Tensor:
+    """Room for so many members' rows, in whatever state the stack before left it."""
+    shape, held = (members, rows, *like.shape[1:]), _kept.get(name)
+    size = math.prod(shape)
+    if held is None or held.dtype != like.dtype or held.device != like.device or held.numel() < size:
+        held = _kept[name] = like.new_empty(size)
+    return held[:size].view(shape)
 
 
 def _cut(stack: Tensor, places: list[int], at: Sequence[tuple[int, int]], size: int) -> Tensor:

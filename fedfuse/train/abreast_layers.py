@@ -72,11 +72,30 @@ def _linear(module: Any, prefix: str) -> Forward:
         if min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL:
             biases = [None] * len(w) if b is None else b.unbind()
             return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
-        if b is None:
-            return torch.bmm(x, w.transpose(1, 2))
-        return torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2))
+        out: Tensor = _Products.apply(x, w, b)
+        return out
 
     return forward
+
+
+class _Products(torch.autograd.Function):
+    """x Wᵀ + b of each client; the gradient of W comes out as W lies, where torch's own would be copied once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, w)
+        ctx.biased = b is not None
+        return torch.bmm(x, w.transpose(1, 2)) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        back, weight, _ = ctx.needs_input_grad
+        return (
+            torch.bmm(out, w) if back else None,
+            torch.bmm(out.transpose(1, 2), x) if weight else None,
+            out.sum(1) if ctx.biased else None,
+        )
 
 
 def _flatten(module: Any, prefix: str) -> Forward | None:

@@ -22,6 +22,7 @@ from fedfuse.train.abreast import Training
 from fedfuse.train.abreast_batches import Feed, Member
 from fedfuse.train.abreast_layers import Forward
 from fedfuse.train.mean_loss import added_in_order
+from fedfuse.train.task import IGNORED
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
 
@@ -89,7 +90,7 @@ class Stack:
                 n: v[:alive] if key[1] < 0 and isinstance(v, Tensor) and v.shape == same else v for n, v in kept.items()
             }
 
-    def backward(self, places: list[int], x: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Any:
+    def backward(self, places: list[int], x: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
         """Put the gradients of one group's batches where the step finds them; return losses by member or by row."""
         whole = len(places) == self.alive
         if whole:
@@ -100,7 +101,6 @@ class Stack:
             rest = {name: w.index_select(0, index) for name, w in self.rest.items()}
         out = self.forward({**leaves, **rest, **self.common}, x)
         members = [self.members[k] for k in places]
-        found: Any
         if members[0].own:
             found = self._own_losses(members, out, y, named)
         else:
@@ -118,16 +118,15 @@ class Stack:
                 leaf.grad.index_copy_(0, index, gradient)
         return found
 
-    def _own_losses(
-        self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _own_losses(self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
         values = []
         for i, (member, rows) in enumerate(zip(members, named, strict=True)):
             torch.default_generator.set_state(member.stream)
             values.append(member.asked.loss(out[i], None if y is None else y[i], rows))
             member.stream = torch.default_generator.get_state()
-        torch.stack(values).sum().backward()
-        return [value.detach() for value in values]
+        found = torch.stack(values)
+        found.sum().backward()
+        return found.detach()
 
     def step(self) -> None:
         """What was asked for between `backward` and the step, and the step."""
@@ -179,36 +178,63 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
     """
     members = [Member(training, slot) for slot, training in asked]
     ordered = sorted(members, key=lambda member: -member.planned)  # stable: equals stay in memory's order
+    labels = [asked.y for member in members if not member.own and (asked := member.asked).y is not None]
+    if labels and bool((torch.cat(labels) == IGNORED).any()):
+        raise RuntimeError("some labels do not count, and a mean is over those that do")
     drawn = _drawn(members)
     for member in ordered:
-        training.training_mode(member.asked.model)
-    stack, feed = Stack(ordered, replicas, forward), Feed(ordered)
-    losses: dict[int, list[Tensor]] = {}  # rows' losses by batch size, to be added up at the end
-    with torch.random.fork_rng(devices=[]):
+        if not member.asked.model.training:
+            training.training_mode(member.asked.model)
+    stack, feed, losses = Stack(ordered, replicas, forward), Feed(ordered), Losses(len(ordered))
+    steps = [0] * len(ordered)
+    own = any(member.own for member in ordered)
+    with torch.random.fork_rng(devices=[], enabled=own):
         for step in range(ordered[0].planned):
             alive = sum(member.planned > step for member in ordered)
             stack.shorten(alive)
             for places, size in feed.groups(step, alive):
                 x, y = feed.batch(places, size)
-                own = ordered[places[0]].own
-                found = stack.backward(places, x, y, [feed.named(k, size) for k in places] if own else [])
-                if own:
-                    for k, value in zip(places, found, strict=True):
-                        ordered[k].values.append(value)
-                else:
-                    kept = losses.setdefault(size, [])
-                    first = sum(map(len, kept))
-                    kept.append(found)
-                    for i, k in enumerate(places):
-                        ordered[k].values.append((size, first + i))
+                losses.keep(places, stack.backward(places, x, y, [feed.named(k, size) for k in places] if own else []))
             stack.step()
+            steps[:alive] = [step + 1] * alive
             if _ended(ordered[:alive], step + 1):
                 break
     stack.close()
     if _drawn(members) != drawn:
         raise RuntimeError("a loss draws from Python's or NumPy's random numbers, which clients abreast share")
-    means = {size: added_in_order(torch.cat(kept)).double().tolist() for size, kept in losses.items()}
-    return [_result(member, means) for member in members]
+    made = {
+        id(member): _result(member, done, total)
+        for member, done, total in zip(ordered, steps, losses.totals(), strict=True)
+    }
+    return [made[id(member)] for member in members]
+
+
+class Losses:
+    """Sums over steps of the members' losses, in float64; rows' losses are added up all at once in the end."""
+
+    def __init__(self, members: int) -> None:
+        self.sums = torch.zeros(members, dtype=torch.float64)
+        self.found: list[tuple[list[int], Tensor]] = []
+
+    def keep(self, places: list[int], losses: Tensor) -> None:
+        """Remember one group's losses of a step, by member, (g,), or by row, (g, B)."""
+        self.found.append((places, losses))
+
+    def totals(self) -> list[float]:
+        """Each member's sum."""
+        sizes: dict[int, list[Tensor]] = {}
+        for _, losses in self.found:
+            if losses.ndim > 1:
+                sizes.setdefault(losses.shape[1], []).append(losses)
+        means = {size: iter(added_in_order(torch.cat(all)).split([len(v) for v in all])) for size, all in sizes.items()}
+        for places, losses in self.found:
+            value = next(means[losses.shape[1]]) if losses.ndim > 1 else losses
+            if places[-1] == len(places) - 1:
+                self.sums[: len(places)] += value.cpu()
+            else:
+                self.sums.index_add_(0, torch.tensor(places), value.cpu().double())
+        found: list[float] = self.sums.tolist()
+        return found
 
 
 def _drawn(members: Sequence[Member]) -> Any:
@@ -229,11 +255,7 @@ def _ended(members: Sequence[Member], done: int) -> bool:
     return said.pop()
 
 
-def _result(member: Member, means: Mapping[int, list[float]]) -> dict[str, Any]:
-    total = 0.0
-    for value in member.values:
-        total += value.double().item() if isinstance(value, Tensor) else means[value[0]][value[1]]
-    steps, each = len(member.values), member.sizes
-    epochs, rest = divmod(steps, len(each))
-    rows = epochs * sum(each) + sum(each[:rest])
+def _result(member: Member, steps: int, total: float) -> dict[str, Any]:
+    epochs, rest = divmod(steps, len(member.sizes))
+    rows = epochs * sum(member.sizes) + sum(member.sizes[:rest])
     return {"steps": steps, "loss": total / steps if steps else float("nan"), "rows": rows}

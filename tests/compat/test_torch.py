@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedfuse.compat import torch_lists, torch_norms, torch_optimizers, torch_state
+from fedfuse.compat import torch_draws, torch_lists, torch_norms, torch_optimizers, torch_state
+from fedfuse.compat.torch_draws import first_of_permutation
 from fedfuse.models.in_place import overlay, variable
 
 
@@ -100,3 +101,24 @@ def test_a_bare_optimiser_steps_as_torchs_own(kind: type, monkeypatch: pytest.Mo
     assert len(calls) == 6
     monkeypatch.setattr(torch_optimizers, "KNOWN", False)
     assert torch_optimizers.bare(kind) is kind
+
+
+@pytest.mark.parametrize(("n", "k"), [(1000, 50), (1001, 51), (200, 1), (9, 2), (8, 8), (50, 30), (100_003, 500)])
+def test_the_first_of_a_permutation_are_torchs_own(n, k):
+    for seed in range(5):
+        whole = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        assert first_of_permutation(n, k, torch.Generator().manual_seed(seed)) == whole[:k].tolist()
+
+
+def test_a_permutation_that_torch_makes_otherwise_is_drawn_whole(monkeypatch):
+    monkeypatch.setattr(torch_draws, "_first", lambda n, k, draw: list(range(k)))
+    torch_draws.known.cache_clear()
+    try:
+        whole = torch.randperm(1000, generator=torch.Generator().manual_seed(3))
+        assert first_of_permutation(1000, 10, torch.Generator().manual_seed(3)) == whole[:10].tolist()
+    finally:
+        torch_draws.known.cache_clear()
+
+
+def test_torch_permutes_as_we_say():
+    assert torch_draws.known()

@@ -1,0 +1,51 @@
+"""Clients that take turns find every global generator as they left it, whether or not they drew from it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fedfuse.compat import turns
+from fedfuse.compat.turns import Turns
+from fedfuse.seeding import seed_everything
+
+
+def drawn() -> tuple:
+    return torch.rand(1).item(), random.random(), np.random.rand(), np.random.randn(), np.random.randint(9)
+
+
+@pytest.mark.parametrize("looked", [True, False])
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_what_comes_after_is_as_if_nobody_had_been_there(before, looked, monkeypatch):
+    def play(seed, other):
+        seed_everything(seed)
+        first = [drawn() for _ in range(before)]
+        other()
+        return [*first, drawn()]
+
+    alone = play(5, lambda: None)
+    if not looked:
+        monkeypatch.setattr(turns, "_look", lambda: None)
+    mine = Turns()
+
+    def other():
+        mine.leave()
+        theirs = Turns()
+        theirs.take()  # a first turn: nothing to go on with
+        seed_everything(6)
+        drawn()
+        theirs.leave()
+        mine.take()
+
+    assert play(5, other) == alone
+
+
+def test_numpys_generator_is_where_we_look():
+    np.random.seed(1234)
+    assert turns.fresh(1234)
+    assert not turns.fresh(1235)
+    np.random.rand()
+    assert not turns.fresh(1234)
