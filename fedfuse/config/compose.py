@@ -281,6 +281,7 @@ def check(config: Config) -> None:
     at_least |= {"evaluate.every": 1, "evaluate.batch_size": 1, "runtime.workers": 1, "runtime.retries": 0}
     at_least |= {"runtime.parallel": 1, "search.trials": 1}
     at_least |= {"runtime.memory": 320}  # MB: a quarter is Ray's object store, which takes no less than 80
+    at_least |= {"evaluate.samples": 0, "evaluate.max_tokens": 1}
     at_least |= {"model.lora_rank": 1, "train.max_steps": 1, "train.micro_batch": 1}
     at_least |= {"privacy.trainings": 1, "privacy.chunk": 1}
     at_least |= {"distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1}

@@ -217,6 +217,12 @@ class EvaluateConfig:
         "clients that digest a round's lesson in their next are scored after it, or as training left them (trained)",
         only="a strategy whose clients train on what they receive",
     )
+    samples: int = key(
+        0,
+        "held-out prompts that the server's model answers at each evaluation, for the report",
+        only="data.layout=text|instruct|roles",
+    )
+    max_tokens: int = key(32, "tokens of such an answer, at most", only="evaluate.samples!=0")
     validation: bool = key(False, "also score the clients' validation split (early stop and tuning turn it on)")
     seconds: float | None = key(None, "virtual seconds between evaluations, in place of `every`", only=ON)
 

@@ -23,6 +23,7 @@ from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
 from fedfuse.train import basis
 from fedfuse.train.entropy import gaussian
 from fedfuse.train.privacy import drawn
+from fedfuse.train.svd import WAYS
 from fedfuse.train.task import task_loss
 from fedfuse.wire.knowledge import Item, Topic
 from fedfuse.wire.records import Arrays, arrays
@@ -38,6 +39,9 @@ class BasisHyper(RankedHyper):
     )
     init_from: str = hyper("sketch", "whose gradient, for gradient inits", choices=("clients", "sketch", "transfer"))
     init_rows: int = hyper(32, "training rows a client (or the server) takes the gradient of", low=1)
+    svd: str = hyper(
+        "auto", "singular vectors: exact, randomised (seeded), or auto: randomised for large layers", choices=WAYS
+    )
     oversample: int = hyper(4, "triples sent beyond r in a sketch", low=0)
     rate: float = hyper(1e-3, "η of the first step, only for the size of S_r", above=0)
     r0: str = hyper("zero", "R at the start", choices=("zero", "singular"))
@@ -62,7 +66,7 @@ class BasisClient(RankedClient):
         folds = hyper.refresh is not None
         model = lora.equip(model, hyper, lora.LoRASB, cls.trains, default_scale=1.0, delta=folds)
         if hyper.init == "weight_svd":
-            model.load_state_dict(basis.public_basis(model, hyper.init, hyper.rank), strict=False)
+            model.load_state_dict(basis.public_basis(model, hyper.init, hyper.rank, way=hyper.svd), strict=False)
         return model
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
@@ -83,7 +87,7 @@ class BasisClient(RankedClient):
             order = torch.randperm(len(self.x), generator=self.generator("init rows"))
             rows = order[: self.hyper.init_rows].sort().values
             found, count = self._gradients(rows, self.scenario.config.train.batch_size), float(len(rows))
-        return {"gradient": basis.told(found, count, self._width)}
+        return {"gradient": basis.told(found, count, self._width, self.hyper.svd)}
 
     @property
     def _width(self) -> int | None:
@@ -199,10 +203,10 @@ class BasisStrategy(RankedStrategy):
 
     fuse_refresh = fuse_setup
 
-    def start_from(self, gradient: Arrays) -> None:
+    def start_from(self, gradient: Mapping[str, Any]) -> None:
         """Basis and R₀ of the first step."""
-        steps = {n: basis.first_step(g, self.hyper.init, self.hyper.rate) for n, g in gradient.items()}
-        found, latents, captured = basis.basis_of(steps, self.hyper.rank)
+        steps = basis.first_steps(gradient, self.hyper.init, self.hyper.rate)
+        found, latents, captured = basis.basis_of(steps, self.hyper.rank, self.hyper.svd)
         for name, share in captured.items():
             self.log(f"energy/{name}", share)
         start = self.state.get("R") or self.parts("lora_R")
@@ -245,7 +249,8 @@ class BasisStrategy(RankedStrategy):
             self.start_from(self.transfer_gradient())
             return
         model, delta = self.workspace.model(self.architecture), lora.deltas(self.published("merged"))
-        found = basis.public_basis(model, self.hyper.init, self.hyper.rank, delta, self.generator("basis"))
+        draw = self.generator("basis")
+        found = basis.public_basis(model, self.hyper.init, self.hyper.rank, delta, draw, self.hyper.svd)
         self.settle(found, self.state["R"], True)
 
     def merge(self, latents: Arrays) -> None:

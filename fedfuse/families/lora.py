@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.train.adapters import HEADS, Adapted, LoRA, LoRASB, adapted, in_parts, inject, layer_names, orthonormal
-from fedfuse.train.basis import leading
 from fedfuse.train.stack import compact, deltas, empty, fold, increments
+from fedfuse.train.svd import leading
 from fedfuse.wire.records import Arrays, Layout, Scope, Spec
 
 __all__ = [

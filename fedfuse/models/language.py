@@ -192,13 +192,23 @@ def _load(transformers: Any, name: str, path: Path, classes: int) -> Any:
         options["gguf_file"] = files[0].name
     try:
         if name == "causal_lm":
-            return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            return plain(transformers.AutoModelForCausalLM.from_pretrained(path, **options))
         if (path / "1_Pooling").is_dir():  # a sentence encoder: its pooler was never trained
             return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, **options)
+        return plain(
+            transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, **options)
+        )
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path} cannot be loaded as {name}: {line}") from error
+
+
+def plain(model: Any) -> Any:
+    """A model that came from a .gguf file without the mark of one: it is dequantised by now, and can be saved."""
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+    return model
 
 
 def _llama2c(transformers: Any, weights: Path, description: Path) -> Any:

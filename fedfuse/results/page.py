@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.errors import UserError
-from fedfuse.results import curves, figures, parameters, sections, virtual, wording
+from fedfuse.results import curves, figures, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
@@ -38,6 +38,7 @@ class Page:
     swept: list[dict[str, Any]]
     maps: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
+    answers: sections.Table | None
     runs: sections.Table
     skipped: list[str]
     shared: list[tuple[str, str]]
@@ -100,6 +101,7 @@ def build(runs: Sequence[RunRecord], skipped: Sequence[str] = ()) -> tuple[Page,
         swept=_swept(everywhere, rows_of),
         maps=_maps(everywhere),
         similarity=_similarity(everywhere),
+        answers=texts.answers(runs, places),
         runs=sections.runs([(series, one.setting) for one, series in everywhere], list(evidence.values()), places),
         skipped=[printable(line) for line in skipped],
         shared=shared,
@@ -126,6 +128,7 @@ def _section(
         "title": f"Setting: {printable(setting)}" if setting else "Comparison",
         "verdicts": sections.verdicts(rows, groups) + against_nothing_sent([run for one in groups for run in one.runs]),
         "table": sections.comparison(rows, groups, series),
+        "texts": texts.scores(groups),
         "intervals": sections.intervals(rows),
         "best": sections.best(rows),
         "legend": [{"index": one.index, "label": printable(one.label), "press": True} for one in series],

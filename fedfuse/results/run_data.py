@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMAT = 1  # of run directories that a report reads; another one is refused
+SAMPLES = "samples"  # a folder of what a language model answered, a file a round
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
 RECENT = 60.0  # seconds; where there is no lock file, a younger checkpoint counts as a run that goes on
 

@@ -30,7 +30,7 @@ from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import COLUMNS, SCHEDULE
+from fedfuse.results.run_data import COLUMNS, SAMPLES, SCHEDULE
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.runs.further import ended_at, told
 from fedfuse.train.privacy import private_notes
@@ -135,6 +135,12 @@ class RunDirectory(Callback):
         except OSError as error:
             self.discard()
             raise UserError(f"out={self.path}: cannot be written ({error.strerror or error})") from error
+
+    def keep_samples(self, round: int, rows: list[dict[str, str]]) -> None:
+        """Write what a round's model answered; a round that is played again writes the same again."""
+        folder = self.path / SAMPLES
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"round-{round:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def discard(self) -> None:
         """Take back what `create` made, if no round was committed: a run that could not begin leaves nothing."""

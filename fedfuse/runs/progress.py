@@ -40,6 +40,8 @@ class Progress(Callback):
             for key, label in (("accuracy/global", "global"), ("accuracy/personal", "personal")):
                 value = head.get(key, float("nan"))
                 parts.append(f"{label} {100 * value:5.2f} %" if value == value else f"{label}     –  ")
+            if "bits_per_byte/global" in head:
+                parts.append(f"{head['bits_per_byte/global']:.4f} bits/byte")
         loss = head.get("loss/train", float("nan"))
         parts.append(f"loss {loss:.4f}" if loss == loss else "loss –")
         parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")

@@ -2,19 +2,22 @@
 
 LoRA-SB (arXiv 2411.19557) takes the r leading singular triples of the first full fine-tuning step, −η·sign(Σ
 g) in the released code: B = U_r, R₀ = S_r, A = V_rᵀ. LoRA-XS (arXiv 2405.17604) takes those of W₀; random
-orthonormal ones need no data. Singular vectors are exact (not randomised) and their signs fixed, so that
-equal matrices give equal bases.
+orthonormal ones need no data. Singular vectors are those of `strategy.svd`, and their signs fixed, so that
+equal matrices give equal bases; large layers by a seeded random projection (`fedfuse.train.svd`). Only one layer's
+matrix is there at a time, and none where thin factors say the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
 from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
+from fedfuse.train.svd import Factors, leading, of_factors, square_norm
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
 INITS = ("raw_grad", "sign_grad", "weight_svd", "random_orthonormal")
@@ -25,16 +28,17 @@ def first_step(gradient: Tensor, init: str, rate: float) -> Tensor:
     return -rate * (gradient.sign() if init == "sign_grad" else gradient)
 
 
-def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U_r (d × r), S_r (r), V_rᵀ (r × k) of the exact singular value decomposition, in float64.
-
-    In each column of U the entry of largest size is positive.
-    """
-    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    at = u.abs().argmax(0, keepdim=True)
-    sign = torch.where(u.gather(0, at) < 0, -1.0, 1.0)
-    return u * sign, s, vt * sign.T
+def first_steps(
+    gradients: Mapping[str, Tensor | Factors], init: str, rate: float
+) -> Iterator[tuple[str, Tensor | Factors]]:
+    """Each layer's first step, one after the other; of factors it is factors, unless it is a matrix of signs."""
+    for name, gradient in gradients.items():
+        if isinstance(gradient, Tensor):
+            yield name, first_step(gradient, init, rate)
+        elif init == "sign_grad":
+            yield name, first_step(gradient[0] @ gradient[1], init, rate)
+        else:
+            yield name, (-rate * gradient[0], gradient[1])
 
 
 def energy(matrix: Tensor, b: Tensor, a: Tensor) -> float:
@@ -44,8 +48,15 @@ def energy(matrix: Tensor, b: Tensor, a: Tensor) -> float:
     return (kept / whole).item() if whole > 0 else 0.0
 
 
-def basis_of(matrices: Mapping[str, Tensor], rank: int) -> tuple[Arrays, Arrays, dict[str, float]]:
-    """Bases of named matrices.
+def basis_of(
+    matrices: Mapping[str, Tensor] | Iterable[tuple[str, Tensor | Factors]], rank: int, way: str = "exact"
+) -> tuple[Arrays, Arrays, dict[str, float]]:
+    """Bases of named matrices, or of products of factors.
+
+    Parameters
+    ----------
+    way
+        As `fedfuse.train.svd.leading` takes it.
 
     Returns
     -------
@@ -59,11 +70,14 @@ def basis_of(matrices: Mapping[str, Tensor], rank: int) -> tuple[Arrays, Arrays,
     arrays: Arrays = {}
     latents: Arrays = {}
     captured: dict[str, float] = {}
-    for name, matrix in matrices.items():
-        u, s, vt = leading(matrix, rank)
+    for name, matrix in matrices.items() if isinstance(matrices, Mapping) else matrices:
+        u, s, vt = leading(matrix, rank, way) if isinstance(matrix, Tensor) else of_factors(matrix, rank)
         arrays[f"{name}.basis_B"], arrays[f"{name}.basis_A"] = u.float().contiguous(), vt.float().contiguous()
         latents[f"{name}.lora_R.weight"] = s.diag().float()
-        captured[name] = energy(matrix, u, vt)
+        whole = square_norm(matrix).item()
+        captured[name] = (
+            energy(matrix, u, vt) if isinstance(matrix, Tensor) else s.square().sum().item() / (whole or 1.0)
+        )
     return arrays, latents, captured
 
 
@@ -76,17 +90,13 @@ def basis_in(model: nn.Module) -> Arrays:
     return out
 
 
-def base_weights(model: nn.Module) -> Arrays:
-    """W₀ (d × k) of every adapted layer."""
-    return {name: module.weight.detach().clone() for name, module in adapted(model).items()}
-
-
 def public_basis(
     model: nn.Module,
     init: str,
     rank: int,
     delta: Mapping[str, Tensor] | None = None,
     draw: torch.Generator | None = None,
+    way: str = "exact",
 ) -> Arrays:
     """A basis that no example is needed for, `<layer>.basis_B` and `<layer>.basis_A`, float32.
 
@@ -98,12 +108,14 @@ def public_basis(
         Δ of each layer, `<layer>.delta`; default 0.
     draw
         What random ones are drawn from.
+    way
+        As `fedfuse.train.svd.leading` takes it.
     """
     if init == "weight_svd":
-        base = base_weights(model)
+        weights = ((name, layer.weight.detach()) for name, layer in adapted(model).items())
         if delta is not None:
-            base = {name: weight + delta[f"{name}.delta"] for name, weight in base.items()}
-        return basis_of(base, rank)[0]
+            weights = ((name, weight + delta[f"{name}.delta"]) for name, weight in weights)
+        return basis_of(weights, rank, way)[0]
     found: Arrays = {}
     for name, layer in adapted(model).items():
         found[f"{name}.basis_B"] = orthonormal(layer.outputs, rank, generator=draw)
@@ -150,9 +162,9 @@ def gradients(
     }
 
 
-def sketch(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def sketch(matrix: Tensor, rank: int, way: str = "exact") -> tuple[Tensor, Tensor]:
     """U_q S_q (d × q) and V_qᵀ (q × k), the best factors of rank q, float32."""
-    u, s, vt = leading(matrix, rank)
+    u, s, vt = leading(matrix, rank, way)
     return (u * s).float().contiguous(), vt.float().contiguous()
 
 
@@ -169,28 +181,43 @@ def gradient_arrays(scope: Scope) -> Layout:
     return out
 
 
-def told(found: Mapping[str, Tensor], count: float, width: int | None) -> Arrays:
+def told(found: Mapping[str, Tensor], count: float, width: int | None, way: str = "exact") -> Arrays:
     """A client's gradients as it says them: whole or, of at most `width` triples, as sketches; and its rows."""
     out = {"rows": torch.tensor([count])}
     for name, gradient in found.items():
         if width is None:
             out[f"{name}.gradient"] = gradient
         else:
-            out[f"{name}.U"], out[f"{name}.V"] = sketch(gradient, min(width, *gradient.shape))
+            out[f"{name}.U"], out[f"{name}.V"] = sketch(gradient, min(width, *gradient.shape), way)
     return out
 
 
-def joint(everyone: Iterable[Mapping[str, Tensor]]) -> Arrays:
-    """G = Σ g_i / Σ rows_i: the gradient over the joined rows of all clients, from what `told` says, float64."""
-    total: Arrays = {}
+def joint(everyone: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor | Factors]:
+    """G = Σ g_i / Σ rows_i: the gradient over the joined rows of all clients, from what `told` says, float64.
+
+    Sketches stay factors, side by side, as long as these are thinner than the layer.
+    """
+    total: dict[str, Any] = {}
     rows = 0.0
     for sent in everyone:
         rows += float(sent["rows"])
         for name in layer_names(sent, "gradient"):
             total[name] = total.get(name, 0) + sent[f"{name}.gradient"].double()
         for name in layer_names(sent, "U"):
-            total[name] = total.get(name, 0) + sent[f"{name}.U"].double() @ sent[f"{name}.V"].double()
-    return {name: value / rows for name, value in total.items()}
+            total[name] = _beside(total.get(name), sent[f"{name}.U"].double(), sent[f"{name}.V"].double())
+    return {
+        name: value / rows if isinstance(value, Tensor) else (value[0] / rows, value[1])
+        for name, value in total.items()
+    }
+
+
+def _beside(held: Tensor | Factors | None, b: Tensor, a: Tensor) -> Tensor | Factors:
+    """M + B A, as factors while they are thinner than the matrix."""
+    if isinstance(held, Tensor):
+        return held + b @ a
+    if held is not None:
+        b, a = torch.cat([held[0], b], 1), torch.cat([held[1], a], 0)
+    return (b, a) if b.shape[1] < min(len(b), a.shape[1]) else b @ a
 
 
 def basis_sha(arrays: Mapping[str, Tensor]) -> Tensor:

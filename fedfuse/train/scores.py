@@ -79,7 +79,7 @@ def scored(
         loss += F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
         hits = logits.argmax(1) == wanted
         right += int(hits.sum())
-        exact += int((hits | (wanted == IGNORED)).view(len(part), -1).all(1).sum())
+        exact += int((hits | (wanted == IGNORED)).view(labels.shape[0], labels.shape[1] - 1).all(1).sum())
         count += int((wanted != IGNORED).sum())
     prompted = bool((y[:, 1:2] == IGNORED).any())
     names = ["accuracy", "accuracy_macro", "loss", "perplexity"]

@@ -103,6 +103,7 @@ SILENT: dict[tuple[str, ...], str] = {
             "tau",
         )
     },
+    ("fed_sb", "svd", "exact"): "small layers are exact by themselves (auto): test_svd.py",
     ("fedproto", "inference"): "says how a client predicts, not what it learns",
     ("fedproto", "among"): "says how a client predicts, not what it learns",
     ("feddyn", "scored"): "says which model is the run's figure",

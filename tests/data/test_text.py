@@ -158,6 +158,12 @@ def test_bits_per_byte_are_of_bytes_not_of_tokens() -> None:
     assert math.isnan(scored(flat, two, torch.full_like(two, IGNORED), 4, 0)["bits_per_byte"])
 
 
+def test_no_text_at_all_has_no_score() -> None:
+    none = torch.zeros(0, 5, dtype=torch.int64)
+    found = scored(lambda x: torch.zeros(*x.shape, 4), none, none, 4, byte_count=0)
+    assert all(math.isnan(found[key]) for key in ("accuracy", "loss", "perplexity", "bits_per_byte"))
+
+
 def test_exact_match_is_of_prompted_texts_word_for_word() -> None:
     x = torch.tensor([[5, 6, 1, 2], [5, 6, 1, 3], [5, 6, 1, 0]])
     y = torch.tensor([[IGNORED, IGNORED, 1, 2], [IGNORED, IGNORED, 1, 3], [IGNORED, IGNORED, 1, IGNORED]])

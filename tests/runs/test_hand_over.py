@@ -44,8 +44,7 @@ def run(folder: Path, shape: str, *words: str):
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
         "data": "text" if causal else "jsonl", "data.root": str(data), "data.extra.length": 24, "clients": 2,
-        "partition": "iid", "rounds": 1, "model": "hf",
-        "model.path": str(path), "runtime": "inline",
+        "partition": "iid", "model": "hf", "model.path": str(path), "rounds": 1, "runtime": "inline",
         "transfer.size": 0, "train.optimizer": "adamw", "train.lr": 0.01, "train.max_steps": 2,
         "out": str(folder / "run"),
         **({"data.extra.tokenizer": "bytes"} if causal else {"data.extra.text": "tokens", "data.extra.buckets": 256}),

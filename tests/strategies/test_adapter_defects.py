@@ -34,7 +34,7 @@ from fedfuse.config import registry
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.strategies.fedex_lora import residual
 from fedfuse.train.adapters import LoRA, LoRASB, adapted, inject
-from fedfuse.train.basis import leading
+from fedfuse.train.svd import leading
 from tests.federations import federation, play
 from tests.halves import shares
 from tests.strategies.adapter_updates import LAYER, D, K, drawn, own_update, server, update
