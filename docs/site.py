@@ -20,7 +20,7 @@ from fedfuse.config.reference import asks, listing
 from fedfuse.config.schema import known
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("sanity", "when_to_fuse", "adapters")
+STUDIES = ("sanity", "when_to_fuse", "adapters", "tokenisers")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from fedfuse import (
     Arrays,
     AveragingStrategy,
-    Ensemble,
     FusionClient,
     Shares,
     Sum,
@@ -39,6 +38,7 @@ from fedfuse import (
     hyper,
     next_token,
     strategy,
+    training,
 )
 
 
@@ -160,18 +160,18 @@ class ProxyTuning(AveragingStrategy):
         """The large model, which predicts with the experts' help."""
         return {"large": (self.large, self.workspace.initial(self.large))}
 
-    @torch.no_grad()
     def predict(self, model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-        """Logits of the large model and the experts together."""
-        ensemble, small = Ensemble(self.workspace), self.architecture
-        ensemble.add(self.large, self.workspace.initial(self.large))
+        """Logits of the large model, which `model` holds, and the experts together."""
+        small, load = self.architecture, self.workspace.loaded
+        said = [training.predict(model, x, batch_size)]
         for arrays in (self.workspace.initial(small), *self.members()):
-            ensemble.add(small, arrays)
-        everyone = range(len(ensemble))
-        return torch.cat([self.together([ensemble.member(k, b) for k in everyone], b) for b in x.split(batch_size)])
+            said.append(training.predict(load(small, arrays), x, batch_size))
+        if small == self.large:  # it stood in the same network
+            load(self.large, self.workspace.initial(self.large))
+        return self.together(said, x)
 
     def together(self, logits: list[Tensor], x: Tensor) -> Tensor:
-        """One batch: the logits of the large model, the base and the experts become the fused ones."""
+        """The fused logits, from those of the large model, of the base and of each expert."""
         h, size = self.hyper, min(one.shape[-1] for one in logits)
         large, base, *rest = (one[..., :size].double() for one in logits)
         experts = torch.stack(rest)
