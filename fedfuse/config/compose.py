@@ -381,6 +381,7 @@ WORDS = {
     "schedule.name": tuple(catalogue.SCHEDULES),
     "schedule.staleness": ("constant", "polynomial", "hinge"),
     "attack.name": catalogue.GROUPS["attack"],
+    "attack.knows": ("own", "honest"),
     "defence.name": catalogue.GROUPS["defence"],
     "defence.around": ("mean", "median", "geometric_median"),
 }
