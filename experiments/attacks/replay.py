@@ -103,7 +103,8 @@ ATTACKS = {
          'sites_door = lambda app, *more: Door(app, ("/v1/fleet/", "/health"))'},
     ),
     "chosen": Attack(
-        "152c8b4", "tests/deploy/test_chosen_paths.py", "", "no_key or own_reads or no_hyper or round or keeps or numbers",
+        "152c8b4", "tests/deploy/test_chosen_paths.py", "",
+        "no_key or own_reads or no_hyper or round or keeps or numbers",
         {r"from fedfuse.config.allowed import MOST": 'MOST = {"clients": 1_000_000, "runtime.retries": 100}',
          r"tiny\(name\)": 'tiny(name, *(["strategy.question=what"] if name == "fednano" else []))',  # as it was taken
          r'tiny\("fednano", "model=cnn"\)': 'tiny("fednano", "model=cnn", "strategy.question=what")'},

@@ -81,6 +81,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "runtime.state_dir": _nothing,
     "secure.name": frozenset({"off", "on"}).__contains__,
     "attack.name": frozenset(catalogue.GROUPS["attack"]).__contains__,
+    "attack.knows": frozenset({"own", "honest"}).__contains__,
     "defence.name": frozenset(catalogue.GROUPS["defence"]).__contains__,
     "defence.around": _word,
     "tracking.name": frozenset(catalogue.TRACKERS).__contains__,

@@ -138,8 +138,9 @@ ATTACKS: dict[str, str] = {
     "scale": "shares a multiple of its update, or of its logits",
     "fdla": "soft labels: the value of rank r goes to the class of rank r + 1 (FDLA, arXiv 2401.03685)",
     "pcfdla": "soft labels: the second class gets s, every other −s (PCFDLA, arXiv 2407.18039)",
-    "lma": "soft labels: all on the class it finds least likely (LMA, arXiv 2402.12265; from its own alone)",
-    "cpa": "soft labels: all on the class least like the likeliest (CPA, arXiv 2402.12265; from its own alone)",
+    "lma": "soft labels: all on the least likely class (LMA, arXiv 2402.12265: attack.knows=honest)",
+    "cpa": "soft labels: all on the class least like the likeliest (CPA, arXiv 2402.12265: attack.knows=honest)",
+    "hips": "soft labels: per row the honest prediction that does most harm (HIPS, arXiv 2402.12265); liars agree",
 }
 
 DEFENCES: dict[str, str] = {

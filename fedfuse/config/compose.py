@@ -382,6 +382,7 @@ WORDS = {
     "schedule.name": tuple(catalogue.SCHEDULES),
     "schedule.staleness": ("constant", "polynomial", "hinge"),
     "attack.name": catalogue.GROUPS["attack"],
+    "attack.knows": ("own", "honest"),
     "defence.name": catalogue.GROUPS["defence"],
     "defence.around": ("mean", "median", "geometric_median"),
 }

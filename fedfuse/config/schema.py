@@ -423,10 +423,21 @@ class AttackConfig:
         only="attack=noise|sign_flip|scale|pcfdla",
     )
 
+    knows: str = key(
+        "own",
+        "what a liar knows: own (what it made itself) | honest (what the honest share; all liars tell one lie)",
+        only="attack=lma|cpa",
+    )
+
     @property
     def on(self) -> bool:
         """Whether anybody lies."""
         return self.name != "off"
+
+    @property
+    def colludes(self) -> bool:
+        """Whether liars know what the honest share, and agree."""
+        return self.name == "hips" or (self.name in ("lma", "cpa") and self.knows == "honest")
 
 
 @dataclass

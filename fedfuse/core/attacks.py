@@ -1,8 +1,9 @@
 """Clients that lie (`attack=`): what a simulated client shares instead of what its client half made.
 
 A lie is told after `share`, on the client's own machine, from what that client knows: its own records and what it was
-sent. Nobody sees what the others share. The client's own state stays true, so that it goes on like an honest one;
-`label_flip` alone trains on false labels, and then shares what follows from them. A liar's counts and metrics are true.
+sent. Nobody sees what the others share, but for those of `fedfuse.core.collusion`. The client's own state stays true,
+so that it goes on like an honest one; `label_flip` alone trains on false labels, and then shares what follows from them. A
+liar's counts and metrics are true.
 
 Weights and adapters (arrays that are the model's own, by name) are altered as updates, x − w with w what was published
 under the same name, where anything was. Rows over the classes are soft labels: logits, or distributions where all rows
@@ -162,7 +163,9 @@ def check_attack(strategy: FusionStrategy) -> None:
         return
     if not any(declared(strategy, phase) for phase in phases):
         raise UserError(f"attack={attack.name}: {who} shares no arrays; allowed are off and label_flip")
-    if attack.name in OF_ROWS and not any(shares_soft_labels(strategy, phase) for phase in phases):
+    if (attack.name in OF_ROWS or attack.name == "hips") and not any(
+        shares_soft_labels(strategy, phase) for phase in phases
+    ):
         allowed = "label_flip, noise, sign_flip, scale"
         raise UserError(f"attack={attack.name} alters soft labels, and {who} shares none; allowed are {allowed}")
 
@@ -180,9 +183,10 @@ def attack_notes(scenario: Scenario) -> list[str]:
     """Who lied, and how."""
     attack, liars = scenario.config.attack, sorted(scenario.liars)
     how = "named" if attack.clients else "drawn by the seed"
+    agree = "; they know what the honest share, and tell one lie" if attack.colludes else ""
     scale = attack.scale if attack.scale is not None else SCALES.get(attack.name)
     strength = f" (scale {scale:g})" if scale is not None else ""
     return [
         f"attack: {attack.name}{strength}: {len(liars)} of {scenario.clients} clients lie whenever they take part, "
-        f"{how}: {', '.join(map(str, liars))}; accuracy/personal_honest is the mean of the others"
+        f"{how}: {', '.join(map(str, liars))}{agree}; accuracy/personal_honest is the mean of the others"
     ]

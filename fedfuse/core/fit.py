@@ -9,6 +9,7 @@ from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.client import FusionClient
+from fedfuse.core.collusion import check_collusion
 from fedfuse.core.defended import check_defence
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
@@ -102,6 +103,8 @@ def _check_settings(strategy: FusionStrategy, client: type[FusionClient], pool: 
         check_secure(strategy)
     if scenario.config.attack.on:
         check_attack(strategy)
+        if scenario.config.attack.colludes:
+            check_collusion(strategy)
     if scenario.config.defence.on:
         check_defence(strategy)
 

@@ -284,7 +284,7 @@ class Node:
             answer["flops"], answer["unit"] = tally.flops, tally.unit
         if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
             records, metrics = self._clip(asked, cache, records, metrics)
-        if asked.kind == "train" and who in self._liars:
+        if asked.kind == "train" and who in self._liars and not self.workspace.scenario.config.attack.colludes:
             records = self._lie(asked, cache, records)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         if asked.kind == "train" and (points := fixed_points(asked.run)):

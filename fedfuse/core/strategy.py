@@ -15,6 +15,7 @@ from torch import nn
 
 from fedfuse.config import registry
 from fedfuse.core.client_level import Noised
+from fedfuse.core.collusion import added, agreed
 from fedfuse.core.defended import Defended
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
@@ -244,8 +245,8 @@ class FusionStrategy(Strategy):
 
     @property
     def summed(self) -> Mapping[str, str | None]:
-        """`sums`; where whole clients are hidden, all weigh alike; none where a defence looks at every share."""
-        if self.scenario.config.defence.on:
+        """`sums`; where whole clients are hidden, all weigh alike; none where a defence or a liar looks at all."""
+        if self.scenario.config.defence.on or self.scenario.config.attack.colludes:
             return {}
         return dict.fromkeys(self.sums) if self.scenario.config.privacy.by_client else self.sums
 
@@ -393,6 +394,11 @@ class FusionStrategy(Strategy):
 
     def _handed(self, stream: Iterator[Share], totals: dict[str, Sum]) -> Shares:
         """A phase's shares as `fuse` sees them."""
+        if self.scenario.config.attack.colludes:
+            stream = agreed(stream, self)
+            if not self.scenario.config.defence.on:
+                totals = empty_totals(self.sums, {})
+                stream = added(stream, self, totals)
         if self.scenario.config.defence.on:
             return Defended(stream, self)
         return Noised(stream, totals, self) if self.scenario.config.privacy.by_client else Shares(stream, totals)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.errors import UserError
-from fedfuse.results import curves, figures, parameters, sections, texts, virtual, wording
+from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
@@ -136,6 +136,8 @@ def _section(
         "targets": sections.to_targets(series),
         "virtual": virtual.table(series),
         "tests": sections.tests(groups),
+        "leaks": leaks.table(series),
+        "leaking": _leaking(k, series) if drawn else [],
     }
 
 
@@ -160,6 +162,13 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
         drawn = virtual.timeline(one, f"f{k}u{i}")
         shown.append((f"A round of {one.label}", drawn, virtual.TIMELINE, []))
     return [_shown(title, drawing, caption, legend) for title, drawing, caption, legend in shown if drawing]
+
+
+def _leaking(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
+    shown = [("Membership", leaks.curves(series, f"f{k}o"), leaks.CURVE)]
+    for i, one in enumerate(series[:MOST_MAPS]):
+        shown.append((f"Painted from soft labels: {one.label}", leaks.paintings(one, f"f{k}q{i}"), leaks.PAINTED))
+    return [_shown(title, drawing, caption) for title, drawing, caption in shown if drawing]
 
 
 def _shown(title: str, drawing: str, caption: str, legend: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tests.federations import federation, play
 CASES = {
     "fedavg": ("attack=sign_flip", "defence=expguard"),
     "fedmd": ("attack=noise", "defence=geometric_median"),
+    "dsfl": ("attack=hips", "defence=median"),
     "fedproto": ("attack=noise", "defence=expguard"),
     "fedit": ("attack=label_flip", "defence=cronus"),
     "fed_sb": ("attack=scale", "defence=krum", "clients=5", "strategy.init=random_orthonormal"),
