@@ -99,9 +99,7 @@ def notes(runs: Sequence[RunRecord]) -> list[str]:
     groups, lines = group(runs)
     lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
     for one in groups:
-        lines += [
-            f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished
-        ]
+        lines += [f"{run.dir} left out: {run.status} after round {run.stand}" for run in one.unfinished]
     lines += _moments(groups) + _told(runs)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from starlette.testclient import TestClient
 
-from fedfuse.results import curves, virtual
+from fedfuse.results import curves, virtual, watch
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import gather
 from fedfuse.results.run_data import SCHEDULE, load
+from fedfuse.results.status import line
 from tests.results.synthetic import write_run
 
 S = 10**9
@@ -105,6 +107,22 @@ def test_seeds_that_were_scored_at_rounds_of_their_own_are_read_off_between_them
     drawn = draw([Series(0, "fedavg", tuple(runs))], "accuracy/global", "x")
     paths = re.findall(r'class="series series-0"[^>]*>\s*<path d="([^"]*)"', drawn)
     assert max(len(re.findall("[ML]", path)) for path in paths if "z" not in path) >= 4
+
+
+def test_a_run_until_a_virtual_moment_is_counted_by_it(tmp_path: Path) -> None:
+    """`until.seconds` alone: nobody is shown a million rounds."""
+    path = write_run(tmp_path / "late", rounds=1_000_000, done=3, config={"until": {"seconds": 60.0}})
+    state = path / "checkpoint" / "round.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"virtual_s": 4.5}))
+    run = load(path)
+    assert run.stand == "3, 4.5 of 60 virtual s"
+    shown = line(run, "late")
+    assert (shown["done"], shown["most"], shown["stand"], shown["virtual"]) == (4.5, 60.0, "3", "4.5 of 60")
+    client = TestClient(watch.application([tmp_path]), base_url="http://127.0.0.1")
+    for place in ("/live", "/body"):
+        assert "000000" not in client.get(place).text.partition("Configuration")[0]
+    both = load(write_run(tmp_path / "both", rounds=9, done=3, config={"until": {"seconds": 60.0}}))
+    assert both.stand == "3 of 9"
 
 
 def test_reading_off_keeps_what_is_known_and_leaves_the_ends_unknown() -> None:
