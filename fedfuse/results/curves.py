@@ -136,6 +136,15 @@ def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     return _curves(series, metric, prefix, megabytes, "MB up and down until then (log)", finish)
 
 
+def _fill(rounds: np.ndarray, *tables: np.ndarray) -> None:
+    """Read each row off between its evaluations, in place; beyond its first and last it stays unknown."""
+    for row in range(len(tables[0])):
+        good = np.isfinite(tables[0][row])
+        within = (rounds >= rounds[good].min()) & (rounds <= rounds[good].max()) if good.any() else good
+        for table in tables:
+            table[row, within] = np.interp(rounds[within], rounds[good], table[row, good])
+
+
 def _with(one: Series, metric: str) -> list[Measures]:
     return [run for run in one.finished if metric in run.curves and len(run.cumulative_bytes)]
 
@@ -167,6 +176,8 @@ def _curves(
                     columns = np.searchsorted(rounds, run.curves[metric][0])
                     grid[row, columns] = scale * run.curves[metric][1]
                     x[row, columns] = place(run, run.curves[metric][0])
+                if all(len(run.virtual_seconds) for run in runs):  # scored at moments, so at rounds of their own
+                    _fill(np.array(rounds), grid, x)
                 seen = np.isfinite(grid).all(axis=0)  # a mean over changing seeds would jump
                 grid, middle = grid[:, seen], x[:, seen].mean(axis=0)
                 if middle.size and (xlabel == "round" or middle[-1] > 0):

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedfuse.config.clock_keys import MANY
 from fedfuse.errors import UserError
 from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
@@ -305,9 +306,11 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
         "model.name",
         "clients",
         "rounds",
+        "until.seconds",
         "participation",
     ):
-        values = list(dict.fromkeys(_text(flat[key]) for flat in flats if flat.get(key) is not None))
+        found = [flat[key] for flat in flats if flat.get(key) is not None and (key, flat[key]) != ("rounds", MANY)]
+        values = list(dict.fromkeys(map(_text, found)))
         if values:
             parts.append(f"{key.removesuffix('.name')} {' / '.join(values[:4])}{' / …' if len(values) > 4 else ''}")
     return ", ".join(parts)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedfuse.config.clock_keys import MANY
 from fedfuse.config.files import checked, opened, read, read_text
 from fedfuse.errors import UserError
 
@@ -131,6 +132,20 @@ class RunRecord:
                 return None
         found = source.get("virtual_s")
         return float(found) if isinstance(found, int | float) else None
+
+    @property
+    def until_s(self) -> float | None:
+        """Virtual seconds that a run was given, where they and no number of rounds are its limit; else None."""
+        until = self.config.get("until")
+        seconds = until.get("seconds") if isinstance(until, Mapping) else None
+        return float(seconds) if isinstance(seconds, int | float) and self.rounds == MANY else None
+
+    @property
+    def stand(self) -> str:
+        """How far it is, in words: `3 of 10`, or `12, 4.5 of 60 virtual s`."""
+        if self.until_s is None:
+            return f"{self.rounds_done} of {self.rounds}"
+        return f"{self.rounds_done}, {self.virtual_s or 0:.3g} of {self.until_s:g} virtual s"
 
     @property
     def schedule(self) -> pl.LazyFrame:

@@ -280,7 +280,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
                 *([word(setting[run.dir])] if settings else []),
                 number(run.seed, str(run.seed)),
                 word(run.status),
-                number(run.rounds_done, f"{run.rounds_done} of {run.rounds}"),
+                number(run.rounds_done, str(run.rounds_done) if run.until_s else run.stand),
                 *(number(value, f"{100 * value:.2f}" if not math.isnan(value) else None) for value in finals),
                 number(one.cumulative_bytes[-1] / 1e6),
                 number(float(seconds)),

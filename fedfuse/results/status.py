@@ -30,9 +30,10 @@ def line(run: RunRecord, name: str) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "name": printable(name),
         "status": run.status,
-        "done": run.rounds_done,
-        "rounds": run.rounds,
-        "virtual": "" if run.virtual_s is None else amount(run.virtual_s),
+        "done": run.rounds_done if run.until_s is None else run.virtual_s or 0.0,
+        "most": run.rounds if run.until_s is None else run.until_s,
+        "stand": run.stand if run.until_s is None else str(run.rounds_done),
+        "virtual": _virtual(run),
         "score": _percent(run.final.get("accuracy/global")),
         "personal": _percent(run.final.get("accuracy/personal")),
         "up": amount(totals.get("up", 0.0)),
@@ -73,6 +74,12 @@ def line(run: RunRecord, name: str) -> dict[str, Any]:
         )
     shown["more"] = max(0, len(clients) - MOST_CLIENTS)
     return shown
+
+
+def _virtual(run: RunRecord) -> str:
+    if run.virtual_s is None:
+        return ""
+    return amount(run.virtual_s) + ("" if run.until_s is None else f" of {run.until_s:g}")
 
 
 def _percent(value: float | None) -> str:

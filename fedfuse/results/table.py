@@ -99,9 +99,7 @@ def notes(runs: Sequence[RunRecord]) -> list[str]:
     groups, lines = group(runs)
     lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
     for one in groups:
-        lines += [
-            f"{run.dir} left out: {run.status} after round {run.rounds_done} of {run.rounds}" for run in one.unfinished
-        ]
+        lines += [f"{run.dir} left out: {run.status} after round {run.stand}" for run in one.unfinished]
     lines += _moments(groups) + _told(runs)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
@@ -131,11 +129,11 @@ def _moments(groups: Sequence[Group]) -> list[str]:
 
 def _told(runs: Sequence[RunRecord], most: int = 20) -> list[str]:
     """What runs say of themselves, each line once, with the runs that say it."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}  # in order, each once: settings differ, and say the same
     for run in runs:
         for note in (run.summary or {}).get("notes") or ():
-            found.setdefault(str(note), []).append(f"{run.strategy}, seed {run.seed}")
-    lines = [f"{note} [{'; '.join(who[:4])}{'; …' if len(who) > 4 else ''}]" for note, who in found.items()]
+            found.setdefault(str(note), {})[f"{run.strategy}, seed {run.seed}"] = None
+    lines = [f"{note} [{'; '.join(list(who)[:4])}{'; …' if len(who) > 4 else ''}]" for note, who in found.items()]
     return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 
@@ -218,7 +216,7 @@ def _by_seed(one: Group, metric: str) -> dict[Hashable, float]:
 
 def _points(value: Interval) -> str:
     half = value.half_width
-    return f"{100 * value.mean:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    return f"{100 * value.mean:+.1f}".replace("-", "−") + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[str]]]:

@@ -16,6 +16,7 @@ from fedfuse.results.figures import short
 from fedfuse.results.measures import Measures
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.sections import Table, columns, number, word
+from fedfuse.results.table import amount
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,7 +29,7 @@ TIMELINE = (
     "hatched: for nothing (late or lost); blank: not at work. The line is the moment of fusion."
 )
 STALE = "Share of the replies that were fused, by how many versions older their message was; all seeds."
-FAIR = "Clients by their device's speed, slowest tenth left. Bars: share of all replies fused; line: personal accuracy."
+FAIR = "Clients by their device's speed, slowest left. Bars: share of all replies fused; line: personal accuracy."
 TABLE = (
     "Idle: share of the time of those invited at least once in which they were not at work. Wasted: of clients' time "
     "and bytes, what was late or lost. Staleness: mean over replies fused."
@@ -60,13 +61,13 @@ def table(series: Sequence[Series]) -> Table | None:
         found = [k for run in one.finished if (k := kept(run.run)) is not None]
         if not found:
             continue
-        values = np.array([_numbers(k) for k in found])
-        mean = [float(v) for v in np.nanmean(values, axis=0)]
+        each = [[v for v in column if not math.isnan(v)] for column in zip(*map(_numbers, found), strict=True)]
+        mean = [sum(known) / len(known) if known else math.nan for known in each]
         lines.append(
             (
                 word(one.label, one.index),
                 number(len(found), str(len(found))),
-                number(mean[0]),
+                number(mean[0], amount(mean[0]) if mean[0] >= 10 else f"{mean[0]:.2f}"),
                 number(mean[1]),
                 *(number(v, _percent(v)) for v in mean[2:5]),
                 number(mean[5], f"{mean[5]:.2f}"),
@@ -180,7 +181,8 @@ def fairness(series: Sequence[Series], prefix: str) -> str | None:
             )  # fmt: skip
         above.set_ylabel("replies (%)")
         below.set_ylabel("personal (%)")
-        below.set_xlabel("tenths of clients by speed, slowest first")
+        tenths = len(shown[0][1]) == DECILES
+        below.set_xlabel(f"{'tenths of clients' if tenths else 'clients'} by speed, slowest first")
         below.set_xticks(range(len(shown[0][1])), [str(i + 1) for i in range(len(shown[0][1]))])
         return svg.to_svg(drawn, prefix)
 

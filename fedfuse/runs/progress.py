@@ -6,6 +6,8 @@ import time
 
 from rich.console import Console
 
+from fedfuse.clock.draws import SECOND
+from fedfuse.config.clock_keys import MANY
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.silence import unheard
@@ -35,7 +37,9 @@ class Progress(Callback):
             return
         now = time.perf_counter()
         head, traffic = federation.headline, federation.strategy.outbox.traffic.totals
-        parts = [f"round {federation.done:>3}/{federation.rounds}"]
+        clock = federation.clock
+        timed = clock is not None and clock.limit is not None and federation.rounds == MANY
+        parts = [f"round {federation.done:>3}" + ("" if timed else f"/{federation.rounds}")]
         if federation.evaluated == federation.done:
             for key, label in (("accuracy/global", "global"), ("accuracy/personal", "personal")):
                 value = head.get(key, float("nan"))
@@ -46,8 +50,9 @@ class Progress(Callback):
         parts.append(f"loss {loss:.4f}" if loss == loss else "loss –")
         parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")
         parts.append(f"{now - self._clock:.2f} s")
-        if federation.clock is not None:
-            parts.append(f"virtual {federation.clock.seconds:.3g} s")
+        if clock is not None:
+            most = f" of {clock.limit / SECOND:g}" if timed and clock.limit is not None else ""
+            parts.append(f"virtual {clock.seconds:.3g}{most} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
         told = unheard(federation.strategy) if federation.done == 1 else []

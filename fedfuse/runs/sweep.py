@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedfuse.config.clock_keys import MANY
 from fedfuse.config.schema import Config
 from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
@@ -134,8 +135,10 @@ def _told(
             sent[key] = next(sizes)
         up, down = sent[key]
         done = ", finished already" if (path / "summary.json").exists() else ""
+        until, rounds = run.config.until.seconds, run.config.rounds
+        long = f"{rounds} rounds" if until is None or rounds < MANY else f"{until:g} virtual seconds"
         console.print(
-            f"{path}: {run.config.rounds} rounds, at most {up:,.0f} bytes up and {down:,.0f} down each{done}",
+            f"{path}: {long}, a round at most {up:,.0f} bytes up and {down:,.0f} down{done}",
             markup=False,
             soft_wrap=True,
         )

@@ -3,6 +3,7 @@
   const status = document.createElement("p");
   status.className = "muted";
   status.id = "connection";
+  status.textContent = "Reading the runs …";
   live.before(status);
   let [strip, shown] = ["", ""];
   // What the reader opened, sorted or brought out survives a renewal.
