@@ -310,7 +310,7 @@ def test_no_word_of_a_request_begins_a_line_of_the_servers_log(monkeypatch: pyte
                 assert len(logger.filters) == 1
             said.seek(0)
             said.truncate()
-            with pytest.raises(Exception):  # noqa: B017, PT011 - there is no such run, nor a store to look it up in
+            with pytest.raises(Exception):  # noqa: B017 - there is no such run, nor a store to look it up in
                 fleet_handlers.get_fab(GetFabRequest(hash_str=nasty), None)  # type: ignore[arg-type]
             log(logging.ERROR, f"[/v1/fleet/get-fab][ApiError] {nasty} 100 %s")
             lines = said.getvalue().removesuffix("\n").split("\n")
