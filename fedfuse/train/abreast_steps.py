@@ -176,9 +176,9 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
     Exception
         Whatever one of them raises; their weights are then between two states.
     """
-    members = [Member(training, slot) for slot, training in asked]
+    members = [Member(one, slot) for slot, one in asked]
     ordered = sorted(members, key=lambda member: -member.planned)  # stable: equals stay in memory's order
-    labels = [asked.y for member in members if not member.own and (asked := member.asked).y is not None]
+    labels = [y for member in members if not member.own and (y := member.asked.y) is not None]
     if labels and bool((torch.cat(labels) == IGNORED).any()):
         raise RuntimeError("some labels do not count, and a mean is over those that do")
     drawn = _drawn(members)

@@ -36,7 +36,8 @@ def leading(matrix: Tensor, rank: int, way: str = "exact") -> Triples:
     if way == "auto":
         way = "randomised" if least >= LARGE and 4 * (rank + OVERSAMPLE) <= least else "exact"
     if way == "exact" or rank + OVERSAMPLE >= least:
-        return _signed(*torch.linalg.svd(matrix.double(), full_matrices=False), rank=rank)
+        u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return _signed(u, s, vt, rank=rank)
     m = matrix.double()
     draw = generator("singular vectors", *matrix.shape, rank)
     q = m @ torch.randn(m.shape[1], rank + OVERSAMPLE, dtype=m.dtype, generator=draw).to(m.device)
