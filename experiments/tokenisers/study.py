@@ -25,8 +25,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
 SHARED = Path(os.environ.get("FEDFUSE_DATA", "../shared/data"))
 ROLES, LETTERS = 4, 16_000
-ARMS = (["strategy=local"], ["strategy=fedmkt", "strategy.alpha=1,0.9,0.5"],
-        ["strategy=fedmkt", "strategy.alpha=0.5", "strategy.mapping=edit"])  # fmt: skip
+ARMS = {
+    "local": ["strategy=local"],
+    "fedmkt 0.5": ["strategy=fedmkt", "strategy.alpha=0.5"],
+    "fedmkt 1": ["strategy=fedmkt", "strategy.alpha=1"],
+    "fedmkt 0.9": ["strategy=fedmkt"],
+    "fedmkt 0.5 edit": ["strategy=fedmkt", "strategy.alpha=0.5", "strategy.mapping=edit"],
+}
 COMMON = [
     "data=text", "data.groups=role", "data.inputs=lines", "data.extra.tokenizer=bytes", "data.extra.length=65",
     "partition=natural", "transfer.size=128", "model.pool=[causal_lm@stories,causal_lm]", "rounds=5",
@@ -65,9 +70,10 @@ def run(quick: bool) -> int:
     words = [*COMMON, f"data.root={prepare(where)}", f"model.paths.stories={SHARED.parent / 'models/stories260K'}"]
     if quick:
         words = [f"{k}={QUICK.get(k, v)}" for k, _, v in (word.partition("=") for word in words)]
-    for number, arm in enumerate(ARMS):
+    for name, arm in ARMS.items():
         print("fedfuse compare", *arm, *words, flush=True)
-        command = [sys.executable, "-m", "fedfuse.cli", "compare", *arm, *words, f"out={where / f'arm{number}'}"]
+        out = where / name.replace(" ", "_")
+        command = [sys.executable, "-m", "fedfuse.cli", "compare", *arm, *words, f"out={out}"]
         if code := subprocess.call(command, stdout=subprocess.DEVNULL):
             return code
     return collect(quick)
@@ -86,7 +92,7 @@ def collect(quick: bool) -> int:
     for one in runs:
         summary, hyper = one.summary or {}, one.config["strategy"]
         alpha, edit = hyper.get("alpha"), hyper.get("mapping") == "edit"
-        arm = "local" if alpha is None else f"fedmkt {alpha:g}" + (" edit" if edit else "")
+        arm = "local" if alpha is None else f"fedmkt {alpha:g}" + " edit" * edit
         last = (pl.col("round") == one.rounds_done) & (pl.col("scope") == "client")
         found = one.metrics.filter(last & (pl.col("metric") == "bits_per_byte")).collect()
         for row in found.iter_rows(named=True):

@@ -220,7 +220,7 @@ class FusionClient:
                 "them; allowed are those that only train on them"
             )
         if split == "train" and self.pooled:
-            return self.workspace.tensors("pooled")
+            return self.workspace.texts.read(self.architecture, "pooled")
         found = self.workspace.texts.read(self.architecture, self.client, split)
         if split == "train" and self.scenario.config.attack.name == "label_flip" and self.client in self.scenario.liars:
             if self._false_labels is None:

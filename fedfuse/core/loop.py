@@ -27,6 +27,9 @@ class Callback:
     def round(self, federation: Federation) -> None:
         """After a round's fuse."""
 
+    def undo(self, federation: Federation) -> None:
+        """When what was begun since the last round does not count."""
+
     def end(self, federation: Federation) -> None:
         """After the last round."""
 
@@ -120,6 +123,7 @@ class Federation:
 
     def _end_in_time(self) -> None:
         """Virtual time is up: the last whole round is evaluated as the last, and committed so."""
+        self._call("undo")
         self.stop = f"until.seconds={self.scenario.config.until.seconds:g}"
         self.again, self.rows, self.timing = True, [], []
         self.strategy.round, self.strategy.logged = self.done, []

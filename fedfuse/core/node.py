@@ -475,6 +475,8 @@ class Node:
             item = cache.get((topic, to))
             if item is None or item.version != version:
                 have = "nothing" if item is None else f"version {item.version}"
+                if item is not None and item.version > version:  # the server was put back: it will send the whole
+                    del cache[topic, to]
                 raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
 
     def _hyper_of(self, run: Mapping[str, Any]) -> Any:

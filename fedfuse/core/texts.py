@@ -53,7 +53,6 @@ class Texts:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._read: dict[tuple[Any, ...], Read] = {}
 
     def tokenizer(self, architecture: str) -> OwnTokenizer | None:
         """The tokenizer that an architecture reads rows of bytes by; None where it takes the data as they are."""
@@ -103,8 +102,8 @@ class Texts:
         return next_tokens(x.cpu(), transfer).to(x.device)
 
     def _by(self, own: OwnTokenizer, architecture: str, key: tuple[Any, ...]) -> Read:
-        if (found := self._read.get((architecture, *key))) is None:
+        def made() -> Read:
             x, y = self._workspace.tensors(*key)
-            wanted = (self._labels(x) if key == ("transfer",) else y) != IGNORED
-            found = self._read[architecture, *key] = Read(*(one.to(x.device) for one in own.read(x, wanted)))
-        return found
+            return own.read(x, (self._labels(x) if key == ("transfer",) else y) != IGNORED)
+
+        return Read(*self._workspace.kept((*key, architecture), made))

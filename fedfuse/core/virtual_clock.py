@@ -155,6 +155,8 @@ class VirtualClock:
         if wanted is not None or self.limit is not None:  # nothing may be fused before the end is known
             answers = iter(list(answers))
             self._check_limit(close(flights, start, limit, wanted).end)
+        for message in messages:  # not before it is known that this phase counts
+            strategy.outbox.charge(message.metadata.dst_node_id - 1)
         counted = None if wanted is None else {f.client for f in close(flights, start, None, wanted).counted}
         anybody = self._fuse(self._counting(answers, start, limit, counted), round)
         if all(flight.outcome == FAILED for flight in flights):  # no matter of time: it would happen again
@@ -185,12 +187,11 @@ class VirtualClock:
         return False
 
     def _call(self, message: Message, round: int) -> Called:
-        """A client that is sent a message, charged; its flight as far as it is known."""
+        """A client that is sent a message; its flight as far as it is known."""
         outbox = self.strategy.outbox
         client = message.metadata.dst_node_id - 1
         used = outbox.used(client)
         down, attempt = outbox.owed(client, used), self.sky.attempts.get(client, 0)
-        outbox.charge(client)
         return Called(message, self.world.flight(client, attempt, round, self.now, down, None), used)
 
     def _answers(

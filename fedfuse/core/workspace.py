@@ -189,25 +189,30 @@ class Workspace:
 
     def tensors(self, *key: Any) -> Any:
         """Tensors of (client, split), of "transfer" or of "test", cached in a process up to a limit."""
-        if key in self._tensors:
-            self._tensors.move_to_end(key)
-            return self._tensors[key]
-        data = self.scenario.data
         if key == ("transfer",) and not self.transfer_declared:
             raise UserError(
                 "the transfer set is used where the strategy does not say so: "
                 "declare transfer = 'clients', 'server' or 'both' in its class"
             )
-        value: Any
+        return self.kept(key, lambda: self._tensors_of(key))
+
+    def _tensors_of(self, key: tuple[Any, ...]) -> Any:
+        data = self.scenario.data
         if key == ("transfer",):
-            value = data.transfer_tensors()
-        elif key == ("test",):
-            value = data.test_tensors()
-        elif key[0] == "pooled":
+            return data.transfer_tensors()
+        if key == ("test",):
+            return data.test_tensors()
+        if key[0] == "pooled":
             parts = [data.tensors(c, "train") for c in range(self.scenario.clients)]
-            value = (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-        else:
-            value = data.tensors(*key)
+            return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        return data.tensors(*key)
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Tensors made once, on this process's device, and kept while there is room; the oldest go first."""
+        if key in self._tensors:
+            self._tensors.move_to_end(key)
+            return self._tensors[key]
+        value = make()
         value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
         self._tensors[key] = value
         self._cached += _size(value)

@@ -26,10 +26,12 @@ PRELOAD = {
 def task(kind: str, arguments: list[str]) -> None:
     """Run one task in this process, behind the guard."""
     from fedfuse.compat.flower_arrays import limit_arrays
+    from fedfuse.compat.flower_log import in_one_line
     from fedfuse.deploy.bundle import guarded
     from fedfuse.network.sizes import UNKNOWN, limit_memory
 
     _end_once()
+    in_one_line()
     limit_memory()
     limit_arrays(UNKNOWN)
     flower_processes.guard(kind, guarded)

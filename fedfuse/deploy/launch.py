@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from fedfuse.compat import flower_processes, superlink_doors
+from fedfuse.compat.flower_log import in_one_line
 from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.certs import secret
 from fedfuse.deploy.doors import serve
@@ -46,6 +47,7 @@ def _home(state: Path, **more: str) -> None:
 def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
     """Turn this process into a Flower command; its parents and signals see one process."""
     sys.argv = [command, *words]
+    in_one_line()
     node = "--superlink" in words
     try:
         entry()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -454,7 +455,8 @@ class RemoteGrid(FusionGrid):
             who, (verb, _, phase) = f"wire:{item.client}", item.original.metadata.message_type.partition(".")
             parts = {"out": reply.metadata.created_at - seconds - item.at, "work": seconds}
             parts["back"] = time.time() - reply.metadata.created_at
-            self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
+            if all(math.isfinite(value) for value in parts.values()):  # a node says when it answered
+                self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
 
     def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
         """A node that was started again has lost what it was working on: it is asked again."""

@@ -266,6 +266,10 @@ class RunDirectory(Callback):
                 synced(path.parent)
             self._kept[of, client] = tag
 
+    def undo(self, federation: Federation) -> None:
+        """Put the federation back to the last commit: a phase of the round that was begun may have been fused."""
+        recover(federation, self.checkpoint, self.config, ("rounds",))
+
     def end(self, federation: Federation) -> None:
         """Merge the rows, draw the partition, write the final models, and last the summary."""
         from fedfuse.data.picture import draw_partition  # not before the first round, which would wait for it

@@ -40,6 +40,8 @@ class Progress(Callback):
         clock = federation.clock
         timed = clock is not None and clock.limit is not None and federation.rounds == MANY
         parts = [f"round {federation.done:>3}" + ("" if timed else f"/{federation.rounds}")]
+        if federation.again:  # its line is there already; this is its evaluation as the last
+            parts = [f"{federation.stop} is over after round {federation.done}"]
         if federation.evaluated == federation.done:
             for key, label in (("accuracy/global", "global"), ("accuracy/personal", "personal")):
                 value = head.get(key, float("nan"))

@@ -181,9 +181,21 @@ def test_every_strategy_gets_the_same_virtual_time() -> None:
     assert ended["fedavg"]["schedule_digest"] != ended["knfu"]["schedule_digest"]
 
 
+@pytest.mark.parametrize(("name", "seconds", "rounds"), [("fedavg", 0.7, 5), ("kafal", 0.7, 4)])
+def test_nothing_counts_of_a_round_that_the_end_cuts(name: str, seconds: float, rounds: int) -> None:
+    """As if it had not begun: not its bytes, and not its first phase where the second is over too late (KAFAL's)."""
+    cut = play(name, *ON, "rounds=1000", f"until.seconds={seconds}")
+    whole = play(name, *ON, f"rounds={rounds}")
+    assert cut.federation.done == rounds
+    assert told(cut) == told(whole)
+    for key in ("up_bytes", "down_bytes", "down_unique_bytes", "evaluate_down_bytes"):
+        assert cut.totals[key] == whole.totals[key], key
+
+
 def test_a_run_too_short_for_any_round_says_so() -> None:
     played = play("fedavg", *ON, "until.seconds=0.01")
     assert (played.federation.done, played.federation.stop) == (0, "until.seconds=0.01")
+    assert played.totals["down_bytes"] == 0
 
 
 def test_evaluation_by_virtual_time() -> None:

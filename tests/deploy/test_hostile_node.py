@@ -285,6 +285,41 @@ def test_one_line_is_one_printable_line() -> None:
     assert len(one_line("x" * 10_000)) == 500
 
 
+def test_no_word_of_a_request_begins_a_line_of_the_servers_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack: a registered node asks for a bundle by a hash that says something else; Flower logs it as it came."""
+    import io
+    import logging
+
+    from flwr.proto.fab_pb2 import GetFabRequest
+    from flwr.supercore import log
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    from fedfuse.compat.flower_log import in_one_line
+
+    logger = logging.getLogger("flwr")
+    assert logger.log == log  # whose filter is asked
+    monkeypatch.setattr(logger, "filters", [])
+    said = io.StringIO()
+    logger.addHandler(handler := logging.StreamHandler(said))
+    nasty = NASTY.replace("\udcff", "")
+    try:
+        for protected in (False, True):
+            if protected:
+                in_one_line()
+                in_one_line()
+                assert len(logger.filters) == 1
+            said.seek(0)
+            said.truncate()
+            with pytest.raises(Exception):  # noqa: B017 - there is no such run, nor a store to look it up in
+                fleet_handlers.get_fab(GetFabRequest(hash_str=nasty), None)  # type: ignore[arg-type]
+            log(logging.ERROR, f"[/v1/fleet/get-fab][ApiError] {nasty} 100 %s")
+            lines = said.getvalue().removesuffix("\n").split("\n")
+            assert all(printable(line) for line in lines) == protected
+            assert any(line.startswith("fedfuse-run-directory") for line in lines) != protected
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.mark.parametrize("where", ["error", "hello", "metric", "record", "array", "config"])
 def test_no_word_of_a_nodes_begins_a_line_of_the_log(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ from fedfuse.families.public_text import (  # noqa: E402
 from fedfuse.strategies.fedmkt import FedMKTHyper, lesson  # noqa: E402
 from fedfuse.train.losses import loss  # noqa: E402
 from fedfuse.train.next_token import bucketed, compress, record_bytes, with_rest  # noqa: E402
+from fedfuse.train.scores import scored  # noqa: E402
 from fedfuse.wire.records import InvalidArrays  # noqa: E402
 from tests.data.test_alignment import byte_level  # noqa: E402
 from tests.federations import answer, federation, intercept, play, registry, scenario_of  # noqa: E402
@@ -196,6 +197,21 @@ def test_places_of_two_tokenisers_hold_the_same_bytes(words) -> None:
         assert mine == theirs
         assert own.ends[row].max() == raw.ends[row].max() == len(mine)
     assert own.tokens.shape[1] < raw.tokens.shape[1]
+
+
+def test_bits_per_byte_are_of_the_same_bytes_for_all(words) -> None:
+    """What an evaluation says of a uniform model is log₂ V a token, over the test set's bytes, in anybody's tokens."""
+    built = server(words)
+    texts, data = built.workspace.texts, built.scenario.data
+    rows = data.dataset.test
+    said_bytes = b"".join(bytes(x[w].tolist()) for x, w in zip(rows.inputs, rows.wanted, strict=True))
+    assert data.byte_count("global") == len(said_bytes)
+    for name in ("causal_lm@own", "causal_lm"):
+        x, y = texts.read(name, "test")
+        pieces = texts.pieces(name)
+        assert b"".join(pieces[i] for row in y for i in row.tolist() if i != IGNORED) == said_bytes
+        uniform = scored(lambda part: torch.zeros(*part.shape, 64), x, y.clamp(max=63), 64, len(said_bytes))
+        assert uniform["bits_per_byte"] == pytest.approx(6 * int((y != IGNORED).sum()) / len(said_bytes), rel=1e-6)
 
 
 @pytest.mark.parametrize("coarse", [False, True])
