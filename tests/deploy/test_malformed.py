@@ -257,6 +257,26 @@ def test_nothing_malformed_is_averaged_in(table: Table, data: st.DataObject) -> 
         assert torch.equal(value, torch.full_like(value, 0.5)), name
 
 
+@pytest.mark.parametrize(("key", "said"), [
+    ("tag", "../../x"), ("tag", "1.1\n"), ("tag", "1" * 13), ("tag", "1.1.1"), ("sha", "ab" * 31), ("sha", "AB" * 32),
+    ("sha", "x\x1b[2J"), ("phase", "a b"), ("phase", ""), ("phase", "__class__\n"), ("phase", "x" * 65),
+])  # fmt: skip
+def test_words_that_the_server_keeps_have_a_form(key: str, said: str, table: Table) -> None:
+    bad = table.good(2, 1e6)
+    bad["config"][key] = said
+    before = table.strategy.inbox.failures["rejected"]
+    strategy = table.ask(content(bad))
+    assert strategy.inbox.failures["rejected"] == before + 1
+    assert strategy.inbox.left_out == [f"client 2: config entry '{key}' is no {key}, or no str"]
+
+
+@pytest.mark.parametrize(("key", "said"), [("tag", ""), ("tag", "12.3"), ("sha", ""), ("sha", "0a" * 32)])
+def test_words_of_that_form_are_taken(key: str, said: str, table: Table) -> None:
+    good = table.good(2)
+    good["config"][key] = said
+    assert table.ask(content(good)).inbox.left_out == []
+
+
 def test_a_good_reply_is_averaged_in(table: Table) -> None:
     strategy = table.ask(content(table.good(2)))
     for value in strategy.model.values():
