@@ -33,7 +33,7 @@ from fedfuse.train.task import task_step
 
 AWAKE = 64  # clients that are awake at once, at most
 ROOM = 64 * 2**20  # bytes of their replicas
-STACK = 2**20  # bytes of weights that are trained at once: with gradients they stay in a core's cache
+STACK = 16 * 2**20  # bytes of weights that are trained at once; 8 to 16 clients gain most (docs/performance.md)
 
 
 class Seat:
@@ -194,9 +194,10 @@ class Abreast:
 
     def _parts(self, crew: list[Seat]) -> Iterator[list[Seat]]:
         assert self.workspace is not None
-        size = max(1, STACK // max(1, nbytes(self.workspace.model(crew[0].architecture))))
-        for first in range(0, len(crew), size):
-            yield crew[first : first + size]
+        most = max(1, STACK // max(1, nbytes(self.workspace.model(crew[0].architecture))))
+        parts = -(-len(crew) // most)
+        for i in range(parts):  # as equal as can be: a stack of one costs more than its client alone
+            yield crew[len(crew) * i // parts : len(crew) * (i + 1) // parts]
 
     def _make(self, crew: Sequence[Seat], asked: Sequence[Training]) -> list[dict[str, Any]]:
         assert self.workspace is not None
@@ -218,4 +219,5 @@ def seats(workspace: Workspace, architecture: str) -> int:
     """How many clients of an architecture may be awake at once; 0 if none of its trainings fits together."""
     if workspace.forward(architecture) is None:
         return 0
-    return min(AWAKE, ROOM // max(1, nbytes(workspace.model(architecture))))
+    size = nbytes(workspace.model(architecture))
+    return 0 if 2 * size > STACK else min(AWAKE, ROOM // max(1, size))

@@ -37,6 +37,7 @@ class Training:
     least: int
     after_backward: Callable[[nn.Module], None] | None
     after_step: Callable[[int, int], object] | None
+    max_steps: int | None = None
 
 
 class Desk(Protocol):

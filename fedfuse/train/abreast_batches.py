@@ -22,7 +22,7 @@ class Member:
     def __init__(self, asked: Training, slot: int) -> None:
         self.asked, self.slot = asked, slot
         self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
-        self.planned = asked.epochs * len(self.sizes)
+        self.planned = asked.epochs * len(self.sizes) if asked.max_steps is None else asked.max_steps
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
         if self.own:  # what it draws at random, it draws from the stream that it would alone
             alone = torch.Generator().manual_seed(seed_of(*asked.seed_parts, "layers"))

@@ -40,6 +40,20 @@ def test_digests_are_those_of_clients_in_turns(name, made):
     assert play(name, *UNEQUAL, AUTO, reverse=True).digest == alone.digest
 
 
+@pytest.mark.parametrize(
+    ("word", "stacks"),
+    [
+        ("train.max_steps=3", True),
+        ("train.clip=0.1", False),
+        ("train.micro_batch=2", False),
+        ("train.schedule=cosine", False),
+    ],
+)
+def test_settings_of_training_are_heard_or_their_clients_train_alone(word, stacks, made):
+    assert play("fedavg", *UNEQUAL, word, AUTO).digest == play("fedavg", *UNEQUAL, word).digest
+    assert bool(made) == stacks
+
+
 def test_architectures_that_fit_and_one_that_does_not(made):
     words = ("clients=6", "model.pool=[mlp_small,mlp,cnn]", "rounds=1")
     assert play("fedmd", *words, AUTO).digest == play("fedmd", *words).digest
@@ -48,12 +62,12 @@ def test_architectures_that_fit_and_one_that_does_not(made):
 
 def test_stacks_of_any_size(monkeypatch, made):
     whole = play("fedavg", *UNEQUAL, AUTO)
-    for stack, awake in ((1, 64), (2**30, 64), (2**30, 3)):
+    for stack, awake in ((50_000, 64), (2**30, 64), (2**30, 3)):
         monkeypatch.setattr(abreast, "STACK", stack)
         monkeypatch.setattr(abreast, "AWAKE", awake)
         made.clear()
         assert play("fedavg", *UNEQUAL, AUTO).digest == whole.digest
-        assert max(made) == (1 if stack == 1 else min(awake, 9))
+        assert max(made) == (5 if stack == 50_000 else min(awake, 9))
 
 
 def test_ray_has_the_same_bits():
