@@ -16,10 +16,10 @@ likeliest leave of 1 is one more bucket, not lost; CE is bits per byte in float3
 mean over tokens; only places whose label counts are taught; and ids are never taken for logits.
 
 Two places are partners if their tokens cover the same bytes; ids map to the token of the same bytes, else of least edit
-distance (MinED), and add up where they meet. `mapping=byte` (ours) instead takes two places that *start* at the same
-byte, and compares what both say of the next byte: a token's probability goes to the byte it starts with. MinED tells a
-coarse tokeniser to prefer the single letters that a fine one must; bytes do not. Between equal tokenisers both are
-plain distillation of the k likeliest.
+distance (MinED), and add up where they meet: `mapping=edit`. `mapping=byte`, ours, takes two places that *start* at the
+same byte, and compares what both say of the next byte: a token's probability goes to the byte it starts with. MinED
+tells a coarse tokeniser to prefer the single letters that a fine one must; bytes do not. Between equal tokenisers both
+are plain distillation of the k likeliest.
 
 Travels, a client and round and each way: T_s·(P·k·(4 + B_id) + 4) bytes, P places a row in the client's own tokens,
 B_id 2 up to 32,768 tokens, else 4. Step (c) of a round happens at the start of the client's next round. Clients send
