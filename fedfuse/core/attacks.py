@@ -1,9 +1,9 @@
 """Clients that lie (`attack=`): what a simulated client shares instead of what its client half made.
 
 A lie is told after `share`, on the client's own machine, from what that client knows: its own records and what it was
-sent. Nobody sees what the others share, but for those of `fedfuse.core.collusion`. The client's own state stays true,
-so that it goes on like an honest one; `label_flip` alone trains on false labels, and then shares what follows from
-them. A liar's counts and metrics are true.
+sent. Nobody sees what the others share, but in `fedfuse.core.collusion`. The client's own state stays true, so that it
+goes on like an honest one; `label_flip` alone trains on false labels, and then shares what follows from them. A
+liar's counts and metrics are true.
 
 Weights and adapters (arrays that are the model's own, by name) are altered as updates, x − w with w what was published
 under the same name, where anything was. Rows over the classes are soft labels: logits, or distributions where all rows

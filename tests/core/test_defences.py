@@ -183,6 +183,17 @@ def test_expguard_remembers() -> None:
     torch.testing.assert_close(strategy.state["defence"]["logits"], torch.tensor([0.0, 0.0, -far]).double())
 
 
+@pytest.mark.parametrize("around", ["median", "geometric_median"])
+def test_expguard_holds_as_far_as_what_it_looks_around(around: str) -> None:
+    """Three of seven far off weigh e^(−10⁶); four of seven are the middle, and the honest weigh nothing."""
+    strategy = server("fedmd", "clients=7", "defence=expguard", f"defence.around={around}")
+    for liars, expected in ((3, 1.0), (4, 1e5)):
+        strategy.state.pop("defence", None)
+        rows = [torch.full((24, 10), 1.0 if k < 7 - liars else 1e5) for k in range(7)]
+        made = shares(strategy, [{"logits": {"logits": row}} for row in rows]).mean("logits")["logits"]
+        torch.testing.assert_close(made, torch.full((24, 10), expected), rtol=1e-6, atol=1e-6)
+
+
 def test_whole_numbers_get_their_median() -> None:
     strategy = server(
         "fedavg", "defence=multi_krum", "defence.fraction=0.1", "clients=6", "model=resnet8_bn", "data=digits"
