@@ -346,6 +346,19 @@ def test_whoever_is_on_is_as_likely_as_another() -> None:
     assert max(met.count(client) for client in range(10)) < 20
 
 
+def test_the_second_of_two_is_drawn_among_those_left_by_the_next_number() -> None:
+    for seed in range(6):
+        sky, left = Sky(world(*[1.0] * 9, seed=seed), 2, serial=3), list(range(9))
+        expected = [left.pop(int(uniform(seed, "choice", 3 + k, 0) * len(left))) for k in range(2)]
+        assert [f.client for f in sky.collect(1, none, Everybody(), count=1).sent[:2]] == expected
+
+
+def test_whoever_is_on_again_sooner_than_another_wakes_the_server() -> None:
+    late, again = Intervals(((4 * S, 9 * S),), 20 * S), Intervals(((0, S), (3 * S, 10 * S)), 20 * S)
+    passed = Sky(world(1.0, 1.5, intervals=[late, again]), 2).collect(1, none, Everybody(), count=1)
+    assert [(f.client, f.start, f.end) for f in passed.arrived] == [(1, 3 * S, 5_500_000_000)]
+
+
 def test_a_draw_is_of_its_number_and_try_alone() -> None:
     """The k-th look at an invitation is uniform(seed, "choice", its number, k) of all that are free; eight looks."""
     away = Intervals(((50 * S, 60 * S),), 10**6 * S)
