@@ -34,7 +34,11 @@ class DataConfig:
         "builtin",
         "builtin | parquet | npz | images | jsonl | csv | text | instruct | pfllib | leaf | custom | mixed",
     )
-    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv|text")
+    inputs: str | None = key(
+        None,
+        "column or array of the inputs; csv: * takes all columns of numbers but the labels'",
+        only="data.layout=parquet|npz|jsonl|csv|text",
+    )
     targets: str | None = key(
         None,
         "column or array of the labels; `text`, `instruct`: a topic to deal by",

@@ -363,10 +363,10 @@ def test_a_draw_is_of_its_number_and_try_alone() -> None:
     """The k-th look at an invitation is uniform(seed, "choice", its number, k) of all that are free; eight looks."""
     away = Intervals(((50 * S, 60 * S),), 10**6 * S)
     for seed in range(12):
-        there = world(*[1.0] * 40, intervals=[away] * 30 + [ALWAYS] * 10, seed=seed)
+        there = world(*[1.0] * 40, intervals=[away] * 36 + [ALWAYS] * 4, seed=seed)
         looked = [int(uniform(seed, "choice", 5, k) * 40) for k in range(8)]
-        fallen_back = 30 + int(uniform(seed, "choice", 5, 8) * 10)
-        expected = next((place for place in looked if place >= 30), fallen_back)
+        fallen_back = 36 + int(uniform(seed, "choice", 5, 8) * 4)
+        expected = next((place for place in looked if place >= 36), fallen_back)
         sky = Sky(there, 1, serial=5)
         assert [f.client for f in sky.collect(1, none, Everybody(), count=1).arrived] == [expected]
 
