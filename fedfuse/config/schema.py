@@ -61,7 +61,7 @@ class DataConfig:
     )
     load: str | None = key(
         None,
-        "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset",
+        "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset, a torch Dataset or arrays",
         only="data.layout=custom",
     )
     extra: dict[str, Any] = key({}, "what only one layout knows: see data.md")

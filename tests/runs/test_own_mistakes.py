@@ -16,11 +16,23 @@ CODE = """
 import numpy as np, torch
 from torch import nn
 class Rows(torch.utils.data.Dataset):
-    def __len__(self): return 9
+    def __len__(self): return 90
     def __getitem__(self, i): return torch.zeros(4), i % 3
+class Empty(Rows):
+    def __len__(self): return 0
+class Words(Rows):
+    def __getitem__(self, i): return "a", 1
+class Ragged(Rows):
+    def __getitem__(self, i): return torch.zeros(1 + i % 2), 1
+class Torn(Rows):
+    def __getitem__(self, i): return {}["x"] if i == 2 else (torch.zeros(4), 1)
 def rows(**_): return Rows()
+def empty(**_): return Empty()
+def words(**_): return Words()
+def ragged(**_): return Ragged()
+def torn(**_): return Torn()
 def nothing(**_): return None
-def pair(**_): return np.zeros((9, 4), "float32"), np.arange(9) % 3
+def pair(**_): return np.zeros((90, 4), "float32"), np.arange(90) % 3
 def seven(*_, **__): return nn.Sequential(nn.Flatten(), nn.LazyLinear(7))
 def narrow(*_, **__): return nn.Linear(3, 10)
 def raising(*_, **__): raise ValueError("my own fault")
@@ -87,8 +99,11 @@ def test_lines(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("data=custom data.load=CODE:nothing", "returned NoneType; expected a fedfuse.data.Dataset"),
-        ("data=custom data.load=CODE:pair", "returned tuple; expected a fedfuse.data.Dataset"),
+        ("data=custom data.load=CODE:nothing", "returned NoneType: got NoneType; expected (x, y)"),
+        ("data=custom data.load=CODE:empty", "returned Empty: Empty holds no item; expected (x, y)"),
+        ("data=custom data.load=CODE:words", "returned Words: item 0 holds <U1 inputs; numbers are needed"),
+        ("data=custom data.load=CODE:ragged", "items of shapes (1,) and (2,); all of one shape are needed"),
+        ("data=custom data.load=CODE:torn", "item 2 cannot be had: KeyError: 'x'"),
         ("data=custom data.load=CODE:gone", "has no 'gone'"),
         ("data=custom data.load=CODE", "must be written pkg.mod:name"),
         ("model=custom model.build=CODE:nothing", "returned NoneType, not an nn.Module"),
@@ -101,3 +116,11 @@ def test_code(words: str, said: str, tmp_path: Path, capsys, monkeypatch) -> Non
     (tmp_path / "my_own_mistakes.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
     assert said in refused(words.replace("CODE", "my_own_mistakes").split(), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("load", ["rows", "pair"])
+def test_a_function_may_return_a_torch_data_set_or_arrays(load: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "my_own_data.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["run", *TINY, "data=custom", f"data.load=my_own_data:{load}", "--dry-run"]) == 0
+    assert "data: " in capsys.readouterr().out
