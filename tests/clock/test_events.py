@@ -311,20 +311,25 @@ def test_nobody_for_a_whole_period_ends_in_a_clear_line() -> None:
 
 def test_nobody_is_given_up_while_the_work_of_one_is_unknown_nor_before_a_period_is_over() -> None:
     across = Intervals(((0, 5 * S), (6 * S, 10 * S)), 10 * S)
-    failing = Sky(World([Device(None, 1.0, 8.0, 8.0, 500.0)] * 2, [across, ALWAYS]), 2)
+    failing = Sky(World([Device(None, 1.0, 8.0, 8.0, 500.0)] * 3, [across, ALWAYS, ALWAYS]), 3)
 
     def known(client: int) -> int:
-        return 1000 if client == 0 else 0
+        return (1000, 0, 30_000)[client]
 
-    work = {0: Work(-1, 1, 0)}  # fails a second and a half after each invitation, or goes off at 5 s
+    work = {0: Work(-1, 1, 0), 2: Work(-1, 1, 0)}  # client 2 fails after half a minute; client 0 fails a second and a half after each invitation, or goes off at 5 s
     passed = failing.collect(1, known, work, count=1)
     assert (passed.unknown, passed.now) == ([1], 10_500_000_000)  # by a loss, the first event after a whole period
     with pytest.raises(WorldError, match="virtual second 10: nobody has arrived since 0 s"):
         failing.collect(1, known, {**work, 1: Work(-1, 1, 0)}, count=1)
-    ended = Sky(world(1.5, 1.0, intervals=[Intervals(((0, S),), 10 * S), ALWAYS]), 2)
-    by_waking = ended.collect(1, none, {0: WORK}, count=1)
+    ended = Sky(world(1.5, 1.0, 1.0, intervals=[Intervals(((0, S),), 10 * S), ALWAYS, ALWAYS]), 3)
+    work = {0: WORK, 2: Work(-1, 1, 0)}
+
+    def slow(client: int) -> int:
+        return (0, 0, 30_000)[client]
+
+    by_waking = ended.collect(1, slow, work, count=1)
     assert (by_waking.unknown, by_waking.now) == ([1], 10 * S)
-    by_window = ended.collect(1, none, {0: WORK}, window=5 * S)
+    by_window = ended.collect(1, slow, work, window=5 * S)
     assert (by_window.unknown, by_window.now) == ([1], 10 * S)
 
 
