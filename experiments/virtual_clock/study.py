@@ -124,7 +124,7 @@ def gathered(out: Path) -> dict[tuple[str, str, int], Played]:
     for arm in ARMS:
         for seed in SEEDS:
             if (path := place(out, arm, seed)).exists():
-                for one in find([path])[0]:
+                for one in (run for run in find([path])[0] if run.status == "finished"):
                     found[arm, one.strategy, one.seed] = Played(one)
     return found
 
@@ -206,7 +206,7 @@ def draw(found: Mapping[tuple[str, str, int], Played], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "virtual clock"
+    matplotlib.rcParams |= {"svg.hashsalt": "virtual clock", "svg.fonttype": "none"}
     figure, axes = plt.subplots(
         2, len(STRATEGIES), figsize=(2.3 * len(STRATEGIES), 4.6), sharey="col", layout="constrained"
     )
@@ -226,7 +226,6 @@ def draw(found: Mapping[tuple[str, str, int], Played], path: Path) -> None:
         axes[0, column].set_title(strategy, fontsize=10)
         axes[0, column].set_xlabel("virtual seconds", fontsize=8)
         axes[1, column].set_xlabel("shares arrived", fontsize=8)
-        axes[1, column].set_xscale("log")
         for row in (0, 1):
             axes[row, column].tick_params(labelsize=7)
             axes[row, column].grid(alpha=0.2)
@@ -239,13 +238,19 @@ def draw(found: Mapping[tuple[str, str, int], Played], path: Path) -> None:
 def write(path: Path, lines: list[dict[str, object]]) -> None:
     """A table, and the same on screen."""
     names = list(dict.fromkeys(key for line in lines for key in line))
-    lines = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines]
+    lines = [{k: _short(v) for k, v in line.items()} for line in lines]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     for line in lines:
         print(" ".join(f"{k}={v}" for k, v in line.items()))
+
+
+def _short(value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def main(words: list[str]) -> int:

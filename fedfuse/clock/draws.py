@@ -12,13 +12,13 @@ _NORMAL = NormalDist()
 
 
 def uniform(seed: int, *purpose: object) -> float:
-    """A number in (0, 1) for one purpose."""
+    """A number in (0, 1] for one purpose."""
     return (seed_of(seed, "clock", *purpose) + 0.5) / 2.0**63
 
 
 def normal(seed: int, *purpose: object) -> float:
     """A standard normal number for one purpose."""
-    return _NORMAL.inv_cdf(min(max(uniform(seed, *purpose), 1e-300), 1 - 2.0**-53))
+    return _NORMAL.inv_cdf(min(uniform(seed, *purpose), 1 - 2.0**-53))  # the largest of its floats is 1
 
 
 def lognormal(median: float, sigma: float, seed: int, *purpose: object) -> float:

@@ -8,8 +8,8 @@ def discount(kind: str, age: int, a: float, b: int) -> float:
 
     FedBuff's 1/√(1+τ) is the polynomial with a = ½.
     """
-    if kind == "constant" or age <= 0:
+    if kind == "constant":
         return 1.0
     if kind == "polynomial":
         return float((1 + age) ** -a)
-    return 1.0 if age <= b else 1.0 / (a * (age - b) + 1)
+    return 1.0 / (a * max(age - b, 0) + 1)

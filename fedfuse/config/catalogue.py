@@ -75,7 +75,7 @@ SOURCES: dict[str, Source] = {
     ),
     "pfllib": Source("PFLlib/HtFLlib per-client train/ and test/ .npz, splits as given", "pfllib"),
     "leaf": Source("LEAF per-user train/ and test/ JSON, splits as given", "leaf"),
-    "custom": Source("your own: data.load=pkg.mod:fn returning a fedfuse.data.Dataset", "custom"),
+    "custom": Source("your own: data.load=pkg.mod:fn returning a Dataset (fedfuse's or torch's) or arrays", "custom"),
 }
 
 PARTITIONS: dict[str, str] = {

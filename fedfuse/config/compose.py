@@ -231,7 +231,14 @@ def meant(name: str, known: Iterable[str]) -> str:
     inside = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     if inside:
         return f"did you mean {' or '.join(map(repr, inside))}?"
-    return nearest(name, known)
+    told, many = nearest(name, known), len(known) > FEW
+    if not many:
+        return told
+    close = told.partition(" Allowed: ")[0]
+    return f"{close if close != told and close else ''} fedfuse help run lists all keys".strip()
+
+
+FEW = 40  # keys that an error line can list
 
 
 _OPEN = ("data.extra.", "model.extra.", "model.paths.", "loss.options.")

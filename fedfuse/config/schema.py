@@ -34,7 +34,11 @@ class DataConfig:
         "builtin",
         "builtin | parquet | npz | images | jsonl | csv | text | instruct | pfllib | leaf | custom | mixed",
     )
-    inputs: str | None = key(None, "column or array of the inputs", only="data.layout=parquet|npz|jsonl|csv|text")
+    inputs: str | None = key(
+        None,
+        "column or array of the inputs; csv: * takes all columns of numbers but the labels'",
+        only="data.layout=parquet|npz|jsonl|csv|text",
+    )
     targets: str | None = key(
         None,
         "column or array of the labels; `text`, `instruct`: a topic to deal by",
@@ -57,7 +61,7 @@ class DataConfig:
     )
     load: str | None = key(
         None,
-        "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset",
+        "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset, a torch Dataset or arrays",
         only="data.layout=custom",
     )
     extra: dict[str, Any] = key({}, "what only one layout knows: see data.md")

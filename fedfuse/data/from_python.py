@@ -10,7 +10,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble
 from fedfuse.data.dataset import Dataset
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, in_words
 
 WANTED = "expected (x, y), (x, y, x_test, y_test), a torch Dataset of (x, y), or {'train': …, 'test': …} of these"
 
@@ -51,11 +51,18 @@ def _table(value: Any) -> Table:
         raise UserError(f"data: got {type(value).__name__}; {WANTED}")
     inputs, labels = [], []
     for i in range(len(value)):
-        item = value[i]
+        try:
+            item = value[i]
+        except Exception as error:  # a user's own code
+            raise UserError(f"data: item {i} cannot be had: {in_words(error)}") from error
         if not (isinstance(item, tuple | list) and len(item) == 2):
             raise UserError(f"data: item {i} is {type(item).__name__}; {WANTED}")
         inputs.append(_array(item[0]))
         labels.append(_array(item[1]))
+    if not inputs:
+        raise UserError(f"data: {type(value).__name__} holds no item; {WANTED}")
+    if unread := [i for i, one in enumerate(inputs) if one.dtype.kind not in "iufb"]:
+        raise UserError(f"data: item {unread[0]} holds {inputs[unread[0]].dtype} inputs; numbers are needed")
     if len(shapes := {one.shape for one in inputs}) > 1:
         first, second = sorted(shapes)[:2]
         raise UserError(f"data: items of shapes {first} and {second}; all of one shape are needed")

@@ -9,23 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.schema import DataConfig
+from fedfuse.data.columns import INPUTS, TARGETS, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import gunzipped
 from fedfuse.data.read_jsonl import read_rows
 from fedfuse.errors import UserError
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+ALL = "*"
 
 
 def read(config: DataConfig, root: Path) -> Dataset:
     """Return the data set of `*.csv` or `*.tsv`; text becomes hashed word counts (`data.extra.text`).
+
+    `data.inputs=*` takes all columns but those of labels and groups, which must hold numbers.
 
     Raises
     ------
     UserError
         Where a file, a row or a column is missing or damaged.
     """
-    return read_rows(config, root, SUFFIXES, rows)
+    return read_rows(config, root, SUFFIXES, lambda path: _with_all(config, path, rows(path)))
+
+
+def _with_all(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a column `*`, where it is asked for; where no input is named and none can be guessed, say so."""
+    names = list(found[0])
+    if config.inputs is None and not set(INPUTS) & set(names):
+        raise UserError(
+            f"{path}: no column of a usual name; set data.inputs=<one of {', '.join(names)}>, "
+            f"or data.inputs=* for all columns of numbers but the labels'"
+        )
+    if config.inputs != ALL or ALL in names:
+        return found
+    label = column_of(config.targets, TARGETS, names, "targets", path)
+    taken = [name for name in names if name not in (label, config.groups)]
+    for name in taken:
+        if not all(isinstance(row[name], int | float) for row in found):
+            raise UserError(f"{path}: data.inputs=*: column {name!r} holds what is no number; drop it from the file")
+    return [{**row, ALL: [float(row[name]) for name in taken]} for row in found]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

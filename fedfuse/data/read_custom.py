@@ -7,6 +7,7 @@ from pathlib import Path
 from fedfuse.config.dotted import resolve
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.from_python import dataset as taken
 from fedfuse.errors import UserError, in_words
 
 
@@ -16,7 +17,7 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
     Raises
     ------
     UserError
-        Where there is no such function, or it returns anything but a `fedfuse.data.Dataset`.
+        Where there is no such function, or it returns neither a `Dataset` of FedFuse or torch nor arrays.
     """
     if not config.load:
         raise UserError("data.load=None; expected pkg.mod:fn returning a fedfuse.data.Dataset")
@@ -34,6 +35,8 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         raise UserError(f"data.load={path} failed: {in_words(error)}") from error
     except Exception as error:
         raise UserError(f"data.load={path} failed: {in_words(error)}") from error
-    if not isinstance(dataset, Dataset):
-        raise UserError(f"data.load={path} returned {type(dataset).__name__}; expected a fedfuse.data.Dataset")
-    return dataset
+    try:
+        return taken(dataset, config.test_fraction)
+    except UserError as error:
+        told = str(error).removeprefix("data: ")
+        raise UserError(f"data.load={path} returned {type(dataset).__name__}: {told}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from bisect import bisect_right
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse.clock import draws
 from fedfuse.clock.availability import ALWAYS, Intervals, availability, joined
 from fedfuse.clock.devices import TIERS, Device, devices
 from fedfuse.clock.staleness import discount
@@ -47,6 +50,52 @@ def test_drawn_devices_are_fixed_and_no_draw_depends_on_another() -> None:
         devices(ClockConfig(name="devices", spread=0.0, link_spread=0.0), 2, 0)
         == [Device(10.0, None, 20000.0, 5000.0, 50.0)] * 2
     )
+
+
+def test_draws_are_what_their_names_say() -> None:
+    drawn = draws.uniform(3, "x", 1)
+    assert 0 < drawn < 1
+    assert draws.normal(3, "x", 1) == NormalDist().inv_cdf(drawn)
+    assert draws.exponential(5.0, 3, "x", 1) == -5.0 * math.log(drawn)
+    assert draws.lognormal(5.0, 0.5, 3, "x", 1) == 5.0 * math.exp(0.5 * NormalDist().inv_cdf(drawn))
+    assert draws.lognormal(5.0, 0.0, 3, "x", 1) == 5.0
+    assert draws.nanoseconds(1.5e-9) == 2
+    assert draws.nanoseconds(2.5) == 2_500_000_000
+
+
+def test_the_ends_of_a_draw_are_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(draws, "seed_of", lambda *_: 0)
+    assert draws.uniform(0) == 2.0**-64
+    assert draws.normal(0) == NormalDist().inv_cdf(2.0**-64)
+    monkeypatch.setattr(draws, "seed_of", lambda *_: 2**63 - 1)
+    assert draws.normal(0) == NormalDist().inv_cdf(1 - 2.0**-53)
+    assert draws.exponential(1.0, 0) == 0
+
+
+def test_a_good_line_is_good_both_ways() -> None:
+    config = ClockConfig(name="devices", link_spread=0.7)
+    for client, one in enumerate(devices(config, 5, 3)):
+        link = draws.lognormal(1.0, 0.7, 3, "link", client)
+        assert (one.down_kbps, one.up_kbps) == (20_000.0 * link, 5_000.0 * link)
+        assert one.gflops == draws.lognormal(10.0, 1.0, 3, "speed", client)
+    with pytest.raises(AttributeError):
+        one.gflops = 1.0
+
+
+@pytest.mark.parametrize(
+    ("tier", "milliseconds"),
+    [
+        ("workstation", (10, 2, 5, 1)),
+        ("laptop", (20, 10, 100 / 3, 10)),
+        ("phone", (50, 50, 200, 50)),
+        ("board", (80, 200, 1000, 500)),
+    ],
+)
+def test_what_a_tier_takes_for_a_megabit_and_a_gigaflop(tier: str, milliseconds: tuple[float, ...]) -> None:
+    """First byte, a megabit down, a megabit up, 10⁹ operations."""
+    (one,) = devices(ClockConfig(name="devices", speeds="tiers", tiers=[tier]), 1, 0)
+    took = one.latency, one.downloading(125_000), one.uploading(125_000), one.computing(10**9, 1)
+    assert [t / 1e6 for t in took] == pytest.approx(milliseconds, rel=1e-6)
 
 
 def test_tiers_are_dealt_in_turn() -> None:
@@ -154,6 +203,40 @@ def test_generators_are_on_as_long_as_they_say() -> None:
     assert availability(ClockConfig(name="devices"), 2, 0) == [ALWAYS] * 2
 
 
+def test_generators_by_their_draws() -> None:
+    """Each interval is its own draw: alternating exponential times, and a start by time zone."""
+    config = ClockConfig(name="devices", availability="markov", on_s=30, off_s=10, period_s=100)
+    for client, one in enumerate(availability(config, 6, 4)):
+        on, now, expected = draws.uniform(4, "markov start", client) < 0.75, 0, []
+        for step in range(200):
+            mean = 30 * 10**9 if on else 10 * 10**9
+            end = now + round(draws.exponential(mean, 4, "markov", client, step))
+            if on and now < 100 * 10**9:
+                expected.append((now, min(end, 100 * 10**9)))
+            now, on = end, not on
+        assert one == Intervals(tuple(expected), 100 * 10**9)
+    config = ClockConfig(name="devices", availability="diurnal", on_share=0.5, period_s=100)
+    whole, half = 100 * 10**9, 50 * 10**9
+    for client, one in enumerate(availability(config, 6, 4)):
+        start = round(draws.uniform(4, "time zone", client) * whole)
+        turned = ((0, start - half), (start, whole)) if start > half else ((start, start + half),)
+        assert one.spans == turned
+
+
+def test_joined_intervals_are_cut_and_nothing_is_left_of_nothing() -> None:
+    assert joined([(-5, 2), (2, 3), (4, 4), (6, 99)], 10) == Intervals(((0, 3), (6, 10)), 10)
+    assert joined([(0, 5), (1, 2)], 10).spans == ((0, 5),)
+    assert joined([(10, 12)], 10).spans == ()
+    with pytest.raises(AttributeError):
+        joined([], 10).period = 3
+
+
+def test_nobody_ever_on_is_refused() -> None:
+    never = ClockConfig(name="devices", availability="markov", on_s=1e-9, off_s=1e9, period_s=10)
+    with pytest.raises(UserError, match="nobody is ever on"):
+        availability(never, 2, 0)
+
+
 def test_a_table_of_intervals(tmp_path: Path) -> None:
     path = tmp_path / "availability.csv"
     path.write_text("client,on_s,off_s\n1,0,4\n0,2,3\n0,0.5,1\n1,4,8\n")
@@ -166,7 +249,7 @@ def test_a_table_of_intervals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("0,0,4\n0,3,5\n1,0,1\n", "may not overlap"),
+        ("0,0,4\n0,3,5\n1,0,1\n", "client 0 is on from 0 to 4 s and from 3 s; intervals may not overlap"),
         ("0,4,4\n1,0,1\n", "on_s=4, off_s=4"),
         ("0,-1,4\n1,0,1\n", "on_s=-1"),
         ("0,5,inf\n1,0,1\n", "off_s=inf"),

@@ -311,20 +311,25 @@ def test_nobody_for_a_whole_period_ends_in_a_clear_line() -> None:
 
 def test_nobody_is_given_up_while_the_work_of_one_is_unknown_nor_before_a_period_is_over() -> None:
     across = Intervals(((0, 5 * S), (6 * S, 10 * S)), 10 * S)
-    failing = Sky(World([Device(None, 1.0, 8.0, 8.0, 500.0)] * 2, [across, ALWAYS]), 2)
+    failing = Sky(World([Device(None, 1.0, 8.0, 8.0, 500.0)] * 3, [across, ALWAYS, ALWAYS]), 3)
 
     def known(client: int) -> int:
-        return 1000 if client == 0 else 0
+        return (1000, 0, 30_000)[client]
 
-    work = {0: Work(-1, 1, 0)}  # fails a second and a half after each invitation, or goes off at 5 s
+    work = {0: Work(-1, 1, 0), 2: Work(-1, 1, 0)}  # client 2 fails after half a minute; client 0 fails a second and a half after each invitation, or goes off at 5 s
     passed = failing.collect(1, known, work, count=1)
     assert (passed.unknown, passed.now) == ([1], 10_500_000_000)  # by a loss, the first event after a whole period
     with pytest.raises(WorldError, match="virtual second 10: nobody has arrived since 0 s"):
         failing.collect(1, known, {**work, 1: Work(-1, 1, 0)}, count=1)
-    ended = Sky(world(1.5, 1.0, intervals=[Intervals(((0, S),), 10 * S), ALWAYS]), 2)
-    by_waking = ended.collect(1, none, {0: WORK}, count=1)
+    ended = Sky(world(1.5, 1.0, 1.0, intervals=[Intervals(((0, S),), 10 * S), ALWAYS, ALWAYS]), 3)
+    work = {0: WORK, 2: Work(-1, 1, 0)}
+
+    def slow(client: int) -> int:
+        return (0, 0, 30_000)[client]
+
+    by_waking = ended.collect(1, slow, work, count=1)
     assert (by_waking.unknown, by_waking.now) == ([1], 10 * S)
-    by_window = ended.collect(1, none, {0: WORK}, window=5 * S)
+    by_window = ended.collect(1, slow, work, window=5 * S)
     assert (by_window.unknown, by_window.now) == ([1], 10 * S)
 
 
@@ -346,14 +351,27 @@ def test_whoever_is_on_is_as_likely_as_another() -> None:
     assert max(met.count(client) for client in range(10)) < 20
 
 
+def test_the_second_of_two_is_drawn_among_those_left_by_the_next_number() -> None:
+    for seed in range(6):
+        sky, left = Sky(world(*[1.0] * 9, seed=seed), 2, serial=3), list(range(9))
+        expected = [left.pop(int(uniform(seed, "choice", 3 + k, 0) * len(left))) for k in range(2)]
+        assert [f.client for f in sky.collect(1, none, Everybody(), count=1).sent[:2]] == expected
+
+
+def test_whoever_is_on_again_sooner_than_another_wakes_the_server() -> None:
+    late, again = Intervals(((4 * S, 9 * S),), 20 * S), Intervals(((0, S), (3 * S, 10 * S)), 20 * S)
+    passed = Sky(world(1.0, 1.5, intervals=[late, again]), 2).collect(1, none, Everybody(), count=1)
+    assert [(f.client, f.start, f.end) for f in passed.arrived] == [(1, 3 * S, 5_500_000_000)]
+
+
 def test_a_draw_is_of_its_number_and_try_alone() -> None:
     """The k-th look at an invitation is uniform(seed, "choice", its number, k) of all that are free; eight looks."""
     away = Intervals(((50 * S, 60 * S),), 10**6 * S)
     for seed in range(12):
-        there = world(*[1.0] * 40, intervals=[away] * 30 + [ALWAYS] * 10, seed=seed)
+        there = world(*[1.0] * 40, intervals=[away] * 36 + [ALWAYS] * 4, seed=seed)
         looked = [int(uniform(seed, "choice", 5, k) * 40) for k in range(8)]
-        fallen_back = 30 + int(uniform(seed, "choice", 5, 8) * 10)
-        expected = next((place for place in looked if place >= 30), fallen_back)
+        fallen_back = 36 + int(uniform(seed, "choice", 5, 8) * 4)
+        expected = next((place for place in looked if place >= 36), fallen_back)
         sky = Sky(there, 1, serial=5)
         assert [f.client for f in sky.collect(1, none, Everybody(), count=1).arrived] == [expected]
 

@@ -234,6 +234,18 @@ def test_json_lines(tmp_path):
         load(config("jsonl", tmp_path))
 
 
+def test_a_csv_of_numbers_is_taken_whole_if_one_says_so(tmp_path):
+    (tmp_path / "cells.csv").write_text("site,width,height,label\n1,2,0.5,0\n2,4,1.5,1\n1,6,2.5,0\n2,8,3.5,1\n")
+    whole = load(config("csv", tmp_path, inputs="*", groups="site", test_fraction=0.0))
+    assert whole.train.inputs.tolist() == [[2, 0.5], [4, 1.5], [6, 2.5], [8, 3.5]]
+    assert load(config("csv", tmp_path, inputs="*", test_fraction=0.0)).train.inputs.shape == (4, 3)
+    with pytest.raises(UserError, match=r"data\.inputs=<one of site, width, height, label>, or data\.inputs=\*"):
+        load(config("csv", tmp_path, test_fraction=0.0))
+    (tmp_path / "cells.csv").write_text("name,width,label\na,2,0\nb,4,1\n")
+    with pytest.raises(UserError, match="column 'name' holds what is no number"):
+        load(config("csv", tmp_path, inputs="*", test_fraction=0.0))
+
+
 def test_csv(tmp_path):
     """Texts with commas and quotes, words as labels; the same inputs as from JSON lines."""
     texts = [f'word{i % 3}, "and" more' for i in range(20)]

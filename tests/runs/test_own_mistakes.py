@@ -1,0 +1,126 @@
+"""What a user's own data and code can get wrong: each is one line that names it, exit 2, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedfuse.cli import main
+
+TINY = ("runtime=inline", "rounds=1", "clients=3", "partition=iid")
+CODE = """
+import numpy as np, torch
+from torch import nn
+class Rows(torch.utils.data.Dataset):
+    def __len__(self): return 90
+    def __getitem__(self, i): return torch.zeros(4), i % 3
+class Empty(Rows):
+    def __len__(self): return 0
+class Words(Rows):
+    def __getitem__(self, i): return "a", 1
+class Ragged(Rows):
+    def __getitem__(self, i): return torch.zeros(1 + i % 2), 1
+class Torn(Rows):
+    def __getitem__(self, i): return {}["x"] if i == 2 else (torch.zeros(4), 1)
+def rows(**_): return Rows()
+def empty(**_): return Empty()
+def words(**_): return Words()
+def ragged(**_): return Ragged()
+def torn(**_): return Torn()
+def nothing(**_): return None
+def pair(**_): return np.zeros((90, 4), "float32"), np.arange(90) % 3
+def seven(*_, **__): return nn.Sequential(nn.Flatten(), nn.LazyLinear(7))
+def narrow(*_, **__): return nn.Linear(3, 10)
+def raising(*_, **__): raise ValueError("my own fault")
+"""
+
+
+def refused(words: list[str], tmp_path: Path, capsys) -> str:
+    """The line that a command is refused with."""
+    out = tmp_path / "out"
+    assert main(["run", *TINY, f"out={out}", *words]) == 2
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if not line.startswith("fedfuse: note: ")]
+    assert len(lines) == 1, told
+    assert not out.exists()
+    return lines[0]
+
+
+def pictures(root: Path, sizes: list[int]) -> None:
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            Image.fromarray(np.full((8, size), 99, np.uint8)).save(root / label / f"{i}.png")
+
+
+X, Y = np.zeros((30, 4), "float32"), np.arange(30) % 3
+HOLE = X.copy()
+HOLE[3, 2] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"inputs": X}, "no column of a usual name; set data.targets=<one of inputs>"),
+        ({"inputs": X, "labels": Y[:20]}, "30 inputs but 20 labels; expected as many of each"),
+        ({"inputs": HOLE, "labels": Y}, "train inputs hold NaN or infinite values"),
+        ({"inputs": X, "labels": Y + 0.5}, "labels are not whole numbers"),
+        ({"inputs": np.array([{"a": 1}] * 30), "labels": Y}, "expected an .npz of plain arrays"),
+    ],
+)
+def test_arrays(arrays: dict, said: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "train.npz", **arrays)
+    assert said in refused(["data=npz", f"data.root={tmp_path / 'data'}"], tmp_path, capsys)
+
+
+def test_pictures(tmp_path: Path, capsys) -> None:
+    pictures(tmp_path / "sizes", [8, 9])
+    words = ["data=images", f"data.root={tmp_path / 'sizes'}"]
+    assert "images of (8, 8) and (9, 8); set data.extra.size=<pixels>" in refused(words, tmp_path, capsys)
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "flat" / "0.png")
+    words = ["data=images", f"data.root={tmp_path / 'flat'}"]
+    assert "expected <class>/*.png" in refused(words, tmp_path, capsys)
+
+
+def test_lines(tmp_path: Path, capsys) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"inputs": [1.0] * (1 + i % 2), "label": i % 2}) for i in range(20)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    words = ["data=jsonl", f"data.root={tmp_path / 'data'}"]
+    assert "lists of numbers of one length" in refused(words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data=custom data.load=CODE:nothing", "returned NoneType: got NoneType; expected (x, y)"),
+        ("data=custom data.load=CODE:empty", "returned Empty: Empty holds no item; expected (x, y)"),
+        ("data=custom data.load=CODE:words", "returned Words: item 0 holds <U1 inputs; numbers are needed"),
+        ("data=custom data.load=CODE:ragged", "items of shapes (1,) and (2,); all of one shape are needed"),
+        ("data=custom data.load=CODE:torn", "item 2 cannot be had: KeyError: 'x'"),
+        ("data=custom data.load=CODE:gone", "has no 'gone'"),
+        ("data=custom data.load=CODE", "must be written pkg.mod:name"),
+        ("model=custom model.build=CODE:nothing", "returned NoneType, not an nn.Module"),
+        ("model=custom model.build=CODE:narrow", "cannot take a batch of shape (2, 1, 8, 8)"),
+        ("model=custom model.build=CODE:seven", "gives shape (2, 7) for a batch of 2, expected logits (2, 10)"),
+        ("model=custom model.build=CODE:raising", "failed: ValueError: my own fault"),
+    ],
+)
+def test_code(words: str, said: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "my_own_mistakes.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert said in refused(words.replace("CODE", "my_own_mistakes").split(), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("load", ["rows", "pair"])
+def test_a_function_may_return_a_torch_data_set_or_arrays(load: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "my_own_data.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["run", *TINY, "data=custom", f"data.load=my_own_data:{load}", "--dry-run"]) == 0
+    assert "data: " in capsys.readouterr().out
