@@ -248,7 +248,7 @@ class RuntimeConfig:
     vectorize: str = key(
         "off",
         "off | auto: clients whose trainings fit together train as one stacked computation",
-        only="runtime=inline|ray",
+        only="runtime=inline|ray with runtime.client_timeout=null",
     )
     retries: int = key(2, "times a client that fails is tried again, from its committed state")
     client_timeout: float | None = key(None, "seconds; off by default", only="runtime=ray")
