@@ -92,3 +92,16 @@ def test_an_example_weighs_as_much_whatever_its_length(folder: Path) -> None:
     labels, part = trimmed(y[:1], logits[:1])
     assert labels.shape == (1, 3)
     assert torch.equal(task_losses(part, labels), alone)
+
+
+def test_over_the_wire_a_tokenizer_is_a_name_and_never_a_path() -> None:
+    from fedfuse.config.allowed import check_texts
+    from fedfuse.errors import Refused
+
+    check_texts({"data": {"extra": {"tokenizer": "bytes", "length": 8, "long": "cut"}}})
+    for said in ("models", "/etc", "bytes2", "../bytes"):
+        with pytest.raises(Refused, match=r"data\.extra\.tokenizer"):
+            check_texts({"data": {"extra": {"tokenizer": said}}})
+    for key in ("path", "dtype"):
+        with pytest.raises(Refused, match=rf"model\.{key}"):
+            check_texts({"model": {key: "/etc/passwd"}})
