@@ -110,7 +110,9 @@ def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
     wanted = (config.data, config.partition, config.transfer, config.clients, config.seed)
     _asked[repr(wanted)] = wanted
     data = _dealt(repr(wanted))
-    names = models.architectures(config.model, data.dataset.kind, data.dataset.shape, data.clients)
+    names = models.architectures(
+        config.model, data.dataset.kind, data.dataset.shape, data.clients, data.dataset.next_token
+    )
     return config, Scenario(config, data, tuple(names))
 
 

@@ -176,6 +176,8 @@ def _allowed(key: str, value: Any) -> bool:
     group, _, rest = key.partition(".")
     if group == "strategy":
         return _sentence(value) and OPTION.fullmatch(rest) is not None
+    if key == "data.extra.tokenizer":  # a name of ours; a directory would be a path
+        return value == "bytes"
     if key.startswith("data.extra."):
         return rest.removeprefix("extra.") in EXTRA and _word(value)
     option = key.removeprefix("loss.options.")

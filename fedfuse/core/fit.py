@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -200,5 +201,13 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     most = max(range(scenario.clients), key=scenario.examples)
     if delta is not None and delta * scenario.examples(most) > 1:
         raise UserError(f"privacy.delta={delta}: client {most} has {scenario.examples(most)} examples; allowed is 1/N")
+    texts = scenario.data.dataset.train.texts
+    if texts is not None and len(np.unique(texts)) < len(texts):
+        raise UserError(
+            f"privacy: what is hidden is a text, and data={scenario.data.dataset.name} has {len(texts)} rows of "
+            f"{len(np.unique(texts))}; set data.extra.long=cut, or a larger data.extra.length, or privacy.level=client"
+        )
+    if scenario.config.model.gradient_checkpointing:
+        raise UserError("model.gradient_checkpointing=true: gradients by example need the activations; allowed: false")
     for name in pool:
         privacy.check(strategy.workspace.model(name), name)

@@ -295,7 +295,8 @@ class RunDirectory(Callback):
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""
         strategy, config, clock = federation.strategy, federation.scenario.config, federation.clock
-        tokens = federation.scenario.data.dataset.kind == "tokens"
+        dataset = federation.scenario.data.dataset
+        tokens = dataset.kind == "tokens" and dataset.train.texts is None  # else a row is a text: `fit` sees to it
         keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
         final = {**dict.fromkeys(keys, math.nan), **federation.headline}
         best = {}

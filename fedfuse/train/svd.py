@@ -36,8 +36,7 @@ def leading(matrix: Tensor, rank: int, way: str = "exact") -> Triples:
     if way == "auto":
         way = "randomised" if least >= LARGE and 4 * (rank + OVERSAMPLE) <= least else "exact"
     if way == "exact" or rank + OVERSAMPLE >= least:
-        u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-        return _signed(u, s, vt, rank=rank)
+        return _signed(torch.linalg.svd(matrix.double(), full_matrices=False), rank)
     m = matrix.double()
     draw = generator("singular vectors", *matrix.shape, rank)
     q = m @ torch.randn(m.shape[1], rank + OVERSAMPLE, dtype=m.dtype, generator=draw).to(m.device)
@@ -45,7 +44,7 @@ def leading(matrix: Tensor, rank: int, way: str = "exact") -> Triples:
         q = m @ _range(m.T @ _range(q))
     q = _range(q)
     u, s, vt = torch.linalg.svd(q.T @ m, full_matrices=False)
-    return _signed(q @ u, s, vt, rank=rank)
+    return _signed((q @ u, s, vt), rank)
 
 
 def of_factors(factors: Factors, rank: int) -> Triples:
@@ -53,7 +52,7 @@ def of_factors(factors: Factors, rank: int) -> Triples:
     left, upper = torch.linalg.qr(factors[0].double())
     right, lower = torch.linalg.qr(factors[1].double().T)
     u, s, vt = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    return _signed(left @ u, s, vt @ right.T, rank=rank)
+    return _signed((left @ u, s, vt @ right.T), rank)
 
 
 def square_norm(matrix: Tensor | Factors) -> Tensor:
@@ -68,8 +67,8 @@ def _range(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix)[0]
 
 
-def _signed(u: Tensor, s: Tensor, vt: Tensor, rank: int) -> Triples:
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+def _signed(triples: Triples, rank: int) -> Triples:
+    u, s, vt = triples[0][:, :rank], triples[1][:rank], triples[2][:rank]
     at = u.abs().argmax(0, keepdim=True)
     sign = torch.where(u.gather(0, at) < 0, -1.0, 1.0)
     return u * sign, s, vt * sign.T

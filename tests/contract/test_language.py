@@ -1,0 +1,107 @@
+"""Adapter strategies on a causal model and a classifier, of texts of unequal length: same bits over a wire; DP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedfuse.config import registry
+from fedfuse.errors import UserError
+from tests.contract.test_matrix import Crash
+from tests.federations import federation, play
+
+pytest.importorskip("transformers", reason="the extra `lm` is not installed")
+
+ADAPTERS = [name for name in registry.listed() if "targets" in registry.entry(name).hyper.__dataclass_fields__]
+COMMON = (
+    "clients=2", "partition=iid", "rounds=2", "runtime.name=inline", "transfer.size=4", "train.batch_size=8",
+    "train.optimizer=adamw", "train.lr=0.02", "data.limit=24", "data.test_limit=6", "evaluate.every=2", "model=hf",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"text": "ab " * (1 + i % 4) + "cd" * (i % 2), "label": i % 2} for i in range(60)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def base(folder: Path, kind: str) -> tuple[str, ...]:
+    if kind == "causal":
+        own: tuple[str, ...] = ("data=text", "data.extra.tokenizer=bytes", "data.extra.length=20")
+    else:
+        own = ("data=jsonl", "data.extra.text=tokens", "data.extra.length=6", "data.extra.buckets=64")
+    return (*COMMON, f"data.root={folder}", *(f"++{word}" if "extra" in word else word for word in own))
+
+
+RANK = "strategy.rank=4"
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_texts_give_the_same_bits_over_a_wire(name: str, kind: str, folder: Path) -> None:
+    if name == "fisher" and kind == "causal":
+        with pytest.raises(UserError):
+            play(name, RANK, "strategy.labels=expected", base=base(folder, kind))
+    found = play(name, RANK, base=base(folder, kind))
+    assert found.digest == play(name, RANK, base=base(folder, kind), grid="serial").digest
+    last = found.federation.history[-1]
+    key = "bits_per_byte/personal" if kind == "causal" else "accuracy/personal"
+    assert last[key] == last[key]
+    arrays = [key for item in found.strategy.board.items.values() for key in item.arrays]
+    assert not any(key.endswith("base.weight") for key in arrays)
+
+
+def test_a_text_run_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    words = ("strategy.rank=4", "train.max_steps=2", "train.schedule=cosine", "train.micro_batch=3")
+    crashed = federation("fedit", *words, base=base(folder, "causal"), path=tmp_path / "run", callbacks=(Crash(1),))
+    with crashed as (again, _), pytest.raises(KeyboardInterrupt):
+        again.run()
+    resumed = play("fedit", *words, base=base(folder, "causal"), path=tmp_path / "run").digest
+    assert resumed == play("fedit", *words, base=base(folder, "causal")).digest
+
+
+def test_privacy_hides_a_text_and_not_a_window(folder: Path) -> None:
+    pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
+    long = [word for word in base(folder, "causal") if "length" not in word]
+    private = ("strategy.rank=4", "privacy.noise=1", "rounds=1")
+    with pytest.raises(UserError, match=r"what is hidden is a text, and data=text has .* set data.extra.long=cut"):
+        play("fedit", *private, base=(*long, "++data.extra.length=6"))
+    with pytest.raises(UserError, match="gradients by example need the activations"):
+        play("fedit", *private, "model.gradient_checkpointing=true", base=base(folder, "causal"))
+    cut = play("fedit", *private, base=(*long, "++data.extra.length=6", "++data.extra.long=cut"))
+    rows = cut.federation.scenario.data.dataset.train
+    assert len(set(rows.texts.tolist())) == len(rows)
+    assert not any("windows" in note for note in cut.notes)
+
+
+def test_an_example_weighs_as_much_whatever_its_length(folder: Path) -> None:
+    """DP's unit is a text: its loss is a mean over its own tokens, so a batch's padding changes no text's gradient."""
+    import torch
+
+    from fedfuse.train.task import IGNORED, task_losses, trimmed
+
+    draw = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(2, 6, 9, generator=draw), torch.randint(0, 9, (2, 6), generator=draw)
+    y[0, 3:] = IGNORED
+    alone = task_losses(logits[:1, :3], y[:1, :3])
+    assert torch.equal(task_losses(logits, y)[:1], alone)
+    labels, part = trimmed(y[:1], logits[:1])
+    assert labels.shape == (1, 3)
+    assert torch.equal(task_losses(part, labels), alone)
+
+
+def test_over_the_wire_a_tokenizer_is_a_name_and_never_a_path() -> None:
+    from fedfuse.config.allowed import check_texts
+    from fedfuse.errors import Refused
+
+    check_texts({"data": {"extra": {"tokenizer": "bytes", "length": 8, "long": "cut"}}})
+    for said in ("models", "/etc", "bytes2", "../bytes"):
+        with pytest.raises(Refused, match=r"data\.extra\.tokenizer"):
+            check_texts({"data": {"extra": {"tokenizer": said}}})
+    for key in ("path", "dtype"):
+        with pytest.raises(Refused, match=rf"model\.{key}"):
+            check_texts({"model": {key: "/etc/passwd"}})
