@@ -117,26 +117,32 @@ def interval(values: list[float]) -> str:
 
 
 def table(path: Path = RESULTS) -> int:
-    """Bits per byte by kind of model and test set, the paired gain over `local`, and bytes."""
+    """Bits per byte by kind of model and test set, paired gains, and what all clients sent and got in a run."""
     found: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    sent: dict[str, tuple[float, float]] = {}
+    sent: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
     with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             kind = "bytes" if int(row["client"]) % 2 else "stories260K"
             found[row["arm"], kind, row["split"]][int(row["seed"])].append(float(row["bits_per_byte"]))
-            sent[row["arm"]] = (int(row["up_bytes"]) / 1e6, int(row["down_bytes"]) / 1e6)
-    arms = ["local", *sorted((arm for arm in sent if arm != "local"), key=lambda arm: (-float(arm.split()[1]), arm))]
-    print("| arm | model | global test | gain over local | own test | gain over local | up MB | down MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for arm in arms:
-        for kind in ("stories260K", "bytes"):
-            cells = []
-            for split in ("global", "personal"):
-                values = {seed: sum(v) / len(v) for seed, v in sorted(found[arm, kind, split].items())}
-                alone = {seed: sum(v) / len(v) for seed, v in found["local", kind, split].items()}
-                gain = interval([alone[seed] - value for seed, value in values.items()])
-                cells += [interval(list(values.values())), "" if arm == "local" else gain]
-            print(f"| {arm} | {kind} | {' | '.join(cells)} | {sent[arm][0]:.2f} | {sent[arm][1]:.2f} |")
+            sent[row["arm"]][int(row["seed"])] = int(row["up_bytes"]) / 1e6, int(row["down_bytes"]) / 1e6
+
+    def by_seed(arm: str, kind: str, split: str) -> dict[int, float]:
+        return {seed: sum(values) / len(values) for seed, values in sorted(found[arm, kind, split].items())}
+
+    def gain(arm: str, over: str, kind: str, split: str) -> str:
+        mine, other = by_seed(arm, kind, split), by_seed(over, kind, split)
+        both = [other[seed] - mine[seed] for seed in mine if seed in other]
+        return interval(both) if both and arm not in ("local", over) else ""
+
+    print("| arm | model | test | bits per byte | gain over local | gain over fedmkt 1 | up, down MB |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in ("stories260K", "bytes"):
+        for split in ("global", "personal"):
+            for arm in (arm for arm in ARMS if arm in sent):
+                values = list(by_seed(arm, kind, split).values())
+                up, down = (sum(one[i] for one in sent[arm].values()) / len(sent[arm]) for i in (0, 1))
+                cells = interval(values), gain(arm, "local", kind, split), gain(arm, "fedmkt 1", kind, split)
+                print(f"| {arm} | {kind} | {split} | {' | '.join(cells)} | {up:.1f}, {down:.1f} |")
     return 0
 
 
