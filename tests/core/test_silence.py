@@ -39,6 +39,7 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "foreign": ("strategy=fedmd", "partition=iid", "loss=kl", "transfer.source=digits"),
     "size": ("strategy=fedavg", "partition=size", "secure=on"),
     "guarded": ("strategy=fedavg", "partition=iid", "attack=scale", "defence=expguard"),
+    "agreed": ("strategy=fedmd", "partition=iid", "attack=lma"),
     "trimmed": ("strategy=fedavg", "partition=iid", "defence=trimmed_mean"),
     "clustered": ("strategy=fedavg", "partition=clustered", "stop.patience=1", "tracking=csv"),
     "shards": ("strategy=local", "partition=shards", "participation=0.7"),
