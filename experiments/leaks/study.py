@@ -164,12 +164,13 @@ def table() -> int:
             )
     liars = frame.filter(pl.col("block").str.starts_with("liars"))
     rules = list(dict.fromkeys(RULES[0.0].split(",")))
-    print("\n| strategy | liars | " + " | ".join(rules) + " |\n|---" + "|---" * (1 + len(rules)) + "|")
+    print("\n| strategy | lie | liars | " + " | ".join(rules) + " |\n|---" + "|---" * (2 + len(rules)) + "|")
     for name in SHARED:
-        for share in sorted(set(liars.filter(strategy=name)["fraction"])):
+        for share, attack in sorted(set(liars.filter(strategy=name).select("fraction", "attack").iter_rows())):
             metric = "accuracy/personal_honest" if share else "accuracy/personal"
-            part = liars.filter(strategy=name, fraction=share, metric=metric)
-            print(f"| {name} | {share:.0%} | " + " | ".join(_mean(part.filter(defence=r)) for r in rules) + " |")
+            part = liars.filter(strategy=name, fraction=share, attack=attack, metric=metric)
+            cells = " | ".join(_mean(part.filter(defence=rule)) for rule in rules)
+            print(f"| {name} | {attack} | {share:.0%} | {cells} |")
     return 0
 
 
@@ -208,7 +209,7 @@ def figure() -> int:
     axes[0].legend(fontsize=7, title="pale: ε = 8; size: log of bytes", title_fontsize=7)
     axes[1].axhline(0.01, color="black", lw=0.6, ls="--")
     for i, name in enumerate(SHARED):
-        part = mean.filter(pl.col("block").str.starts_with("liars"), strategy=name)
+        part = mean.filter(pl.col("block").str.contains("liars-[0-9.]+-(fdla|sign_flip|knfu)"), strategy=name)
         for rule, style in (("off", "-"), ("cronus", "--")):
             metric = pl.when(pl.col("fraction") > 0).then(pl.lit("accuracy/personal_honest"))
             line = part.filter(pl.col("metric") == metric.otherwise(pl.lit("accuracy/personal")), defence=rule)
