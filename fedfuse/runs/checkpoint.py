@@ -38,6 +38,7 @@ def commit(federation: Federation, folder: Path, config: str, seconds: dict[str,
         except OSError:  # a file system without links
             shutil.copyfile(newest, partial)
         os.replace(partial, folder / BEFORE)
+        partial.unlink(missing_ok=True)  # two names of one file: after a commit that failed, and replacing does nothing
         synced(folder)
     write_tree(newest, snapshot(federation, config, seconds), durable=True)
 

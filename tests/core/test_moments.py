@@ -19,7 +19,7 @@ WORDS = ("partition=dirichlet", "partition.alpha=0.5", "data.personal_test=0.4",
 
 def test_who_digests_what_is_received():
     names = [name for name in registry.listed() if digests(registry.entry(name))]
-    assert names == ["dsfl", "fedmd", "knfu", "ktpfl", "scarlet", "selectivefd"]
+    assert names == ["dsfl", "fedmd", "fedmkt", "knfu", "ktpfl", "scarlet", "selectivefd"]
 
 
 @pytest.mark.parametrize("name", ["fedmd", "scarlet"])

@@ -34,6 +34,7 @@ from tests.ledger import enter
 BASE = tuple(word for word in TINY if not word.startswith("partition="))
 FOLDER = "FOLDER"  # stands for a directory with an npz file
 CONTEXTS: dict[str, tuple[str, ...]] = {
+    "adapted": ("strategy=fedavg", "partition=iid", "model.lora_rank=2", "train.schedule=cosine"),
     "pools": ("strategy=kafal", "partition=iid", "labels.rounds=1"),
     "knfu": ("strategy=knfu", "partition=dirichlet", "transfer.subset=12"),
     "foreign": ("strategy=fedmd", "partition=iid", "loss=kl", "transfer.source=digits"),
@@ -91,6 +92,10 @@ ELSEWHERE = {
     "data.hub": "as data.download",
     "data.test_fraction": "only where the files bring no test split: tests/data/test_layouts.py",
     "model.checkpoint_head": "tests/models/test_checkpoint.py",
+    "model.dtype": "of a Hugging Face model: tests/models/test_padding.py",
+    "model.gradient_checkpointing": "as model.dtype",
+    "evaluate.samples": "of next tokens: tests/core/test_samples.py",
+    "evaluate.max_tokens": "as evaluate.samples",
     "loss.build": "tests/train/test_losses.py",
     "runtime.workers": "of Ray: tests/engines",
     "runtime.gpu_fraction": "of Ray: tests/engines",
@@ -419,4 +424,4 @@ def test_a_dry_sweep_runs_nothing(tmp_path: Path, capsys) -> None:
     assert not out.exists()
     said = capsys.readouterr().out
     assert "4 runs; nothing was run" in said
-    assert f"{out}/fedavg/seed=1: 2 rounds, at most" in said
+    assert f"{out}/fedavg/seed=1: 2 rounds, a round at most" in said

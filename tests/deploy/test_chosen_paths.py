@@ -184,7 +184,7 @@ def test_a_path_of_the_servers_is_its_operators_and_no_client_is_told_it() -> No
 
 def test_every_text_of_a_strategy_is_a_choice_or_known_here() -> None:
     """Another one that is a path must say so (`hyper(…, path=True)`), or this list is no longer true."""
-    architectures = {"fedet.large", "fedgkt.tail", "fedkd.student", "fml.meme"}
+    architectures = {"fedet.large", "fedgkt.tail", "fedkd.student", "fedmkt.server", "fml.meme", "proxy_tuning.large"}
     patterns = {"regmean.layers"} | {
         f"{name}.targets" for name in registry.listed() if "targets" in _fields(name)
     }  # names of layers

@@ -8,7 +8,7 @@ from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)]
-LANGUAGE = ("causal_lm", "text_classifier")  # see test_language.py
+LANGUAGE = ("causal_lm", "text_classifier", "hf")  # see test_language.py
 NAMES = [name for name in models.names() if name not in LANGUAGE]
 
 
