@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from fedfuse.core import abreast
 from fedfuse.core.client import FusionClient
-from tests.federations import play
+from tests.contract.test_matrix import Crash
+from tests.federations import federation, intercept, play
 
 AUTO = "runtime.vectorize=auto"
 UNEQUAL = ("partition=dirichlet", "clients=9", "train.batch_size=7", "rounds=2")
@@ -71,7 +73,39 @@ def test_stacks_of_any_size(monkeypatch, made):
 
 
 def test_ray_has_the_same_bits():
-    assert play("fedavg", *UNEQUAL, AUTO, grid="ray").digest == play("fedavg", *UNEQUAL).digest
+    alone = play("fedavg", *UNEQUAL).digest
+    for workers in (2, 1):  # one more than Ray was started with would wait for ever
+        assert play("fedavg", *UNEQUAL, AUTO, grid="ray", workers=workers).digest == alone
+
+
+def test_a_run_that_goes_on_has_the_same_bits(tmp_path):
+    words = (*UNEQUAL, AUTO)
+    with (
+        federation("ditto", *words, path=tmp_path, callbacks=(Crash(1),)) as (built, _),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        built.run()
+    assert play("ditto", *words, path=tmp_path).digest == play("ditto", *UNEQUAL).digest
+
+
+def test_seconds_are_ones_own_and_a_share_of_the_stack(monkeypatch):
+    real, took = abreast.together, []
+
+    def slow(asked, replicas, forward):
+        started = time.perf_counter()
+        time.sleep(0.2)
+        made = real(asked, replicas, forward)
+        took.append(time.perf_counter() - started)
+        return made
+
+    monkeypatch.setattr(abreast, "together", slow)
+    with federation("fedavg", *UNEQUAL, "rounds=1", AUTO) as (built, _):
+        found = []
+        intercept(built, lambda reply: found.append(reply.content["metrics"]["seconds"]), kind="train")
+        built.run()
+    assert len(found) == 9
+    assert len(took) == 1
+    assert all(took[0] / 9 <= seconds < took[0] for seconds in found)
 
 
 def test_a_stack_without_memory_is_taken_apart(monkeypatch):
