@@ -65,7 +65,7 @@ class FedMKTHyper:
     alpha: float = hyper(0.9, "α, weight of the labels beside what is taught", low=0, high=1)
     select: str = hyper("greater", "the best row of all, or a mixture", choices=("greater", "weighted_mean"))
     tau: float = hyper(1.0, "τ of weighted_mean, in nats per byte", above=0)
-    mapping: str = hyper("byte", "between tokenisers: byte (ours) or edit (MinED, the paper)", choices=("byte", "edit"))
+    mapping: str = hyper("edit", "between tokenisers: edit (MinED, the paper) or byte (ours)", choices=("edit", "byte"))
     unmatched: str = hyper("label", "a place without a partner is taught", choices=("label", "nothing"))
     server: str | None = hyper(None, "architecture of the server's own model; null: it passes clients' knowledge on")
     epochs: int = hyper(1, "passes over D_t each round", low=0)

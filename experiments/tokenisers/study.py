@@ -7,7 +7,8 @@ Four clients, the four roles that say most (16,000 characters of each): clients 
 tokeniser, clients 1 and 3 a byte-level Llama of 27,000 parameters with random weights. 128 rows of 64 bytes are public.
 Five rounds, k = 16, seeds 0, 1, 2. `local`: each alone. `fedmkt` at α = 1: each alone, and trained on the public text.
 α = 0.9 (the paper's and the default) and 0.5: and taught by whoever knows a row best, by next bytes or (`edit`) by the
-paper's map of tokens. `--quick` is one seed and one round, into a folder of its own: it says that the commands work.
+paper's map of tokens, the default. `--quick` is one seed and one round, into a folder of its own: it says that the
+commands work.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ SHARED = Path(os.environ.get("FEDFUSE_DATA", "../shared/data"))
 ROLES, LETTERS = 4, 16_000
 ARMS = {
     "local": ["strategy=local"],
-    "fedmkt 0.5": ["strategy=fedmkt", "strategy.alpha=0.5"],
-    "fedmkt 1": ["strategy=fedmkt", "strategy.alpha=1"],
-    "fedmkt 0.9": ["strategy=fedmkt"],
+    "fedmkt 0.5": ["strategy=fedmkt", "strategy.alpha=0.5", "strategy.mapping=byte"],
+    "fedmkt 1": ["strategy=fedmkt", "strategy.alpha=1", "strategy.mapping=byte"],
+    "fedmkt 0.9": ["strategy=fedmkt", "strategy.alpha=0.9", "strategy.mapping=byte"],
     "fedmkt 0.5 edit": ["strategy=fedmkt", "strategy.alpha=0.5", "strategy.mapping=edit"],
 }
 COMMON = [

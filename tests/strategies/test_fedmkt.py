@@ -323,7 +323,7 @@ def test_the_best_is_chosen_by_bits_of_the_same_text(words) -> None:
 
 
 def test_a_mixture_of_tokenisers_is_of_one_kind(words) -> None:
-    built = server(words, "strategy.k=4", "strategy.select=weighted_mean")
+    built = server(words, "strategy.k=4", "strategy.select=weighted_mean", "strategy.mapping=byte")
     texts, rows = built.workspace.texts, built.rows
     both = [Said(name, random_said(texts, name, rows, 6)) for name in ("causal_lm@own", "causal_lm")]
     found = built.targets("causal_lm", both)
@@ -422,9 +422,8 @@ def test_over_the_wire_it_is_the_same(words, runs) -> None:
     assert play("fedmkt", grid="serial", base=words).digest == runs.plain.digest
 
 
-@pytest.mark.parametrize("key", ["mapping=edit", "unmatched=nothing", "select=weighted_mean", "server=causal_lm"])
+@pytest.mark.parametrize("key", ["mapping=byte", "unmatched=nothing", "select=weighted_mean", "server=causal_lm"])
 def test_keys_are_heard_between_tokenisers(words, runs, key) -> None:
-    # byte tokens start everywhere, so that only the finer side has places without a partner
     assert play("fedmkt", f"strategy.{key}", base=words).digest != runs.plain.digest
 
 
