@@ -53,7 +53,8 @@ def test_a_flight_is_the_sum_of_its_parts() -> None:
     flight = there.flight(0, 0, 3, 5 * S, 4000, Work(6 * S, 1, 1000))
     assert flight == Flight(0, 0, 3, 5 * S, 7_250_000_000, 10_250_000_000, 11_500_000_000, ARRIVED, 4000, 1000, 6 * S)
     begun = there.flight(0, 0, 3, 5 * S, 4000, None)
-    assert (begun.end, begun.outcome, begun.known, begun.received) == (-1, "", False, 7_250_000_000)
+    assert (begun.end, begun.computed, begun.outcome, begun.known) == (-1, -1, "", False)
+    assert begun.received == 7_250_000_000
     failed = there.flight(0, 0, 3, 5 * S, 4000, Work(-1, 1, 0))
     assert (failed.end, failed.outcome) == (7_250_000_000, FAILED)
 
@@ -316,7 +317,8 @@ def test_nobody_is_given_up_while_the_work_of_one_is_unknown_nor_before_a_period
     def known(client: int) -> int:
         return (1000, 0, 30_000)[client]
 
-    work = {0: Work(-1, 1, 0), 2: Work(-1, 1, 0)}  # client 2 fails after half a minute; client 0 fails a second and a half after each invitation, or goes off at 5 s
+    # client 0 fails a second and a half after each invitation, or goes off at 5 s; client 2 fails after half a minute
+    work = {0: Work(-1, 1, 0), 2: Work(-1, 1, 0)}
     passed = failing.collect(1, known, work, count=1)
     assert (passed.unknown, passed.now) == ([1], 10_500_000_000)  # by a loss, the first event after a whole period
     with pytest.raises(WorldError, match="virtual second 10: nobody has arrived since 0 s"):
