@@ -54,13 +54,8 @@ def test_names_are_listed_where_they_are_built() -> None:
     assert set(catalogue.LOSSES) == {*divergences.LOSSES, *relations.LOSSES, *transformed.LOSSES, *vocabularies.LOSSES}
 
 
-OTHERS = (
-    "auto",
-    "custom",
-    "hf",
-    "causal_lm",
-    "text_classifier",
-)  # need a directory or a builder: tests/models builds them
+# need a directory or a builder: tests/models builds them
+OTHERS = ("auto", "custom", "hf", "causal_lm", "text_classifier")
 
 
 @pytest.mark.parametrize("name", [n for n in options("model") if n not in OTHERS])

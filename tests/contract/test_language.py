@@ -43,11 +43,17 @@ RANK = "strategy.rank=4"
 @pytest.mark.parametrize("kind", ["causal", "classifier"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_on_texts_give_the_same_bits_over_a_wire(name: str, kind: str, folder: Path) -> None:
+    words = [RANK]
     if name == "fisher" and kind == "causal":
-        with pytest.raises(UserError):
-            play(name, RANK, "strategy.labels=expected", base=base(folder, kind))
-    found = play(name, RANK, base=base(folder, kind))
-    assert found.digest == play(name, RANK, base=base(folder, kind), grid="serial").digest
+        with pytest.raises(UserError, match=r"strategy\.labels=expected: a token for each of a vocabulary is too many"):
+            play(name, RANK, base=base(folder, kind))
+        words.append("strategy.labels=data")
+    if name == "regmean" and kind == "causal":  # adapters have no Gram of their own, and there is no head beside them
+        with pytest.raises(UserError, match=r"strategy\.layers=auto: no such layer"):
+            play(name, RANK, base=base(folder, kind))
+        return
+    found = play(name, *words, base=base(folder, kind))
+    assert found.digest == play(name, *words, base=base(folder, kind), grid="serial").digest
     last = found.federation.history[-1]
     key = "bits_per_byte/personal" if kind == "causal" else "accuracy/personal"
     assert last[key] == last[key]
