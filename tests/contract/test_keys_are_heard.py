@@ -149,7 +149,6 @@ KEYS = [(name, field.name) for name in sorted(registry.listed()) for field in fi
 def test_a_key_is_heard(name: str, key: str) -> None:
     (field,) = (f for f in fields(registry.entry(name).hyper) if f.name == key)
     beside = BESIDE.get((name, key), ())
-    plain = _digest(name, beside)
     for value in values(name, field):
         if (name, key) in SILENT or (name, key, str(value)) in SILENT:
             continue
@@ -158,8 +157,11 @@ def test_a_key_is_heard(name: str, key: str) -> None:
             with pytest.raises(UserError, match=REFUSED[name, key]):
                 play(name, word, *beside, base=BASE)
             continue
-        changed = play(name, *beside, word, base=BASE).digest
-        assert changed != plain, f"{name}: {key}={value} changes nothing"
+        heard = (
+            play(name, rounds, *beside, word, base=BASE).digest != _digest(name, (rounds, *beside))
+            for rounds in ("rounds=1", "rounds=2")  # most are heard in the first
+        )
+        assert any(heard), f"{name}: {key}={value} changes nothing"
 
 
 _made: dict[tuple[str, tuple[str, ...]], str] = {}

@@ -73,7 +73,7 @@ class Headless(nn.Module):
         ),
         (
             "data=custom data.load=tests.core.test_errors:load data.extra.folder=x",
-            "returned NoneType; expected a",
+            "returned NoneType: got NoneType; expected (x, y)",
         ),
         ("data=custom data.load=tests.core.test_errors:broken", "failed: KeyError: 'label' (broken, test_errors.py"),
         ("data=images data.root=WHERE", "data=images: no images under WHERE; expected <class>/*.png"),

@@ -38,11 +38,18 @@ DISTIL = (
 )  # fmt: skip
 
 
+def played(name: str) -> list[str]:
+    """All at a client, at the server and between two networks; elsewhere a third, so that each is in six files."""
+    return [
+        n for i, n in enumerate(names()) if name in ("fedmd", "feddf", "fedkd") or (i + DISTIL.index(name)) % 3 == 0
+    ]
+
+
 @pytest.mark.parametrize("name", DISTIL)
 def test_all_losses_run_and_each_is_another(name: str, tmp_path: Path) -> None:
     _, scenario = scenario_of((*TINY, *SMALL, *MORE.get(name, ()), f"strategy={name}"))
     entry, found = registry.entry(name), set()
-    for chosen in names():
+    for chosen in played(name):
         config = dataclasses.replace(scenario.config, loss=LossConfig(name=chosen))
         other = dataclasses.replace(scenario, config=config)
         store = ClientStore(tmp_path / chosen)
@@ -60,7 +67,7 @@ def test_all_losses_run_and_each_is_another(name: str, tmp_path: Path) -> None:
         found.add("".join(sha_arrays(arrays) for arrays in kept))
     # cross-entropy with soft labels has kl's gradient and may have its bits; so has ttm on cfd's labels: one-hot.
     # In one vocabulary xtoken is kl to the bit
-    assert len(found) >= len(names()) - (3 if name == "cfd" else 2)
+    assert len(found) >= len(played(name)) - (3 if name == "cfd" else 2)
 
 
 def test_every_strategy_that_asks_for_a_loss_is_in_the_list() -> None:
