@@ -237,6 +237,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
+def layout_of(name: str, layout: str) -> str:
+    """How data lie that `data.name` and `data.layout` name: a built-in source has a layout of its own."""
+    return SOURCES[name].layout if layout == "builtin" and name in SOURCES else layout
+
+
 def names() -> dict[str, str]:
     """Return the known data sets, each with a one-line description."""
     return {name: source.line for name, source in SOURCES.items()}

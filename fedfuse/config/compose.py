@@ -172,7 +172,7 @@ def compose(overrides: Sequence[str]) -> Config:
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
     config.model.build, config.data.load = given(config.model.build), given(config.data.load)
-    if config.model.path and _layout(config.data) in ("text", "instruct", "roles"):
+    if config.model.path and catalogue.layout_of(config.data.name, config.data.layout) in ("text", "instruct", "roles"):
         config.data.extra = {
             "tokenizer": config.model.path,
             **config.data.extra,
@@ -182,11 +182,6 @@ def compose(overrides: Sequence[str]) -> Config:
     check(config)
     refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
     return config
-
-
-def _layout(data: DataConfig) -> str:
-    known = catalogue.SOURCES.get(data.name)
-    return known.layout if data.layout == "builtin" and known is not None else data.layout
 
 
 def _check_keys(overrides: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fedfuse.config import registry
-from fedfuse.config.catalogue import SOURCES
+from fedfuse.config.catalogue import layout_of
 from fedfuse.config.keys import Key, said
 from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError
@@ -108,7 +108,7 @@ def _term(term: str, config: Config, sweep: bool) -> bool:
 def _facts(config: Config, name: str) -> Iterator[set[str]]:
     """What a key stands for: for a pool, each of its members apart."""
     data = config.data
-    layout = SOURCES[data.name].layout if data.layout == "builtin" and data.name in SOURCES else data.layout
+    layout = layout_of(data.name, data.layout)
     if name == "data":
         yield {data.name, layout}
     elif name == "data.layout":

@@ -72,13 +72,13 @@ def of_server(
 ) -> tuple[dict[str, float], list[Row]]:
     """Server models on the global test set, the strategy's headline or weighted by clients; and rows of each."""
     workspace, names = strategy.workspace, strategy.scenario.architectures
+    byte_count = strategy.scenario.data.byte_count("global")
     total: dict[str, float] = {}
     rows: list[Row] = []
     weights = 0
     for name, (architecture, arrays) in models.items():
         model = (workspace.bare if strategy.bare else workspace.loaded)(architecture, arrays)
         x, y = workspace.texts.read(architecture, "test")
-        byte_count = strategy.scenario.data.byte_count("global")
         found = scored(partial(_predict, strategy, model), x, y, strategy.classes, byte_count)
         if strategy.headline is not None:
             count = int(name == strategy.headline)
