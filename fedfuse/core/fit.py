@@ -175,6 +175,8 @@ def _check_precision(strategy: FusionStrategy, model: nn.Module) -> None:
 def remarks(strategy: FusionStrategy) -> list[str]:
     """What a user has to know of an experiment that can run, and might not do what is expected."""
     scenario, said = strategy.scenario, list[str]()
+    if scenario.config.train.epochs == 0 and scenario.config.train.max_steps is None:
+        said.append("train.epochs=0: nobody trains on own examples")
     if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:
         rows = strategy.rows_distilled
         if rows < FEW * scenario.classes:

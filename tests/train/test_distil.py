@@ -91,3 +91,7 @@ def test_what_cannot_do_much_is_said():
         assert "distils 2 rows a round for 10 classes, which is few" in remarks(built.strategy)[0]
     with federation("fedmd", "transfer.size=100") as (built, _):
         assert remarks(built.strategy) == []
+    with federation("fedavg", "train.epochs=0") as (built, _):
+        assert remarks(built.strategy) == ["train.epochs=0: nobody trains on own examples"]
+    with federation("fedavg", "train.epochs=0", "train.max_steps=1") as (built, _):
+        assert remarks(built.strategy) == []
