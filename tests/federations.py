@@ -171,12 +171,15 @@ def federation(
             directory.close()
 
 
-def play(name: str, *overrides: str, **options: Any) -> Played:
-    """Run a small federation to its end."""
+def play(
+    name: str, *overrides: str, beforehand: Callable[[Federation], None] = lambda built: None, **options: Any
+) -> Played:
+    """Run a small federation to its end; `beforehand` gets it before it begins."""
     witness = Witness()
     options["callbacks"] = (*options.get("callbacks", ()), witness)
     with federation(name, *overrides, **options) as (built, directory):
         witness.watch(built)
+        beforehand(built)
         built.run()
         notes = json.loads((directory.path / "summary.json").read_text())["notes"]
         return Played(built, built.strategy, directory, witness.steps, tuple(notes))

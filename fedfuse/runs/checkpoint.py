@@ -16,6 +16,7 @@ from fedfuse.config.schema import without_gone
 from fedfuse.core.loop import Federation
 from fedfuse.core.waiting import listed, unlisted
 from fedfuse.errors import UserError, one_line
+from fedfuse.runs.configuration import LOADER
 from fedfuse.wire.client_store import read_tree, write_tree
 from fedfuse.wire.knowledge import Address, Item, Parcel
 from fedfuse.wire.traffic import Traffic
@@ -168,7 +169,7 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
 
 def changed(begun: str, now: str, also: tuple[str, ...] = ()) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
-    before, after = (dict(_flat(without_gone(yaml.safe_load(text) or {}))) for text in (begun, now))
+    before, after = (dict(_flat(without_gone(yaml.load(text, Loader=LOADER) or {}))) for text in (begun, now))
     free = ("out", "overwrite", "runtime.", "tracking.", "audit", *also)  # where and how it runs changes no bit
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import uuid
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -410,6 +411,12 @@ def _numbers(values: dict[str, float]) -> dict[str, float | None]:
     return {k: (None if v != v else v) for k, v in values.items()}
 
 
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
+    return {name: metadata.version(name) for name in packages}
+
+
 def environment() -> dict[str, Any]:
     """What equal digests depend on beside the configuration, and the command that was typed."""
     flags = ""
@@ -420,7 +427,6 @@ def environment() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -429,6 +435,6 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": _versions(),
         "command": " ".join(sys.argv),
     }
