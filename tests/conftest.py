@@ -29,28 +29,23 @@ def ray_session():
 
 LONG = (
     ("tests/engines/test_resume", "tests/engines/"),
-    ("tests/deploy/test_processes", "tests/deploy/"),
-    ("tests/test_cli", "tests/runs/test_sweep", "tests/core/test_virtual_clock", "tests/contract/test_matrix"),
+    ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/runs/test_sweep"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile.
 
-    Three pytest workers begin with a third of the list each: each has a group of long files first.
+    Two pytest workers begin with a half of the list each: one has a group of long files first, one the other.
     """
 
     def order(item: pytest.Item) -> tuple[int, int]:
-        for group, files in enumerate(LONG):
+        for half, files in enumerate(LONG):
             for i, name in enumerate(files):
                 if item.nodeid.startswith(name):
-                    return group, i
+                    return half, i
         return len(LONG), 0
 
-    *long, rest = ([i for i in items if order(i)[0] == group] for group in range(len(LONG) + 1))
-    share, whole = -(-len(items) // len(LONG)), list[pytest.Item]()
-    for group in long:
-        filling = max(0, share - len(group))
-        whole += [*sorted(group, key=order), *rest[:filling]]
-        rest = rest[filling:]
-    items[:] = [*whole, *rest]
+    first, second, rest = ([i for i in items if order(i)[0] == half] for half in (0, 1, 2))
+    cut = max(0, len(items) // 2 - len(first))
+    items[:] = [*sorted(first, key=order), *rest[:cut], *sorted(second, key=order), *rest[cut:]]

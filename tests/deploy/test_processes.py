@@ -88,7 +88,7 @@ def federation(wired: Wired) -> Federation:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["knfu", "fed_sb", pytest.param("fedavg", marks=long), pytest.param("fedmd", marks=long)]
+    "strategy", ["fed_sb", *(pytest.param(name, marks=long) for name in ("knfu", "fedavg", "fedmd"))]
 )
 def test_the_digest_is_that_of_a_simulation(strategy: str, federation: Federation, tmp_path: Path) -> None:
     keys = (*KEYS, f"strategy={strategy}")
