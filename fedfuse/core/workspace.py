@@ -93,9 +93,10 @@ class Workspace:
         """The resident model of an architecture, in whatever state it was left; of a client abreast, its replica."""
         if abreast.desk is not None and (own := abreast.desk.replica(self, architecture)) is not None:
             return own
-        return self._resident(architecture)
+        return self.resident(architecture)
 
-    def _resident(self, architecture: str) -> nn.Module:
+    def resident(self, architecture: str) -> nn.Module:
+        """The one model of an architecture that is not a replica."""
         if architecture not in self._models:
             model = self.build(architecture)
             with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
@@ -113,18 +114,18 @@ class Workspace:
         """At least so many copies of an architecture's model, whose weights lie side by side."""
         found = self._replicas.get(architecture)
         if found is None or len(found) < count:
-            found = self._replicas[architecture] = Replicas(self._resident(architecture), count)
+            found = self._replicas[architecture] = Replicas(self.resident(architecture), count)
         return found
 
     def forward(self, architecture: str) -> Forward | None:
         """A forward pass of many replicas at once; None where there is none."""
         if architecture not in self._forwards:
-            self._forwards[architecture] = stacked(self._resident(architecture))
+            self._forwards[architecture] = stacked(self.resident(architecture))
         return self._forwards[architecture]
 
     def initial(self, architecture: str) -> Arrays:
         """The initial weights, equal for all clients of an architecture."""
-        self._resident(architecture)
+        self.resident(architecture)
         return self._initial[architecture]
 
     def fresh(self, architecture: str) -> nn.Module:
