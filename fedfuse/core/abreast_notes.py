@@ -26,9 +26,7 @@ def vectorized_notes(config: Config, apart: Mapping[str, int]) -> list[str]:
     """What is to be known of stacks: that their bits are their own on CUDA, and what failed in them."""
     found = [f"vectorize: {count} trainings were begun anew: {why}" for why, count in sorted(apart.items())]
     if config.runtime.vectorize == "auto" and _device(config.runtime.device) == "cuda":
-        found.append(
-            "vectorize: clients were stacked on CUDA, which rounds otherwise than one by one: compare like runs"
-        )
+        found.append("vectorize: clients were stacked on CUDA, which rounds otherwise than one by one does")
     return found
 
 

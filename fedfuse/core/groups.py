@@ -1,4 +1,4 @@
-"""Groups of messages at one node: what the strategy needs only the sum of is added up, clients abreast where it pays."""
+"""Groups of messages at one node: what is only summed is added up there, and clients sit abreast where that pays."""
 
 from __future__ import annotations
 
@@ -67,11 +67,9 @@ class Groups:
     def portions(self, groups: Sequence[Sequence[Message]]) -> Iterator[Sequence[Sequence[Message]]]:
         """Groups whose clients may be awake at once; one group at a time where they take turns anyway."""
         some: list[Sequence[Message]] = []
+        most = self.node.desk.room.awake(self.node.workspace) if self.node.vectorized else 0
         for group in groups:
-            if some and (
-                not self.node.vectorized
-                or sum(map(len, some)) + len(group) > self.node.desk.room.awake(self.node.workspace)
-            ):
+            if some and sum(map(len, some)) + len(group) > most:
                 yield some
                 some = []
             some.append(group)

@@ -46,7 +46,7 @@ from fedfuse.wire.records import (
     flatten,
     measured,
     plain_record,
-    record,
+    resting,
     sha,
     tensors,
     trusted,
@@ -355,7 +355,7 @@ class Node:
         out: dict[str, Any] = {}
         for name, arrays in records.items():
             lent = client.lends and name == "model"
-            out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
+            out["arrays" if name == "model" else name] = resting(arrays) if lent else _detached(arrays, client.model)
         out["metrics"] = measured(metrics)
         if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)

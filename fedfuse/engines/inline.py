@@ -36,6 +36,10 @@ class InlineGrid(LocalGrid):
         yield from self._answers(groups)
 
     def _answers(self, groups: list[list[Message]]) -> Iterator[Message]:
+        if self.node.workspace.device.type == "cuda" and not self.reverse:  # what is only summed stays on the GPU
+            for replies in self.groups.all(groups, self.cache):
+                yield from replies
+            return
         for some in self.groups.portions(groups):
             messages = [message for group in some for message in group]
             if answers := self.groups.abreast(messages, self.cache):
