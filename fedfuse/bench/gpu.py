@@ -291,11 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.write_text(json.dumps(results, indent=1))
 
     part("ceiling", partial(ceiling, device, 256 if small else 8192))
+    sizes = (1, 2, 3) if small else (1, 2, 8, 50, 64, 500)
     for name in ("mlp", "cnn"):
-        part(
-            f"bits {name}", lambda name=name: bits_by_size(name, device, (1, 2, 3) if small else (1, 2, 8, 50, 64, 500))
-        )
-        part(f"agreement {name}", lambda name=name: agreement(name, device, 3 if small else 50, 1 if small else 10))
+        part(f"bits {name}", partial(bits_by_size, name, device, sizes))
+        part(f"agreement {name}", partial(agreement, name, device, 3 if small else 50, 1 if small else 10))
     part("kernels", partial(kernels, device, 2 if small else 64))
     for name, cohort in CONTESTS:
         cohort, clients = (3, 5) if small else (cohort, 1000)

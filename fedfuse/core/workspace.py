@@ -255,7 +255,7 @@ class Workspace:
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on this process's device; pinned on the way to a GPU, so that the copy does not stop the loop."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or tensor.is_cuda:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 

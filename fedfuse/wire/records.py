@@ -39,7 +39,7 @@ def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
 
 
 def resting(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Wrap tensors as `record` does, but leave them on their device, where they are summed, or copied when asked for."""
+    """Wrap tensors as `record` does, but leave them on their device, where they are summed, or copied if asked for."""
     return trusted(ArrayRecord, {name: LiveArray(value.detach()) for name, value in arrays.items()})
 
 
