@@ -127,6 +127,7 @@ def federation(
     callbacks: tuple[Callback, ...] = (),
     base: tuple[str, ...] = TINY,
     workers: int = 2,
+    device: str = "cpu",
 ) -> Iterator[tuple[Federation, RunDirectory]]:
     """A federation ready to run, in a run directory of its own (resumed if `path` holds one)."""
     config, scenario = scenario_of((*base, f"strategy={name}", *overrides))
@@ -150,9 +151,9 @@ def federation(
         elif grid == "ray":
             from fedfuse.engines.ray import RayGrid
 
-            transport = RayGrid(entry, scenario, directory.clients.directory, workers)
+            transport = RayGrid(entry, scenario, directory.clients.directory, workers, device)
         else:
-            transport = InlineGrid(place(entry, scenario, directory.clients), reverse)
+            transport = InlineGrid(place(entry, scenario, directory.clients, device=device), reverse)
         # what takes longer than the whole run: the picture, and Flower's collecting garbage after each aggregation
         undrawn, uncollected = mock.patch("fedfuse.data.picture.draw_partition"), mock.patch("gc.collect")
         undrawn.start()

@@ -116,7 +116,9 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
     return Scenario(compose([*settings, *words]), data, workload.architectures(clients))
 
 
-def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHORT, *words: str) -> Callable[[], None]:
+def fedfuse_side(
+    workload: Workload, clients: int, grid: str, cohort: int = COHORT, *words: str, device: str = "cpu"
+) -> Callable[[], None]:
     """FedAvg on FedFuse's own runtimes."""
     from fedfuse.config import registry
     from fedfuse.core.client import FusionClient
@@ -131,10 +133,10 @@ def fedfuse_side(workload: Workload, clients: int, grid: str, cohort: int = COHO
                 return {"num-examples": EXAMPLES}
 
         entry = entry._replace(client=Idle)
-    return rounds_of(entry, scenario, grid)
+    return rounds_of(entry, scenario, grid, device)
 
 
-def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
+def rounds_of(entry: Any, scenario: Any, grid: str, device: str = "cpu") -> Callable[[], None]:
     """Rounds of a strategy on `inline` or `ray`, without commits and evaluation."""
     from fedfuse.compat.flower_identity import claim_identity
     from fedfuse.core.build import build_strategy
@@ -149,11 +151,11 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
     atexit.register(folder.cleanup)
     store = ClientStore(Path(folder.name))
     if grid == "inline":
-        transport: LocalGrid = InlineGrid(place(entry, scenario, store))
+        transport: LocalGrid = InlineGrid(place(entry, scenario, store, device=device))
     else:
         from fedfuse.engines.ray import RayGrid
 
-        transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)))
+        transport = RayGrid(entry, scenario, store.directory, len(os.sched_getaffinity(0)), device)
     federation = Federation(build_strategy(entry, scenario), transport, 100000)
     federation.strategy.ensure_begun()
 
@@ -164,13 +166,14 @@ def rounds_of(entry: Any, scenario: Any, grid: str) -> Callable[[], None]:
         federation.strategy.outbox.traffic.take_rows()
         federation.rows, federation.timing = [], []
 
+    play.strategy = federation.strategy  # type: ignore[attr-defined]
     return play
 
 
 # --- a plain loop -----------------------------------------------------------------------------------------
 
 
-def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callable[[], None]:
+def plain_side(workload: Workload, clients: int, cohort: int = COHORT, device: str = "cpu") -> Callable[[], None]:
     """The limit: one thread, one model, no federation around it."""
     import torch
     import torch.nn.functional as F
@@ -178,8 +181,8 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
     from fedfuse.compat.torch_lists import add_all, copy_all
 
     torch.set_num_threads(1)
-    model = build(workload)
-    x, y = map(torch.from_numpy, pool(workload))
+    model = build(workload).to(device)
+    x, y = (torch.from_numpy(one).to(device) for one in pool(workload))
     params = list(model.parameters())
     common = [p.detach().clone() for p in params]
     draw = torch.Generator().manual_seed(0)
@@ -192,7 +195,7 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT) -> Callab
             if workload.trains:
                 optimizer = torch.optim.SGD(params, lr=0.05, fused=True)
                 first = start_of(client)
-                for rows in (torch.randperm(EXAMPLES, generator=draw) + first).split(10):
+                for rows in (torch.randperm(EXAMPLES, generator=draw) + first).to(device).split(10):
                     optimizer.zero_grad()
                     F.cross_entropy(model(x[rows]), y[rows]).backward()
                     optimizer.step()

@@ -85,7 +85,7 @@ class LiveArray(Array):
     def numpy(self) -> np.ndarray:
         """Return the ndarray itself, or one that shares the tensor's memory."""
         live: np.ndarray | torch.Tensor = self.__dict__["live"]
-        return live.numpy() if isinstance(live, torch.Tensor) else live
+        return live.cpu().numpy() if isinstance(live, torch.Tensor) else live
 
 
 def live_tensor(array: Array) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,7 @@ class Turns:
         """Keep the generators' states: it is another's turn."""
         found = _look()
         numpy: Any = int(found[0]) if found is not None and fresh(int(found[0])) else np.random.get_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._kept = torch.default_generator.get_state(), random.getstate(), numpy, cuda
+        self._kept = torch.default_generator.get_state(), random.getstate(), numpy, _devices()
 
     def take(self) -> None:
         """Go on with them; at the first turn there is nothing to go on with."""
@@ -58,5 +58,17 @@ class Turns:
             np.random.seed(self._kept[2])
         else:
             np.random.set_state(self._kept[2])
-        if self._kept[3] is not None:
-            torch.cuda.set_rng_state_all(self._kept[3])
+        for generator, (seed, offset) in zip(_generators(), self._kept[3], strict=False):
+            if generator.initial_seed() != seed:
+                generator.manual_seed(seed)
+            if generator.get_offset() != offset:
+                generator.set_offset(offset)
+
+
+def _generators() -> Sequence[Any]:
+    """Generators of the GPUs in use: a seed and how far they are, which is all that they are."""
+    return torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+
+
+def _devices() -> list[tuple[int, int]]:
+    return [(one.initial_seed(), one.get_offset()) for one in _generators()]

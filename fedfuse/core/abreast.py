@@ -6,8 +6,8 @@ this. When nobody can go on, the largest set of trainings that fit is made, all 
 
 What a client computes depends on itself alone, not on who is there: layers are such that a batch of many gives each
 the bits of a batch of one (`fedfuse.train.abreast_layers`). If a computation of several fails, for want of memory or
-by one client's fault, its clients start anew from their committed states: first in stacks of one, and who fails there
-too, without any stack.
+by one client's fault, its clients start anew from their committed states: for want of memory in stacks of half the
+size, otherwise in stacks of one; and who fails in a stack of one, without any. Their replies say why.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from fedfuse.compat.turns import Turns
+from fedfuse.core.abreast_room import Room
+from fedfuse.core.abreast_trial import PART, Trials
 from fedfuse.core.workspace import Workspace
-from fedfuse.models.replicas import nbytes
-from fedfuse.train import abreast
+from fedfuse.errors import in_words
+from fedfuse.train import abreast, training
 from fedfuse.train.abreast import Apart, Training
 from fedfuse.train.abreast_steps import together
 from fedfuse.train.task import task_step
-
-AWAKE = 64  # clients that are awake at once, at most
-ROOM = 64 * 2**20  # bytes of their replicas
-STACK = 16 * 2**20  # bytes of weights that are trained at once; 8 to 16 clients gain most (docs/performance.md)
 
 
 class Seat:
@@ -44,6 +42,7 @@ class Seat:
         self.turns = Turns()
         self.green: Any = None
         self.alone = self.off = False  # in stacks of one; without any
+        self.why = ""  # it was taken out of a stack
         self.asked: Training | None = None
         self.answer: Any = None
         self.left, self.away = 0.0, 0.0
@@ -57,6 +56,7 @@ class Abreast:
         self.now: Seat | None = None
         self.hub: Any = None
         self.busy = False
+        self.room, self.trials = Room(), Trials()
 
     # -- what clients ask for --------------------------------------------------------------------------------
 
@@ -77,6 +77,10 @@ class Abreast:
         """Seconds that the client that runs now has waited for others."""
         return 0.0 if self.now is None else self.now.away
 
+    def apart(self) -> str:
+        """Why the client that runs now was taken out of a stack."""
+        return "" if self.now is None else self.now.why
+
     def train(self, asked: Training) -> dict[str, Any] | None:
         """Wait until it is made together with what fits; None if it is none that could be."""
         seat = self.now
@@ -84,6 +88,12 @@ class Abreast:
             return None
         if seat.alone:
             return self._make([seat], [asked])[0]
+        if not asked.x.is_cuda:
+            kind = self._tried(seat, asked)
+            if self.trials.pays(kind) is False:
+                return None
+            if self.trials.wants_alone(kind):
+                return self._measured(asked, kind)
         graded, seat.asked = torch.is_grad_enabled(), asked
         seat.answer = None
         self.hub.switch(seat)
@@ -91,6 +101,24 @@ class Abreast:
         if isinstance(seat.answer, BaseException):
             raise seat.answer
         return seat.answer
+
+    def _tried(self, seat: Seat, asked: Training) -> Any:
+        """What is measured apart: an architecture with one size of batches, and whose loss it is."""
+        return seat.architecture, asked.batch_size, asked.loss is task_step
+
+    def _measured(self, asked: Training, kind: Any) -> dict[str, Any]:
+        """Make a training without any stack, as its client would, and remember the time."""
+        started, self.busy = time.thread_time(), True
+        try:
+            made = training.train(
+                asked.model, asked.x, asked.y, asked.loss, asked.config, asked.seed_parts, epochs=asked.epochs,
+                batch_size=asked.batch_size, least=asked.least, after_backward=asked.after_backward,
+                after_step=asked.after_step, max_steps=asked.max_steps,
+            )  # fmt: skip
+        finally:
+            self.busy = False
+        self.trials.alone(kind, time.thread_time() - started, made["steps"])
+        return {**made, "rows": 0}  # counted there
 
     def _fits(self, seat: Seat, asked: Training) -> bool:
         assert self.workspace is not None
@@ -147,8 +175,10 @@ class Abreast:
         while True:
             try:
                 return job()
-            except Apart:
-                seat.alone, seat.off = True, seat.alone
+            except Apart as error:
+                seat.why = error.why
+                if not error.smaller:
+                    seat.alone, seat.off = True, seat.alone
 
     def _turn(self, seat: Seat) -> Any:
         seat.turns.take()
@@ -175,11 +205,18 @@ class Abreast:
         crew.sort(key=lambda seat: seat.slot)
         torch.set_grad_enabled(True)
         for part in self._parts(crew):
-            started = time.perf_counter()
+            started, ticks = time.perf_counter(), time.thread_time()
+            asked = [seat.asked for seat in part if seat.asked is not None]
             try:
-                made: list[Any] = self._make(part, [seat.asked for seat in part if seat.asked is not None])
-            except Exception:
-                made = [Apart() for _ in part]
+                made: list[Any] = self._make(part, asked)
+                steps = sum(one["steps"] for one in made)
+                self.trials.stacked(self._tried(part[0], asked[0]), time.thread_time() - ticks, steps)
+            except Exception as error:
+                crowded = isinstance(error, torch.OutOfMemoryError) and len(part) > 1
+                why = f"a stack of {len(part)} failed: {in_words(error)}"
+                made = [Apart(why, crowded) for _ in part]
+            if isinstance(made[0], Apart) and made[0].smaller:  # not before what the failure held is gone
+                self.room.shrink(part[0].architecture, asked[0], len(part))
             share = (time.perf_counter() - started) / len(part)
             for seat, answer in zip(part, made, strict=True):
                 seat.answer, seat.asked = answer, None
@@ -194,10 +231,14 @@ class Abreast:
 
     def _parts(self, crew: list[Seat]) -> Iterator[list[Seat]]:
         assert self.workspace is not None
-        most = max(1, STACK // max(1, nbytes(self.workspace.model(crew[0].architecture))))
-        parts = -(-len(crew) // most)
-        for i in range(parts):  # as equal as can be: a stack of one costs more than its client alone
-            yield crew[len(crew) * i // parts : len(crew) * (i + 1) // parts]
+        assert crew[0].asked is not None
+        while crew:  # as equal as can be: a stack of one costs more than its client alone
+            most = self.room.stack(self.workspace, crew[0].architecture, crew[0].asked)
+            if not crew[0].asked.x.is_cuda and self.trials.pays(self._tried(crew[0], crew[0].asked)) is None:
+                most = min(most, PART)
+            size = -(-len(crew) // -(-len(crew) // most))
+            part, crew = crew[:size], crew[size:]
+            yield part
 
     def _make(self, crew: Sequence[Seat], asked: Sequence[Training]) -> list[dict[str, Any]]:
         assert self.workspace is not None
@@ -210,14 +251,6 @@ class Abreast:
         except Exception as error:
             if len(crew) > 1 or not crew[0].alone:
                 raise
-            raise Apart from error
+            raise Apart(f"a stack of 1 failed: {in_words(error)}") from error
         finally:
             self.busy = False
-
-
-def seats(workspace: Workspace, architecture: str) -> int:
-    """How many clients of an architecture may be awake at once; 0 if none of its trainings fits together."""
-    if workspace.forward(architecture) is None:
-        return 0
-    size = nbytes(workspace.model(architecture))
-    return 0 if 2 * size > STACK else min(AWAKE, ROOM // max(1, size))

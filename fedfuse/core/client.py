@@ -96,7 +96,7 @@ class FusionClient:
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take in what the server sent. Depends on state, knowledge and seed only, never on the round."""
         if "model" in knowledge:
-            self.load(knowledge["model"].arrays)
+            self.load(self.workspace.here(knowledge["model"].arrays))
 
     def fit(self) -> Metrics:
         """Train on private data; must return `num-examples`."""

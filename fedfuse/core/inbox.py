@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class Inbox:
         Rows of this round: scope, what, seconds.
     losses : list
         Of this round's clients: examples, training loss.
+    apart : dict
+        Why clients' trainings were begun anew outside of a stack (`runtime.vectorize`), and how many were.
     scored, shas : dict
         Of the last evaluation: a client's metrics, and the hash of its state.
     """
@@ -57,6 +60,7 @@ class Inbox:
         self.ever_left_out = False
         self.timed: list[tuple[str, str, float]] = []
         self.losses: list[tuple[float, float]] = []
+        self.apart: Counter[str] = Counter()
         self.scored: dict[int, Metrics] = {}
         self.shas: dict[int, str] = {}
         self._told = -1  # the round that `left_out` is of
@@ -128,6 +132,7 @@ class Inbox:
         self.failures["retried"] += _count(config.get("retried"))
         if self.inside:
             sizes |= kept_back(config)
+            self.apart.update([str(config["apart"])] if "apart" in config else [])
         for name, size in sizes.items():
             outbox.traffic.up(request.label, request.round, client, name, size)
         outbox.arrived(client)

@@ -5,16 +5,14 @@ The same code serves every runtime; what differs is where the cache of knowledge
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +24,29 @@ from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
-from fedfuse.core.abreast import AWAKE, Abreast, seats
+from fedfuse.core.abreast import Abreast
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
 from fedfuse.core.scenario import Scenario
-from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records, check_share
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.work import Tally, counting
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
-from fedfuse.wire.group_sums import empty_totals, fixed_points, hand_over, keep_back, wanted
+from fedfuse.wire.group_sums import fixed_points
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
     LiveArray,
-    arrays_in,
     config_in,
-    entries,
     flatten,
     measured,
     plain_record,
-    record,
+    resting,
     sha,
     tensors,
     trusted,
@@ -127,14 +123,14 @@ class Node:
     ) -> None:
         self.entry, self.store, self.retries = entry, store, retries
         self._transfer = entry.server.transfer in ("clients", "both")
-        self._digests = digests(entry)
+        self.digests = digests(entry)  # whether evaluations let clients learn before they are scored
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
         self._liars = scenario.liars
         runtime = scenario.config.runtime
-        self._vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
-        self._desk = Abreast()
+        self.vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
+        self.desk = Abreast()
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
 
     def _equip(self, model: Any, build: Any) -> Any:
@@ -147,7 +143,7 @@ class Node:
 
         If the caller is done with the reply's arrays before the next message, they may be lent, not copied.
         """
-        who = self._client(message)
+        who = self.client_of(message)
         for attempt in range(self.retries + 1):
             try:
                 reply = self._answer(message, cache, who, lends)
@@ -155,131 +151,42 @@ class Node:
                     reply.content.config_records["config"]["retried"] = attempt
                 return reply
             except Stale as error:
-                return self._error(STALE, who, str(error), message)
+                return self.error(STALE, who, str(error), message)
             except Refused as error:
-                return self._error(REFUSED, who, str(error), message)
+                return self.error(REFUSED, who, str(error), message)
             except InvalidArrays as error:
-                return self._error(INVALID, who, f"received {error}", message)
+                return self.error(INVALID, who, f"received {error}", message)
             except Exception as error:
                 if is_full(error):
-                    return self._error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
+                    return self.error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
                 if os.environ.get(TRACEBACK) and self.workspace.ledger is None:  # a site's screen is its operator's
                     print(f"client {who}:", file=sys.stderr)
                     traceback.print_exc()
                 if attempt == self.retries:
-                    return self._error(FAILED, who, in_words(error), message)
+                    return self.error(FAILED, who, in_words(error), message)
         raise AssertionError("unreachable")
 
-    def handle_group(
-        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Message] = ()
-    ) -> list[Message]:
-        """Answer a group of messages in client order, adding up what the strategy only needs the sum of.
-
-        The arrays of summed records leave with the group's last valid member; every reply says their bytes. `answers`
-        are replies that are there already.
-        """
-        sums = wanted(messages[0])
-        if not sums or messages[0].metadata.message_type.startswith("evaluate"):
-            return list(answers) or [self.handle(m, cache) for m, cache in zip(messages, caches, strict=True)]
-        totals = empty_totals(sums, config_in(messages[0].content, "run") or {})
-        last: Message | None = None
-        replies = []
-        for i, (message, cache) in enumerate(zip(messages, caches, strict=True)):
-            reply = answers[i] if answers else self.handle(message, cache, "model" in sums)
-            if not reply.has_error():
-                try:
-                    keep_back(reply, self._checked(reply), totals, sums)
-                    last = reply
-                except InvalidArrays as error:
-                    reply = self._error(INVALID, self._client(message), str(error), message)
-            replies.append(reply)
-        if last is not None:
-            hand_over(last, totals)
-        return replies
-
-    def handle_groups(self, groups: Sequence[Sequence[Message]], cache: Cache) -> Iterator[list[Message]]:
-        """Answer groups as `handle_group` does, their clients abreast where that is asked for and pays."""
-        for some in self.portions(groups):
-            messages = [message for group in some for message in group]
-            answers = self.handle_abreast(messages, cache, "model" in wanted(messages[0]))
-            for group in some:
-                mine, answers = answers[: len(group)], answers[len(group) :]
-                yield self.handle_group(group, [cache] * len(group), mine)
-
-    def portions(self, groups: Sequence[Sequence[Message]]) -> Iterator[Sequence[Sequence[Message]]]:
-        """Groups whose clients may be awake at once; one group at a time where they take turns anyway."""
-        some: list[Sequence[Message]] = []
-        for group in groups:
-            if some and (not self._vectorized or sum(map(len, some)) + len(group) > AWAKE):
-                yield some
-                some = []
-            some.append(group)
-        if some:
-            yield some
-
-    def handle_abreast(self, messages: Sequence[Message], cache: Cache, lends: bool = False) -> list[Message]:
-        """Answer messages, clients abreast where that pays; [] where they had better take turns.
-
-        If the caller is done with the replies' arrays before the next messages, they may be lent, not copied.
-        """
-        kind = messages[0].metadata.message_type
-        if not self._vectorized or (kind.startswith("evaluate") and not self._digests):
-            return []
-        with contextlib.suppress(Refused):  # then every message is refused
-            self._hyper_of(config_in(messages[0].content, "run") or {})
-        names = [self.workspace.scenario.architectures[self._client(message)] for message in messages]
-        room = {name: seats(self.workspace, name) for name in set(names)}
-        if max(room.values()) < 2:
-            return []
-        return self._seated(messages, names, room, cache, lends)
-
-    def _seated(
-        self, messages: Sequence[Message], names: Sequence[str], room: dict[str, int], cache: Cache, lends: bool
-    ) -> list[Message]:
-        answers: dict[int, Message] = {}
-        todo = list(range(len(messages)))
-        while todo:
-            taken, left, later = [], dict(room), []
-            for i in todo:
-                name = names[i]
-                if room[name] < 2:
-                    answers[i] = self.handle(messages[i], cache)
-                elif left[name]:
-                    left[name] -= 1
-                    taken.append(i)
-                else:
-                    later.append(i)
-            jobs = [(names[i], partial(self.handle, messages[i], cache, lends and not later)) for i in taken]
-            answers |= zip(taken, self._desk.run(lambda: self.workspace, jobs), strict=True)
-            todo = later
-        return [answers[i] for i in range(len(messages))]
-
-    def _checked(self, reply: Message) -> Records:
-        """A reply's records, checked as the server would: what is summed here, it never sees."""
-        content: RecordDict = reply.content
-        config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
-        records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
-        hyper = self._hyper[1] if self._hyper else self._default
-        check_share(self.entry.server, hyper, self.workspace, config["client"], config["phase"], records, metrics)
-        return records
-
-    def _client(self, message: Message) -> int:
+    def client_of(self, message: Message) -> int:
+        """The client that a message is for."""
         config: Any = config_in(message.content) if message.has_content() else None
         if config is not None and "client" in config:
             return int(config["client"])
         return message.metadata.dst_node_id - 1
 
-    def _error(self, code: int, client: int, reason: str, message: Message) -> Message:
+    def error(self, code: int, client: int, reason: str, message: Message) -> Message:
+        """A reply that says what went wrong."""
         return Message(Error(code=code, reason=reason), reply_to=message)
 
     # -- one message, in four steps --------------------------------------------------------------------------
 
     def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
-        started = time.perf_counter() - self._desk.away()
+        started = time.perf_counter() - self.desk.away()
         asked = self._admit(message, cache, who)
         with counting(self.workspace.scenario.config.clock.on) as tally:
             awake = self._wake(asked, cache, lends, tally)
             records, metrics, answer = self._play(asked, awake)
+        if why := self.desk.apart():
+            answer["apart"] = why
         if tally.flops:
             answer["flops"], answer["unit"] = tally.flops, tally.unit
         if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
@@ -289,7 +196,7 @@ class Node:
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
         if asked.kind == "train" and (points := fixed_points(asked.run)):
             metrics["clipped"] = beyond(records, points)
-        metrics["seconds"] = time.perf_counter() - self._desk.away() - started
+        metrics["seconds"] = time.perf_counter() - self.desk.away() - started
         return self._reply(asked, awake.client, records, metrics, answer)
 
     def _admit(self, message: Message, cache: Cache, who: int) -> Asked:
@@ -316,7 +223,7 @@ class Node:
                 raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
         if run.get("strategy", self.entry.name) != self.entry.name:
             raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
-        hyper = self._hyper_of(run)
+        hyper = self.hyper_of(run)
         ours = "run" in content  # else one of Flower's own strategies, driven by Flower's own loop
         round = int(run.get("round", config.get("server-round", 0)))
         if ours:
@@ -342,7 +249,7 @@ class Node:
         }
         knowledge = {t: item for t, item in knowledge.items() if topics[t].kind != "lesson" or t in new}
         trained = None
-        if asked.kind == "evaluate" and self._digests:
+        if asked.kind == "evaluate" and self.digests:
             trained = state.get("model") or self.workspace.initial(architecture)
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
@@ -448,7 +355,7 @@ class Node:
         out: dict[str, Any] = {}
         for name, arrays in records.items():
             lent = client.lends and name == "model"
-            out["arrays" if name == "model" else name] = record(arrays) if lent else _detached(arrays, client.model)
+            out["arrays" if name == "model" else name] = resting(arrays) if lent else _detached(arrays, client.model)
         out["metrics"] = measured(metrics)
         if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)
@@ -479,7 +386,13 @@ class Node:
                     del cache[topic, to]
                 raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
 
-    def _hyper_of(self, run: Mapping[str, Any]) -> Any:
+    @property
+    def hyper(self) -> Any:
+        """The hyper-parameters of the last message."""
+        return self._hyper[1] if self._hyper else self._default
+
+    def hyper_of(self, run: Mapping[str, Any]) -> Any:
+        """The hyper-parameters that a message asks for; others than before make another workspace."""
         if run is self._asked and self._hyper is not None:  # one record object for a whole list of messages
             return self._hyper[1]
         self._asked = run

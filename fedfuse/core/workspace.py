@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +14,7 @@ from fedfuse import models
 from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.texts import Texts
+from fedfuse.data.federated import FederatedData
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import frozen, overlay, variable
 from fedfuse.models.replicas import Replicas
@@ -60,6 +62,8 @@ class Workspace:
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
+        self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
+        self._sent: tuple[Arrays, Arrays] | None = None  # what was given last, and the same on this device
         self.texts = Texts(self)
         budget = scenario.config.runtime.memory
         self._predicts = transfer and scenario.data.transfer is not None
@@ -93,9 +97,10 @@ class Workspace:
         """The resident model of an architecture, in whatever state it was left; of a client abreast, its replica."""
         if abreast.desk is not None and (own := abreast.desk.replica(self, architecture)) is not None:
             return own
-        return self._resident(architecture)
+        return self.resident(architecture)
 
-    def _resident(self, architecture: str) -> nn.Module:
+    def resident(self, architecture: str) -> nn.Module:
+        """The one model of an architecture that is not a replica."""
         if architecture not in self._models:
             model = self.build(architecture)
             with torch.random.fork_rng(devices=[]):  # what is added is as equal everywhere as the model itself
@@ -113,18 +118,18 @@ class Workspace:
         """At least so many copies of an architecture's model, whose weights lie side by side."""
         found = self._replicas.get(architecture)
         if found is None or len(found) < count:
-            found = self._replicas[architecture] = Replicas(self._resident(architecture), count)
+            found = self._replicas[architecture] = Replicas(self.resident(architecture), count)
         return found
 
     def forward(self, architecture: str) -> Forward | None:
         """A forward pass of many replicas at once; None where there is none."""
         if architecture not in self._forwards:
-            self._forwards[architecture] = stacked(self._resident(architecture))
+            self._forwards[architecture] = stacked(self.resident(architecture))
         return self._forwards[architecture]
 
     def initial(self, architecture: str) -> Arrays:
         """The initial weights, equal for all clients of an architecture."""
-        self._resident(architecture)
+        self.resident(architecture)
         return self._initial[architecture]
 
     def fresh(self, architecture: str) -> nn.Module:
@@ -198,6 +203,8 @@ class Workspace:
 
     def _tensors_of(self, key: tuple[Any, ...]) -> Any:
         data = self.scenario.data
+        if self.device.type == "cuda" and len(key) == 2 and (found := self._resident_rows(*key)) is not None:
+            return found
         if key == ("transfer",):
             return data.transfer_tensors()
         if key == ("test",):
@@ -206,6 +213,32 @@ class Workspace:
             parts = [data.tensors(c, "train") for c in range(self.scenario.clients)]
             return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
         return data.tensors(*key)
+
+    def _resident_rows(self, client: Any, split: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A client's examples, taken from all of them that lie on a GPU; None where there is no room for that."""
+        data = self.scenario.data
+        if type(data) is not FederatedData or data.dataset.kind == "tokens" or not isinstance(client, int):
+            return None
+        if self._pool is None:
+            train = data.dataset.train
+            size = 4 * train.inputs.size + 8 * len(train)
+            self._pool = ()
+            if size <= torch.cuda.mem_get_info(self.device)[0] // 4:
+                x, y = data.dataset.tensor(train.inputs), torch.from_numpy(np.array(train.targets))
+                self._pool = self._moved(x), self._moved(y)
+        if not self._pool:
+            return None
+        rows = self._moved(torch.from_numpy(np.array(data.rows_of(client, split))))
+        x, y = (whole.index_select(0, rows) for whole in self._pool)
+        return x, y
+
+    def here(self, arrays: Arrays) -> Arrays:
+        """Arrays on this process's device. What all clients are given is sent there once."""
+        if self.device.type == "cpu":
+            return arrays
+        if self._sent is None or self._sent[0] is not arrays:
+            self._sent = arrays, {name: value.to(self.device) for name, value in arrays.items()}
+        return self._sent[1]
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Tensors made once, on this process's device, and kept while there is room; the oldest go first."""
@@ -222,7 +255,7 @@ class Workspace:
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on this process's device; pinned on the way to a GPU, so that the copy does not stop the loop."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or tensor.is_cuda:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 

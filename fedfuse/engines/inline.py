@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from flwr.app import Message
 
+from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
@@ -24,7 +25,7 @@ class InlineGrid(LocalGrid):
     def __init__(self, node: Node, reverse: bool = False) -> None:
         super().__init__(node.workspace.scenario.clients)
         single_thread()
-        self.node, self.reverse = node, reverse
+        self.node, self.groups, self.reverse = node, Groups(node), reverse
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Run groups one after another."""
@@ -35,9 +36,13 @@ class InlineGrid(LocalGrid):
         yield from self._answers(groups)
 
     def _answers(self, groups: list[list[Message]]) -> Iterator[Message]:
-        for some in self.node.portions(groups):
+        if self.node.workspace.device.type == "cuda" and not self.reverse:  # what is only summed stays on the GPU
+            for replies in self.groups.all(groups, self.cache):
+                yield from replies
+            return
+        for some in self.groups.portions(groups):
             messages = [message for group in some for message in group]
-            if answers := self.node.handle_abreast(messages, self.cache):
+            if answers := self.groups.abreast(messages, self.cache):
                 yield from answers
                 continue
             for message in messages:

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.compat.flower_records import entries, trusted
 from fedfuse.config.registry import Entry
+from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.threads import single_thread
@@ -120,6 +121,7 @@ class Worker:
         self.store: ClientStore = ClientStore(Path(state_dir)) if seen else CarriedStore()
         self.node = TimedNode(entry, scenario, self.store, device, retries)
         self.node.limit = limit
+        self.groups = Groups(self.node)
         return seen
 
     def pid(self) -> int:
@@ -138,11 +140,11 @@ class Worker:
         asked = [[self._message(bare, common) for bare in group] for group in groups]
         if alone:
             for messages in asked:
-                replies = self.node.handle_abreast(messages, self.cache)
+                replies = self.groups.abreast(messages, self.cache)
                 replies = replies or [self.node.handle(message, self.cache) for message in messages]
                 out.append([answer_of(reply) for reply in replies])
         else:
-            out = [[answer_of(reply) for reply in replies] for replies in self.node.handle_groups(asked, self.cache)]
+            out = [[answer_of(reply) for reply in replies] for replies in self.groups.all(asked, self.cache)]
         for address in needs:  # what was meant for one client is not kept in every actor
             if address[1].startswith("client:"):
                 self.cache.pop(address, None)

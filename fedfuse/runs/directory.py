@@ -23,6 +23,7 @@ import torch
 
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.core import client_level
+from fedfuse.core.abreast_notes import computed, vectorized_notes
 from fedfuse.core.attacks import attack_notes
 from fedfuse.core.defended import defence_notes
 from fedfuse.core.fit import remarks
@@ -129,7 +130,7 @@ class RunDirectory(Callback):
             write_text(self.path / "config.yaml", self.config)
             if PASSWORD.search(self.config):  # of a tracker's address: nobody else's to read
                 (self.path / "config.yaml").chmod(0o600)
-            write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            write_text(self.path / "environment.json", json.dumps({**environment(), **computed(self.config)}, indent=1))
             if self.state_dir is not None:
                 self._link_state(self.state_dir)
             self.clients = ClientStore((self.checkpoint / "clients").resolve())
@@ -333,6 +334,7 @@ class RunDirectory(Callback):
                 *undefined(self._figures(UNDEFINED), federation.scenario.clients),
                 *exhausted(self._figures(LEFT), federation.scenario.clients),
                 *remarks(strategy),
+                *vectorized_notes(config, strategy.inbox.apart),
                 *strategy.notes(),
                 *told(strategy, ended_at(self.checkpoint)),
                 *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
@@ -414,7 +416,7 @@ def _numbers(values: dict[str, float]) -> dict[str, float | None]:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
-    return {name: metadata.version(name) for name in packages}
+    return {name: found for name in packages if (found := _version(name))}
 
 
 def environment() -> dict[str, Any]:
@@ -438,3 +440,10 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "command": " ".join(sys.argv),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a folder, or without what this run does not need
+        return ""

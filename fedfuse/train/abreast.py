@@ -19,7 +19,18 @@ class Apart(BaseException):
     """A computation of several clients failed: each starts anew from its committed state, alone.
 
     Not an `Exception`, so that no client code takes it for a failure of its own.
+
+    Parameters
+    ----------
+    why
+        What failed, in words.
+    smaller
+        Whether they may sit together again, fewer of them: what failed was memory.
     """
+
+    def __init__(self, why: str, smaller: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.smaller = why, smaller
 
 
 @dataclass(eq=False)
@@ -51,6 +62,9 @@ class Desk(Protocol):
 
     def away(self) -> float:
         """Seconds that the client that runs now has waited for others."""
+
+    def apart(self) -> str:
+        """Why the client that runs now was taken out of a stack; empty if it was not."""
 
 
 desk: Desk | None = None  # of this process, whose clients take turns in one thread

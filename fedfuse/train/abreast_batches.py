@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +14,8 @@ from fedfuse.train.abreast import Training
 from fedfuse.train.batch import sizes_of
 from fedfuse.train.task import task_step
 
-ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead
+ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead, where they would fit into a cache
+DEVICE_ROOM = 2 * 2**30  # the same on a GPU
 
 
 class Member:
@@ -24,9 +26,23 @@ class Member:
         self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
         self.planned = asked.epochs * len(self.sizes) if asked.max_steps is None else asked.max_steps
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
-        if self.own:  # what it draws at random, it draws from the stream that it would alone
-            alone = torch.Generator().manual_seed(seed_of(*asked.seed_parts, "layers"))
-            self.stream = alone.get_state()
+        if self.own:  # what it draws at random, it draws from the streams that it would alone
+            self.seed = seed_of(*asked.seed_parts, "layers")
+            self.stream = torch.Generator().manual_seed(self.seed).get_state()
+            self.drawn = 0  # of the device's stream
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Let its loss go on with its own streams."""
+        torch.default_generator.set_state(self.stream)
+        device = self.asked.x.device
+        generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+        if generator is not None:
+            generator.manual_seed(self.seed).set_offset(self.drawn)
+        yield
+        self.stream = torch.default_generator.get_state()
+        if generator is not None:
+            self.drawn = generator.get_offset()
 
     def order(self, epoch: int) -> Tensor:
         """Rows of an epoch."""
@@ -46,9 +62,20 @@ class Feed:
         longest = max(len(member.asked.x) for member in members)
         size = sum(t[:1].numel() * t.element_size() for t in (first.x, first.y) if t is not None)
         self.x = self.y = None
-        if len(members) * longest * size <= ROOM:
+        self.starts: Tensor | None = None  # where each member's examples begin in `pool`, on a GPU
+        if len(members) * longest * size <= (DEVICE_ROOM if self.device.type == "cuda" else ROOM):
             self.x = _scratch("x", first.x, len(members), longest)
             self.y = None if first.y is None else _scratch("y", first.y, len(members), longest)
+            if _gathers(self.device):
+                self._gather()
+
+    def _gather(self) -> None:
+        """Lay the members' examples behind each other, so that one call puts all of an epoch in order."""
+        counts = torch.tensor([0, *(len(member.asked.x) for member in self.members[:-1])])
+        self.starts = counts.cumsum(0)
+        self.pool = torch.cat([member.asked.x for member in self.members])
+        ys = [y for member in self.members if (y := member.asked.y) is not None]
+        self.pool_y = torch.cat(ys) if ys else None
 
     def groups(self, step: int, alive: int) -> Iterator[tuple[list[int], int]]:
         """Who has a batch of the same size at this step: places among the members, and the size."""
@@ -56,8 +83,7 @@ class Feed:
             sizes = self.members[0].sizes
             epoch, within = divmod(step, len(sizes))
             if within == 0:
-                for k in range(alive):
-                    self._begin(k, epoch)
+                self._begin_all(list(range(alive)), [epoch] * alive)
             else:
                 self.at = [(within, self.at[0][1] + sizes[within - 1])] * len(self.members)
             yield list(range(alive)), sizes[within]
@@ -66,15 +92,41 @@ class Feed:
 
     def _by_size(self, step: int, alive: int) -> dict[int, list[int]]:
         sizes: dict[int, list[int]] = {}
+        beginning: list[int] = []
         for k in range(alive):
             member = self.members[k]
-            epoch, within = divmod(step, len(member.sizes))
+            within = step % len(member.sizes)
             if within == 0:
-                self._begin(k, epoch)
+                beginning.append(k)
             else:
                 self.at[k] = within, self.at[k][1] + member.sizes[within - 1]
             sizes.setdefault(member.sizes[within], []).append(k)
+        self._begin_all(beginning, [step // len(self.members[k].sizes) for k in beginning])
         return sizes
+
+    def _begin_all(self, places: list[int], epochs: list[int]) -> None:
+        if self.starts is None or not places:
+            for k, epoch in zip(places, epochs, strict=True):
+                self._begin(k, epoch)
+            return
+        assert self.x is not None
+        orders = [self.members[k].order(epoch) for k, epoch in zip(places, epochs, strict=True)]
+        named = torch.zeros(2, len(places), self.x.shape[1], dtype=torch.int64)  # of a member's own, and of the pool
+        for i, (k, order) in enumerate(zip(places, orders, strict=True)):
+            named[0, i, : len(order)] = order
+            named[1, i, : len(order)] = order + self.starts[k]
+        here = sent(named, self.device)
+        for i, (k, order) in enumerate(zip(places, orders, strict=True)):
+            self.rows[k], self.at[k] = here[0, i, : len(order)], (0, 0)
+        whole, flat = len(places) == len(self.members), here[1].flatten()
+        index = None if whole else sent(torch.tensor(places), self.device)
+        for into, pool in ((self.x, self.pool), (self.y, self.pool_y)):
+            if into is not None and pool is not None:
+                if index is None:
+                    torch.index_select(pool, 0, flat, out=into.flatten(0, 1))
+                else:
+                    found = pool.index_select(0, flat).unflatten(0, (len(places), -1))
+                    into.index_copy_(0, index, found)
 
     def _begin(self, k: int, epoch: int) -> None:
         asked = self.members[k].asked
@@ -99,6 +151,16 @@ class Feed:
             ys = [None if a.y is None else a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True)]
             return x, None if ys[0] is None else torch.stack(ys)  # type: ignore[arg-type]
         return _cut(self.x, places, self.at, size), None if self.y is None else _cut(self.y, places, self.at, size)
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether examples of all members are put in order by one call: where a call costs more than what it does."""
+    return device.type == "cuda"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, on its way there when this returns."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 _kept: dict[str, Tensor] = {}  # pages that are there already: fresh ones for every stack take as long as its products

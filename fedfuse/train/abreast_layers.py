@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedfuse.models.feedforward import Classifier
+from fedfuse.models.feedforward import Classifier, Convolutional, channels_last
+from fedfuse.train.abreast_images import convolution, pooling
 
 Weights = Mapping[str, Tensor]  # by name, (K, *shape); what all clients share has no K
 Forward = Callable[[Weights, Tensor], Tensor]
@@ -48,6 +49,14 @@ def _classifier(module: Any, prefix: str) -> Forward | None:
     return _chain([stacked(getattr(module, name), f"{prefix}{name}.") for name in ("body", "head")])
 
 
+def _convolutional(module: Any, prefix: str) -> Forward | None:
+    return _chain([_channels_last, _classifier(module, prefix)])
+
+
+def _channels_last(weights: Weights, x: Tensor) -> Tensor:
+    return channels_last(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 def _chain(steps: list[Forward | None]) -> Forward | None:
     if None in steps:
         return None
@@ -69,7 +78,7 @@ def _linear(module: Any, prefix: str) -> Forward:
         if w.ndim == 2:  # common to all
             return F.linear(x, w, b)
         (_, outputs, inputs), rows = w.shape, x.shape[1]
-        if min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL:
+        if not x.is_cuda and (min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL):
             biases = [None] * len(w) if b is None else b.unbind()
             return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
         out: Tensor = _Products.apply(x, w, b)
@@ -108,14 +117,17 @@ def _exact(module: Any, prefix: str) -> Forward | None:
 
 def _each(module: Any, prefix: str) -> Forward:
     # torch rounds the last few numbers of a tensor otherwise than those before: their place must be that in one's own
-    return lambda weights, x: torch.stack([module(one) for one in x.unbind()])
+    return lambda weights, x: module(x) if x.is_cuda else torch.stack([module(one) for one in x.unbind()])
 
 
 KINDS: dict[type[nn.Module], Callable[[Any, str], Forward | None]] = {
     nn.Sequential: _sequential,
     Classifier: _classifier,
+    Convolutional: _convolutional,
     nn.Linear: _linear,
     nn.Flatten: _flatten,
+    nn.Conv2d: convolution,
+    nn.MaxPool2d: pooling,
     **dict.fromkeys((nn.ReLU, nn.Identity), _exact),
     **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.GELU), _each),
 }

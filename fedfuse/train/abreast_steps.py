@@ -19,7 +19,7 @@ from torch import Tensor
 from fedfuse.models.replicas import Replicas
 from fedfuse.train import training
 from fedfuse.train.abreast import Training
-from fedfuse.train.abreast_batches import Feed, Member
+from fedfuse.train.abreast_batches import Feed, Member, sent
 from fedfuse.train.abreast_layers import Forward
 from fedfuse.train.mean_loss import added_in_order
 from fedfuse.train.task import IGNORED
@@ -39,7 +39,7 @@ class Stack:
         named = replicas.parameters[members[0].slot]
         slots = [member.slot for member in members]
         self.moved = slots != list(range(slots[0], slots[0] + len(slots)))
-        self.index = torch.tensor(slots, device=members[0].asked.x.device)
+        self.index = sent(torch.tensor(slots), members[0].asked.x.device)
         self.weights = {
             name: stack.index_select(0, self.index) if self.moved else stack[slots[0] : slots[-1] + 1]
             for name, stack in replicas.stacks.items()
@@ -76,7 +76,7 @@ class Stack:
         self.rest = {n: w[:alive] for n, w in self.weights.items() if n not in self.leaves}
         self.held = {}
         for name, leaf in self.leaves.items():
-            if leaf[0].numel() % WIDTH:
+            if leaf[0].numel() % WIDTH and not leaf.is_cuda:
                 self.held |= {(name, k): row for k, row in enumerate(leaf.detach().unbind())}
             else:
                 self.held[name, -1] = leaf
@@ -96,7 +96,7 @@ class Stack:
         if whole:
             leaves, rest = self.leaves, self.rest
         else:
-            index = torch.tensor(places, device=x.device)
+            index = sent(torch.tensor(places), x.device)
             leaves = {n: leaf.detach().index_select(0, index).requires_grad_() for n, leaf in self.leaves.items()}
             rest = {name: w.index_select(0, index) for name, w in self.rest.items()}
         out = self.forward({**leaves, **rest, **self.common}, x)
@@ -121,9 +121,8 @@ class Stack:
     def _own_losses(self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
         values = []
         for i, (member, rows) in enumerate(zip(members, named, strict=True)):
-            torch.default_generator.set_state(member.stream)
-            values.append(member.asked.loss(out[i], None if y is None else y[i], rows))
-            member.stream = torch.default_generator.get_state()
+            with member.drawing():
+                values.append(member.asked.loss(out[i], None if y is None else y[i], rows))
         found = torch.stack(values)
         found.sum().backward()
         return found.detach()
@@ -177,6 +176,7 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
         Whatever one of them raises; their weights are then between two states.
     """
     members = [Member(one, slot) for slot, one in asked]
+    device = members[0].asked.x.device
     ordered = sorted(members, key=lambda member: -member.planned)  # stable: equals stay in memory's order
     labels = [y for member in members if not member.own and (y := member.asked.y) is not None]
     if labels and bool((torch.cat(labels) == IGNORED).any()):
@@ -185,10 +185,10 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
     for member in ordered:
         if not member.asked.model.training:
             training.training_mode(member.asked.model)
-    stack, feed, losses = Stack(ordered, replicas, forward), Feed(ordered), Losses(len(ordered))
+    stack, feed, losses = Stack(ordered, replicas, forward), Feed(ordered), Losses(len(ordered), device)
     steps = [0] * len(ordered)
     own = any(member.own for member in ordered)
-    with torch.random.fork_rng(devices=[], enabled=own):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=own):
         for step in range(ordered[0].planned):
             alive = sum(member.planned > step for member in ordered)
             stack.shorten(alive)
@@ -212,8 +212,8 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
 class Losses:
     """Sums over steps of the members' losses, in float64; rows' losses are added up all at once in the end."""
 
-    def __init__(self, members: int) -> None:
-        self.sums = torch.zeros(members, dtype=torch.float64)
+    def __init__(self, members: int, device: torch.device) -> None:
+        self.sums = torch.zeros(members, dtype=torch.float64, device=device)
         self.found: list[tuple[list[int], Tensor]] = []
 
     def keep(self, places: list[int], losses: Tensor) -> None:
@@ -221,7 +221,7 @@ class Losses:
         self.found.append((places, losses))
 
     def totals(self) -> list[float]:
-        """Each member's sum."""
+        """Each member's sum; the first moment at which the processor waits for a GPU."""
         sizes: dict[int, list[Tensor]] = {}
         for _, losses in self.found:
             if losses.ndim > 1:
@@ -230,9 +230,9 @@ class Losses:
         for places, losses in self.found:
             value = next(means[losses.shape[1]]) if losses.ndim > 1 else losses
             if places[-1] == len(places) - 1:
-                self.sums[: len(places)] += value.cpu()
+                self.sums[: len(places)] += value
             else:
-                self.sums.index_add_(0, torch.tensor(places), value.cpu().double())
+                self.sums.index_add_(0, sent(torch.tensor(places), value.device), value.double())
         found: list[float] = self.sums.tolist()
         return found
 

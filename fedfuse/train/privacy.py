@@ -255,14 +255,15 @@ def train(
     ghost = privacy.clipping == "ghost"
     passes(steps * rate)
     kind: type[Any] = DPOptimizerFastGradientClipping if ghost else DPOptimizer
-    if isinstance(noising, Keystream):
+    drawn_here = isinstance(noising, Keystream) or x.is_cuda  # a generator of the CPU's draws for no other device
+    if drawn_here:
         kind = noised_by(kind, lambda like, deviation: gaussian(like, deviation, noising))
     wrapped: Any = kind(
         inner,
         noise_multiplier=noise,
         max_grad_norm=privacy.clip,
         expected_batch_size=rate * len(x),  # type: ignore[arg-type]
-        generator=None if isinstance(noising, Keystream) else noising,
+        generator=None if drawn_here else noising,
     )
     training.training_mode(model)
     passed = 0

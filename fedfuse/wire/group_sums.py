@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from fedfuse.wire.fixed_point import FixedPoint
-from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, record, tensors
+from fedfuse.wire.records import Arrays, InvalidArrays, config_in, entries, resting, tensors
 from fedfuse.wire.sums import Sum
 
 Sums = Mapping[str, str | None]  # record -> metric that weighs it (None: 1, and 0 for who has no examples)
@@ -76,7 +76,7 @@ def hand_over(reply: Message, totals: Mapping[str, Sum]) -> None:
     for name, total in totals.items():
         arrays, weight = total.group()
         if arrays:
-            reply.content[f"{CARRIED}{name}"] = record(arrays)
+            reply.content[f"{CARRIED}{name}"] = resting(arrays)
             config[f"weight:{name}"] = weight
             config[f"dtypes:{name}"] = json.dumps(
                 {key: str(dtype).removeprefix("torch.") for key, dtype in total.dtypes.items()}

@@ -38,6 +38,11 @@ def record(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     return trusted(ArrayRecord, {name: LiveArray(value) for name, value in plain.items()})
 
 
+def resting(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Wrap tensors as `record` does, but leave them on their device, where they are summed, or copied if asked for."""
+    return trusted(ArrayRecord, {name: LiveArray(value.detach()) for name, value in arrays.items()})
+
+
 def measured(metrics: dict[str, Any]) -> MetricRecord:
     """A client's metrics as a Flower record; what is no number, Flower refuses in its own words."""
     if all(type(value) in (int, float) for value in metrics.values()):
@@ -207,11 +212,19 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
                 raise InvalidArrays(f"{name}/{key}: dtype {dtype_name(tensor.dtype)}, expected {dtype}")
             if tensor.shape != shape and not _fits(tensor.shape, shape):
                 raise InvalidArrays(f"{name}/{key}: shape {tuple(tensor.shape)}, expected {_pretty(shape)}")
+    if got and next(iter(got.values())).is_cuda and _finite_together(got):
+        return
     for key, tensor in got.items():
         # one reduction instead of an elementwise mask: a sum is finite only if every term is (or it overflows,
         # which the exact check then settles)
         if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise InvalidArrays(f"{name}/{key}: not finite")
+
+
+def _finite_together(got: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all are finite, asked of a GPU in one question; False also where it cannot tell."""
+    sums = [t.sum(dtype=torch.float64) for t in got.values() if t.is_floating_point()]
+    return not sums or isfinite(torch.stack(sums).sum().item())
 
 
 def _fits(have: Sequence[int], want: Shape) -> bool:

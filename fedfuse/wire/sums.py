@@ -59,7 +59,7 @@ class Sum:
 
     def _scaled(self, value: torch.Tensor, weight: float) -> torch.Tensor:
         if self.fixed is not None:
-            return self.fixed.quantised(value, weight)
+            return self.fixed.quantised(value.cpu(), weight)
         return value.to(torch.float64, copy=True).mul_(weight)
 
     def check(self, arrays: Arrays, weight: float) -> None:
@@ -89,7 +89,7 @@ class Sum:
     def _close(self) -> None:
         for name, value in self._current.items():
             if name in self._total:
-                self._total[name].add_(value)
+                self._total[name].add_(value.to(self._total[name].device))
             else:
                 self._total[name] = value.clone() if self._borrowed else value
         self._weights += self._weight
@@ -105,7 +105,7 @@ class Sum:
         if self.fixed is not None:
             steps = {name: self.fixed.step(self.dtypes[name]) for name in self._total}
             return {name: value * steps[name] for name, value in self._total.items()}, self._weights
-        return self._total, self._weights
+        return {name: value.cpu() for name, value in self._total.items()}, self._weights  # if it was summed on a GPU
 
     def nbytes(self, arrays: Arrays) -> int:
         """A client's payload as it travels."""
@@ -142,7 +142,8 @@ def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None
 
     Weights are counts as a rule: then the product is exact, and torch's fused multiply-add rounds the same.
     """
-    if value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
+    value = value.to(total.device)
+    if value.is_cuda or value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
         pieces = [(total, value)]  # views of it would take longer than the sum
     else:
         pieces = list(zip(total.view(-1).split(_BLOCK), value.view(-1).split(_BLOCK), strict=True))

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse.core import abreast
+from fedfuse.core import abreast, abreast_room, abreast_trial
 from fedfuse.core.client import FusionClient
 from tests.contract.test_matrix import Crash
 from tests.federations import federation, intercept, play
 
 AUTO = "runtime.vectorize=auto"
 UNEQUAL = ("partition=dirichlet", "clients=9", "train.batch_size=7", "rounds=2")
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    """Stacks are made at once, whether they pay or not."""
+    monkeypatch.setattr(abreast_trial, "TRIES", 0)
 
 
 @pytest.fixture
@@ -59,14 +65,15 @@ def test_settings_of_training_are_heard_or_their_clients_train_alone(word, stack
 def test_architectures_that_fit_and_one_that_does_not(made):
     words = ("clients=6", "model.pool=[mlp_small,mlp,cnn]", "rounds=1")
     assert play("fedmd", *words, AUTO).digest == play("fedmd", *words).digest
-    assert max(made) == 2
+    assert sorted(set(made)) == [2]
+    assert len(made) == 6
 
 
 def test_stacks_of_any_size(monkeypatch, made):
     whole = play("fedavg", *UNEQUAL, AUTO)
     for stack, awake in ((50_000, 64), (2**30, 64), (2**30, 3)):
-        monkeypatch.setattr(abreast, "STACK", stack)
-        monkeypatch.setattr(abreast, "AWAKE", awake)
+        monkeypatch.setattr(abreast_room, "STACK", stack)
+        monkeypatch.setattr(abreast_room, "AWAKE", awake)
         made.clear()
         assert play("fedavg", *UNEQUAL, AUTO).digest == whole.digest
         assert max(made) == (5 if stack == 50_000 else min(awake, 9))
@@ -108,24 +115,35 @@ def test_seconds_are_ones_own_and_a_share_of_the_stack(monkeypatch):
     assert all(took[0] / 9 <= seconds < took[0] for seconds in found)
 
 
-def test_a_stack_without_memory_is_taken_apart(monkeypatch):
-    alone, real, sizes = play("fedavg", *UNEQUAL), abreast.together, []
+def test_stacks_without_memory_are_halved_until_they_fit(monkeypatch):
+    alone, real, sizes, holds = play("fedavg", *UNEQUAL), abreast.together, [], 3
 
     def together(asked, replicas, forward):
         sizes.append(len(asked))
-        if len(asked) > 1:
+        if len(asked) > holds:
             for stack in replicas.stacks.values():
-                stack.fill_(float("nan"))  # what fails half-way leaves rubbish behind
-            raise torch.OutOfMemoryError("no room")
+                for slot, _ in asked:
+                    stack[slot].fill_(float("nan"))  # what fails half-way leaves rubbish behind
+            raise torch.cuda.OutOfMemoryError("no room")
         return real(asked, replicas, forward)
 
     monkeypatch.setattr(abreast, "together", together)
     crowded = play("fedavg", *UNEQUAL, AUTO)
     assert crowded.digest == alone.digest
     assert crowded.strategy.inbox.left_out == []
-    assert 1 in sizes
-    monkeypatch.setattr(abreast, "together", lambda *_: 1 / 0)  # nor does a stack of one work
+    assert sizes == [9, 3, 3, 3, 3, 3, 3]  # what did not fit once is not tried again
+    (note,) = [note for note in crowded.notes if note.startswith("vectorize")]
+    assert note.startswith("vectorize: 9 trainings were begun anew: a stack of 9 failed: OutOfMemoryError: no room")
+    holds = 1
+    sizes.clear()
     assert play("fedavg", *UNEQUAL, AUTO).digest == alone.digest
+    assert sizes == [9, 3] + [1] * 18, "the other six of the first nine are asked for anew, alone"
+    monkeypatch.setattr(abreast, "together", lambda *_: 1 / 0)  # nor does a stack of one work
+    broken = play("fedavg", *UNEQUAL, AUTO)
+    assert broken.digest == alone.digest
+    assert {note.split(":")[1] for note in broken.notes if note.startswith("vectorize")} == {
+        " 18 trainings were begun anew"
+    }
 
 
 def test_random_numbers_are_each_clients_own(monkeypatch, made):

@@ -10,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedfuse.config import registry
+from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node, parcels, place, state_sha
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.network.site_memory import SiteMemory
@@ -239,7 +240,7 @@ def test_a_group_is_summed_beside_its_clients(tmp_path: Path) -> None:
     expected = Sum()
     for reply in plain:
         expected.add(0, tensors(reply.content["arrays"]), float(reply.content["metrics"]["num-examples"]))
-    replies = node("fedavg", tmp_path).handle_group(messages, [Cache() for _ in messages])
+    replies = Groups(node("fedavg", tmp_path)).one(messages, [Cache() for _ in messages])
     size = nbytes(tensors(plain[0].content["arrays"]))
     for reply in replies:
         assert "arrays" not in reply.content
@@ -254,7 +255,7 @@ def test_a_group_is_summed_beside_its_clients(tmp_path: Path) -> None:
 def test_a_groups_last_valid_member_carries_the_sum(tmp_path: Path) -> None:
     messages = asked("fedavg")
     messages[2] = changed(messages[2], config={"tag": "7.1"})
-    replies = node("fedavg", tmp_path).handle_group(messages, [Cache() for _ in messages])
+    replies = Groups(node("fedavg", tmp_path)).one(messages, [Cache() for _ in messages])
     assert replies[2].has_error()
     assert "sum:model" in replies[1].content
 
@@ -271,7 +272,7 @@ def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monke
 
     entry = registry.entry("fedavg")
     enter(monkeypatch, entry.server, Poisons, entry.hyper, "fedavg")
-    replies = node("fedavg", tmp_path).handle_group(asked("fedavg"), [Cache() for _ in range(3)])
+    replies = Groups(node("fedavg", tmp_path)).one(asked("fedavg"), [Cache() for _ in range(3)])
     assert failure(replies[1])[0] == INVALID
     assert all(bool(torch.isfinite(v).all()) for v in tensors(replies[2].content["sum:model"]).values())
 

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedfuse import models
 from fedfuse.config.schema import TrainConfig
 from fedfuse.models.feedforward import Classifier
 from fedfuse.models.replicas import Replicas, nbytes
 from fedfuse.seeding import generator
+from fedfuse.train import abreast_batches
 from fedfuse.train.abreast import Training
+from fedfuse.train.abreast_images import windows_products
 from fedfuse.train.abreast_layers import stacked
 from fedfuse.train.abreast_steps import together
 from fedfuse.train.mean_loss import added_in_order
@@ -77,6 +80,17 @@ def test_together_is_alone(optimizer, sizes):
         data = [examples(n, sizes[0], sizes[-1], k) for k, n in enumerate(rows)]
         made, alone = abreast(net(*sizes), data, config=config)
         assert same(made, alone), rows
+
+
+@pytest.mark.parametrize("rows", [(20, 20, 20), (20, 9, 33, 1, 2)])
+def test_examples_laid_behind_each_other_as_on_a_gpu_change_nothing(rows, monkeypatch):
+    monkeypatch.setattr(abreast_batches, "_gathers", lambda device: True)
+    data = [examples(n, 13, 3, k) for k, n in enumerate(rows)]
+    assert same(*abreast(net(13, 11, 3), data))
+    assert same(*abreast(net(13, 11, 3), data, own=lambda k: lambda z, y, rows: F.cross_entropy(z, y) * (rows[0] + k)))
+    assert same(
+        *abreast(net(13, 11, 3), [(x, None) for x, _ in data], own=lambda k: lambda z, y, rows: z.square().mean())
+    )
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.GELU])
@@ -225,3 +239,35 @@ def test_products_of_all_sizes():
         x = torch.randn(3, rows, inputs)
         out = stacked(layer)(replicas.stacks, x)
         assert all(torch.equal(out[k], replicas.modules[k](x[k])) for k in range(3)), (rows, inputs, outputs)
+
+
+@pytest.mark.parametrize(("shape", "width"), [((1, 8, 8), 1.0), ((2, 9, 7), 1.0), ((3, 12, 12), 0.4)])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_convolutions_have_the_bits_of_each_alone(shape, width, batch):
+    model = models.build(f"lenet@{width}", shape=shape, classes=3, seed=0)
+    draw = generator("images")
+    rows = (14, 9, 20) if batch > 1 else (2, 3)
+    data = [(torch.randn(n, *shape, generator=draw), torch.randint(0, 3, (n,), generator=draw)) for n in rows]
+    assert same(*abreast(model, data, config=TrainConfig(lr=0.05, batch_size=batch)))
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_products_over_windows_are_convolutions(padding):
+    x = torch.randn(3, 4, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 7, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    out = windows_products(x, w, b, (padding, padding))
+    each = torch.stack([F.conv2d(*one, padding=padding) for one in zip(x, w, b, strict=True)])
+    torch.testing.assert_close(out, each)
+    aim = torch.randn_like(each)
+    found, wanted = (torch.autograd.grad((y * aim).sum(), (x, w, b)) for y in (out, each))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(windows_products(x, w, None, (padding, padding)), each - b[:, None, :, None, None])
+
+
+def test_convolutions_that_have_no_stacked_form():
+    for options in ({"stride": 2}, {"padding": "same"}, {"groups": 2}, {"dilation": 2}, {"padding": 3}):
+        assert stacked(nn.Conv2d(2, 2, 3, **options)) is None
+    assert stacked(nn.Conv2d(2, 1, 3)) is None
+    assert stacked(nn.MaxPool2d(2, return_indices=True)) is None
+    assert stacked(nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2))) is not None

@@ -1,0 +1,52 @@
+"""Whether stacks pay on a CPU, measured once for each architecture and kept: bits are equal, so only time is at stake.
+
+The first few trainings of a kind are made alone, the next in small stacks, both against the thread's own clock; from
+then on the faster way is taken. On a GPU, where bits may differ, nothing is tried: stacks are always made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TRIES = 3  # of each way; the first is not counted: it builds what later ones find
+PART = 8  # clients of a stack as long as nothing is known
+GAIN = 0.97  # of the time alone that a stack may take at most, for it to be worth it
+
+
+class Trials:
+    """What was measured, by architecture and kind of training."""
+
+    def __init__(self) -> None:
+        self._alone: dict[Any, list[float]] = {}
+        self._stacked: dict[Any, list[float]] = {}
+        self._pays: dict[Any, bool] = {}
+
+    def pays(self, kind: Any) -> bool | None:
+        """Whether stacks pay; None while it is not known."""
+        return self._pays.get(kind, None if TRIES else True)
+
+    def declined(self, architecture: str) -> bool:
+        """Whether everything that was measured of an architecture had better run alone."""
+        known = [pays for (name, *_), pays in self._pays.items() if name == architecture]
+        asked = {kind for kind in (*self._alone, *self._stacked) if kind[0] == architecture}
+        return bool(known) and len(known) == len(asked) and not any(known)
+
+    def wants_alone(self, kind: Any) -> bool:
+        """Whether the next training of a kind shall be made alone, to be measured."""
+        return self.pays(kind) is None and len(self._alone.setdefault(kind, [])) < TRIES
+
+    def alone(self, kind: Any, seconds: float, steps: int) -> None:
+        """Remember what a training alone took."""
+        self._note(self._alone, kind, seconds, steps)
+
+    def stacked(self, kind: Any, seconds: float, steps: int) -> None:
+        """Remember what a stack took, for the steps of all its clients."""
+        self._note(self._stacked, kind, seconds, steps)
+
+    def _note(self, where: dict[Any, list[float]], kind: Any, seconds: float, steps: int) -> None:
+        if self.pays(kind) is not None or not steps:
+            return
+        where.setdefault(kind, []).append(seconds / steps)
+        alone, stacked = self._alone.get(kind, []), self._stacked.get(kind, [])
+        if min(len(alone), len(stacked)) >= TRIES:
+            self._pays[kind] = min(stacked[1:]) <= GAIN * min(alone[1:])
