@@ -328,7 +328,7 @@ COMMANDS: dict[str, Callable[[list[str], float], int]] = {
     "flower": _flower,
     "bench": _bench,
 }
-FOREIGN_HELP = ("deploy", "flower", "bench", "watch")
+FOREIGN_HELP = ("deploy", "flower", "bench")
 
 
 if __name__ == "__main__":
