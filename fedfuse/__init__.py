@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.models import pair, parts, reader
     from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
-    from fedfuse.train import classwise, curvature, distil, next_token, training, truncate
+    from fedfuse.train import classwise, curvature, distil, mentors, next_token, training, truncate
     from fedfuse.train.scores import scores
     from fedfuse.train.task import task_loss
     from fedfuse.wire import label_code
@@ -85,7 +85,7 @@ _HOMES = {
 }
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.public_text",
             "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.reader",
-            "train.classwise", "train.curvature", "train.distil", "train.next_token", "train.training",
+            "train.classwise", "train.curvature", "train.distil", "train.mentors", "train.next_token", "train.training",
             "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}

@@ -21,6 +21,10 @@ effective neighbours 1/Σ_m w_nm² are logged every round, and a run whose fusio
 Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. β = 0 is uniform averaging, β → ∞
 self-distillation. Step (d) happens at the start of the client's next round or evaluation. The EPD tells the server each
 client's approximate class prior, and is only as good as the transfer set is class-balanced. Architectures may differ.
+
+`neighbours=classroom` puts ClassroomKD's rule (Sarode et al. 2024, arXiv 2409.20237; `fedfuse.train.mentors`) in the
+place of EPDs and mixtures: the server ranks the participants by their loss on the labelled transfer rows, and each
+fine-tunes on those that rank no lower, with CE on the rows' labels; down go their M ≤ N − 1 soft labels, M·T_s·C·B_f.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ from fedfuse import (
     arrays,
     distributions,
     hyper,
+    mentors,
     strategy,
+    transfer_rows,
 )
 
 
@@ -55,6 +61,11 @@ from fedfuse import (
 class KnFuHyper:
     """Hyper-parameters of KnFu; every one but `beta` is an open choice of the paper."""
 
+    neighbours: str = hyper(
+        "epd",
+        "who teaches whom: everybody by alike EPDs, or those no worse on the transfer set's labels (ClassroomKD)",
+        choices=("epd", "classroom"),
+    )
     beta: float = hyper(10.0, "β, inverse temperature of the fusion weights (paper: 10)", low=0)
     epd_source: str = hyper(
         "mean_soft",
@@ -165,6 +176,11 @@ class KnFuClient(FusionClient):
         h: KnFuHyper = self.hyper
         item = knowledge["soft_labels"]
         x, y = self.workspace.transfer(self.subset(None, item.version))
+        if h.neighbours == "classroom":
+            taught = {name: v.to(self.workspace.device) for name, v in item.arrays.items()}
+            rule = mentors.objective(taught, self.loss)
+            self.distil(rule, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
+            return
         loss = self.loss("soft_ce" if h.finetune_loss == "ce_soft" else "kl", temperature=h.kd_temperature)
         soft = loss.towards(item.arrays["p"].to(self.workspace.device))
 
@@ -194,6 +210,11 @@ def shared_arrays(scope: Scope) -> Layout:
     return layout
 
 
+def fused_arrays(scope: Scope) -> Layout:
+    """Layout of what a client gets: its mixture, or its mentors' soft labels."""
+    return mentors.lessons(scope) if scope.hyper.neighbours == "classroom" else arrays(p=("subset", "classes"))(scope)
+
+
 @strategy(
     "knfu",
     client=KnFuClient,
@@ -203,7 +224,7 @@ def shared_arrays(scope: Scope) -> Layout:
 class KnFu(FusionStrategy):
     """Personal mixtures of soft labels, weighted by similarity of estimated class distributions (reconstruction)."""
 
-    topics = {"soft_labels": Topic("lesson", arrays(p=("subset", "classes")))}
+    topics = {"soft_labels": Topic("lesson", fused_arrays)}
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
     distils = True
@@ -211,6 +232,10 @@ class KnFu(FusionStrategy):
 
     def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
+        if hyper.neighbours == "classroom":
+            labelled, idle = self.scenario.config.transfer.labelled, ("beta", "epd_source", "distance", "include_self")
+            mentors.check(hyper, labelled, *idle, "top_k", "min_weight", "finetune_loss", "kd_temperature")
+            self.transfer, workspace.transfer_declared = "both", True  # type: ignore[assignment, misc]
         if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled:
             raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
 
@@ -225,16 +250,19 @@ class KnFu(FusionStrategy):
         everyone = list(shares)
         knowledge = torch.stack([s.records["soft_labels"]["p"] for s in everyone])  # F: N × T_s × C
         soft = knowledge.softmax(-1) if self.hyper.fuse_space == "logit" else knowledge
-        if self.hyper.epd_source == "oracle_label_histogram":
-            p = torch.stack([s.records["soft_labels"]["histogram"] for s in everyone])
-        else:
-            p = estimate(soft, self.hyper)
         taught = torch.tensor([s.examples > 0 for s in everyone])
         if not bool(taught.any()):
             return
         worth = torch.tensor([s.weight for s in everyone], dtype=torch.float64)
-        w = fusion_weights(p.double(), self.hyper, taught, worth)
         clients = [s.client for s in everyone]
+        if self.hyper.neighbours == "classroom":
+            self._rank(clients, soft.double(), knowledge.double(), taught, worth)
+            return
+        if self.hyper.epd_source == "oracle_label_histogram":
+            p = torch.stack([s.records["soft_labels"]["histogram"] for s in everyone])
+        else:
+            p = estimate(soft, self.hyper)
+        w = fusion_weights(p.double(), self.hyper, taught, worth)
         self.log_matrix("similarity", clients, w)
         self._say(clients, w)
         fused = torch.einsum("nm,mtc->ntc", w, knowledge.double())
@@ -242,6 +270,14 @@ class KnFu(FusionStrategy):
             fused = fused.softmax(-1)
         for client, labels in zip(clients, fused.float(), strict=True):
             self.publish("soft_labels", {"p": labels}, to=client)
+
+    def _rank(self, clients: list[int], soft: Tensor, sent: Tensor, taught: Tensor, worth: Tensor) -> None:
+        """Let those who know the transfer rows no worse teach each participant."""
+        labels = self.workspace.tensors("transfer")[1].cpu()[transfer_rows(self.scenario, None, self.round)]
+        w = mentors.standing(sent if self.hyper.fuse_space == "logit" else sent.log(), labels, worth)
+        self.log_matrix("similarity", clients, mentors.mentors(w, taught) * w)
+        for n, client in enumerate(clients):
+            self.publish("soft_labels", mentors.lesson(n, soft, w, taught), to=client)
 
     def _say(self, clients: list[int], w: Tensor) -> None:
         """Log how much of its mixture each client keeps for itself, and how many clients it amounts to, 1/Σ_m w_nm²."""

@@ -17,6 +17,10 @@ until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at
 without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0
 freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
 `evaluate.moment=trained`; the default scores it after. Architectures may differ.
+
+`neighbours=classroom` puts ClassroomKD's rule (Sarode et al. 2024, arXiv 2409.20237; `fedfuse.train.mentors`) in the
+place of c: the server ranks the participants by their loss on the labelled transfer rows, and each distils from those
+that rank no lower than itself, with CE on the rows' labels; down go their M ≤ N − 1 soft predictions, M·T_s·C·B_f.
 """
 
 from __future__ import annotations
@@ -31,14 +35,18 @@ from fedfuse import (
     FusionClient,
     FusionStrategy,
     Item,
+    Layout,
     Records,
     Scope,
     Shares,
     Topic,
+    Workspace,
     arrays,
     distributions,
     hyper,
+    mentors,
     strategy,
+    transfer_rows,
 )
 
 
@@ -55,6 +63,11 @@ class KTpFLHyper:
     distance: str = hyper("kl", "D: KL(mixture ‖ own), or mean squared difference (code)", choices=("kl", "mse"))
     rows: str = hyper(
         "simplex", "rows kept distributions by projection, or by softmax(5·c) (code)", choices=("simplex", "softmax")
+    )
+    neighbours: str = hyper(
+        "learned",
+        "who teaches whom: all, by learned coefficients, or those no worse on the transfer set's labels (ClassroomKD)",
+        choices=("learned", "classroom"),
     )
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
     distill_epochs: int | None = hyper(
@@ -127,8 +140,11 @@ class KTpFLClient(FusionClient):
         """T²·KL(target_n ‖ softmax(f/T)) on the target's own rows."""
         h, item = self.hyper, knowledge["target"]
         x, y = self.workspace.transfer(self.subset(h.subset, item.version))
-        target, T = item.arrays["p"].to(self.workspace.device), h.temperature
-        distil = self.loss("kl", temperature=T).towards(target, softened=T)
+        target, T = {name: v.to(self.workspace.device) for name, v in item.arrays.items()}, h.temperature
+        if h.neighbours == "classroom":
+            distil = mentors.objective(target, self.loss, softened=T)
+        else:
+            distil = self.loss("kl", temperature=T).towards(target["p"], softened=T)
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
 
     def share(self) -> Records:
@@ -137,14 +153,26 @@ class KTpFLClient(FusionClient):
         return {"soft": {"p": (logits / self.hyper.temperature).softmax(1)}}
 
 
+def targets(scope: Scope) -> Layout:
+    """Layout of what a client is taught."""
+    return mentors.lessons(scope) if scope.hyper.neighbours == "classroom" else arrays(p=("subset", "classes"))(scope)
+
+
 @strategy("ktpfl", client=KTpFLClient, hyper=KTpFLHyper, paper="Zhang et al. 2021, arXiv 2111.02862")
 class KTpFL(FusionStrategy):
     """Personal mixtures of soft predictions, their N × N coefficients learned at the server."""
 
-    topics = {"target": Topic("lesson", arrays(p=("subset", "classes")))}
+    topics = {"target": Topic("lesson", targets)}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
     distils = True
+
+    def __init__(self, hyper: KTpFLHyper, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        if hyper.neighbours == "classroom":
+            labelled, idle = self.scenario.config.transfer.labelled, ("rho", "coefficient_lr", "coefficient_steps")
+            mentors.check(hyper, labelled, *idle, "distance", "rows", "temperature")
+            self.transfer, workspace.transfer_declared = "both", True  # type: ignore[assignment, misc]
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -163,6 +191,9 @@ class KTpFL(FusionStrategy):
             return
         clients = [share.client for share in everyone]
         s = torch.stack([share.records["soft"]["p"] for share in everyone]).double()
+        if self.hyper.neighbours == "classroom":
+            self._rank(clients, s)
+            return
         grid = torch.meshgrid(torch.tensor(clients), torch.tensor(clients), indexing="ij")
         whole = self.state["coefficients"].clone()
         mass = whole[grid].sum(1, keepdim=True)  # what the rows give to participants; the rest stays where it is
@@ -173,3 +204,12 @@ class KTpFL(FusionStrategy):
         self.log_matrix("similarity", clients, c)
         for client, target in zip(clients, torch.einsum("nm,mtc->ntc", c, s).float(), strict=True):
             self.publish("target", {"p": target}, to=client)
+
+    def _rank(self, clients: list[int], s: Tensor) -> None:
+        """Let those who know the transfer rows no worse teach each participant."""
+        rows = transfer_rows(self.scenario, self.hyper.subset, self.round)
+        labels = self.workspace.tensors("transfer")[1].cpu()[rows]
+        w = mentors.standing(self.hyper.temperature * s.log(), labels)
+        self.log_matrix("similarity", clients, mentors.mentors(w) * w)
+        for n, client in enumerate(clients):
+            self.publish("target", mentors.lesson(n, s, w), to=client)

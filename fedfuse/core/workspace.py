@@ -170,6 +170,7 @@ class Workspace:
             transfer = self.scenario.data.transfer
             common = self._dims[architecture, subset] = {
                 "classes": self.scenario.classes,
+                "clients": self.scenario.clients,
                 "transfer": 0 if transfer is None else len(transfer),
                 "subset": self.scenario.rows_of(subset),
                 "vocabulary": len(self.texts.pieces(architecture)) if self._predicts else 0,

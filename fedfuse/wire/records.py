@@ -159,9 +159,9 @@ def dimension(scope: Scope, size: int | str) -> int:
 def arrays(**shapes: tuple[int | str, ...]) -> Spec:
     """Spec of named arrays.
 
-    Sizes are numbers, `classes`, `transfer` (rows of the transfer set), `subset` (those of a lesson), `examples` (the
-    client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any of them;
-    a leading dtype name such as `"int64"` replaces float32.
+    Sizes are numbers, `classes`, `clients`, `transfer` (rows of the transfer set), `subset` (those of a lesson),
+    `examples` (the client's training examples), `features` (feature_dim), a hyper-parameter's name, or `<=` before any
+    of them; a leading dtype name such as `"int64"` replaces float32.
 
     Example: ``arrays(p=("transfer", "classes"))``.
     """

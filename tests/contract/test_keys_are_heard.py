@@ -68,6 +68,8 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("kafal", "compensation"): ("train.epochs=3",),
     ("kafal", "restart"): ("labels.rounds=1",),
     ("knfu", "finetune_loss"): ("transfer.labelled=true",),
+    ("knfu", "neighbours"): ("transfer.labelled=true",),
+    ("ktpfl", "neighbours"): ("transfer.labelled=true",),
     ("scaffold", "variate"): ("train.momentum=0",),
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
     **{(name, "targets"): ("model=mlp", "strategy.rank=2") for name in MERGING},

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfuse.errors import UserError
-from fedfuse.strategies.knfu import KnFuHyper, distances, estimate, fusion_weights
+from fedfuse.strategies.knfu import KnFu, KnFuHyper, distances, estimate, fusion_weights
 from tests.federations import federation, play
 
 KINDS = ("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine")
@@ -217,3 +217,38 @@ def test_fusion_is_felt_at_the_defaults_and_a_run_without_says_so() -> None:
     assert "fusion did next to nothing" in note
     assert "1.000 of their mixtures" in note
     assert note in summary["notes"]
+
+
+CLASSROOM = ("strategy.neighbours=classroom", "transfer.labelled=true")
+
+
+@pytest.mark.parametrize("space", ["prob", "logit"])
+def test_classroom_sends_each_the_soft_labels_of_those_who_know_more(space: str) -> None:
+    """The middle one of three has learnt from no example: it is taught, and teaches nobody."""
+    with federation("knfu", *CLASSROOM, f"strategy.fuse_space={space}") as (built, _):
+        server = built.strategy
+        server.round = 1
+        y = server.workspace.tensors("transfer")[1]
+        right = torch.nn.functional.one_hot(y, 10).double()
+        f = torch.stack([s * right + (1 - s) * soft_labels(1, 24, 10, seed=6)[0] for s in (0.2, 0.7, 0.5)])
+        sent = f.log() - 3 if space == "logit" else f
+        server.fuse(iter([_Said(n, sent[n], 5 * (n != 1)) for n in range(3)]))
+        r = [math.exp(-float(-f[n][torch.arange(24), y].log().mean())) for n in range(3)]
+        w = [2 * x / sum(r) for x in r]
+        for n, teachers in enumerate(([2], [], [])):  # 1 is the best, and may not teach
+            got = server.published("soft_labels", to=n)
+            assert got["own"].item() == pytest.approx(w[n], rel=1e-6)
+            assert got["weight"].tolist() == pytest.approx([w[m] for m in teachers], rel=1e-6)
+            torch.testing.assert_close(got["p"].double(), f[teachers], rtol=1e-6, atol=1e-8)
+            assert got["temperature"].tolist() == pytest.approx([1 + 12 * (w[m] - w[n]) / w[m] for m in teachers])
+
+
+def test_classroom_needs_labels_and_says_which_keys_do_nothing_beside_it() -> None:
+    with pytest.raises(UserError, match=r"neighbours=classroom ranks by labels: set transfer.labelled=true"):
+        play("knfu", CLASSROOM[0])
+    with federation("knfu", *CLASSROOM) as (built, _):
+        workspace = built.strategy.workspace
+    beside = {"beta": 3.0, "epd_source": "argmax_histogram", "distance": "l2", "include_self": False, "top_k": 1}
+    for key, value in (beside | {"min_weight": 0.2, "finetune_loss": "ce_soft", "kd_temperature": 2.0}).items():
+        with pytest.raises(UserError, match=f"strategy.{key}={value} does nothing with strategy.neighbours=classroom"):
+            KnFu(KnFuHyper(neighbours="classroom", **{key: value}), workspace)

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from fedfuse.config import registry
+from fedfuse.core.client import transfer_rows
+from fedfuse.errors import UserError
 from fedfuse.strategies.ktpfl import KTpFLHyper, gradient, learn, project, rates
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play, uploads
+from tests.halves import server, shares
 
 
 def soft(n=4, rows=6, classes=3, seed=0):
@@ -139,3 +142,37 @@ def test_coefficients_move_at_the_defaults():
         free = free - rates(slope) * slope
     torch.testing.assert_close(once, (5 * free).softmax(1))  # once, not after each step
     assert bool((same >= 0).all())
+
+
+CLASSROOM = ("strategy.neighbours=classroom", "transfer.labelled=true")
+
+
+def test_classroom_ranks_on_the_rounds_rows_at_temperature_1():
+    """Shared at T = 10 on 9 rows of the round: the ranks are those of the predictions themselves."""
+    strategy = server("ktpfl", *CLASSROOM, "strategy.subset=9")
+    y = strategy.workspace.tensors("transfer")[1][transfer_rows(strategy.scenario, 9, 1)]
+    right = torch.nn.functional.one_hot(y, 10).double()
+    p = torch.stack([a * right + (1 - a) * soft(1, 9, 10, seed=8)[0] for a in (0.6, 0.1, 0.3)])
+    sent = (p.log() / 10).softmax(-1)
+    strategy.fuse(shares(strategy, *({"soft": {"p": one}} for one in sent)))
+    r = [np.exp(p[n][torch.arange(9), y].log().mean().item()) for n in range(3)]
+    w = [2 * x / sum(r) for x in r]
+    for n, teachers in enumerate(([], [0, 2], [0])):
+        got = strategy.published("target", to=n)
+        assert got["own"].item() == pytest.approx(w[n], rel=1e-6)
+        torch.testing.assert_close(got["p"], sent[teachers].float(), rtol=0, atol=0)
+        assert got["weight"].tolist() == pytest.approx([w[m] for m in teachers], rel=1e-6)
+        assert got["temperature"].tolist() == pytest.approx([1 + 12 * (w[m] - w[n]) / w[m] for m in teachers], rel=1e-6)
+
+
+def test_classroom_runs_alike_on_a_wire_and_says_what_does_nothing_beside_it():
+    first = play("ktpfl", *CLASSROOM)
+    assert first.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
+    assert play("ktpfl", *CLASSROOM, grid="serial").digest == first.digest
+    with pytest.raises(UserError, match=r"ranks by labels: set transfer.labelled=true"):
+        play("ktpfl", CLASSROOM[0])
+    beside = {"rho": 2.0, "coefficient_lr": 1.0, "coefficient_steps": 3, "distance": "mse", "rows": "softmax"}
+    for key, value in (beside | {"temperature": 2.0}).items():
+        hyper = KTpFLHyper(neighbours="classroom", **{key: value})
+        with pytest.raises(UserError, match=f"strategy.{key}={value} does nothing with strategy.neighbours=classroom"):
+            registry.entry("ktpfl").server(hyper, first.strategy.workspace)
