@@ -121,7 +121,7 @@ class CFD(StudentStrategy):
     topics = {"labels": Topic("fold", coded, fold, coded)}
     records = {"labels": coded}
     transfer = "both"
-    distils = True
+    distils = whole = True
 
     @property
     def taught(self) -> bool:

@@ -100,7 +100,7 @@ class DSFL(StudentStrategy):
     records = {"labels": arrays(p=("subset", "classes"))}
     sums = {"labels": None}
     transfer = "both"
-    distils = True
+    distils = whole = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

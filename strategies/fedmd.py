@@ -89,7 +89,7 @@ class FedMD(FusionStrategy):
     records = {"logits": arrays(logits=("subset", "classes"))}
     sums = {"logits": None}
     transfer = "clients"
-    distils = True
+    distils = whole = True
     staleness = "newest"
 
     def __init__(self, hyper: FedMDHyper, workspace: Workspace) -> None:

@@ -186,7 +186,7 @@ class FedOV(OneShotStrategy):
     """Open-set voting: who knows a row teaches it, in one round."""
 
     transfer = "server"
-    distils = True
+    distils = whole = True
     needs_features = True
 
     def __init__(self, hyper: FedOVHyper, workspace: Workspace) -> None:

@@ -227,7 +227,7 @@ class KnFu(FusionStrategy):
     topics = {"soft_labels": Topic("lesson", fused_arrays)}
     records = {"soft_labels": shared_arrays}
     transfer = "clients"
-    distils = True
+    distils = whole = True
     staleness = "newest"
 
     def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:

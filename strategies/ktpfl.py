@@ -165,7 +165,7 @@ class KTpFL(FusionStrategy):
     topics = {"target": Topic("lesson", targets)}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
-    distils = True
+    distils = whole = True
 
     def __init__(self, hyper: KTpFLHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

@@ -150,7 +150,7 @@ class Scarlet(StudentStrategy):
     }
     records = {"labels": arrays(p=("<=transfer", "classes"))}
     transfer = "both"
-    distils = True
+    distils = whole = True
 
     @property
     def rows_distilled(self) -> int:

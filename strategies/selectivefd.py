@@ -178,7 +178,7 @@ class SelectiveFD(FusionStrategy):
     topics = {"ensemble": Topic("lesson", arrays(rows=("int32", "<=subset"), p=("<=subset", "classes")))}
     records = {"soft": arrays(rows=("int32", "<=subset"), p=("<=subset", "classes"))}
     transfer = "clients"
-    distils = True
+    distils = whole = True
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -125,7 +125,7 @@ LOSSES: dict[str, str] = {
     "wttm": "ttm, each sample weighed by the sum of the teacher's powers (WTTM, ICLR 2024)",
     "nd": "pull along the class's direction up to the teacher's norm; needs labels (ND of KD++, 2023)",
     "ofa": "soft cross-entropy with the target class emphasised; needs labels (OFA-KD, NeurIPS 2023)",
-    "dhkd": "binary KL of logit differences to one half; the loss alone, no second head (DHKD, 2024)",
+    "dhkd": "binary KL of a second head's logits to the teacher's, off the cross-entropy's gradient (DHKD, 2024)",
     "uld": "difference of sorted probabilities, blind to names (ULD, arXiv 2402.12030)",
     "gold": "js over tokens of equal bytes, sorted differences over the rest (trl's GOLD; js in one vocabulary)",
     "xtoken": "kl of the student projected to the teacher's tokens (arXiv 2605.21699; kl in one vocabulary)",

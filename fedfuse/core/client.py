@@ -27,6 +27,7 @@ from fedfuse.train.objective import followed
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
 from fedfuse.train.privacy import train as dp_sgd
 from fedfuse.train.scores import scored
+from fedfuse.train.second_head import attached
 from fedfuse.train.task import task_loss, task_step
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
@@ -366,7 +367,8 @@ class FusionClient:
         least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
         own = Effort(epochs, batch_size, lr, optimizer, steps)
         options = plan(self.scenario.config.distil, own, self.training, len(x), least)
-        return self.train(loss, x, y, purpose=purpose, **options)
+        with attached(self._losses, self.model, self.classes, self.seed, purpose or self._purpose) as more:
+            return self.train(loss, x, y, purpose=purpose, **options, **more)
 
     @contextlib.contextmanager
     def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, Source, Source]]:

@@ -49,6 +49,11 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
             f"loss={scenario.config.loss.name} needs labels, and strategy={strategy.name} distils on an unlabelled "
             f"transfer set: set transfer.labelled=true, or choose another loss"
         )
+    if objective.second_head and not strategy.whole:
+        raise UserError(
+            f"loss={scenario.config.loss.name} trains a second head where whole networks distil a transfer set, which "
+            f"strategy={strategy.name} does not do; allowed there: +loss.options.heads=1"
+        )
     _check_models(strategy, objective, pool)
 
 
@@ -122,7 +127,9 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
         _check_vocabulary(name, model, scenario)
         _check_precision(strategy, model)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
-        if missing and (strategy.needs_features or objective.needs_features):
+        if objective.second_head and not isinstance(getattr(model, "head", None), nn.Module):
+            missing = missing or ["head that is a module"]
+        if missing and (strategy.needs_features or objective.needs_features or objective.second_head):
             who = f"strategy={strategy.name}" if strategy.needs_features else f"loss={scenario.config.loss.name}"
             raise UserError(
                 f"{who} needs models with features(x), head(z) and feature_dim, where forward(x) is head(features(x)); "

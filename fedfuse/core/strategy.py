@@ -31,6 +31,7 @@ from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed
+from fedfuse.train.second_head import attached
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
 from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
@@ -82,6 +83,8 @@ class FusionStrategy(Strategy):
         Whether the server's models are networks as they are built, without what the client's `equip` adds.
     distils : bool
         Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
+    whole : bool
+        Whether `distil` teaches whole networks with every objective there is, so that one with a second head has place.
     staleness : {"", "updates", "newest", "wrong"}
         What a share made from an older version is worth (`schedule=fedbuff|fedasync`). *updates*: what it moved; a
         record named like a topic is that topic's value, moved. *newest*: it stands until its client sends another;
@@ -108,6 +111,7 @@ class FusionStrategy(Strategy):
     aligns: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     staleness: ClassVar[Literal["", "updates", "newest", "wrong"]] = ""
     bare: ClassVar[bool] = False
     name: str = ""
@@ -322,7 +326,8 @@ class FusionStrategy(Strategy):
         least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
         own, config = Effort(epochs, batch_size, lr, optimizer, steps), self.scenario.config
         options = plan(config.distil, own, config.train, len(x), least)
-        return self.train(model, x, y, loss, purpose=purpose, **options)
+        with attached(self._losses, model, self.classes, config.seed, purpose) as more:
+            return self.train(model, x, y, loss, purpose=purpose, **options, **more)
 
     def exclude(self, share: Share, reason: str) -> None:
         """Count a share as rejected that only `fuse` or `judge` can tell is wrong, and that it does not use.

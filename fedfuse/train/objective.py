@@ -39,6 +39,7 @@ class Loss:
     positive: ClassVar[tuple[str, ...]] = ("temperature",)
 
     def __post_init__(self) -> None:
+        self.heads_of: Any = None  # a `fedfuse.train.second_head.Heads`, for the length of a training
         self.seen: Tensor | None = None  # the newest unweighted value, kept where `after_step` needs it
         for field in fields(self):
             value = getattr(self, field.name)
@@ -47,6 +48,11 @@ class Loss:
             least = "positive" if field.name in self.positive else "non-negative"
             if not math.isfinite(value) or value < 0 or (value == 0 and least == "positive"):
                 raise UserError(f"loss option {field.name}={value} must be {least} and finite")
+
+    @property
+    def second_head(self) -> bool:
+        """Whether it trains a second head on the student's features, and the student through that."""
+        return False
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ s, t: logits of student and teacher, (B, C); p_s = softmax(s), p_t = softmax(t).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,14 +111,83 @@ class ND(Loss):
 
 @dataclass(eq=False)
 class DHKD(Loss):
-    """T²·mean_b Σ_c KL(Bern(½)‖Bern(σ((s − t)/T))). The binary part of DHKD, 2024 (arXiv 2411.08937).
+    """γ·CE(h₁) + T²·mean_b Σ_c KL(Bern(½)‖Bern(σ((s₂ − t)/T))). DHKD, 2024 (arXiv 2411.08937), and its code.
 
-    The paper trains a second head by it, which is not here: this is its objective on the logits it is given, and
-    nothing projects its gradient off the cross-entropy's. A shift of the logits counts; given probabilities, logarithms
-    of probabilities are compared. A class that the teacher excludes is held at the smallest number's logarithm.
+    s₂ are the logits of a second, linear head h₂ on the student's features. It stays with whom it is trained by, and
+    predicts nothing. Where the divergence's gradient pulls against the cross-entropy's, over all parameters, it is
+    projected off it. Without labels there is no cross-entropy: h₁ then learns from private data alone. A shift of the
+    logits counts; given probabilities, logarithms of probabilities are compared. A class that the teacher excludes is
+    held at the smallest number's logarithm.
+
+    Parameters
+    ----------
+    gamma
+        Weight γ of the cross-entropy (α is `weight`).
+    heads
+        2; or 1: the divergence on the student's own logits, without cross-entropy and projection.
     """
 
     temperature: float = 2.0
+    gamma: float = 1.0
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads not in (1, 2):
+            raise UserError(f"loss option heads={self.heads} must be 1 or 2")
+
+    @property
+    def second_head(self) -> bool:
+        """Two heads are what the paper trains."""
+        return self.heads == 2
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compare the second head's logits, where there is one; else those given."""
+
+        def compare(s: Tensor) -> Tensor:
+            return super(DHKD, self).__call__(s, teacher, labels, state=state)
+
+        return self._with_heads(student_logits, labels, compare)
+
+    def from_probabilities(
+        self,
+        student_logits: Tensor,
+        probabilities: Tensor,
+        labels: Tensor | None = None,
+        *,
+        softened: float = 1.0,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Compare the second head's logits, where there is one; else those given."""
+
+        def compare(s: Tensor) -> Tensor:
+            return super(DHKD, self).from_probabilities(s, probabilities, labels, softened=softened, state=state)
+
+        return self._with_heads(student_logits, labels, compare)
+
+    def _with_heads(self, logits: Tensor, labels: Tensor | None, compare: Callable[[Tensor], Tensor]) -> Tensor:
+        if (heads := self.heads_of) is None:
+            return compare(logits)
+        value: Tensor = heads.beside(compare(heads(logits)), logits, labels, self.gamma)
+        return value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the second head's weights, where there is one."""
+        if self.heads_of is None:
+            return {}
+        return {name: value.detach().clone() for name, value in self.heads_of.second.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with a second head."""
+        if self.heads_of is not None:
+            self.heads_of.second.load_state_dict(state)
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""
