@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
     from fedfuse.families.student import StudentStrategy
-    from fedfuse.models import pair, parts, reader
+    from fedfuse.models import pair, parts, questions, reader, soft_prompt
     from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
     from fedfuse.train import classwise, curvature, distil, mentors, next_token, training, truncate
@@ -84,7 +84,7 @@ _HOMES = {
     "wire.sums": "Sum",
 }
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.public_text",
-            "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.reader",
+            "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.questions", "models.reader", "models.soft_prompt",
             "train.classwise", "train.curvature", "train.distil", "train.mentors", "train.next_token", "train.training",
             "train.truncate", "wire.label_code")  # fmt: skip
 

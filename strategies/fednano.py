@@ -5,7 +5,7 @@ Language Models", arXiv 2506.14824; no code is public). What the abstract and re
 at the server, frozen; clients hold a frozen encoder and connector and one trainable low-rank NanoAdapter a modality;
 the server merges these by their Fisher information. How gradients reach the clients is not said; here the network is
 cut and both halves are run through messages. With e the embeddings (d numbers each) of an example's L image tokens,
-connector(encoder(x)), or of the question's tokens, which the server sends once:
+connector(encoder(x)), or of a question's tokens, which the server sends once:
 
     adapter:   h = e + B A e, A (r × d) random, B (d × r) zero; one pair for images, one for the text
     step:      client sends h and y of a batch; server runs the language model on [h_image, h_text, answer_y],
@@ -14,16 +14,20 @@ connector(encoder(x)), or of the question's tokens, which the server sends once:
                F_k = mean (∂ℓ/∂θ_k)² over `samples` examples, the square of one example's slope; sends F_k, F_k θ_k
     server:    θ ← Σ_k n_k F_k θ_k / Σ_k n_k F_k, F_k at least `floor`
 
-Where all F_k are equal this is FedAvg. Travels, a client and round, P = 4·r·d: 2·P·B_f up, P·B_f down for the adapters,
-and for each example of each step (L + L_text)·d·B_f down and L·d·B_f + 4 up, with L_text·d·B_f up a step: the
-activations, which the paper's figure of 0.01 % of the parameters leaves out, are most of it. **Labels and features of
-private examples leave the clients**; the run's notes say so. Predicting needs both halves, so evaluation sends the
-embeddings up, and the server takes the class whose answer (its name) is the likeliest.
+Where all F_k are equal this is FedAvg; `mu` adds FedProx's (μ/2)‖θ − θ_t‖² to ℓ, and `merge=local` leaves each client
+its own adapters. One question is asked of all images, with the classes for answers; with `question=null` a class is a
+question and its answer ("Is this a cat? yes"), and each example is scored among the answers to its own. Travels, a
+client and round, P = 4·r·d: 2·P·B_f up, P·B_f down for the adapters, and for each example of each step
+(L + L_text)·d·B_f down and L·d·B_f + 4 up, with all questions' tokens up a step: the activations, which the paper's
+figure of 0.01 % of the parameters leaves out, are most of it. **Labels and features of private examples leave the
+clients**; the run's notes say so. Predicting needs both halves, so evaluation sends the embeddings up, and the server
+takes the class whose answer is the likeliest.
 
 Choices: the adapters stand in the language model's embedding space; features(x) is the encoder's output; embeddings are
-normalised over d; the floor in place of an ε in the denominator, which would draw weights of small F to 0. All clients
-make as many exchanges as the one with the most examples; who is done sends nothing. Without `language` the model is a
-small transformer with random weights: a trial of the machinery, not of the method. The adapters' own optimiser is Adam
+normalised over d; a client reads each image once a run, with the frozen encoder; the floor in place of an ε in the
+denominator, which would draw weights of small F to 0. All clients make as many exchanges as the one with the most
+examples; who is done sends nothing. Without `language` the model is a small transformer with random weights: a trial
+of the machinery, not of the method. The adapters' own optimiser is Adam
 at 0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
 """
 
@@ -34,7 +38,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse import (
@@ -54,10 +57,11 @@ from fedfuse import (
     Workspace,
     arrays,
     hyper,
-    model_arrays,
     model_topic,
+    questions,
     reader,
     scores,
+    soft_prompt,
     strategy,
     training,
     validate,
@@ -69,70 +73,32 @@ class FedNanoHyper:
     """Hyper-parameters of FedNano."""
 
     language: str | None = hyper(None, "folder of the server's language model; null: a small random one", path=True)
-    question: str = hyper("What is it?", "what is asked of every image")
+    question: str | None = hyper("What is it?", "what is asked of every image; null: what its class says, with '? '")
     tokens: int = hyper(8, "L, embeddings that an image becomes", low=1)
     width: int = hyper(64, "d, numbers in an embedding: the language model's", low=4)
-    letters: int = hyper(32, "most tokens of the question", low=1)
+    letters: int = hyper(32, "most tokens of a question", low=1)
     rank: int = hyper(8, "r of the NanoAdapters", low=1)
     optimizer: str | None = hyper("adam", "of the adapters; null: train.optimizer and train.lr")
     lr: float = hyper(0.01, "η of that optimizer", above=0)
-    merge: str = hyper("fisher", "weights F_k, or 1: FedAvg", choices=("fisher", "fedavg"))
+    merge: str = hyper("fisher", "weights F_k, or 1: FedAvg, or none", choices=("fisher", "fedavg", "local"))
+    mu: float = hyper(0.0, "μ, pull to the round's common adapters: FedProx", low=0)
     samples: int = hyper(64, "most examples that F_k is taken over", low=1)
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
-
-
-class Adapter(nn.Module):
-    """h = e + B A e for embeddings e (… × d)."""
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.randn(rank, width) / width**0.5)
-        self.B = nn.Parameter(torch.zeros(width, rank))
-
-    def forward(self, e: Tensor) -> Tensor:
-        """Adapted embeddings."""
-        return e + e @ self.A.T @ self.B.T
-
-    def slopes(self, e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """∂ℓ/∂A (n × r × d) and ∂ℓ/∂B (n × d × r) of each example, from e and g = ∂ℓ/∂h (both n × L × d)."""
-        return torch.einsum("nlr,nld->nrd", g @ self.B, e), torch.einsum("nld,nlr->ndr", g, e @ self.A.T)
-
-
-class Nano(nn.Module):
-    """Encoder and connector, frozen, and an adapter for each modality: all that a client holds."""
-
-    def __init__(self, encoder: nn.Module, h: FedNanoHyper) -> None:
-        super().__init__()
-        self.feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
-        self.encoder, self.connector = encoder, nn.Linear(self.feature_dim, h.tokens * h.width)
-        self.image, self.text = Adapter(h.width, h.rank), Adapter(h.width, h.rank)
-        self.frozen = frozenset(n for n in self.state_dict() if n.startswith(("encoder.", "connector.")))
-        self.encoder.requires_grad_(False)
-        self.connector.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embeddings of images."""
-        return self.head(self.features(x))
-
-    def features(self, x: Tensor) -> Tensor:
-        """The encoder's output (B × feature_dim)."""
-        return self.encoder.features(x)  # type: ignore[operator]
-
-    def head(self, z: Tensor) -> Tensor:
-        """Embeddings (B × L × d) of the image tokens, before the adapter."""
-        return F.layer_norm(self.connector(z).unflatten(1, (-1, self.image.A.shape[1])), self.image.A.shape[1:])
 
 
 class FedNanoClient(FusionClient):
     """Sends adapted embeddings, takes their slopes, and steps; within a round its adapters are in `state`."""
 
     model: Any
+    start: Arrays
     slopes: Arrays | None = None
 
     @staticmethod
     def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         """Put connector and adapters behind the encoder; one without features is refused by the platform."""
-        return Nano(model, hyper) if hasattr(model, "features") else model
+        if not hasattr(model, "features"):
+            return model
+        return soft_prompt.SoftPrompt(model, hyper.tokens, hyper.width, hyper.rank)
 
     @property
     def training(self) -> Any:
@@ -141,9 +107,11 @@ class FedNanoClient(FusionClient):
         return config if h.optimizer is None else replace(config, optimizer=h.optimizer, lr=h.lr)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """The common adapters, the question, and the slopes of the last batch if there are new ones."""
-        self.load(knowledge["model"].arrays)
-        self.question = knowledge["question"].arrays["e"].to(self.workspace.device)
+        """The common adapters, the questions, and the slopes of the last batch if there are new ones."""
+        self.start = self.state["own"] if "own" in self.state else knowledge["model"].arrays
+        self.load(self.start)
+        asked = {name: v.to(self.workspace.device) for name, v in knowledge["question"].arrays.items()}
+        self.question, self.length, self.of = asked["e"], asked["length"], asked["of"].long()
         if "slopes" in knowledge:
             self.slopes = {name: v.to(self.workspace.device) for name, v in knowledge["slopes"].arrays.items()}
 
@@ -154,9 +122,14 @@ class FedNanoClient(FusionClient):
         return [*steps, torch.randperm(n, generator=self.generator("fisher"))[: self.hyper.samples]]
 
     @torch.no_grad()
-    def image(self, x: Tensor) -> Tensor:
-        """Embeddings (n × L × d) before the adapter."""
-        return self.model.head(self.embed(x)) if len(x) else x.new_zeros(0, self.hyper.tokens, self.hyper.width)
+    def image(self, split: str, rows: Tensor | None = None) -> Tensor:
+        """Embeddings (n × L × d) of a split's images before the adapter; its features are kept while there is room."""
+        x = self.examples(split)[0]
+        if not len(x):
+            return x.new_zeros(0, self.hyper.tokens, self.hyper.width)
+        who = () if split == "global" else (self.client,)
+        (z,) = self.workspace.kept(("features", split, self.architecture, *who), lambda: (self.embed(x),))
+        return self.model.head(z if rows is None else z[rows.to(z.device)])
 
     @torch.no_grad()
     def forward(self) -> Records:
@@ -166,22 +139,24 @@ class FedNanoClient(FusionClient):
         rows = plan[step] if step < len(plan) else plan[0][:0]
         self.state["step"], self.state["adapters"] = step + 1, self.weights()
         text = self.model.text(self.question) if len(rows) else self.question[:0]
-        image = self.model.image(self.image(self.x[rows]))
+        image = self.model.image(self.image("train", rows))
         return {"activations": {"image": image, "text": text, "labels": self.y[rows].to(torch.int32)}}
 
     def _advance(self) -> None:
         """Begin the round, or use the slopes that came: for a step, or of the last batch for F_k."""
         if self.state.get("round") != self.round:
+            own = {name: self.state[name] for name in ("own",) if name in self.state}
             self.state.clear()
-            self.state |= {"round": self.round, "step": 0, "loss": 0.0}
+            self.state |= {"round": self.round, "step": 0, "loss": 0.0, **own}
             return
         self.load(self.state["adapters"])
         plan, last = self.plan(), self.state["step"] - 1
         if self.slopes is None or last >= len(plan):
             return
-        image = self.image(self.x[plan[last]])
+        rows = plan[last]
+        text = questions.spread(self.question, self.length, self.of[self.y[rows]])
         found: Arrays = {}
-        for name, e in (("image", image), ("text", self.question.expand(len(image), -1, -1))):
+        for name, e in (("image", self.image("train", rows)), ("text", text)):
             both = getattr(self.model, name).slopes(e, self.slopes[name])
             found |= {f"{name}.{letter}": one for letter, one in zip("AB", both, strict=True)}
         if last == len(plan) - 1:
@@ -190,6 +165,8 @@ class FedNanoClient(FusionClient):
         trained = {name: p for name, p in self.model.named_parameters() if name in found}
         for name, p in trained.items():
             p.grad = found[name].mean(0)
+            if self.hyper.mu:
+                p.grad += self.hyper.mu * (p.detach() - self.start[name])
         optimizer = self._kept_optimizer({"params": list(trained.values())})  # of the round, in `state`
         optimizer.step()
         optimizer.zero_grad()
@@ -204,8 +181,12 @@ class FedNanoClient(FusionClient):
         return {"num-examples": len(self.x), "steps": steps, "loss": loss}
 
     def share(self) -> Records:
-        """F_k and F_k θ_k."""
+        """F_k and F_k θ_k; nothing where adapters are not merged."""
         end, found = self.weights(), self.state.get("fisher", {})
+        if self.hyper.merge == "local":
+            self.state.clear()
+            self.state["own"] = end
+            return {"fisher": {}, "scaled": {}}
         flat = self.hyper.merge == "fedavg"
         f = {n: torch.ones_like(v) if flat else found.get(n, v * 0).clamp_min(self.hyper.floor) for n, v in end.items()}
         self.state.clear()
@@ -217,11 +198,30 @@ class FedNanoClient(FusionClient):
         records: Records = {}
         for split in self.splits:
             if (examples := self.examples(split)) is not None:
-                image = self.model.image(self.image(examples[0]))
+                image = self.model.image(self.image(split))
                 records[split] = {"image": image, "text": self.model.text(self.question)}
                 if split != "global":
                     records[split]["labels"] = examples[1].to(torch.int32)
         return records, {}
+
+
+def merged(scope: Scope) -> Layout:
+    """Layout of F_k, and of F_k θ_k."""
+    return {} if scope.hyper.merge == "local" else scope.model
+
+
+def asked(scope: Scope) -> Layout:
+    """Layout of the questions: at most one a class."""
+    most, d = -scope.dims["classes"], scope.hyper.width
+    rows = most * scope.hyper.letters
+    return {"e": ("float32", (rows, d)), "length": ("int32", (most,)), "of": ("int32", (-most,))}
+
+
+def activations(scope: Scope) -> Layout:
+    """Layout of a batch: its images' embeddings, all questions', labels."""
+    most, h = -scope.dims["examples"], scope.hyper
+    image = ("float32", (most, h.tokens, h.width))
+    return {"image": image, "text": asked(scope)["e"], "labels": ("int32", (most,))}
 
 
 @strategy("fednano", client=FedNanoClient, hyper=FedNanoHyper, paper="Zhang et al. 2025, arXiv 2506.14824")
@@ -230,7 +230,7 @@ class FedNano(FusionStrategy):
 
     topics = {
         "model": model_topic(),
-        "question": Topic("state", arrays(e=("<=letters", "width")), once=True),
+        "question": Topic("state", asked, once=True),
         "slopes": Topic(
             "lesson",
             arrays(
@@ -238,12 +238,8 @@ class FedNano(FusionStrategy):
             ),
         ),
     }
-    records = {"fisher": model_arrays, "scaled": model_arrays}
-    records_forward = {
-        "activations": arrays(
-            image=("<=examples", "tokens", "width"), text=("<=letters", "width"), labels=("int32", "<=examples")
-        )
-    }
+    records = {"fisher": merged, "scaled": merged}
+    records_forward = {"activations": activations}
     sums = {"fisher": "num-examples", "scaled": "num-examples"}  # type: ignore[assignment]
     heterogeneous = False
     needs_features = True
@@ -252,13 +248,13 @@ class FedNano(FusionStrategy):
     def __init__(self, hyper: FedNanoHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         self.reader = reader.build(hyper.language, hyper.width, self.scenario.seed).to(workspace.device)
-        self.answers = self.reader.answers([str(name) for name in self.scenario.data.dataset.classes])
-        self.question = self.reader.embed(hyper.question)
-        if not 0 < len(self.question) <= hyper.letters:
-            raise UserError(
-                f"strategy.question={hyper.question!r}: has {len(self.question)} tokens; allowed is 1 to "
-                f"strategy.letters={hyper.letters}"
-            )
+        names = [str(name) for name in self.scenario.data.dataset.classes]
+        self.questions = questions.Questions(self.reader, names, hyper.question)
+        for text, length in zip(self.questions.texts, self.questions.length.tolist(), strict=True):
+            if not 0 < length <= hyper.letters:
+                raise UserError(
+                    f"strategy.question: {text!r} has {length} tokens; allowed is 1 to strategy.letters={hyper.letters}"
+                )
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -271,9 +267,10 @@ class FedNano(FusionStrategy):
                 raise InvalidArrays(f"fisher/{name}: not positive")
 
     def begin(self) -> None:
-        """The initial adapters, and the question's embeddings."""
+        """The initial adapters, and the questions' embeddings."""
         super().begin()
-        self.publish("question", {"e": self.question})
+        asked = self.questions
+        self.publish("question", {"e": asked.e, "length": asked.length, "of": asked.of})
 
     def phases(self, round: int) -> tuple[str, ...]:
         """As many exchanges as the largest client has batches, one for F_k, and the merging."""
@@ -288,21 +285,23 @@ class FedNano(FusionStrategy):
             content = {name: v.to(self.workspace.device) for name, v in share.records["activations"].items()}
             if not len(content["labels"]):
                 continue
-            if len(content["text"]) != len(self.question):
-                self.exclude(share, f"activations/text: {len(content['text'])} tokens, the question has others")
+            if len(content["text"]) != len(self.questions.e):
+                self.exclude(share, f"activations/text: {len(content['text'])} tokens, the questions have others")
                 continue
             self.publish("slopes", self.slopes(**content), to=share.client, version=version)
 
     def slopes(self, image: Tensor, text: Tensor, labels: Tensor) -> Arrays:
         """ℓ (n,), and ∂ℓ/∂h of each example's image tokens (n × L × d) and text tokens (n × L_text × d)."""
-        image = image.clone().requires_grad_()
-        text = text.repeat(len(image), 1, 1).requires_grad_()
-        loss = self.reader.loss(torch.cat([image, text], 1), self.answers[labels.long()])
+        image, own = image.clone().requires_grad_(), self.questions
+        text = questions.spread(text, own.length, own.of[labels.long().cpu()]).requires_grad_()
+        loss = own.loss(image, text, labels)
         slope_image, slope_text = torch.autograd.grad(loss.sum(), (image, text))
         return {"image": slope_image, "text": slope_text, "loss": loss.detach()}
 
     def fuse(self, shares: Shares) -> None:
         """θ ← Σ n F θ / Σ n F."""
+        if self.hyper.merge == "local":
+            return
         (f, weight), (scaled, _) = shares.total("fisher"), shares.total("scaled")
         if weight:  # else nobody has an example: what is published stays
             self.publish("model", {name: (scaled[name] / f[name]).to(self.model[name].dtype) for name in f})
@@ -314,8 +313,10 @@ class FedNano(FusionStrategy):
             metrics: Metrics = {}
             try:
                 for split, content in share.records.items():
-                    y, z = self._labels(split, content), self._scores(content)
-                    for name, value in scores(z, y, self.classes).items():
+                    y = self._labels(split, content)
+                    image, text = (content[name].to(self.workspace.device) for name in ("image", "text"))
+                    z = self.questions.scores(image, text, y, self.scenario.config.evaluate.batch_size).cpu()
+                    for name, value in {**scores(z, y, self.classes), **self._kinds(z, y)}.items():
                         metrics[f"{split}/{name}"] = value
             except InvalidArrays as error:
                 self.exclude(share, str(error))
@@ -323,12 +324,13 @@ class FedNano(FusionStrategy):
             found.append((share.client, metrics))
         return found
 
-    @torch.no_grad()
-    def _scores(self, content: Arrays) -> Tensor:
-        text, out = content["text"].to(self.workspace.device), []
-        for image in content["image"].to(self.workspace.device).split(self.scenario.config.evaluate.batch_size):
-            out.append(self.reader.scores(torch.cat([image, text.expand(len(image), -1, -1)], 1), self.answers))
-        return torch.cat(out).cpu()
+    def _kinds(self, z: Tensor, y: Tensor) -> Metrics:
+        """Accuracy on questions with k answers, by k, where some have more than others."""
+        counts = torch.bincount(self.questions.of.long())
+        some = counts[self.questions.of[y].long()]
+        kinds = some.unique().tolist() if len(counts) > 1 else []
+        right = (z.argmax(1) == y).double()
+        return {f"accuracy_of_{k}": float(right[some == k].mean()) for k in kinds}
 
     def _labels(self, split: str, content: Arrays) -> Tensor:
         """Labels of an evaluated set, once what came is found to be in order."""
@@ -340,7 +342,7 @@ class FedNano(FusionStrategy):
             raise InvalidArrays(f"{split}: not asked for, or without labels")
         h = self.hyper
         layout: Layout = {
-            "image": ("float32", (len(y), h.tokens, h.width)), "text": ("float32", (len(self.question), h.width))
+            "image": ("float32", (len(y), h.tokens, h.width)), "text": ("float32", (len(self.questions.e), h.width))
         }  # fmt: skip
         if split != "global":
             layout["labels"] = ("int32", (len(y),))

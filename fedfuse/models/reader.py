@@ -26,33 +26,37 @@ class Reader(nn.Module):
     ----------
     width : int
         Size d of an embedding.
+    run : callable
+        `run(embeddings, seen=None, places=None)`: logits (B × T × V) of embeddings (B × T × d). `seen` (T × T) bool
+        says what each place may look at, `places` (T) where it stands; default: all before it, and in a row.
     encode : callable
         Token ids of a text.
     """
 
     def __init__(
-        self, model: nn.Module, table: Tensor, run: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]]
+        self, model: nn.Module, table: Tensor, run: Callable[..., Tensor], encode: Callable[[str], list[int]]
     ) -> None:
         super().__init__()
         self.model, self.run, self.encode, self.width = model, run, encode, table.shape[1]
         self.register_buffer("table", table.detach().clone())
         self.eval().requires_grad_(False)
+        self._branches: bool | None = None  # whether the model looks where `seen` says; found out when it first matters
 
     def embed(self, text: str) -> Tensor:
         """Embeddings (L × d) of a text's tokens."""
         return self.table[torch.tensor(self.encode(text), dtype=torch.int64, device=self.table.device)]  # type: ignore
 
-    def answers(self, texts: Sequence[str]) -> Tensor:
+    def answers(self, texts: Sequence[str], *, differ: bool = True) -> Tensor:
         """Token ids (C × A) of answers, short ones filled with −1.
 
         Raises
         ------
         UserError
-            If one is the same as another to the tokenizer, or nothing.
+            If one is nothing to the tokenizer, or, where they must differ, the same as another.
         """
         ids = [self.encode(text) for text in texts]
         for i, one in enumerate(ids):
-            if not one or one in ids[:i]:
+            if not one or (differ and one in ids[:i]):
                 other = texts[ids.index(one)] if one else "nothing"
                 raise UserError(f"answer {texts[i]!r}: is the same tokens as {other!r}; answers must differ")
         longest = max(map(len, ids))
@@ -60,17 +64,45 @@ class Reader(nn.Module):
 
     def loss(self, prefix: Tensor, answers: Tensor) -> Tensor:
         """−log p(answer | prefix) of each row (B,): prefixes (B × T × d), token ids (B × A) with −1 after the end."""
+        answers = answers[:, : int((answers != NONE).sum(1).max()) if len(answers) else 1]
         ids, there = answers.clamp_min(0), answers != NONE
         inputs = torch.cat([prefix, self.table[ids[:, :-1]]], 1)  # type: ignore[index]
         logits = self.run(inputs)[:, prefix.shape[1] - 1 :]
         log_p = logits.log_softmax(-1).gather(2, ids[:, :, None]).squeeze(2)
         return -(log_p * there).sum(1)
 
+    @torch.no_grad()
     def scores(self, prefix: Tensor, answers: Tensor) -> Tensor:
-        """log p(answer | prefix) of each prefix and answer (B × C): prefixes (B × T × d), token ids (C × A)."""
+        """log p(answer | prefix) of each prefix and answer (B × C): prefixes (B × T × d), token ids (C × A).
+
+        Answers branch off one reading of the prefix, side by side in one sequence, each blind to the others; a model
+        that does not take such a mask reads the prefix once for each answer.
+        """
         if not len(prefix):
             return prefix.new_zeros(0, len(answers))
+        if self._branches is None:
+            few = prefix[:1]
+            apart = (self._together(few, answers) - self._one_by_one(few, answers)).abs().max()
+            self._branches = bool(apart <= 1e-3 * (1 + self._one_by_one(few, answers).abs().max()))
+        return (self._together if self._branches else self._one_by_one)(prefix, answers)
+
+    def _one_by_one(self, prefix: Tensor, answers: Tensor) -> Tensor:
         return torch.stack([-self.loss(prefix, one.expand(len(prefix), -1)) for one in answers], 1)
+
+    def _together(self, prefix: Tensor, answers: Tensor) -> Tensor:
+        there, T = answers != NONE, prefix.shape[1]
+        goes_on = there[:, 1:]  # a token that another follows is read: token j of answer i stands at place at[i, j]
+        count = int(goes_on.sum())
+        at = torch.zeros_like(answers[:, 1:]).masked_scatter(goes_on, T + torch.arange(count, device=answers.device))
+        whose, depth = goes_on.nonzero(as_tuple=True)
+        read = self.table[answers[:, :-1][goes_on]]  # type: ignore[index]
+        inputs = torch.cat([prefix, read.expand(len(prefix), -1, -1)], 1)
+        seen = torch.ones(T + count, T + count, dtype=torch.bool, device=prefix.device).tril()
+        seen[T:, T:] &= whose[:, None] == whose
+        places = torch.cat([torch.arange(T, device=prefix.device), T + depth])
+        log_p = self.run(inputs, seen, places)[:, T - 1 :].log_softmax(-1)
+        at = torch.cat([torch.full_like(answers[:, :1], T - 1), at], 1) - (T - 1)
+        return (log_p[:, at.clamp_min(0), answers.clamp_min(0)] * there).sum(2)
 
 
 def build(path: str | None, width: int, seed: int) -> Reader:
@@ -96,8 +128,12 @@ def build(path: str | None, width: int, seed: int) -> Reader:
     if table.shape[1] != width:
         raise UserError(f"language model {path}: its embeddings have {table.shape[1]} numbers, {width} were asked for")
 
-    def run(embeddings: Tensor) -> Tensor:
-        return model(inputs_embeds=embeddings, use_cache=False).logits
+    def run(embeddings: Tensor, seen: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        if seen is None or places is None:
+            return model(inputs_embeds=embeddings, use_cache=False).logits
+        b, mask = len(embeddings), torch.where(seen, 0.0, torch.finfo(embeddings.dtype).min)
+        looks = {"attention_mask": mask.expand(b, 1, -1, -1), "position_ids": places.expand(b, -1)}
+        return model(inputs_embeds=embeddings, use_cache=False, **looks).logits
 
     return Reader(model, table, run, lambda text: tokenizer.ids([text], special=False)[0])
 
@@ -111,9 +147,9 @@ def _random(width: int, seed: int) -> Reader:
         ]
         model, table = nn.ModuleList([*blocks, nn.LayerNorm(width)]), torch.randn(256, width)
 
-    def run(embeddings: Tensor) -> Tensor:
-        length, h = embeddings.shape[1], embeddings
-        later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1)
+    def run(embeddings: Tensor, seen: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        length, h = embeddings.shape[1], embeddings  # it has no sense of place
+        later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1) if seen is None else ~seen
         for block in blocks:
             h = block(h, src_mask=later)
         return model[-1](h) @ table.to(h.device).T / width**0.5

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fedfuse.data import Dataset
+from fedfuse.data.dataset import Examples
 from fedfuse.errors import UserError
-from fedfuse.models import reader
-from fedfuse.strategies.fednano import Adapter
+from fedfuse.models import questions, reader
+from fedfuse.models.soft_prompt import Adapter
 from tests.federations import federation, play
-from tests.halves import server, shares, wake
+from tests.halves import final_states, server, shares, wake
 
 SMALL = ("strategy.tokens=2", "strategy.width=16", "strategy.rank=3", "strategy.question=Eh?")
 
@@ -25,6 +28,23 @@ def test_the_slopes_of_each_example_are_autograds() -> None:
         wanted = torch.autograd.grad((adapter(e[i]) * g[i]).sum(), (adapter.A, adapter.B))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one[i], other, rtol=1e-12, atol=1e-12)
+
+
+PAIRS = ("What? cat", "What? dog", "Is it a cat? yes", "Is it a cat? no", "What? emu")
+ASKED = (
+    "data=custom", f"data.load={__name__}:asked", "strategy.tokens=2", "strategy.width=16", "strategy.rank=3",
+    "strategy.question=null",
+)  # fmt: skip
+
+
+def asked() -> Dataset:
+    """Five numbers an example, and questions of two lengths."""
+    draw = np.random.default_rng(0)
+
+    def some(n: int) -> Examples:
+        return Examples(draw.normal(size=(n, 5)).astype(np.float32), draw.integers(0, 5, n))
+
+    return Dataset("asked", some(120), some(30), PAIRS, "features")
 
 
 def exchanged(built, half):
@@ -44,8 +64,8 @@ def test_a_step_through_messages_is_the_whole_networks() -> None:
     named = dict(model.named_parameters())
 
     def loss(rows):
-        h = torch.cat([model.image(half.image(x[rows])), model.text(half.question).expand(len(rows), -1, -1)], 1)
-        return built.reader.loss(h, built.answers[y[rows]])
+        h = torch.cat([model.image(half.image("train", rows)), model.text(half.question).expand(len(rows), -1, -1)], 1)
+        return built.reader.loss(h, built.questions.answers[y[rows]])
 
     slopes = torch.autograd.grad(loss(torch.arange(len(x))).mean(), [named[n] for n in start])
     wanted = {n: start[n] - 0.1 * g for n, g in zip(start, slopes, strict=True)}
@@ -141,3 +161,107 @@ def test_the_reader_scores_answers_by_their_tokens() -> None:
 def test_what_does_not_fit_is_refused(word: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
         play("fednano", *SMALL, word)
+
+
+def test_each_example_is_asked_its_own_question() -> None:
+    """Loss and slopes through messages are the whole network's, each row after its own question and no other."""
+    words = ("strategy.optimizer=sgd", "strategy.lr=0.1", "train.momentum=0", "train.batch_size=1000")
+    built = server("fednano", *ASKED, *words)
+    draw = torch.Generator().manual_seed(1)
+    start = {n: v + 0.3 * torch.randn(v.shape, generator=draw) for n, v in built.model.items()}
+    half = wake(built, model=start)
+    model, y, named = half.model, half.y, dict(half.model.named_parameters())
+
+    def loss(i):
+        question, _, answer = PAIRS[y[i]].rpartition("? ")
+        e = model.text(built.reader.embed(question + "?"))
+        h = torch.cat([model.image(half.image("train", torch.tensor([i]))), e[None]], 1)
+        return built.reader.loss(h, built.reader.answers([answer]))[0]
+
+    losses = torch.stack([loss(i) for i in range(len(y))])
+    slopes = torch.autograd.grad(losses.mean(), [named[n] for n in start])
+    wanted = {n: start[n] - 0.1 * g for n, g in zip(start, slopes, strict=True)}
+    sent = exchanged(built, half)
+    assert len(sent["text"]) == len("What?") + len("Is it a cat?")
+    rows = half.plan()[0]
+    torch.testing.assert_close(half.slopes["loss"], losses[rows].detach(), rtol=1e-4, atol=1e-5)
+    exchanged(built, half)
+    for name, value in half.weights().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_is_scored_among_the_answers_to_its_question() -> None:
+    built = server("fednano", *ASKED)
+    draw = torch.Generator().manual_seed(4)
+    image, labels = torch.randn(7, 2, 16, generator=draw), torch.tensor([0, 3, 4, 2, 1, 3, 0])
+    own = built.questions
+    z = own.scores(image, own.e, labels, 3)
+    for row, label in zip(z, labels.tolist(), strict=True):
+        among = [0, 1, 4] if label in (0, 1, 4) else [2, 3]
+        assert (row != -torch.inf).nonzero().squeeze(1).tolist() == among
+    text = questions.spread(own.e, own.length, own.of[labels])
+    torch.testing.assert_close(z[torch.arange(7), labels], -own.loss(image, text, labels), rtol=1e-4, atol=1e-4)
+    kinds = built._kinds(z, labels)
+    right = (z.argmax(1) == labels).double()
+    what = torch.tensor([c in (0, 1, 4) for c in labels.tolist()])
+    assert kinds == {"accuracy_of_2": float(right[~what].mean()), "accuracy_of_3": float(right[what].mean())}
+    assert server("fednano", *SMALL)._kinds(z[:, :4], labels.clamp_max(3)) == {}
+
+
+def test_answers_read_together_are_those_read_one_by_one() -> None:
+    one = reader.build(None, 16, 0)
+    prefix = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    answers = one.answers(["ab", "a", "abcd", "b", "xyz"])
+    torch.testing.assert_close(one._together(prefix, answers), one._one_by_one(prefix, answers), rtol=1e-5, atol=1e-4)
+    one.scores(prefix, answers)
+    assert one._branches is True
+    blind = reader.build(None, 16, 0)
+    plain = blind.run
+    blind.run = lambda e, seen=None, places=None: plain(e)  # a model that minds no mask
+    torch.testing.assert_close(blind.scores(prefix, answers), one._one_by_one(prefix, answers), rtol=1e-5, atol=1e-4)
+    assert blind._branches is False
+
+
+def test_the_pull_to_the_common_adapters_is_fedproxs() -> None:
+    """Two steps of plain gradient descent: in the second the adapters have moved, and μ pulls them back."""
+    words = ("strategy.optimizer=sgd", "strategy.lr=0.1", "train.momentum=0", "train.batch_size=1000", "train.epochs=2")
+    ends = []
+    for mu in (0.0, 0.8):
+        built = server("fednano", *SMALL, *words, f"strategy.mu={mu}")
+        draw = torch.Generator().manual_seed(1)
+        half = wake(built, model={n: v + torch.randn(v.shape, generator=draw) for n, v in built.model.items()})
+        exchanged(built, half)
+        exchanged(built, half)
+        first = half.weights()
+        exchanged(built, half)
+        ends.append((half.start, first, half.weights()))
+    (start, first, free), (_, same, pulled) = ends
+    for name in free:
+        assert torch.equal(first[name], same[name])  # at the start there is nothing to pull to
+        want = free[name] - 0.1 * 0.8 * (first[name] - start[name])
+        torch.testing.assert_close(pulled[name], want, rtol=1e-5, atol=1e-6)
+
+
+def test_local_adapters_go_on_and_send_nothing_of_themselves() -> None:
+    strategy, states = final_states("fednano", *SMALL, "strategy.merge=local", "train.batch_size=1000")
+    begun = strategy.workspace.initial("mlp_small")
+    for name, value in strategy.model.items():
+        assert torch.equal(value, begun[name])
+    assert all(set(state) == {"own", "seen"} for state in states)
+    assert not torch.equal(states[0]["own"]["image.B"], states[1]["own"]["image.B"])
+    n = [strategy.scenario.examples(c) for c in range(3)]
+    steps = 2 * 2 * 3 * 16 * 4  # two rounds, in each the question's tokens twice: to train, and for F_k
+    up = sum(2 * (one + min(one, 64)) * (2 * 16 * 4 + 4) + steps for one in n)
+    assert strategy.outbox.traffic.summary()["up_bytes"] == up  # activations, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("strategy.question=null",), "class '0' is no question and answer, as 'Is this a cat"),
+        ((*ASKED[:2], *SMALL[:3], "strategy.question=null", "strategy.letters=6"), "'Is it a cat.' has 12 tokens"),
+    ],
+)
+def test_classes_that_ask_nothing_are_refused(words: tuple[str, ...], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        server("fednano", *words)

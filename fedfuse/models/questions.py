@@ -1,0 +1,118 @@
+"""What is asked of each example, and which answers there are: a language model's task made of a data set's classes.
+
+With one question for all, a class's name is its answer. Without, a class's name is a question and its answer, parted by
+the last question mark and a space, as in "Is this a cat? yes": a label says what is asked, and is scored among the
+answers to that question alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedfuse.errors import UserError
+from fedfuse.models.reader import Reader
+
+
+class Questions:
+    """Questions and answers as a reader knows them.
+
+    Attributes
+    ----------
+    e : Tensor
+        Embeddings of all questions' tokens, one question after another (S × d).
+    length : Tensor
+        Tokens of each question (Q) int32.
+    of : Tensor
+        The question of each class (C) int32.
+
+    Parameters
+    ----------
+    reader : Reader
+    names : sequence of str
+        The classes.
+    question : str or None
+        What is asked of every example; None: what its class says.
+    """
+
+    def __init__(self, reader: Reader, names: Sequence[str], question: str | None) -> None:
+        pairs = [(question, name) if question is not None else _parted(name) for name in names]
+        self.reader, self.texts = reader, list(dict.fromkeys(asked for asked, _ in pairs))
+        self.of = torch.tensor([self.texts.index(asked) for asked, _ in pairs], dtype=torch.int32)
+        for q in range(len(self.texts)):  # refuses answers to one question that are the same to the reader
+            reader.answers([answer for (_, answer), of in zip(pairs, self.of.tolist(), strict=True) if of == q])
+        self.answers = reader.answers([answer for _, answer in pairs], differ=False)
+        embedded = [reader.embed(text) for text in self.texts]
+        self.e, self.length = torch.cat(embedded), torch.tensor([len(one) for one in embedded], dtype=torch.int32)
+
+    def choices(self, q: int) -> Tensor:
+        """Classes that answer question q."""
+        return (self.of == q).nonzero().squeeze(1)
+
+    def loss(self, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+        """−log p(answer | image, question) of each example (n,).
+
+        Parameters
+        ----------
+        image : Tensor
+            n × L × d.
+        text : Tensor
+            Each example's question, n × L_text × d (`spread`).
+        labels : Tensor
+            Classes (n,).
+        """
+        labels = labels.long().cpu()
+        lengths = self.length[self.of[labels]].to(image.device)
+        out, answers = image.new_zeros(len(image)), self.answers[labels.to(self.answers.device)]
+        for length in lengths.unique().tolist():  # questions of a length are read together
+            rows = (lengths == length).nonzero().squeeze(1)
+            found = self.reader.loss(torch.cat([image[rows], text[rows, :length]], 1), answers[rows])
+            out = out.index_put((rows,), found)
+        return out
+
+    def scores(self, image: Tensor, text: Tensor, labels: Tensor, size: int) -> Tensor:
+        """log p of each class's answer (n × C); −∞ for answers to other questions than a row's.
+
+        Parameters
+        ----------
+        image : Tensor
+            n × L × d.
+        text : Tensor
+            All questions (S × d).
+        labels : Tensor
+            Classes (n,): what is read of them is what is asked.
+        size : int
+            Rows that are read at once.
+        """
+        asked = self.of[labels.long().cpu()]
+        out = torch.full((len(image), len(self.of)), -torch.inf, device=image.device)
+        for q, own in enumerate(text.split(self.length.tolist())):
+            choices = self.choices(q).to(image.device)
+            for rows in (asked == q).nonzero().squeeze(1).to(image.device).split(size):
+                prefix = torch.cat([image[rows], own.expand(len(rows), -1, -1)], 1)
+                out[rows[:, None], choices] = self.reader.scores(prefix, self.answers[choices])
+        return out
+
+
+def _parted(name: str) -> tuple[str, str]:
+    question, mark, answer = name.rpartition("? ")
+    if not mark or not answer:
+        raise UserError(f"strategy.question=null: class {name!r} is no question and answer, as 'Is this a cat? yes'")
+    return question + "?", answer
+
+
+def spread(flat: Tensor, length: Tensor, which: Tensor) -> Tensor:
+    """Each example's own piece (n × longest × d) of pieces that lie one after another (S × d), filled with zeros.
+
+    Parameters
+    ----------
+    flat : Tensor
+    length : Tensor
+        Rows of each piece (Q).
+    which : Tensor
+        The piece of each example (n).
+    """
+    pieces = torch.nn.utils.rnn.pad_sequence(list(flat.split(length.tolist())), batch_first=True)
+    return pieces[which.long().to(flat.device)]
