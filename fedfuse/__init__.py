@@ -84,9 +84,9 @@ _HOMES = {
     "wire.sums": "Sum",
 }
 _MODULES = ("families.inversion", "families.lora", "families.merging", "families.one_shot", "families.public_text",
-            "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.questions", "models.reader", "models.soft_prompt",
-            "train.classwise", "train.curvature", "train.distil", "train.mentors", "train.next_token", "train.training",
-            "train.truncate", "wire.label_code")  # fmt: skip
+            "families.synthesis", "data.alignment", "models", "models.pair", "models.parts", "models.questions",
+            "models.reader", "models.soft_prompt", "train.classwise", "train.curvature", "train.distil",
+            "train.mentors", "train.next_token", "train.training", "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}
