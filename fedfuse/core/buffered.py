@@ -16,10 +16,9 @@ from fedfuse.clock.draws import nanoseconds
 from fedfuse.clock.events import Collected
 from fedfuse.clock.staleness import discount
 from fedfuse.clock.world import ARRIVED, Flight, Work
-from fedfuse.core.shares import FAILED
+from fedfuse.core.shares import FAILED, nobody
 from fedfuse.core.virtual_clock import UNKNOWN, Over, VirtualClock, why, worked
 from fedfuse.core.waiting import Waiting, difference, moved, newest, shifted, waiting
-from fedfuse.errors import WorldError
 from fedfuse.wire.knowledge import Address
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class _Version:
         known = lost | self.work
         if len(known) == strategy.scenario.clients and all(work == UNKNOWN for work in known.values()):
             reason = self.trained[clients[0]].config["reason"]  # no matter of time: it would happen again
-            raise WorldError(f"round {self.round}: no client succeeded: client {clients[0]}: {reason}")
+            raise nobody(self.round, "train", [f"client {clients[0]}: {reason}"])
 
     def _rebase(self, client: int, kept: Waiting, change: object, *scale: float) -> None:
         """Put each record that is the new value of a topic in another form, by what the client was sent of it."""

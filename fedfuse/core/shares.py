@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fedfuse.core.workspace import Workspace
+from fedfuse.errors import WorldError
 from fedfuse.train.classwise import mean_over_holders
 from fedfuse.wire.records import Arrays, InvalidArrays, validate
 from fedfuse.wire.sums import Sum
@@ -20,6 +21,11 @@ Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
 
 STALE, REFUSED, FAILED, INVALID, FULL = 1001, 1002, 1003, 1004, 1005  # codes of error replies
+
+
+def nobody(round: int, phase: str, left_out: Sequence[str]) -> WorldError:
+    """What a phase ends with in which no client succeeded, and why the first did not."""
+    return WorldError(f"round {round}, {phase}: no client succeeded{': ' + left_out[0] if left_out else ''}")
 
 
 @dataclass(frozen=True)

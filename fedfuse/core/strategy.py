@@ -21,7 +21,7 @@ from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import plan_of
-from fedfuse.core.shares import Metrics, Records, Share, Shares
+from fedfuse.core.shares import Metrics, Records, Share, Shares, nobody
 from fedfuse.core.silence import check_declared
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError, WorldError, in_words
@@ -382,8 +382,7 @@ class FusionStrategy(Strategy):
         stream = self.inbox.shares(replies, sums, totals)
         first = next(stream, None)
         if first is None:
-            why = self.inbox.left_out[known:]
-            raise WorldError(f"round {server_round}, {self.phase}: no client succeeded{': ' + why[0] if why else ''}")
+            raise nobody(server_round, self.phase, self.inbox.left_out[known:])
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
         try:

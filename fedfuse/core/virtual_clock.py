@@ -160,7 +160,7 @@ class VirtualClock:
         counted = None if wanted is None else {f.client for f in close(flights, start, None, wanted).counted}
         anybody = self._fuse(self._counting(answers, start, limit, counted), round)
         if all(flight.outcome == FAILED for flight in flights):  # no matter of time: it would happen again
-            raise WorldError(f"round {round}, {phase}: no client succeeded: {strategy.inbox.left_out[-1]}")
+            raise shares.nobody(round, phase, strategy.inbox.left_out[-1:])
         closed = close(flights, start, limit, wanted)
         self.book.note(round, phase, closed.ended)
         counting = {flight.client for flight in closed.counted}

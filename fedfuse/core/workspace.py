@@ -55,6 +55,7 @@ class Workspace:
         self.transfer_declared = transfer
         self.scenario, self.equip, self.device, self.ledger = scenario, equip, torch.device(device), ledger
         self._models: dict[str, nn.Module] = {}
+        self._bare: dict[str, nn.Module] = {}
         self._replicas: dict[str, Replicas] = {}
         self._forwards: dict[str, Forward | None] = {}
         self._initial: dict[str, Arrays] = {}
@@ -157,10 +158,11 @@ class Workspace:
         return model
 
     def bare(self, architecture: str, arrays: Arrays) -> nn.Module:
-        """A new network as it is built, without what `equip` adds, holding these weights."""
-        model = self.build(architecture).to(self.device)
-        overlay(model, arrays)
-        return model
+        """The resident network as it is built, without what `equip` adds, holding these weights, all of them."""
+        if architecture not in self._bare:
+            self._bare[architecture] = self.build(architecture).to(self.device)
+        overlay(self._bare[architecture], arrays)
+        return self._bare[architecture]
 
     def scope(self, client: int, hyper: Any) -> Scope:
         """The sizes a spec may name, for one client."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from fedfuse.errors import UserError
 from fedfuse.models.reader import Reader
 
+OTHER = -1e4  # the score of an answer to another question: a number, since what is none counts as a failed prediction
+
 
 class Questions:
     """Questions and answers as a reader knows them.
@@ -73,7 +75,7 @@ class Questions:
         return out
 
     def scores(self, image: Tensor, text: Tensor, labels: Tensor, size: int) -> Tensor:
-        """log p of each class's answer (n × C); −∞ for answers to other questions than a row's.
+        """log p of each class's answer (n × C); `OTHER` for answers to other questions than a row's.
 
         Parameters
         ----------
@@ -87,7 +89,7 @@ class Questions:
             Rows that are read at once.
         """
         asked = self.of[labels.long().cpu()]
-        out = torch.full((len(image), len(self.of)), -torch.inf, device=image.device)
+        out = torch.full((len(image), len(self.of)), OTHER, device=image.device)
         for q, own in enumerate(text.split(self.length.tolist())):
             choices = self.choices(q).to(image.device)
             for rows in (asked == q).nonzero().squeeze(1).to(image.device).split(size):

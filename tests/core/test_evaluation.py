@@ -5,6 +5,7 @@ import math
 import pytest
 
 from fedfuse.core.evaluation import of_clients
+from tests.federations import federation
 
 
 def test_the_worst_tenth_is_the_mean_of_the_lowest():
@@ -27,3 +28,19 @@ def test_clients_without_a_score_are_in_no_mean():
     assert line["accuracy/validation"] == 0.7
     assert "accuracy/validation" not in of_clients([{}])
     assert math.isnan(of_clients([{}])["accuracy/personal_worst10"])
+
+
+def test_the_bare_network_is_built_once_and_holds_only_what_it_is_given() -> None:
+    """A companion's server model has no pair in it; after others' weights it is as a new one, and a gap is refused."""
+    with federation("fml", "rounds=1") as (built, _):
+        workspace = built.strategy.workspace
+        name = built.strategy.architecture
+        first, second = ({k: v + i for k, v in workspace.build(name).state_dict().items()} for i in (1, 2))
+        one = workspace.bare(name, first)
+        other = workspace.bare(name, second)
+        assert one is other
+        assert type(other) is not type(workspace.model(name))
+        assert {k: v.tolist() for k, v in other.state_dict().items()} == {k: v.tolist() for k, v in second.items()}
+        lacking = dict(list(first.items())[1:])
+        with pytest.raises(RuntimeError, match="does not fit"):
+            workspace.bare(name, lacking)

@@ -198,7 +198,7 @@ def test_a_row_is_scored_among_the_answers_to_its_question() -> None:
     z = own.scores(image, own.e, labels, 3)
     for row, label in zip(z, labels.tolist(), strict=True):
         among = [0, 1, 4] if label in (0, 1, 4) else [2, 3]
-        assert (row != -torch.inf).nonzero().squeeze(1).tolist() == among
+        assert (row != questions.OTHER).nonzero().squeeze(1).tolist() == among
     text = questions.spread(own.e, own.length, own.of[labels])
     torch.testing.assert_close(z[torch.arange(7), labels], -own.loss(image, text, labels), rtol=1e-4, atol=1e-4)
     kinds = built._kinds(z, labels)
