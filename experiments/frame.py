@@ -1,9 +1,9 @@
 """What studies have in common: a list of public commands, carried out one after another or elsewhere, then collected.
 
-    python experiments/<study>/study.py commands [PART …]   # prints them, one a line, to be run anywhere in any order
-    python experiments/<study>/study.py run [PART …]        # carries out what is not there yet, then collects
-    python experiments/<study>/study.py collect             # reads what the commands left into results.csv
-    python experiments/<study>/study.py table               # prints README.md's tables from results.csv
+python experiments/<study>/study.py commands [PART …]   # prints them, one a line, to be run anywhere in any order
+python experiments/<study>/study.py run [PART …]        # carries out what is not there yet, then collects
+python experiments/<study>/study.py collect             # reads what the commands left into results.csv
+python experiments/<study>/study.py table               # prints README.md's tables from results.csv
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def write(results: Path, fields: Sequence[str], rows: Iterable[Sequence[object]]
     with results.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(fields)
-        writer.writerows(sorted(([str(cell) for cell in row] for row in rows)))
+        writer.writerows(sorted([str(cell) for cell in row] for row in rows))
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

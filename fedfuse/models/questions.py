@@ -68,6 +68,12 @@ class Questions:
         labels = labels.long().cpu()
         lengths = self.length[self.of[labels]].to(image.device)
         out, answers = image.new_zeros(len(image)), self.answers[labels.to(self.answers.device)]
+        longest = text.shape[1]
+        if self.reader.minds and bool((lengths < longest).any()):  # all at once, each question moved up to its answer
+            at = torch.arange(longest, device=image.device) - (longest - lengths[:, None])
+            moved = text.gather(1, at.clamp_min(0)[:, :, None].expand_as(text))
+            present = torch.cat([torch.ones_like(image[:, :, 0], dtype=torch.bool), at >= 0], 1)
+            return self.reader.loss(torch.cat([image, moved], 1), answers, present)
         for length in lengths.unique().tolist():  # questions of a length are read together
             rows = (lengths == length).nonzero().squeeze(1)
             found = self.reader.loss(torch.cat([image[rows], text[rows, :length]], 1), answers[rows])

@@ -6,6 +6,7 @@ without a path it is a small transformer with random weights over bytes, for tri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ class Reader(nn.Module):
     width : int
         Size d of an embedding.
     run : callable
-        `run(embeddings, seen=None, places=None)`: logits (B × T × V) of embeddings (B × T × d). `seen` (T × T) bool
-        says what each place may look at, `places` (T) where it stands; default: all before it, and in a row.
+        `run(embeddings, seen=None, places=None)`: logits (B × T × V) of embeddings (B × T × d). `seen` (B × T × T) bool
+        says what each place may look at, `places` (B × T) where it stands; default: all before it, and in a row.
     encode : callable
         Token ids of a text.
     """
@@ -40,7 +41,17 @@ class Reader(nn.Module):
         self.model, self.run, self.encode, self.width = model, run, encode, table.shape[1]
         self.register_buffer("table", table.detach().clone())
         self.eval().requires_grad_(False)
-        self._branches: bool | None = None  # whether the model looks where `seen` says; found out when it first matters
+
+    @functools.cached_property
+    def minds(self) -> bool:
+        """Whether the model looks where `seen` says and stands where `places` says: a text with a hole is the text."""
+        text = self.table[None, :4]  # type: ignore[index]
+        holed = torch.cat([text[:, :2], text[:, :1], text[:, 2:]], 1)
+        seen = torch.ones(1, 5, 5, dtype=torch.bool, device=text.device).tril()
+        seen[:, 3:, 2] = False
+        with torch.no_grad():
+            plain, other = self.run(text), self.run(holed, seen, torch.tensor([[0, 1, 2, 2, 3]], device=text.device))
+        return bool((other[:, [0, 1, 3, 4]] - plain).abs().max() <= 1e-3 * (1 + plain.abs().max()))
 
     def embed(self, text: str) -> Tensor:
         """Embeddings (L × d) of a text's tokens."""
@@ -62,12 +73,26 @@ class Reader(nn.Module):
         longest = max(map(len, ids))
         return torch.tensor([one + [NONE] * (longest - len(one)) for one in ids], device=self.table.device)  # type: ignore
 
-    def loss(self, prefix: Tensor, answers: Tensor) -> Tensor:
-        """−log p(answer | prefix) of each row (B,): prefixes (B × T × d), token ids (B × A) with −1 after the end."""
+    def loss(self, prefix: Tensor, answers: Tensor, present: Tensor | None = None) -> Tensor:
+        """−log p(answer | prefix) of each row (B,).
+
+        Parameters
+        ----------
+        prefix : Tensor
+            B × T × d.
+        answers : Tensor
+            Token ids (B × A) with −1 after the end.
+        present : Tensor, optional
+            Which places of the prefix there are (B × T) bool, the first and the last among them; needs `minds`.
+        """
         answers = answers[:, : int((answers != NONE).sum(1).max()) if len(answers) else 1]
         ids, there = answers.clamp_min(0), answers != NONE
         inputs = torch.cat([prefix, self.table[ids[:, :-1]]], 1)  # type: ignore[index]
-        logits = self.run(inputs)[:, prefix.shape[1] - 1 :]
+        looks: tuple[Tensor, ...] = ()
+        if present is not None:
+            all_of = torch.cat([present, torch.ones_like(ids[:, 1:], dtype=torch.bool)], 1)
+            looks = (all_of[:, None] & torch.ones_like(all_of[0, :, None] & all_of[0]).tril(), all_of.cumsum(1) - 1)
+        logits = self.run(inputs, *looks)[:, prefix.shape[1] - 1 :]
         log_p = logits.log_softmax(-1).gather(2, ids[:, :, None]).squeeze(2)
         return -(log_p * there).sum(1)
 
@@ -80,11 +105,7 @@ class Reader(nn.Module):
         """
         if not len(prefix):
             return prefix.new_zeros(0, len(answers))
-        if self._branches is None:
-            few = prefix[:1]
-            apart = (self._together(few, answers) - self._one_by_one(few, answers)).abs().max()
-            self._branches = bool(apart <= 1e-3 * (1 + self._one_by_one(few, answers).abs().max()))
-        return (self._together if self._branches else self._one_by_one)(prefix, answers)
+        return (self._together if self.minds else self._one_by_one)(prefix, answers)
 
     def _one_by_one(self, prefix: Tensor, answers: Tensor) -> Tensor:
         return torch.stack([-self.loss(prefix, one.expand(len(prefix), -1)) for one in answers], 1)
@@ -100,7 +121,8 @@ class Reader(nn.Module):
         seen = torch.ones(T + count, T + count, dtype=torch.bool, device=prefix.device).tril()
         seen[T:, T:] &= whose[:, None] == whose
         places = torch.cat([torch.arange(T, device=prefix.device), T + depth])
-        log_p = self.run(inputs, seen, places)[:, T - 1 :].log_softmax(-1)
+        b = len(prefix)
+        log_p = self.run(inputs, seen.expand(b, -1, -1), places.expand(b, -1))[:, T - 1 :].log_softmax(-1)
         at = torch.cat([torch.full_like(answers[:, :1], T - 1), at], 1) - (T - 1)
         return (log_p[:, at.clamp_min(0), answers.clamp_min(0)] * there).sum(2)
 
@@ -131,9 +153,8 @@ def build(path: str | None, width: int, seed: int) -> Reader:
     def run(embeddings: Tensor, seen: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         if seen is None or places is None:
             return model(inputs_embeds=embeddings, use_cache=False).logits
-        b, mask = len(embeddings), torch.where(seen, 0.0, torch.finfo(embeddings.dtype).min)
-        looks = {"attention_mask": mask.expand(b, 1, -1, -1), "position_ids": places.expand(b, -1)}
-        return model(inputs_embeds=embeddings, use_cache=False, **looks).logits
+        mask = torch.where(seen, 0.0, torch.finfo(embeddings.dtype).min)[:, None]
+        return model(inputs_embeds=embeddings, use_cache=False, attention_mask=mask, position_ids=places).logits
 
     return Reader(model, table, run, lambda text: tokenizer.ids([text], special=False)[0])
 
@@ -141,15 +162,19 @@ def build(path: str | None, width: int, seed: int) -> Reader:
 def _random(width: int, seed: int) -> Reader:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of("reader", seed))
+        heads = 4
         blocks = [
-            nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(2)
         ]
         model, table = nn.ModuleList([*blocks, nn.LayerNorm(width)]), torch.randn(256, width)
 
     def run(embeddings: Tensor, seen: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         length, h = embeddings.shape[1], embeddings  # it has no sense of place
-        later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1) if seen is None else ~seen
+        if seen is None:
+            later = torch.ones(length, length, dtype=torch.bool, device=h.device).triu(1)
+        else:
+            later = ~seen.repeat_interleave(heads, 0)
         for block in blocks:
             h = block(h, src_mask=later)
         return model[-1](h) @ table.to(h.device).T / width**0.5

@@ -239,7 +239,9 @@ def test_when_every_client_fails_the_run_stops_with_the_cause(words, monkeypatch
         raise RuntimeError("no such layer")
 
     monkeypatch.setattr(registry.entry("fedavg").client, "fit", fail)
-    with pytest.raises(WorldError, match=r"round 1, train: no client succeeded: client \d: RuntimeError: no such layer"):
+    with pytest.raises(
+        WorldError, match=r"round 1, train: no client succeeded: client \d: RuntimeError: no such layer"
+    ):
         play("fedavg", *ON, *words)
 
 

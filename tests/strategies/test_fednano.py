@@ -213,13 +213,16 @@ def test_answers_read_together_are_those_read_one_by_one() -> None:
     prefix = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
     answers = one.answers(["ab", "a", "abcd", "b", "xyz"])
     torch.testing.assert_close(one._together(prefix, answers), one._one_by_one(prefix, answers), rtol=1e-5, atol=1e-4)
-    one.scores(prefix, answers)
-    assert one._branches is True
+    assert one.minds
     blind = reader.build(None, 16, 0)
     plain = blind.run
     blind.run = lambda e, seen=None, places=None: plain(e)  # a model that minds no mask
     torch.testing.assert_close(blind.scores(prefix, answers), one._one_by_one(prefix, answers), rtol=1e-5, atol=1e-4)
-    assert blind._branches is False
+    assert not blind.minds
+    asks = [questions.Questions(each, PAIRS, None) for each in (one, blind)]  # questions of two lengths
+    labels = torch.tensor([3, 0, 2])
+    losses = [q.loss(prefix, questions.spread(q.e, q.length, q.of[labels]), labels) for q in asks]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-4)
 
 
 def test_the_pull_to_the_common_adapters_is_fedproxs() -> None:
