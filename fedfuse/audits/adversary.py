@@ -90,9 +90,13 @@ class Adversary:
     """
 
     def __init__(self, entry: Entry, scenario: Scenario, candidates: Candidates | None = None) -> None:
-        self.entry, self.scenario, self.candidates = entry, withheld(scenario), candidates
+        self.entry, self.scenario, self.candidates = entry, self._of(scenario), candidates
         self.hyper = scenario.config.strategy
         self.workspace = Workspace(self.scenario, self._equip)
+
+    def _of(self, scenario: Scenario) -> Scenario:
+        """The scenario as this adversary has it."""
+        return withheld(scenario)
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self.hyper, build)

@@ -65,7 +65,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None, None
-    if max(values) == min(values):
+    if max(values) - min(values) <= 1e-12 * abs(mean):  # equal but for rounding
         return mean, mean, mean
     found = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
     return mean, float(found.low), float(found.high)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from fedfuse.config import registry
 from fedfuse.config.catalogue import AUDITS
-from fedfuse.core.attacks import shares_soft_labels
+from fedfuse.core.attacks import shares_soft_labels, soft_labels
 from fedfuse.core.shares import declared
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, nearest
 
 OF_ANSWERS = ("coop_lira", "distill_lira")  # that ask about candidates among the public rows
-OF_MEMBERS = (*OF_ANSWERS, "fedmia")
+OF_CLIENTS = ("client_ldia", "client_lira")  # whose adversary is a client
+OF_MEMBERS = (*OF_ANSWERS, "fedmia", "client_lira")
 FEWEST = 3  # clients, where the others of one make a distribution
 
 
@@ -32,6 +33,8 @@ def reason(strategy: FusionStrategy, name: str) -> str:
     """Why an audit means nothing here; empty if it does."""
     scenario, who = strategy.scenario, f"strategy={strategy.name}"
     config = scenario.config
+    if name in OF_CLIENTS:
+        return _reason_of_clients(strategy, name)
     if strategy.pooled or not declared(strategy, "train"):
         return f"{who} has clients send nothing after training"
     if config.secure.on:
@@ -59,6 +62,44 @@ def reason(strategy: FusionStrategy, name: str) -> str:
     if name == "pli" and scenario.data.dataset.kind != "image":
         return f"pli paints images, and data={config.data.name} has {scenario.data.dataset.kind}"
     return ""
+
+
+def _reason_of_clients(strategy: FusionStrategy, name: str) -> str:
+    """As `reason`, of an audit whose adversary is a client."""
+    scenario, who = strategy.scenario, f"strategy={strategy.name}"
+    config = scenario.config
+    if strategy.pooled or not strategy.topics:
+        return f"{who} sends clients nothing that others made"
+    if scenario.cohort_size < 2:
+        return f"{name} asks about the other clients, and a round has {scenario.cohort_size}; allowed is 2 or more"
+    if config.clock.on:
+        return f"clock={config.clock.name}: virtual time is not replayed yet; allowed is off"
+    if config.runtime.name == "flower":
+        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    models, labels = shares_models(strategy), publishes_soft_labels(strategy)
+    if not models and not labels:
+        return f"{name} reads soft labels of public rows or a common model, and {who} sends clients neither"
+    if name == "client_ldia" and not labels and scenario.data.transfer is None:
+        return f"{name} asks the model that {who} sends about public rows; allowed is transfer.size above 0"
+    if labels and config.secure.on:
+        return f"{name} compares with the client's own soft labels, which secure=on masks in a replay; allowed is off"
+    if name == "client_lira" and scenario.data.dataset.next_token:
+        return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"
+    return ""
+
+
+def publishes_soft_labels(strategy: FusionStrategy) -> bool:
+    """Whether clients are sent soft labels of the public rows that their own stand on."""
+    if strategy.transfer not in ("clients", "both") or not shares_soft_labels(strategy, "train"):
+        return False
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    rows = scope.dims["subset"]
+    for topic in strategy.topics.values():
+        layout = {} if topic.arrays is None or topic.fold is not None else topic.arrays(scope)
+        found = soft_labels(layout, scope.model, strategy.classes)
+        if any(layout[one][1][0] == rows for one in found):
+            return True
+    return False
 
 
 def known(names: Sequence[str], what: str) -> None:

@@ -1,4 +1,4 @@
-"""A run played again with a curious server in the middle: it notes what arrives, and may ask what it was not to.
+"""A run played again with somebody curious in it, who notes what reaches him; a server may ask what it was not to.
 
 Neither changes a bit of what is played: random states are put back, and answers come from copies.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from flwr.app import Message
 
 from fedfuse.audits.adversary import Answer, Sent
+from fedfuse.audits.curious import Received
 from fedfuse.config.registry import Entry
 from fedfuse.core.attacks import soft_labels
 from fedfuse.core.client import FusionClient
@@ -26,7 +27,7 @@ from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.workspace import Workspace
 from fedfuse.data.dataset import Examples
 from fedfuse.engines.grid import LocalGrid
-from fedfuse.wire.knowledge import Cache
+from fedfuse.wire.knowledge import Cache, address_of
 from fedfuse.wire.records import arrays_in, layout_of, tensors
 
 
@@ -48,11 +49,20 @@ class Listening:
     grid : LocalGrid
     strategy : FusionStrategy
     listeners : sequence
-        Each has `see(sent)`.
+        Each has `see(sent)`: what comes after training.
+    curious : dict of int to object
+        By client, who is told of what it is sent and of what it sends itself, `take(message)`.
     """
 
-    def __init__(self, grid: LocalGrid, strategy: FusionStrategy, listeners: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        grid: LocalGrid,
+        strategy: FusionStrategy,
+        listeners: Sequence[Any],
+        curious: Mapping[int, Any] | None = None,
+    ) -> None:
         self.grid, self.strategy, self.listeners = grid, strategy, listeners
+        self.curious = curious or {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.grid, name)
@@ -62,6 +72,10 @@ class Listening:
         request, strategy = self.strategy.outbox.request, self.strategy
         told = request.kind == "train" and request.phase == "train"
         known = Cache(strategy.board.items)
+        if self.curious:
+            messages = list(messages)
+            for message in messages:
+                self._deliver(message.metadata.dst_node_id - 1, known)
         for reply in self.grid.send_and_receive(messages, **options):
             if told and reply.has_content():
                 with undisturbed():
@@ -79,6 +93,15 @@ class Listening:
         sent = Sent(strategy.round, client, records, published)
         for listener in self.listeners:
             listener.see(sent)
+        if client in self.curious:
+            self.curious[client].take(sent)
+
+    def _deliver(self, client: int, known: Cache) -> None:
+        strategy = self.strategy
+        if client in self.curious:
+            held = known.for_client(client, strategy.scenario.architectures[client], strategy.topics)
+            alone = frozenset(topic for topic in held if known.get((topic, address_of(client))) is held[topic])
+            self.curious[client].take(Received(strategy.round, client, held, alone))
 
 
 def asking(

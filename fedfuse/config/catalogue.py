@@ -200,6 +200,17 @@ AUDITS: dict[str, Audit] = {
         "a curious server",
         "the public images, and each client's soft labels of them",
     ),
+    "client_ldia": Audit(
+        "the other clients' mean class prior (a reconstruction: no paper gives it)",
+        "a curious client, each in turn",
+        "the soft labels or the model that it was sent, its own shares, its own examples, and the public rows",
+    ),
+    "client_lira": Audit(
+        "whether any other client trained on an example, 16 shadows of its own (a reconstruction: no paper gives it)",
+        "a curious client, each in turn",
+        "the soft labels or the model that it was sent, its own shares, its own examples, the public rows, and the "
+        "examples in question",
+    ),
 }
 
 RUNTIMES = ("inline", "ray", "flower")
