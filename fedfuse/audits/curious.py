@@ -168,10 +168,8 @@ class CuriousClient(Adversary):
 
     def half(self, known: Mapping[str, Item]) -> FusionClient:
         """The strategy's client half of somebody who was sent this and has nothing of his own; initial without it."""
-        half = self._half(Sent(self.scenario.config.rounds, self.client, {}, known))
-        if known:
-            half.receive(known)
-        return half
+        sent = Sent(self.scenario.config.rounds, self.client, {}, known)
+        return self.before(sent) if known else self._half(sent)
 
     def says(self, known: Mapping[str, Item], x: Tensor) -> Tensor | None:
         """Logits of the model that was published; None where clients keep models of their own."""

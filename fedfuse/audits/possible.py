@@ -13,7 +13,8 @@ from fedfuse.errors import UserError, nearest
 
 OF_ANSWERS = ("coop_lira", "distill_lira")  # that ask about candidates among the public rows
 OF_CLIENTS = ("client_ldia", "client_lira")  # whose adversary is a client
-OF_MEMBERS = (*OF_ANSWERS, "fedmia", "client_lira")
+OF_MODELS = ("fedmia", "fedmia_gradient")
+OF_MEMBERS = (*OF_ANSWERS, *OF_MODELS, "client_lira")
 FEWEST = 3  # clients, where the others of one make a distribution
 
 
@@ -49,9 +50,9 @@ def reason(strategy: FusionStrategy, name: str) -> str:
             return ""
         rows = "; with transfer.size above 0 it could ask the models that came" if shares_models(strategy) else ""
         return f"ldia reads soft labels, and {who} shares none{rows}"
-    if name == "fedmia" and not shares_models(strategy):
-        return f"fedmia reads weights or adapters, and {who} shares none that make a client's model"
-    if name != "fedmia" and not soft:
+    if name in OF_MODELS and not shares_models(strategy):
+        return f"{name} reads weights or adapters, and {who} shares none that make a client's model"
+    if name not in OF_MODELS and not soft:
         return f"{name} reads soft labels, and {who} shares none"
     if name in OF_MEMBERS and scenario.data.dataset.next_token:
         return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"

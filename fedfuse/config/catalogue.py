@@ -195,6 +195,11 @@ AUDITS: dict[str, Audit] = {
         "a curious server",
         "each client's weights or adapters as they came, and the examples in question",
     ),
+    "fedmia_gradient": Audit(
+        "who trained on an example, from how its gradient lies to each round's update (FedMIA by cosine, CVPR 2025)",
+        "a curious server",
+        "each client's weights or adapters as they came, what it had published, and the examples in question",
+    ),
     "pli": Audit(
         "what a client takes its classes to look like (paired-logits inversion, CVPR 2023)",
         "a curious server",

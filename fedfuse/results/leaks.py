@@ -44,7 +44,7 @@ CURVE = (
 PAINTED = (
     "Of the first client of the first seed, class by class: painted; mean of public images; the client's own mean."
 )
-STYLES = {"coop_lira": "-", "distill_lira": "--", "fedmia": "-.", "client_lira": ":"}
+STYLES = {"coop_lira": "-", "distill_lira": "--", "fedmia": "-.", "fedmia_gradient": (0, (5, 1)), "client_lira": ":"}
 
 
 def found(run: Measures) -> pl.DataFrame | None:

@@ -21,10 +21,11 @@ from torch import Tensor
 from fedfuse.audits import inversion, label_prior
 from fedfuse.audits.adversary import Adversary
 from fedfuse.audits.curious import CuriousClient, drawn
+from fedfuse.audits.gradients import FedMIAGradient
 from fedfuse.audits.membership import CoopLira, DistillLira, FedMIA
 from fedfuse.audits.others import OthersLabels, OthersMembers
 from fedfuse.audits.outcomes import EVERYONE, Row, of_membership
-from fedfuse.audits.possible import OF_ANSWERS, OF_CLIENTS, OF_MEMBERS, check_audits, known
+from fedfuse.audits.possible import OF_ANSWERS, OF_CLIENTS, OF_MEMBERS, OF_MODELS, check_audits, known
 from fedfuse.audits.replay import Listening, asking
 from fedfuse.audits.truth import Questions, mean_images, prior
 from fedfuse.compat.flower_identity import claim_identity
@@ -48,7 +49,7 @@ from fedfuse.runs.directory import RunDirectory
 
 ATTACKS: dict[str, Any] = {
     "ldia": label_prior.LabelDistributions, "coop_lira": CoopLira, "distill_lira": DistillLira, "fedmia": FedMIA,
-    "pli": inversion.PairedLogits,
+    "fedmia_gradient": FedMIAGradient, "pli": inversion.PairedLogits,
 }  # fmt: skip
 BY_CLIENTS: dict[str, Any] = {"client_ldia": OthersLabels, "client_lira": OthersMembers}
 IMAGES = "audit_pli.npz"  # what `pli` painted, by client
@@ -156,7 +157,7 @@ def _scored(path: Path, name: str, attack: Any, scenario: Scenario, questions: Q
         return [
             row for round, scores in by_round.items() for row in of_membership(name, "client", round, scores, members)
         ]
-    who = "server" if name == "fedmia" else "asking server"
+    who = "server" if name in OF_MODELS else "asking server"
     found = attack.scores()
     return [row for round, scores in found.items() for row in of_membership(name, who, round, scores, questions.truth)]
 

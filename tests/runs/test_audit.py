@@ -105,6 +105,7 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("strategy=fedmd", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedmd shares none"),
+        (("strategy=fedmd", "audit=fedmia_gradient"), "fedmia_gradient reads weights or adapters"),
         (("strategy=fedproto", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedproto shares none"),
         (("strategy=fedavg", "audit=fedmia", "clients=2"), "compares with the other clients, and a round has 2"),
         (("strategy=fedavg", "audit=fedmia", "secure=on"), "secure=on: the server sees sums"),
