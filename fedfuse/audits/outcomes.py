@@ -91,6 +91,8 @@ def of_membership(
         if len(inside[-1]) > 1 and len(outside[-1]) > 1:
             figures = area_interval(inside[-1], outside[-1])
             rows.append(Row(audit, adversary, round, client, "auc", None, *figures))
+    if not scores:
+        return rows
     members, others = np.concatenate(inside), np.concatenate(outside)
     if len(members) < 2 or len(others) < 2:
         return rows

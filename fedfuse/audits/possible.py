@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from fedfuse.config import registry
 from fedfuse.config.catalogue import AUDITS
+from fedfuse.config.schema import Config
 from fedfuse.core.attacks import shares_soft_labels, soft_labels
+from fedfuse.core.defended import STALE
 from fedfuse.core.shares import declared
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, nearest
@@ -40,10 +42,8 @@ def reason(strategy: FusionStrategy, name: str) -> str:
         return f"{who} has clients send nothing after training"
     if config.secure.on:
         return "secure=on: the server sees sums, and no client's share"
-    if config.clock.on:
-        return f"clock={config.clock.name}: virtual time is not replayed yet; allowed is off"
-    if config.runtime.name == "flower":
-        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    if unplayed := _not_replayed(config):
+        return unplayed
     soft = shares_soft_labels(strategy, "train")
     if name == "ldia":
         if soft or _tells_counts(strategy) or (shares_models(strategy) and scenario.data.transfer is not None):
@@ -65,6 +65,18 @@ def reason(strategy: FusionStrategy, name: str) -> str:
     return ""
 
 
+def _not_replayed(config: Config) -> str:
+    """Why a run's messages cannot be had a second time; empty if they can."""
+    if config.schedule.name in STALE:
+        return (
+            f"schedule={config.schedule.name}: shares of several versions meet, which no audit reads; allowed are "
+            "sync, deadline, overcommit"
+        )
+    if config.runtime.name == "flower":
+        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    return ""
+
+
 def _reason_of_clients(strategy: FusionStrategy, name: str) -> str:
     """As `reason`, of an audit whose adversary is a client."""
     scenario, who = strategy.scenario, f"strategy={strategy.name}"
@@ -73,10 +85,8 @@ def _reason_of_clients(strategy: FusionStrategy, name: str) -> str:
         return f"{who} sends clients nothing that others made"
     if scenario.cohort_size < 2:
         return f"{name} asks about the other clients, and a round has {scenario.cohort_size}; allowed is 2 or more"
-    if config.clock.on:
-        return f"clock={config.clock.name}: virtual time is not replayed yet; allowed is off"
-    if config.runtime.name == "flower":
-        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    if unplayed := _not_replayed(config):
+        return unplayed
     models, labels = shares_models(strategy), publishes_soft_labels(strategy)
     if not models and not labels:
         return f"{name} reads soft labels of public rows or a common model, and {who} sends clients neither"

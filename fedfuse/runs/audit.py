@@ -26,7 +26,7 @@ from fedfuse.audits.membership import CoopLira, DistillLira, FedMIA
 from fedfuse.audits.others import OthersLabels, OthersMembers
 from fedfuse.audits.outcomes import EVERYONE, Row, of_membership
 from fedfuse.audits.possible import OF_ANSWERS, OF_CLIENTS, OF_MEMBERS, OF_MODELS, check_audits, known
-from fedfuse.audits.replay import Listening, asking
+from fedfuse.audits.replay import Answers, Listening, asking
 from fedfuse.audits.truth import Questions, mean_images, prior
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
@@ -42,6 +42,7 @@ from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
+from fedfuse.core.timed import build_clock
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.configuration import as_yaml, code_of, load_config
@@ -106,15 +107,16 @@ def _replayed(
     scenario, entry = prepare_scenario(config), registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario)
     check_audits(strategy, names, f"{path}: --audit ")
+    clock = build_clock(strategy)
     questions = Questions(scenario) if set(names) & set(OF_MEMBERS) else None
     adversary = Adversary(entry, scenario, None if questions is None else questions.candidates)
     attacks = {name: ATTACKS[name](adversary) for name in names if name in ATTACKS}
     by_clients = [name for name in names if name in OF_CLIENTS]
     curious = clients_of(strategy, questions) if by_clients else {}
     attacks |= {name: {k: BY_CLIENTS[name](who) for k, who in curious.items()} for name in by_clients}
-    if questions is not None and set(names) & set(OF_ANSWERS):
-        asked_by = [attacks[name] for name in OF_ANSWERS if name in names]
-        entry = asking(entry, scenario, questions.asked, {1, rounds}, asked_by)
+    answers = Answers([attacks[name] for name in OF_ANSWERS if name in names])
+    if questions is not None and answers.listeners:
+        entry = asking(entry, scenario, questions.asked, {1, rounds}, answers)
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "replay", as_yaml(config), time.time())
         directory.create(False)
@@ -123,9 +125,10 @@ def _replayed(
             strategy,
             [a for a in attacks.values() if hasattr(a, "see")],
             curious,
+            answers,
         )
         try:
-            federation = Federation(strategy, grid, rounds, [Evaluation(rounds), directory])  # type: ignore[arg-type]
+            federation = Federation(strategy, grid, rounds, [Evaluation(rounds), directory], clock)  # type: ignore[arg-type]
             federation.run()
         finally:
             grid.close()

@@ -109,7 +109,7 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
         (("strategy=fedproto", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedproto shares none"),
         (("strategy=fedavg", "audit=fedmia", "clients=2"), "compares with the other clients, and a round has 2"),
         (("strategy=fedavg", "audit=fedmia", "secure=on"), "secure=on: the server sees sums"),
-        (("strategy=fedavg", "audit=fedmia", "clock=devices"), "virtual time is not replayed"),
+        (("strategy=fedavg", "audit=fedmia", "clock=devices", "schedule=fedasync"), "shares of several versions meet"),
         (("strategy=fedavg", "audit=fedmia", "runtime=flower"), "runtime=flower: its messages are not replayed"),
         (("strategy=fedmd", "audit=coop_lira", "attack=fdla"), "with attack=fdla some lie"),
         (("strategy=centralized", "audit=ldia"), "send nothing"),
@@ -118,7 +118,7 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
         (("strategy=fd", "audit=client_ldia"), "strategy=fd sends clients neither"),
         (("strategy=fedavg", "transfer.size=0", "audit=client_ldia"), "allowed is transfer.size above 0"),
         (("strategy=fedavg", "clients=1", "audit=client_lira"), "a round has 1; allowed is 2 or more"),
-        (("strategy=fedavg", "audit=client_lira", "clock=devices"), "virtual time is not replayed"),
+        (("strategy=fedavg", "audit=client_lira", "clock=devices", "schedule=fedasync"), "shares of several"),
         (("strategy=fedavg", "audit=client_lira", "runtime=flower"), "its messages are not replayed"),
         (("strategy=fedmd", "audit=client_ldia", "secure=on"), "soft labels, which secure=on masks in a replay"),
         (("strategy=fedmd", "audit=ldia,ldia"), "each once"),
@@ -138,6 +138,32 @@ def test_a_replay_that_is_another_run_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(WorldError, match="another digest"):
         audit(where, ["ldia"])
     assert not (where / "audit.parquet").exists()
+
+
+@pytest.mark.parametrize("name", ["fedmd", "fedavg"])
+def test_virtual_time_is_played_again(name: str, tmp_path: Path) -> None:
+    """Whoever comes too late, or is lost, is not seen: neither its share nor its answers; the digest is the run's."""
+    late = (
+        "clock=devices",
+        "schedule=overcommit",
+        "participation=0.5",
+        "rounds=1",
+        "clients=6",
+        "seed=1",
+        "data.limit=220",
+    )
+    where = played(
+        tmp_path / "run", f"strategy={name}", "partition=iid", "data.personal_test=0.3", "transfer.size=20", *late
+    )
+    flights = json.loads((where / "summary.json").read_text())["clock"]["flights"]
+    assert flights["arrived"] == 3
+    assert flights["late"] > 0
+    audits = {"fedmd": ["ldia", "coop_lira", "client_ldia"], "fedavg": ["fedmia", "client_ldia"]}[name]
+    audit(where, audits)
+    for one in audits[:-1]:
+        found = figures(where).filter(pl.col("audit") == one, pl.col("client") >= 0)
+        assert found["client"].n_unique() == 3, one
+    assert figures(where).filter(audit="client_ldia", metric="tv")["client"].n_unique() == 7
 
 
 def test_in_a_sweep_each_run_gets_what_means_something_for_it(tmp_path: Path, capsys) -> None:
