@@ -90,9 +90,13 @@ class Adversary:
     """
 
     def __init__(self, entry: Entry, scenario: Scenario, candidates: Candidates | None = None) -> None:
-        self.entry, self.scenario, self.candidates = entry, withheld(scenario), candidates
+        self.entry, self.scenario, self.candidates = entry, self._of(scenario), candidates
         self.hyper = scenario.config.strategy
         self.workspace = Workspace(self.scenario, self._equip)
+
+    def _of(self, scenario: Scenario) -> Scenario:
+        """The scenario as this adversary has it."""
+        return withheld(scenario)
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self.hyper, build)
@@ -124,7 +128,15 @@ class Adversary:
         return None
 
     def outputs(self, sent: Sent, x: Tensor) -> Tensor | None:
-        """Logits of the model that a message amounts to; None where it is no model.
+        """Logits of the model that a message amounts to; None where it is no model."""
+        half = self.after(sent)
+        if half is None:
+            return None
+        with torch.no_grad():
+            return half.predict(x)
+
+    def after(self, sent: Sent) -> FusionClient | None:
+        """The client's own half as a message tells of it; None where it amounts to no model.
 
         A record named like a topic is that topic's value, moved by its client: the client's model is what a client
         receives that finds it in the topic's place.
@@ -135,8 +147,13 @@ class Adversary:
         known = {name: Item(moved.get(name, item.arrays), item.version) for name, item in sent.known.items()}
         half = self._half(sent)
         half.receive(known)
-        with torch.no_grad():
-            return half.predict(x)
+        return half
+
+    def before(self, sent: Sent) -> FusionClient:
+        """The half of a client that has received what was published to it, and has not trained."""
+        half = self._half(sent)
+        half.receive(sent.known)
+        return half
 
     def _half(self, sent: Sent) -> FusionClient:
         model = self.workspace.fresh(self.scenario.architectures[sent.client])

@@ -56,18 +56,42 @@ def errors(truth: Tensor, guess: Tensor) -> dict[str, float]:
     }
 
 
-def scored(estimates: Mapping[tuple[int, int], Tensor], priors: Mapping[int, Tensor]) -> list[Row]:
-    """Errors of the estimates, and of who has seen nothing and says all alike; means over clients by round."""
+def scored(
+    estimates: Mapping[tuple[int, int], Tensor],
+    priors: Mapping[int, Tensor],
+    blinds: Mapping[int, Tensor] | None = None,
+    who: tuple[str, str] = ("ldia", "server"),
+) -> list[Row]:
+    """Errors of the estimates, and of who has seen nothing; means over clients by round.
+
+    Parameters
+    ----------
+    blinds : dict of int to Tensor, optional
+        By client, what is said without any message; default: all classes alike.
+    who : tuple of str
+        Audit and adversary.
+    """
     rows = []
     by_round: dict[tuple[int, str], list[float]] = {}
     for (round, client), guess in sorted(estimates.items()):
-        blind = torch.full_like(guess, 1 / len(guess))
+        blind = torch.full_like(guess, 1 / len(guess)) if blinds is None else blinds[client]
         found = errors(priors[client], guess)
         found |= {f"{metric}/blind": value for metric, value in errors(priors[client], blind).items()}
         for metric, value in found.items():
-            rows.append(Row("ldia", "server", round, client, metric, None, value))
+            rows.append(Row(*who, round, client, metric, None, value))
             by_round.setdefault((round, metric), []).append(value)
-        rows += [Row("ldia", "server", round, client, "estimate", c, float(value)) for c, value in enumerate(guess)]
+        rows += [Row(*who, round, client, "estimate", c, float(value)) for c, value in enumerate(guess)]
     for (round, metric), values in by_round.items():
-        rows.append(Row("ldia", "server", round, EVERYONE, metric, None, *mean_interval(values)))
+        rows.append(Row(*who, round, EVERYONE, metric, None, *mean_interval(values)))
     return rows
+
+
+def of_the_others(priors: Mapping[int, Tensor], client: int) -> Tensor:
+    """The mean class prior of all clients but one."""
+    return torch.stack([prior for other, prior in sorted(priors.items()) if other != client]).mean(0)
+
+
+def rest_of_alike(prior: Tensor, clients: int) -> Tensor:
+    """What a client says of the others that takes all classes to be alike over everybody: (1/C − p_k/n)₊, to sum 1."""
+    rest = (1 / len(prior) - prior.double() / clients).clamp_min(0)
+    return rest / rest.sum()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfuse.audits.adversary import Adversary, Answer, Sent, log_odds
 from fedfuse.config.schema import TrainConfig
@@ -125,19 +125,32 @@ class DistillLira(_Membership):
     def _shadow(self, round: int, client: int, number: int, rows: Tensor) -> Tensor:
         """φ of a client's candidates by a model that learned its soft labels of a part of the public rows."""
         adversary, soft = self.adversary, self._soft[round][client]
-        x, given = adversary.public(round), distributions(soft)
         seeds = (adversary.scenario.seed, "distill_lira", client, number)
         part = torch.randperm(len(soft), generator=generator(*seeds))[: max(1, round_down(KEPT * len(soft)))]
-        model = adversary.workspace.fresh(adversary.scenario.architectures[client])
-        target = soft[part]
-
-        def apart(logits: Tensor, _: Tensor | None, batch: Tensor) -> Tensor:
-            return ((logits.softmax(-1) if given else logits) - target[batch]).abs().mean()
-
-        config = TrainConfig(epochs=EPOCHS, batch_size=BATCH, lr=RATE, optimizer="adam")
-        training.train(model, x[part], None, apart, config, seeds)
+        model = distilled(adversary, client, adversary.public(round)[part], soft[part], seeds, distributions(soft))
         outputs = training.predict(model, self.candidates.x[rows])
         return log_odds(outputs.detach(), self.candidates.y[rows])
+
+
+def distilled(
+    adversary: Adversary, client: int, x: Tensor, soft: Tensor, seeds: tuple[object, ...], given: bool | None = None
+) -> nn.Module:
+    """The resident model of a client's architecture, anew, taught soft labels (L1, Adam at 1e-3, 20 epochs).
+
+    Parameters
+    ----------
+    given : bool, optional
+        Whether they are distributions; default: whether these rows are.
+    """
+    given = distributions(soft) if given is None else given
+    model = adversary.workspace.fresh(adversary.scenario.architectures[client])
+
+    def apart(logits: Tensor, _: Tensor | None, batch: Tensor) -> Tensor:
+        return ((logits.softmax(-1) if given else logits) - soft[batch]).abs().mean()
+
+    config = TrainConfig(epochs=EPOCHS, batch_size=BATCH, lr=RATE, optimizer="adam")
+    training.train(model, x, None, apart, config, seeds)
+    return model
 
 
 def round_down(count: float) -> int:

@@ -65,7 +65,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None, None
-    if max(values) == min(values):
+    if max(values) - min(values) <= 1e-12 * abs(mean):  # equal but for rounding
         return mean, mean, mean
     found = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
     return mean, float(found.low), float(found.high)
@@ -91,6 +91,8 @@ def of_membership(
         if len(inside[-1]) > 1 and len(outside[-1]) > 1:
             figures = area_interval(inside[-1], outside[-1])
             rows.append(Row(audit, adversary, round, client, "auc", None, *figures))
+    if not scores:
+        return rows
     members, others = np.concatenate(inside), np.concatenate(outside)
     if len(members) < 2 or len(others) < 2:
         return rows

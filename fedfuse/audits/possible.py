@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from fedfuse.config import registry
 from fedfuse.config.catalogue import AUDITS
-from fedfuse.core.attacks import shares_soft_labels
+from fedfuse.config.schema import Config
+from fedfuse.core.attacks import shares_soft_labels, soft_labels
+from fedfuse.core.defended import STALE
 from fedfuse.core.shares import declared
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, nearest
 
 OF_ANSWERS = ("coop_lira", "distill_lira")  # that ask about candidates among the public rows
-OF_MEMBERS = (*OF_ANSWERS, "fedmia")
+OF_CLIENTS = ("client_ldia", "client_lira")  # whose adversary is a client
+OF_MODELS = ("fedmia", "fedmia_gradient")
+OF_MEMBERS = (*OF_ANSWERS, *OF_MODELS, "client_lira")
 FEWEST = 3  # clients, where the others of one make a distribution
 
 
@@ -32,23 +36,23 @@ def reason(strategy: FusionStrategy, name: str) -> str:
     """Why an audit means nothing here; empty if it does."""
     scenario, who = strategy.scenario, f"strategy={strategy.name}"
     config = scenario.config
+    if name in OF_CLIENTS:
+        return _reason_of_clients(strategy, name)
     if strategy.pooled or not declared(strategy, "train"):
         return f"{who} has clients send nothing after training"
     if config.secure.on:
         return "secure=on: the server sees sums, and no client's share"
-    if config.clock.on:
-        return f"clock={config.clock.name}: virtual time is not replayed yet; allowed is off"
-    if config.runtime.name == "flower":
-        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    if unplayed := _not_replayed(config):
+        return unplayed
     soft = shares_soft_labels(strategy, "train")
     if name == "ldia":
         if soft or _tells_counts(strategy) or (shares_models(strategy) and scenario.data.transfer is not None):
             return ""
         rows = "; with transfer.size above 0 it could ask the models that came" if shares_models(strategy) else ""
         return f"ldia reads soft labels, and {who} shares none{rows}"
-    if name == "fedmia" and not shares_models(strategy):
-        return f"fedmia reads weights or adapters, and {who} shares none that make a client's model"
-    if name != "fedmia" and not soft:
+    if name in OF_MODELS and not shares_models(strategy):
+        return f"{name} reads weights or adapters, and {who} shares none that make a client's model"
+    if name not in OF_MODELS and not soft:
         return f"{name} reads soft labels, and {who} shares none"
     if name in OF_MEMBERS and scenario.data.dataset.next_token:
         return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"
@@ -59,6 +63,54 @@ def reason(strategy: FusionStrategy, name: str) -> str:
     if name == "pli" and scenario.data.dataset.kind != "image":
         return f"pli paints images, and data={config.data.name} has {scenario.data.dataset.kind}"
     return ""
+
+
+def _not_replayed(config: Config) -> str:
+    """Why a run's messages cannot be had a second time; empty if they can."""
+    if config.schedule.name in STALE:
+        return (
+            f"schedule={config.schedule.name}: shares of several versions meet, which no audit reads; allowed are "
+            "sync, deadline, overcommit"
+        )
+    if config.runtime.name == "flower":
+        return "runtime=flower: its messages are not replayed; allowed are inline and ray"
+    return ""
+
+
+def _reason_of_clients(strategy: FusionStrategy, name: str) -> str:
+    """As `reason`, of an audit whose adversary is a client."""
+    scenario, who = strategy.scenario, f"strategy={strategy.name}"
+    config = scenario.config
+    if strategy.pooled or not strategy.topics:
+        return f"{who} sends clients nothing that others made"
+    if scenario.cohort_size < 2:
+        return f"{name} asks about the other clients, and a round has {scenario.cohort_size}; allowed is 2 or more"
+    if unplayed := _not_replayed(config):
+        return unplayed
+    models, labels = shares_models(strategy), publishes_soft_labels(strategy)
+    if not models and not labels:
+        return f"{name} reads soft labels of public rows or a common model, and {who} sends clients neither"
+    if name == "client_ldia" and not labels and scenario.data.transfer is None:
+        return f"{name} asks the model that {who} sends about public rows; allowed is transfer.size above 0"
+    if labels and config.secure.on:
+        return f"{name} compares with the client's own soft labels, which secure=on masks in a replay; allowed is off"
+    if name == "client_lira" and scenario.data.dataset.next_token:
+        return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"
+    return ""
+
+
+def publishes_soft_labels(strategy: FusionStrategy) -> bool:
+    """Whether clients are sent soft labels of the public rows that their own stand on."""
+    if strategy.transfer not in ("clients", "both") or not shares_soft_labels(strategy, "train"):
+        return False
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    rows = scope.dims["subset"]
+    for topic in strategy.topics.values():
+        layout = {} if topic.arrays is None or topic.fold is not None else topic.arrays(scope)
+        found = soft_labels(layout, scope.model, strategy.classes)
+        if any(layout[one][1][0] == rows for one in found):
+            return True
+    return False
 
 
 def known(names: Sequence[str], what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +71,12 @@ class Questions:
         self.candidates = Candidates(x, torch.from_numpy(self.asked.targets.copy()), of)
         if not scenario.config.transfer.labelled:
             self.asked = Examples(self.asked.inputs, np.full(len(self.asked), -1))
+
+    def about_others(self, curious: Collection[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """By curious client, the candidates of the next client, and which are members: no example counts twice."""
+        after = {client: (client + 1) % len(self.truth) for client in curious}
+        of = self.candidates.of
+        return {k: of[other] for k, other in after.items()}, {k: self.truth[other] for k, other in after.items()}
 
 
 def matched(members: np.ndarray, others: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -195,10 +195,26 @@ AUDITS: dict[str, Audit] = {
         "a curious server",
         "each client's weights or adapters as they came, and the examples in question",
     ),
+    "fedmia_gradient": Audit(
+        "who trained on an example, from how its gradient lies to each round's update (FedMIA by cosine, CVPR 2025)",
+        "a curious server",
+        "each client's weights or adapters as they came, what it had published, and the examples in question",
+    ),
     "pli": Audit(
         "what a client takes its classes to look like (paired-logits inversion, CVPR 2023)",
         "a curious server",
         "the public images, and each client's soft labels of them",
+    ),
+    "client_ldia": Audit(
+        "the other clients' mean class prior (a reconstruction: no paper gives it)",
+        "a curious client, each in turn",
+        "the soft labels or the model that it was sent, its own shares, its own examples, and the public rows",
+    ),
+    "client_lira": Audit(
+        "whether any other client trained on an example, 16 shadows of its own (a reconstruction: no paper gives it)",
+        "a curious client, each in turn",
+        "the soft labels or the model that it was sent, its own shares, its own examples, the public rows, and the "
+        "examples in question",
     ),
 }
 

@@ -25,6 +25,7 @@ MOST_PIXELS = 1 << 22
 FIGURES: dict[str, tuple[tuple[str, float | None, str, str | float], ...]] = {
     # metric, at, in words, and what whoever sees nothing reaches: another metric, or a number
     "ldia": (("tv", None, "error of the class prior (total variation)", "tv/blind"),),
+    "client_ldia": (("tv", None, "error of the others' mean class prior (total variation)", "tv/blind"),),
     "pli": (
         ("ssim", None, "SSIM of paintings with the client's mean images", "ssim/prior"),
         ("told", None, "paintings nearest to their own class", "told/chance"),
@@ -43,7 +44,7 @@ CURVE = (
 PAINTED = (
     "Of the first client of the first seed, class by class: painted; mean of public images; the client's own mean."
 )
-STYLES = {"coop_lira": "-", "distill_lira": "--", "fedmia": "-."}
+STYLES = {"coop_lira": "-", "distill_lira": "--", "fedmia": "-.", "fedmia_gradient": (0, (5, 1)), "client_lira": ":"}
 
 
 def found(run: Measures) -> pl.DataFrame | None:

@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from torch import Tensor
 
 from fedfuse.audits import inversion, label_prior
 from fedfuse.audits.adversary import Adversary
+from fedfuse.audits.curious import CuriousClient, drawn
+from fedfuse.audits.gradients import FedMIAGradient
 from fedfuse.audits.membership import CoopLira, DistillLira, FedMIA
+from fedfuse.audits.others import OthersLabels, OthersMembers
 from fedfuse.audits.outcomes import EVERYONE, Row, of_membership
-from fedfuse.audits.possible import OF_ANSWERS, OF_MEMBERS, check_audits, known
-from fedfuse.audits.replay import Listening, asking
+from fedfuse.audits.possible import OF_ANSWERS, OF_CLIENTS, OF_MEMBERS, OF_MODELS, check_audits, known
+from fedfuse.audits.replay import Answers, Listening, asking
 from fedfuse.audits.truth import Questions, mean_images, prior
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
@@ -36,7 +40,9 @@ from fedfuse.core.devices import device_of
 from fedfuse.core.loop import Federation
 from fedfuse.core.node import place
 from fedfuse.core.scenario import Scenario, prepare_scenario
+from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.threads import single_thread
+from fedfuse.core.timed import build_clock
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.configuration import as_yaml, code_of, load_config
@@ -44,8 +50,9 @@ from fedfuse.runs.directory import RunDirectory
 
 ATTACKS: dict[str, Any] = {
     "ldia": label_prior.LabelDistributions, "coop_lira": CoopLira, "distill_lira": DistillLira, "fedmia": FedMIA,
-    "pli": inversion.PairedLogits,
+    "fedmia_gradient": FedMIAGradient, "pli": inversion.PairedLogits,
 }  # fmt: skip
+BY_CLIENTS: dict[str, Any] = {"client_ldia": OthersLabels, "client_lira": OthersMembers}
 IMAGES = "audit_pli.npz"  # what `pli` painted, by client
 
 
@@ -100,12 +107,16 @@ def _replayed(
     scenario, entry = prepare_scenario(config), registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario)
     check_audits(strategy, names, f"{path}: --audit ")
+    clock = build_clock(strategy)
     questions = Questions(scenario) if set(names) & set(OF_MEMBERS) else None
     adversary = Adversary(entry, scenario, None if questions is None else questions.candidates)
-    attacks = {name: ATTACKS[name](adversary) for name in names}
-    if questions is not None and set(names) & set(OF_ANSWERS):
-        asked_by = [attacks[name] for name in OF_ANSWERS if name in names]
-        entry = asking(entry, scenario, questions.asked, {1, rounds}, asked_by)
+    attacks = {name: ATTACKS[name](adversary) for name in names if name in ATTACKS}
+    by_clients = [name for name in names if name in OF_CLIENTS]
+    curious = clients_of(strategy, questions) if by_clients else {}
+    attacks |= {name: {k: BY_CLIENTS[name](who) for k, who in curious.items()} for name in by_clients}
+    answers = Answers([attacks[name] for name in OF_ANSWERS if name in names])
+    if questions is not None and answers.listeners:
+        entry = asking(entry, scenario, questions.asked, {1, rounds}, answers)
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "replay", as_yaml(config), time.time())
         directory.create(False)
@@ -113,9 +124,11 @@ def _replayed(
             InlineGrid(place(entry, scenario, directory.clients, device=device_of(config))),
             strategy,
             [a for a in attacks.values() if hasattr(a, "see")],
+            curious,
+            answers,
         )
         try:
-            federation = Federation(strategy, grid, rounds, [Evaluation(rounds), directory])  # type: ignore[arg-type]
+            federation = Federation(strategy, grid, rounds, [Evaluation(rounds), directory], clock)  # type: ignore[arg-type]
             federation.run()
         finally:
             grid.close()
@@ -131,10 +144,37 @@ def _scored(path: Path, name: str, attack: Any, scenario: Scenario, questions: Q
         painted = attack.painted()
         _keep_images(path / IMAGES, painted, scenario)
         return inversion.scored(attack.round, painted, {k: mean_images(scenario, k) for k in painted})
+    if name == "client_ldia":
+        priors = {k: prior(scenario, k) for k in range(scenario.clients)}
+        guesses = {(round, k): guess for k, one in attack.items() for round, guess in one.estimates.items()}
+        truth = {k: label_prior.of_the_others(priors, k) for k in attack}
+        blind = {k: label_prior.rest_of_alike(priors[k], scenario.clients) for k in attack}
+        return label_prior.scored(guesses, truth, blind, (name, "client"))
     assert questions is not None
-    who = "server" if name == "fedmia" else "asking server"
+    if name == "client_lira":
+        by_round: dict[int, dict[int, Tensor]] = {}
+        for one in attack.values():
+            for round, scores in one.scores().items():
+                by_round.setdefault(round, {}).update(scores)
+        members = questions.about_others(attack)[1]
+        return [
+            row for round, scores in by_round.items() for row in of_membership(name, "client", round, scores, members)
+        ]
+    who = "server" if name in OF_MODELS else "asking server"
     found = attack.scores()
     return [row for round, scores in found.items() for row in of_membership(name, who, round, scores, questions.truth)]
+
+
+def clients_of(strategy: FusionStrategy, questions: Questions | None) -> dict[int, CuriousClient]:
+    """The clients that are curious, each with what it has."""
+    scenario, entry = strategy.scenario, registry.entry(strategy.name)
+    clients = drawn(scenario)
+    candidates = None
+    if questions is not None:
+        candidates = questions.candidates._replace(of=questions.about_others(clients)[0])
+    config = scenario.config
+    means = () if config.defence.on or config.secure.on else strategy.means  # a robust rule is none; masks hide a share
+    return {k: CuriousClient(entry, scenario, k, candidates, means) for k in clients}
 
 
 def _keep_images(path: Path, painted: dict[int, inversion.Painted], scenario: Scenario) -> None:
@@ -175,7 +215,7 @@ def _told(name: str, rows: list[Row]) -> str:
     ]
     whole = {(row.round, row.metric, row.at): row for row in rows if row.client == EVERYONE}
     rounds = sorted({row.round for row in rows})
-    if name == "ldia":
+    if name.endswith("ldia"):
         lines.append("round   KL      TV      Chebyshev   TV of a blind guess   nearer than blind")
         for round in rounds:
             own = {(row.client, row.metric): row.value for row in rows if row.round == round}

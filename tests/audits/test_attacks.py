@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fedfuse.audits import inversion, label_prior, membership
+from fedfuse.audits import gradients, inversion, label_prior, membership
 from fedfuse.audits.adversary import Adversary, Answer, Candidates, Overreach, Sent, log_odds, withheld
 from fedfuse.audits.truth import Questions, matched
 from fedfuse.config import registry
@@ -114,6 +114,67 @@ def test_fedmia_asks_the_models_that_came_and_takes_the_mean_over_rounds(alone) 
     ((round, found),) = attack.scores().items()
     assert round == 2
     np.testing.assert_allclose(found[0].numpy(), np.mean(expected, 0), rtol=1e-6)
+
+
+def test_fedmia_by_gradients_is_the_cosine_of_a_step_and_an_update(alone, monkeypatch) -> None:
+    """Gradients of each example by themselves; the same whether many are taken at once or few."""
+    who = adversary("fedavg")
+    architecture = who.scenario.architectures[0]
+    start = who.workspace.initial(architecture)
+    attack, expected, draw = gradients.FedMIAGradient(who), [], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(gradients, "ROOM", 4 * sum(v.numel() for v in start.values()))
+    for round in (1, 2):
+        known = {"model": Item({n: v + 0.1 * torch.randn(v.shape, generator=draw) for n, v in start.items()}, round)}
+        model = who.workspace.loaded(architecture, known["model"].arrays)
+        steps = []
+        for row in ROWS.tolist():
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(who.candidates.x[[row]]), who.candidates.y[[row]]).backward()
+            steps.append(-torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+        cosines = []
+        for k in range(3):
+            moved = {n: v + 0.1 * torch.randn(v.shape, generator=draw) for n, v in known["model"].arrays.items()}
+            change = torch.cat([(moved[n] - known["model"].arrays[n]).flatten() for n in moved]).double()
+            attack.see(Sent(round, k, {"model": moved}, known))
+            cosines.append(torch.stack([torch.cosine_similarity(g, change, dim=0) for g in steps]).numpy())
+        others = np.stack(cosines[1:])
+        expected.append(norm.cdf((cosines[0] - others.mean(0)) / others.std(0, ddof=1)))
+    ((round, found),) = attack.scores().items()
+    assert round == 2
+    np.testing.assert_allclose(found[0].numpy(), np.mean(expected, 0), rtol=1e-4)
+
+
+def test_an_example_that_an_update_was_made_of_stands_out(alone) -> None:
+    """Client 0 took one step on candidate 2, the others on others; adapters alone have gradients."""
+    for name, topic in (("fedavg", "model"), ("fedit", "adapter")):
+        who = adversary(name)
+        model = who.workspace.fresh(who.scenario.architectures[0])
+        start = {n: v.clone() for n, v in gradients.trained(model).items()}
+        known, attack = {topic: Item(start, 0)}, gradients.FedMIAGradient(who)
+        for k, row in ((0, 2), (1, 7), (2, 9)):
+            model = who.before(Sent(1, k, {}, known)).model
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(who.candidates.x[[row]]), who.candidates.y[[row]]).backward()
+            step = {n: start[n] - 0.1 * p.grad for n, p in model.named_parameters() if n in start}
+            attack.see(Sent(1, k, {topic: step}, known))
+        attack._compare()
+        assert attack.phi[1][0][2] == pytest.approx(1.0, abs=1e-5)
+        assert int(attack.phi[1][0].argmax()) == 2
+        assert set(attack.phi[1]) == {0, 1, 2}
+
+
+def test_nothing_moved_is_no_direction() -> None:
+    model = torch.nn.Linear(3, 2)
+    found = gradients.pulls(model, gradients.trained(model), torch.ones(2, 3), torch.tensor([0, 1]), torch.zeros(1, 8))
+    assert found.tolist() == [[0.0], [0.0]]
+    tokens = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    values = gradients.trained(tokens)
+    x, y = torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.tensor([0, 1, 1])
+    tokens.zero_grad()
+    torch.nn.functional.cross_entropy(tokens(x[1:2]), y[1:2]).backward()
+    step = -torch.cat([p.grad.flatten() for p in tokens.parameters()])
+    assert gradients.pulls(tokens, values, x, y, step[None])[1].item() == pytest.approx(1.0)
+    assert tokens.training
 
 
 @pytest.mark.parametrize("name", ["fed_sb", "fedit"])

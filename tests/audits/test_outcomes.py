@@ -51,3 +51,8 @@ def test_rates_curve_and_areas_of_hand_made_scores() -> None:
 
 def test_who_has_one_candidate_tells_nothing() -> None:
     assert of_membership("x", "y", 1, {0: torch.tensor([1.0, 0.0])}, {0: torch.tensor([True, False])}) == []
+    assert of_membership("x", "y", 1, {}, {}) == []
+
+
+def test_equal_but_for_rounding_has_no_width() -> None:
+    assert mean_interval([0.1, 0.1 + 1e-16, 0.1]) == (pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1))

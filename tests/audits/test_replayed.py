@@ -22,8 +22,8 @@ LEARNED_BY_HEART = (
 BY = {
     "fedmd": ("coop_lira", "distill_lira", "pli"),
     "dsfl": ("coop_lira",),
-    "fedavg": ("fedmia",),
-    "fed_sb": ("fedmia",),
+    "fedavg": ("fedmia", "fedmia_gradient"),
+    "fed_sb": ("fedmia", "fedmia_gradient"),
 }
 WORDS = {"fed_sb": ("strategy.init=random_orthonormal", "strategy.rank=24", "train.lr=0.1")}
 

@@ -56,6 +56,20 @@ def test_weights_are_asked_and_counts_are_read(tmp_path: Path) -> None:
     assert figures(where).filter(metric="tv")["value"].to_list() == [0.0] * 5
 
 
+@pytest.mark.parametrize("words", [("strategy=dsfl",), ("strategy=fedmd",), ("strategy=fedavg", "secure=on")])
+def test_a_client_finds_out_what_the_others_have(words, tmp_path: Path) -> None:
+    """Where the others' classes are skewed together: nearer than who knows its own data alone, masks or not."""
+    skewed = ("partition=prior", "partition.alpha=0.3", "partition.examples=60", "data.limit=1500", "seed=1")
+    size = ("clients=3", "transfer.size=100", "train.epochs=20", "rounds=1")
+    where = played(tmp_path / "run", *words, *skewed, *size)
+    said = audit(where, ["client_ldia"])
+    assert "by a curious client, each in turn, which sees the soft labels or the model that it was sent" in said
+    whole = {row["metric"]: row["value"] for row in figures(where).filter(client=-1).iter_rows(named=True)}
+    assert whole["tv"] < 0.8 * whole["tv/blind"]
+    assert set(figures(where)["adversary"]) == {"client"}
+    assert set(figures(where)["client"]) == {-1, 0, 1, 2}
+
+
 def test_clients_that_learned_nothing_say_nothing(tmp_path: Path) -> None:
     """All models are the initial one: one estimate for everybody, whatever they hold."""
     where = played(tmp_path / "run", "strategy=fedmd", "train.epochs=0", "rounds=1")
@@ -91,13 +105,22 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("strategy=fedmd", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedmd shares none"),
+        (("strategy=fedmd", "audit=fedmia_gradient"), "fedmia_gradient reads weights or adapters"),
         (("strategy=fedproto", "audit=fedmia"), "fedmia reads weights or adapters, and strategy=fedproto shares none"),
         (("strategy=fedavg", "audit=fedmia", "clients=2"), "compares with the other clients, and a round has 2"),
         (("strategy=fedavg", "audit=fedmia", "secure=on"), "secure=on: the server sees sums"),
-        (("strategy=fedavg", "audit=fedmia", "clock=devices"), "virtual time is not replayed"),
+        (("strategy=fedavg", "audit=fedmia", "clock=devices", "schedule=fedasync"), "shares of several versions meet"),
         (("strategy=fedavg", "audit=fedmia", "runtime=flower"), "runtime=flower: its messages are not replayed"),
         (("strategy=fedmd", "audit=coop_lira", "attack=fdla"), "with attack=fdla some lie"),
         (("strategy=centralized", "audit=ldia"), "send nothing"),
+        (("strategy=local", "audit=client_ldia"), "strategy=local sends clients nothing that others made"),
+        (("strategy=fedproto", "audit=client_lira"), "a common model, and strategy=fedproto sends clients neither"),
+        (("strategy=fd", "audit=client_ldia"), "strategy=fd sends clients neither"),
+        (("strategy=fedavg", "transfer.size=0", "audit=client_ldia"), "allowed is transfer.size above 0"),
+        (("strategy=fedavg", "clients=1", "audit=client_lira"), "a round has 1; allowed is 2 or more"),
+        (("strategy=fedavg", "audit=client_lira", "clock=devices", "schedule=fedasync"), "shares of several"),
+        (("strategy=fedavg", "audit=client_lira", "runtime=flower"), "its messages are not replayed"),
+        (("strategy=fedmd", "audit=client_ldia", "secure=on"), "soft labels, which secure=on masks in a replay"),
         (("strategy=fedmd", "audit=ldia,ldia"), "each once"),
         (("strategy=fedmd", "audit=[ldia,coop]"), "audit=coop: .*did you mean"),
     ],
@@ -115,6 +138,32 @@ def test_a_replay_that_is_another_run_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(WorldError, match="another digest"):
         audit(where, ["ldia"])
     assert not (where / "audit.parquet").exists()
+
+
+@pytest.mark.parametrize("name", ["fedmd", "fedavg"])
+def test_virtual_time_is_played_again(name: str, tmp_path: Path) -> None:
+    """Whoever comes too late, or is lost, is not seen: neither its share nor its answers; the digest is the run's."""
+    late = (
+        "clock=devices",
+        "schedule=overcommit",
+        "participation=0.5",
+        "rounds=1",
+        "clients=6",
+        "seed=1",
+        "data.limit=220",
+    )
+    where = played(
+        tmp_path / "run", f"strategy={name}", "partition=iid", "data.personal_test=0.3", "transfer.size=20", *late
+    )
+    flights = json.loads((where / "summary.json").read_text())["clock"]["flights"]
+    assert flights["arrived"] == 3
+    assert flights["late"] > 0
+    audits = {"fedmd": ["ldia", "coop_lira", "client_ldia"], "fedavg": ["fedmia", "client_ldia"]}[name]
+    audit(where, audits)
+    for one in audits[:-1]:
+        found = figures(where).filter(pl.col("audit") == one, pl.col("client") >= 0)
+        assert found["client"].n_unique() == 3, one
+    assert figures(where).filter(audit="client_ldia", metric="tv")["client"].n_unique() == 7
 
 
 def test_in_a_sweep_each_run_gets_what_means_something_for_it(tmp_path: Path, capsys) -> None:
