@@ -59,6 +59,11 @@ class DataConfig:
         "global test share where a directory brings no test split",
         only="data.layout=parquet|npz|jsonl|csv|images|roles|text|instruct",
     )
+    packing: bool = key(
+        False,
+        "a batch's texts stand one after the other in rows, nothing looks across: less padding to compute",
+        only="data.layout=text|instruct",
+    )
     load: str | None = key(
         None,
         "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset, a torch Dataset or arrays",

@@ -16,7 +16,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
-from fedfuse.train import privacy
+from fedfuse.train import packed, privacy
 from fedfuse.train.losses import chosen
 from fedfuse.train.objective import Loss
 
@@ -121,6 +121,8 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
             model = strategy.workspace.build(name)
         _check_vocabulary(name, model, scenario)
         _check_precision(strategy, model)
+        if scenario.config.data.packing:
+            packed.check(strategy.workspace.loaded(name, strategy.workspace.initial(name)), name, scenario.classes)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
         if missing and (strategy.needs_features or objective.needs_features):
             who = f"strategy={strategy.name}" if strategy.needs_features else f"loss={scenario.config.loss.name}"
@@ -211,5 +213,7 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
         )
     if scenario.config.model.gradient_checkpointing:
         raise UserError("model.gradient_checkpointing=true: gradients by example need the activations; allowed: false")
+    if scenario.config.data.packing:
+        raise UserError("data.packing=true: gradients by example need a text a row; allowed: false")
     for name in pool:
         privacy.check(strategy.workspace.model(name), name)

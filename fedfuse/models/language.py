@@ -40,7 +40,11 @@ class CausalLM(nn.Module):
     """Logits of the next token at every place, (B, T, V), from tokens (B, T).
 
     Padding stands at the end, where no place before it looks: it needs no mask, and its own logits say nothing.
+    Tokens and positions together, (B, 2, T), may hold several texts in a row: each begins at position 0, and no place
+    of it sees another text.
     """
+
+    packs = True
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -50,6 +54,8 @@ class CausalLM(nn.Module):
         """Return logits of shape (B, T, V); place t sees tokens up to t."""
         if not len(x):
             return torch.zeros(*x.shape, self.model.config.vocab_size, device=x.device)
+        if x.ndim == 3:  # positions that begin anew are how transformers is told of several texts in a row
+            return self.model(input_ids=x[:, 0], position_ids=x[:, 1], use_cache=False).logits.float()
         return self.model(input_ids=x, use_cache=False).logits.float()
 
 
