@@ -49,7 +49,6 @@ from fedfuse import (
     UserError,
     Workspace,
     hyper,
-    next_token,
     public_text,
     strategy,
     transfer_rows,
@@ -74,26 +73,7 @@ class FedMKTHyper:
 
 def lesson(h: FedMKTHyper, places: Any, taught: Arrays, rows: Tensor, pieces: Any, loss: Any) -> Callable[..., Tensor]:
     """L of a batch; `rows` (n, bool) are those that have something to teach."""
-    first = next_token.first_bytes(pieces).to(places.x.device)
-    p, ids = taught["p"].to(places.x.device), taught["ids"].to(places.x.device).long()
-    good = places.counted & rows[:, None] & (p.sum(-1) > 0)
-
-    def step(logits: Tensor, labels: Tensor | None, batch: Tensor) -> Tensor:
-        log_p, counted, here = places.log_p(logits), places.counted[batch], good[batch]
-        value = logits.sum() * 0
-        if h.alpha and bool(counted.any()):
-            value = value - h.alpha * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
-        if h.alpha < 1 and bool(here.any()):
-            buckets = next_token.bucketed(log_p[here], ids[batch][here], first)
-            wanted = next_token.with_rest(p[batch][here])
-            value = value + (1 - h.alpha) * loss.from_probabilities(buckets, wanted, _classes(wanted))
-        return value
-
-    return step
-
-
-def _classes(wanted: Tensor) -> Tensor:
-    return wanted.argmax(1)  # a loss with labels takes the likeliest bucket
+    return public_text.lesson(places, taught, rows, pieces, loss, h.alpha, 1 - h.alpha)
 
 
 class FedMKTClient(FusionClient):
