@@ -217,7 +217,7 @@ class KnFuClient(FusionClient):
 
 
 def shared_arrays(scope: Scope) -> Layout:
-    """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD is asked for; texts: tokens."""
+    """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD asks for it; texts: tokens."""
     if scope.hyper.distance == "perplexity":
         return public_text.said_arrays(scope)
     layout = arrays(p=("subset", "classes"))(scope)

@@ -43,6 +43,9 @@ def said_arrays(scope: Scope) -> Layout:
     return {"p": ("float32", (rows, places, k)), "ids": (ids, (rows, places, k)), "bits": ("float32", (rows,))}
 
 
+taught_arrays = said_arrays  # what is taught is laid out as what is said
+
+
 def examine(name: str, arrays: Arrays, vocabulary: int) -> None:
     """Refuse a record of what is no probability, no token, or a token twice.
 
