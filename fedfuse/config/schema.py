@@ -149,6 +149,11 @@ class ModelConfig:
         "of a frozen base: float32 | bf16 (half the memory; what is trained stays float32)",
         only="model=hf|causal_lm|text_classifier",
     )
+    quantize: str = key(
+        "none",
+        "a frozen base in fewer bits: none | 8bit | 4bit (bitsandbytes, on a GPU; adapters stay float32)",
+        only="model=hf|causal_lm|text_classifier",
+    )
     gradient_checkpointing: bool = key(
         False,
         "compute activations again on the way back instead of keeping them: less memory, about a third more time",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedfuse.config.catalogue import LANGUAGE
+from fedfuse.config.idle import adapts
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.client import FusionClient
@@ -165,7 +166,13 @@ def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -
 
 
 def _check_precision(strategy: FusionStrategy, model: nn.Module) -> None:
-    """Refuse to train weights of half precision, in which small steps are lost."""
+    """Refuse to train weights of half precision, in which small steps are lost, or of fewer bits, which have none."""
+    config = strategy.scenario.config
+    if config.model.quantize != "none" and not adapts(config) and config.model.lora_rank is None:
+        raise UserError(
+            f"model.quantize={config.model.quantize}: strategy={strategy.name} trains the base; allowed: a strategy of "
+            f"adapters, or model.lora_rank=<r>"
+        )
     half = next((n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16), None)
     if half is not None:
         raise UserError(
