@@ -113,7 +113,7 @@ def test_an_own_token_likelier_than_certain_is_refused() -> None:
     }  # fmt: skip
     merged_text.examine("said", good, 4)
     with pytest.raises(InvalidArrays, match="said/own: no logarithms"):
-        merged_text.examine("said", {**good, "own": torch.tensor([[0.5]])}, 4)
+        merged_text.examine("said", {**good, "own": torch.tensor([[0.5, -1.0]])}, 4)
     with pytest.raises(InvalidArrays, match="said/ids"):
         merged_text.examine("said", {**good, "ids": torch.tensor([[[4]]])}, 4)
 

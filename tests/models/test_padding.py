@@ -200,3 +200,27 @@ def test_a_model_that_looks_across_texts_is_refused() -> None:
     Running.packs = False
     with pytest.raises(UserError, match=r"data.packing=true: model=custom takes a row for one text; allowed: false"):
         check(Running(), "custom", 50)
+
+
+@pytest.mark.parametrize(("leak", "refused"), [(0.005, False), (0.015, True)])
+def test_how_much_a_model_may_look_across_is_told_by_its_greatest_logit(leak: float, refused: bool) -> None:
+    """Half precision rounds by less than a hundredth; what is more is another text's doing."""
+
+    class Leaking(torch.nn.Module):
+        packs = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.tensor(200.0))
+
+        def forward(self, x):
+            out = torch.ones(len(x), x.shape[-1], 2) * torch.stack([self.one, self.one / 1000])
+            if x.ndim == 3:
+                out[:, -1, 0] += leak * self.one
+            return out
+
+    if refused:
+        with pytest.raises(UserError, match="looks across"):
+            check(Leaking(), "custom", 50)
+    else:
+        check(Leaking(), "custom", 50)
