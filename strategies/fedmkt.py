@@ -19,13 +19,16 @@ Two places are partners if their tokens cover the same bytes; ids map to the tok
 distance (MinED), and add up where they meet: `mapping=edit`. `mapping=byte`, ours, takes two places that *start* at the
 same byte, and compares what both say of the next byte: a token's probability goes to the byte it starts with. MinED
 tells a coarse tokeniser to prefer the single letters that a fine one must; bytes do not. Between equal tokenisers both
-are plain distillation of the k likeliest.
+are plain distillation of the k likeliest. `mapping=groups` joins tokens until both sides close at the same byte, and
+compares the last ones in two vocabularies by `loss=gold` (its default), `uld` or `xtoken`; what the k likeliest leave
+is spread evenly over the teacher's other tokens.
 
 Travels, a client and round and each way: T_s·(P·k·(4 + B_id) + 4) bytes, P places a row in the client's own tokens,
-B_id 2 up to 32,768 tokens, else 4. Step (c) of a round happens at the start of the client's next round. Clients send
-probabilities, not logits: equal at T = 1. The server aligns what it sends too, so that a client needs its own tokeniser
-alone. All weights are trained, not adapters. The public texts are the transfer set; in a task of classes it must be
-labelled, and an example is a place.
+B_id 2 up to 32,768 tokens, else 4; with groups 4·T_s·P more up, and down T_s·(P·(8k + 4) + 6). Step (c) of a round
+happens at the start of the client's next round. Clients send probabilities, not logits: equal at T = 1. The server
+aligns what it sends too, so that a client needs its own tokeniser alone (with groups the teachers' too). All weights
+are trained, not adapters. The public texts are the transfer set; in a task of classes it must be labelled, and an
+example is a place.
 """
 
 from __future__ import annotations
@@ -43,13 +46,14 @@ from fedfuse import (
     FusionStrategy,
     Item,
     Records,
+    Scenario,
     Scope,
     Shares,
     Topic,
     UserError,
     Workspace,
     hyper,
-    next_token,
+    merged_text,
     public_text,
     strategy,
     transfer_rows,
@@ -65,7 +69,11 @@ class FedMKTHyper:
     alpha: float = hyper(0.9, "α, weight of the labels beside what is taught", low=0, high=1)
     select: str = hyper("greater", "the best row of all, or a mixture", choices=("greater", "weighted_mean"))
     tau: float = hyper(1.0, "τ of weighted_mean, in nats per byte", above=0)
-    mapping: str = hyper("edit", "between tokenisers: edit (MinED, the paper) or byte (ours)", choices=("edit", "byte"))
+    mapping: str = hyper(
+        "edit",
+        "between tokenisers: edit (MinED, the paper), byte (ours), groups (for loss=gold, uld, xtoken)",
+        choices=("edit", "byte", "groups"),
+    )
     unmatched: str = hyper("label", "a place without a partner is taught", choices=("label", "nothing"))
     server: str | None = hyper(None, "architecture of the server's own model; null: it passes clients' knowledge on")
     epochs: int = hyper(1, "passes over D_t each round", low=0)
@@ -74,26 +82,32 @@ class FedMKTHyper:
 
 def lesson(h: FedMKTHyper, places: Any, taught: Arrays, rows: Tensor, pieces: Any, loss: Any) -> Callable[..., Tensor]:
     """L of a batch; `rows` (n, bool) are those that have something to teach."""
-    first = next_token.first_bytes(pieces).to(places.x.device)
-    p, ids = taught["p"].to(places.x.device), taught["ids"].to(places.x.device).long()
-    good = places.counted & rows[:, None] & (p.sum(-1) > 0)
-
-    def step(logits: Tensor, labels: Tensor | None, batch: Tensor) -> Tensor:
-        log_p, counted, here = places.log_p(logits), places.counted[batch], good[batch]
-        value = logits.sum() * 0
-        if h.alpha and bool(counted.any()):
-            value = value - h.alpha * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
-        if h.alpha < 1 and bool(here.any()):
-            buckets = next_token.bucketed(log_p[here], ids[batch][here], first)
-            wanted = next_token.with_rest(p[batch][here])
-            value = value + (1 - h.alpha) * loss.from_probabilities(buckets, wanted, _classes(wanted))
-        return value
-
-    return step
+    return public_text.lesson(places, taught, rows, pieces, loss, h.alpha, 1 - h.alpha)
 
 
-def _classes(wanted: Tensor) -> Tensor:
-    return wanted.argmax(1)  # a loss with labels takes the likeliest bucket
+def exchange(h: FedMKTHyper) -> Any:
+    """How records are made and read, by the mapping."""
+    return merged_text if h.mapping == "groups" else public_text
+
+
+ACROSS = ("gold", "uld", "xtoken")  # losses between vocabularies
+
+
+def teaching(half: Any, name: str, places: Any, taught: Arrays, rows: Tensor) -> Callable[..., Tensor]:
+    """L for one half of the strategy, whose architecture is `name`, by its mapping."""
+    h, texts = half.hyper, half.workspace.texts
+    if h.mapping != "groups":
+        return lesson(h, places, taught, rows, texts.pieces(name), half.loss("kl"))
+    own, losses = texts.vocabulary(name), {}
+    for number in sorted(set(taught["teacher"].tolist())):
+        other = texts.vocabulary(known(half.scenario, h)[number])
+        losses[number] = half.loss("gold").across(own, other), len(other.pieces)
+    return merged_text.lesson(places, taught, rows, losses, h.alpha, 1 - h.alpha)
+
+
+def known(scenario: Scenario, h: FedMKTHyper) -> list[str]:
+    """The architectures, by number."""
+    return sorted({*scenario.architectures, *([] if h.server is None else [h.server])})
 
 
 class FedMKTClient(FusionClient):
@@ -107,13 +121,12 @@ class FedMKTClient(FusionClient):
         places = self.workspace.texts.places(self.architecture, self.subset(self.hyper.subset, item.version))
         own = self.said(places)["bits"]
         better = (item.arrays["bits"].to(own.device) < own).to(places.x.device)
-        pieces = self.workspace.texts.pieces(self.architecture)
-        step = lesson(self.hyper, places, item.arrays, better, pieces, self.loss("kl"))
+        step = teaching(self, self.architecture, places, item.arrays, better)
         self.distil(step, places.x, None, epochs=self.hyper.epochs, batch_size=self.hyper.batch)
 
     def said(self, places: Any) -> Arrays:
         """p_m, its ids, and the bits of each row."""
-        return public_text.said(places, self.predict(places.x), self.hyper.k)
+        return exchange(self.hyper).said(places, self.predict(places.x), self.hyper.k)
 
     def share(self) -> Records:
         """What it knows of this round's rows."""
@@ -124,8 +137,8 @@ class FedMKTClient(FusionClient):
 class FedMKT(FusionStrategy):
     """Language models of any tokeniser teach each other on public text, aligned by bytes."""
 
-    topics = {"targets": Topic("lesson", public_text.said_arrays)}
-    records = {"said": public_text.said_arrays}
+    topics = {"targets": Topic("lesson", lambda scope: exchange(scope.hyper).taught_arrays(scope))}
+    records = {"said": lambda scope: exchange(scope.hyper).said_arrays(scope)}
     transfer = "both"
     aligns = True
     distils = True
@@ -138,11 +151,20 @@ class FedMKT(FusionStrategy):
             raise UserError("strategy=fedmkt chooses whom to learn from by labels: set transfer.labelled=true")
         if hyper.server is not None:
             self.workspace.initial(hyper.server)  # refuses one that cannot be built
+        if hyper.mapping == "groups":
+            name = self.scenario.config.loss.name
+            if name is not None and name not in ACROSS:
+                raise UserError(
+                    f"loss={name} compares one vocabulary; with mapping=groups allowed: {', '.join(ACROSS)}"
+                )
+            for key, needed in (("select", "greater"), ("unmatched", "label")):
+                if getattr(hyper, key) != needed:
+                    raise UserError(f"strategy.{key}={getattr(hyper, key)}: with mapping=groups allowed is {needed}")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Probabilities of tokens there are, none twice; bits that are not negative."""
-        public_text.examine("said", records["said"], scope.dims["vocabulary"])
+        exchange(scope.hyper).examine("said", records["said"], scope.dims["vocabulary"])
 
     def fuse(self, shares: Shares) -> None:
         """Select by row, align, and send to each architecture; teach the server's model first, if there is one."""
@@ -167,13 +189,12 @@ class FedMKT(FusionStrategy):
         model = self.workspace.loaded(name, arrays)
 
         def says() -> Arrays:
-            return public_text.said(
-                places, self.predict(model, places.x, self.scenario.config.evaluate.batch_size), h.k
-            )
+            logits = self.predict(model, places.x, self.scenario.config.evaluate.batch_size)
+            return exchange(h).said(places, logits, h.k)
 
         own, targets = says()["bits"], self.targets(name, said)
         better = (targets["bits"].to(own.device) < own).to(places.x.device)
-        step = lesson(h, places, targets, better, self.workspace.texts.pieces(name), self.loss("kl"))
+        step = teaching(self, name, places, targets, better)
         self.state["server"] = self.distil(
             model, places.x, None, step, purpose="server", epochs=h.epochs, batch_size=h.batch
         )
@@ -182,6 +203,8 @@ class FedMKT(FusionStrategy):
     def targets(self, name: str, said: list[public_text.Said]) -> Arrays:
         """y for one architecture: of each row the best or the mixture, in its own places and tokens."""
         h, texts = self.hyper, self.workspace.texts
+        if h.mapping == "groups":
+            return merged_text.taught(texts, name, said, self.rows, known(self.scenario, h))
         places = texts.places(name, self.rows)
         bits = torch.stack([one.arrays["bits"].double().cpu() for one in said])
         worth = torch.tensor([one.weight for one in said], dtype=torch.float64)

@@ -66,7 +66,9 @@ class HetLoRAClient(RankedClient):
         if not self.hyper.prune or kept >= self.rank:
             return super().fit()
         before = self.trailing(kept).item()
-        metrics = self.train(lambda out, y, rows: self.objective(out, y) + self.hyper.prune * self.trailing(kept))
+        metrics = self.train(
+            lambda out, y, rows: self.objective(out, y) + self.hyper.prune * self.trailing(kept), trim=True
+        )
         if 0 < self.trailing(kept).item() < before:
             self.state["rank"] = kept
         self.keep()

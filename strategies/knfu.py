@@ -18,13 +18,19 @@ more at Dirichlet 0.3) KnFu is local training, since one's own soft labels teach
 is at most log 2, mixed logits and 20 epochs, chosen on validation in `experiments/knfu_default`. Self-weights and
 effective neighbours 1/Σ_m w_nm² are logged every round, and a run whose fusion did next to nothing says so.
 
-Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. β = 0 is uniform averaging, β → ∞
-self-distillation. Step (d) happens at the start of the client's next round or evaluation. The EPD tells the server each
-client's approximate class prior, and is only as good as the transfer set is class-balanced. Architectures may differ.
-
 `neighbours=classroom` puts ClassroomKD's rule (Sarode et al. 2024, arXiv 2409.20237; `fedfuse.train.mentors`) in the
 place of EPDs and mixtures: the server ranks the participants by their loss on the labelled transfer rows, and each
 fine-tunes on those that rank no lower, with CE on the rows' labels; down go their M ≤ N − 1 soft labels, M·T_s·C·B_f.
+
+Of texts a class distribution says little, and there d_nm(x) = CE_m(x), nats per byte of the public row x: the weights
+softmax_m(−β·CE_m(x)) are PackLLM's (Mavromatis et al. 2024, arXiv 2404.11531) with τ = 1/β, by row, and personal only
+by `include_self=false`. Ask for `distance=perplexity fuse_space=prob`: the k likeliest tokens of every place are mixed
+and distilled, with the rest as one more bucket, aligned by bytes between tokenisers.
+
+Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. Texts: T_s·(P·k·(4 + B_id) + 4) up, and down
+T_s·P·k·(4 + B_id), P places a row. β = 0 is uniform averaging, β → ∞ self-distillation. Step (d) happens at the start
+of the client's next round or evaluation. The EPD tells the server each client's approximate class prior, and is only as
+good as the transfer set is class-balanced. Architectures may differ.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ from fedfuse import (
     Layout,
     Records,
     Scope,
+    Share,
     Shares,
     Topic,
     UserError,
@@ -52,6 +59,7 @@ from fedfuse import (
     distributions,
     hyper,
     mentors,
+    public_text,
     strategy,
     transfer_rows,
 )
@@ -74,13 +82,14 @@ class KnFuHyper:
     )
     distance: str = hyper(
         "js",
-        "d_nm; js is at most log 2, which β = 10 needs",
-        choices=("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine"),
+        "d_nm; js is at most log 2, which β = 10 needs; perplexity: of texts",
+        choices=("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine", "perplexity"),
     )
     include_self: bool = hyper(True, "whether client n is in its own mixture")
     top_k: int | None = hyper(None, "keep only the k nearest clients; null: all", low=1)
     min_weight: float = hyper(0.0, "weights below this are dropped and the rest renormalised", low=0, high=1)
     fuse_space: str = hyper("logit", "what is mixed: probabilities or logits", choices=("prob", "logit"))
+    k: int = hyper(16, "of texts: likeliest tokens of a place that travel", low=1)
     finetune_loss: str = hyper("kl", "loss of step (d)", choices=("kl", "ce_soft", "kl+ce_hard"))
     kd_temperature: float = hyper(1.0, "T of step (d)", above=0)
     finetune_epochs: int = hyper(20, "epochs of step (d)", low=0)
@@ -141,8 +150,12 @@ def fusion_weights(p: Tensor, h: KnFuHyper, taught: Tensor | None = None, worth:
     Tensor
         N × N, row n is client n's mixture; rows sum to 1.
     """
-    d = distances(p, h.distance)
-    n = len(p)
+    return of_distances(distances(p, h.distance), h, taught, worth)
+
+
+def of_distances(d: Tensor, h: KnFuHyper, taught: Tensor | None = None, worth: Tensor | None = None) -> Tensor:
+    """The weights (N × N) of given distances d_nm; the rest as of `fusion_weights`."""
+    n = len(d)
     left_out = torch.zeros(n, n, dtype=torch.bool) if taught is None else ~taught.expand(n, n)
     if not h.include_self:
         alone = (~left_out).sum(1, keepdim=True) == 1  # with nobody else to listen to, a client is in its own mixture
@@ -175,6 +188,9 @@ class KnFuClient(FusionClient):
         """Step (d): distil F̄_n on D_t."""
         h: KnFuHyper = self.hyper
         item = knowledge["soft_labels"]
+        if h.distance == "perplexity":
+            self._read(item)
+            return
         x, y = self.workspace.transfer(self.subset(None, item.version))
         if h.neighbours == "classroom":
             taught = {name: v.to(self.workspace.device) for name, v in item.arrays.items()}
@@ -192,8 +208,21 @@ class KnFuClient(FusionClient):
 
         self.distil(distil, x, y, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
 
+    def _read(self, item: Item) -> None:
+        """Step (d) on texts."""
+        h, texts, rows = self.hyper, self.workspace.texts, self.subset(None, item.version)
+        places = texts.places(self.architecture, rows)
+        loss = self.loss("soft_ce" if h.finetune_loss == "ce_soft" else "kl", temperature=h.kd_temperature)
+        everywhere = torch.ones(len(rows), dtype=torch.bool, device=places.x.device)
+        hard = float(h.finetune_loss == "kl+ce_hard")
+        step = public_text.lesson(places, item.arrays, everywhere, texts.pieces(self.architecture), loss, hard, 1.0)
+        self.distil(step, places.x, None, epochs=h.finetune_epochs, batch_size=h.finetune_batch)
+
     def share(self) -> Records:
         """Step (b): F_n on D_t, as probabilities or logits; with the oracle EPD also the true label histogram."""
+        if self.hyper.distance == "perplexity":
+            places = self.workspace.texts.places(self.architecture, self.subset(None))
+            return {"soft_labels": public_text.said(places, self.predict(places.x), self.hyper.k)}
         logits = self.predict(self.transfer[self.subset(None)])
         out = {"soft_labels": {"p": logits if self.hyper.fuse_space == "logit" else logits.softmax(1)}}
         if self.hyper.epd_source == "oracle_label_histogram":
@@ -203,7 +232,9 @@ class KnFuClient(FusionClient):
 
 
 def shared_arrays(scope: Scope) -> Layout:
-    """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD is asked for."""
+    """Layout of what a client shares: T_s × C, and its label histogram if the oracle EPD asks for it; texts: tokens."""
+    if scope.hyper.distance == "perplexity":
+        return public_text.said_arrays(scope)
     layout = arrays(p=("subset", "classes"))(scope)
     if scope.hyper.epd_source == "oracle_label_histogram":
         layout |= arrays(histogram=("classes",))(scope)
@@ -211,8 +242,12 @@ def shared_arrays(scope: Scope) -> Layout:
 
 
 def fused_arrays(scope: Scope) -> Layout:
-    """Layout of what a client gets: its mixture, or its mentors' soft labels."""
-    return mentors.lessons(scope) if scope.hyper.neighbours == "classroom" else arrays(p=("subset", "classes"))(scope)
+    """Layout of what a client gets: its mixture, T_s × C (of texts: likeliest tokens), or its mentors' soft labels."""
+    if scope.hyper.neighbours == "classroom":
+        return mentors.lessons(scope)
+    if scope.hyper.distance == "perplexity":
+        return {name: array for name, array in public_text.said_arrays(scope).items() if name != "bits"}
+    return arrays(p=("subset", "classes"))(scope)
 
 
 @strategy(
@@ -226,28 +261,40 @@ class KnFu(FusionStrategy):
 
     topics = {"soft_labels": Topic("lesson", fused_arrays)}
     records = {"soft_labels": shared_arrays}
-    transfer = "clients"
+    transfer = "both"  # the server looks at texts, to align them, and at labels, to rank mentors
+    aligns = True
     distils = whole = True
     staleness = "newest"
 
     def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
+        texts = self.scenario.data.dataset.next_token
         if hyper.neighbours == "classroom":
             labelled, idle = self.scenario.config.transfer.labelled, ("beta", "epd_source", "distance", "include_self")
             mentors.check(hyper, labelled, *idle, "top_k", "min_weight", "finetune_loss", "kd_temperature")
-            self.transfer, workspace.transfer_declared = "both", True  # type: ignore[assignment, misc]
-        if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled:
+        if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled and not texts:
             raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
+        if texts != (hyper.distance == "perplexity"):
+            allowed = "of texts only perplexity says anything" if texts else "perplexity is of texts"
+            raise UserError(f"strategy.distance={hyper.distance}: {allowed}")
+        for name, needed in (("fuse_space", "prob"), ("epd_source", "mean_soft")):
+            if texts and getattr(hyper, name) != needed:
+                raise UserError(f"strategy.{name}={getattr(hyper, name)}: of texts allowed is {needed}")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Soft labels are distributions (logits may be anything finite)."""
-        if scope.hyper.fuse_space == "prob":
+        if scope.hyper.distance == "perplexity":
+            public_text.examine("soft_labels", records["soft_labels"], scope.dims["vocabulary"])
+        elif scope.hyper.fuse_space == "prob":
             distributions("soft_labels/p", records["soft_labels"]["p"])
 
     def fuse(self, shares: Shares) -> None:
         """Step (c): EPDs, weights, and one mixture for each participant."""
         everyone = list(shares)
+        if self.hyper.distance == "perplexity":
+            self._fuse_texts(everyone)
+            return
         knowledge = torch.stack([s.records["soft_labels"]["p"] for s in everyone])  # F: N × T_s × C
         soft = knowledge.softmax(-1) if self.hyper.fuse_space == "logit" else knowledge
         taught = torch.tensor([s.examples > 0 for s in everyone])
@@ -278,6 +325,27 @@ class KnFu(FusionStrategy):
         self.log_matrix("similarity", clients, mentors.mentors(w, taught) * w)
         for n, client in enumerate(clients):
             self.publish("soft_labels", mentors.lesson(n, soft, w, taught), to=client)
+
+    def _fuse_texts(self, everyone: list[Share]) -> None:
+        """Step (c) of texts: weights by what each model makes of each row, mixtures in each client's own tokens."""
+        h, texts, names = self.hyper, self.workspace.texts, self.scenario.architectures
+        taught = torch.tensor([s.examples > 0 for s in everyone])
+        if not bool(taught.any()):
+            return
+        rows = transfer_rows(self.scenario, None, self.round)
+        sizes = texts.places(names[everyone[0].client], rows).ends.amax(1).cpu()
+        bits = torch.stack([s.records["soft_labels"]["bits"].double().cpu() for s in everyone])
+        worth = torch.tensor([s.weight for s in everyone], dtype=torch.float64)
+        ce = public_text.nats(bits, sizes)
+        by_row = [of_distances(d.expand(len(d), -1), h, taught, worth) for d in ce.T]
+        w = torch.stack(by_row, 2)  # N × N × T_s
+        clients = [s.client for s in everyone]
+        self.log_matrix("similarity", clients, w.mean(2))
+        self._say(clients, w.mean(2))
+        said = [public_text.Said(names[s.client], s.records["soft_labels"]) for s in everyone]
+        mixtures = public_text.mixtures(texts, said, w, rows, h.k)
+        for client, mixture in zip(clients, mixtures, strict=True):
+            self.publish("soft_labels", mixture, to=client)
 
     def _say(self, clients: list[int], w: Tensor) -> None:
         """Log how much of its mixture each client keeps for itself, and how many clients it amounts to, 1/Σ_m w_nm²."""

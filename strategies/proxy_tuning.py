@@ -11,12 +11,14 @@ With M⁻ the small model as it was, M⁺ the small model after tuning, z their 
 *mean* has one expert, the common model; *each* has every client's own, as it sent it last, with α_k = α·w_k: equal
 weights, or PackLLM's (Mavromatis et al. 2024, arXiv 2404.11531), λ_k = softmax(−CE_k/τ), where CE_k is the expert's
 mean over what was read before the place. α = 1 is proxy-tuning. α = null is dynamic: at each place the α of
-0, 0.1, …, 2 for which KL(fused ‖ large) is nearest to Σ_k w_k KL(M⁺_k ‖ M⁻): the large model is moved as far as the
-small one was. For several experts the paper searches all α_k together; here one α scales their weights (ours).
+0, 0.1, …, 2 for which KL(fused ‖ large) is nearest to KL(M⁺ ‖ M⁻): the large model is moved as far as the small one
+was. Of several experts `search=apart` finds each its own, α_k = w_k · the α of expert k alone; `together` one that
+scales all weights, against Σ_k w_k KL(M⁺_k ‖ M⁻). The paper searches all α_k jointly for KL(fused ‖ large), one number;
+many α_k meet it equally well, so that this is not what tells experts apart (both readings are ours).
 
 Travels: P_small·B_f bytes each way, a client and round, and nothing of the large model, whatever its size. Both must
 have one vocabulary. Training is federated averaging and does not depend on how the server predicts, so `alpha`,
-`experts`, `weights` and `tau` change its scores and no digest. Clients predict with the common small model.
+`search`, `experts`, `weights` and `tau` change its scores and no digest. Clients predict with the common small model.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ class ProxyTuningHyper:
 
     large: str | None = hyper(None, "architecture of the server's model; null: mlp_wide, or cnn_large for images")
     alpha: float | None = hyper(1.0, "α, weight of what was learned; null: by a search at each place", low=0)
+    search: str = hyper(
+        "apart", "for α = null and several experts: an α each, or one for all", choices=("apart", "together")
+    )
     experts: str = hyper("mean", "the common model, or every client's newest", choices=("mean", "each"))
     weights: str = hyper("uniform", "of `each`: equal, or by perplexity", choices=("uniform", "perplexity"))
     tau: float = hyper(1.0, "τ of perplexity, in nats per token", above=0)
@@ -56,7 +61,7 @@ class ProxyTuningHyper:
 GRID = torch.arange(21, dtype=torch.float64) / 10  # the α that are tried
 
 
-def fused(large: Tensor, base: Tensor, experts: Tensor, w: Tensor, alpha: float | None) -> Tensor:
+def fused(large: Tensor, base: Tensor, experts: Tensor, w: Tensor, alpha: float | None, apart: bool = False) -> Tensor:
     """z = z_large + α Σ_k w_k (z_k − z_base).
 
     Parameters
@@ -69,7 +74,12 @@ def fused(large: Tensor, base: Tensor, experts: Tensor, w: Tensor, alpha: float 
         Weights (K × N).
     alpha : float or None
         None: as `searched` finds it.
+    apart : bool
+        Whether it finds one for each expert, α_k, which then multiplies w_k.
     """
+    if alpha is None and apart:
+        found = [searched(large, one - base, divergence(one, base)) for one in experts]
+        w, alpha = w * torch.stack(found), 1.0
     shift = (w[..., None] * (experts - base)).sum(0)
     if alpha is not None:
         return large + alpha * shift
@@ -131,6 +141,10 @@ class ProxyTuning(AveragingStrategy):
         self.workspace.initial(self.large)  # refuses one that cannot be built
         if hyper.weights != "uniform" and (hyper.experts == "mean" or not self.scenario.data.dataset.next_token):
             raise UserError("strategy.weights=perplexity weighs several experts of texts: set strategy.experts=each")
+        if hyper.search != "apart" and (hyper.experts == "mean" or hyper.alpha is not None):
+            raise UserError(
+                "strategy.search=together is of several experts: set strategy.experts=each strategy.alpha=null"
+            )
 
     @property
     def sums(self) -> Mapping[str, str | None]:
@@ -179,5 +193,6 @@ class ProxyTuning(AveragingStrategy):
         if h.weights == "perplexity" and experts.ndim == 4:
             w = by_perplexity(experts, x, h.tau)
         n, flat = len(experts), (-1, size)
-        z = fused(large.reshape(flat), base.reshape(flat), experts.reshape(n, *flat), w.reshape(n, -1), h.alpha)
+        z = fused(large.reshape(flat), base.reshape(flat), experts.reshape(n, *flat), w.reshape(n, -1), h.alpha,
+                  h.search == "apart")  # fmt: skip
         return z.reshape(large.shape).float()

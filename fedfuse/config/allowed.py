@@ -63,6 +63,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "model.build": _nothing,
     "model.path": _nothing,
     "model.dtype": _word,
+    "model.quantize": frozenset({"none", "8bit", "4bit"}).__contains__,
     "model.lora_targets": _word,
     "model.checkpoint": _nothing,
     "train.optimizer": _word,

@@ -371,6 +371,7 @@ WORDS = {
     "train.precision": ("float32", "bf16"),
     "train.schedule": ("constant", "linear", "cosine"),
     "model.dtype": ("float32", "bf16"),
+    "model.quantize": ("none", "8bit", "4bit"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "runtime.vectorize": ("off", "auto"),
     "privacy.clipping": ("ghost", "plain"),

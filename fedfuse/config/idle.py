@@ -55,6 +55,7 @@ def idle(config: Config, sweep: bool = True) -> dict[str, str]:
 REFUSED = (
     "model.build", "model.extra", "data.load", "loss.", "distil.", "labels.", "privacy.level", "secure.", "clock.",
     "schedule.", "until.", "attack.", "defence.", "train.micro_batch", "train.clip", "train.betas", "model.lora_",
+    "data.packing", "model.quantize",
 )  # fmt: skip
 
 

@@ -59,6 +59,11 @@ class DataConfig:
         "global test share where a directory brings no test split",
         only="data.layout=parquet|npz|jsonl|csv|images|roles|text|instruct",
     )
+    packing: bool = key(
+        False,
+        "a batch's texts stand one after the other in rows, nothing looks across: less padding to compute",
+        only="data.layout=text|instruct",
+    )
     load: str | None = key(
         None,
         "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset, a torch Dataset or arrays",
@@ -142,6 +147,11 @@ class ModelConfig:
     dtype: str = key(
         "float32",
         "of a frozen base: float32 | bf16 (half the memory; what is trained stays float32)",
+        only="model=hf|causal_lm|text_classifier",
+    )
+    quantize: str = key(
+        "none",
+        "a frozen base in fewer bits: none | 8bit | 4bit (bitsandbytes, on a GPU; adapters stay float32)",
         only="model=hf|causal_lm|text_classifier",
     )
     gradient_checkpointing: bool = key(

@@ -318,6 +318,7 @@ class FusionClient:
         config = options.pop("config", self.training)
         if own or (not self.scenario.config.privacy.by_example and x is self.x):
             options = {**self._settings(config, options, span, losses), "trim": loss is None, **options}
+            options["pack"] = self._packs(options["trim"])
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
             result = training.train(
                 self.model, inputs, labels, loss or task_step, config, moment, **{**more, **options}
@@ -341,6 +342,16 @@ class FusionClient:
             "clip": config.clip,
             "micro_batch": config.micro_batch,
         }
+
+    def _packs(self, of_places: bool) -> bool:
+        """Whether texts stand together in rows, which a loss of whole rows cannot be asked of."""
+        asked = self.scenario.config.data.packing
+        if asked and not of_places:
+            raise UserError(
+                "data.packing=true: this strategy trains on private examples with a loss of its own, by rows; "
+                "allowed: false"
+            )
+        return asked
 
     def distil(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedfuse.config.catalogue import LANGUAGE
+from fedfuse.config.idle import adapts
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.client import FusionClient
@@ -16,7 +17,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import check_secure
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError
-from fedfuse.train import privacy
+from fedfuse.train import packed, privacy
 from fedfuse.train.losses import chosen
 from fedfuse.train.objective import Loss
 
@@ -126,6 +127,8 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
             model = strategy.workspace.build(name)
         _check_vocabulary(name, model, scenario)
         _check_precision(strategy, model)
+        if scenario.config.data.packing:
+            packed.check(strategy.workspace.loaded(name, strategy.workspace.initial(name)), name, scenario.classes)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
         if objective.second_head and not isinstance(getattr(model, "head", None), nn.Module):
             missing = missing or ["head that is a module"]
@@ -170,7 +173,13 @@ def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -
 
 
 def _check_precision(strategy: FusionStrategy, model: nn.Module) -> None:
-    """Refuse to train weights of half precision, in which small steps are lost."""
+    """Refuse to train weights of half precision, in which small steps are lost, or of fewer bits, which have none."""
+    config = strategy.scenario.config
+    if config.model.quantize != "none" and not adapts(config) and config.model.lora_rank is None:
+        raise UserError(
+            f"model.quantize={config.model.quantize}: strategy={strategy.name} trains the base; allowed: a strategy of "
+            f"adapters, or model.lora_rank=<r>"
+        )
     half = next((n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16), None)
     if half is not None:
         raise UserError(
@@ -218,5 +227,7 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
         )
     if scenario.config.model.gradient_checkpointing:
         raise UserError("model.gradient_checkpointing=true: gradients by example need the activations; allowed: false")
+    if scenario.config.data.packing:
+        raise UserError("data.packing=true: gradients by example need a text a row; allowed: false")
     for name in pool:
         privacy.check(strategy.workspace.model(name), name)

@@ -12,6 +12,7 @@ from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.data.dataset import IGNORED
 from fedfuse.data.federated import next_tokens
 from fedfuse.data.own_tokenizer import OwnTokenizer, Read, own_tokenizer
+from fedfuse.train.vocabularies import Vocabulary
 
 if TYPE_CHECKING:
     from fedfuse.core.workspace import Workspace
@@ -73,6 +74,13 @@ class Texts:
         if scenario.data.dataset.utf8:
             return (b"", *(bytes([i]) for i in range(1, 256)))
         return tuple(b"%d" % i for i in range(scenario.classes))
+
+    def vocabulary(self, architecture: str) -> Vocabulary:
+        """What an architecture's tokens spell, and how it cuts bytes into them."""
+        own, pieces = self.tokenizer(architecture), self.pieces(architecture)
+        if own is not None:
+            return Vocabulary(pieces, lambda raw: own.encode(raw)[0])
+        return Vocabulary(pieces, list if self._workspace.scenario.data.dataset.utf8 else lambda raw: [int(raw)])
 
     def read(self, architecture: str, *key: Any) -> Any:
         """Inputs and labels of (client, split), "transfer" or "test"; None where there is no such set."""

@@ -73,6 +73,11 @@ class Workspace:
     def build(self, architecture: str) -> nn.Module:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
         dataset, config = self.scenario.data.dataset, self.scenario.config
+        if config.model.quantize != "none" and self.device.type != "cuda":
+            raise UserError(
+                f"model.quantize={config.model.quantize} needs a GPU, and here is {self.device.type}: set "
+                f"runtime.device=cuda and runtime.server_device=cuda"
+            )
         return models.build(
             architecture,
             shape=dataset.shape,

@@ -30,7 +30,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     """Return the instructions as rows of tokens, one each, of which only answers are predicted.
 
     An answer is learned with its end (the template's, or the tokenizer's end of text), but bytes are counted of what
-    it says alone. Rows are not packed: a batch is as long as its longest row.
+    it says alone. A batch is as long as its longest row, or is packed (`data.packing`, `fedfuse.train.packed`).
 
     `data.extra`: `tokenizer` (a model's directory, or `bytes`), `length` (tokens a row; what is longer loses its end),
     `chat` (true: prompts with answers as chats of two messages, too), `least`, `train` and `test` as for `data=text`.

@@ -8,6 +8,7 @@ then what both say of the next byte is compared.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from fedfuse.core.texts import Places, Texts
 from fedfuse.data import alignment
 from fedfuse.train import next_token
 from fedfuse.train.next_token import NO_BYTE, NOBODY
+from fedfuse.train.objective import Loss
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope
 
 
@@ -39,6 +41,9 @@ def said_arrays(scope: Scope) -> Layout:
     rows, places, k = scope.dims["subset"], scope.dims["places"], scope.hyper.k
     ids = str(id_type(scope.dims["vocabulary"])).removeprefix("torch.")
     return {"p": ("float32", (rows, places, k)), "ids": (ids, (rows, places, k)), "bits": ("float32", (rows,))}
+
+
+taught_arrays = said_arrays  # what is taught is laid out as what is said
 
 
 def examine(name: str, arrays: Arrays, vocabulary: int) -> None:
@@ -137,10 +142,14 @@ def best(bits: Tensor) -> Tensor:
     return torch.zeros_like(bits).scatter(0, bits.argmin(0, keepdim=True), 1)
 
 
+def nats(bits: Tensor, sizes: Tensor) -> Tensor:
+    """Nats per byte of rows (M × n) of `sizes` bytes (n,)."""
+    return bits * math.log(2) / sizes.clamp_min(1)
+
+
 def by_perplexity(bits: Tensor, sizes: Tensor, tau: float, worth: Tensor | None = None) -> Tensor:
     """PackLLM's weights (M × n), λ_m = softmax(−CE_m/τ), with CE in nats per byte: rows (M × n) have `sizes` bytes."""
-    nats = bits * math.log(2) / sizes.clamp_min(1)
-    return (-nats / tau + (0 if worth is None else worth.log()[:, None])).softmax(0)
+    return (-nats(bits, sizes) / tau + (0 if worth is None else worth.log()[:, None])).softmax(0)
 
 
 def mixture(parts: list[tuple[Tensor, Tensor]], w: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -160,3 +169,58 @@ def mixture(parts: list[tuple[Tensor, Tensor]], w: Tensor, k: int) -> tuple[Tens
     ids = torch.cat([one for _, one in parts], -1).masked_fill(p == 0, NOBODY)
     rows = [next_token.gathered(a, b) for a, b in zip(p, ids, strict=True)]
     return torch.stack([a[:, :k] for a, _ in rows]), torch.stack([b[:, :k] for _, b in rows])
+
+
+def mixtures(texts: Texts, said: Sequence[Said], w: Tensor, rows: Tensor, k: int) -> Iterator[Arrays]:
+    """For each model the mixture of all, in its own tokens (p and ids), by weights (M × M × n) of each row."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    last: dict[str, tuple[Tensor, Arrays]] = {}  # models of an architecture often want the same
+    for one, mine in zip(said, w, strict=True):
+        name = one.architecture
+        if name not in parts:
+            parts[name] = [aligned(texts, name, other, rows, coarse=False, unmatched_label=False) for other in said]
+        if name not in last or not torch.equal(last[name][0], mine):
+            p, ids = mixture(parts[name], mine, k)
+            last[name] = mine, {"p": p.float(), "ids": ids.to(id_type(len(texts.pieces(name))))}
+        yield last[name][1]
+
+
+def lesson(
+    places: Places,
+    taught: Arrays,
+    rows: Tensor,
+    pieces: Sequence[bytes],
+    loss: Loss,
+    labels: float,
+    others: float,
+) -> Callable[..., Tensor]:
+    """labels · CE(labels) + others · loss(p ‖ softmax z), of a batch: `step(logits, labels, rows)` for `train`.
+
+    Parameters
+    ----------
+    places : Places
+        Of all rows.
+    taught : dict
+        p and ids (n × P × k), aligned to the places.
+    rows : Tensor
+        Which of them have something to teach (n, bool).
+    pieces : sequence of bytes
+        What the tokens spell.
+    """
+    first = next_token.first_bytes(pieces).to(places.x.device)
+    p, ids = taught["p"].to(places.x.device), taught["ids"].to(places.x.device).long()
+    good = places.counted & rows[:, None] & (p.sum(-1) > 0)
+
+    def step(logits: Tensor, _: Tensor | None, batch: Tensor) -> Tensor:
+        log_p, counted, here = places.log_p(logits), places.counted[batch], good[batch]
+        value = logits.sum() * 0
+        if labels and bool(counted.any()):
+            value = value - labels * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
+        if others and bool(here.any()):
+            buckets = next_token.bucketed(log_p[here], ids[batch][here], first)
+            wanted = next_token.with_rest(p[batch][here])
+            # a loss with labels takes the likeliest bucket
+            value = value + others * loss.from_probabilities(buckets, wanted, wanted.argmax(1))
+        return value
+
+    return step

@@ -8,7 +8,6 @@ directory is run. The extra `lm` installs what is needed.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError, nearest
+from fedfuse.models.from_directory import DTYPES, load, quantized
 from fedfuse.models.parts import HEADS
 
 if TYPE_CHECKING:
     from fedfuse.config.schema import ModelConfig
 
 ARCHITECTURES = ("causal_lm", "text_classifier")
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PAD = 0  # what fills short texts, where neither data nor model name a token
 
 
@@ -40,7 +39,11 @@ class CausalLM(nn.Module):
     """Logits of the next token at every place, (B, T, V), from tokens (B, T).
 
     Padding stands at the end, where no place before it looks: it needs no mask, and its own logits say nothing.
+    Tokens and positions together, (B, 2, T), may hold several texts in a row: each begins at position 0, and no place
+    of it sees another text.
     """
+
+    packs = True
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -50,6 +53,8 @@ class CausalLM(nn.Module):
         """Return logits of shape (B, T, V); place t sees tokens up to t."""
         if not len(x):
             return torch.zeros(*x.shape, self.model.config.vocab_size, device=x.device)
+        if x.ndim == 3:  # positions that begin anew are how transformers is told of several texts in a row
+            return self.model(input_ids=x[:, 0], position_ids=x[:, 1], use_cache=False).logits.float()
         return self.model(input_ids=x, use_cache=False).logits.float()
 
 
@@ -124,9 +129,9 @@ def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig, 
     transformers.utils.logging.disable_progress_bar()
     if len(shape) != 1:
         raise UserError(f"model={name} reads tokens, the data have shape {shape}: set data.extra.tokenizer")
-    length, causal = shape[0], name == "causal_lm"
+    length, causal, more = shape[0], name == "causal_lm", quantized(transformers, config)
     model = (
-        _load(transformers, name, Path(config.path).expanduser(), classes)
+        load(transformers, name, Path(config.path).expanduser(), classes, more)
         if config.path
         else _small(transformers, name, length, classes)
     )
@@ -177,90 +182,3 @@ def _small(transformers: Any, name: str, length: int, classes: int) -> Any:
         max_position_embeddings=max(length, 64), num_labels=classes,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
-
-
-def _load(transformers: Any, name: str, path: Path, classes: int) -> Any:
-    if not path.is_dir():
-        raise UserError(f"model.path={path} is not a directory")
-    if name == "causal_lm" and (found := sorted(path.glob("*_f32.npz"))) and (path / "config_tokenizer.json").exists():
-        return _llama2c(transformers, found[0], path / "config_tokenizer.json")
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(f"model.path={path}: expected config.json with weights, or one .gguf file")
-        options["gguf_file"] = files[0].name
-    try:
-        if name == "causal_lm":
-            return plain(transformers.AutoModelForCausalLM.from_pretrained(path, **options))
-        if (path / "1_Pooling").is_dir():  # a sentence encoder: its pooler was never trained
-            return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
-        return plain(
-            transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes, **options)
-        )
-    except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path} cannot be loaded as {name}: {line}") from error
-
-
-def plain(model: Any) -> Any:
-    """A model that came from a .gguf file without the mark of one: it is dequantised by now, and can be saved."""
-    for name in ("hf_quantizer", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.config.__dict__.pop("quantization_config", None)
-    return model
-
-
-def _llama2c(transformers: Any, weights: Path, description: Path) -> Any:
-    """A Llama from llama.cpp's tensor names; its rotary pairs are interleaved, Hugging Face's are halves."""
-    import numpy as np
-
-    about = json.loads(description.read_text(encoding="utf-8"))["config"]
-    heads, kv_heads = int(about["llama.attention.head_count"]), int(about["llama.attention.head_count_kv"])
-    with np.load(weights, allow_pickle=False) as file:
-        given = {key: torch.from_numpy(np.array(file[key])) for key in file.files}
-    config = transformers.LlamaConfig(
-        vocab_size=len(given["token_embd.weight"]),
-        hidden_size=int(about["llama.embedding_length"]),
-        intermediate_size=int(about["llama.feed_forward_length"]),
-        num_hidden_layers=int(about["llama.block_count"]),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=int(about["llama.context_length"]),
-        rms_norm_eps=float(about["llama.attention.layer_norm_rms_epsilon"]),
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-    )
-    names = {
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    state = {"model.embed_tokens.weight": given["token_embd.weight"], "model.norm.weight": given["output_norm.weight"]}
-    for key, value in given.items():
-        if key.startswith("blk."):
-            _, layer, part, _ = key.split(".")
-            if part in ("attn_q", "attn_k"):
-                value = halves(value, heads if part == "attn_q" else kv_heads)
-            state[f"model.layers.{layer}.{names[part]}.weight"] = value
-    model = transformers.LlamaForCausalLM(config)
-    found = model.load_state_dict(state, strict=False)
-    missing = [key for key in found.missing_keys if key != "lm_head.weight"]
-    if missing or found.unexpected_keys:
-        raise UserError(f"model.path={weights.parent}: missing {missing[:2]}, unknown {found.unexpected_keys[:2]}")
-    model.tie_weights()
-    return model
-
-
-def halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder rows of a query or key projection from interleaved rotary pairs to halves."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()

@@ -123,6 +123,7 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
 
     source = final_file(path, client)
     config = load_config(path)
+    config.model.quantize = "none"  # adapters are the same over the whole base, which needs no GPU
     scenario = prepare_scenario(config)
     chosen = registry.entry(config.strategy.name)
     workspace = Workspace(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))

@@ -57,10 +57,14 @@ class Adapted(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor)
-        if not weight.is_floating_point():
-            raise UserError(f"{name}: the weight is quantised ({weight.dtype}); adapters need a floating-point base")
+        self.quantized = not weight.is_floating_point()  # its weight is packed, and answers only by what it does
+        if self.quantized and not type(base).__module__.startswith("bitsandbytes"):
+            raise UserError(f"{name}: the weight is quantised ({weight.dtype}); allowed is a base by model.quantize")
         self.transposed = not isinstance(base, nn.Linear)
-        self.outputs, self.inputs = tuple(weight.shape)[:: -1 if self.transposed else 1]
+        if isinstance(base, nn.Linear):
+            self.outputs, self.inputs = base.out_features, base.in_features
+        else:
+            self.outputs, self.inputs = tuple(weight.shape)[::-1]
         if not 1 <= rank <= min(self.outputs, self.inputs):
             raise UserError(
                 f"strategy.rank={rank}: {name} is {self.outputs} × {self.inputs}; allowed: 1 to "
@@ -72,7 +76,8 @@ class Adapted(nn.Module):
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         self.delta: Tensor | None
-        self.register_buffer("delta", torch.zeros(self.outputs, self.inputs, dtype=weight.dtype) if delta else None)
+        kept = torch.float32 if self.quantized else weight.dtype
+        self.register_buffer("delta", torch.zeros(self.outputs, self.inputs, dtype=kept) if delta else None)
         self._unmerged: Tensor | None = None
 
     def adapt(self, x: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ class Adapted(nn.Module):
         if self._unmerged is not None:
             return out
         if self.delta is not None:
-            out = out + F.linear(x, self.delta)
+            out = out + F.linear(x.to(self.delta.dtype), self.delta).to(out.dtype)
         return out + (self.scale * self.adapt(self.dropout(x).to(self.dtype))).to(out.dtype)
 
     @property
@@ -99,7 +104,17 @@ class Adapted(nn.Module):
 
     @property
     def stored(self) -> Tensor:
-        """The base's weight as it is stored."""
+        """The base's weight as it is stored.
+
+        Raises
+        ------
+        UserError
+            If it is quantised.
+        """
+        if self.quantized:
+            raise UserError(
+                "model.quantize: the base's weights are asked for, which it keeps packed; allowed here: none"
+            )
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedfuse.train.packed import packed
 from fedfuse.train.task import IGNORED, trimmed
 
 
@@ -29,6 +30,7 @@ def backward(
     batch: tuple[Tensor, Tensor | None, Tensor],
     micro_batch: int | None = None,
     trim: bool = False,
+    pack: bool = False,
 ) -> Tensor:
     """Add the gradients of a batch's mean loss, and return that loss.
 
@@ -43,12 +45,20 @@ def backward(
         tokens that count, and weighs as many: the gradients' sum is the batch's.
     trim
         Leave out the last places that count in no row; `loss` must not look at `rows`.
+    pack
+        Put texts together in rows (`fedfuse.train.packed`), those that pass at once; `loss` must not look at `rows`.
     """
     x, y, rows = batch
     if trim and y is not None:
         y, x = trimmed(y, x)
+
+    def lost(x: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
+        if pack and y is not None and y.ndim == 2:
+            x, y = packed(x, y)
+        return loss(call(x), y, rows)
+
     if micro_batch is None or micro_batch >= len(rows):
-        value = loss(call(x), y, rows)
+        value = lost(x, y, rows)
         cast(Any, value).backward()
         return value.detach()
     parts = sizes_of(len(rows), micro_batch)
@@ -56,7 +66,7 @@ def backward(
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part, own, some, share in zip(x.split(parts), labels, rows.split(parts), _shares(parts, labels), strict=True):
         if share:  # there may be no token that counts
-            value = share * loss(call(part), own, some)
+            value = share * lost(part, own, some)
             cast(Any, value).backward()
             total += value.detach()
     return total

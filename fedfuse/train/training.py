@@ -105,6 +105,7 @@ def train(
     clip: float | None = None,
     micro_batch: int | None = None,
     trim: bool = False,
+    pack: bool = False,
 ) -> dict[str, Any]:
     """Minimise a loss by mini-batches. The result depends on the arguments alone, also with dropout.
 
@@ -143,8 +144,8 @@ def train(
         Largest norm of a step's gradient, as the optimiser gets it.
     micro_batch
         Rows that pass through the network at once (see `batch.backward`).
-    trim
-        As in `batch.backward`: leave out places of texts that count in none of the batch.
+    trim, pack
+        As in `batch.backward`: leave out places of texts that count in none of the batch; put texts together in rows.
 
     Returns
     -------
@@ -196,7 +197,7 @@ def train(
                 optimizer.zero_grad()
                 put(steps, planned)
                 batch = x.index_select(0, rows), None if y is None else y.index_select(0, rows), rows
-                value = backward(call, loss, batch, micro_batch, trim)
+                value = backward(call, loss, batch, micro_batch, trim, pack)
                 if after_backward is not None:
                     after_backward(model)
                 if clip is not None:

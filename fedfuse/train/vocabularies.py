@@ -65,14 +65,12 @@ def sorted_difference(p: Tensor, q: Tensor) -> Tensor:
     return (p - q).abs().sum(1)
 
 
-class ULD(Loss):
+class ULD(Across):
     """Mean of Σ_i |p_s↓(i) − p_t↓(i)|, each side's probabilities falling. Boizard et al. 2024, arXiv 2402.12030.
 
     The paper adds it to cross-entropy with a weight λ. Names of classes play no part: it is 0 where both sides are
     equally sure, of whatever. The released code cuts the longer text off and compares place i with place i + 1.
     """
-
-    same_width = False
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""

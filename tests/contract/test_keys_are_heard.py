@@ -97,6 +97,8 @@ SILENT: dict[tuple[str, ...], str] = {
     ("fednano", "letters"): "bounds the question's length: test_fednano.py",
     ("fedmkt", "mapping"): "one tokeniser: test_fedmkt.py",
     ("fedmkt", "unmatched"): "one tokeniser: test_fedmkt.py",
+    ("knfu", "k"): "of texts: test_knfu.py",
+    ("knfu", "distance", "perplexity"): "of texts, and else refused: test_knfu.py",
     **{
         ("proxy_tuning", key): "how the server predicts, not what is learned: test_proxy_tuning.py"
         for key in (
@@ -121,6 +123,7 @@ SILENT: dict[tuple[str, ...], str] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("fednano", "language"): "/nowhere is not a directory",
     ("proxy_tuning", "weights"): "weighs several experts of texts",
+    ("proxy_tuning", "search"): "is of several experts",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedfuse.config import registry
+from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
 from tests.contract.test_matrix import Crash
 from tests.federations import federation, play
@@ -111,3 +112,26 @@ def test_over_the_wire_a_tokenizer_is_a_name_and_never_a_path() -> None:
     for key in ("path", "dtype"):
         with pytest.raises(Refused, match=rf"model\.{key}"):
             check_texts({"model": {key: "/etc/passwd"}})
+
+
+def test_packed_texts_are_learned_as_they_are_one_by_one_and_an_example_stays_an_example(folder: Path) -> None:
+    words = (RANK, "train.optimizer=sgd", "rounds=1", "evaluate.every=1")
+    apart = play("fedit", *words, base=base(folder, "causal"))
+    packed = play("fedit", *words, "data.packing=true", base=base(folder, "causal"))
+    assert packed.digest != apart.digest  # other sums, of the same terms
+    for one, other in zip(apart.strategy.board.items.values(), packed.strategy.board.items.values(), strict=True):
+        for key in one.arrays:
+            assert (one.arrays[key] - other.arrays[key]).abs().max() < 1e-5, key
+    sizes = packed.federation.scenario.data.sizes()
+    assert (sizes == apart.federation.scenario.data.sizes()).all()  # examples are dealt, not rows
+    private = ("data.packing=true", RANK, "privacy.noise=1", "rounds=1")
+    pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
+    with pytest.raises(UserError, match=r"data.packing=true: gradients by example need a text a row; allowed: false"):
+        play("fedit", *private, base=base(folder, "causal"))
+
+
+def test_where_packing_would_do_nothing_it_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.packing=true does nothing here: it goes with data\.layout=text"):
+        compose(("data=jsonl", "data.packing=true"))
+    with pytest.raises(UserError, match=r"data\.packing=true: model=text_classifier takes a row for one text"):
+        play("fedit", RANK, "data.packing=true", "model=text_classifier", base=base(folder, "causal"))

@@ -19,7 +19,8 @@ from fedfuse.train.task import IGNORED, task_loss
 transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
 from fedfuse.data.tokenize import Tokenizer  # noqa: E402
-from fedfuse.models.language import build, halves  # noqa: E402
+from fedfuse.models.from_directory import halves  # noqa: E402
+from fedfuse.models.language import build  # noqa: E402
 
 SHARED = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).parent
 STORIES = SHARED / "models" / "stories260K"

@@ -7,8 +7,10 @@ import torch
 
 from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
+from fedfuse.train.batch import backward
+from fedfuse.train.packed import check, packed
 from fedfuse.train.scores import scored
-from fedfuse.train.task import IGNORED, task_loss
+from fedfuse.train.task import IGNORED, task_loss, task_step
 
 transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
@@ -122,3 +124,103 @@ def test_gradient_checkpointing_gives_the_same_gradient(built) -> None:
         task_loss(model(x), y).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def prompted() -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch whose first and fourth text begin with prompts, and whose last has nothing to learn."""
+    x, y = batch(0)
+    more = torch.tensor([[18, 19] + [0] * 7])
+    x = torch.cat([x, more, x[:1]])
+    y = torch.cat([y, more.masked_fill(more == 0, IGNORED), torch.full_like(y[:1], IGNORED)])
+    y[0, :3] = y[3, :2] = IGNORED
+    return x, y
+
+
+@pytest.mark.parametrize("shape", CAUSAL)
+def test_texts_packed_into_rows_have_the_loss_and_the_gradient_of_the_texts_one_by_one(shape: str, built) -> None:
+    model = built(shape, "causal_lm").double().eval()
+    x, y = prompted()
+    rows, labels = packed(x, y)
+    assert labels.shape == (3, 7)  # of six texts, with 7, 1, 3, 5, 2 tokens and none to read: 7, 5 + 2 and 3
+    assert int((labels[:, 1:] != IGNORED).sum()) == int((y[:, 1:] != IGNORED).sum()) == 4 + 2 + 3 + 1
+    learned, places = [p for p in model.parameters() if p.requires_grad], 0
+    total = [torch.zeros_like(p) for p in learned]
+    alone = 0.0
+    for i, text in enumerate([*TEXTS, [18, 19]]):
+        wanted = y[i : i + 1, : len(text)]
+        count = int((wanted[:, 1:] != IGNORED).sum())
+        if count:
+            loss = task_loss(model(torch.tensor([text])).double(), wanted) * count
+            total = [t + g for t, g in zip(total, torch.autograd.grad(loss, learned), strict=True)]
+            alone, places = alone + loss.item(), places + count
+    for micro in (None, 2):
+        model.zero_grad()
+        found = backward(model, task_step, (x, y, torch.arange(6)), micro, trim=True, pack=True)
+        assert abs(found.item() - alone / places) < 1e-6  # logits are float32
+        assert max((p.grad - t / places).abs().max().item() for p, t in zip(learned, total, strict=True)) < 1e-6
+    # whatever stands in another text of the row changes no logit of this one
+    first, other = model(rows), rows.clone()
+    other[1, 0, :5] = 33  # the longer of two texts
+    assert torch.equal(model(other)[1, 5:], first[1, 5:])
+    assert not torch.equal(model(other)[1, :5], first[1, :5])
+    check(model, shape, 50)
+
+
+def test_what_stands_where_in_packed_rows() -> None:
+    x = torch.tensor([[11, 12, 0, 0], [21, 22, 23, 24], [31, 32, 0, 0], [41, 0, 0, 0]])
+    y = torch.tensor([[11, 12, -100, -100], [21, -100, 23, 24], [-100, 32, -100, -100], [-100] * 4])
+    rows, labels = packed(x, y)
+    assert rows[:, 0].tolist() == [[21, 22, 23, 24], [11, 12, 31, 32]]
+    assert rows[:, 1].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert labels.tolist() == [[-100, -100, 23, 24], [-100, 12, -100, 32]]
+    rows, labels = packed(x[:3:2, :3], y[:3:2, :3])  # as long as the longest, and no longer
+    assert rows.shape == (2, 2, 2)
+    three = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    rows, labels = packed(three, torch.where(three == 0, -100, three))
+    assert rows[1].tolist() == [[6, 7, 8, 1, 1], [0, 1, 2, 0, 1]]  # what fills the end is a text of its own
+    assert labels[1].tolist() == [-100, 7, 8, -100, -100]
+    nothing, none = packed(x, torch.full_like(y, -100))
+    assert nothing[:, 0].tolist() == x.tolist()
+    assert bool((none == -100).all())
+
+
+def test_a_model_that_looks_across_texts_is_refused() -> None:
+    class Running(torch.nn.Module):
+        packs = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(50, 50)
+
+        def forward(self, x):
+            return self.table(x[:, 0] if x.ndim == 3 else x).cumsum(1)
+
+    with pytest.raises(UserError, match=r"data.packing=true: model=custom looks across the texts of a row; allowed"):
+        check(Running(), "custom", 50)
+    Running.packs = False
+    with pytest.raises(UserError, match=r"data.packing=true: model=custom takes a row for one text; allowed: false"):
+        check(Running(), "custom", 50)
+
+
+@pytest.mark.parametrize(("leak", "refused"), [(0.005, False), (0.015, True)])
+def test_how_much_a_model_may_look_across_is_told_by_its_greatest_logit(leak: float, refused: bool) -> None:
+    """Half precision rounds by less than a hundredth; what is more is another text's doing."""
+
+    class Leaking(torch.nn.Module):
+        packs = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.tensor(200.0))
+
+        def forward(self, x):
+            out = torch.ones(len(x), x.shape[-1], 2) * torch.stack([self.one, self.one / 1000])
+            if x.ndim == 3:
+                out[:, -1, 0] += leak * self.one
+            return out
+
+    if refused:
+        with pytest.raises(UserError, match="looks across"):
+            check(Leaking(), "custom", 50)
+    else:
+        check(Leaking(), "custom", 50)

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfuse.errors import UserError
-from fedfuse.strategies.knfu import KnFu, KnFuHyper, distances, estimate, fusion_weights
+from fedfuse.families.public_text import Said, aligned, mixture
+from fedfuse.strategies.knfu import KnFu, KnFuHyper, distances, estimate, fusion_weights, of_distances
+from fedfuse.train.next_token import record_bytes
 from tests.federations import federation, play
+from tests.strategies.test_fedmkt import words  # noqa: F401  (a fixture)
 
 KINDS = ("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine")
 
@@ -252,3 +255,69 @@ def test_classroom_needs_labels_and_says_which_keys_do_nothing_beside_it() -> No
     for key, value in (beside | {"min_weight": 0.2, "finetune_loss": "ce_soft", "kd_temperature": 2.0}).items():
         with pytest.raises(UserError, match=f"strategy.{key}={value} does nothing with strategy.neighbours=classroom"):
             KnFu(KnFuHyper(neighbours="classroom", **{key: value}), workspace)
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+PERPLEXITY = ("strategy.distance=perplexity", "strategy.fuse_space=prob", "strategy.finetune_epochs=1")
+
+
+def test_perplexity_weights_are_packllms() -> None:
+    """λ_m = softmax(−CE_m/τ) with τ = 1/β, the same for every n; left out, the others' alone."""
+    ce = torch.tensor([1.5, 0.5, 2.5], dtype=torch.float64)  # nats a byte of one row
+    d = ce.expand(3, -1)
+    w = of_distances(d, KnFuHyper(beta=2.0))
+    e = [math.exp(-2 * c) for c in ce.tolist()]
+    for row in w.tolist():
+        assert row == pytest.approx([one / sum(e) for one in e], rel=1e-12)
+    others = of_distances(d, KnFuHyper(beta=2.0, include_self=False))
+    assert others[1].tolist() == pytest.approx([e[0] / (e[0] + e[2]), 0, e[2] / (e[0] + e[2])], rel=1e-12)
+    assert of_distances(d, KnFuHyper(beta=2.0, top_k=1)).tolist() == [[0, 1, 0]] * 3
+    absent = of_distances(d, KnFuHyper(beta=2.0), torch.tensor([True, False, True]))
+    assert absent[0].tolist() == pytest.approx([e[0] / (e[0] + e[2]), 0, e[2] / (e[0] + e[2])], rel=1e-12)
+
+
+def test_texts_are_fused_by_perplexity_between_tokenisers(words) -> None:  # noqa: F811
+    """What each client gets, and what it weighs, by hand from the records that were sent."""
+    with federation("knfu", *PERPLEXITY, "rounds=1", "strategy.beta=3", base=words) as (built, _):
+        strategy, seen = built.strategy, []
+        fuse = strategy.fuse
+        strategy.fuse = lambda shares: (seen.extend(shares), fuse(iter(seen)))[1]
+        built.run()
+        texts, rows = strategy.workspace.texts, torch.arange(12)
+        names = strategy.scenario.architectures
+        ce = torch.stack([s.records["soft_labels"]["bits"].double() for s in seen]) * math.log(2)
+        ce = ce / texts.places(names[0], rows).ends.amax(1)
+        w = (-3 * ce).softmax(0)
+        assert w.std() > 1e-3
+        for share in seen:
+            name = names[share.client]
+            parts = [
+                aligned(texts, name, Said(names[s.client], s.records["soft_labels"]), rows, coarse=False,
+                        unmatched_label=False) for s in seen
+            ]  # fmt: skip
+            p, ids = mixture(parts, w, 16)
+            got = strategy.published("soft_labels", share.client)
+            assert torch.equal(got["ids"].long(), ids)
+            assert torch.allclose(got["p"].double(), p, atol=1e-6)
+            places = texts.places(name).tokens.shape[1]
+            assert sum(a.nbytes for a in share.records["soft_labels"].values()) == record_bytes(12, places, 16, 2)
+        assert math.isfinite(built.headline["bits_per_byte/global"])
+
+
+def test_keys_are_heard_of_texts(words) -> None:  # noqa: F811
+    base = (*words, "model.pool=[causal_lm@own]", "rounds=1", *PERPLEXITY)
+    keys = ("k=4", "beta=1000", "include_self=false", "finetune_loss=kl+ce_hard")
+    plain = play("knfu", base=base).digest
+    assert play("knfu", base=base, grid="serial").digest == plain
+    assert len({plain, *(play("knfu", f"strategy.{key}", base=base).digest for key in keys)}) == 1 + len(keys)
+
+
+def test_what_says_nothing_of_texts_or_of_classes_is_refused(words) -> None:  # noqa: F811
+    with pytest.raises(UserError, match=r"strategy\.distance=js: of texts only perplexity says anything"):
+        play("knfu", base=words)
+    with pytest.raises(UserError, match=r"strategy\.distance=perplexity: perplexity is of texts"):
+        play("knfu", PERPLEXITY[0])
+    for word in ("fuse_space=logit", "epd_source=argmax_histogram"):
+        with pytest.raises(UserError, match=rf"strategy\.{word}: of texts allowed is "):
+            play("knfu", *PERPLEXITY, f"strategy.{word}", base=words)

@@ -58,6 +58,22 @@ def test_several_experts_move_it_by_their_mean_distance() -> None:
     assert torch.allclose(fused(large, base, experts, w, None), want)
 
 
+def test_each_expert_has_an_alpha_of_its_own() -> None:
+    large, base, experts = logits(3, 4), logits(3, 4), logits(2, 3, 4)
+    w = torch.tensor([[0.3], [0.7]], dtype=torch.float64).expand(2, 3)
+    alphas = [searched(large, one - base, divergence(one, base)) for one in experts]
+    assert not torch.equal(*alphas)
+    want = large + sum(w[k, 0] * alphas[k][:, None] * (experts[k] - base) for k in range(2))
+    assert torch.allclose(fused(large, base, experts, w, None, apart=True), want)
+    assert not torch.allclose(fused(large, base, experts, w, None), want)
+    # where large is the base, each α is 1 and the experts' logits are averaged
+    assert torch.allclose(fused(base, base, experts, w, None, apart=True), 0.3 * experts[0] + 0.7 * experts[1])
+    one = torch.ones(1, 3, dtype=torch.float64)
+    assert torch.equal(fused(large, base, experts[:1], one, None, apart=True),
+                       fused(large, base, experts[:1], one, None))  # fmt: skip
+    assert torch.equal(fused(large, base, experts, w, 0.5, apart=True), fused(large, base, experts, w, 0.5))
+
+
 def test_weights_by_perplexity_of_what_was_read() -> None:
     z, tokens = logits(2, 1, 3, 4), torch.tensor([[2, 0, 3]])
     w = by_perplexity(z, tokens, tau=0.5)
@@ -120,6 +136,9 @@ def test_every_client_may_be_an_expert() -> None:
 
 
 def test_refusals(words) -> None:  # noqa: F811
+    for word in ("strategy.experts=each", "strategy.alpha=null"):
+        with pytest.raises(UserError, match=r"search=together is of several experts: set strategy.experts=each"):
+            play("proxy_tuning", "strategy.search=together", word)
     base = (*words, "model.pool=[causal_lm]")
     with pytest.raises(UserError, match=r"large=null: name the server's language model, as causal_lm@<word>"):
         play("proxy_tuning", "model.paths={}", base=base)
@@ -135,7 +154,11 @@ def test_texts_by_experts_weighed_by_perplexity(words) -> None:  # noqa: F811
     base = (*words, "model.pool=[causal_lm@own]", "rounds=1", "strategy.large=causal_lm@own", "strategy.experts=each")
     scores = [
         play("proxy_tuning", *more, base=base).federation.headline["bits_per_byte/global"]
-        for more in ((), ("strategy.weights=perplexity", "strategy.tau=0.05"), ("strategy.alpha=null",))
-    ]
+        for more in (
+            (), ("strategy.weights=perplexity", "strategy.tau=0.05"), ("strategy.alpha=null",),
+            ("strategy.alpha=null", "strategy.search=together"),
+        )
+    ]  # fmt: skip
     assert all(math.isfinite(score) for score in scores)
+    assert scores[2] == scores[0]  # the large model is the base: each α is 1
     assert len(set(scores)) == 3
