@@ -138,14 +138,14 @@ def build(path: str | None, width: int, seed: int) -> Reader:
     if path is None:
         return _random(width, seed)
     from fedfuse.data.tokenize import Tokenizer
-    from fedfuse.models import language
+    from fedfuse.models.from_directory import load
 
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"language model {path} needs transformers: pip install 'fedfuse[lm]'") from error
     transformers.logging.set_verbosity_error()
-    model: Any = nn.Module.float(language._load(transformers, "causal_lm", Path(path).expanduser(), 0))
+    model: Any = nn.Module.float(load(transformers, "causal_lm", Path(path).expanduser(), 0, {}))
     tokenizer, table = Tokenizer(path), model.get_input_embeddings().weight
     if table.shape[1] != width:
         raise UserError(f"language model {path}: its embeddings have {table.shape[1]} numbers, {width} were asked for")
