@@ -63,7 +63,7 @@ def test_a_client_finds_out_what_the_others_have(words, tmp_path: Path) -> None:
     size = ("clients=3", "transfer.size=100", "train.epochs=20", "rounds=1")
     where = played(tmp_path / "run", *words, *skewed, *size)
     said = audit(where, ["client_ldia"])
-    assert "by a curious client, each in turn, which sees the soft labels or the model that it was sent" in said
+    assert "by a curious client (each in turn), which sees the soft labels or the model that it was sent" in said
     whole = {row["metric"]: row["value"] for row in figures(where).filter(client=-1).iter_rows(named=True)}
     assert whole["tv"] < 0.8 * whole["tv/blind"]
     assert set(figures(where)["adversary"]) == {"client"}
