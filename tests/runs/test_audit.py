@@ -73,9 +73,10 @@ def test_a_client_finds_out_what_the_others_have(words, tmp_path: Path) -> None:
 def test_clients_that_learned_nothing_say_nothing(tmp_path: Path) -> None:
     """All models are the initial one: one estimate for everybody, whatever they hold."""
     where = played(tmp_path / "run", "strategy=fedmd", "train.epochs=0", "rounds=1")
-    audit(where, ["ldia"])
+    audit(where, ["ldia", "client_ldia"])
     rows = figures(where).filter(metric="estimate")
-    assert rows.group_by("at").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 10
+    assert rows["audit"].n_unique() == 2
+    assert rows.group_by("at", "audit").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 20
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
