@@ -207,12 +207,12 @@ AUDITS: dict[str, Audit] = {
     ),
     "client_ldia": Audit(
         "the other clients' mean class prior (a reconstruction: no paper gives it)",
-        "a curious client, each in turn",
+        "a curious client (each in turn)",
         "the soft labels or the model that it was sent, its own shares, its own examples, and the public rows",
     ),
     "client_lira": Audit(
         "whether any other client trained on an example, 16 shadows of its own (a reconstruction: no paper gives it)",
-        "a curious client, each in turn",
+        "a curious client (each in turn)",
         "the soft labels or the model that it was sent, its own shares, its own examples, the public rows, and the "
         "examples in question",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,14 @@ CURVE = (
     "Members found over false alarms, first seed; bars: 95 % intervals over examples at the rates of the table; "
     "the thin line is guessing."
 )
-PAINTED = (
-    "Of the first client of the first seed, class by class: painted; mean of public images; the client's own mean."
-)
-STYLES = {"coop_lira": "-", "distill_lira": "--", "fedmia": "-.", "fedmia_gradient": (0, (5, 1)), "client_lira": ":"}
+PAINTED = "Of the client of the first seed that holds most classes: painted, the mean of public images, its own mean."
+STYLES: dict[str, Any] = {
+    "coop_lira": "-",
+    "distill_lira": "--",
+    "fedmia": "-.",
+    "fedmia_gradient": (0, (5, 1)),
+    "client_lira": ":",
+}
 
 
 def found(run: Measures) -> pl.DataFrame | None:
@@ -125,6 +130,9 @@ def curves(series: Sequence[Series], prefix: str) -> str | None:
             shown.append((one, frame))
     if not shown:
         return None
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     with svg.figure(height=3.2) as drawn:
         axes = drawn.add_subplot()
         least = min(1 / float(row) for _, frame in shown for row in frame.filter(metric="others")["value"])
@@ -141,12 +149,16 @@ def curves(series: Sequence[Series], prefix: str) -> str | None:
                     axes.errorbar(
                         [row["at"]], [max(row["value"], least)], yerr=ends, color=one.colour, lw=0.8, capsize=2
                     )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlim(least, 1)
         axes.set_ylim(least, 1.1)
         kinds = [name for name in STYLES if any(len(frame.filter(audit=name, metric="roc")) for _, frame in shown)]
-        axes.set_xlabel(f"false alarms ({', '.join(f'{name} {STYLES[name]}' for name in kinds)})")
+        lines = [Line2D([], [], ls=STYLES[name], color=svg.MUTED, lw=1.2, label=name) for name in kinds]
+        axes.legend(handles=lines, loc="lower right", handlelength=2.6, frameon=False)
+        axes.set_xlabel("false alarms")
         axes.set_ylabel("members found")
         return svg.to_svg(drawn, prefix)
 
@@ -158,7 +170,8 @@ def paintings(one: Series, prefix: str) -> str | None:
         return None
     try:
         with np.load(checked(path), allow_pickle=False) as kept:
-            client = kept.files[0].partition("/")[0]
+            held = Counter(name.partition("/")[0] for name in kept.files)
+            client = held.most_common(1)[0][0]
             classes = [name for name in kept.files if name.partition("/")[0] == client]
             images = [np.asarray(kept[name], dtype=np.float32) for name in classes]
     except (OSError, ValueError, IndexError, zipfile.BadZipFile):
@@ -169,12 +182,12 @@ def paintings(one: Series, prefix: str) -> str | None:
         return None
     rows = [np.concatenate([image[k] for image in images], axis=-1) for k in range(3)]
     whole = np.concatenate(rows, axis=-2).transpose(1, 2, 0).clip(0, 1)
-    with svg.figure(height=0.6 + 3.5 * whole.shape[0] / whole.shape[1]) as drawn:
+    with svg.figure(height=min(3.2, 0.6 + 3.5 * whole.shape[0] / whole.shape[1])) as drawn:
         axes = drawn.add_subplot()
         axes.imshow(whole[..., 0] if whole.shape[-1] != 3 else whole, cmap="gray", vmin=0, vmax=1)
         axes.grid(False)
         side = images[0].shape[-1]
         axes.set_xticks([side * (k + 0.5) for k in range(len(classes))], [name.partition("/")[2] for name in classes])
-        axes.set_yticks([])
+        axes.set_yticks([images[0].shape[-2] * (k + 0.5) for k in range(3)], ["painted", "public", "its own"])
         axes.set_xlabel(f"class, client {client}")
         return svg.to_svg(drawn, prefix)

@@ -243,7 +243,7 @@ def test_of_two_clients_each_finds_the_others_examples(name: str, tmp_path: Path
     monkeypatch.setattr(others, "EPOCHS", 12)
     where = run(compose([*TWO, f"strategy={name}", f"out={tmp_path / 'run'}"]), quiet=True)
     said = audit(where, ["client_lira"])
-    assert "by a curious client, each in turn, which sees the soft labels or the model that it was sent" in said
+    assert "by a curious client (each in turn), which sees the soft labels or the model that it was sent" in said
     area = figures(where).filter(metric="auc").row(0, named=True)
     assert area["low"] > 0.5, area
     assert area["adversary"] == "client"

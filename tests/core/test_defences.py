@@ -65,6 +65,21 @@ def test_the_breakdown_point_is_as_promised(rule: str, f: int, n: int) -> None:
     assert taken.abs().max() > 1e5
 
 
+@pytest.mark.parametrize("f", [1, 2, 3])
+@pytest.mark.parametrize(
+    "rule", ["median", "geometric_median", "trimmed_mean", "krum", "multi_krum", "bulyan", "cronus"]
+)
+def test_the_fewest_clients_that_a_rule_asks_for_are_enough(rule: str, f: int) -> None:
+    """f liars of just as many as docs/robustness.md says, agreed or each far off by itself: 2(n − f)/(n − 2f) radii."""
+    n = {"krum": 2 * f + 3, "multi_krum": 2 * f + 3, "bulyan": 4 * f + 3}.get(rule, 2 * f + 1)
+    assert least(rule, f) == (1 if "median" in rule else n)  # medians reckon with nobody, and break where most lie
+    honest = torch.randn(n - f, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    centre = honest.mean(0)
+    bound = 2 * (n - f) / (n - 2 * f) * (honest - centre).norm(dim=1).max()
+    for lies in (torch.full((f, 4), 1e6).double(), 1e6 * torch.eye(4, dtype=torch.float64)[:f]):
+        assert (RULES[rule](points(*honest, *lies), f)[0] - centre).norm() <= bound
+
+
 def test_the_median_of_an_even_number_is_between() -> None:
     assert median(points(*torch.tensor([[1.0], [2.0], [4.0], [9.0]]).double())).item() == 3.0
 

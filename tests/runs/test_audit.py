@@ -63,7 +63,7 @@ def test_a_client_finds_out_what_the_others_have(words, tmp_path: Path) -> None:
     size = ("clients=3", "transfer.size=100", "train.epochs=20", "rounds=1")
     where = played(tmp_path / "run", *words, *skewed, *size)
     said = audit(where, ["client_ldia"])
-    assert "by a curious client, each in turn, which sees the soft labels or the model that it was sent" in said
+    assert "by a curious client (each in turn), which sees the soft labels or the model that it was sent" in said
     whole = {row["metric"]: row["value"] for row in figures(where).filter(client=-1).iter_rows(named=True)}
     assert whole["tv"] < 0.8 * whole["tv/blind"]
     assert set(figures(where)["adversary"]) == {"client"}
@@ -73,9 +73,10 @@ def test_a_client_finds_out_what_the_others_have(words, tmp_path: Path) -> None:
 def test_clients_that_learned_nothing_say_nothing(tmp_path: Path) -> None:
     """All models are the initial one: one estimate for everybody, whatever they hold."""
     where = played(tmp_path / "run", "strategy=fedmd", "train.epochs=0", "rounds=1")
-    audit(where, ["ldia"])
+    audit(where, ["ldia", "client_ldia"])
     rows = figures(where).filter(metric="estimate")
-    assert rows.group_by("at").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 10
+    assert rows["audit"].n_unique() == 2
+    assert rows.group_by("at", "audit").agg(pl.col("value").n_unique())["value"].to_list() == [1] * 20
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
