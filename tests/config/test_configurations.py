@@ -99,7 +99,7 @@ def test_experiment_presets_run_short(name: str, tmp_path: Path) -> None:
         pytest.skip("the data folder ../shared/data is not here (FEDFUSE_DATA)")
     words = [f"experiment={name}", "strategy=knfu", "rounds=1", "runtime=inline", f"out={tmp_path / 'run'}"]
     words += ["transfer.size=20", "transfer.subset=10", "train.epochs=1"]
-    if name == "domains":
+    if name == "feature_skew":
         words += ["model=cnn", "data.limit=400"]
     elif name != "smoke":
         words += ["data.limit=1200", "data.test_limit=50", "clients=6", "partition.min_size=2", "partition.examples=40"]

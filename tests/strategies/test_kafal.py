@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,82 @@ def test_two_steps_on_both_losses() -> None:
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     for name, p in half.model.named_parameters():
         torch.testing.assert_close(p.detach(), own[name], rtol=1e-5, atol=1e-6)
+
+
+# The rules of KAFAL in NumPy and float64, written from its formulae alone; c (C,), logits (B × C).
+
+
+def np_softmax(z: np.ndarray, c: np.ndarray | float = 1.0) -> np.ndarray:
+    e = c * np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def np_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(1)
+
+
+def np_gamma(c: np.ndarray) -> np.ndarray:
+    inverse = np.array([c.sum() / k if k else 0 for k in c])
+    return inverse / inverse.sum()
+
+
+def np_weights(teacher: np.ndarray, beta: np.ndarray, partner: np.ndarray, c: np.ndarray) -> np.ndarray:
+    seen = np_gamma(c)[teacher.argmax(1)]
+    return np.array([b * seen[i] + (1 - b) * seen[j] for i, (b, j) in enumerate(zip(beta, partner, strict=True))])
+
+
+def np_losses(z: np.ndarray, y: np.ndarray, c: np.ndarray, mixed: tuple[np.ndarray, ...]) -> tuple[float, float]:
+    """L_bal and L_comp."""
+    student, teacher, beta, partner = mixed
+    weight = np_weights(teacher, beta, partner, c)
+    compensatory = (weight * np_kl(np_softmax(teacher), np_softmax(student)) / len(c)).mean()
+    return -np.log(np_softmax(z, c)[np.arange(len(y)), y]).mean(), compensatory
+
+
+@pytest.mark.parametrize("counts", [[7, 0, 2, 1], [0, 0, 3, 0], [5, 5, 5, 5], [4000, 1, 0, 12]])
+def test_score_and_losses_against_numpy_in_float64(counts: list[int]) -> None:
+    c, seen = np.array(counts), torch.tensor(counts)
+    z, student, teacher, common = (logits(9, seed) for seed in (11, 12, 13, 14))
+    y = torch.tensor([k for k in range(4) if counts[k]] * 9)[:9]
+    beta = torch.rand(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    partner = torch.tensor([4, 0, 1, 8, 6, 2, 3, 5, 7])
+    mixed = (student.numpy(), teacher.numpy(), beta.numpy(), partner.numpy())
+    balanced, compensatory = np_losses(z.numpy(), y.numpy(), c, mixed)
+    gamma = torch.from_numpy(np_gamma(c))
+    assert float(kafal.balanced(z, y, seen)) == pytest.approx(balanced, rel=1e-12, abs=1e-15)
+    assert float(kafal.compensatory(student, teacher, beta, partner, gamma)) == pytest.approx(compensatory, rel=1e-12)
+    torch.testing.assert_close(kafal.rarity(seen).double(), gamma, rtol=1e-6, atol=0)
+    p, q = np_softmax(z.numpy(), c), np_softmax(common.numpy(), c)
+    wanted = torch.from_numpy((np_kl(p, q) + np_kl(q, p)) / 2)
+    torch.testing.assert_close(kafal.ksas(z, common, seen), wanted, rtol=1e-11, atol=1e-14)
+
+
+def test_three_steps_of_a_linear_model_against_numpy() -> None:
+    """A client's whole update, its gradients worked out by hand: none of the module's rules is used here."""
+    words = ("train.momentum=0", "train.batch_size=1000", "train.lr=0.5", "train.epochs=3", "strategy.compensation=30")
+    half = client("kafal", *words, "model=custom", "model.build=tests.halves:featureless", round=2)
+    draw = torch.Generator().manual_seed(5)
+    start = {name: torch.randn(v.shape, generator=draw) / 4 for name, v in half.weights().items()}
+    take(half, "model", **start)
+    flat = lambda x: x.flatten(1).double().numpy()  # noqa: E731
+    x, y, pool, draw = flat(half.x), half.y.numpy(), flat(half.unlabelled), half.generator("mixtures")
+    (w, b), c = (v.double().numpy() for v in start.values()), np.bincount(half.y.numpy(), minlength=half.classes)
+    assert 0 in c
+    w0, b0, n, told = w, b, len(pool), []
+    for _ in range(3):
+        rows, partner = (torch.randperm(n, generator=draw).numpy() for _ in range(2))
+        beta = np.median(torch.rand(n, 3, generator=draw).numpy(), 1).astype(float)
+        mixed = beta[:, None] * pool[rows] + (1 - beta[:, None]) * pool[rows][partner]
+        z, student, teacher = x @ w.T + b, mixed @ w.T + b, mixed @ w0.T + b0
+        both = np_losses(z, y, c, (student, teacher, beta, partner))
+        told.append(both[0] + 30 * both[1])
+        first = (np_softmax(z, c) - np.eye(len(c))[y]) / len(y)
+        second = np_weights(teacher, beta, partner, c)[:, None] * (np_softmax(student) - np_softmax(teacher))
+        second *= 30 / (len(c) * n)
+        w, b = w - 0.5 * (first.T @ x + second.T @ mixed), b - 0.5 * (first.sum(0) + second.sum(0))
+    assert half.fit()["loss"] == pytest.approx(np.mean(told), rel=1e-5)
+    for found, wanted in zip(half.weights().values(), (w, b), strict=True):
+        torch.testing.assert_close(found.double(), torch.from_numpy(wanted), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedfuse.errors import UserError, WorldError
+from fedfuse.cli import main
+from fedfuse.errors import UserError
 from fedfuse.strategies import regmean
 from fedfuse.train import curvature
 from fedfuse.wire.records import InvalidArrays
@@ -82,9 +83,15 @@ def test_singular_grams_are_seen_at_every_scale() -> None:
     assert regmean.solved(small.T @ small, p, 1e-9) is not None  # small is not singular
 
 
-def test_a_singular_gram_is_refused_by_the_name_of_its_layer() -> None:
-    with pytest.raises(WorldError, match=r"layer body\.1: the sum .* \(64 × 64\) is singular: set strategy\.ridge"):
-        play("regmean", "strategy.a=1", "strategy.ridge=0", "rounds=1", "data.limit=90")
+def test_a_singular_gram_is_named_by_its_layer_and_leaves_no_result(tmp_path, capsys) -> None:
+    """It shows in the data, not in the words: exit 1, one line with what to set, and no summary."""
+    words = ["strategy=regmean", "strategy.a=1", "strategy.ridge=0", "rounds=1", "data.limit=90", "clients=2"]
+    words += ["train.epochs=0", "transfer.size=0", "runtime=inline", f"out={tmp_path / 'run'}"]
+    assert main(["run", *words]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("fedfuse: layer body.1: the sum of the clients' Gram matrices (64 × 64) is singular: set ")
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_what_a_client_sends_is_its_layers_grams_and_weights() -> None:
