@@ -88,7 +88,7 @@ class CFDClient(FusionClient):
         if "weights" in self.state:
             self.load(self.state["weights"])
         self.version = item.version  # draws depend on the labels' version, not on the round that brought them
-        levels, bits = label_code.unpack(item.arrays["code"])
+        levels, bits = label_code.unpack(item.arrays["code"].cpu())
         if levels.shape != (len(self.public), self.classes):
             raise InvalidArrays(f"labels: {tuple(levels.shape)}, expected {(len(self.public), self.classes)}")
         x, y = self.workspace.transfer(self.public)
@@ -108,7 +108,8 @@ class CFDClient(FusionClient):
         p = self.predict(self.transfer[self.public]).softmax(1).cpu()
         if bits == 32:
             return {"labels": {"code": label_code.code_of(label_code.encode(p, bits))}}
-        levels, previous = label_code.quantise(p, bits), self.state.get("sent")
+        levels, sent = label_code.quantise(p, bits), self.state.get("sent")
+        previous = None if sent is None else sent.cpu()
         if self.hyper.delta:
             self.state["sent"] = levels
         return {"labels": {"code": label_code.code_of(label_code.encode(levels, bits, previous))}}

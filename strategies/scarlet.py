@@ -111,14 +111,14 @@ class ScarletClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Hold the cache; distil the rows of its newest round, once."""
         h, item = self.hyper, knowledge["cache"]
-        self.cache = item.arrays
+        self.cache = {name: value.cpu() for name, value in item.arrays.items()}
         if item.version <= self.state.get("distilled", 0):
             return
         self.state["distilled"] = self.version = item.version
         rows = round_rows(self.scenario, h, item.version)
         served, at = lookup(self.cache, rows, item.version, h.duration)
         x, y = self.workspace.transfer(rows[served])
-        distil = self.loss("kl").towards(item.arrays["p"][at].to(self.workspace.device))
+        distil = self.loss("kl").towards(self.cache["p"][at].to(self.workspace.device))
         self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
 
     def share(self) -> Records:

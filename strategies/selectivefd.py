@@ -143,7 +143,7 @@ class SelectiveFDClient(FusionClient):
         """Which rows of the whole transfer set look like this client's data (T,) bool; estimated once."""
         if "known" not in self.state:
             self.state["known"] = self._estimate().cpu()
-        return self.state["known"]
+        return self.state["known"].cpu()
 
     def _estimate(self) -> Tensor:
         h, x = self.hyper, self.x

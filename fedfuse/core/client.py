@@ -47,7 +47,7 @@ class FusionClient:
     model : nn.Module
         The architecture's resident model, holding initial weights overlaid with the client's private state.
     state : dict
-        Private state: nested dicts of tensors and plain values.
+        Private state: nested dicts of tensors and plain values; on the device, as is all that `receive` is given.
     client, round, version : int
         This client, the current round, and the newest version of a lesson in this message.
     x, y : Tensor
@@ -97,7 +97,7 @@ class FusionClient:
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take in what the server sent. Depends on state, knowledge and seed only, never on the round."""
         if "model" in knowledge:
-            self.load(self.workspace.here(knowledge["model"].arrays))
+            self.load(knowledge["model"].arrays)
 
     def fit(self) -> Metrics:
         """Train on private data; must return `num-examples`."""

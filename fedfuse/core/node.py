@@ -240,14 +240,15 @@ class Node:
         who, topics = asked.who, self.entry.server.topics
         architecture = self.workspace.scenario.architectures[who]
         knowledge = cache.for_client(who, architecture, topics)
-        state = self.store.load(who, asked.tag)
+        state = self.workspace.woken(self.store.load(who, asked.tag))
         seen = state.pop("seen", {})
         new = {
             topic: item.version
             for topic, item in knowledge.items()
             if topics[topic].kind == "lesson" and item.version > int(seen.get(topic, -1))
         }
-        knowledge = {t: item for t, item in knowledge.items() if topics[t].kind != "lesson" or t in new}
+        news = [t for t in knowledge if topics[t].kind != "lesson" or t in new]
+        knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
         trained = None
         if asked.kind == "evaluate" and self.digests:
             trained = state.get("model") or self.workspace.initial(architecture)
@@ -256,7 +257,7 @@ class Node:
         key = json.dumps([str(asked.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
         staged = self.store.staged(who, key) if staging else None
         if staged is not None:
-            state, knowledge = staged, {}
+            state, knowledge = self.workspace.woken(staged), {}
             state.pop("seen", None)
             tally.flops, tally.unit, learned = state.pop("spent", (0, 0, 0))  # as if done now
             tally.trained = bool(learned)
@@ -325,9 +326,10 @@ class Node:
         return records, metrics, answer
 
     def _known(self, asked: Asked, cache: Cache) -> dict[str, Item]:
-        """What the client was sent, newest of each topic."""
+        """What the client was sent, newest of each topic, on this process's device."""
         architecture = self.workspace.scenario.architectures[asked.who]
-        return cache.for_client(asked.who, architecture, self.entry.server.topics)
+        found = cache.for_client(asked.who, architecture, self.entry.server.topics)
+        return {topic: self.workspace.here(item) for topic, item in found.items()}
 
     def _clip(
         self, asked: Asked, cache: Cache, records: Records, metrics: dict[str, Any]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from fedfuse.models.replicas import Replicas
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
 from fedfuse.train import abreast
+from fedfuse.train.abreast_batches import sent
 from fedfuse.train.abreast_layers import Forward, stacked
 from fedfuse.train.adapters import LoRA, inject
 from fedfuse.train.ledger import Ledger
+from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
+SENT = 4  # values of knowledge that a GPU holds for the next client: few topics are for all
 Equip = Callable[[nn.Module, Callable[[str], nn.Module]], nn.Module]
 
 
@@ -64,7 +68,9 @@ class Workspace:
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
         self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
-        self._sent: tuple[Arrays, Arrays] | None = None  # what was given last, and the same on this device
+        self._sent: deque[tuple[Arrays, Arrays]] = deque(
+            maxlen=SENT
+        )  # what was given last, and the same on this device
         self.texts = Texts(self)
         budget = scenario.config.runtime.memory
         self._predicts = transfer and scenario.data.transfer is not None
@@ -240,13 +246,25 @@ class Workspace:
         x, y = (whole.index_select(0, rows) for whole in self._pool)
         return x, y
 
-    def here(self, arrays: Arrays) -> Arrays:
-        """Arrays on this process's device. What all clients are given is sent there once."""
+    def here(self, item: Item) -> Item:
+        """Knowledge on this process's device. What several clients are given is sent there once."""
         if self.device.type == "cpu":
-            return arrays
-        if self._sent is None or self._sent[0] is not arrays:
-            self._sent = arrays, {name: value.to(self.device) for name, value in arrays.items()}
-        return self._sent[1]
+            return item
+        found = next((there for known, there in self._sent if known is item.arrays), None)
+        if found is None:
+            found = {name: self._moved(value) for name, value in item.arrays.items()}
+            self._sent.append((item.arrays, found))
+        return replace(item, arrays=found)
+
+    def woken(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A client's private state on this process's device."""
+        if self.device.type == "cpu":
+            return state
+        return {
+            key: self._moved(value) if isinstance(value, torch.Tensor)
+            else self.woken(value) if isinstance(value, dict) else value
+            for key, value in state.items()
+        }  # fmt: skip
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Tensors made once, on this process's device, and kept while there is room; the oldest go first."""
@@ -262,10 +280,8 @@ class Workspace:
         return value
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on this process's device; pinned on the way to a GPU, so that the copy does not stop the loop."""
-        if self.device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        """The tensor on this process's device; a large one is pinned on the way, so that its copy stops no loop."""
+        return tensor.to(self.device) if tensor.is_cuda else sent(tensor, self.device)
 
 
 def _size(value: Any) -> int:

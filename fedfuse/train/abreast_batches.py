@@ -16,6 +16,7 @@ from fedfuse.train.task import task_step
 
 ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead, where they would fit into a cache
 DEVICE_ROOM = 2 * 2**30  # the same on a GPU
+UNPINNED = 2**16  # bytes
 
 
 class Member:
@@ -159,8 +160,13 @@ def _gathers(device: torch.device) -> bool:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU's on a device, on its way there when this returns."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor of the CPU's on a device, on its way there when this returns.
+
+    CUDA takes a copy of a small one at once; to pin it would cost more.
+    """
+    if device.type == "cuda" and tensor.numel() * tensor.element_size() > UNPINNED:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 _kept: dict[str, Tensor] = {}  # pages that are there already: fresh ones for every stack take as long as its products

@@ -10,7 +10,8 @@ import torch
 from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
 from fedfuse.runs import experiment
-from tests.federations import TINY
+from tests.federations import TINY, play
+from tests.pretended import HERE, THERE, Mixed, Pretended
 
 
 def test_the_server_is_where_the_clients_are_unless_told() -> None:
@@ -61,3 +62,39 @@ def test_it_changes_no_bit(tmp_path: Path) -> None:
         where = experiment.run(compose([*words, "rounds=1", f"out={tmp_path / str(i)}"]), quiet=True)
         digests.add(json.loads((where / "summary.json").read_text())["digest"])
     assert len(digests) == 1
+
+
+# one of each way to meet knowledge or state of one's own: anchors, variates, codes and rows that are indices, attacks
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fedprox", "runtime.vectorize=auto"),
+        ("scaffold",),
+        ("ditto", "attack=noise", "attack.fraction=0.34"),
+        ("cfd", "distil.epochs=1"),
+        ("scarlet", "distil.epochs=1"),
+        ("selectivefd", "distil.epochs=1"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_clients_meet_what_they_are_given_on_their_own_device(words) -> None:
+    with Pretended() as mode:
+        played = play(*words, "data.limit=60", "transfer.size=8", device=THERE)
+    assert not played.strategy.inbox.ever_left_out, played.strategy.inbox.left_out
+    assert mode.moved > 20
+    assert played.digest == play(*words, "data.limit=60", "transfer.size=8").digest
+
+
+def test_the_device_that_is_not_there_refuses_what_a_device_refuses() -> None:
+    with Pretended():
+        here, there = torch.ones(3), torch.ones(3).to(THERE)
+        assert (here.device, there.device, (there + 1).device) == (HERE, THERE, THERE)
+        for mixed in (
+            lambda: here + there, lambda: torch.stack([here, there]), lambda: there.index_select(0, torch.tensor([1])),
+            lambda: here[there.long()], lambda: torch.rand(3, device=THERE, generator=torch.Generator()),
+        ):  # fmt: skip
+            with pytest.raises(Mixed):
+                mixed()
+        with pytest.raises(TypeError):
+            there.numpy()
+        assert (there[torch.tensor([0])] + there.cpu().to(there)).device == THERE
