@@ -53,7 +53,7 @@ class Pretended(TorchFunctionMode):
                 kwargs["device"] = HERE
                 if kwargs.get("generator") is not None:
                     raise Mixed(f"{func.__name__}: a CPU generator, and a result on another device")
-        found = [one for one in _tensors((args, list(kwargs.values())))]
+        found = list(_tensors((args, list(kwargs.values()))))
         places = {_place(one) for one in found if one.ndim or _place(one) == THERE} - {None}
         if len(places) > 1 and func not in COPIES and not (func == Tensor.__getitem__ and _place(first) == THERE):
             raise Mixed(f"{func.__name__}: expected all tensors to be on the same device")
