@@ -24,14 +24,19 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from fedfuse.compat.turns import Turns
+from fedfuse.config.schema import TrainConfig
 from fedfuse.core.abreast_room import Room
 from fedfuse.core.abreast_trial import PART, Trials
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import in_words
+from fedfuse.models.replicas import parameters_of
 from fedfuse.train import abreast, training
 from fedfuse.train.abreast import Apart, Training
 from fedfuse.train.abreast_steps import together
 from fedfuse.train.task import task_step
+from fedfuse.wire.records import Arrays
+
+KEPT = 64  # configurations whose text is kept
 
 
 class Seat:
@@ -46,6 +51,7 @@ class Seat:
         self.asked: Training | None = None
         self.answer: Any = None
         self.left, self.away = 0.0, 0.0
+        self.begun = False
 
 
 class Abreast:
@@ -57,6 +63,9 @@ class Abreast:
         self.hub: Any = None
         self.busy = False
         self.room, self.trials = Room(), Trials()
+        self.seats: list[Seat] = []
+        self._filled: dict[str, tuple[Arrays, set[int]]] = {}  # what replicas hold that nobody has touched since
+        self._told: dict[int, tuple[TrainConfig, str]] = {}
 
     # -- what clients ask for --------------------------------------------------------------------------------
 
@@ -72,6 +81,26 @@ class Abreast:
             return None
         found: nn.Module = self.workspace.replicas(architecture, seat.slot + 1).modules[seat.slot]
         return found
+
+    def filled(self, architecture: str, arrays: Arrays) -> bool:
+        """Whether the replica of the client that runs now holds these arrays, which no client has touched yet.
+
+        The first who asks has the replicas of all filled who have not begun.
+        """
+        seat = self.now
+        if seat is None or self.workspace is None or architecture != seat.architecture:
+            return False
+        if architecture not in self._filled:
+            slots = [s.slot for s in self.seats if s.architecture == architecture and (s is seat or not s.begun)]
+            replicas = self.workspace.replicas(architecture, 1)
+            if slots != list(range(seat.slot, seat.slot + len(slots))) or not replicas.fill(slots, arrays):
+                return False
+            self._filled[architecture] = arrays, set(slots)
+        known, slots_left = self._filled[architecture]
+        if known is not arrays or seat.slot not in slots_left:
+            return False
+        slots_left.remove(seat.slot)
+        return True
 
     def away(self) -> float:
         """Seconds that the client that runs now has waited for others."""
@@ -142,6 +171,7 @@ class Abreast:
             seat.green = greenlet(partial(self._work, seat, job))
             seat.green.gr_context = contextvars.copy_context()
         self.workspace, self.hub = workspace(), getcurrent()
+        self.seats, self._filled = seats, {}
         for architecture, count in slots.items():
             self.workspace.replicas(architecture, count)
         out: list[Any] = [None] * len(jobs)
@@ -166,6 +196,7 @@ class Abreast:
                 if seat.green and not seat.green.dead:
                     seat.green.throw()
             abreast.desk, self.now, self.hub = None, None, None
+            self.seats, self._filled = [], {}
             torch.set_grad_enabled(graded)
             mine.take()
             if collecting:
@@ -184,7 +215,7 @@ class Abreast:
         seat.turns.take()
         if seat.left:
             seat.away += time.perf_counter() - seat.left
-        self.now = seat
+        self.now, seat.begun = seat, True
         try:
             return seat.green.switch()
         finally:
@@ -224,10 +255,19 @@ class Abreast:
         return crew
 
     def _kind(self, seat: Seat, asked: Training) -> Any:
-        trained = tuple(p.requires_grad for p in asked.model.parameters())
+        trained = tuple(p.requires_grad for p in parameters_of(asked.model))
         y = None if asked.y is None else (asked.y.dtype, asked.y.shape[1:])
         own = asked.loss is not task_step
-        return seat.architecture, repr(asked.config), trained, own, asked.x.dtype, asked.x.shape[1:], y
+        return seat.architecture, self._said(asked.config), trained, own, asked.x.dtype, asked.x.shape[1:], y
+
+    def _said(self, config: TrainConfig) -> str:
+        """A configuration as text, read once while it is the same for all."""
+        known = self._told.get(id(config))
+        if known is None or known[0] is not config:
+            if len(self._told) > KEPT:
+                self._told.clear()
+            known = self._told[id(config)] = config, repr(config)
+        return known[1]
 
     def _parts(self, crew: list[Seat]) -> Iterator[list[Seat]]:
         assert self.workspace is not None

@@ -18,6 +18,7 @@ from fedfuse.core.shares import Metrics, Records
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import overlay, variable
+from fedfuse.models.replicas import shared
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import schedule, training
 from fedfuse.train.distil import Effort, plan
@@ -109,7 +110,7 @@ class FusionClient:
 
     def share(self) -> Records:
         """Say what was learned: records of arrays. Per-sample rows stand in index order."""
-        return {"model": variable(self.model) if self.lends else self.weights()}
+        return {"model": shared(self.model) if self.lends else self.weights()}
 
     def evaluate(self) -> tuple[Records, Metrics]:
         """Score the model this client would use. Never changes the client."""

@@ -11,9 +11,11 @@ from flwr.app import Message, RecordDict
 from fedfuse.core.node import Node
 from fedfuse.core.shares import INVALID, Records, check_share
 from fedfuse.errors import Refused
-from fedfuse.wire.group_sums import empty_totals, hand_over, keep_back, wanted
+from fedfuse.wire.group_sums import Sums, empty_totals, hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache
 from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, tensors
+from fedfuse.wire.rows import Row, look_through, row_of
+from fedfuse.wire.sums import Sum, settle
 
 
 class Groups:
@@ -36,9 +38,22 @@ class Groups:
         The arrays of summed records leave with the group's last valid member; every reply says their bytes. `answers`
         are replies that are there already.
         """
-        sums = wanted(messages[0])
-        if not sums or messages[0].metadata.message_type.startswith("evaluate"):
+        sums = self._sums(messages)
+        if not sums:
             return list(answers) or [self.node.handle(m, cache) for m, cache in zip(messages, caches, strict=True)]
+        totals, last, replies = self._added(messages, caches, answers, sums)
+        if last is not None:
+            hand_over(last, totals)
+        return replies
+
+    def _sums(self, messages: Sequence[Message]) -> Sums:
+        """What a group's messages ask for the sums of."""
+        return {} if messages[0].metadata.message_type.startswith("evaluate") else wanted(messages[0])
+
+    def _added(
+        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Message], sums: Sums
+    ) -> tuple[dict[str, Sum], Message | None, list[Message]]:
+        """A group's sums, its last valid reply, and all of its replies, without what is summed."""
         totals = empty_totals(sums, config_in(messages[0].content, "run") or {})
         last: Message | None = None
         replies = []
@@ -51,18 +66,29 @@ class Groups:
                 except InvalidArrays as error:
                     reply = self.node.error(INVALID, self.node.client_of(message), str(error), message)
             replies.append(reply)
-        if last is not None:
-            hand_over(last, totals)
-        return replies
+        return totals, last, replies
 
     def all(self, groups: Sequence[Sequence[Message]], cache: Cache) -> Iterator[list[Message]]:
         """Answer groups as `one` does, their clients abreast where that is asked for and pays."""
         for some in self.portions(groups):
             messages = [message for group in some for message in group]
-            answers = self.abreast(messages, cache, "model" in wanted(messages[0]))
+            sums = self._sums(messages)
+            answers = self.abreast(messages, cache, "model" in sums)
+            if not answers or not sums:
+                for group in some:
+                    mine, answers = answers[: len(group)], answers[len(group) :]
+                    yield self.one(group, [cache] * len(group), mine)
+                continue
+            look_through([row for reply in answers if (row := _row_in(reply)) is not None])
+            added = []
             for group in some:
                 mine, answers = answers[: len(group)], answers[len(group) :]
-                yield self.one(group, [cache] * len(group), mine)
+                added.append(self._added(group, [cache] * len(group), mine, sums))
+            settle([total for totals, _, _ in added for total in totals.values()])
+            for totals, last, replies in added:
+                if last is not None:
+                    hand_over(last, totals)
+                yield replies
 
     def portions(self, groups: Sequence[Sequence[Message]]) -> Iterator[Sequence[Sequence[Message]]]:
         """Groups whose clients may be awake at once; one group at a time where they take turns anyway."""
@@ -122,9 +148,18 @@ class Groups:
         """A reply's records, checked as the server would: what is summed here, it never sees."""
         content: RecordDict = reply.content
         config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
-        records = {("model" if k == "arrays" else k): tensors(v) for k, v in arrays_in(content).items()}
+        records: Records = {}
+        for name, value in arrays_in(content).items():
+            row = row_of(value)
+            records["model" if name == "arrays" else name] = tensors(value) if row is None else row
         hyper = self.node.hyper
         check_share(
             self.node.entry.server, hyper, self.node.workspace, config["client"], config["phase"], records, metrics
         )
         return records
+
+
+def _row_in(reply: Message) -> Row | None:
+    """The model in a reply, if it is a row of many."""
+    found = None if reply.has_error() else entries(reply.content).get("arrays")
+    return None if found is None else row_of(found)

@@ -38,6 +38,7 @@ from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.group_sums import fixed_points
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
+from fedfuse.wire.rows import Row
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
@@ -278,6 +279,8 @@ class Node:
         if client.personal and "model" in state:
             client.load(state["model"])
         client.version = max(new.values(), default=-1)
+        if whole and self.desk.filled(architecture, knowledge["model"].arrays):
+            knowledge = {}  # which is all that taking it in would do
         if knowledge:
             if not whole:  # copying weights draws nothing
                 client.begin("receive")
@@ -357,7 +360,11 @@ class Node:
         out: dict[str, Any] = {}
         for name, arrays in records.items():
             lent = client.lends and name == "model"
-            out["arrays" if name == "model" else name] = resting(arrays) if lent else _detached(arrays, client.model)
+            key = "arrays" if name == "model" else name
+            if lent:
+                out[key] = arrays.record if isinstance(arrays, Row) else resting(arrays)
+            else:
+                out[key] = _detached(arrays, client.model)
         out["metrics"] = measured(metrics)
         if asked.ours:
             out["config"] = trusted(ConfigRecord, answer)

@@ -18,7 +18,7 @@ from fedfuse.core.texts import Texts
 from fedfuse.data.federated import FederatedData
 from fedfuse.errors import UserError
 from fedfuse.models.in_place import frozen, overlay, variable
-from fedfuse.models.replicas import Replicas
+from fedfuse.models.replicas import Replicas, parameters_of
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
 from fedfuse.train import abreast
@@ -158,7 +158,7 @@ class Workspace:
     def unset(self, architecture: str) -> nn.Module:
         """The resident model without gradients, for whoever overwrites all of it before looking."""
         model = self.model(architecture)
-        for parameter in model.parameters():
+        for parameter in parameters_of(model):
             parameter.grad = None
         return model
 

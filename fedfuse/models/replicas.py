@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fedfuse.models.in_place import frozen
+from fedfuse.models.in_place import frozen, variable
+from fedfuse.wire.records import Arrays
+from fedfuse.wire.rows import Row
 
 
 class Replicas:
@@ -49,9 +52,36 @@ class Replicas:
         for module in self.modules:
             module.__dict__["twin"] = model
         self.parameters = [dict(module.named_parameters()) for module in self.modules]
+        for slot, (module, named) in enumerate(zip(self.modules, self.parameters, strict=True)):
+            row = Row(variable(module), self.stacks, slot)
+            lying = [(named[name], value.data_ptr()) for name, value in row.items() if name in named]
+            module.__dict__.update(row=row, lying=lying, own=tuple(named.values()))
+
+    def fill(self, slots: Sequence[int], arrays: Arrays) -> bool:
+        """Overwrite all parameters and buffers of copies that lie behind each other; False if they do not fit."""
+        row = self.modules[slots[0]].__dict__["row"]
+        if arrays.keys() != row.keys() or any(value.shape != row[name].shape for name, value in arrays.items()):
+            return False
+        with torch.no_grad():
+            for name, value in arrays.items():
+                self.stacks[name][slots[0] : slots[-1] + 1].copy_(value)
+        return True
 
     def __len__(self) -> int:
         return len(self.modules)
+
+
+def shared(model: nn.Module) -> Arrays:
+    """The model's parameters and buffers but the frozen ones, not copied; of a replica, as the row that they are."""
+    row: Row | None = model.__dict__.get("row")
+    if row is None or any(parameter.data_ptr() != place for parameter, place in model.__dict__["lying"]):
+        return variable(model)
+    return row
+
+
+def parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:
+    """A model's parameters; a replica's need not be looked for."""
+    return model.__dict__.get("own") or model.parameters()
 
 
 def nbytes(model: nn.Module) -> int:

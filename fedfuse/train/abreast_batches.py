@@ -112,13 +112,15 @@ class Feed:
             return
         assert self.x is not None
         orders = [self.members[k].order(epoch) for k, epoch in zip(places, epochs, strict=True)]
-        named = torch.zeros(2, len(places), self.x.shape[1], dtype=torch.int64)  # of a member's own, and of the pool
+        first, own = self.starts[torch.tensor(places)], torch.zeros(len(places), self.x.shape[1], dtype=torch.int64)
+        if self.alike:
+            torch.stack(orders, out=own)
+        else:
+            for i, order in enumerate(orders):
+                own[i, : len(order)] = order
+        here = sent(torch.stack([own, own + first[:, None]]), self.device)  # of a member's own, and of the pool
         for i, (k, order) in enumerate(zip(places, orders, strict=True)):
-            named[0, i, : len(order)] = order
-            named[1, i, : len(order)] = order + self.starts[k]
-        here = sent(named, self.device)
-        for i, (k, order) in enumerate(zip(places, orders, strict=True)):
-            self.rows[k], self.at[k] = here[0, i, : len(order)], (0, 0)
+            self.rows[k], self.at[k] = here[0, i, : len(order)] if self.members[k].own else order, (0, 0)
         whole, flat = len(places) == len(self.members), here[1].flatten()
         index = None if whole else sent(torch.tensor(places), self.device)
         for into, pool in ((self.x, self.pool), (self.y, self.pool_y)):

@@ -6,12 +6,13 @@ The same groups are used everywhere, so one worker, many workers and a network s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from fedfuse.wire.fixed_point import BITS, FixedPoint
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of, nbytes
+from fedfuse.wire.rows import Row, sums_of
 
 GROUP = 8  # clients summed together, in one actor where there are actors
 
@@ -35,6 +36,7 @@ class Sum:
         self._total: Arrays = {}
         self._weights = 0.0
         self._borrowed = False  # whether the open group lies in a message's memory, which is never written to
+        self._rows: list[tuple[Row, float]] = []  # of the open group, if all that was added to it lies side by side
 
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
         """Add one client's arrays.
@@ -47,9 +49,17 @@ class Sum:
         self.check(arrays, weight)
         if group != self._group:
             self._open(group, {name: str(value.dtype).removeprefix("torch.") for name, value in arrays.items()})
+            if isinstance(arrays, Row) and self.fixed is None:
+                self._rows, self._weight = [(arrays, weight)], weight
+                return
             self._current = {name: self._scaled(value, weight) for name, value in arrays.items()}
             self._weight = weight
             return
+        if self._rows and isinstance(arrays, Row) and arrays.stacks is self._rows[0][0].stacks:
+            self._rows.append((arrays, weight))
+            self._weight += weight
+            return
+        settle([self])
         for name, value in arrays.items():
             if self.fixed is not None:
                 self._current[name].add_(self._scaled(value, weight))
@@ -87,6 +97,7 @@ class Sum:
         self._group = group
 
     def _close(self) -> None:
+        settle([self])
         for name, value in self._current.items():
             if name in self._total:
                 self._total[name].add_(value.to(self._total[name].device))
@@ -97,6 +108,7 @@ class Sum:
 
     def group(self) -> tuple[Arrays, float]:
         """The open group's sum and weight, to be sent in place of its members' arrays."""
+        settle([self])
         return self._current, self._weight
 
     def total(self) -> tuple[Arrays, float]:
@@ -106,6 +118,15 @@ class Sum:
             steps = {name: self.fixed.step(self.dtypes[name]) for name in self._total}
             return {name: value * steps[name] for name, value in self._total.items()}, self._weights
         return {name: value.cpu() for name, value in self._total.items()}, self._weights  # if it was summed on a GPU
+
+    @property
+    def pending(self) -> list[tuple[Row, float]]:
+        """What was added to the open group and lies side by side, not yet added up."""
+        return self._rows
+
+    def settled(self, arrays: Arrays) -> None:
+        """Take the sum of what was `pending`."""
+        self._current, self._rows = arrays, []
 
     def nbytes(self, arrays: Arrays) -> int:
         """A client's payload as it travels."""
@@ -121,15 +142,27 @@ class Sum:
         ValueError
             If all weights are 0.
         """
-        total, weight = self.total()
+        self._close()
+        total, weight = (self._total, self._weights) if self.fixed is None else self.total()
         if weight <= 0:
             raise ValueError("a weighted mean needs a positive total weight")
         out: Arrays = {}
-        for name, value in total.items():
+        for name, value in total.items():  # on a GPU where it was summed there
             dtype = self.dtypes[name]
             quotient = value / weight
-            out[name] = (quotient if dtype.is_floating_point else quotient.round()).to(dtype)
+            out[name] = (quotient if dtype.is_floating_point else quotient.round()).to(dtype).cpu()
         return out
+
+
+def settle(sums: Iterable[Sum]) -> None:
+    """Add up what is pending, of all sums at once whose rows lie side by side."""
+    found: dict[int, list[Sum]] = {}
+    for one in sums:
+        if one.pending:
+            found.setdefault(id(one.pending[0][0].stacks), []).append(one)
+    for some in found.values():
+        for one, arrays in zip(some, sums_of([one.pending for one in some]), strict=True):
+            one.settled(arrays)
 
 
 _BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache

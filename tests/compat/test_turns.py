@@ -14,7 +14,7 @@ from fedfuse.seeding import seed_everything
 
 
 def drawn() -> tuple:
-    return torch.rand(1).item(), random.random(), np.random.rand(), np.random.randn(), np.random.randint(9)
+    return torch.rand(1).item(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), np.random.randint(9)
 
 
 @pytest.mark.parametrize("looked", [True, False])
@@ -29,6 +29,7 @@ def test_what_comes_after_is_as_if_nobody_had_been_there(before, looked, monkeyp
     alone = play(5, lambda: None)
     if not looked:
         monkeypatch.setattr(turns, "_look", lambda: None)
+        monkeypatch.setattr(turns, "_lying", lambda: None)
     mine = Turns()
 
     def other():
@@ -41,6 +42,16 @@ def test_what_comes_after_is_as_if_nobody_had_been_there(before, looked, monkeyp
         mine.take()
 
     assert play(5, other) == alone
+
+
+def test_pythons_generator_lies_where_we_copy_it_from():
+    assert turns._lying() is not None
+    random.seed(77)
+    random.gauss(0, 1)
+    kept, state = turns._python(), random.getstate()
+    random.seed(78)
+    turns._go_on(kept)
+    assert random.getstate() == state
 
 
 def test_numpys_generator_is_where_we_look():

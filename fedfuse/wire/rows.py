@@ -1,0 +1,106 @@
+"""Arrays of clients that lie side by side in memory: summed and looked through for all of them at once.
+
+Clients that are trained abreast share rows of common tensors (`fedfuse.models.replicas`). Sums of groups are made by
+the same additions in the same order as one by one, of all groups in step, so that bits do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+
+from fedfuse.wire.records import Arrays, resting
+
+ROOM = 512 * 2**20  # bytes of sums that are made at once
+
+
+class Row(dict[str, torch.Tensor]):
+    """One client's arrays: row `slot` of each of the `stacks`.
+
+    Attributes
+    ----------
+    finite : bool
+        Whether all numbers were found to be finite; whoever relies on it forgets it again.
+    """
+
+    def __init__(self, arrays: Arrays, stacks: Mapping[str, torch.Tensor], slot: int) -> None:
+        super().__init__(arrays)
+        self.stacks, self.slot, self.finite = stacks, slot, False
+        self._record: ArrayRecord | None = None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Whoever copies a replica has a model of its own, which is nobody's row."""
+
+    @property
+    def record(self) -> ArrayRecord:
+        """The row as a record, always the same one."""
+        if self._record is None:
+            self._record = resting(self)
+            self._record.__dict__["row"] = self
+        return self._record
+
+
+def row_of(record: ArrayRecord) -> Row | None:
+    """The row that a record was made of."""
+    found: Row | None = record.__dict__.get("row")
+    return found
+
+
+def look_through(rows: Sequence[Row]) -> None:
+    """Find out which rows are finite, with one question to the device; who is not found to be may be so all the same."""
+    if not rows or any(row.stacks is not rows[0].stacks for row in rows):
+        return
+    stacks = rows[0].stacks
+    slots = [row.slot for row in rows]
+    sums = [
+        _chosen(stacks[name], slots).flatten(1).sum(1, dtype=torch.float64)
+        for name, value in rows[0].items()
+        if value.is_floating_point()
+    ]
+    found = torch.stack(sums).sum(0).isfinite().tolist() if sums else [True] * len(rows)
+    for row, finite in zip(rows, found, strict=True):
+        row.finite = finite
+
+
+def sums_of(groups: Sequence[Sequence[tuple[Row, float]]]) -> list[Arrays]:
+    """Σ wᵢ·xᵢ of each group, in float64, added member by member in order; no group is empty."""
+    first = groups[0][0][0]
+    size = 8 * max(1, sum(value.numel() for value in first.values()))
+    step = max(1, ROOM // size)
+    return [one for k in range(0, len(groups), step) for one in _sums_of(groups[k : k + step])]
+
+
+def _sums_of(groups: Sequence[Sequence[tuple[Row, float]]]) -> list[Arrays]:
+    order = sorted(range(len(groups)), key=lambda g: -len(groups[g]))  # who still has a member is always a front part
+    stacks = groups[0][0][0].stacks
+    names = list(groups[0][0][0])
+    weights = torch.zeros(len(groups[order[0]]), len(groups), dtype=torch.float64)
+    for place, g in enumerate(order):
+        for member, (_, weight) in enumerate(groups[g]):
+            weights[member, place] = weight
+    weights = weights.to(stacks[names[0]].device)
+    totals: dict[str, torch.Tensor] = {}
+    for member, heavy in enumerate(weights.unbind()):
+        alive = [g for g in order if len(groups[g]) > member]
+        slots = [groups[g][member][0].slot for g in alive]
+        for name in names:
+            values = _chosen(stacks[name], slots)
+            scaled = values.double() * heavy[: len(alive)].view(-1, *[1] * (values.ndim - 1))
+            if member == 0:
+                totals[name] = scaled
+            else:
+                totals[name][: len(alive)].add_(scaled)
+    rows = {name: total.unbind() for name, total in totals.items()}
+    places = {g: place for place, g in enumerate(order)}
+    return [{name: rows[name][places[g]] for name in names} for g in range(len(groups))]
+
+
+def _chosen(stack: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """Rows of a stack; a view where they lie at equal distances."""
+    step = slots[1] - slots[0] if len(slots) > 1 else 1
+    if step > 0 and list(slots) == list(range(slots[0], slots[-1] + 1, step)):
+        return stack[slots[0] : slots[-1] + 1 : step]
+    return stack.index_select(0, torch.tensor(slots).to(stack.device))
