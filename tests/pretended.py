@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 THERE, HERE = torch.device("xpu"), torch.device("cpu")
 # what takes tensors from elsewhere: copies, and whatever hands one over
-COPIES = {Tensor.copy_, torch._foreach_copy_, Tensor.__setitem__, Tensor.data.__set__, Tensor.grad.__set__}  # type: ignore[attr-defined]
+COPIES = {Tensor.copy_, torch._foreach_copy_, Tensor.__setitem__, Tensor.data.__set__, Tensor.grad.__set__}  # type: ignore
 UNREADABLE = {Tensor.numpy, Tensor.__array__, torch.utils.dlpack.to_dlpack}
 
 
@@ -64,15 +64,16 @@ class Pretended(TorchFunctionMode):
             wanted = wanted or (places.pop() if places else None if found and found[0].ndim else HERE)
         out = func(*args, **kwargs)
         if func == Tensor.data.__set__ and isinstance(args[1], Tensor):  # type: ignore[attr-defined]
-            first.place = _place(args[1])
+            first.place = _place(args[1])  # type: ignore[union-attr]
         for one in _tensors([out]):
             if _place(one) is None or one is not first:
-                one.place = wanted
+                one.place = wanted  # type: ignore[attr-defined]
         return out
 
     def _sent(self, func: Any, tensor: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """What `to` and `cpu` return: another tensor, if it is to go somewhere else."""
-        target, rest = HERE if func is Tensor.cpu else None, []
+        rest: list[Any] = []
+        target = HERE if func is Tensor.cpu else None
         for word in (*args, kwargs.pop("device", None)):
             if isinstance(word, Tensor):
                 target, rest = _place(word), [*rest, word.dtype]

@@ -65,10 +65,11 @@ def _python() -> Any:
 
 
 def _go_on(state: Any) -> None:
-    if not isinstance(state[0], bytes):
+    place = _lying()
+    if place is None or not isinstance(state[0], bytes):
         random.setstate(state)
         return
-    ctypes.memmove(_lying(), state[0], SIZE)
+    ctypes.memmove(place, state[0], SIZE)
     random._inst.gauss_next = state[1]  # type: ignore[attr-defined]
 
 

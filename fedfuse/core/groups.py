@@ -79,11 +79,13 @@ class Groups:
                     mine, answers = answers[: len(group)], answers[len(group) :]
                     yield self.one(group, [cache] * len(group), mine)
                 continue
-            look_through([row for reply in answers if (row := _row_in(reply)) is not None])
+            look_through(rows := [row for reply in answers if (row := _row_in(reply)) is not None])
             added = []
             for group in some:
                 mine, answers = answers[: len(group)], answers[len(group) :]
                 added.append(self._added(group, [cache] * len(group), mine, sums))
+            for row in rows:
+                row.finite = False  # they are overwritten next
             settle([total for totals, _, _ in added for total in totals.values()])
             for totals, last, replies in added:
                 if last is not None:

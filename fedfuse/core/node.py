@@ -38,7 +38,6 @@ from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.group_sums import fixed_points
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
-from fedfuse.wire.rows import Row
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
@@ -53,6 +52,7 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
+from fedfuse.wire.rows import Row
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 

@@ -23,7 +23,7 @@ class Row(dict[str, torch.Tensor]):
     Attributes
     ----------
     finite : bool
-        Whether all numbers were found to be finite; whoever relies on it forgets it again.
+        Whether all numbers were found to be finite when they were looked at last (`look_through`).
     """
 
     def __init__(self, arrays: Arrays, stacks: Mapping[str, torch.Tensor], slot: int) -> None:
@@ -50,7 +50,9 @@ def row_of(record: ArrayRecord) -> Row | None:
 
 
 def look_through(rows: Sequence[Row]) -> None:
-    """Find out which rows are finite, with one question to the device; who is not found to be may be so all the same."""
+    """Find out which rows are finite, by one question to the device; who is not found to be may be so all the same."""
+    for row in rows:
+        row.finite = False
     if not rows or any(row.stacks is not rows[0].stacks for row in rows):
         return
     stacks = rows[0].stacks

@@ -14,7 +14,14 @@ from fedfuse.seeding import seed_everything
 
 
 def drawn() -> tuple:
-    return torch.rand(1).item(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), np.random.randint(9)
+    return (
+        torch.rand(1).item(),
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+        np.random.randint(9),
+    )
 
 
 @pytest.mark.parametrize("looked", [True, False])
