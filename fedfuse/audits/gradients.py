@@ -48,7 +48,7 @@ class FedMIAGradient(FedMIA):
     def _alike(self, one: Sent, other: Sent) -> bool:
         of = self.adversary.scenario.architectures
         same = one.known.keys() == other.known.keys() and all(one.known[k] is other.known[k] for k in one.known)
-        return same and one.round == other.round and of[one.client] == of[other.client]
+        return same and of[one.client] == of[other.client]
 
     def _compare(self) -> None:
         """s of all candidates, of all who began from the same."""
