@@ -268,3 +268,14 @@ def test_local_adapters_go_on_and_send_nothing_of_themselves() -> None:
 def test_classes_that_ask_nothing_are_refused(words: tuple[str, ...], why: str) -> None:
     with pytest.raises(UserError, match=why):
         server("fednano", *words)
+
+
+def test_two_questions_may_have_the_same_answers_and_one_may_not() -> None:
+    one = reader.build(None, 16, 0)
+    asks = questions.Questions(
+        one, ("Is it a cat? yes", "Is it a cat? no", "Is it a dog? yes", "Is it a dog? no"), None
+    )
+    assert asks.of.tolist() == [0, 0, 1, 1]
+    assert torch.equal(asks.answers[0], asks.answers[2])
+    with pytest.raises(UserError, match="the same tokens"):
+        questions.Questions(one, ("Is it? yes", "Is it? no", "Is it? yes"), None)
