@@ -52,11 +52,11 @@ def parts(words: Sequence[str]) -> list[Part]:
 
 
 def collect() -> None:
-    """Write the results: one line a run."""
+    """Write the results: one line a run that is done."""
     import polars as pl
 
     rows = []
-    for part, one in records(parts(())):
+    for part, one in records(part for part in parts(()) if part.done):
         last = one.metrics.filter(pl.col("round") == pl.col("round").max()).collect()
         figures = []
         for split in ("global", "personal"):
