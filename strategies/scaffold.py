@@ -105,7 +105,7 @@ class Scaffold(AveragingStrategy):
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         trains = [self.scenario.training(i) for i in range(self.scenario.clients)]
-        train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
+        self.uncommon = train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
         if hyper.variate == "difference" and train is not None:
             raise UserError(
                 f"strategy.variate=difference: (x − y)/(Kη) is a gradient only under plain SGD, the run has "
@@ -139,3 +139,10 @@ class Scaffold(AveragingStrategy):
         n = self.scenario.clients
         self.publish("model", mean)
         self.publish("control", {k: (c.double() + change[k] / n).to(c.dtype) for k, c in common.items()})
+
+    def notes(self) -> list[str]:
+        """Whether the clients step as the box has it."""
+        if self.uncommon is None:
+            return []
+        how = f"train.optimizer={self.uncommon.optimizer} train.momentum={self.uncommon.momentum:g}"
+        return [f"scaffold: its corrections are made for plain SGD; with {how} a run of strong skew can diverge"]
