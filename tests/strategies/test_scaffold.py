@@ -98,3 +98,9 @@ def test_server_rate_scales_the_step() -> None:
     whole = play("scaffold", "rounds=1").strategy.model
     for name, start in built.workspace.initial("mlp_small").items():
         torch.testing.assert_close(built.model[name], (start + whole[name]) / 2)
+
+
+def test_a_run_whose_steps_are_not_plain_sgd_says_so() -> None:
+    said = "its corrections are made for plain SGD; with train.optimizer=sgd train.momentum=0.9 a run of strong skew"
+    assert said in server("scaffold", "train.momentum=0.9").notes()[0]
+    assert server("scaffold", "train.momentum=0").notes() == []
