@@ -20,7 +20,7 @@ from fedfuse.config.reference import asks, listing
 from fedfuse.config.schema import known
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("sanity", "when_to_fuse", "adapters", "virtual_clock", "leaks", "tokenisers")
+STUDIES = ("sanity", "when_to_fuse", "adapters", "virtual_clock", "leaks", "tokenisers", "visual_questions")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 
