@@ -58,7 +58,7 @@ def look_through(rows: Sequence[Row]) -> None:
     stacks = rows[0].stacks
     slots = [row.slot for row in rows]
     sums = [
-        _chosen(stacks[name], slots).flatten(1).sum(1, dtype=torch.float64)
+        _chosen(stacks[name], slots).reshape(len(rows), -1).sum(1, dtype=torch.float64)
         for name, value in rows[0].items()
         if value.is_floating_point()
     ]

@@ -1,0 +1,56 @@
+"""Stacks are taken where they were measured to pay, and left where they were not."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedfuse.core.abreast_trial import GAIN, TRIES, Trials
+
+KIND = ("mlp", 10)
+
+
+def measured(alone: list[float], stacked: list[float], steps: int = 1) -> Trials:
+    trials = Trials()
+    for took in alone:
+        trials.alone(KIND, took * steps, steps)
+    for took in stacked:
+        trials.stacked(KIND, took * steps, steps)
+    return trials
+
+
+@pytest.mark.parametrize(("ratio", "pays"), [(0.5, True), (GAIN - 0.01, True), (GAIN + 0.01, False), (1.6, False)])
+def test_the_faster_way_is_taken(ratio: float, pays: bool) -> None:
+    trials = measured([9.0, 1.0, 1.2], [0.01, ratio, 3.0], steps=4)  # the first of each builds, and is not counted
+    assert trials.pays(KIND) is pays
+    assert trials.declined("mlp") is not pays
+    assert not trials.declined("cnn")
+
+
+def test_nothing_is_decided_before_both_ways_were_tried() -> None:
+    trials = Trials()
+    assert [trials.wants_alone(KIND) for _ in range(TRIES)] == [True] * TRIES
+    for _ in range(TRIES):
+        trials.alone(KIND, 1.0, 1)
+    assert not trials.wants_alone(KIND)
+    for _ in range(TRIES - 1):
+        trials.stacked(KIND, 0.1, 1)
+    assert trials.pays(KIND) is None
+    assert not trials.declined("mlp")
+    trials.stacked(KIND, 0.0, 0)  # no step, no measure
+    assert trials.pays(KIND) is None
+    trials.stacked(KIND, 0.1, 1)
+    assert trials.pays(KIND) is True
+
+
+def test_an_architecture_is_declined_only_if_all_kinds_of_it_are() -> None:
+    trials = measured([1.0] * 3, [2.0] * 3)
+    other = ("mlp", 64)
+    assert trials.declined("mlp")
+    assert trials.wants_alone(other)
+    assert not trials.declined("mlp")
+    for _ in range(TRIES):
+        trials.alone(other, 1.0, 1)
+        trials.stacked(other, 0.2, 1)
+    assert trials.pays(other) is True
+    assert trials.pays(KIND) is False
+    assert not trials.declined("mlp")
