@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from fedfuse.errors import UserError
 
+# libyaml's where it was built in: a tenth of the time
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TEXT = 64 * 2**20  # bytes of a JSON or YAML file of ours at most; a summary has a few thousand
 TABLE = 4 * 2**30  # bytes of a table of rows at most
 

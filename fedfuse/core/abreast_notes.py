@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from fedfuse.config.files import LOADER
 from fedfuse.config.schema import Config
 
 
@@ -16,7 +17,7 @@ def computed(config: str) -> dict[str, Any]:
 
     Digests of `vectorize=off` and `auto` are equal on a CPU; on CUDA they are two kinds of run.
     """
-    runtime = (yaml.safe_load(config) or {}).get("runtime") or {}
+    runtime = (yaml.load(config, Loader=LOADER) or {}).get("runtime") or {}
     if not {"device", "vectorize"} <= runtime.keys():
         return {}
     return {"clients": {"device": _device(str(runtime["device"])), "vectorize": runtime["vectorize"]}}

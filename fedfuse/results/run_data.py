@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedfuse.config.clock_keys import MANY
-from fedfuse.config.files import checked, opened, read, read_text
+from fedfuse.config.files import LOADER, checked, opened, read, read_text
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
@@ -253,8 +253,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{path}: not a run directory, it has no config.yaml")
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        config = yaml.load(read(file, 1 << 20), Loader=loader)
+        config = yaml.load(read(file, 1 << 20), Loader=LOADER)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict) or "strategy" not in config:

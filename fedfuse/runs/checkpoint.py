@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
-from fedfuse.config.files import checked, synced
+from fedfuse.config.files import LOADER, checked, synced
 from fedfuse.config.schema import without_gone
 from fedfuse.core.loop import Federation
 from fedfuse.core.waiting import listed, unlisted
 from fedfuse.errors import UserError, one_line
-from fedfuse.runs.configuration import LOADER
 from fedfuse.wire.client_store import read_tree, write_tree
 from fedfuse.wire.knowledge import Address, Item, Parcel
 from fedfuse.wire.traffic import Traffic

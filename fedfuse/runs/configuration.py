@@ -11,14 +11,11 @@ import yaml
 from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import given
-from fedfuse.config.files import read_text
+from fedfuse.config.files import DUMPER, LOADER, read_text
 from fedfuse.config.schema import Config, without_gone
 from fedfuse.errors import UserError
 
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
-# libyaml's where it was built in: a tenth of the time
-DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
 
 

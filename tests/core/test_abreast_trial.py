@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from fedfuse.config.compose import compose
+from fedfuse.core.abreast_notes import computed, vectorized_notes
 from fedfuse.core.abreast_trial import GAIN, TRIES, Trials
+from fedfuse.runs.configuration import as_yaml
 
 KIND = ("mlp", 10)
 
@@ -54,3 +58,17 @@ def test_an_architecture_is_declined_only_if_all_kinds_of_it_are() -> None:
     assert trials.pays(other) is True
     assert trials.pays(KIND) is False
     assert not trials.declined("mlp")
+
+
+def test_a_run_says_how_its_clients_were_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = compose(["strategy=fedavg", "runtime.vectorize=auto", "runtime.device=cuda"])
+    assert computed(as_yaml(config)) == {"clients": {"device": "cuda", "vectorize": "auto"}}
+    assert computed("runtime: {device: cpu}") == computed("") == {}  # of a run that began before there was a choice
+    said = vectorized_notes(config, {"a stack of 9 failed: no room": 9})
+    assert said == [
+        "vectorize: 9 trainings were begun anew: a stack of 9 failed: no room",
+        "vectorize: clients were stacked on CUDA, which rounds otherwise than one by one does",
+    ]
+    config.runtime.device = "cpu"
+    assert vectorized_notes(config, {}) == []
