@@ -32,7 +32,7 @@ test: setup
 
 # real processes, real kills: minutes, so not in CI
 test-deploy: setup
-	$(BIN)/python -m pytest tests/deploy -m "deploy or not deploy" -v --durations=0 --timeout=1200
+	$(BIN)/python -m pytest tests/deploy tests/engines -m "deploy or not deploy" -v --durations=0 --timeout=1200
 
 # ten thousand orders and ten thousand replies that nobody would write; CI tries a few hundred
 fuzz: setup

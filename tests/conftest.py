@@ -33,11 +33,18 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long and was not asked for (`-m deploy`), and put the rest in order.
+
+    The longest go first: they start processes and wait a lot, and at the end nobody would work meanwhile.
 
     Two pytest workers begin with a half of the list each: one has a group of long files first, one the other.
     """
+
+    asked = "deploy" in (config.getoption("markexpr") or "")
+    for item in items:
+        if item.get_closest_marker("deploy") is not None:
+            item.add_marker(pytest.mark.timeout(1200) if asked else pytest.mark.skip(reason="long; make test-deploy"))
 
     def order(item: pytest.Item) -> tuple[int, int]:
         for half, files in enumerate(LONG):

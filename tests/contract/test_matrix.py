@@ -69,22 +69,17 @@ def test_every_figure_is_a_number(name: str, undisturbed) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_seed_is_another_run(name: str, undisturbed) -> None:
-    assert play(name, "seed=1").digest != undisturbed(name).digest
+    """Where a first round tells: what is sent, published and kept in it is other than with the first seed."""
+    other, before = play(name, "seed=1", "rounds=1").steps, undisturbed(name).steps
+    assert any(before.get(step, sha) != sha for step, sha in other.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_changes_nothing(name: str, undisturbed) -> None:
-    seldom = play(name, "evaluate.every=2")
-    assert_same(undisturbed(name), seldom)
-    for key in ("up_bytes", "down_bytes", "down_unique_bytes", "setup_bytes"):
-        assert seldom.totals[key] == undisturbed(name).totals[key], key
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_with_everybody_there_virtual_time_changes_no_bit(name: str, undisturbed) -> None:
-    timed = play(name, "clock=devices")
+def test_evaluation_and_virtual_time_with_everybody_there_change_no_bit(name: str, undisturbed) -> None:
+    timed = play(name, "evaluate.every=2", "clock=devices")
     assert_same(undisturbed(name), timed)
-    assert timed.totals == undisturbed(name).totals
+    for key in ("up_bytes", "down_bytes", "down_unique_bytes", "setup_bytes"):
+        assert timed.totals[key] == undisturbed(name).totals[key], key
     # each phase takes two latencies and more
     assert timed.federation.clock.seconds > 0.1 * len(timed.strategy.phases(1)) or name in SILENT
 

@@ -94,6 +94,8 @@ ELSEWHERE = {
     "model.checkpoint_head": "tests/models/test_checkpoint.py",
     "model.dtype": "of a Hugging Face model: tests/models/test_padding.py",
     "model.gradient_checkpointing": "as model.dtype",
+    "model.quantize": "on a GPU alone: tests/models/test_quantized.py",
+    "data.packing": "of texts: tests/contract/test_language.py",
     "evaluate.samples": "of next tokens: tests/core/test_samples.py",
     "evaluate.max_tokens": "as evaluate.samples",
     "loss.build": "tests/train/test_losses.py",

@@ -23,7 +23,7 @@ from fedfuse.network.site import Site
 from tests.deploy.network import seats, tiny
 from tests.deploy.test_malformed import Table
 
-COUNT = int(os.environ.get("FEDFUSE_FUZZ", "300"))
+COUNT = int(os.environ.get("FEDFUSE_FUZZ", "150"))
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.0, 1e-300, 1e300, float("nan"), float("inf"),
     "",

@@ -97,6 +97,7 @@ def ready(address: str, environment: dict[str, str], seconds: float = 90) -> Non
     pytest.fail("the cluster did not come up")
 
 
+@pytest.mark.deploy
 def test_two_nodes_and_one_that_is_lost(cluster) -> None:
     """Round 1 runs on both nodes, then the second is killed and its directory gone: the digest of one machine."""
     address, private, second, environment = cluster

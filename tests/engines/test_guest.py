@@ -52,7 +52,13 @@ def started(words: list[str], mark: str, home: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize(("name", "override"), [("stateful", "rounds=4"), ("custom", "method.rate=0.3 rounds=3")])
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        pytest.param("stateful", "rounds=4", marks=pytest.mark.deploy),
+        ("custom", "method.rate=0.3 rounds=3"),
+    ],
+)
 def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path: Path) -> None:
     app, mark = str(APPS / name), uuid.uuid4().hex
     ours, theirs = tmp_path / "ours.npz", tmp_path / "theirs.npz"

@@ -64,7 +64,7 @@ def kill_in_round(process: subprocess.Popen, run: Path, round: int, delay: float
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("runtime", ["inline", "ray"])
+@pytest.mark.parametrize("runtime", [pytest.param("inline", marks=pytest.mark.deploy), "ray"])
 def test_killed_driver_resumes_to_the_same_bits(runtime: str, expected: str, tmp_path: Path) -> None:
     where, draw = tmp_path / "run", random.Random(runtime)
     mark = uuid.uuid4().hex
