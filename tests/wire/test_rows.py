@@ -88,3 +88,10 @@ def test_a_record_knows_its_row_and_a_copy_of_a_row_is_nobodys() -> None:
     assert row_of(row.record) is row
     assert row.record is row.record
     assert copy.deepcopy(row) is None
+
+
+def test_whole_numbers_are_always_finite() -> None:
+    stacks = {"seen": torch.tensor([3, 1])}
+    clients = [Row({"seen": stacks["seen"][k]}, stacks, k) for k in range(2)]
+    look_through(clients)
+    assert [row.finite for row in clients] == [True, True]
