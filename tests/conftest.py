@@ -27,6 +27,22 @@ def ray_session():
     disconnect()
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many clients' trainings were made in each stack."""
+    from fedfuse.core import abreast
+
+    found: list[int] = []
+    real = abreast.together
+
+    def together(asked, replicas, forward):
+        found.append(len(asked))
+        return real(asked, replicas, forward)
+
+    monkeypatch.setattr(abreast, "together", together)
+    return found
+
+
 LONG = (
     ("tests/engines/test_resume", "tests/engines/"),
     ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/runs/test_sweep"),

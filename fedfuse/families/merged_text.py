@@ -149,10 +149,8 @@ def lesson(
         return student, whole(p[row, at].to(log_p.dtype), ids[row, at], beginning[row, at].to(log_p.dtype), size)
 
     def step(logits: Tensor, _: Tensor | None, batch: Tensor) -> Tensor:
-        log_p, counted = places.log_p(logits), places.counted[batch]
-        value = logits.sum() * 0
-        if labels and bool(counted.any()):
-            value = value - labels * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
+        log_p = places.log_p(logits)
+        value = public_text.of_labels(places, logits, log_p, batch, labels)
         apart: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for i, row in enumerate(batch.tolist()):
             if others and bool(rows[row]) and bool((beginning[row] > 0).any()):

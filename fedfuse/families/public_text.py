@@ -185,6 +185,14 @@ def mixtures(texts: Texts, said: Sequence[Said], w: Tensor, rows: Tensor, k: int
         yield last[name][1]
 
 
+def of_labels(places: Places, logits: Tensor, log_p: Tensor, batch: Tensor, weight: float) -> Tensor:
+    """weight · CE of the rows' own next tokens; a zero with a gradient where nothing is asked for."""
+    counted, value = places.counted[batch], logits.sum() * 0
+    if weight and bool(counted.any()):
+        value = value - weight * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
+    return value
+
+
 def lesson(
     places: Places,
     taught: Arrays,
@@ -212,10 +220,8 @@ def lesson(
     good = places.counted & rows[:, None] & (p.sum(-1) > 0)
 
     def step(logits: Tensor, _: Tensor | None, batch: Tensor) -> Tensor:
-        log_p, counted, here = places.log_p(logits), places.counted[batch], good[batch]
-        value = logits.sum() * 0
-        if labels and bool(counted.any()):
-            value = value - labels * next_token.chain(log_p[counted], places.tokens[batch][counted]).mean()
+        log_p, here = places.log_p(logits), good[batch]
+        value = of_labels(places, logits, log_p, batch, labels)
         if others and bool(here.any()):
             buckets = next_token.bucketed(log_p[here], ids[batch][here], first)
             wanted = next_token.with_rest(p[batch][here])

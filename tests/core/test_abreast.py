@@ -24,20 +24,6 @@ def untried(monkeypatch):
     monkeypatch.setattr(abreast_trial, "TRIES", 0)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """How many trainings were made in each stack."""
-    found: list[int] = []
-    real = abreast.together
-
-    def together(asked, replicas, forward):
-        found.append(len(asked))
-        return real(asked, replicas, forward)
-
-    monkeypatch.setattr(abreast, "together", together)
-    return found
-
-
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "knfu", "ditto"])
 def test_digests_are_those_of_clients_in_turns(name, made):
     alone, together = play(name, *UNEQUAL), play(name, *UNEQUAL, AUTO)

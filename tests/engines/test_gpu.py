@@ -46,20 +46,6 @@ def test_mixed_precision_on_a_gpu(tmp_path: Path) -> None:
 AUTO, MORE = "runtime.vectorize=auto", ("clients=9", "partition=dirichlet", "train.batch_size=7")
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """How many trainings were made in each stack."""
-    found: list[int] = []
-    real = abreast.together
-
-    def together(asked, replicas, forward):
-        found.append(len(asked))
-        return real(asked, replicas, forward)
-
-    monkeypatch.setattr(abreast, "together", together)
-    return found
-
-
 def distance(one, other) -> float:
     """Largest difference of the server's models, over their largest number."""
     first, second = (next(iter(run.strategy.server_models().values()))[1] for run in (one, other))
