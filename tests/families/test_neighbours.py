@@ -12,9 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse.core.texts import Places
+from fedfuse.data.dataset import IGNORED
 from fedfuse.errors import UserError
 from fedfuse.families import neighbours
 from fedfuse.families.neighbours import distances, weights
+from fedfuse.train.losses import loss
 
 KINDS = ("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine")
 
@@ -236,3 +239,66 @@ def test_mixtures_are_logged_and_a_run_of_self_teachers_is_told(own: float, coho
         ]
     else:
         assert notes == []
+
+
+@pytest.mark.parametrize("softened", [None, 1.0, 4.0])
+def test_mentors_are_ranked_alike_however_soft_labels_travel(softened: float | None) -> None:
+    """Logits up to a shift, probabilities, or probabilities softened: one rank; what is taught is a distribution."""
+    y, p = torch.tensor([3, 0, 1, 2]), soft_labels(3, 6, 5, seed=2)
+    rows = torch.tensor([1, 2, 4, 5])
+    sent = p.log() + 3 if softened is None else (p.log() / softened).softmax(-1)
+    server, published = half(Keys()), {}
+    server.records, server.topics = {"said": None}, {"taught": None}
+    server.workspace.tensors = lambda what: (None, torch.tensor([0, 3, 0, 4, 1, 2]))
+    server.log_matrix = lambda *said: None
+    server.publish = lambda topic, arrays, to: published.update({(topic, to): arrays})
+    everyone: Any = [
+        SimpleNamespace(client=n, records={"said": {"p": sent[n][rows]}}, examples=n, weight=1.0) for n in range(3)
+    ]
+    rule = neighbours.rule("classroom", softened)
+    assert rule is not None
+    rule.fuse(server, everyone, rows)
+    r = torch.stack([p[n][rows, y].log().mean().exp() for n in range(3)])
+    w = 2 * r / r.sum()
+    taught = p if softened is None else sent
+    for n in range(3):
+        teachers = [m for m in (1, 2) if m != n and w[m] >= w[n]]  # 0 has no examples, and teaches nobody
+        got = published["taught", n]
+        assert got["own"].tolist() == pytest.approx([w[n].item()], rel=1e-6)
+        assert got["weight"].tolist() == pytest.approx(w[teachers].tolist(), rel=1e-6)
+        torch.testing.assert_close(got["p"], taught[teachers][:, rows].float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "hard"), [("kl", "kl", 0), ("ce_soft", "soft_ce", 0), ("kl+ce_hard", "kl", 1)]
+)
+def test_a_mixture_of_texts_is_taught_by_the_loss_that_was_asked_for(choice: str, name: str, hard: int) -> None:
+    """Two rows of two places, a vocabulary of three, one likeliest token and the rest."""
+    tokens = torch.tensor([[1, 2], [0, IGNORED]])
+    places = Places(torch.zeros(2, 3), tokens, torch.tensor([[1, 2], [1, 2]]), 3)
+    pieces = (b"a", b"b", b"c")
+    texts = SimpleNamespace(places=lambda architecture, rows: places, pieces=lambda architecture: pieces)
+    keys, asked = SimpleNamespace(finetune_loss=choice, kd_temperature=1.0), []
+
+    def made(kind: str, **options: Any) -> Any:
+        asked.append((kind, options))
+        return loss(kind, **options)
+
+    client: Any = SimpleNamespace(hyper=keys, workspace=SimpleNamespace(texts=texts), architecture="own", loss=made)
+    p = torch.tensor([[[0.7], [0.4]], [[0.9], [0.5]]])
+    item: Any = SimpleNamespace(arrays={"p": p, "ids": torch.tensor([[[1], [0]], [[2], [0]]])})
+    rule = neighbours.rule("perplexity")
+    assert rule is not None
+    step, x, y = rule.lesson(client, item, torch.arange(2))
+    assert (x is places.x, y) == (True, None)
+    assert asked == [(name, {"temperature": 1.0})]
+    z = soft_labels(2, 3, 3, seed=1).log()
+    q = z[:, :-1].softmax(-1)
+    value, places_that_count = 0.0, ((0, 0, 1, 0.7), (0, 1, 0, 0.4), (1, 0, 2, 0.9))
+    for row, place, likeliest, share in places_that_count:
+        mine = q[row, place, likeliest].item()
+        cross = -share * math.log(mine) - (1 - share) * math.log(1 - mine)
+        own = share * math.log(share) + (1 - share) * math.log(1 - share)
+        value += (cross + (own if name == "kl" else 0)) / 3
+        value -= hard * math.log(q[row, place, tokens[row, place]].item()) / 3
+    assert step(z, None, torch.arange(2)).item() == pytest.approx(value, rel=1e-6)
