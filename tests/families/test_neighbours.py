@@ -167,6 +167,7 @@ def test_weak_neighbours_are_dropped_and_the_rest_renormalised() -> None:
     assert not bool(kept.all())
     want = torch.where(kept, free, 0)
     torch.testing.assert_close(w, want / want.sum(1, keepdim=True))
+    assert bool((weights(d[:4, :4] * 0, Keys(min_weight=0.25)) == 0.25).all())  # what is not below it stays
     alone = weights(d, Keys(beta=1e9, min_weight=1.0))
     assert torch.equal(alone, torch.eye(len(d), dtype=torch.float64))
 
