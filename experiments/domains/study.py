@@ -3,9 +3,9 @@
     python experiments/domains/study.py run [--quick]     # resumable: the same command goes on where it stopped
     python experiments/domains/study.py table             # prints README.md's tables from results.csv
 
-Three corpora: digits (MNIST, USPS, MNIST-M; 1,000 training examples each), Office-Caltech10 (32×32), Amazon reviews
+Three corpora: digits (MNIST, USPS, MNIST-M; 600 training examples each), Office-Caltech10 (32×32), Amazon reviews
 (counts of 1,000 hashed words). Each client is a domain, the target domain's train split the unlabelled transfer set,
-its test split what is scored; nobody's labels of it are read. Eight rounds of two epochs; seeds 0, 1, 2; the last round is the result, the best
+its test split what is scored; nobody's labels of it are read. Six rounds of two epochs; seeds 0, 1, 2; the last round is the result, the best
 stands beside. `--quick` is one seed, one target, two rounds, 200 examples a domain, all blocks and none, into folders
 of its own: it says that the commands work, and nothing else.
 """
@@ -20,11 +20,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
-COMMON = ["strategy=fedka", "partition=domain", "rounds=8", "train.epochs=2", "evaluate.every=1", "runtime=inline",
+COMMON = ["strategy=fedka", "partition=domain", "rounds=6", "train.epochs=2", "evaluate.every=1", "runtime=inline",
           "runtime.parallel=2", "seed=0,1,2"]  # fmt: skip
 CORPORA = {
-    "digits": ["data=mixed", "data.extra.per_source=1000", "data.target=mnist,usps,mnist_m", "data.test_limit=2000",
-               "model=cnn", "transfer.size=1000"],
+    "digits": ["data=mixed", "data.extra.per_source=600", "data.target=mnist,usps,mnist_m", "data.test_limit=2000",
+               "model=cnn", "transfer.size=500"],
     "office": ["data=office_caltech10", "data.extra.size=32", "data.target=amazon,caltech10,dslr,webcam", "model=cnn"],
     "reviews": ["data=amazon_reviews", "data.extra.text=counts", "data.extra.buckets=1000",
                 "data.target=books,dvd,electronics,kitchen", "model=mlp"],
