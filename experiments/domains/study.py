@@ -5,9 +5,9 @@
 
 Three corpora: digits (MNIST, USPS, MNIST-M; 600 training examples each), Office-Caltech10 (32×32), Amazon reviews
 (counts of 1,000 hashed words). Each client is a domain, the target domain's train split the unlabelled transfer set,
-its test split what is scored; nobody's labels of it are read. Six rounds of two epochs; seeds 0, 1, 2; the last round is the result, the best
-stands beside. `--quick` is one seed, one target, two rounds, 200 examples a domain, all blocks and none, into folders
-of its own: it says that the commands work, and nothing else.
+its test split what is scored; nobody's labels of it are read. Six rounds of two epochs; seeds 0, 1, 2; the last round
+is the result, the best stands beside. `--quick` is one seed, one target, two rounds, 200 examples a domain, all blocks
+and none, into folders of its own: it says that the commands work, and nothing else.
 """
 
 from __future__ import annotations

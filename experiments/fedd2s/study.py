@@ -86,7 +86,8 @@ def table(where: Path = RESULTS) -> int:
         for row in csv.DictReader(file):
             for key in FIELDS[4:]:
                 found[row["alpha"], row["strategy"], row["tau"]][key].append(float(row[key]))
-    print("| α | strategy | τ | personal, as trained % | personal % | worst tenth % | deviation over clients | up MB | down MB |")
+    heads = ["α", "strategy", "τ", "personal, as trained %", "personal %", "worst tenth %", "deviation over clients"]
+    print("| " + " | ".join([*heads, "up MB", "down MB"]) + " |")
     print("|---" * 9 + "|")
     for (alpha, strategy, tau), values in sorted(found.items()):
         cells = [alpha, strategy, tau or "–"]
