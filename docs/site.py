@@ -20,7 +20,10 @@ from fedfuse.config.reference import asks, listing
 from fedfuse.config.schema import known
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("sanity", "when_to_fuse", "adapters", "virtual_clock", "leaks", "tokenisers", "visual_questions")
+STUDIES = (
+    "sanity", "when_to_fuse", "adapters", "virtual_clock", "leaks", "tokenisers", "visual_questions", "one_shot",
+    "domains", "fedd2s", "active",
+)  # fmt: skip
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 

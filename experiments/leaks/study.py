@@ -66,9 +66,16 @@ def blocks(cifar10: bool) -> dict[str, list[str]]:
         told = ["attack=fdla", *lies] if share else []
         out[f"liars-{share:g}-knfu"] = ["strategy=knfu", *told, *without_fed_sb(LIARS)]  # its fuse is no mean
     if cifar10:
-        names = "strategy=local,fedavg,fedmd,knfu"
-        words = [word.replace("=200", "=1000") if "examples" in word else word for word in without_fed_sb(LEAKS)]
-        out["cifar10"] = ["data=cifar10", names, *[w.replace("model=mlp", "model=cnn") for w in words]]
+        harder = {"model=mlp": "model=cnn", "data=mnist": "data=cifar10"}
+        words = [harder.get(word, word.replace("examples=200", "examples=1000")) for word in LEAKS]
+        out["cifar10"] = ["data=cifar10", everyone, *words]
+        words = [harder.get(word, word.replace("examples=100", "examples=500")) for word in without_fed_sb(LIARS)]
+        for attack, name in (("fdla", "fedmd"), ("sign_flip", "fedavg")):
+            mine = [word for word in words if name == "fedmd" or not word.startswith("distil.")]
+            for share in (0.0, 0.4):
+                told = [f"attack={attack}", f"attack.fraction={share}"] if share else []
+                rules = [f"defence.fraction={share or 0.2}", "defence=off,median,cronus"]
+                out[f"cifar10-liars-{share:g}-{attack}"] = [f"strategy={name}", *told, *rules, *mine]
     return out
 
 
