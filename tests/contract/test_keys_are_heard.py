@@ -70,7 +70,6 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("knfu", "finetune_loss"): ("transfer.labelled=true",),
     ("knfu", "neighbours"): ("transfer.labelled=true",),
     ("ktpfl", "neighbours"): ("transfer.labelled=true",),
-    ("scaffold", "variate"): ("train.momentum=0",),
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
     **{(name, "targets"): ("model=mlp", "strategy.rank=2") for name in MERGING},
     **{(name, "alpha"): ("strategy.rank=2",) for name in MERGING},
