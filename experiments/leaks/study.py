@@ -90,13 +90,14 @@ def run(cifar10: bool) -> int:
 
 
 def collect() -> int:
-    """Write `results.parquet`: one row for each run and figure."""
+    """Write `results.parquet`: one row for each run and figure; blocks that were not run here keep their rows."""
     import polars as pl
 
     from fedfuse.results.run_data import find
 
     rows = []
-    for name in sorted(path.name for path in RUNS.iterdir() if path.is_dir()):
+    there = sorted(path.name for path in RUNS.iterdir() if path.is_dir())
+    for name in there:
         runs, skipped = find([RUNS / name])
         for line in skipped:
             print(f"skipped: {line}")
@@ -112,6 +113,8 @@ def collect() -> int:
             rows += [(*key, metric, value) for metric, value in found.items()]
     columns = ["block", "strategy", "seed", "epsilon", "attack", "fraction", "defence", "metric", "value"]
     frame = pl.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
+    kept = pl.read_parquet(HERE / "results.parquet").filter(~pl.col("block").is_in(there))
+    frame = pl.concat([kept, frame.cast(dict(kept.schema))])
     frame.sort(columns[:8]).write_parquet(HERE / "results.parquet")
     return figure()
 
