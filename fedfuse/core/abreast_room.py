@@ -75,11 +75,12 @@ class Room:
         before = torch.cuda.memory_allocated(device)
         replicas = Replicas(workspace.resident(architecture), 1)
         rows = min(len(asked.x), asked.batch_size)
-        y = torch.zeros(rows, dtype=torch.int64, device=device) if asked.y is None else asked.y[:rows]
+        y = None if _tokens(asked.x) else torch.zeros(rows, dtype=torch.int64, device=device)
+        loss = _of_places if y is None else task_step
         for parameter, own in zip(replicas.modules[0].parameters(), asked.model.parameters(), strict=True):
             parameter.requires_grad_(own.requires_grad)
         one = Training(
-            replicas.modules[0], asked.x[:rows], y, task_step, asked.config, ("measured",), 1, rows, 2, None, None, 2
+            replicas.modules[0], asked.x[:rows], y, loss, asked.config, ("measured",), 1, rows, 2, None, None, 2
         )
         together([(0, one)], replicas, forward)
         return torch.cuda.max_memory_allocated(device) - before
@@ -96,6 +97,11 @@ def available(workspace: Workspace) -> float:
 def _tokens(x: torch.Tensor) -> bool:
     """Whether examples are texts, each of whose places passes the model as an example does."""
     return x.ndim == 2 and not x.is_floating_point()
+
+
+def _of_places(logits: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """What takes the memory of a cross-entropy, whatever there is to predict."""
+    return logits.log_softmax(-1).mean()
 
 
 def _halvable(count: float) -> int:
