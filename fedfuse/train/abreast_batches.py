@@ -12,7 +12,7 @@ from torch import Tensor
 from fedfuse.seeding import generator, seed_of
 from fedfuse.train.abreast import Training
 from fedfuse.train.batch import sizes_of
-from fedfuse.train.task import task_step
+from fedfuse.train.task import IGNORED, task_step
 
 ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead, where they would fit into a cache
 DEVICE_ROOM = 2 * 2**30  # the same on a GPU
@@ -145,6 +145,18 @@ class Feed:
         first = self.at[k][1]
         return self.rows[k][first : first + size]
 
+    def batches(self, places: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """`batch` of members whose inputs have one shape: texts are cut to the longest of a member's own, if asked."""
+        x, y = self.batch(places, size)
+        if y is None or y.ndim == 2 or not self.members[0].asked.trim:
+            yield places, x, y
+            return
+        lengths = _lengths(y).tolist()
+        for length in sorted(set(lengths)):
+            of = [i for i, one in enumerate(lengths) if one == length]
+            some = slice(None) if len(of) == len(places) else of
+            yield [places[i] for i in of], x[some, :, :length], y[some, :, :length]
+
     def batch(self, places: list[int], size: int) -> tuple[Tensor, Tensor | None]:
         """Inputs (g, B, …) and labels of the batches of one size."""
         if self.x is None:
@@ -154,6 +166,12 @@ class Feed:
             ys = [None if a.y is None else a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True)]
             return x, None if ys[0] is None else torch.stack(ys)  # type: ignore[arg-type]
         return _cut(self.x, places, self.at, size), None if self.y is None else _cut(self.y, places, self.at, size)
+
+
+def _lengths(y: Tensor) -> Tensor:
+    """Places of each member's texts (g, B, T) that its batch is cut to (`fedfuse.train.task.trimmed`)."""
+    counted = (y != IGNORED).any(1)
+    return torch.where(counted, torch.arange(1, y.shape[2] + 1, device=y.device), 0).amax(1).clamp(min(2, y.shape[2]))
 
 
 def _gathers(device: torch.device) -> bool:

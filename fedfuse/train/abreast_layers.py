@@ -75,16 +75,19 @@ def _linear(module: Any, prefix: str) -> Forward:
 
     def forward(weights: Weights, x: Tensor) -> Tensor:
         w, b = weights[weight], None if bias is None else weights[bias]
-        if w.ndim == 2:  # common to all
-            return F.linear(x, w, b)
-        (_, outputs, inputs), rows = w.shape, x.shape[1]
-        if not x.is_cuda and (min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL):
-            biases = [None] * len(w) if b is None else b.unbind()
-            return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
-        out: Tensor = _Products.apply(x, w, b)
-        return out
+        return F.linear(x, w, b) if w.ndim == 2 else products(x, w, b)  # common to all, or each client's own
 
     return forward
+
+
+def products(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b of each client, from x (K, B, k), W (K, d, k) and b (K, d)."""
+    (_, outputs, inputs), rows = w.shape, x.shape[1]
+    if not x.is_cuda and (min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL):
+        biases = [None] * len(w) if b is None else b.unbind()
+        return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
+    out: Tensor = _Products.apply(x, w, b)
+    return out
 
 
 class _Products(torch.autograd.Function):

@@ -22,7 +22,7 @@ from fedfuse.train.abreast import Training
 from fedfuse.train.abreast_batches import Feed, Member, sent
 from fedfuse.train.abreast_layers import Forward
 from fedfuse.train.mean_loss import added_in_order
-from fedfuse.train.task import IGNORED
+from fedfuse.train.task import IGNORED, task_loss
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
 
@@ -105,9 +105,14 @@ class Stack:
             found = self._own_losses(members, out, y, named)
         else:
             assert y is not None
-            found = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
-            found.backward(torch.full_like(found, 1 / out.shape[1]))
-            found = found.detach().view(len(places), -1)
+            if y.ndim == 3:  # texts: a mean over the places of one's own that count
+                each = torch.stack([task_loss(*one) for one in zip(out.unbind(), y.unbind(), strict=True)])
+                each.sum().backward()
+                found = each.detach()
+            else:
+                each = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
+                each.backward(torch.full_like(each, 1 / out.shape[1]))
+                found = each.detach().view(len(places), -1)
         if not whole:
             for name, leaf in self.leaves.items():
                 gradient = leaves[name].grad
@@ -120,9 +125,9 @@ class Stack:
 
     def _own_losses(self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
         values = []
-        for i, (member, rows) in enumerate(zip(members, named, strict=True)):
+        for i, (member, own, rows) in enumerate(zip(members, out.unbind(), named, strict=True)):
             with member.drawing():
-                values.append(member.asked.loss(out[i], None if y is None else y[i], rows))
+                values.append(member.asked.loss(own, None if y is None else y[i], rows))
         found = torch.stack(values)
         found.sum().backward()
         return found.detach()
@@ -178,7 +183,7 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
     members = [Member(one, slot) for slot, one in asked]
     device = members[0].asked.x.device
     ordered = sorted(members, key=lambda member: -member.planned)  # stable: equals stay in memory's order
-    labels = [y for member in members if not member.own and (y := member.asked.y) is not None]
+    labels = [y for member in members if not member.own and (y := member.asked.y) is not None and y.ndim == 1]
     if labels and bool((torch.cat(labels) == IGNORED).any()):
         raise RuntimeError("some labels do not count, and a mean is over those that do")
     drawn = _drawn(members)
@@ -193,8 +198,9 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
             alive = sum(member.planned > step for member in ordered)
             stack.shorten(alive)
             for places, size in feed.groups(step, alive):
-                x, y = feed.batch(places, size)
-                losses.keep(places, stack.backward(places, x, y, [feed.named(k, size) for k in places] if own else []))
+                for some, x, y in feed.batches(places, size):
+                    named = [feed.named(k, size) for k in some] if own else []
+                    losses.keep(some, stack.backward(some, x, y, named))
             stack.step()
             steps[:alive] = [step + 1] * alive
             if _ended(ordered[:alive], step + 1):
