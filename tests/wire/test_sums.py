@@ -71,6 +71,15 @@ def test_the_mean_is_the_weighted_mean(weights) -> None:
     assert value["w"].dtype == torch.float64
 
 
+def test_groups_are_of_eight() -> None:
+    """2⁵³ + 1 is 2⁵³ in float64: what clients 8 and 9 say counts only where they are added to each other first."""
+    said = [2.0**53, *[0.0] * 7, 1.0, 1.0]
+    total = Sum()
+    for i, value in enumerate(said):
+        total.add(i // GROUP, {"w": torch.tensor([value], dtype=torch.float64)}, 1.0)
+    assert total.total()[0]["w"].item() == 2.0**53 + 2
+
+
 def test_the_mean_of_one_is_itself_bit_for_bit() -> None:
     total = Sum()
     total.add(0, arrays(3), 137)
@@ -162,7 +171,7 @@ def test_strange_weights_do_not_enter(weight: float) -> None:
 
 @pytest.mark.parametrize("size", [(), (7,), (2 * 32768 + 5,), (300, 300)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
-@pytest.mark.parametrize("weight", [1.0, 17.0, 2.0**29 - 1, 2.0**29 + 1, 0.1])
+@pytest.mark.parametrize("weight", [1.0, 17.0, 2.0**29 - 1, 2.0**29 + 1, 2.0**40 + 1, 0.1])
 def test_products_and_sums_are_rounded_apart(size: tuple[int, ...], dtype: torch.dtype, weight: float) -> None:
     """Also where the product and the sum are one instruction: it is used only where the product is exact."""
     draw = torch.Generator().manual_seed(0)
