@@ -56,6 +56,8 @@ def test_counters_are_summed_beyond_the_clipping_range_and_what_is_clipped_is_co
     total.add(0, {"n": torch.tensor([2000]), "x": torch.zeros(3)}, 1.0)
     assert total.mean()["n"].tolist() == [1333]
     assert beyond({"m": arrays}, {"m": point}) == 0.5
+    assert beyond({"m": {"x": torch.tensor([8.0, -8.0, 8.5, 1.0])}}, {"m": point}) == 0.25  # the range's ends are in it
+    assert beyond({}, {"m": point}) == 0.0
     assert total.nbytes(arrays) == 16
 
 
