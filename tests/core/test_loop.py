@@ -557,13 +557,9 @@ def test_a_matrix_is_logged_row_by_row() -> None:
 def test_flowers_hooks_return_the_model_and_the_mean_accuracy() -> None:
     with federation("fedavg", "rounds=1", "partition=dirichlet", "data.personal_test=0.4") as (built, _):
         strategy, found = built.strategy, []
-        for name in ("aggregate_train", "aggregate_evaluate"):
-
-            def hooked(round, replies, hook=getattr(strategy, name)):
-                found.append(hook(round, replies))
-                return found[-1]
-
-            setattr(strategy, name, hooked)
+        train, evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
+        strategy.aggregate_train = lambda *args: found.append(train(*args))
+        strategy.aggregate_evaluate = lambda *args: found.append(evaluate(*args))
         built.run()
     (model, empty), evaluated = found
     assert {key: value.tolist() for key, value in tensors(model).items()} == {
@@ -576,7 +572,7 @@ def test_flowers_hooks_return_the_model_and_the_mean_accuracy() -> None:
 
 
 def test_what_clients_say_of_themselves_is_kept_and_counted() -> None:
-    """Seconds are timing, the count is a weight, lists are nobody's figure, and a second try is counted if it can be."""
+    """Seconds are timing, the count is a weight, lists are nobody's figure; a second try is counted if it can be."""
 
     def told(reply: Message) -> Message:
         said = {"extra": 2.5, "list": [1.0, 2.0], "seconds": 9.0}

@@ -208,9 +208,8 @@ def test_a_policy_file_with_limits_is_read_and_checked(tmp_path: Path) -> None:
 
 
 def test_every_limit_allows_what_it_names_and_refuses_the_next() -> None:
-    config = compose(
-        ["strategy=fedavg", "rounds=7", "train.epochs=3", "privacy.noise=4", "privacy.delta=1e-3", "privacy.epsilon=null"]
-    )
+    words = ("rounds=7", "train.epochs=3", "privacy.noise=4", "privacy.delta=1e-3", "privacy.epsilon=null")
+    config = compose(["strategy=fedavg", *words])
     Policy(max_rounds=7, max_epochs=3, max_delta=1e-3, min_noise=4.0, require_dp=True).check(config)
     for policy, said in (
         (Policy(max_rounds=6), "rounds=7; allowed: at most 6"),
@@ -271,7 +270,8 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
     said.inputs, said.targets, said.groups, said.load, said.hub = "a", "b", "c", "m:f", "x/y"
     assert Policy().selected(said) is said
     found = Policy(select={"name": "csv", "targets": "label"}).selected(said)
-    assert (found.name, found.layout, found.inputs, found.targets, found.groups) == ("csv", "builtin", None, "label", None)
+    assert (found.name, found.layout) == ("csv", "builtin")
+    assert (found.inputs, found.targets, found.groups) == (None, "label", None)
     assert (found.extra, found.load, found.hub, found.root) == ({}, None, None, said.root)
 
 
@@ -288,7 +288,12 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
         ("allow_code", [False], [None, "no"]),
         (
             "select",
-            [None, {}, {"name": "npz", "extra": {"a": 1}}, dict.fromkeys(("layout", "inputs", "targets", "groups"), "x")],
+            [
+                None,
+                {},
+                {"name": "npz", "extra": {"a": 1}},
+                dict.fromkeys(("layout", "inputs", "groups", "targets"), ""),
+            ],
             [{"root": "/"}, {"name": "npz", "load": "m:f"}, {"extra": "t"}, ["name"]],
         ),
     ],
@@ -303,7 +308,7 @@ def test_a_key_takes_what_it_is_for(key: str, good: list[Any], bad: list[Any]) -
 
 
 def test_an_unknown_key_is_named_with_its_nearest() -> None:
-    with pytest.raises(UserError, match="here: max_round: no such key; .*max_rounds"):
+    with pytest.raises(UserError, match=r"here: max_round: no such key; .*max_rounds"):
         policy_from({"max_round": 1}, "here")
 
 
@@ -340,9 +345,9 @@ def test_a_ledger_allows_its_limits_and_enters_nothing_beyond(tmp_path: Path, mo
     release, most = (4.0, 0.5, 2), 50.0
     ledger = Ledger(tmp_path / "run", tmp_path / "all" / "runs" / "data", Limits(most, 0.01, 4.0))
     assert ledger.spent() == ledger.spent(delta=0.01) == 0.0
-    with pytest.raises(Refused, match="noise multiplier 3.9; allowed: at least 4"):
+    with pytest.raises(Refused, match=r"noise multiplier 3.9; allowed: at least 4"):
         ledger.enter((3.9, 0.5, 2), 0.01)
-    with pytest.raises(Refused, match="delta 0.011; allowed: at most 0.01"):
+    with pytest.raises(Refused, match=r"delta 0.011; allowed: at most 0.01"):
         ledger.enter(release, 0.011)
     ledger.enter(release, 0.001)  # at the ledger's own delta, not at the run's
     assert ledger.spent() == most

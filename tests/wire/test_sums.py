@@ -142,7 +142,7 @@ def test_what_a_record_weighs() -> None:
     assert weight_of(None, {"num-examples": 0}) == 0.0  # who has no examples has nothing to say
     assert weight_of("steps", {"steps": 2.5, "num-examples": 7}) == 2.5
     for said in ({"num-examples": 7}, {"steps": "2"}):
-        with pytest.raises(InvalidArrays, match="metric steps is .*; it is a weight"):
+        with pytest.raises(InvalidArrays, match=r"metric steps is .*; it is a weight"):
             weight_of("steps", said)
 
 
