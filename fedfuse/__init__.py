@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.one_shot import Ensemble, OneShotStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
+    from fedfuse.families.split import SplitClient, SplitStrategy, SteppedClient, SteppedStrategy
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts, questions, reader, soft_prompt
     from fedfuse.models.in_place import variable
@@ -75,6 +76,7 @@ _HOMES = {
     "families.one_shot": "Ensemble OneShotStrategy",
     "families.personal": "Part PartClient PartStrategy",
     "families.ranks": "RankedClient RankedHyper RankedStrategy",
+    "families.split": "SplitClient SplitStrategy SteppedClient SteppedStrategy",
     "families.student": "StudentStrategy",
     "seeding": "generator seed_of",
     "train.scores": "scores",
