@@ -42,7 +42,10 @@ def kind_of(loss: Any) -> Any:
     ways = ("__call__",) if loss.softened is None else ("from_probabilities", "value_of_probabilities")
     if any(getattr(kind, way) is not getattr(RowMean, way) for way in ("value", *ways)):  # it has one of its own
         return None
-    return kind, repr(loss.loss), loss.softened, loss.teacher.dtype, loss.teacher.shape[1:]
+    settings = tuple(vars(loss.loss).items())
+    if not all(value is None or isinstance(value, int | float | str) for _, value in settings):
+        return None
+    return kind, settings, loss.softened, loss.teacher.dtype, loss.teacher.shape[1:]
 
 
 def losses_of(losses: Sequence[Towards], out: Tensor, rows: Sequence[Tensor]) -> Tensor | None:
@@ -55,7 +58,6 @@ def losses_of(losses: Sequence[Towards], out: Tensor, rows: Sequence[Tensor]) ->
     loss: Any = losses[0].loss
     teacher = torch.cat([one.teacher.index_select(0, own) for one, own in zip(losses, rows, strict=True)])
     terms: Tensor = loss.terms(out.flatten(0, 1), losses[0].ready(teacher))
-    clients = len(out)
-    each = terms.numel() // clients
+    each = terms[: out.shape[1]].numel()
     terms.backward((loss.factor * (loss.weight * torch.ones(()))).div(each).expand_as(terms))
-    return loss.weight * (loss.factor * terms.detach().view(clients, -1).mean(1))  # type: ignore[no-any-return]
+    return loss.weight * (loss.factor * terms.detach().view(len(out), -1).mean(1))  # type: ignore[no-any-return]

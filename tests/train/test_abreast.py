@@ -320,3 +320,6 @@ def test_an_objective_with_a_way_of_its_own_is_asked_client_by_client():
         assert row_targets.kind_of(own.towards(teacher)) is row_targets.kind_of(own.towards_logits(teacher)) is None
     assert row_targets.kind_of(KL().towards(teacher)) != row_targets.kind_of(KL(2.0).towards(teacher))
     assert row_targets.kind_of(KL()) is None
+    looks = KL()
+    looks.prior = torch.ones(8)  # which may be another client's
+    assert row_targets.kind_of(looks.towards(teacher)) is None
