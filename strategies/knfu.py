@@ -124,13 +124,11 @@ class KnFuClient(FusionClient):
         loss = self.loss("soft_ce" if h.finetune_loss == "ce_soft" else "kl", temperature=h.kd_temperature)
         soft = loss.towards(item.arrays["p"].to(self.workspace.device))
 
-        def step(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
+        def beside_labels(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
             value = soft(logits, y, rows)
-            if h.finetune_loss == "kl+ce_hard" and y is not None:
-                value = value + F.cross_entropy(logits, y)
-            return value
+            return value if y is None else value + F.cross_entropy(logits, y)
 
-        return step, x, y
+        return beside_labels if h.finetune_loss == "kl+ce_hard" else soft, x, y
 
     def share(self) -> Records:
         """Step (b): F_n on D_t, as probabilities or logits; with the oracle EPD also the true label histogram."""
@@ -138,7 +136,7 @@ class KnFuClient(FusionClient):
         if self.hyper.distance == "perplexity":
             places = self.workspace.texts.places(self.architecture, rows)
             return {"soft_labels": public_text.said(places, self.predict(places.x), self.hyper.k)}
-        logits = self.predict(self.transfer[rows])
+        logits = self.predict(self.workspace.transfer(rows)[0])
         out = {"soft_labels": {"p": logits if self.hyper.fuse_space == "logit" else logits.softmax(1)}}
         if self.hyper.epd_source == "oracle_label_histogram":
             count = torch.bincount(self.y, minlength=self.classes).float()

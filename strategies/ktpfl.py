@@ -153,7 +153,7 @@ class KTpFLClient(FusionClient):
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""
-        logits = self.predict(self.transfer[self.subset(self.hyper.subset)])
+        logits = self.predict(self.workspace.transfer(self.subset(self.hyper.subset))[0])
         return {"soft": {"p": (logits / self.hyper.temperature).softmax(1)}}
 
 

@@ -202,8 +202,10 @@ class Workspace:
         return self._layouts[architecture]
 
     def transfer(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled."""
+        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled; all of it is no copy."""
         x, y = self.tensors("transfer")
+        if len(rows) == len(x) and torch.equal(rows.cpu(), torch.arange(len(x))):
+            return x, y
         return x[rows], None if y is None else y[rows]
 
     # -- data as tensors, kept while there is room ---------------------------------------------------------

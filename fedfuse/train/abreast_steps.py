@@ -21,7 +21,10 @@ from fedfuse.train import training
 from fedfuse.train.abreast import Training
 from fedfuse.train.abreast_batches import Feed, Member, sent
 from fedfuse.train.abreast_layers import Forward
+from fedfuse.train.abreast_passes import written_out
 from fedfuse.train.mean_loss import added_in_order
+from fedfuse.train.objective import Towards
+from fedfuse.train.row_targets import losses_of
 from fedfuse.train.task import IGNORED, task_loss
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
@@ -46,10 +49,13 @@ class Stack:
         }
         self.names = [name for name, p in named.items() if p.requires_grad and name in self.weights]
         self.common = {name: p for name, p in named.items() if name not in self.weights}
-        self.seen = any(member.own or member.asked.after_backward is not None for member in members)
+        looks = [(member.own and member.kind is None) or member.asked.after_backward is not None for member in members]
+        self.seen = any(looks)  # at the models
         if self.moved and self.seen:  # what is called with a client's model finds in it what is being trained
             self._point(self.weights, range(len(members)))
         self.alive = 0
+        self.passes = written_out(forward, {name: self.weights[name] for name in self.names})
+        self.gradients = {name: torch.empty_like(self.weights[name]) for name in self.names} if self.passes else {}
         self.held: dict[tuple[str, int], Tensor] = {}  # what the optimiser steps: whole stacks, or rows of them
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -99,7 +105,12 @@ class Stack:
             index = sent(torch.tensor(places), x.device)
             leaves = {n: leaf.detach().index_select(0, index).requires_grad_() for n, leaf in self.leaves.items()}
             rest = {name: w.index_select(0, index) for name, w in self.rest.items()}
-        out = self.forward({**leaves, **rest, **self.common}, x)
+        passes = self.passes if self.passes is not None and self.passes.suits(x.shape[1], leaves) else None
+        if passes is None:
+            out = self.forward({**leaves, **rest, **self.common}, x)
+        else:
+            plain = {name: leaf.detach() for name, leaf in leaves.items()}
+            out = passes.forward(plain, x).requires_grad_()
         members = [self.members[k] for k in places]
         if members[0].own:
             found = self._own_losses(members, out, y, named)
@@ -113,6 +124,11 @@ class Stack:
                 each = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
                 each.backward(torch.full_like(each, 1 / out.shape[1]))
                 found = each.detach().view(len(places), -1)
+        if passes is not None and out.grad is not None:
+            room = {n: self.gradients[n][: len(places)] if whole else torch.empty_like(w) for n, w in plain.items()}
+            passes.backward(plain, out.grad, room)
+            for name, leaf in leaves.items():
+                leaf.grad = room[name]
         if not whole:
             for name, leaf in self.leaves.items():
                 gradient = leaves[name].grad
@@ -124,10 +140,14 @@ class Stack:
         return found
 
     def _own_losses(self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
-        values = []
-        for i, (member, own, rows) in enumerate(zip(members, out.unbind(), named, strict=True)):
+        if len({member.kind for member in members}) == 1 and members[0].kind is not None:
+            found = losses_of([cast(Towards, member.asked.loss) for member in members], out, named)
+            if found is not None:
+                return found
+        values, ys = [], [None] * len(members) if y is None else y.unbind()
+        for member, own, labels, rows in zip(members, out.unbind(), ys, named, strict=True):
             with member.drawing():
-                values.append(member.asked.loss(own, None if y is None else y[i], rows))
+                values.append(member.asked.loss(own, labels, rows))
         found = torch.stack(values)
         found.sum().backward()
         return found.detach()
