@@ -10,8 +10,8 @@ from typing import Any
 
 from fedfuse.config import registry
 from fedfuse.config.allowed import check_texts
-from fedfuse.config.compose import check
 from fedfuse.config.dotted import code as code_allowed
+from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, TrackingConfig
 from fedfuse.errors import UserError, nearest
 

@@ -12,6 +12,7 @@ from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import given
 from fedfuse.config.files import DUMPER, LOADER, read_text
+from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, without_gone
 from fedfuse.errors import UserError
 
@@ -37,8 +38,6 @@ def load_config(path: Path) -> Config:
         If there is none, or it is not one of this version's.
     """
     from omegaconf import OmegaConf
-
-    from fedfuse.config.compose import check
 
     file = path / "config.yaml"
     if not file.exists():

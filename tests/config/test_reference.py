@@ -6,7 +6,7 @@ import pytest
 
 from fedfuse.cli import main
 from fedfuse.config import registry
-from fedfuse.config.compose import ELSEWHERE, GROUPS, keys, meant
+from fedfuse.config.compose import ELSEWHERE, GROUPS, meant
 from fedfuse.config.idle import CONDITIONS, holds
 from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
 from fedfuse.config.schema import Config, known
@@ -77,4 +77,4 @@ def test_listings_are_of_what_there_is() -> None:
 
 def test_what_other_platforms_call_it_leads_to_keys_that_there_are() -> None:
     for word, key in ELSEWHERE.items():
-        assert meant(word, [*keys(Config, ""), *GROUPS]) == f"did you mean {key!r}?"
+        assert meant(word, [*known(), *GROUPS]) == f"did you mean {key!r}?"

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from fedfuse.config.allowed import NEVER, TEXTS, check_texts, leaves
-from fedfuse.config.compose import keys
 from fedfuse.config.dotted import code, resolve
 from fedfuse.config.message import as_json, from_json
-from fedfuse.config.schema import Config
+from fedfuse.config.schema import Config, known
 from fedfuse.deploy.orders import carry_out
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.policy import Policy
@@ -44,7 +43,7 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def all_keys(values: dict[str, Any]) -> list[str]:
     strategy = [f"strategy.{name}" for name in values["strategy"]]
     opened = [f"{name}.word" for name in ("data.extra", "model.extra", "loss.options", "model.checkpoints")]
-    return [*keys(Config, ""), *strategy, *opened, "data.extra.tokenizer", "data.extra.train"]
+    return [*known(), *strategy, *opened, "data.extra.tokenizer", "data.extra.train"]
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> str:
@@ -150,7 +149,7 @@ def test_a_site_whose_operator_allows_code_takes_it(mark: Path, tmp_path: Path) 
 
 def test_every_key_that_holds_text_is_listed() -> None:
     held = {key for key, value in leaves(asdict(tiny("fedavg"))) if isinstance(value, str | None) or value == {}}
-    numbers = {key for key in keys(Config, "") if _number(key)}
+    numbers = {key for key in known() if _number(key)}
     strategies = {key for key in held if key.startswith("strategy.")}
     opened = {"data.extra", "loss.options"} | set(NEVER)
     assert held - strategies - numbers - opened == {k for k in TEXTS if k in held}
