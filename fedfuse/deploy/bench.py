@@ -20,7 +20,7 @@ from fedfuse.deploy.processes import Process, flower, free_port, surroundings
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import order_of
 from fedfuse.errors import WorldError
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 
 KEYS = ("strategy=fedavg", "data=digits", "seed=0", "train.epochs=1")
 APP = """\

@@ -296,7 +296,7 @@ def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untype
     """Order and output directory from the command line."""
     from fedfuse.config.compose import compose
     from fedfuse.deploy.submit import order_of
-    from fedfuse.network.remote_grid import Patience
+    from fedfuse.network.exchange import Patience
     from fedfuse.runs.experiment import default_out
 
     config = compose(keys)

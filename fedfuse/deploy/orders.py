@@ -23,7 +23,7 @@ from fedfuse.config.schema import Config
 from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS
 from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.audit import Audit
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Roster
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory

@@ -23,7 +23,7 @@ from fedfuse.deploy.link import Link
 from fedfuse.deploy.orders import unpack, write_patience
 from fedfuse.deploy.processes import surroundings
 from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 
 ENDED = ("fedfuse: failed: ", "fedfuse: refused: ")  # lines of ours that a run ends with
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")

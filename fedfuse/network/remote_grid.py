@@ -1,70 +1,24 @@
-"""Flower's own runtimes under a fusion strategy: who holds which client, and patience with a real network."""
+"""Flower's own runtimes under a fusion strategy: who holds which client, and what of their answers counts."""
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
+from fedfuse.core.shares import FAILED, INVALID, STALE
 from fedfuse.engines.grid import FusionGrid
-from fedfuse.errors import WorldError, in_words, one_line
+from fedfuse.errors import WorldError, one_line
+from fedfuse.network.exchange import OURS, Exchange, Patience, Sent
 from fedfuse.network.replies import fault_of
 from fedfuse.network.roster import Roster
 from fedfuse.network.secure_sums import SecureSums, TooFew, size_of
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays, config_in
-
-OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
-POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a server waits, and for how many.
-
-    Attributes
-    ----------
-    join, deadline, absence : float or None
-        Seconds until all clients must have said hello; until a phase's replies must be there (None: as long as
-        their nodes are online); until a node that went away must be back.
-    minimum : int
-        Least number of good replies in a phase; below it, those who failed are asked once more, then the run stops.
-    clients : int or None
-        Least number of clients to begin with, once `join` is over or all nodes that are there were turned away; whoever
-        is missing is left out and counted. None: all.
-    retries : int
-        How often a message that the transport lost is sent again.
-    """
-
-    join: float = 300.0
-    deadline: float | None = None
-    absence: float = 180.0
-    minimum: int = 1
-    retries: int = 2
-    clients: int | None = None
-
-
-@dataclass
-class Sent:
-    """One message under way, and everything it was sent as."""
-
-    original: Message
-    client: int
-    node: int
-    ids: set[str] = field(default_factory=set)
-    tries: int = 0
-    due: bool = True  # to be sent (again) as soon as its node is there
-    at: float = 0.0  # when it was last sent, by this machine's clock
-    stamp: str = ""  # when its node was last activated, as of sending
-    away_since: float | None = None
 
 
 class RemoteGrid(FusionGrid):
@@ -90,8 +44,7 @@ class RemoteGrid(FusionGrid):
     Attributes
     ----------
     timed : list
-        Of each answer the seconds out (sent, until the client began), at work, and back (answered, until it was here).
-        Out and back compare two machines' clocks; their sum needs the server's alone.
+        See `Exchange`.
     extra : list
         Of the messages around a secure sum: client, direction, record, bytes; the loop takes them.
     """
@@ -106,13 +59,12 @@ class RemoteGrid(FusionGrid):
         roster: Roster | None = None,
     ) -> None:
         super().__init__()
-        self.grid, self.patience, self._say, self.over = grid, patience or Patience(), say, over
-        self.roster = roster
+        self.grid, self.patience, self._say, self.roster = grid, patience or Patience(), say, roster
         self.setting = ConfigRecord(dict(setting))
         self.nodes: dict[int, int] = {}  # client -> Flower's node
         self.examples: dict[int, int] = {}  # client -> training examples, as its node said before the first round
-        self._online: dict[int, str] | None = None
-        self._looked = 0.0
+        self.exchange = Exchange(grid, self.patience, self.say, self._dressed, over)
+        self.timed = self.exchange.timed
         self.extra: list[tuple[int, str, str, int]] = []
         self._secure: SecureSums | None = None
 
@@ -145,25 +97,6 @@ class RemoteGrid(FusionGrid):
 
     # -- who is there --------------------------------------------------------------------------------------
 
-    def online(self) -> dict[int, str]:
-        """Nodes that are online, and when each was last activated; asked at most once a second.
-
-        Raises
-        ------
-        WorldError
-            If the grid has ended.
-        """
-        if self.over is not None and self.over.is_set():
-            raise WorldError("Flower's simulator ended before the run did")
-        if self._online is None or time.monotonic() - self._looked > 1.0:
-            get = getattr(self.grid, "get_nodes", None)
-            if get is None:
-                self._online = dict.fromkeys(self.grid.get_node_ids(), "")
-            else:
-                self._online = {node.node_id: node.last_activated_at for node in get()}
-            self._looked = time.monotonic()
-        return self._online
-
     def join(self, clients: int, check: Callable[[Mapping[str, Any]], list[str]]) -> dict[int, int]:
         """Learn which node holds which client, and that both sides agree on everything that matters.
 
@@ -182,7 +115,7 @@ class RemoteGrid(FusionGrid):
         until, reasons = time.monotonic() + self.patience.join, dict[int, str]()
         asked: dict[int, str] = {}
         while len(self.nodes) < clients:
-            taken, online = set(self.nodes.values()), self.online()
+            taken, online = set(self.nodes.values()), self.exchange.online()
             new = sorted(n for n, stamp in online.items() if n not in taken and asked.get(n) != stamp)
             if new:
                 asked |= {node: online[node] for node in new}
@@ -202,12 +135,12 @@ class RemoteGrid(FusionGrid):
                 why = f"; turned away: {'; '.join(reasons.values())}" if reasons else ""
                 raise WorldError(f"after {self.patience.join:g} s no node acts as client {missing}{why}")
             else:
-                if len(set(self.online())) >= clients and reasons:
+                if len(set(self.exchange.online())) >= clients and reasons:
                     missing = sorted(set(range(clients)) - set(self.nodes))
                     if self._enough(clients):
                         break
                     raise WorldError(f"no node acts as client {missing}; turned away: {'; '.join(reasons.values())}")
-                time.sleep(POLL)
+                self.exchange.pause()
         if len(self.nodes) < clients:
             self.say(f"fedfuse: begins without client {missing}: no node acts as it")
         return self.nodes
@@ -220,7 +153,7 @@ class RemoteGrid(FusionGrid):
     ) -> Iterable[tuple[int, list[int], str | None]]:
         sent = [Sent(message, -1, message.metadata.dst_node_id) for message in hellos]
         answered: list[tuple[Sent, Message]] = []
-        self._exchange(sent, timeout, answered)
+        self.exchange.send(sent, timeout, answered)
         for item, reply in answered:
             if reply.has_error():
                 yield item.node, [], reply.error.reason
@@ -305,14 +238,14 @@ class RemoteGrid(FusionGrid):
             else:
                 gone = Error(FAILED, "no node acts as it")
                 answered.append((Sent(message, client, -1), Message(gone, reply_to=message)))
-        self._exchange(sent, limit, answered)
+        self.exchange.send(sent, limit, answered)
         needed = min(least, len(sent))
         if _good(answered) < needed:
             self.say(f"fedfuse: {_good(answered)} of {len(sent)} replied, {needed} are needed; asking again")
             answered = [(item, reply) for item, reply in answered if _counts(reply)]
             kept = {id(item) for item, _ in answered}
             again = [Sent(item.original, item.client, item.node) for item in sent if id(item) not in kept]
-            self._exchange(again, limit, answered)
+            self.exchange.send(again, limit, answered)
             if _good(answered) < needed:
                 causes = [f"client {i.client}: {r.error.reason}" for i, r in answered if r.has_error()]
                 raise WorldError(
@@ -349,7 +282,7 @@ class RemoteGrid(FusionGrid):
             node = self.nodes[client]
             sent.append(Sent(Message(content, node, f"query.secure_{step}"), client, node))
             self.extra.append((client, "down", f"secure:{step}", size_of(values)))
-        self._exchange(sent, self.patience.deadline, answered)
+        self.exchange.send(sent, self.patience.deadline, answered)
         for item, reply in answered:
             record = reply.content.config_records.get("secure") if reply.has_content() else None
             if record is not None and reply.metadata.src_node_id == item.node:
@@ -390,96 +323,6 @@ class RemoteGrid(FusionGrid):
         if self._secure is not None and client in self._secure.records and metadata.message_type[:5] == "train":
             content["secure"] = self._secure.records[client]
         return Message(content, node, metadata.message_type, group_id=metadata.group_id)
-
-    def _exchange(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
-        """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
-        started = time.monotonic()
-        waiting = list(sent)
-        while waiting:
-            online = self.online()
-            for item in waiting:
-                self._watch(item, online)
-            if due := [item for item in waiting if item.due and item.node in online]:
-                self._push(due, online)
-            owner = {key: item for item in waiting for key in item.ids}
-            for key, reply in self._pulled(owner):
-                found = owner[key]
-                if found not in waiting:
-                    continue
-                if reply.has_error() and reply.error.code not in OURS:
-                    found.ids.discard(key)
-                    if found.ids or found.due:
-                        continue  # an older copy was lost; a newer one is under way
-                    if found.tries <= self.patience.retries:
-                        self.say(f"fedfuse: client {found.client}: {reply.error.reason}; sending again")
-                        found.due = True
-                        continue
-                waiting.remove(found)
-                if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal
-                    reply = Message(Error(reply.error.code, one_line(reply.error.reason)), reply_to=found.original)
-                answered.append((found, reply))
-                self._time(found, reply)
-            now = time.monotonic()
-            for item in [i for i in waiting if i.away_since is not None and now - i.away_since > self.patience.absence]:
-                waiting.remove(item)
-                gone = Error(FAILED, f"its node was away for more than {self.patience.absence:g} s")
-                answered.append((item, Message(gone, reply_to=item.original)))
-            if limit is not None and now - started > limit:
-                for item in waiting:
-                    self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
-                return
-            if waiting:
-                time.sleep(POLL)
-
-    def _pulled(self, owner: Mapping[str, Sent]) -> Iterable[tuple[str, Message]]:
-        """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.
-
-        They are asked for one by one: Flower raises for all of a list if one of them is malformed, when it has signed
-        for some of the others.
-        """
-        for key, item in owner.items():
-            try:
-                for reply in self.grid.pull_messages([key]):
-                    if reply.metadata.reply_to_message_id == key:
-                        yield key, reply
-            except httpx.HTTPError:
-                raise
-            except Exception as error:
-                reason = f"its reply cannot be read: {in_words(error)}"
-                yield key, Message(Error(INVALID, one_line(reason)), reply_to=item.original)
-
-    def _time(self, item: Sent, reply: Message) -> None:
-        """Note where an answer's time went, if the client says how long it worked."""
-        measured = reply.content.metric_records.get("metrics") if reply.has_content() else None
-        if measured is not None and isinstance(seconds := measured.get("seconds"), int | float):
-            who, (verb, _, phase) = f"wire:{item.client}", item.original.metadata.message_type.partition(".")
-            parts = {"out": reply.metadata.created_at - seconds - item.at, "work": seconds}
-            parts["back"] = time.time() - reply.metadata.created_at
-            if all(math.isfinite(value) for value in parts.values()):  # a node says when it answered
-                self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
-
-    def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
-        """A node that was started again has lost what it was working on: it is asked again."""
-        if item.node not in online:
-            item.away_since = item.away_since or time.monotonic()
-        else:
-            item.away_since = None
-            if item.ids and not item.due and online[item.node] != item.stamp:
-                self.say(f"fedfuse: client {item.client}: its node was started again; sending again")
-                item.due = True
-
-    def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
-        now = time.time()
-        for item, key in zip(
-            due, self.grid.push_messages([self._dressed(i.original, i.node) for i in due]), strict=True
-        ):
-            item.due, item.at = False, now
-            item.tries += 1
-            item.stamp = online[item.node]
-            if key:
-                item.ids.add(key)
-            else:
-                item.due = item.tries <= self.patience.retries
 
 
 def _good(answered: list[tuple[Sent, Message]]) -> int:

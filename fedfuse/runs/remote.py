@@ -29,10 +29,11 @@ from fedfuse.data.dataset import SPLITS
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.network.app import SiteApp
 from fedfuse.network.audit import Audit
+from fedfuse.network.exchange import Patience
 from fedfuse.network.handshake import differences, identity
 from fedfuse.network.own_data import counts_of, server_scenario, task_of
 from fedfuse.network.policy import Policy
-from fedfuse.network.remote_grid import Patience, RemoteGrid
+from fedfuse.network.remote_grid import RemoteGrid
 from fedfuse.network.roster import Roster
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.network.sizes import UNKNOWN, largest_array

@@ -13,7 +13,7 @@ from fedfuse.config.schema import AttackConfig
 from fedfuse.core.attacks import Liar, cpa, distributions, fdla, flipped, lma, pcfdla
 from fedfuse.deploy.submit import order_of
 from fedfuse.errors import UserError, WorldError
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.seeding import generator
 from fedfuse.wire.records import InvalidArrays, arrays_in, strays, tensors
 from fedfuse.wire.records import distributions as checked

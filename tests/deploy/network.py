@@ -16,7 +16,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.remote import serve

@@ -28,7 +28,7 @@ from fedfuse.deploy.registration import read_request, write_request
 from fedfuse.deploy.submit import fetched, order_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.audit import Audit
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Place, Roster, fingerprint
 
 

@@ -16,7 +16,7 @@ from fedfuse.compat.flower_arrays import limit_arrays
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
 from fedfuse.errors import WorldError, one_line
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.network.sizes import UNKNOWN
 from fedfuse.wire.records import InvalidArrays, digest_of, plain_numpy
 from tests.deploy.network import Network, run, seats, tiny
@@ -24,7 +24,7 @@ from tests.deploy.network import Network, run, seats, tiny
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.exchange.POLL", 0.01)
 
 
 class Hostile(Network):

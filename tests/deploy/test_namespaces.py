@@ -18,7 +18,7 @@ from fedfuse.deploy.doors import READY
 from fedfuse.deploy.processes import Process, free_port, surroundings
 from fedfuse.deploy.registration import register
 from fedfuse.deploy.submit import Link, order_of, submit
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.runs.experiment import run
 from tests.deploy.wire import Wire
 

@@ -12,8 +12,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message
 
 from fedfuse.errors import UserError, WorldError
+from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy
-from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import Site
 from fedfuse.results.run_data import load
 from fedfuse.runs.configuration import as_yaml
@@ -24,7 +24,7 @@ from tests.federations import play
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.exchange.POLL", 0.01)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedmd", "knfu"])

@@ -14,8 +14,8 @@ from fedfuse.config.message import as_json, from_json
 from fedfuse.deploy.bundle import bundle_hash, guarded, write_bundle
 from fedfuse.deploy.orders import carry_out, pack, read_patience, unpack, write_patience
 from fedfuse.errors import Refused, UserError
+from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, read_policy
-from fedfuse.network.remote_grid import Patience
 from tests.deploy.network import tiny
 
 

@@ -13,7 +13,7 @@ from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
 from fedfuse.data.read_digits import digits
 from fedfuse.errors import UserError, WorldError
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.network.site import SiteConfig
 from tests.deploy import network
 from tests.deploy.network import Network
@@ -21,7 +21,7 @@ from tests.deploy.network import Network
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.exchange.POLL", 0.01)
 
 
 def archive(folder: Path, rows: np.ndarray, shift: int = 0) -> str:

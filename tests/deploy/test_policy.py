@@ -14,8 +14,8 @@ import pytest
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.errors import Refused, UserError, WorldError
+from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from, read_policy
-from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import SiteConfig
 from fedfuse.train.allowance import Allowance, limited, passes
 from fedfuse.train.ledger import Ledger, Limits, entered
@@ -26,7 +26,7 @@ DP = ("privacy.noise=4", "train.batch_size=8", "data.limit=90")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.exchange.POLL", 0.01)
 
 
 def under(policy: Policy, path: Path) -> Network:

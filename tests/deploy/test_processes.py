@@ -28,7 +28,7 @@ from fedfuse.deploy.registration import register, write_request
 from fedfuse.deploy.relay import Relay
 from fedfuse.deploy.submit import Link, Order, order_of
 from fedfuse.errors import UserError, WorldError
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from fedfuse.runs.experiment import run
 
 KEYS = ("data=digits", "clients=3", "rounds=3", "seed=0", "model=mlp_small")

@@ -14,8 +14,8 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedfuse.errors import Refused, UserError, WorldError
+from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from
-from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import SiteConfig
 from fedfuse.results.run_data import load
 from fedfuse.wire.fixed_point import FixedPoint
@@ -28,7 +28,7 @@ SECURE = ("secure=on", "clients=4")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.network.remote_grid.POLL", 0.01)
+    monkeypatch.setattr("fedfuse.network.exchange.POLL", 0.01)
 
 
 @pytest.mark.parametrize("words", [

@@ -17,7 +17,7 @@ from fedfuse.deploy.local import Federation
 from fedfuse.deploy.processes import Process, members
 from fedfuse.deploy.submit import order_of, submit
 from fedfuse.errors import WorldError
-from fedfuse.network.remote_grid import Patience
+from fedfuse.network.exchange import Patience
 from tests.federations import TINY, federation
 
 pytestmark = pytest.mark.deploy
