@@ -27,8 +27,8 @@ Choices: the adapters stand in the language model's embedding space; features(x)
 normalised over d; a client reads each image once a run, with the frozen encoder; the floor in place of an ε in the
 denominator, which would draw weights of small F to 0. All clients make as many exchanges as the one with the most
 examples; who is done sends nothing. Without `language` the model is a small transformer with random weights: a trial
-of the machinery, not of the method. The adapters' own optimiser is Adam
-at 0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
+of the machinery, not of the method. The adapters' own optimiser is Adam at 0.01 (ours; with plain SGD at the
+platform's rate they collapse), so `train.lr` is heard with `optimizer=null` only.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from fedfuse import (
     SteppedClient,
     SteppedStrategy,
     Topic,
+    UserError,
     Workspace,
     arrays,
     hyper,
@@ -80,6 +81,13 @@ class FedNanoHyper:
     mu: float = hyper(0.0, "μ, pull to the round's common adapters: FedProx", low=0)
     samples: int = hyper(64, "most examples that F_k is taken over", low=1)
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "floor"):
+            value, default = getattr(self, name), getattr(FedNanoHyper, name)
+            if self.merge != "fisher" and value != default:
+                does = f"strategy.{name}={value} does nothing with strategy.merge={self.merge}"
+                raise UserError(f"{does}, which takes no F_k; allowed there: {default}")
 
 
 class FedNanoClient(SteppedClient):

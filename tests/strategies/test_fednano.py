@@ -135,7 +135,8 @@ def test_what_weighs_alike_is_sent_as_it_is_and_averaged() -> None:
 @pytest.mark.parametrize(("merge", "of_f", "times"), [("fisher", 7, 2), ("fedavg", 0, 1), ("local", 0, 0)])
 def test_activations_and_slopes_are_counted(merge: str, of_f: int, times: int) -> None:
     """The rule that reads no F makes no exchange for it and sends none: bytes to the last one."""
-    words = ("train.epochs=2", "train.batch_size=1000", "rounds=1", "strategy.samples=7", f"strategy.merge={merge}")
+    words = ("train.epochs=2", "train.batch_size=1000", "rounds=1", f"strategy.merge={merge}")
+    words += (f"strategy.samples={of_f}",) if of_f else ()
     with federation("fednano", *SMALL, *words) as (built, _):
         built.run()
         traffic, n = built.strategy.outbox.traffic.summary(), [built.scenario.examples(c) for c in range(3)]
@@ -178,11 +179,19 @@ def test_the_reader_scores_answers_by_their_tokens() -> None:
     [
         ("strategy.letters=2", "has 3 tokens; allowed is 1 to strategy.letters=2"),
         ("strategy.language=/nowhere", "/nowhere is not a directory"),
+        (
+            "strategy.merge=fedavg strategy.samples=7",
+            "samples=7 does nothing with strategy.merge=fedavg, .*: 64$",
+        ),
+        (
+            "strategy.merge=local strategy.floor=0.1",
+            "floor=0.1 does nothing with strategy.merge=local, .*: 1e-06$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(word: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
-        play("fednano", *SMALL, word)
+        play("fednano", *SMALL, *word.split())
 
 
 def test_each_example_is_asked_its_own_question() -> None:
