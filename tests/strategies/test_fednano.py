@@ -278,6 +278,8 @@ def test_the_pull_to_the_common_adapters_is_fedproxs() -> None:
 
 def test_local_adapters_go_on_and_send_nothing_of_themselves() -> None:
     strategy, states = final_states("fednano", *SMALL, "strategy.merge=local", "train.batch_size=1000")
+    assert strategy.inbox.failures["rejected"] == 0
+    assert {metric.split("/")[0] for metric in strategy.inbox.scored[0]} >= {"personal"}
     begun = strategy.workspace.initial("mlp_small")
     for name, value in strategy.model.items():
         assert torch.equal(value, begun[name])
