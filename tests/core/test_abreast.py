@@ -165,15 +165,31 @@ def test_a_client_that_fails_takes_nobody_with_it(monkeypatch):
 def test_texts_over_one_base(tmp_path, made, monkeypatch):
     from tests.models.test_language import lm
 
-    words = ("strategy.rank=3", "rounds=2")
+    words = ("strategy.rank=3", "rounds=1")
     alone = play("fed_sb", *words, base=lm(tmp_path))
-    assert play("fed_sb", *words, AUTO, base=lm(tmp_path)).digest == alone.digest
-    assert max(made) == 3
-    made.clear()
     monkeypatch.setattr(abreast_room, "PLACES", 8 * 8 * 2)
     assert play("fed_sb", *words, AUTO, base=lm(tmp_path)).digest == alone.digest
-    assert max(made) == 2
+    assert made == [2, 1]
     made.clear()
     packed = play("fed_sb", *words, "data.packing=true", base=lm(tmp_path)).digest
     assert play("fed_sb", *words, "data.packing=true", AUTO, base=lm(tmp_path)).digest == packed
     assert not made
+
+
+def test_one_base_in_any_stack_and_order_after_a_crash_and_on_ray(tmp_path, made, monkeypatch):
+    alone, words = play("fed_sb", *UNEQUAL).digest, (*UNEQUAL, AUTO)
+    for most, reverse, sizes in ((9, False, [9, 9]), (9, True, [9, 9]), (4, False, [3] * 6), (1, False, [1] * 18)):
+        monkeypatch.setattr(abreast_room, "PLACES", most)  # of which a client whose examples are no texts takes one
+        made.clear()
+        assert play("fed_sb", *words, reverse=reverse).digest == alone
+        assert made == sizes
+    monkeypatch.setattr(abreast_room, "PLACES", 2)
+    with (
+        federation("fed_sb", *words, path=tmp_path, callbacks=(Crash(1),)) as (built, _),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        built.run()
+    made.clear()
+    assert play("fed_sb", *words, path=tmp_path).digest == alone
+    assert sorted(made) == [1, 2, 2, 2, 2], "the second round alone"
+    assert play("fed_sb", *words, grid="ray", workers=2).digest == alone
