@@ -23,9 +23,9 @@ from fedfuse.train.abreast_batches import Feed, Member, sent
 from fedfuse.train.abreast_layers import Forward
 from fedfuse.train.abreast_passes import written_out
 from fedfuse.train.mean_loss import added_in_order
-from fedfuse.train.objective import Towards
 from fedfuse.train.row_targets import losses_of
 from fedfuse.train.task import IGNORED, task_loss
+from fedfuse.train.towards import Towards
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfuse.train.objective import Loss, Towards
+from fedfuse.train.objective import Loss
+from fedfuse.train.towards import Towards
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
 
