@@ -603,7 +603,7 @@ def test_a_share_counts_for_one_unless_it_says_otherwise() -> None:
 
 
 def test_what_went_wrong_is_told_apart_and_from_what_flower_says() -> None:
-    """The numbers are no contract: sites and server are of one version (docs/deployment.md). But they are ours alone."""
+    """The numbers are no contract: sites and server are of one version (docs/deployment.md). They are ours alone."""
     ours = {STALE, REFUSED, FAILED, INVALID, FULL}
     flowers = {code for name, code in vars(ErrorCode).items() if not name.startswith("_")}
     assert len(ours) == 5
