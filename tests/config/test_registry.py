@@ -208,6 +208,6 @@ def test_what_nobody_declares_is_not_asked_for() -> None:
     assert not FusionClient.partly_labelled
 
 
-def test_hyper_parameters_stay_as_they_were_asked_for() -> None:
-    for name in registry.listed():
-        assert registry.entry(name).hyper.__dataclass_params__.frozen, name
+@pytest.mark.parametrize("name", sorted(registry.listed()))
+def test_hyper_parameters_stay_as_they_were_asked_for(name: str) -> None:
+    assert registry.entry(name).hyper.__dataclass_params__.frozen
