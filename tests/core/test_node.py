@@ -241,6 +241,14 @@ def test_waiting_for_others_is_no_time_of_ones_own(tmp_path: Path) -> None:
     assert -30 < float(reply.content["metrics"]["seconds"]) < elapsed - 30
 
 
+def test_who_may_be_stopped_or_keeps_a_ledger_trains_alone(tmp_path: Path) -> None:
+    asked_for = ("runtime=ray", "runtime.vectorize=auto")
+    assert node("local", tmp_path, *asked_for).vectorized
+    assert not node("local", tmp_path, "runtime=ray", "runtime.vectorize='off'").vectorized
+    assert not node("local", tmp_path, *asked_for, "runtime.client_timeout=5").vectorized
+    assert not node("local", tmp_path, *asked_for, ledger=object()).vectorized
+
+
 # --- groups -----------------------------------------------------------------------------------------------
 
 
