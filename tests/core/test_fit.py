@@ -11,7 +11,7 @@ from tests.halves import server
 BARE = ("model.name=custom", "model.build=tests.halves:featureless")
 
 
-@pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto", "fedd2s", "fedgen"])
+@pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto"])
 def test_weights_of_several_architectures_have_no_mean(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} averages weights and needs one architecture"):
         server(name, "model.pool=[mlp_small,mlp_wide]")
@@ -21,7 +21,7 @@ def test_knowledge_of_several_architectures_can_be_fused() -> None:
     assert len(set(server("fedmd", "model.pool=[mlp_small,mlp_wide]").scenario.architectures)) == 2
 
 
-@pytest.mark.parametrize("name", ["moon", "fedper", "fedrep", "fedhkd", "fedgen", "fedproto", "fedet"])
+@pytest.mark.parametrize("name", ["moon", "fedper", "fedrep", "fedproto"])
 def test_a_model_has_the_parts_that_a_strategy_takes_apart(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} needs models with features\(x\), head\(z\) and feature_dim"):
         server(name, *BARE)
@@ -52,7 +52,7 @@ def test_nobody_keeps_the_optimisers_state_of_a_model_that_is_overwritten(name: 
         server(name, "train.optimizer_state=keep")
 
 
-@pytest.mark.parametrize("name", ["cfd", "dsfl", "feddf", "fedet"])
+@pytest.mark.parametrize("name", ["cfd", "dsfl"])
 def test_few_rows_to_distil_are_told(name: str) -> None:
     (said,) = remarks(server(name))
     assert "rows a round for 10 classes, which is few" in said
