@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedfuse.config.registry import NoHyper
 from fedfuse.core.client import FusionClient
@@ -599,4 +600,12 @@ def test_a_share_counts_for_one_unless_it_says_otherwise() -> None:
     assert (share.examples, share.group, share.weight) == (7, 0, 1.0)
     with pytest.raises(FrozenInstanceError):
         share.weight = 2.0
-    assert (STALE, REFUSED, FAILED, INVALID, FULL) == (1001, 1002, 1003, 1004, 1005)  # as sites' logs have them
+
+
+def test_what_went_wrong_is_told_apart_and_from_what_flower_says() -> None:
+    """The numbers are no contract: sites and server are of one version (docs/deployment.md). They are ours alone."""
+    ours = {STALE, REFUSED, FAILED, INVALID, FULL}
+    flowers = {code for name, code in vars(ErrorCode).items() if not name.startswith("_")}
+    assert len(ours) == 5
+    assert not ours & flowers
+    assert flowers

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from fedfuse.config import registry
 from fedfuse.config.idle import digests, idle
+from fedfuse.core.moments import evaluate
 from fedfuse.train.scores import scores
 from fedfuse.train.training import predict
 from tests.federations import federation, play, scenario_of
+from tests.halves import client
 
 # unequal clients, two of three in the last round, and a digest that is felt
 WORDS = ("partition=dirichlet", "partition.alpha=0.5", "data.personal_test=0.4", "participation=0.67", "distil.lr=0.2")
@@ -53,6 +56,24 @@ def test_both_moments_by_hand(name):
         assert f"accuracy/personal_{moment}" not in headline
     if name == "fedmd":  # which has no server model: the clients' mean is told
         assert found["received"][1]["accuracy/global"] != found["trained"][1]["accuracy/global"]
+
+
+def test_a_lesson_that_moves_one_layer_is_told_too():
+    """Scored beside is what training left, even if most of it is as it was; and the client stands where it stood."""
+    half = client("fedmd", "partition=dirichlet", "data.personal_test=0.4")
+    trained = half.weights()
+    last = list(trained)[-1]
+    x, y = half.examples("personal")
+    most = y.mode().values
+    received = {**trained, last: trained[last].index_fill(0, most[None], 100.0)}  # everything is its class then
+    before = scores(predict(half.model, x), y, 10)["accuracy"]
+    half.load(received)
+    _, metrics = evaluate(half, trained)
+    assert metrics["personal/accuracy"] == float((y == most).double().mean()) != before
+    assert metrics["personal/accuracy_trained"] == before
+    assert all(torch.equal(value, received[name]) for name, value in half.weights().items())
+    assert half.splits == ("personal",)
+    assert not any("trained" in key for key in evaluate(half, None)[1])
 
 
 def test_where_there_is_one_model_the_key_is_idle_and_nothing_is_told_twice():

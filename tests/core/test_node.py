@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,24 @@ def test_what_is_distilled_for_an_evaluation_is_not_distilled_again(monkeypatch)
     with federation("knfu", "rounds=3") as (built, _):
         built.run()
     assert len(taken) == 3 * 3
+
+
+def test_waiting_for_others_is_no_time_of_ones_own(tmp_path: Path) -> None:
+    here, message = node("local", tmp_path), asked("local")[0]
+    waited = iter([50.0, 80.0])  # seconds, before this message and after it
+    here.desk.away = lambda: next(waited)  # type: ignore[method-assign]
+    started = time.perf_counter()
+    reply = here.handle(message, Cache())
+    elapsed = time.perf_counter() - started
+    assert -30 < float(reply.content["metrics"]["seconds"]) < elapsed - 30
+
+
+def test_who_may_be_stopped_or_keeps_a_ledger_trains_alone(tmp_path: Path) -> None:
+    asked_for = ("runtime=ray", "runtime.vectorize=auto")
+    assert node("local", tmp_path, *asked_for).vectorized
+    assert not node("local", tmp_path, "runtime=ray", "runtime.vectorize='off'").vectorized
+    assert not node("local", tmp_path, *asked_for, "runtime.client_timeout=5").vectorized
+    assert not node("local", tmp_path, *asked_for, ledger=object()).vectorized
 
 
 # --- groups -----------------------------------------------------------------------------------------------

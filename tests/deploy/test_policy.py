@@ -292,7 +292,7 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
                 None,
                 {},
                 {"name": "npz", "extra": {"a": 1}},
-                dict.fromkeys(("layout", "inputs", "groups", "targets"), ""),
+                {**dict.fromkeys(("name", "layout", "inputs", "groups", "targets"), ""), "extra": {}},  # all there are
             ],
             [{"root": "/"}, {"name": "npz", "load": "m:f"}, {"extra": "t"}, ["name"]],
         ),

@@ -67,6 +67,15 @@ def test_what_is_shared(collect, space):
         np.testing.assert_allclose(content["p"][c], mine.mean(0) if len(mine) else torch.zeros(10), atol=1e-5)
 
 
+def test_a_label_of_one_example_is_its_output():
+    half = client("fd")
+    half.total = torch.arange(100, dtype=torch.float64).reshape(10, 10)
+    half.count = torch.tensor([0, 1, 2, *[4] * 7])
+    content = half.share()["labels"]
+    assert content["held"].tolist() == [0, *[1] * 9]
+    assert content["p"][:4, 3].tolist() == [3.0, 13.0, 23 / 2, 33 / 4]
+
+
 @pytest.mark.parametrize("space", ["prob", "logit"])
 def test_client_loss_by_hand(space):
     half = client("fd", f"strategy.space={space}", "strategy.gamma=0.7", "train.lr=1e-30", "train.batch_size=1000")
@@ -97,7 +106,13 @@ def test_absent_clients_get_the_mean_over_all_holders():
 
 @pytest.mark.parametrize(
     ("p", "held"),
-    [([[0.5, 0.4], [0.5, 0.5]], [1, 1]), ([[-0.5, 1.5], [0.5, 0.5]], [1, 1]), ([A, B], [1, 0]), ([A, B], [2, 1])],
+    [
+        ([[0.5, 0.4], [0.5, 0.5]], [1, 1]),
+        ([[-0.5, 1.5], [0.5, 0.5]], [1, 1]),
+        ([A, B], [1, 0]),
+        ([A, [0.0, 0.1]], [1, 0]),
+        ([A, B], [2, 1]),
+    ],
 )
 def test_rows_that_are_no_distributions_are_refused(p, held):
     scope = Scope({"classes": 2}, {}, type("H", (), {"space": "prob"}))

@@ -3,11 +3,13 @@
 import pytest
 
 from fedfuse.config.schema import DistilConfig, TrainConfig
+from fedfuse.core.client import transfer_rows
 from fedfuse.core.fit import remarks
 from fedfuse.errors import UserError
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, chosen, happens, plan
 from tests.federations import federation, play
+from tests.halves import client
 
 TRAIN = TrainConfig(lr=0.3, optimizer="sgd")
 
@@ -66,6 +68,26 @@ def test_every_distillation_does_as_many_steps_as_asked(name, monkeypatch):
     assert set(distilled) == {3}
     one = play(name, "distil.optimizer=adam", *whole).digest
     assert one != play(name, "distil.optimizer=adamw", "distil.lr=0.02", *whole).digest
+
+
+def test_no_batch_is_smaller_than_a_loss_can_take(monkeypatch):
+    asked, half = [], client("fedmd")
+    half.begin("receive")
+    monkeypatch.setattr("fedfuse.core.client.plan", lambda *words: (asked.append(words[-1]), plan(*words))[1])
+    x, y = half.workspace.transfer(half.subset(None))
+    few = {"epochs": 0, "batch_size": 8}
+    half.distil(lambda logits, labels, rows: logits.sum(), x, y, **few)
+    for least in (5, 1):
+        monkeypatch.setattr(half.loss("kl"), "min_batch", least)
+        half.distil(lambda logits, labels, rows: logits.sum(), x, y, **few)
+    assert asked == [2, 5, 2]
+
+
+def test_a_lesson_is_of_its_own_rounds_rows():
+    half = client("fedmd", round=3)
+    of = {round: transfer_rows(half.scenario, 8, round).tolist() for round in (3, 5)}
+    assert of[3] != of[5]
+    assert (half.subset(8).tolist(), half.subset(8, 5).tolist()) == (of[3], of[5])
 
 
 def test_bad_values_are_refused():

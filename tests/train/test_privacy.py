@@ -390,6 +390,20 @@ def test_without_opacus_it_says_what_to_install(monkeypatch) -> None:
         check(model(None), "mlp")
 
 
+def test_what_opacus_says_of_a_model_is_one_line_and_short() -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("no rule\n  for " + "a" * 148 + "b" * 200)
+
+    x, y = data()
+    draw = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError) as caught:
+        train(Odd(6, 3), x, y, TrainConfig(), PrivacyConfig(noise=1.0), (1.0, 1.0, 1), draw, draw)
+    words = f"no rule for {'a' * 148}"
+    assert str(caught.value) == f"privacy.clipping=ghost: Opacus refuses this model ({words})"
+    assert len(words) == 160
+
+
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fed_sb"])
 def test_noise_stays_within_a_clients_rank(name, monkeypatch) -> None:
     """A private step adds noise to every trained number; those beyond the rank of a client have to stay zero."""

@@ -15,6 +15,7 @@ from fedfuse.train import schedule
 from fedfuse.train.task import IGNORED, task_loss
 from fedfuse.train.training import optimizer, train
 from tests.federations import federation, play
+from tests.halves import client
 
 BASE = (
     "data=digits", "data.limit=90", "data.test_limit=10", "partition=iid", "clients=2", "rounds=2", "model=mlp_small",
@@ -94,6 +95,13 @@ def test_so_many_steps_over_as_many_passes_as_they_take(steps: int) -> None:
     assert result["steps"] == steps
     assert len(seen) == 2 * steps
     assert sorted(seen[:6]) == (list(range(6)) if steps >= 3 else sorted(seen))  # a pass is whole before the next
+
+
+def test_a_bound_on_steps_is_on_private_examples_however_they_are_named() -> None:
+    half = client("fedavg", "train.max_steps=5", "train.epochs=9", "train.batch_size=1000")
+    half.begin("train")
+    assert half.train()["steps"] == half.train(x=half.x, y=half.y)["steps"] == 5
+    assert half.train(x=half.x.clone(), y=half.y)["steps"] == 9  # what else it learns from, such as a transfer set
 
 
 def test_the_rate_over_a_run() -> None:

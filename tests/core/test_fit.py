@@ -1,0 +1,75 @@
+"""What strategies declare of themselves decides what they are refused, in words, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedfuse import UserError
+from fedfuse.core.fit import remarks
+from tests.halves import server
+
+BARE = ("model.name=custom", "model.build=tests.halves:featureless")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto"])
+def test_weights_of_several_architectures_have_no_mean(name: str) -> None:
+    with pytest.raises(UserError, match=rf"strategy={name} averages weights and needs one architecture"):
+        server(name, "model.pool=[mlp_small,mlp_wide]")
+
+
+def test_knowledge_of_several_architectures_can_be_fused() -> None:
+    assert len(set(server("fedmd", "model.pool=[mlp_small,mlp_wide]").scenario.architectures)) == 2
+
+
+@pytest.mark.parametrize("name", ["moon", "fedper", "fedrep", "fedproto"])
+def test_a_model_has_the_parts_that_a_strategy_takes_apart(name: str) -> None:
+    with pytest.raises(UserError, match=rf"strategy={name} needs models with features\(x\), head\(z\) and feature_dim"):
+        server(name, *BARE)
+
+
+def test_who_takes_nothing_apart_takes_any_model() -> None:
+    assert server("fedavg", *BARE).model
+
+
+@pytest.mark.parametrize("name", ["fedproto", "fedgkt"])
+def test_features_that_are_compared_are_of_one_size(name: str) -> None:
+    with pytest.raises(UserError, match=rf"strategy={name} compares features across clients.*: set model.feature_dim="):
+        server(name, "model.pool=[mlp_small,mlp_wide]")
+    server(name, "model.pool=[mlp_small,mlp_wide]", "model.feature_dim=16")
+
+
+PRIVATE = ["local", "ditto", "dsfl", "fd", "cofed", "comet", "fedproto", "fedgkt", "fedd2s"]
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_who_keeps_a_private_model_may_keep_its_optimisers_state(name: str) -> None:
+    server(name, "train.optimizer_state=keep")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "cfd", "moon"])
+def test_nobody_keeps_the_optimisers_state_of_a_model_that_is_overwritten(name: str) -> None:
+    with pytest.raises(UserError, match=rf"train.optimizer_state=keep: strategy={name} keeps no private model"):
+        server(name, "train.optimizer_state=keep")
+
+
+@pytest.mark.parametrize("name", ["cfd", "dsfl"])
+def test_few_rows_to_distil_are_told(name: str) -> None:
+    (said,) = remarks(server(name))
+    assert "rows a round for 10 classes, which is few" in said
+    assert not remarks(server(name, "transfer.size=100"))  # ten a class are enough
+
+
+def test_a_tokenizer_that_nobody_reads_with_is_a_slip() -> None:
+    with pytest.raises(UserError, match=r"model.paths names 'own', which nobody has: model.pool=\[causal_lm@own"):
+        server("fedavg", "model.paths.own=/somewhere")
+
+
+def test_delta_is_at_most_one_over_the_examples_of_the_largest_client() -> None:
+    pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
+    built = server("fedavg", "privacy.noise=1", "partition=size")
+    most = max(range(3), key=built.scenario.examples)
+    largest = built.scenario.examples(most)
+    assert largest > max(built.scenario.examples(c) for c in range(3) if c != most)
+    server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={0.99 / largest}")
+    with pytest.raises(UserError, match=rf"client {most} has {largest} examples; allowed is 1/N"):
+        server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={1.01 / largest}")
