@@ -155,8 +155,8 @@ def table() -> int:
     import polars as pl
 
     frame = pl.read_parquet(HERE / "results.parquet")
-    print("| data | shared | strategy | ε | personal % | global % | MB | LDIA error (blind) | AUC | TPR at 1 % FPR, % |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    heads = ["data", "shared", "strategy", "ε", "personal %", "global %", "MB", "LDIA error (blind)", "AUC"]
+    print("| " + " | ".join([*heads, "TPR at 1 % FPR, %"]) + " |\n" + "|---" * 10 + "|")
     for block in [one for one in ("mnist", "mnist-private", "cifar10") if one in set(frame["block"])]:
         for name, shared in SHARED.items():
             part = frame.filter(block=block, strategy=name)
