@@ -47,6 +47,7 @@ def pages(target: Path) -> list[Path]:
         page = target / f"reference/{name}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text, encoding="utf-8")
+    shutil.copyfile(ROOT / "docs/site.css", target / "site.css")
     return sorted(target.rglob("*.md"))
 
 
@@ -71,7 +72,8 @@ def linked(source: Path, page: Path, places: dict[Path, Path], target: Path) -> 
             return f"{picture}[{words}](pictures/{meant.name})"
         return words if words.startswith("`") else f"{words} (`{meant.relative_to(ROOT)}`)"
 
-    return LINK.sub(moved, source.read_text(encoding="utf-8"))
+    text = source.read_text(encoding="utf-8").replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return LINK.sub(moved, text)
 
 
 def keys() -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.core.workspace import Workspace
     from fedfuse.data import alignment
     from fedfuse.errors import UserError, WorldError
-    from fedfuse.families import inversion, lora, merged_text, merging, one_shot, public_text, synthesis
+    from fedfuse.families import inversion, lora, merged_text, merging, neighbours, one_shot, public_text, synthesis
     from fedfuse.families.adapters import AdapterClient, AdapterHyper, AdapterStrategy
     from fedfuse.families.averaging import AnchoredClient, AveragingStrategy, server_step
     from fedfuse.families.bases import BasisClient, BasisHyper, BasisStrategy
@@ -32,11 +32,12 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.one_shot import Ensemble, OneShotStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
+    from fedfuse.families.split import SplitClient, SplitStrategy, SteppedClient, SteppedStrategy
     from fedfuse.families.student import StudentStrategy
     from fedfuse.models import pair, parts, questions, reader, soft_prompt
     from fedfuse.models.in_place import variable
     from fedfuse.seeding import generator, seed_of
-    from fedfuse.train import classwise, curvature, distil, mentors, next_token, training, truncate
+    from fedfuse.train import classwise, curvature, distil, next_token, training, truncate
     from fedfuse.train.scores import scores
     from fedfuse.train.task import task_loss
     from fedfuse.wire import label_code
@@ -75,6 +76,7 @@ _HOMES = {
     "families.one_shot": "Ensemble OneShotStrategy",
     "families.personal": "Part PartClient PartStrategy",
     "families.ranks": "RankedClient RankedHyper RankedStrategy",
+    "families.split": "SplitClient SplitStrategy SteppedClient SteppedStrategy",
     "families.student": "StudentStrategy",
     "seeding": "generator seed_of",
     "train.scores": "scores",
@@ -83,11 +85,11 @@ _HOMES = {
     "wire.records": "Arrays InvalidArrays Layout Scope arrays distributions layout_of model_arrays record validate",
     "wire.sums": "Sum",
 }
-_MODULES = ("families.inversion", "families.lora", "families.merged_text", "families.merging", "families.one_shot",
-            "families.public_text", "families.synthesis", "data.alignment", "models", "models.pair", "models.parts",
-            "models.questions", "models.reader", "models.soft_prompt", "train.classwise", "train.curvature",
-            "train.distil", "train.mentors", "train.next_token", "train.training", "train.truncate",
-            "wire.label_code")  # fmt: skip
+_MODULES = ("families.inversion", "families.lora", "families.merged_text", "families.merging", "families.neighbours",
+            "families.one_shot", "families.public_text", "families.synthesis", "data.alignment", "models",
+            "models.pair", "models.parts", "models.questions", "models.reader", "models.soft_prompt",
+            "train.classwise", "train.curvature", "train.distil", "train.next_token", "train.training",
+            "train.truncate", "wire.label_code")  # fmt: skip
 
 _WHERE = {name: (f"fedfuse.{home}", name) for home, names in _HOMES.items() for name in names.split()}
 _WHERE |= {home.rpartition(".")[2]: (f"fedfuse.{home}", "") for home in _MODULES}

@@ -88,7 +88,7 @@ class DSFLClient(FusionClient):
 
     def share(self) -> Records:
         """Outputs on this round's rows, in ascending row order."""
-        logits = self.predict(self.transfer[self.subset(self.hyper.subset)])
+        logits = self.predict(self.workspace.transfer(self.subset(self.hyper.subset))[0])
         return {"labels": {"p": logits.softmax(1) if self.hyper.softmax == "client" else logits}}
 
 

@@ -14,9 +14,11 @@ here, in round t, D_t unlabelled and known to the server only:
 
 Reconstructed, and so ours: which layer is common and its place. Every network, the server's too, is equipped with
 encoder → linear to `representation` units → common layer (representation × representation) → output layer. Client
-models and layers are averaged by examples. Travels: P_small·B_f bytes each way. The third-party code (noise as proxy,
-performance-weighted logits) is not followed. Clients predict with their small model, the figures on the global set are
-the large model's.
+models and layers are averaged by examples. How long the larger model is taught and with which optimiser: five passes of
+the clients' own SGD over 100 unlabelled examples are ten steps, after which it did not even repeat ŷ of those rows, and
+answered one class for all (10.0 %); so 20 passes of Adam. Travels: P_small·B_f bytes each way. The third-party code
+(noise as proxy, performance-weighted logits) is not followed. Clients predict with their small model, the figures on
+the global set are the large model's.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ class FedETHyper:
     large: str | None = hyper(None, "architecture of the server's model; null: mlp_wide, or cnn_large for images")
     lam: float = hyper(0.05, "λ, weight of the diversity term", low=0)
     representation: int = hyper(64, "units of the common layer", low=1)
-    distill_epochs: int = hyper(5, "passes over D_t each round", low=0)
+    distill_epochs: int = hyper(20, "passes over D_t each round (ours)", low=0)
     distill_batch: int = hyper(64, "batch size at the server", low=1)
+    distill_lr: float = hyper(1e-3, "Adam's learning rate at the server (ours)", above=0)
 
 
 def weights_of(logits: Tensor) -> Tensor:
@@ -163,7 +166,9 @@ class FedET(FusionStrategy):
 
         model = self.workspace.loaded(self.large, self.state["large"])
         self.log("disagreement", float(there.double().mean()))
-        return self.distil(model, x, None, both, purpose="large", epochs=h.distill_epochs, batch_size=h.distill_batch)
+        rate = {"lr": h.distill_lr, "optimizer": "adam"}
+        passes = {"epochs": h.distill_epochs, "batch_size": h.distill_batch}
+        return self.distil(model, x, None, both, purpose="large", **passes, **rate)
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """The large model."""

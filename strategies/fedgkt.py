@@ -23,7 +23,7 @@ training, on all clients' features; what clients do is `train.*`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +32,13 @@ from torch import Tensor, nn
 
 from fedfuse import (
     Arrays,
-    FusionClient,
-    FusionStrategy,
-    InvalidArrays,
     Item,
     Layout,
     Metrics,
     Records,
-    Scope,
-    Share,
     Shares,
+    SplitClient,
+    SplitStrategy,
     Topic,
     arrays,
     hyper,
@@ -49,7 +46,6 @@ from fedfuse import (
     scores,
     strategy,
     training,
-    validate,
 )
 
 
@@ -65,7 +61,7 @@ class FedGKTHyper:
     server_batch: int = hyper(128, "batch size at the server", low=1)
 
 
-class FedGKTClient(FusionClient):
+class FedGKTClient(SplitClient):
     """Keeps extractor and head; learns from its labels and from the server's logits of its own examples."""
 
     personal = True
@@ -91,28 +87,16 @@ class FedGKTClient(FusionClient):
         labels = self.y.to(torch.int32)
         return {"knowledge": {"features": self._features(self.x), "logits": self.predict(self.x), "labels": labels}}
 
-    def evaluate(self) -> tuple[Records, Metrics]:
-        """Features of test examples for the server to judge; labels only of sets that the server does not have."""
-        records: Records = {}
-        for split in self.splits:
-            examples = self.examples(split)
-            if examples is not None:
-                records[split] = {"features": self._features(examples[0])}
-                if split != "global":
-                    records[split]["labels"] = examples[1].to(torch.int32)
-        return records, {}
+    def activations(self, split: str) -> Arrays:
+        """Features of a split's examples."""
+        return {"features": self._features(self.examples(split)[0])}
 
     def _features(self, x: Tensor) -> Tensor:
         return training.predict(self.model, x, self.scenario.config.evaluate.batch_size, features=True)
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        raise InvalidArrays(f"labels: not in 0 … {classes - 1}")
-
-
 @strategy("fedgkt", client=FedGKTClient, hyper=FedGKTHyper, paper="He et al. 2020, arXiv 2007.14513")
-class FedGKT(FusionStrategy):
+class FedGKT(SplitStrategy):
     """Split learning by mutual distillation: small client networks, one large server tail on their features."""
 
     topics = {"logits": Topic("state", arrays(z=("examples", "classes")))}
@@ -121,16 +105,8 @@ class FedGKT(FusionStrategy):
             features=("examples", "features"), logits=("examples", "classes"), labels=("int32", "examples")
         )
     }
-    needs_features = True
     same_features = True
     distils = True
-    discloses = ("labels", "features")
-
-    @classmethod
-    def examine(cls, scope: Scope, records: Records) -> None:
-        """Labels are classes."""
-        for content in records.values():
-            _check_labels(content["labels"], scope.dims["classes"])
 
     def tail(self) -> nn.Module:
         """The server's network g, holding its newest weights."""
@@ -181,33 +157,10 @@ class FedGKT(FusionStrategy):
         """The tail g, which takes a client's features."""
         return {"tail": (self.hyper.tail, self.state["tail"], (self._width,))}
 
-    def judge(self, shares: Iterable[Share]) -> list[tuple[int, Metrics]]:
-        """Score each client's extractor with the server's tail."""
-        tail, found = self.tail(), []
-        for share in shares:
-            metrics: Metrics = {}
-            try:
-                for split, content in share.records.items():
-                    y = self._labels(split, content)
-                    for name, value in scores(self._judge(tail, content["features"]), y, self.classes).items():
-                        metrics[f"{split}/{name}"] = value
-            except InvalidArrays as error:
-                self.exclude(share, str(error))
-                continue
-            found.append((share.client, metrics))
-        return found
+    def activations(self, rows: int) -> Layout:
+        """Layout of an evaluated set: its features."""
+        return {"features": ("float32", (rows, self._width))}
 
-    def _labels(self, split: str, content: Mapping[str, Tensor]) -> Tensor:
-        """Labels of an evaluated set, once what came is found to be in order."""
-        if split == "global":
-            y = self.workspace.tensors("test")[1].cpu()
-        elif split in self.splits and "labels" in content:
-            y = content["labels"]
-        else:
-            raise InvalidArrays(f"{split}: not asked for, or without labels")
-        layout: Layout = {"features": ("float32", (len(y), self._width))}
-        if split != "global":
-            layout["labels"] = ("int32", (len(y),))
-        validate(split, content, layout)
-        _check_labels(y, self.classes)
-        return y.long()
+    def score(self, content: Arrays, y: Tensor) -> Metrics:
+        """Scores of the server's tail behind a client's extractor."""
+        return scores(self._judge(self.tail(), content["features"]), y, self.classes)

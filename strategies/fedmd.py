@@ -20,8 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fedfuse import (
     FusionClient,
     FusionStrategy,
@@ -61,11 +59,7 @@ class FedMDClient(FusionClient):
         """Digest: min over own weights of mean |f_k(x) − f̃(x)|, x ∈ the consensus' own rows."""
         h, item = self.hyper, knowledge["consensus"]
         x, y = self.workspace.transfer(self.subset(h.subset, item.version))
-        consensus, loss = item.arrays["logits"].to(self.workspace.device), self.loss("mae")
-
-        def digest(logits: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
-            return loss(logits, consensus[rows], y)
-
+        digest = self.loss("mae").towards_logits(item.arrays["logits"].to(self.workspace.device))
         self.distil(digest, x, y, epochs=h.digest_epochs, batch_size=h.digest_batch, steps=40)
 
     def fit(self) -> Metrics:
@@ -78,7 +72,7 @@ class FedMDClient(FusionClient):
 
     def share(self) -> Records:
         """Logits on this round's rows, in ascending row order."""
-        return {"logits": {"logits": self.predict(self.transfer[self.subset(self.hyper.subset)])}}
+        return {"logits": {"logits": self.predict(self.workspace.transfer(self.subset(self.hyper.subset))[0])}}
 
 
 @strategy("fedmd", client=FedMDClient, hyper=FedMDHyper, paper="Li and Wang 2019, arXiv 1910.03581")

@@ -14,14 +14,14 @@ connector(encoder(x)), or of a question's tokens, which the server sends once:
                F_k = mean (∂ℓ/∂θ_k)² over `samples` examples, the square of one example's slope; sends F_k, F_k θ_k
     server:    θ ← Σ_k n_k F_k θ_k / Σ_k n_k F_k, F_k at least `floor`
 
-Where all F_k are equal this is FedAvg; `mu` adds FedProx's (μ/2)‖θ − θ_t‖² to ℓ, and `merge=local` leaves each client
-its own adapters. One question is asked of all images, with the classes for answers; with `question=null` a class is a
-question and its answer ("Is this a cat? yes"), and each example is scored among the answers to its own. Travels, a
-client and round, P = 4·r·d: 2·P·B_f up, P·B_f down for the adapters, and for each example of each step
-(L + L_text)·d·B_f down and L·d·B_f + 4 up, with all questions' tokens up a step: the activations, which the paper's
-figure of 0.01 % of the parameters leaves out, are most of it. **Labels and features of private examples leave the
-clients**; the run's notes say so. Predicting needs both halves, so evaluation sends the embeddings up, and the server
-takes the class whose answer is the likeliest.
+Where all F_k are equal this is FedAvg; `merge=fedavg` takes and sends no F_k, and `merge=local` leaves each client its
+own adapters; `mu` adds FedProx's (μ/2)‖θ − θ_t‖² to ℓ. One question is asked of all images, with the classes for
+answers; with `question=null` a class is a question and its answer ("Is this a cat? yes"), and each example is scored
+among the answers to its own. Travels, a client and round, P = 4·r·d: 2·P·B_f up (P·B_f without F_k), P·B_f down for
+the adapters, and for each example of each step (L + L_text)·d·B_f down and L·d·B_f + 4 up, with all questions' tokens
+up a step: the activations, which the paper's figure of 0.01 % of the parameters leaves out, are most of it. **Labels
+and features of private examples leave the clients**; the run's notes say so. Predicting needs both halves, so
+evaluation sends the embeddings up, and the server takes the class whose answer is the likeliest.
 
 Choices: the adapters stand in the language model's embedding space; features(x) is the encoder's output; embeddings are
 normalised over d; a client reads each image once a run, with the frozen encoder; the floor in place of an ε in the
@@ -33,7 +33,7 @@ at 0.01 (ours; with plain SGD at the platform's rate they collapse), so `train.l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,18 +42,16 @@ from torch import Tensor, nn
 
 from fedfuse import (
     Arrays,
-    FusionClient,
-    FusionStrategy,
     InvalidArrays,
     Item,
     Layout,
     Metrics,
     Records,
     Scope,
-    Share,
     Shares,
+    SteppedClient,
+    SteppedStrategy,
     Topic,
-    UserError,
     Workspace,
     arrays,
     hyper,
@@ -63,8 +61,6 @@ from fedfuse import (
     scores,
     soft_prompt,
     strategy,
-    training,
-    validate,
 )
 
 
@@ -80,18 +76,18 @@ class FedNanoHyper:
     rank: int = hyper(8, "r of the NanoAdapters", low=1)
     optimizer: str | None = hyper("adam", "of the adapters; null: train.optimizer and train.lr")
     lr: float = hyper(0.01, "η of that optimizer", above=0)
-    merge: str = hyper("fisher", "weights F_k, or 1: FedAvg, or none", choices=("fisher", "fedavg", "local"))
+    merge: str = hyper("fisher", "weights F_k, or alike: FedAvg, or none", choices=("fisher", "fedavg", "local"))
     mu: float = hyper(0.0, "μ, pull to the round's common adapters: FedProx", low=0)
     samples: int = hyper(64, "most examples that F_k is taken over", low=1)
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
 
 
-class FedNanoClient(FusionClient):
-    """Sends adapted embeddings, takes their slopes, and steps; within a round its adapters are in `state`."""
+class FedNanoClient(SteppedClient):
+    """Sends adapted embeddings, takes their slopes, and steps."""
 
     model: Any
     start: Arrays
-    slopes: Arrays | None = None
+    kept = ("own",)
 
     @staticmethod
     def equip(model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
@@ -107,19 +103,19 @@ class FedNanoClient(FusionClient):
         return config if h.optimizer is None else replace(config, optimizer=h.optimizer, lr=h.lr)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
-        """The common adapters, the questions, and the slopes of the last batch if there are new ones."""
+        """The common adapters or one's own, the questions, and the slopes of the last batch."""
+        super().receive(knowledge)
         self.start = self.state["own"] if "own" in self.state else knowledge["model"].arrays
         self.load(self.start)
-        asked = {name: v.to(self.workspace.device) for name, v in knowledge["question"].arrays.items()}
+        asked = knowledge["question"].arrays
         self.question, self.length, self.of = asked["e"], asked["length"], asked["of"].long()
-        if "slopes" in knowledge:
-            self.slopes = {name: v.to(self.workspace.device) for name, v in knowledge["slopes"].arrays.items()}
 
     def plan(self) -> list[Tensor]:
         """Rows of each step's batch, and last those of F_k."""
-        n, t = len(self.x), self.training
-        steps = list(training.batches(n, t.batch_size, t.epochs, self.seed, "split", self.client, self.round))
-        return [*steps, torch.randperm(n, generator=self.generator("fisher"))[: self.hyper.samples]]
+        steps = super().plan()
+        if self.hyper.merge != "fisher":
+            return steps
+        return [*steps, torch.randperm(len(self.x), generator=self.generator("fisher"))[: self.hyper.samples]]
 
     @torch.no_grad()
     def image(self, split: str, rows: Tensor | None = None) -> Tensor:
@@ -131,82 +127,51 @@ class FedNanoClient(FusionClient):
         (z,) = self.workspace.kept(("features", split, self.architecture, *who), lambda: (self.embed(x),))
         return self.model.head(z if rows is None else z[rows.to(z.device)])
 
-    @torch.no_grad()
-    def forward(self) -> Records:
-        """Take the last batch's step, and send the next one's embeddings and labels; none where all is done."""
-        self._advance()
-        plan, step = self.plan(), self.state["step"]
-        rows = plan[step] if step < len(plan) else plan[0][:0]
-        self.state["step"], self.state["adapters"] = step + 1, self.weights()
+    def activations(self, split: str) -> Arrays:
+        """Adapted embeddings of all images of a split, and of all questions."""
+        return {"image": self.model.image(self.image(split)), "text": self.model.text(self.question)}
+
+    def batch(self, rows: Tensor) -> Arrays:
+        """Adapted embeddings of some training images and of all questions, and labels."""
         text = self.model.text(self.question) if len(rows) else self.question[:0]
         image = self.model.image(self.image("train", rows))
-        return {"activations": {"image": image, "text": text, "labels": self.y[rows].to(torch.int32)}}
+        return {"image": image, "text": text, "labels": self.y[rows].to(torch.int32)}
 
-    def _advance(self) -> None:
-        """Begin the round, or use the slopes that came: for a step, or of the last batch for F_k."""
-        if self.state.get("round") != self.round:
-            own = {name: self.state[name] for name in ("own",) if name in self.state}
-            self.state.clear()
-            self.state |= {"round": self.round, "step": 0, "loss": 0.0, **own}
-            return
-        self.load(self.state["adapters"])
-        plan, last = self.plan(), self.state["step"] - 1
-        if self.slopes is None or last >= len(plan):
-            return
-        rows = plan[last]
+    def learn(self, place: int, rows: Tensor, slopes: Arrays) -> None:
+        """∂ℓ/∂θ of each example: a step by their mean; of the last batch, F_k."""
         text = questions.spread(self.question, self.length, self.of[self.y[rows]])
         found: Arrays = {}
         for name, e in (("image", self.image("train", rows)), ("text", text)):
-            both = getattr(self.model, name).slopes(e, self.slopes[name])
+            both = getattr(self.model, name).slopes(e, slopes[name])
             found |= {f"{name}.{letter}": one for letter, one in zip("AB", both, strict=True)}
-        if last == len(plan) - 1:
+        if self.hyper.merge == "fisher" and place == len(self.plan()) - 1:
             self.state["fisher"] = {name: g.square().mean(0) for name, g in found.items()}
             return
-        trained = {name: p for name, p in self.model.named_parameters() if name in found}
-        for name, p in trained.items():
-            p.grad = found[name].mean(0)
-            if self.hyper.mu:
-                p.grad += self.hyper.mu * (p.detach() - self.start[name])
-        optimizer = self._kept_optimizer({"params": list(trained.values())})  # of the round, in `state`
-        optimizer.step()
-        optimizer.zero_grad()
-        self._keep_optimizer(optimizer)
-        self.state["loss"] += float(self.slopes["loss"].mean())
-
-    def fit(self) -> Metrics:
-        """Take what came last: F_k, or nothing for a client that has it already."""
-        self._advance()
-        steps = len(self.plan()) - 1
-        loss = self.state["loss"] / steps if steps else float("nan")
-        return {"num-examples": len(self.x), "steps": steps, "loss": loss}
+        gradients = {name: g.mean(0) for name, g in found.items()}
+        if self.hyper.mu:
+            here = self.weights()
+            gradients = {name: g + self.hyper.mu * (here[name] - self.start[name]) for name, g in gradients.items()}
+        self.step(gradients, slopes["loss"])
 
     def share(self) -> Records:
-        """F_k and F_k θ_k; nothing where adapters are not merged."""
-        end, found = self.weights(), self.state.get("fisher", {})
-        if self.hyper.merge == "local":
-            self.state.clear()
+        """F_k and F_k θ_k; θ_k where all weigh alike; nothing where adapters are not merged."""
+        end, found, merge = self.weights(), self.state.get("fisher", {}), self.hyper.merge
+        self.forget()
+        if merge == "local":
             self.state["own"] = end
-            return {"fisher": {}, "scaled": {}}
-        flat = self.hyper.merge == "fedavg"
-        f = {n: torch.ones_like(v) if flat else found.get(n, v * 0).clamp_min(self.hyper.floor) for n, v in end.items()}
-        self.state.clear()
+        if merge != "fisher":
+            return {"fisher": {}, "scaled": end if merge == "fedavg" else {}}
+        f = {n: found.get(n, v * 0).clamp_min(self.hyper.floor) for n, v in end.items()}
         return {"fisher": f, "scaled": {n: f[n] * end[n] for n in end}}
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[Records, Metrics]:
-        """Embeddings of test examples for the server to read; labels only of sets that the server does not have."""
-        records: Records = {}
-        for split in self.splits:
-            if (examples := self.examples(split)) is not None:
-                image = self.model.image(self.image(split))
-                records[split] = {"image": image, "text": self.model.text(self.question)}
-                if split != "global":
-                    records[split]["labels"] = examples[1].to(torch.int32)
-        return records, {}
+
+def fisher(scope: Scope) -> Layout:
+    """Layout of F_k."""
+    return scope.model if scope.hyper.merge == "fisher" else {}
 
 
-def merged(scope: Scope) -> Layout:
-    """Layout of F_k, and of F_k θ_k."""
+def scaled(scope: Scope) -> Layout:
+    """Layout of F_k θ_k, or of θ_k."""
     return {} if scope.hyper.merge == "local" else scope.model
 
 
@@ -225,7 +190,7 @@ def activations(scope: Scope) -> Layout:
 
 
 @strategy("fednano", client=FedNanoClient, hyper=FedNanoHyper, paper="Zhang et al. 2025, arXiv 2506.14824")
-class FedNano(FusionStrategy):
+class FedNano(SteppedStrategy):
     """A frozen language model at the server, small adapters at the clients, merged by Fisher information."""
 
     topics = {
@@ -238,30 +203,24 @@ class FedNano(FusionStrategy):
             ),
         ),
     }
-    records = {"fisher": merged, "scaled": merged}
+    records = {"fisher": fisher, "scaled": scaled}
     records_forward = {"activations": activations}
     sums = {"fisher": "num-examples", "scaled": "num-examples"}  # type: ignore[assignment]
     heterogeneous = False
-    needs_features = True
-    discloses = ("labels", "features")
 
     def __init__(self, hyper: FedNanoHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         self.reader = reader.build(hyper.language, hyper.width, self.scenario.seed).to(workspace.device)
         names = [str(name) for name in self.scenario.data.dataset.classes]
-        self.questions = questions.Questions(self.reader, names, hyper.question)
-        for text, length in zip(self.questions.texts, self.questions.length.tolist(), strict=True):
-            if not 0 < length <= hyper.letters:
-                raise UserError(
-                    f"strategy.question: {text!r} has {length} tokens; allowed is 1 to strategy.letters={hyper.letters}"
-                )
+        self.questions = questions.Questions(self.reader, names, hyper.question, hyper.letters)
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Labels are classes, an example each; F is positive."""
-        for content in records.values():
-            if "labels" in content:
-                _check(content["labels"], scope.dims["classes"], len(content["image"]))
+        super().examine(scope, records)
+        batch = records.get("activations")
+        if batch is not None and len(batch["labels"]) != len(batch["image"]):
+            raise InvalidArrays(f"labels: {len(batch['labels'])} for {len(batch['image'])} examples")
         for name, value in records.get("fisher", {}).items():
             if bool((value <= 0).any()):
                 raise InvalidArrays(f"fisher/{name}: not positive")
@@ -272,87 +231,35 @@ class FedNano(FusionStrategy):
         asked = self.questions
         self.publish("question", {"e": asked.e, "length": asked.length, "of": asked.of})
 
-    def phases(self, round: int) -> tuple[str, ...]:
-        """As many exchanges as the largest client has batches, one for F_k, and the merging."""
-        train = self.scenario.config.train
-        most = max(self.scenario.examples(client) for client in range(self.scenario.clients))
-        return ("forward",) * (train.epochs * len(training.sizes_of(most, train.batch_size)) + 1) + ("train",)
+    @property
+    def exchanges(self) -> int:
+        """One a step, and one for F_k."""
+        return super().exchanges + (self.hyper.merge == "fisher")
 
-    def fuse_forward(self, shares: Shares) -> None:
-        """Run the language model forward and back on each client's batch, and send it its own slopes."""
-        version = self.round * len(self.phases(self.round)) + self.place
-        for share in shares:
-            content = {name: v.to(self.workspace.device) for name, v in share.records["activations"].items()}
-            if not len(content["labels"]):
-                continue
-            if len(content["text"]) != len(self.questions.e):
-                self.exclude(share, f"activations/text: {len(content['text'])} tokens, the questions have others")
-                continue
-            self.publish("slopes", self.slopes(**content), to=share.client, version=version)
-
-    def slopes(self, image: Tensor, text: Tensor, labels: Tensor) -> Arrays:
-        """ℓ (n,), and ∂ℓ/∂h of each example's image tokens (n × L × d) and text tokens (n × L_text × d)."""
-        image, own = image.clone().requires_grad_(), self.questions
-        text = questions.spread(text, own.length, own.of[labels.long().cpu()]).requires_grad_()
-        loss = own.loss(image, text, labels)
-        slope_image, slope_text = torch.autograd.grad(loss.sum(), (image, text))
-        return {"image": slope_image, "text": slope_text, "loss": loss.detach()}
+    def slopes(self, content: Arrays) -> Arrays:
+        """ℓ, and ∂ℓ/∂h of each example's image tokens and of its question's."""
+        if len(content["text"]) != len(self.questions.e):
+            raise InvalidArrays(f"activations/text: {len(content['text'])} tokens, the questions have others")
+        return dict(zip(("loss", "image", "text"), self.questions.slopes(**content), strict=True))
 
     def fuse(self, shares: Shares) -> None:
         """θ ← Σ n F θ / Σ n F."""
         if self.hyper.merge == "local":
             return
-        (f, weight), (scaled, _) = shares.total("fisher"), shares.total("scaled")
+        (f, _), (scaled, weight) = shares.total("fisher"), shares.total("scaled")
         if weight:  # else nobody has an example: what is published stays
-            self.publish("model", {name: (scaled[name] / f[name]).to(self.model[name].dtype) for name in f})
+            mean = {name: total / (f[name] if f else weight) for name, total in scaled.items()}
+            self.publish("model", {name: value.to(self.model[name].dtype) for name, value in mean.items()})
 
-    def judge(self, shares: Iterable[Share]) -> list[tuple[int, Metrics]]:
-        """Score each client's embeddings by the language model."""
-        found = []
-        for share in shares:
-            metrics: Metrics = {}
-            try:
-                for split, content in share.records.items():
-                    y = self._labels(split, content)
-                    image, text = (content[name].to(self.workspace.device) for name in ("image", "text"))
-                    z = self.questions.scores(image, text, y, self.scenario.config.evaluate.batch_size).cpu()
-                    for name, value in {**scores(z, y, self.classes), **self._kinds(z, y)}.items():
-                        metrics[f"{split}/{name}"] = value
-            except InvalidArrays as error:
-                self.exclude(share, str(error))
-                continue
-            found.append((share.client, metrics))
-        return found
-
-    def _kinds(self, z: Tensor, y: Tensor) -> Metrics:
-        """Accuracy on questions with k answers, by k, where some have more than others."""
-        counts = torch.bincount(self.questions.of.long())
-        some = counts[self.questions.of[y].long()]
-        kinds = some.unique().tolist() if len(counts) > 1 else []
-        right = (z.argmax(1) == y).double()
-        return {f"accuracy_of_{k}": float(right[some == k].mean()) for k in kinds}
-
-    def _labels(self, split: str, content: Arrays) -> Tensor:
-        """Labels of an evaluated set, once what came is found to be in order."""
-        if split == "global":
-            y = self.workspace.tensors("test")[1].cpu()
-        elif split in self.splits and "labels" in content:
-            y = content["labels"]
-        else:
-            raise InvalidArrays(f"{split}: not asked for, or without labels")
+    def activations(self, rows: int) -> Layout:
+        """Layout of an evaluated set: its images' embeddings, and all questions'."""
         h = self.hyper
-        layout: Layout = {
-            "image": ("float32", (len(y), h.tokens, h.width)), "text": ("float32", (len(self.questions.e), h.width))
+        return {
+            "image": ("float32", (rows, h.tokens, h.width)), "text": ("float32", (len(self.questions.e), h.width))
         }  # fmt: skip
-        if split != "global":
-            layout["labels"] = ("int32", (len(y),))
-        validate(split, content, layout)
-        _check(y, self.classes, len(y))
-        return y.long()
 
-
-def _check(labels: Tensor, classes: int, rows: int) -> None:
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        raise InvalidArrays(f"labels: not in 0 … {classes - 1}")
-    if len(labels) != rows:
-        raise InvalidArrays(f"labels: {len(labels)} for {rows} examples")
+    def score(self, content: Arrays, y: Tensor) -> Metrics:
+        """The class whose answer is the likeliest, of those to an example's question."""
+        image, text = (content[name].to(self.workspace.device) for name in ("image", "text"))
+        z = self.questions.scores(image, text, y, self.scenario.config.evaluate.batch_size).cpu()
+        return {**scores(z, y, self.classes), **self.questions.accuracies(z, y)}

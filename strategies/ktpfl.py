@@ -18,9 +18,8 @@ without T² divided by batch and classes, and alignment rows drawn with replacem
 freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
 `evaluate.moment=trained`; the default scores it after. Architectures may differ.
 
-`neighbours=classroom` puts ClassroomKD's rule (Sarode et al. 2024, arXiv 2409.20237; `fedfuse.train.mentors`) in the
-place of c: the server ranks the participants by their loss on the labelled transfer rows, and each distils from those
-that rank no lower than itself, with CE on the rows' labels; down go their M ≤ N − 1 soft predictions, M·T_s·C·B_f.
+`neighbours=classroom` puts another rule in the place of c: mentors, ranked on the transfer set's labels
+(`fedfuse.families.neighbours`).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from fedfuse import (
     arrays,
     distributions,
     hyper,
-    mentors,
+    neighbours,
     strategy,
     transfer_rows,
 )
@@ -131,6 +130,11 @@ def learn(c: Tensor, s: Tensor, h: KTpFLHyper) -> Tensor:
     return (5 * c).softmax(1) if steps and h.rows == "softmax" else c
 
 
+def another(h: KTpFLHyper) -> neighbours.Rule | None:
+    """The rule in the place of learned coefficients, if one is asked for."""
+    return neighbours.rule(h.neighbours, softened=h.temperature)
+
+
 class KTpFLClient(FusionClient):
     """Keeps its own model; distils its own mixture, then trains on its own data."""
 
@@ -138,24 +142,25 @@ class KTpFLClient(FusionClient):
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """T²·KL(target_n ‖ softmax(f/T)) on the target's own rows."""
-        h, item = self.hyper, knowledge["target"]
-        x, y = self.workspace.transfer(self.subset(h.subset, item.version))
-        target, T = {name: v.to(self.workspace.device) for name, v in item.arrays.items()}, h.temperature
-        if h.neighbours == "classroom":
-            distil = mentors.objective(target, self.loss, softened=T)
+        h, item, rule = self.hyper, knowledge["target"], another(self.hyper)
+        rows, T = self.subset(h.subset, item.version), h.temperature
+        if rule:
+            step, x, y = rule.lesson(self, item, rows)
         else:
-            distil = self.loss("kl", temperature=T).towards(target["p"], softened=T)
-        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
+            x, y = self.workspace.transfer(rows)
+            step = self.loss("kl", temperature=T).towards(item.arrays["p"].to(self.workspace.device), softened=T)
+        self.distil(step, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""
-        logits = self.predict(self.transfer[self.subset(self.hyper.subset)])
+        logits = self.predict(self.workspace.transfer(self.subset(self.hyper.subset))[0])
         return {"soft": {"p": (logits / self.hyper.temperature).softmax(1)}}
 
 
 def targets(scope: Scope) -> Layout:
     """Layout of what a client is taught."""
-    return mentors.lessons(scope) if scope.hyper.neighbours == "classroom" else arrays(p=("subset", "classes"))(scope)
+    rule = another(scope.hyper)
+    return rule.taught(scope) if rule else arrays(p=("subset", "classes"))(scope)
 
 
 @strategy("ktpfl", client=KTpFLClient, hyper=KTpFLHyper, paper="Zhang et al. 2021, arXiv 2111.02862")
@@ -169,10 +174,8 @@ class KTpFL(FusionStrategy):
 
     def __init__(self, hyper: KTpFLHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
-        if hyper.neighbours == "classroom":
-            labelled, idle = self.scenario.config.transfer.labelled, ("rho", "coefficient_lr", "coefficient_steps")
-            mentors.check(hyper, labelled, *idle, "distance", "rows", "temperature")
-            self.transfer, workspace.transfer_declared = "both", True  # type: ignore[assignment, misc]
+        if rule := another(hyper):
+            rule.check(self, "rho", "coefficient_lr", "coefficient_steps", "distance", "rows", "temperature")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
@@ -189,11 +192,11 @@ class KTpFL(FusionStrategy):
         everyone = [share for share in shares if share.examples]  # the others have learnt nothing of their own
         if not everyone:
             return
+        if rule := another(self.hyper):
+            rule.fuse(self, everyone, transfer_rows(self.scenario, self.hyper.subset, self.round))
+            return
         clients = [share.client for share in everyone]
         s = torch.stack([share.records["soft"]["p"] for share in everyone]).double()
-        if self.hyper.neighbours == "classroom":
-            self._rank(clients, s)
-            return
         grid = torch.meshgrid(torch.tensor(clients), torch.tensor(clients), indexing="ij")
         whole = self.state["coefficients"].clone()
         mass = whole[grid].sum(1, keepdim=True)  # what the rows give to participants; the rest stays where it is
@@ -204,12 +207,3 @@ class KTpFL(FusionStrategy):
         self.log_matrix("similarity", clients, c)
         for client, target in zip(clients, torch.einsum("nm,mtc->ntc", c, s).float(), strict=True):
             self.publish("target", {"p": target}, to=client)
-
-    def _rank(self, clients: list[int], s: Tensor) -> None:
-        """Let those who know the transfer rows no worse teach each participant."""
-        rows = transfer_rows(self.scenario, self.hyper.subset, self.round)
-        labels = self.workspace.tensors("transfer")[1].cpu()[rows]
-        w = mentors.standing(self.hyper.temperature * s.log(), labels)
-        self.log_matrix("similarity", clients, mentors.mentors(w) * w)
-        for n, client in enumerate(clients):
-            self.publish("target", mentors.lesson(n, s, w), to=client)

@@ -9,6 +9,11 @@ arXiv 1910.06378, algorithm 1). With c_i = c = 0 at first, in round t for the sa
 
 Travels: model and variate both ways, 2P·B_f bytes a client and round. The server's c stays the mean of all c_i.
 
+Local steps are plain SGD as in the box, whatever `train.momentum` is: `local_momentum=0`. c − c_i is the same in all K
+steps and of last round's model, so that steps must be short: momentum ρ makes a constant correction 1/(1 − ρ) times as
+long. On MNIST, 10 clients of two or three classes, η = 0.05 reaches 73.6 % with ρ = 0 and diverges with ρ = 0.9, as
+η = 0.2 with ρ = 0 does. FedAvg, which corrects nothing, bears both.
+
 Options. (x − y)/(Kη) is the mean corrected gradient only for plain SGD: with momentum it is about 1/(1 − ρ) times
 that, which biases c_i (Flower's baseline). So `variate=path` takes the mean of the gradients g_i met on the way,
 the same number under plain SGD and right under any optimiser; `variate=difference` is the formula as printed and
@@ -19,7 +24,7 @@ mini-batch steps. Buffers and, with `weighting=examples`, models are averaged as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +56,15 @@ class ScaffoldHyper:
     server_lr: float = hyper(1.0, "η_g, server learning rate", above=0)
     variate: str = hyper("path", "how c_i is renewed (option II both)", choices=("path", "difference"))
     weighting: str = hyper("uniform", "of the models; the paper's mean is uniform", choices=("uniform", "examples"))
+    local_momentum: float | None = hyper(
+        0.0, "of the clients' SGD, in place of train.momentum (paper: none); null: train.momentum", low=0, high=0.999
+    )
+
+
+def stepping(chosen: Any, train: Any) -> Any:
+    """A client's `train.*`, with the momentum of `chosen.local_momentum`."""
+    own = chosen.local_momentum is not None and train.optimizer == "sgd"
+    return replace(train, momentum=chosen.local_momentum) if own else train
 
 
 def renewed(own: Arrays, common: Arrays, start: Arrays, end: Arrays, steps: int, lr: float) -> Arrays:
@@ -60,6 +74,11 @@ def renewed(own: Arrays, common: Arrays, start: Arrays, end: Arrays, steps: int,
 
 class ScaffoldClient(AnchoredClient):
     """Takes corrected steps and keeps its control variate."""
+
+    @property
+    def training(self) -> Any:
+        """`train.*`, stepping as `local_momentum` says."""
+        return stepping(self.hyper, super().training)
 
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """y ← x; remember x and c."""
@@ -104,12 +123,13 @@ class Scaffold(AveragingStrategy):
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
-        trains = [self.scenario.training(i) for i in range(self.scenario.clients)]
+        trains = [stepping(hyper, self.scenario.training(i)) for i in range(self.scenario.clients)]
         self.uncommon = train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
         if hyper.variate == "difference" and train is not None:
             raise UserError(
                 f"strategy.variate=difference: (x − y)/(Kη) is a gradient only under plain SGD, the run has "
-                f"train.optimizer={train.optimizer} train.momentum={train.momentum}; allowed: train.momentum=0, or path"
+                f"train.optimizer={train.optimizer} and momentum {train.momentum}; allowed: sgd with "
+                f"strategy.local_momentum=0, or path"
             )
         uneven = next((t for t in trains if t.schedule != "constant" or t.warmup or t.clip), None)
         if hyper.variate == "difference" and uneven is not None:
@@ -141,8 +161,10 @@ class Scaffold(AveragingStrategy):
         self.publish("control", {k: (c.double() + change[k] / n).to(c.dtype) for k, c in common.items()})
 
     def notes(self) -> list[str]:
-        """Whether the clients step as the box has it."""
+        """How the clients step, where that is not what `train.*` says, or not as the box has it."""
         if self.uncommon is None:
-            return []
-        how = f"train.optimizer={self.uncommon.optimizer} train.momentum={self.uncommon.momentum:g}"
+            asked = self.scenario.config.train.momentum
+            return [f"scaffold: clients step without momentum, as in the paper, not with train.momentum={asked:g} "
+                    f"(strategy.local_momentum=null: with it)"] if asked else []  # fmt: skip
+        how = f"train.optimizer={self.uncommon.optimizer} and momentum {self.uncommon.momentum:g}"
         return [f"scaffold: its corrections are made for plain SGD; with {how} a run of strong skew can diverge"]

@@ -32,7 +32,6 @@ from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.network.serial import SerialGrid
-from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import Arrays, tensors
@@ -135,7 +134,7 @@ def federation(
     strategy = build_strategy(entry, scenario)
     with tempfile.TemporaryDirectory() as folder:
         where = path or Path(folder) / "run"
-        directory = RunDirectory(where, as_yaml(config), 0.0)
+        directory = RunDirectory(where, config, 0.0)
         resumed = (where / "checkpoint").exists()
         if resumed:
             directory.reopen()

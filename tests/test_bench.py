@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fedfuse.bench import distillation
+from fedfuse.bench import distillation, texts
 from fedfuse.bench.contestants import WORKLOADS
 from fedfuse.bench.suite import sides_of
 
@@ -30,6 +30,22 @@ def test_both_sides_take_the_same_steps(name: str, monkeypatch) -> None:
     # 50 private examples by 10, and from round two on 70 rows by 64; the server's student distils in both rounds
     taught = 2 * (name == "dsfl")
     assert [len(rounds) for rounds in found[:2]] == [2 * 5 + taught, 2 * (5 + 2) + taught]
+
+
+@pytest.mark.skipif(not texts.stories().exists(), reason="no stories260K beside the project")
+def test_texts_take_the_same_steps_on_both_sides() -> None:
+    workload, rates = WORKLOADS["fed-sb"], []
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, args, options: rates.append((type(optimizer).__name__, optimizer.param_groups[0]["lr"]))
+    )
+    found = []
+    for side in (texts.fedfuse_side(workload, 2, "inline"), texts.plain_side(workload, 2)):
+        rates.clear()
+        side()
+        found.append(list(rates))
+    hook.remove()
+    assert found[0] == found[1]
+    assert len(found[0]) == 2 * 5
 
 
 def test_only_our_sides_and_the_plain_loop_distil() -> None:

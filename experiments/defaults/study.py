@@ -1,6 +1,7 @@
 """Do open defaults stand where clients' validation examples would put them? Test figures are shown, never selected on.
 
     python experiments/defaults/study.py run [STRATEGY …]    # resumable: the same command goes on where it stopped
+    python experiments/defaults/study.py commands            # the same as `fedfuse compare` commands, one a line
     python experiments/defaults/study.py table               # prints README.md's tables from results.csv
 
 Every run is the public command. A setting is what one key of a strategy is set to, the others at their defaults.
@@ -9,19 +10,20 @@ Every run is the public command. A setting is what one key of a strategy is set 
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+
+from fedfuse.experiments.frame import Part, main, records, spread, write
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/defaults")
 RESULTS = HERE / "results.csv"
-COMMON = [
+COMMON = (
     "data=digits", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=10", "partition=dirichlet",
     "partition.alpha=0.3,0.1", "clients=10", "rounds=10", "train.epochs=5", "runtime=inline", "runtime.parallel=2",
     "seed=0,1,2",
-]  # fmt: skip
+)  # fmt: skip
 SETTINGS: dict[str, dict[str, str]] = {
     "local": {},
     "fedavg": {},
@@ -37,40 +39,33 @@ FIELDS = ("strategy", "key", "value", "alpha", "seed", "validation", "personal",
 METRICS = FIELDS[5:]
 
 
-def run(chosen: list[str]) -> int:
-    """Carry out the runs of some strategies, or of all, then collect their final figures."""
-    for name in chosen or SETTINGS:
-        for key, values in (SETTINGS[name] or {"": ""}).items():
-            words = [f"strategy={name}", *([f"strategy.{key}={values}"] if key else [])]
-            command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, *COMMON, f"out={RUNS / f'{name}-{key}'}"]
-            print("fedfuse", " ".join(command[3:]), flush=True)
-            if code := subprocess.call(command, stdout=subprocess.DEVNULL):
-                return code
-    return collect()
+def parts(words: Sequence[str]) -> list[Part]:
+    """One sweep of each key, by the strategies that words name."""
+    return [
+        Part(
+            "compare",
+            (f"strategy={name}", *([f"strategy.{key}={values}"] if key else []), *COMMON),
+            RUNS / f"{name}-{key}",
+        )
+        for name in words or SETTINGS
+        for key, values in (SETTINGS[name] or {"": ""}).items()
+    ]
 
 
-def collect() -> int:
+def collect() -> None:
     """Write `results.csv`: one line a run."""
-    from fedfuse.results.run_data import find
-
     rows = []
-    for folder in sorted(path for path in RUNS.iterdir() if path.is_dir()):
-        key = folder.name.partition("-")[2]
-        for one in find([folder])[0]:
-            figures = [f"{one.final[f'accuracy/{metric}']:.6f}" for metric in METRICS]
-            value = one.config["strategy"][key] if key else ""
-            rows.append((one.strategy, key, value, one.config["partition"]["alpha"], one.seed, *figures))
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        writer.writerows(sorted(rows, key=lambda row: tuple(map(str, row))))
-    return table()
+    for part, one in records(parts(())):
+        key = part.out.name.partition("-")[2]
+        figures = [f"{one.final[f'accuracy/{metric}']:.6f}" for metric in METRICS]
+        value = one.config["strategy"][key] if key else ""
+        rows.append((one.strategy, key, value, one.config["partition"]["alpha"], one.seed, *figures))
+    write(RESULTS, FIELDS, rows)
 
 
-def table() -> int:
+def table() -> None:
     """Print each key's settings by mean validation accuracy, with 95 % t intervals over seeds."""
     from fedfuse.config import registry
-    from fedfuse.results.statistics import mean_interval
 
     found: dict[tuple[str, str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     with RESULTS.open() as file:
@@ -93,10 +88,8 @@ def table() -> int:
         cells = [name, key, shown, f"{mean(setting):.1f}"]
         for alpha in ("0.3", "0.1"):
             for metric in ("personal", "global"):
-                one = mean_interval(found[setting][metric, alpha])
-                cells.append(f"{one.mean:.1f} ± {one.high - one.mean:.1f}")
+                cells.append(spread(found[setting][metric, alpha]))
         print("| " + " | ".join(cells) + " |")
-    return 0
 
 
 def same(default: str, value: str) -> bool:
@@ -105,5 +98,4 @@ def same(default: str, value: str) -> bool:
 
 
 if __name__ == "__main__":
-    verb, *names = sys.argv[1:] or ["run"]
-    sys.exit({"run": lambda: run(names), "collect": collect, "table": table}.get(verb, lambda: run(names))())
+    main(parts, collect, table)

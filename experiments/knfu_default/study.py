@@ -1,7 +1,8 @@
 """Which setting KnFu's open choices should default to: selected on the clients' validation split, never on test.
 
-    python experiments/knfu_default/study.py run       # resumable: the same command goes on where it stopped
-    python experiments/knfu_default/study.py table     # prints README.md's tables from results.csv
+    python experiments/knfu_default/study.py run [BLOCK …]   # resumable: the same command goes on where it stopped
+    python experiments/knfu_default/study.py commands        # the same as `fedfuse compare` commands, one a line
+    python experiments/knfu_default/study.py table           # prints README.md's tables from results.csv
 
 Every run is the public command; this file lists the runs and reads what they left.
 """
@@ -9,19 +10,20 @@ Every run is the public command; this file lists the runs and reads what they le
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+
+from fedfuse.experiments.frame import Part, main, records, spread, write
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/knfu_default")
 RESULTS = HERE / "results.csv"
-COMMON = [
+COMMON = (
     "data=digits", "data.validation=0.2", "evaluate.validation=true", "evaluate.every=10", "partition=dirichlet",
     "partition.alpha=0.3,0.1", "clients=10", "rounds=10", "train.epochs=5", "runtime=inline", "runtime.parallel=2",
     "seed=0,1,2",
-]  # fmt: skip
+)  # fmt: skip
 EFFORT = "5,20"  # epochs over the transfer set a round, alike for all that distil; FedMD also 1
 MIXED = ["strategy.fuse_space=prob,logit", f"strategy.finetune_epochs={EFFORT}"]
 BLOCKS = {
@@ -47,27 +49,17 @@ FIELDS = (
 )
 
 
-def run() -> int:
-    """Carry out the blocks, then collect their final figures."""
-    for name, words in BLOCKS.items():
-        command = [sys.executable, "-m", "fedfuse.cli", "compare", *words, *COMMON, f"out={RUNS / name}"]
-        print("fedfuse", " ".join(command[3:]), flush=True)
-        if code := subprocess.call(command, stdout=subprocess.DEVNULL):
-            return code
-    return collect()
+def parts(words: Sequence[str]) -> list[Part]:
+    """One sweep of each block that words name."""
+    return [Part("compare", (*BLOCKS[name], *COMMON), RUNS / name) for name in words or BLOCKS]
 
 
-def collect() -> int:
+def collect() -> None:
     """Write `results.csv`: one line a run."""
     import polars as pl
 
-    from fedfuse.results.run_data import find
-
-    runs, skipped = find([RUNS / name for name in BLOCKS])
-    for line in skipped:
-        print(f"skipped: {line}")
     rows = []
-    for one in runs:
+    for _, one in records(parts(())):
         h = one.config["strategy"]
         same = [f"similarity/{i}/{i}" for i in range(10)]
         alone = one.metrics.filter((pl.col("round") == 10) & pl.col("metric").is_in(same)).collect()["value"]
@@ -77,17 +69,11 @@ def collect() -> int:
             *(f"{one.final[f'accuracy/{key}']:.6f}" for key in ("validation", "personal", "global")),
             f"{alone.mean():.4f}" if len(alone) else "",
         ))  # fmt: skip
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        writer.writerows(sorted(rows, key=lambda row: tuple(map(str, row[:7]))))
-    return table()
+    write(RESULTS, FIELDS, rows)
 
 
-def table() -> int:
+def table() -> None:
     """Print the settings in the order of their mean validation accuracy, with 95 % t intervals over seeds."""
-    from fedfuse.results.statistics import mean_interval
-
     found: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     with RESULTS.open() as file:
         for row in csv.DictReader(file):
@@ -110,13 +96,11 @@ def table() -> int:
         cells = [*setting, f"{score(setting):.1f}"]
         for alpha in ("0.3", "0.1"):
             for metric in ("personal", "global"):
-                interval = mean_interval(found[setting][alpha, metric])
-                cells.append(f"{interval.mean:.1f} ± {interval.high - interval.mean:.1f}")
+                cells.append(spread(found[setting][alpha, metric]))
             weights = found[setting].get((alpha, "self"))
             cells.append(f"{mean(weights):.2f}" if weights else "–")
         print("| " + " | ".join(cells) + " |")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit({"table": table, "collect": collect}.get((sys.argv[1:] or [""])[0], run)())
+    main(parts, collect, table)

@@ -29,7 +29,7 @@ class Workload:
     model: str  # or several, parted by +, which clients have in turn
     shape: tuple[int, ...]
     trains: bool
-    strategy: str = "fedavg"  # another: `fedfuse.bench.distillation`, all clients take part
+    strategy: str = "fedavg"  # another: all clients take part
 
     def cohort(self, clients: int) -> int:
         """Clients of a round."""
@@ -52,6 +52,7 @@ WORKLOADS = {
     "fedmd": Workload("cnn", (1, 28, 28), True, "fedmd"),
     "dsfl": Workload("cnn", (1, 28, 28), True, "dsfl"),
     "knfu": Workload("cnn", (1, 28, 28), True, "knfu"),
+    "fed-sb": Workload("causal_lm", (32,), True, "fed_sb"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fedfuse.bench import contestants, distillation
+from fedfuse.bench import contestants, distillation, texts
 from fedfuse.bench.contestants import COHORT, WORKLOADS, serve
 
 
@@ -14,10 +14,11 @@ def main(side: str, name: str, clients: int) -> None:
     grid = "inline" if side.startswith("inline") else "ray"
     words = ("runtime.vectorize=auto",) if side.endswith("abreast") else ()
     if workload.strategy != "fedavg":
+        contest = texts if workload.strategy == "fed_sb" else distillation
         if side == "plain":
-            serve(distillation.plain_side(workload, clients))
+            serve(contest.plain_side(workload, clients))
         else:
-            serve(distillation.fedfuse_side(workload, clients, grid, *words))
+            serve(contest.fedfuse_side(workload, clients, grid, *words))
     elif side == "flower":
         contestants.flower_side(name, clients)
     elif side == "guest":

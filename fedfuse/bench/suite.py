@@ -26,6 +26,7 @@ fedfuse bench [WORKLOAD[@CLIENTS] …] [--against SIDE,…] [--rounds N] [--out 
 Workloads: noop (123 kB), noop-large (6.65 MB), logistic, mlp, cnn: 50 clients a round, 50 examples each, batch 10.
   fedmd, dsfl, knfu: a distillation round in which all clients take part: 1,000 rows, CNNs of their own (fedmd@20)
   fedmd-mlp, knfu-mlp: the same with MLPs of three architectures
+  fed-sb: all clients fine-tune stories260K by adapters, 50 texts of 32 tokens each (fed-sb@20)
   flat: noop with 100, 1,000, 10,000, 100,000 and 1,000,000 clients, which take turns
   startup, cohort-memory, state-memory: whole commands; see `fedfuse.bench.footprint`
   default: all, at the sizes of docs/performance.md
@@ -41,7 +42,7 @@ Writes bench.json and bench.svg into --out (default: bench/).
 SIDES = ("fedfuse", "abreast", "inline", "inline-abreast", "plain", "cores", "guest", "flower", "pfl")
 DEFAULT = (
     "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "mlp@1000", "cnn@1000",
-    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "fedmd-mlp@20", "knfu-mlp@20", "flat",
+    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "fedmd-mlp@20", "knfu-mlp@20", "fed-sb@20", "flat",
     "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2

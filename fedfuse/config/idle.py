@@ -196,6 +196,9 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
         registry.sums_of(registry.entry(config.strategy.name), config.strategy)
     ),
     "a strategy without adapters of its own": lambda config, sweep: not adapts(config),
+    "a strategy without a momentum of its own (strategy.local_momentum)": lambda config, sweep: (
+        getattr(config.strategy, "local_momentum", None) is None
+    ),
     "no privacy of examples (there: privacy.chunk)": lambda config, sweep: not config.privacy.by_example,
     "no privacy of examples (there: privacy.clip)": lambda config, sweep: not config.privacy.by_example,
     "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),

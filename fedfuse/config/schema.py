@@ -193,7 +193,11 @@ class TrainConfig:
     )
     lr: float = key(0.05, "learning rate", only="an optimiser without a rate of its own (train.pool)")
     optimizer: str = key("sgd", "sgd | adam | adamw", only="train.pool=null")
-    momentum: float = key(0.9, "momentum of sgd", only="train.optimizer=sgd")
+    momentum: float = key(
+        0.9,
+        "momentum of sgd",
+        only="train.optimizer=sgd with a strategy without a momentum of its own (strategy.local_momentum)",
+    )
     betas: list[float] = key([0.9, 0.999], "β₁ and β₂ of adam and adamw", only="train.optimizer=adam|adamw")
     schedule: str = key("constant", "of the learning rate over the run: constant | linear | cosine")
     warmup: float = key(0.0, "share of the run in which the rate rises from 0")

@@ -142,7 +142,7 @@ class Abreast:
             made = training.train(
                 asked.model, asked.x, asked.y, asked.loss, asked.config, asked.seed_parts, epochs=asked.epochs,
                 batch_size=asked.batch_size, least=asked.least, after_backward=asked.after_backward,
-                after_step=asked.after_step, max_steps=asked.max_steps,
+                after_step=asked.after_step, max_steps=asked.max_steps, trim=asked.trim,
             )  # fmt: skip
         finally:
             self.busy = False
@@ -156,7 +156,7 @@ class Abreast:
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled():
             return False
         if asked.loss is task_step:
-            return asked.y is not None and asked.y.ndim == 1
+            return asked.y is not None and asked.y.ndim <= 2
         return True
 
     # -- turns -----------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ class Abreast:
         trained = tuple(p.requires_grad for p in parameters_of(asked.model))
         y = None if asked.y is None else (asked.y.dtype, asked.y.shape[1:])
         own = asked.loss is not task_step
-        return seat.architecture, self._said(asked.config), trained, own, asked.x.dtype, asked.x.shape[1:], y
+        shape = asked.x.dtype, asked.x.shape[1:]
+        return seat.architecture, self._said(asked.config), trained, own, shape, y, asked.trim
 
     def _said(self, config: TrainConfig) -> str:
         """A configuration as text, read once while it is the same for all."""

@@ -6,21 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 
-from fedfuse.config.files import LOADER
 from fedfuse.config.schema import Config
 
 
-def computed(config: str) -> dict[str, Any]:
-    """For `environment.json`: the device of the clients that a configuration (YAML) asks for, and whether they stack.
+def computed(config: Config) -> dict[str, Any]:
+    """For `environment.json`: the device of the clients, and whether they stack.
 
     Digests of `vectorize=off` and `auto` are equal on a CPU; on CUDA they are two kinds of run.
     """
-    runtime = (yaml.load(config, Loader=LOADER) or {}).get("runtime") or {}
-    if not {"device", "vectorize"} <= runtime.keys():
-        return {}
-    return {"clients": {"device": _device(str(runtime["device"])), "vectorize": runtime["vectorize"]}}
+    runtime = config.runtime
+    return {"clients": {"device": _device(runtime.device), "vectorize": runtime.vectorize}}
 
 
 def vectorized_notes(config: Config, apart: Mapping[str, int]) -> list[str]:

@@ -18,6 +18,7 @@ from fedfuse.train.task import task_step
 AWAKE = 64  # clients that are awake at once, at most
 ROOM = 64 * 2**20  # bytes of their replicas
 STACK = 16 * 2**20  # bytes of weights that are trained at once; 8 to 16 clients gain most (docs/performance.md)
+PLACES = 2560  # of texts that pass a common base at once: more leave the caches (docs/performance.md)
 DEVICE_AWAKE = 512  # on a GPU, where every step costs its launches whatever it holds
 SHARE = 0.7  # of a GPU's free memory
 COPIES = 4  # of a client's weights, at most: themselves, gradients, and an optimiser's two moments
@@ -55,7 +56,8 @@ class Room:
                     available(workspace) / max(1, self.measured(workspace, architecture, asked))
                 )
             else:
-                return max(1, STACK // max(1, nbytes(workspace.model(architecture))))
+                places = asked.batch_size * asked.x.shape[1] if _tokens(asked.x) else 1
+                return max(1, min(STACK // max(1, nbytes(workspace.model(architecture))), PLACES // places))
         return self._most[key]
 
     def shrink(self, architecture: str, asked: Training, failed: int) -> None:
@@ -73,11 +75,12 @@ class Room:
         before = torch.cuda.memory_allocated(device)
         replicas = Replicas(workspace.resident(architecture), 1)
         rows = min(len(asked.x), asked.batch_size)
-        y = torch.zeros(rows, dtype=torch.int64, device=device)
+        y = None if _tokens(asked.x) else torch.zeros(rows, dtype=torch.int64, device=device)
+        loss = _of_places if y is None else task_step
         for parameter, own in zip(replicas.modules[0].parameters(), asked.model.parameters(), strict=True):
             parameter.requires_grad_(own.requires_grad)
         one = Training(
-            replicas.modules[0], asked.x[:rows], y, task_step, asked.config, ("measured",), 1, rows, 2, None, None, 2
+            replicas.modules[0], asked.x[:rows], y, loss, asked.config, ("measured",), 1, rows, 2, None, None, 2
         )
         together([(0, one)], replicas, forward)
         return torch.cuda.max_memory_allocated(device) - before
@@ -89,6 +92,16 @@ def available(workspace: Workspace) -> float:
     ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     part = runtime.gpu_fraction if runtime.name == "ray" else 1.0
     return (torch.cuda.mem_get_info(device)[0] + ready) * SHARE * min(1.0, part)
+
+
+def _tokens(x: torch.Tensor) -> bool:
+    """Whether examples are texts, each of whose places passes the model as an example does."""
+    return x.ndim == 2 and not x.is_floating_point()
+
+
+def _of_places(logits: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """What takes the memory of a cross-entropy, whatever there is to predict."""
+    return logits.log_softmax(-1).mean()
 
 
 def _halvable(count: float) -> int:

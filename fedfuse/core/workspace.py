@@ -22,6 +22,7 @@ from fedfuse.models.replicas import Replicas, parameters_of
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
 from fedfuse.train import abreast
+from fedfuse.train.abreast_base import common_base
 from fedfuse.train.abreast_batches import sent
 from fedfuse.train.abreast_layers import Forward, stacked
 from fedfuse.train.adapters import LoRA, inject
@@ -136,7 +137,8 @@ class Workspace:
     def forward(self, architecture: str) -> Forward | None:
         """A forward pass of many replicas at once; None where there is none."""
         if architecture not in self._forwards:
-            self._forwards[architecture] = stacked(self.resident(architecture))
+            model = self.resident(architecture)
+            self._forwards[architecture] = stacked(model) or common_base(model)
         return self._forwards[architecture]
 
     def initial(self, architecture: str) -> Arrays:
@@ -200,8 +202,10 @@ class Workspace:
         return self._layouts[architecture]
 
     def transfer(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled."""
+        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled; all of it is no copy."""
         x, y = self.tensors("transfer")
+        if len(rows) == len(x) and torch.equal(rows.cpu(), torch.arange(len(x))):
+            return x, y
         return x[rows], None if y is None else y[rows]
 
     # -- data as tensors, kept while there is room ---------------------------------------------------------

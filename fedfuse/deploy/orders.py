@@ -108,7 +108,7 @@ def _carried_out(
 ) -> None:
     patience = read_patience(str(orders.get("patience", "{}")))
     path = Path(os.environ.get(RUNS, "runs")) / name
-    directory = RunDirectory(path, as_yaml(config), started)
+    directory = RunDirectory(path, config, started)
     directory.deployed = True
     resumed = bool(orders.get("resume", False))
     if resumed and (path / "config.yaml").exists():

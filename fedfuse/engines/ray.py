@@ -220,8 +220,14 @@ class Call:
     """One call to a worker: whole groups, or one message of a group whose worker died."""
 
     parts: list[tuple[int, int]]  # (group, member); member -1: all
+    sent: bool = False
     reference: Any = None
     lost: str = ""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a worker died over it before."""
+        return self.parts[0][1] >= 0
 
 
 class Exchange:
@@ -279,10 +285,21 @@ class Exchange:
             batch = max(1, min(64, int(4 * LARGE // max(grid.bytes, 1)), int(SHORT / max(grid.seconds, 1e-5))))
         for worker, mine in lists.items():
             for k in range(0, len(mine), batch):
-                self._push(grid.crew[worker], [(i, -1) for i in mine[k : k + batch]])
+                grid.crew[worker].calls.append(Call([(i, -1) for i in mine[k : k + batch]]))
+            self._send(grid.crew[worker])
 
-    def _push(self, member: Member, parts: list[tuple[int, int]]) -> None:
-        grid = self.grid
+    def _send(self, member: Member) -> None:
+        """Push what a worker owes, but nothing behind a suspect: a worker that dies over the next call may take the
+        reply before it along, and the suspect would be blamed again.
+        """
+        for call in member.calls:
+            if not call.sent:
+                self._push(member, call)
+            if call.suspect:
+                return
+
+    def _push(self, member: Member, call: Call) -> None:
+        grid, parts = self.grid, call.parts
         grid.prepare(member)
         needs: dict[Address, tuple[int, Any]] = {}
         bare, run, lists = [], None, None
@@ -295,14 +312,12 @@ class Exchange:
                     lists = config.get("needs.version")
             bare.append([_bare(message) for message in messages])
             run = config_in(messages[0].content, "run")
-        call = Call(parts)
-        member.calls.append(call)
+        call.sent = True
         try:
             states = {} if member.shares_directory else grid.states(member, [b for group in bare for b in group])
             common = None if run is None else dict(run)
-            alone = any(j >= 0 for _, j in parts)
             # one argument: Ray's way to write one costs 0.1 ms, however small it is
-            call.reference = member.actor.work.remote((common, bare, needs, states, alone))
+            call.reference = member.actor.work.remote((common, bare, needs, states, call.suspect))
         except RayError as error:
             call.lost = _cause(error)
 
@@ -319,6 +334,8 @@ class Exchange:
             self._recover(member, _cause(error))
             return
         member.calls.popleft()
+        if call.suspect:
+            self._send(member)
         for verb, client, key, tree, previous in kept:
             self._keep(verb, client, key, tree, previous)
         for part, found in zip(call.parts, answers, strict=True):
@@ -354,8 +371,8 @@ class Exchange:
                     self.answers[i, k] = [(FAILED, text)]
                 else:
                     again.append([(i, k)])
-        for parts in [*again, *(call.parts for call in others)]:
-            self._push(member, parts)
+        member.calls.extend(Call(parts) for parts in [*again, *(call.parts for call in others)])
+        self._send(member)
 
     def end(self) -> None:
         """If the phase was broken off, no worker goes on with it behind our back."""

@@ -37,9 +37,16 @@ class Questions:
         The classes.
     question : str or None
         What is asked of every example; None: what its class says.
+    letters : int
+        Most tokens of a question.
+
+    Raises
+    ------
+    UserError
+        If a class or a question is not of that form, or a question has two answers of the same tokens.
     """
 
-    def __init__(self, reader: Reader, names: Sequence[str], question: str | None) -> None:
+    def __init__(self, reader: Reader, names: Sequence[str], question: str | None, letters: int) -> None:
         pairs = [(question, name) if question is not None else _parted(name) for name in names]
         self.reader, self.texts = reader, list(dict.fromkeys(asked for asked, _ in pairs))
         self.of = torch.tensor([self.texts.index(asked) for asked, _ in pairs], dtype=torch.int32)
@@ -47,6 +54,11 @@ class Questions:
             reader.answers([answer for (_, answer), of in zip(pairs, self.of.tolist(), strict=True) if of == q])
         self.answers = reader.answers([answer for _, answer in pairs], differ=False)
         embedded = [reader.embed(text) for text in self.texts]
+        for text, one in zip(self.texts, embedded, strict=True):
+            if not 0 < len(one) <= letters:
+                raise UserError(
+                    f"strategy.question: {text!r} has {len(one)} tokens; allowed is 1 to strategy.letters={letters}"
+                )
         self.e, self.length = torch.cat(embedded), torch.tensor([len(one) for one in embedded], dtype=torch.int32)
 
     def choices(self, q: int) -> Tensor:
@@ -80,6 +92,27 @@ class Questions:
             out = out.index_put((rows,), found)
         return out
 
+    def slopes(self, image: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ℓ (n,) = `loss`, and its slopes in each example's image (n × L × d) and question (n × L_text × d).
+
+        Parameters
+        ----------
+        image : Tensor
+            n × L × d.
+        text : Tensor
+            All questions (S × d).
+        labels : Tensor
+            Classes (n,).
+        """
+        image, text = image.detach().requires_grad_(), self.to_each(text.detach(), labels).requires_grad_()
+        loss = self.loss(image, text, labels)
+        slope_image, slope_text = torch.autograd.grad(loss.sum(), (image, text))
+        return loss.detach(), slope_image, slope_text
+
+    def to_each(self, text: Tensor, labels: Tensor) -> Tensor:
+        """Each example's own question (n × longest × d) of all questions (S × d)."""
+        return spread(text, self.length, self.of[labels.long().cpu()])
+
     def scores(self, image: Tensor, text: Tensor, labels: Tensor, size: int) -> Tensor:
         """log p of each class's answer (n × C); `OTHER` for answers to other questions than a row's.
 
@@ -102,6 +135,14 @@ class Questions:
                 prefix = torch.cat([image[rows], own.expand(len(rows), -1, -1)], 1)
                 out[rows[:, None], choices] = self.reader.scores(prefix, self.answers[choices])
         return out
+
+    def accuracies(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Accuracy on questions with k answers, by k, where some have more than others; z are scores (n × C)."""
+        counts = torch.bincount(self.of.long())
+        some = counts[self.of[y].long()]
+        right = (z.argmax(1) == y).double()
+        kinds = some.unique().tolist() if len(counts) > 1 else []
+        return {f"accuracy_of_{k}": float(right[some == k].mean()) for k in kinds}
 
 
 def _parted(name: str) -> tuple[str, str]:

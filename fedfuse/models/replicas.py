@@ -35,9 +35,7 @@ class Replicas:
 
     def __init__(self, model: nn.Module, count: int) -> None:
         fixed = frozen(model)
-        shared: dict[int, Tensor] = {id(value): value for name, value in model.named_parameters() if name in fixed}
-        shared |= {id(value): value for name, value in model.named_buffers() if name in fixed}
-        self.modules: list[nn.Module] = [copy.deepcopy(model, dict(shared)) for _ in range(count)]
+        self.modules: list[nn.Module] = [copied(model) for _ in range(count)]
         self.stacks: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -69,6 +67,13 @@ class Replicas:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, which shares with it what is frozen."""
+    fixed = frozen(model)
+    named = (*model.named_parameters(), *model.named_buffers())
+    return copy.deepcopy(model, {id(value): value for name, value in named if name in fixed})
 
 
 def shared(model: nn.Module) -> Arrays:

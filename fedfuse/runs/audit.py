@@ -45,7 +45,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.core.timed import build_clock
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runs.configuration import as_yaml, code_of, load_config
+from fedfuse.runs.configuration import code_of, load_config
 from fedfuse.runs.directory import RunDirectory
 
 ATTACKS: dict[str, Any] = {
@@ -118,7 +118,7 @@ def _replayed(
     if questions is not None and answers.listeners:
         entry = asking(entry, scenario, questions.asked, {1, rounds}, answers)
     with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory(Path(folder) / "replay", as_yaml(config), time.time())
+        directory = RunDirectory(Path(folder) / "replay", config, time.time())
         directory.create(False)
         grid = Listening(
             InlineGrid(place(entry, scenario, directory.clients, device=device_of(config))),

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 import uuid
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,46 +18,20 @@ import polars as pl
 import torch
 
 from fedfuse.config.files import opened, replaced, synced, write_text
-from fedfuse.core import client_level
-from fedfuse.core.abreast_notes import computed, vectorized_notes
-from fedfuse.core.attacks import attack_notes
-from fedfuse.core.defended import defence_notes
-from fedfuse.core.fit import remarks
-from fedfuse.core.labels import LEFT, exhausted
+from fedfuse.config.schema import Config
 from fedfuse.core.loop import Callback, Federation
-from fedfuse.core.secure import secure_notes
-from fedfuse.core.silence import UNDEFINED, undefined, unheard
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import COLUMNS, SAMPLES, SCHEDULE
+from fedfuse.results.run_data import SAMPLES
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
-from fedfuse.runs.further import ended_at, told
-from fedfuse.train.privacy import private_notes
+from fedfuse.runs.configuration import as_yaml
+from fedfuse.runs.environment import environment
+from fedfuse.runs.further import ended_at
+from fedfuse.runs.summary import summary
+from fedfuse.runs.tables import KINDS, before_evaluation, write_rows
 from fedfuse.wire.client_store import INITIAL, ClientStore, write_arrays
 
-_KINDS = {
-    **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
-    **dict.fromkeys(("value", "seconds"), pl.Float64),
-}
 PASSWORD = re.compile(r"://[^\s/@]*@")
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
-_WORDS = {"phase", "outcome"}
-SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
-SCHEMAS["schedule"] = {
-    name: pl.String if name in _WORDS else pl.Float64 if name in ("weight", "joules") else pl.Int64 for name in SCHEDULE
-}
-
-KINDS = ("metrics", "traffic", "timing", "schedule")
-
-FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
-
-
-def write_rows(path: Path, kind: str, rows: list[Any], virtual_s: float | None = None) -> None:
-    """Write rows as parquet, atomically; once this returns, they have survived a loss of power."""
-    frame = pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False)
-    if virtual_s is not None:
-        frame = frame.with_columns(virtual_s=pl.lit(virtual_s))
-    with replaced(path, durable=True) as partial:
-        frame.write_parquet(partial)
 
 
 class RunDirectory(Callback):
@@ -70,8 +40,8 @@ class RunDirectory(Callback):
     Parameters
     ----------
     path : Path
-    config : str
-        The resolved configuration as YAML.
+    config : Config
+        What is played.
     started : float
         `time.time()` when the command started, for `seconds.startup`.
 
@@ -81,7 +51,7 @@ class RunDirectory(Callback):
         Committed client state, below the checkpoint.
     """
 
-    def __init__(self, path: Path, config: str, started: float, state_dir: str | None = None) -> None:
+    def __init__(self, path: Path, config: Config, started: float, state_dir: str | None = None) -> None:
         self.path, self.config, self.started, self.state_dir = Path(path), config, started, state_dir
         self.seconds = {"startup": 0.0, "rounds": 0.0, "before": 0.0}
         self._lock: IO[str] | None = None
@@ -91,6 +61,15 @@ class RunDirectory(Callback):
         self._kept: dict[tuple[str, int], str] = {}  # states of clients that are on the disk for good
         self.fallen_back = ""  # what was wrong with the newest checkpoint, if the one before it was used
         self.deployed = False  # whether clients are real sites, whose noise comes from their own entropy
+
+    @property
+    def config(self) -> Config:
+        """What is played; its text is that of `config.yaml` and of every commit."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        self._config, self._text = config, as_yaml(config)
 
     @property
     def checkpoint(self) -> Path:
@@ -127,10 +106,10 @@ class RunDirectory(Callback):
             self._hold()
             self._ours = True
             (self.checkpoint / "rows").mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.yaml", self.config)
-            if PASSWORD.search(self.config):  # of a tracker's address: nobody else's to read
+            write_text(self.path / "config.yaml", self._text)
+            if PASSWORD.search(self._text):  # of a tracker's address: nobody else's to read
                 (self.path / "config.yaml").chmod(0o600)
-            write_text(self.path / "environment.json", json.dumps({**environment(), **computed(self.config)}, indent=1))
+            write_text(self.path / "environment.json", json.dumps(environment(self.config), indent=1))
             if self.state_dir is not None:
                 self._link_state(self.state_dir)
             self.clients = ClientStore((self.checkpoint / "clients").resolve())
@@ -244,7 +223,7 @@ class RunDirectory(Callback):
         for kind, values in rows.items():
             path = self.checkpoint / "rows" / f"{kind}-{round:06d}.parquet"
             if federation.again and path.exists():
-                values = [*_before(path, kind), *values]
+                values = [*before_evaluation(path, kind), *values]
             virtual = clock.seconds if clock is not None and kind == "metrics" else None
             write_rows(path, kind, values, virtual)
         federation.rows, federation.timing, federation.again = [], [], False
@@ -252,7 +231,7 @@ class RunDirectory(Callback):
         self._keep_clients(strategy.outbox.tags)
         if clock is not None:
             self._keep_clients({client: one.made for client, one in clock.waiting.items() if one.made}, "flight")
-        commit(federation, self.checkpoint, self.config, self.seconds)
+        commit(federation, self.checkpoint, self._text, self.seconds)
         progress = {"round": round, "rounds": federation.rounds, "run_id": strategy.run_id}
         progress["failures"] = dict(strategy.inbox.failures)
         if clock is not None:
@@ -270,7 +249,7 @@ class RunDirectory(Callback):
 
     def undo(self, federation: Federation) -> None:
         """Put the federation back to the last commit: a phase of the round that was begun may have been fused."""
-        recover(federation, self.checkpoint, self.config, ("rounds",))
+        recover(federation, self.checkpoint, self._text, ("rounds",))
 
     def end(self, federation: Federation) -> None:
         """Merge the rows, draw the partition, write the final models, and last the summary."""
@@ -296,60 +275,7 @@ class RunDirectory(Callback):
 
     def summary(self, federation: Federation) -> dict[str, Any]:
         """The content of `summary.json`."""
-        strategy, config, clock = federation.strategy, federation.scenario.config, federation.clock
-        dataset = federation.scenario.data.dataset
-        tokens = dataset.kind == "tokens" and dataset.train.texts is None  # else a row is a text: `fit` sees to it
-        keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "loss/train")
-        final = {**dict.fromkeys(keys, math.nan), **federation.headline}
-        best = {}
-        for key in ("accuracy/global", "accuracy/personal"):
-            values = [h[key] for h in federation.history if h.get(key) == h.get(key) and key in h]
-            best[key] = max(values, default=math.nan)
-        total = self.seconds["startup"] + self.seconds["rounds"]
-        return {
-            "format": FORMAT,
-            "run_id": strategy.run_id,
-            "strategy": strategy.name,
-            "data": config.data.name,
-            "seed": config.seed,
-            "clients": federation.scenario.clients,
-            "rounds": federation.rounds,
-            "rounds_done": federation.done,
-            "stopped": federation.stop,
-            "final": _numbers(final),
-            "best": _numbers(best),
-            "traffic": strategy.outbox.traffic.summary(),
-            "failures": dict(strategy.inbox.failures),
-            "cohort_complete": not strategy.inbox.ever_left_out,
-            "seconds": {"startup": self.seconds["startup"], "rounds": self.seconds["rounds"], "total": total},
-            "digest": federation.digest,
-            "digest_missing": federation.digest_missing,
-            **({} if clock is None else {"schedule_digest": clock.book.chain, "virtual_s": clock.seconds}),
-            **({} if clock is None else {"clock": clock.book.summary(clock.now)}),
-            **({"dp": "deployed" if self.deployed else "simulated"} if config.privacy.on else {}),
-            "notes": [
-                *federation.scenario.data.notes,
-                *([self.fallen_back] if self.fallen_back else ()),
-                *unheard(strategy),
-                *undefined(self._figures(UNDEFINED), federation.scenario.clients),
-                *exhausted(self._figures(LEFT), federation.scenario.clients),
-                *remarks(strategy),
-                *vectorized_notes(config, strategy.inbox.apart),
-                *strategy.notes(),
-                *told(strategy, ended_at(self.checkpoint)),
-                *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
-                *(private_notes(strategy.made_from, self.deployed, tokens) if config.privacy.by_example else ()),
-                *(client_level.notes(strategy) if config.privacy.by_client else ()),
-                *(secure_notes(strategy, self.deployed) if config.secure.on else ()),
-                *(attack_notes(federation.scenario) if config.attack.on else ()),
-                *(defence_notes(strategy) if config.defence.on else ()),
-            ],
-        }
-
-    def _figures(self, ending: str) -> list[Any]:
-        """Rows of the figures whose names end so."""
-        rows = pl.scan_parquet(self.path / "metrics.parquet", glob=False)
-        return rows.filter(pl.col("metric").str.ends_with(ending)).collect().rows()
+        return summary(federation, self.path, self.seconds, self.fallen_back, self.deployed)
 
     def write_final_models(self, federation: Federation) -> None:
         """Keep the server's models, and those of the clients that the last evaluation scored."""
@@ -378,7 +304,7 @@ class RunDirectory(Callback):
         """
         done = -1
         free = ("rounds",) if ended_at(self.checkpoint) else ()
-        seconds, self.fallen_back = recover(federation, self.checkpoint, self.config, free)
+        seconds, self.fallen_back = recover(federation, self.checkpoint, self._text, free)
         if seconds is not None:
             self.seconds = seconds
             self.seconds["before"] = self.seconds["rounds"]
@@ -392,12 +318,6 @@ class RunDirectory(Callback):
                 piece.unlink()
 
 
-def _before(path: Path, kind: str) -> list[Any]:
-    """Rows of a round that is committed again, without those of its evaluation."""
-    frame = pl.read_parquet(path).select(list(SCHEMAS[kind]))
-    return frame.filter(pl.col("split") == "train").rows() if kind == "metrics" else frame.rows()
-
-
 def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     """Undo the nesting of names that hold a slash."""
     out: dict[str, torch.Tensor] = {}
@@ -407,43 +327,3 @@ def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
         else:
             out[prefix + key] = value.contiguous().clone()
     return out
-
-
-def _numbers(values: dict[str, float]) -> dict[str, float | None]:
-    return {k: (None if v != v else v) for k, v in values.items()}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    packages = ("fedfuse", "flwr", "torch", "numpy", "ray", "scikit-learn", "scipy", "safetensors")
-    return {name: found for name in packages if (found := _version(name))}
-
-
-def environment() -> dict[str, Any]:
-    """What equal digests depend on beside the configuration, and the command that was typed."""
-    flags = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                flags = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu_flags": flags,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": torch.backends.mkldnn.is_available(),
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a folder, or without what this run does not need
-        return ""

@@ -24,7 +24,7 @@ from fedfuse.core.virtual_clock import VirtualClock
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.runs.configuration import as_yaml, code_of, load_config
+from fedfuse.runs.configuration import code_of, load_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
@@ -82,7 +82,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
     check_audits(strategy, config.audit)
     clock = build_clock(strategy)
     path = Path(config.out) if config.out else default_out(config)
-    directory = RunDirectory(path, as_yaml(config), started, config.runtime.state_dir)
+    directory = RunDirectory(path, config, started, config.runtime.state_dir)
     if config.runtime.name == "flower":
         from fedfuse.runs.remote import run_on_flower
 
@@ -191,11 +191,11 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
     single_thread()
     claim_identity()
     entry = registry.entry(config.strategy.name)
-    directory = RunDirectory(path, as_yaml(config), started)
+    directory = RunDirectory(path, config, started)
     directory.reopen()
     if rounds != config.rounds:
         config = make_room(path, config, rounds)
-        directory.config = as_yaml(config)
+        directory.config = config
     if flower:
         from fedfuse.runs.remote import run_on_flower
 

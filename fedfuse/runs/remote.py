@@ -36,8 +36,9 @@ from fedfuse.network.remote_grid import Patience, RemoteGrid
 from fedfuse.network.roster import Roster
 from fedfuse.network.site import Site, SiteConfig
 from fedfuse.network.sizes import UNKNOWN, largest_array
-from fedfuse.runs.directory import RunDirectory, write_rows
+from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.listeners import callbacks
+from fedfuse.runs.tables import write_rows
 
 
 def serve(

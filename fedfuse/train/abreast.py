@@ -49,6 +49,7 @@ class Training:
     after_backward: Callable[[nn.Module], None] | None
     after_step: Callable[[int, int], object] | None
     max_steps: int | None = None
+    trim: bool = False
 
 
 class Desk(Protocol):

@@ -12,10 +12,12 @@ from torch import Tensor
 from fedfuse.seeding import generator, seed_of
 from fedfuse.train.abreast import Training
 from fedfuse.train.batch import sizes_of
-from fedfuse.train.task import task_step
+from fedfuse.train.row_targets import kind_of
+from fedfuse.train.task import IGNORED, task_step
 
 ROOM = 32 * 2**20  # bytes of examples that are put in order for an epoch ahead, where they would fit into a cache
 DEVICE_ROOM = 2 * 2**30  # the same on a GPU
+LARGE = 64 * 2**10  # bytes of a client's batch that are better put in order just before they are looked at
 UNPINNED = 2**16  # bytes
 
 
@@ -27,6 +29,7 @@ class Member:
         self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
         self.planned = asked.epochs * len(self.sizes) if asked.max_steps is None else asked.max_steps
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
+        self.kind = kind_of(asked.loss)
         if self.own:  # what it draws at random, it draws from the streams that it would alone
             self.seed = seed_of(*asked.seed_parts, "layers")
             self.stream = torch.Generator().manual_seed(self.seed).get_state()
@@ -64,11 +67,15 @@ class Feed:
         size = sum(t[:1].numel() * t.element_size() for t in (first.x, first.y) if t is not None)
         self.x = self.y = None
         self.starts: Tensor | None = None  # where each member's examples begin in `pool`, on a GPU
-        if len(members) * longest * size <= (DEVICE_ROOM if self.device.type == "cuda" else ROOM):
+        if self._ahead(len(members) * longest * size, first.batch_size * size):
             self.x = _scratch("x", first.x, len(members), longest)
             self.y = None if first.y is None else _scratch("y", first.y, len(members), longest)
             if _gathers(self.device):
                 self._gather()
+
+    def _ahead(self, all_of_it: int, batch: int) -> bool:
+        """Whether examples are put in order for an epoch ahead, of so many bytes, and of so many a client's batch."""
+        return all_of_it <= DEVICE_ROOM if self.device.type == "cuda" else all_of_it <= ROOM and batch < LARGE
 
     def _gather(self) -> None:
         """Lay the members' examples behind each other, so that one call puts all of an epoch in order."""
@@ -145,15 +152,35 @@ class Feed:
         first = self.at[k][1]
         return self.rows[k][first : first + size]
 
+    def batches(self, places: list[int], size: int) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """`batch` of members whose inputs have one shape: texts are cut to the longest of a member's own, if asked."""
+        x, y = self.batch(places, size)
+        if y is None or y.ndim == 2 or not self.members[0].asked.trim:
+            yield places, x, y
+            return
+        lengths = _lengths(y).tolist()
+        for length in sorted(set(lengths)):
+            of = [i for i, one in enumerate(lengths) if one == length]
+            some = slice(None) if len(of) == len(places) else of
+            yield [places[i] for i in of], x[some, :, :length], y[some, :, :length]
+
     def batch(self, places: list[int], size: int) -> tuple[Tensor, Tensor | None]:
         """Inputs (g, B, …) and labels of the batches of one size."""
         if self.x is None:
             asked = [self.members[k].asked for k in places]
             rows = [self.named(k, size) for k in places]
-            x = torch.stack([a.x.index_select(0, r) for a, r in zip(asked, rows, strict=True)])
-            ys = [None if a.y is None else a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True)]
-            return x, None if ys[0] is None else torch.stack(ys)  # type: ignore[arg-type]
+            x = _scratch("x", asked[0].x, len(places), size)
+            for one, a, r in zip(x.unbind(), asked, rows, strict=True):
+                torch.index_select(a.x, 0, r, out=one)
+            ys = [a.y.index_select(0, r) for a, r in zip(asked, rows, strict=True) if a.y is not None]
+            return x, torch.stack(ys) if ys else None
         return _cut(self.x, places, self.at, size), None if self.y is None else _cut(self.y, places, self.at, size)
+
+
+def _lengths(y: Tensor) -> Tensor:
+    """Places of each member's texts (g, B, T) that its batch is cut to (`fedfuse.train.task.trimmed`)."""
+    counted = (y != IGNORED).any(1)
+    return torch.where(counted, torch.arange(1, y.shape[2] + 1, device=y.device), 0).amax(1).clamp(min(2, y.shape[2]))
 
 
 def _gathers(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ one by one here (`tests/train/test_abreast.py` compares).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -58,33 +58,50 @@ def _channels_last(weights: Weights, x: Tensor) -> Tensor:
 
 
 def _chain(steps: list[Forward | None]) -> Forward | None:
-    if None in steps:
-        return None
-    found = cast("list[Forward]", steps)
+    return None if None in steps else Chain(cast("list[Forward]", steps))
 
-    def forward(weights: Weights, x: Tensor) -> Tensor:
-        for step in found:
+
+class Chain:
+    """Layers one after another; chains within are dissolved, and what leaves everything as it is is left out."""
+
+    def __init__(self, steps: Sequence[Forward]) -> None:
+        self.steps: list[Forward] = []
+        for step in steps:
+            if step is not _identity:
+                self.steps += step.steps if isinstance(step, Chain) else [step]
+
+    def __call__(self, weights: Weights, x: Tensor) -> Tensor:
+        """Pass inputs (K, B, …) through all of them."""
+        for step in self.steps:
             x = step(weights, x)
         return x
 
-    return forward
+
+class Linear:
+    """A linear layer; its weights are `weight` and `bias` among the stacked ones."""
+
+    def __init__(self, module: Any, prefix: str) -> None:
+        self.weight, self.bias = f"{prefix}weight", None if module.bias is None else f"{prefix}bias"
+
+    def __call__(self, weights: Weights, x: Tensor) -> Tensor:
+        """x Wᵀ + b of each client."""
+        w, b = weights[self.weight], None if self.bias is None else weights[self.bias]
+        return F.linear(x, w, b) if w.ndim == 2 else products(x, w, b)  # common to all, or each client's own
 
 
-def _linear(module: Any, prefix: str) -> Forward:
-    weight, bias = f"{prefix}weight", None if module.bias is None else f"{prefix}bias"
+def small(rows: int, w: Tensor) -> bool:
+    """Whether products of so many rows with weights (K, outputs, inputs) have other bits where they are batched."""
+    _, outputs, inputs = w.shape
+    return min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL
 
-    def forward(weights: Weights, x: Tensor) -> Tensor:
-        w, b = weights[weight], None if bias is None else weights[bias]
-        if w.ndim == 2:  # common to all
-            return F.linear(x, w, b)
-        (_, outputs, inputs), rows = w.shape, x.shape[1]
-        if not x.is_cuda and (min(rows, outputs, inputs) == 1 or rows * outputs * inputs < SMALL):
-            biases = [None] * len(w) if b is None else b.unbind()
-            return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
-        out: Tensor = _Products.apply(x, w, b)
-        return out
 
-    return forward
+def products(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b of each client, from x (K, B, k), W (K, d, k) and b (K, d)."""
+    if not x.is_cuda and small(x.shape[1], w):
+        biases = [None] * len(w) if b is None else b.unbind()
+        return torch.stack([F.linear(*one) for one in zip(x.unbind(), w.unbind(), biases, strict=True)])
+    out: Tensor = _Products.apply(x, w, b)
+    return out
 
 
 class _Products(torch.autograd.Function):
@@ -108,11 +125,25 @@ class _Products(torch.autograd.Function):
 
 
 def _flatten(module: Any, prefix: str) -> Forward | None:
-    return (lambda weights, x: x.flatten(2)) if (module.start_dim, module.end_dim) == (1, -1) else None
+    return flatten if (module.start_dim, module.end_dim) == (1, -1) else None
 
 
-def _exact(module: Any, prefix: str) -> Forward | None:
-    return None if getattr(module, "inplace", False) else lambda weights, x: module(x)
+def flatten(weights: Weights, x: Tensor) -> Tensor:
+    """Each example as one row."""
+    return x.flatten(2)
+
+
+def relu(weights: Weights, x: Tensor) -> Tensor:
+    """`nn.ReLU`."""
+    return torch.relu(x)
+
+
+def _identity(weights: Weights, x: Tensor) -> Tensor:
+    return x
+
+
+def _relu(module: Any, prefix: str) -> Forward | None:
+    return None if module.inplace else relu
 
 
 def _each(module: Any, prefix: str) -> Forward:
@@ -124,10 +155,11 @@ KINDS: dict[type[nn.Module], Callable[[Any, str], Forward | None]] = {
     nn.Sequential: _sequential,
     Classifier: _classifier,
     Convolutional: _convolutional,
-    nn.Linear: _linear,
+    nn.Linear: Linear,
     nn.Flatten: _flatten,
     nn.Conv2d: convolution,
     nn.MaxPool2d: pooling,
-    **dict.fromkeys((nn.ReLU, nn.Identity), _exact),
+    nn.ReLU: _relu,
+    nn.Identity: lambda module, prefix: _identity,
     **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.GELU), _each),
 }

@@ -21,8 +21,11 @@ from fedfuse.train import training
 from fedfuse.train.abreast import Training
 from fedfuse.train.abreast_batches import Feed, Member, sent
 from fedfuse.train.abreast_layers import Forward
+from fedfuse.train.abreast_passes import written_out
 from fedfuse.train.mean_loss import added_in_order
-from fedfuse.train.task import IGNORED
+from fedfuse.train.objective import Towards
+from fedfuse.train.row_targets import losses_of
+from fedfuse.train.task import IGNORED, task_loss
 
 WIDTH = 16  # numbers that a processor's widest instruction takes; what is left over is rounded by itself
 
@@ -46,10 +49,13 @@ class Stack:
         }
         self.names = [name for name, p in named.items() if p.requires_grad and name in self.weights]
         self.common = {name: p for name, p in named.items() if name not in self.weights}
-        self.seen = any(member.own or member.asked.after_backward is not None for member in members)
+        looks = [(member.own and member.kind is None) or member.asked.after_backward is not None for member in members]
+        self.seen = any(looks)  # at the models
         if self.moved and self.seen:  # what is called with a client's model finds in it what is being trained
             self._point(self.weights, range(len(members)))
         self.alive = 0
+        self.passes = written_out(forward, {name: self.weights[name] for name in self.names})
+        self.gradients = {name: torch.empty_like(self.weights[name]) for name in self.names} if self.passes else {}
         self.held: dict[tuple[str, int], Tensor] = {}  # what the optimiser steps: whole stacks, or rows of them
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -99,15 +105,30 @@ class Stack:
             index = sent(torch.tensor(places), x.device)
             leaves = {n: leaf.detach().index_select(0, index).requires_grad_() for n, leaf in self.leaves.items()}
             rest = {name: w.index_select(0, index) for name, w in self.rest.items()}
-        out = self.forward({**leaves, **rest, **self.common}, x)
+        passes = self.passes if self.passes is not None and self.passes.suits(x.shape[1], leaves) else None
+        if passes is None:
+            out = self.forward({**leaves, **rest, **self.common}, x)
+        else:
+            plain = {name: leaf.detach() for name, leaf in leaves.items()}
+            out = passes.forward(plain, x).requires_grad_()
         members = [self.members[k] for k in places]
         if members[0].own:
             found = self._own_losses(members, out, y, named)
         else:
             assert y is not None
-            found = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
-            found.backward(torch.full_like(found, 1 / out.shape[1]))
-            found = found.detach().view(len(places), -1)
+            if y.ndim == 3:  # texts: a mean over the places of one's own that count
+                each = torch.stack([task_loss(*one) for one in zip(out.unbind(), y.unbind(), strict=True)])
+                each.sum().backward()
+                found = each.detach()
+            else:
+                each = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none")
+                each.backward(torch.full_like(each, 1 / out.shape[1]))
+                found = each.detach().view(len(places), -1)
+        if passes is not None and out.grad is not None:
+            room = {n: self.gradients[n][: len(places)] if whole else torch.empty_like(w) for n, w in plain.items()}
+            passes.backward(plain, out.grad, room)
+            for name, leaf in leaves.items():
+                leaf.grad = room[name]
         if not whole:
             for name, leaf in self.leaves.items():
                 gradient = leaves[name].grad
@@ -119,10 +140,14 @@ class Stack:
         return found
 
     def _own_losses(self, members: Sequence[Member], out: Tensor, y: Tensor | None, named: Sequence[Tensor]) -> Tensor:
-        values = []
-        for i, (member, rows) in enumerate(zip(members, named, strict=True)):
+        if len({member.kind for member in members}) == 1 and members[0].kind is not None:
+            found = losses_of([cast(Towards, member.asked.loss) for member in members], out, named)
+            if found is not None:
+                return found
+        values, ys = [], [None] * len(members) if y is None else y.unbind()
+        for member, own, labels, rows in zip(members, out.unbind(), ys, named, strict=True):
             with member.drawing():
-                values.append(member.asked.loss(out[i], None if y is None else y[i], rows))
+                values.append(member.asked.loss(own, labels, rows))
         found = torch.stack(values)
         found.sum().backward()
         return found.detach()
@@ -178,7 +203,7 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
     members = [Member(one, slot) for slot, one in asked]
     device = members[0].asked.x.device
     ordered = sorted(members, key=lambda member: -member.planned)  # stable: equals stay in memory's order
-    labels = [y for member in members if not member.own and (y := member.asked.y) is not None]
+    labels = [y for member in members if not member.own and (y := member.asked.y) is not None and y.ndim == 1]
     if labels and bool((torch.cat(labels) == IGNORED).any()):
         raise RuntimeError("some labels do not count, and a mean is over those that do")
     drawn = _drawn(members)
@@ -193,8 +218,9 @@ def together(asked: Sequence[tuple[int, Training]], replicas: Replicas, forward:
             alive = sum(member.planned > step for member in ordered)
             stack.shorten(alive)
             for places, size in feed.groups(step, alive):
-                x, y = feed.batch(places, size)
-                losses.keep(places, stack.backward(places, x, y, [feed.named(k, size) for k in places] if own else []))
+                for some, x, y in feed.batches(places, size):
+                    named = [feed.named(k, size) for k in some] if own else []
+                    losses.keep(some, stack.backward(some, x, y, named))
             stack.step()
             steps[:alive] = [step + 1] * alive
             if _ended(ordered[:alive], step + 1):

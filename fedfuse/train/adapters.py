@@ -80,6 +80,8 @@ class Adapted(nn.Module):
         self.register_buffer("delta", torch.zeros(self.outputs, self.inputs, dtype=kept) if delta else None)
         self._unmerged: Tensor | None = None
 
+    linear = staticmethod(F.linear)  # by what x passes what the adapter holds; of many clients at once, by theirs
+
     def adapt(self, x: Tensor) -> Tensor:
         """What the adapter adds to the output, without s."""
         raise NotImplementedError
@@ -94,8 +96,9 @@ class Adapted(nn.Module):
         if self._unmerged is not None:
             return out
         if self.delta is not None:
-            out = out + F.linear(x.to(self.delta.dtype), self.delta).to(out.dtype)
-        return out + (self.scale * self.adapt(self.dropout(x).to(self.dtype))).to(out.dtype)
+            out = out + self.linear(x.to(self.delta.dtype), self.delta).to(out.dtype)
+        added = self.adapt(self.dropout(x).to(self.dtype))
+        return out + (added if self.scale == 1 else self.scale * added).to(out.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -177,7 +180,7 @@ class LoRASB(Adapted):
 
     def adapt(self, x: Tensor) -> Tensor:
         """B R A x."""
-        return F.linear(self.lora_R(F.linear(x, self.basis_A)), self.basis_B)
+        return self.linear(self.lora_R(self.linear(x, self.basis_A)), self.basis_B)
 
     def product(self) -> Tensor:
         """s·B R A (d × k)."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedfuse.errors import UserError
 from fedfuse.train.objective import Loss, log_softened
+from fedfuse.train.row_targets import RowMean
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -24,42 +25,55 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-class KL(Loss):
+class KL(RowMean):
     """T² · mean KL(p_t‖p_s)."""
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
-        T = self.temperature
-        return T * T * divergence(log_softened(teacher, T), (student / T).log_softmax(1)).mean()
+    @property
+    def factor(self) -> float:
+        """T²."""
+        return self.temperature * self.temperature
+
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(p_t‖p_s) by row."""
+        return divergence(log_softened(teacher, self.temperature), (student / self.temperature).log_softmax(1))
 
 
-class ReverseKL(Loss):
+class ReverseKL(KL):
     """T² · mean KL(p_s‖p_t)."""
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
-        T = self.temperature
-        return T * T * divergence((student / T).log_softmax(1), log_softened(teacher, T)).mean()
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(p_s‖p_t) by row."""
+        return divergence((student / self.temperature).log_softmax(1), log_softened(teacher, self.temperature))
 
 
-class JS(Loss):
+class JS(RowMean):
     """Mean of ½ KL(p_s‖m) + ½ KL(p_t‖m), m = ½ (p_s + p_t); no T², so that it stays below log 2."""
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
+    @property
+    def factor(self) -> float:
+        """½."""
+        return 0.5
+
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(p_s‖m) + KL(p_t‖m) by row."""
         log_s = (student / self.temperature).log_softmax(1)
         log_t = log_softened(teacher, self.temperature)
         log_m = torch.logaddexp(log_s, log_t) - math.log(2)
-        return 0.5 * (divergence(log_s, log_m) + divergence(log_t, log_m)).mean()
+        return divergence(log_s, log_m) + divergence(log_t, log_m)
 
 
-class SoftCE(Loss):
+class SoftCE(RowMean):
     """Mean of −Σ p_t log p_s: `kl` at T = 1 plus the teacher's entropy."""
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
+    @property
+    def factor(self) -> float:
+        """−1."""
+        return -1.0
+
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Σ p_t log p_s by row."""
         T = self.temperature
-        return -((teacher / T).softmax(1) * (student / T).log_softmax(1)).sum(1).mean()
+        return ((teacher / T).softmax(1) * (student / T).log_softmax(1)).sum(1)
 
 
 class MSE(Loss):
@@ -75,12 +89,16 @@ class MSE(Loss):
         return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
 
 
-class MAE(MSE):
+class MAE(RowMean):
     """Mean of abs(s − t) over batch and classes; given probabilities, of abs(p_s − p_t)."""
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
-        return F.l1_loss(student, teacher)
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """abs(s − t)."""
+        return (student - teacher).abs()
+
+    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the unweighted loss on probabilities."""
+        return self.value((student / self.temperature).softmax(1), (teacher / self.temperature).softmax(1), labels)
 
 
 @dataclass(eq=False)

@@ -13,13 +13,11 @@ KL_τ is the platform's, with τ² (theirs has (τ − 1)², by which a mentor a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedfuse.errors import UserError
 from fedfuse.train.objective import Loss
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope
 
@@ -116,22 +114,3 @@ def objective(
         return sum((w * one(logits, y, rows) for w, one in zip(weights, steps, strict=True)), value)
 
     return step
-
-
-def check(hyper: Any, labelled: bool, *idle: str) -> None:
-    """Refuse mentors without labels to rank them by, and hyper-parameters that mix soft labels otherwise.
-
-    Raises
-    ------
-    UserError
-        Naming the first.
-    """
-    if not labelled:
-        raise UserError(f"strategy.neighbours={hyper.neighbours} ranks by labels: set transfer.labelled=true")
-    plain = type(hyper)()
-    for name in idle:
-        if (value := getattr(hyper, name)) != (default := getattr(plain, name)):
-            raise UserError(
-                f"strategy.{name}={value} does nothing with strategy.neighbours={hyper.neighbours}; "
-                f"allowed there: {'null' if default is None else default}"
-            )

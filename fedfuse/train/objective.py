@@ -88,7 +88,7 @@ class Loss:
         self._prepare(student_logits, teacher, labels, state)
         if len(student_logits) < self.min_batch:
             return 0.0 * student_logits.sum()
-        return self.weight * self.value(student_logits, teacher.detach().clamp_min(_FLOOR), labels)
+        return self.weight * self.value(student_logits, finite(teacher), labels)
 
     def from_probabilities(
         self,
@@ -108,19 +108,15 @@ class Loss:
         self._prepare(student_logits, probabilities, labels, state)
         if len(student_logits) < self.min_batch:
             return 0.0 * student_logits.sum()
-        logits = probabilities.detach().log()
-        if softened != 1:
-            logits = (softened * logits).log_softmax(1)
-        logits = logits.clamp_min(_FLOOR)
-        return self.weight * self.value_of_probabilities(student_logits, logits, labels)
+        return self.weight * self.value_of_probabilities(student_logits, as_logits(probabilities, softened), labels)
 
-    def towards(self, probabilities: Tensor, *, softened: float = 1.0) -> Callable[..., Tensor]:
+    def towards(self, probabilities: Tensor, *, softened: float = 1.0) -> Towards:
         """Return `step(logits, labels, rows)` for `train`: row i of the examples has row i of (n, C) as its teacher."""
+        return Towards(self, probabilities, softened)
 
-        def step(logits: Tensor, labels: Tensor | None, rows: Tensor) -> Tensor:
-            return self.from_probabilities(logits, probabilities[rows], labels, softened=softened)
-
-        return step
+    def towards_logits(self, logits: Tensor) -> Towards:
+        """The same of a teacher given by its logits."""
+        return Towards(self, logits, None)
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss of checked logits, the teacher's detached and finite."""
@@ -151,6 +147,43 @@ class Loss:
             raise UserError(f"loss={name} needs labels, the transfer set has none: set transfer.labelled=true")
         if state is not None:
             self.load_state_dict(state)
+
+
+class Towards:
+    """An objective as `train` calls a loss, whose teacher's rows stand beside the examples.
+
+    Parameters
+    ----------
+    loss
+    teacher
+        Probabilities (n, C), or logits if `softened` is None.
+    softened
+        The temperature that probabilities were softened with already.
+    """
+
+    def __init__(self, loss: Loss, teacher: Tensor, softened: float | None) -> None:
+        self.loss, self.teacher, self.softened = loss, teacher, softened
+
+    def __call__(self, logits: Tensor, labels: Tensor | None, rows: Tensor) -> Tensor:
+        """Compare the logits of a batch with its rows' teacher."""
+        if self.softened is None:
+            return self.loss(logits, self.teacher[rows], labels)
+        return self.loss.from_probabilities(logits, self.teacher[rows], labels, softened=self.softened)
+
+    def ready(self, teacher: Tensor) -> Tensor:
+        """Some of the teacher's rows as the logits that the objective compares with."""
+        return finite(teacher) if self.softened is None else as_logits(teacher, self.softened)
+
+
+def as_logits(probabilities: Tensor, softened: float) -> Tensor:
+    """Logits of probabilities that were softened with a temperature already."""
+    logits = probabilities.detach().log()
+    return (logits if softened == 1 else (softened * logits).log_softmax(1)).clamp_min(_FLOOR)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """A teacher's logits, detached, whose excluded classes are only very unlikely."""
+    return logits.detach().clamp_min(_FLOOR)
 
 
 @contextlib.contextmanager

@@ -166,10 +166,10 @@ def train(
         epochs = -(-max_steps // each)
     passes(epochs if max_steps is None else max_steps / each)
     plain = all(word is None for word in (params, optimizer, forward, rate, clip, micro_batch))
-    if abreast.desk is not None and plain and (not trim or y is None or y.ndim == 1):  # classes have no places
+    if abreast.desk is not None and plain and (not pack or y is None or y.ndim == 1):  # classes have no places
         own = config if lr is None else dataclasses.replace(config, lr=lr)
         asked = abreast.Training(
-            model, x, y, loss, own, seed_parts, epochs, batch_size, least, after_backward, after_step, max_steps
+            model, x, y, loss, own, seed_parts, epochs, batch_size, least, after_backward, after_step, max_steps, trim
         )
         if (made := abreast.desk.train(asked)) is not None:
             work.note(model, x, made.pop("rows"), True)

@@ -17,10 +17,11 @@ from torch import Tensor
 from fedfuse.errors import UserError
 from fedfuse.train.divergences import divergence
 from fedfuse.train.objective import Loss, log_softened
+from fedfuse.train.row_targets import RowMean
 
 
 @dataclass(eq=False)
-class TTM(Loss):
+class TTM(RowMean):
     """Mean KL(q‖p_s), q = p_t^λ / Σ_c p_t^λ. TTM, ICLR 2024 (arXiv 2402.11148), and its code.
 
     λ = 1/T: q is softmax(λ t), and the student stays at temperature 1, so there is no T².
@@ -40,12 +41,8 @@ class TTM(Loss):
         if self.temperature != 1:
             raise UserError(f"loss option temperature={self.temperature}: a power takes its place: set lam")
 
-    def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss."""
-        return self.by_row(student, teacher).mean()
-
-    def by_row(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """KL(q‖p_s) of each sample."""
+    def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(q‖p_s) by row."""
         return divergence(log_softened(teacher, 1 / self.lam), student.log_softmax(1))
 
 
@@ -55,7 +52,7 @@ class WTTM(TTM):
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""
         weights = (self.lam * log_softened(teacher, 1.0)).exp().sum(1)
-        return (weights * self.by_row(student, teacher)).mean()
+        return (weights * self.terms(student, teacher)).mean()
 
 
 @dataclass(eq=False)

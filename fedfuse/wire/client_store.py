@@ -66,7 +66,7 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         for name in file.keys():  # noqa: SIM118 - not a dict
             flat[name[1:]] = file.get_tensor(name)
     rest = notes.pop("tree", "{}")
-    if notes.pop("sha", None) not in (None, _sha(flat, rest)):
+    if (written := notes.pop("sha", None)) is not None and written != _sha(flat, rest):
         raise Torn(f"{path}: does not hold what was written")
     return unflatten(flat, json.loads(rest)), notes
 

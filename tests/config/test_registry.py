@@ -197,3 +197,40 @@ def test_a_dataclass_need_not_be_frozen(shelf: dict) -> None:
         """Open."""
 
     assert compose(["strategy=open", "strategy.rate=2"]).strategy.rate == 2.0
+
+
+DECLARED = {  # what decides whom a strategy runs with, what is kept, and which keys and losses it hears
+    "cfd": "distils whole", "cofed": "personal", "comet": "personal distils", "dsfl": "personal distils whole",
+    "fd": "personal", "feddf": "distils", "fedet": "distils needs_features", "fedmd": "personal distils whole",
+    "fedgkt": "personal distils needs_features same_features", "fedmkt": "personal distils aligns",
+    "fedproto": "personal needs_features same_features", "knfu": "personal distils whole aligns",
+    "fedov": "distils whole needs_features", "ktpfl": "personal distils whole", "local": "personal", "fedkd": "bare",
+    "fml": "bare", "scarlet": "personal distils whole", "selectivefd": "personal distils whole", "coboosting": "",
+    "dense": "", "centralized": "one pooled", "ditto": "one personal", "fedd2s": "one personal distils",
+    "kafal": "one partly_labelled",
+    **dict.fromkeys(("fedgen", "fedhkd", "fedka", "fednano", "fedper", "fedrep", "moon"), "one needs_features"),
+    "gaussian_heads": "one needs_features",
+    **dict.fromkeys(
+        ("fedavg", "fedbn", "feddyn", "fedftg", "fednova", "fedprox", "fisher", "proxy_tuning", "regmean", "scaffold",
+         "dare", "sce", "task_arithmetic", "ties", "twin_merging", "fed_sb", "fedex_lora", "fedit", "fedsa_lora",
+         "fedsvd", "ffa_lora", "flexlora", "flora", "hetlora", "rolora", "flwr_fedavg", "flwr_krum"),
+        "one",
+    ),
+}  # fmt: skip
+
+
+def test_what_strategies_declare_of_themselves() -> None:
+    of_server = ("pooled", "distils", "whole", "needs_features", "same_features", "aligns", "bare")
+    for name, words in DECLARED.items():
+        entry = registry.entry(name)
+        found = {word for word in of_server if getattr(entry.server, word) is True}
+        found |= {word for word in ("personal", "partly_labelled") if getattr(entry.client, word) is True}
+        assert found | (set() if entry.server.heterogeneous else {"one"}) == set(words.split()), name
+    assert not FusionStrategy.deployed
+    assert not any(getattr(FusionStrategy, word) for word in of_server)
+    assert not FusionClient.personal
+
+
+def test_hyper_parameters_stay_as_they_were_asked_for() -> None:
+    for name in registry.listed():
+        assert registry.entry(name).hyper.__dataclass_params__.frozen, name

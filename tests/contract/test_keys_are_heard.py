@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {
     "num_malicious_nodes": 1, "num_nodes_to_select": 1, "margin": 0.9, "threshold": 0.9, "server_lr": 0.5,
     "client_quantile": 0.9, "beta_2": 0.5, "clusters": 3, "duration": 0, "head_epochs": 2, "projection": 16,
     "server_momentum": 0.5, "auxiliary": 5, "samples": 20, "layers": "head", "voters": 1, "epochs": 3,
-    "accumulate": 1, "vote_lr": 0.1,
+    "accumulate": 1, "vote_lr": 0.1, "local_momentum": 0.5,
 }  # fmt: skip
 VALUES: dict[tuple[str, str], Any] = {
     **{(name, "generator_steps"): 3 for name in ("dense", "coboosting")},
@@ -70,7 +70,6 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
     ("knfu", "finetune_loss"): ("transfer.labelled=true",),
     ("knfu", "neighbours"): ("transfer.labelled=true",),
     ("ktpfl", "neighbours"): ("transfer.labelled=true",),
-    ("scaffold", "variate"): ("train.momentum=0",),
     **{(name, "targets"): ("model=mlp",) for name in ADAPTERS},
     **{(name, "targets"): ("model=mlp", "strategy.rank=2") for name in MERGING},
     **{(name, "alpha"): ("strategy.rank=2",) for name in MERGING},

@@ -24,7 +24,7 @@ def untried(monkeypatch):
     monkeypatch.setattr(abreast_trial, "TRIES", 0)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "knfu", "ditto"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "knfu", "ditto", "fed_sb", "fedex_lora"])
 def test_digests_are_those_of_clients_in_turns(name, made):
     alone, together = play(name, *UNEQUAL), play(name, *UNEQUAL, AUTO)
     assert alone.digest == together.digest
@@ -160,3 +160,20 @@ def test_a_client_that_fails_takes_nobody_with_it(monkeypatch):
     broken = [play("fedavg", *UNEQUAL, *mode) for mode in ((), (AUTO,))]
     assert broken[0].federation.digest == broken[1].federation.digest
     assert broken[0].strategy.inbox.left_out == broken[1].strategy.inbox.left_out != []
+
+
+def test_texts_over_one_base(tmp_path, made, monkeypatch):
+    from tests.models.test_language import lm
+
+    words = ("strategy.rank=3", "rounds=2")
+    alone = play("fed_sb", *words, base=lm(tmp_path))
+    assert play("fed_sb", *words, AUTO, base=lm(tmp_path)).digest == alone.digest
+    assert max(made) == 3
+    made.clear()
+    monkeypatch.setattr(abreast_room, "PLACES", 8 * 8 * 2)
+    assert play("fed_sb", *words, AUTO, base=lm(tmp_path)).digest == alone.digest
+    assert max(made) == 2
+    made.clear()
+    packed = play("fed_sb", *words, "data.packing=true", base=lm(tmp_path)).digest
+    assert play("fed_sb", *words, "data.packing=true", AUTO, base=lm(tmp_path)).digest == packed
+    assert not made

@@ -1,10 +1,13 @@
 """Clients' scores in one line, in numbers of which no two are alike."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from fedfuse.core.evaluation import of_clients
+from fedfuse.core.evaluation import of_clients, of_server, splits_of
 from tests.federations import federation
 
 
@@ -44,3 +47,88 @@ def test_the_bare_network_is_built_once_and_holds_only_what_it_is_given() -> Non
         lacking = dict(list(first.items())[1:])
         with pytest.raises(RuntimeError, match="does not fit"):
             workspace.bare(name, lacking)
+
+
+class Sure(nn.Module):
+    """Says the same classes whatever it is asked."""
+
+    def __init__(self, classes: list[int], count: int) -> None:
+        super().__init__()
+        self.logits = 10.0 * torch.nn.functional.one_hot(torch.tensor(classes), count)
+
+
+def judged(headline: str | None = None, y: torch.Tensor | None = None, **models: tuple[str, Sure]):
+    """`of_server` of given models on four examples, of clients with architectures a, b, b."""
+    loaded = {name: model for name, (_, model) in models.items()}
+    labels = torch.tensor([0, 0, 1, 2]) if y is None else y
+    texts = SimpleNamespace(read=lambda architecture, split: (labels, labels) if split == "test" else None)
+    strategy = SimpleNamespace(
+        bare=False, headline=headline, classes=3, predict=lambda model, x, size: model.logits,
+        scenario=SimpleNamespace(
+            architectures=["a", "b", "b"], config=SimpleNamespace(evaluate=SimpleNamespace(batch_size=9)),
+            data=SimpleNamespace(byte_count=lambda split: None),
+        ),
+        workspace=SimpleNamespace(
+            loaded=lambda architecture, arrays: loaded[arrays], bare=lambda architecture, arrays: None, texts=texts
+        ),
+    )  # fmt: skip
+    return of_server(strategy, {name: (architecture, name) for name, (architecture, _) in models.items()}, 7)
+
+
+def test_several_server_models_count_by_their_clients() -> None:
+    knows, zero = Sure([0, 0, 1, 2], 3), Sure([0, 0, 0, 0], 3)  # 1 and 1; 1/2 plain and 1/3 by class
+    line, rows = judged(one=("a", knows), two=("b", zero))
+    assert line == {
+        "accuracy/global": pytest.approx((1 + 2 / 3) / 3),
+        "accuracy/global_plain": pytest.approx((1 + 2 / 2) / 3),
+    }
+    assert rows == [
+        (7, "server", -1, "global", "accuracy/global/one", 1.0),
+        (7, "server", -1, "global", "accuracy/global/two", pytest.approx(1 / 3)),
+    ]
+    line, _ = judged("two", one=("a", knows), two=("b", zero))
+    assert line["accuracy/global"] == pytest.approx(1 / 3)
+    line, rows = judged(only=("another", zero))  # of no client's architecture
+    assert (line["accuracy/global_plain"], rows) == (0.5, [])
+
+
+def test_what_is_no_number_is_told_of_a_server_model() -> None:
+    broken = Sure([0, 0, 1, 2], 3)
+    broken.logits = broken.logits.index_fill(0, torch.tensor([1]), math.nan)
+    line, rows = judged(one=("a", broken))
+    assert line["accuracy/global_plain"] == 0.75
+    assert rows == [(7, "server", -1, "global", "one/undefined", 0.25)]
+
+
+def test_the_clients_score_what_somebody_asks_for() -> None:
+    def asked(test: bool, models: bool, stop: bool, validation: bool) -> tuple[str, ...]:
+        config = SimpleNamespace(stop=SimpleNamespace(on=stop), evaluate=SimpleNamespace(validation=validation))
+        dataset = SimpleNamespace(test=(1, 2) if test else None)
+        scenario = SimpleNamespace(config=config, data=SimpleNamespace(dataset=dataset))
+        return splits_of(SimpleNamespace(scenario=scenario, server_models=lambda: {"m": 1} if models else {}))
+
+    assert asked(True, True, False, False) == asked(False, False, False, False) == ("personal",)
+    assert asked(True, False, False, False) == ("personal", "global")
+    assert asked(True, True, True, False) == asked(False, False, False, True) == ("personal", "validation")
+
+
+def test_texts_and_the_other_moment_have_means_of_their_own() -> None:
+    line = of_clients([
+        {"personal/accuracy": 0.5, "personal/bits_per_byte": 3.0, "personal/accuracy_trained": 0.2},
+        {"personal/accuracy": 0.7, "personal/bits_per_byte": 4.0, "global/exact_match": 0.1},
+    ])  # fmt: skip
+    assert line["bits_per_byte/personal"] == 3.5
+    assert line["exact_match/global"] == 0.1
+    assert line["accuracy/personal_trained"] == 0.2
+    assert not {"bits_per_byte/global", "exact_match/personal", "accuracy/personal_received"} & line.keys()
+
+
+def test_a_rounds_loss_is_weighted_by_examples() -> None:
+    with federation("fedavg", "rounds=1") as (built, _):
+        built.strategy.phase = "train"
+        built.strategy.inbox.losses = [(3.0, 0.5), (9.0, 2.0)]
+        built.collect(4)
+        assert built.headline["loss/train"] == (3 * 0.5 + 9 * 2.0) / 12
+        assert built.rows == [(4, "server", -1, "train", "loss/train", 1.625)]
+        built.collect(5)
+        assert math.isnan(built.headline["loss/train"])

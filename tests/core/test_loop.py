@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from fedfuse.config.registry import NoHyper
 from fedfuse.core.client import FusionClient
 from fedfuse.core.loop import Callback
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Share
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import WorldError
 from fedfuse.network.serial import SerialGrid
 from fedfuse.wire.client_store import ClientStore
-from fedfuse.wire.records import record
+from fedfuse.wire.records import record, tensors
 from tests.federations import answer, federation, intercept, play
+from tests.halves import server
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
 
 
@@ -358,6 +361,7 @@ LIES = {
     "no config": lambda r: {"config": ArrayRecord()},
     "no metrics": lambda r: {"metrics": ConfigRecord()},
     "negative count": lambda r: metrics(r, **{"num-examples": -5}),
+    "too large a count": lambda r: metrics(r, **{"num-examples": 2.0**53}),
     "endless count": lambda r: metrics(r, **{"num-examples": float("inf")}),
     "no count": lambda r: metrics(r, **{"num-examples": float("nan")}),
     "listed count": lambda r: metrics(r, **{"num-examples": [1, 2]}),
@@ -516,3 +520,83 @@ def test_hyperparameters_reach_the_other_half(monkeypatch) -> None:
 
     play(enter(monkeypatch, Ledger, Looks, LedgerHyper), "strategy.every=7", grid="serial")
     assert seen == {7}
+
+
+# --- what a phase says, and what it says back ---------------------------------------------------------------
+
+
+def test_a_phase_asks_in_its_own_words() -> None:
+    built = server("fedavg", "clients=10")
+    built.round, built.place = 5, 2
+    messages = built.messages([9, *range(9)], "train", {})
+    asked = built.outbox.request
+    assert (asked.kind, asked.round, asked.phase, asked.label, asked.tag) == ("train", 5, "train", "train", "5.3")
+    assert [built.outbox.groups[client] for client in range(10)] == [0] * 8 + [1] * 2
+    assert [message.content["config"]["client"] for message in messages] == list(range(10))
+    assert {message.metadata.message_type for message in messages} == {"train"}
+    built.setup, built.phase = ("prepare",), "prepare"
+    (message,) = built.messages([3], "train", {})
+    assert (built.outbox.request.label, message.metadata.message_type) == ("setup", "train.prepare")
+    assert message.metadata.dst_node_id == 4
+    (message,) = built.messages([3], "evaluate", {})
+    asked = built.outbox.request
+    assert (asked.label, asked.tag, message.metadata.message_type) == ("evaluate", "", "evaluate")
+    assert built.outbox.awaited == {3}
+
+
+def test_a_matrix_is_logged_row_by_row() -> None:
+    built = server("knfu")
+    built.logged = []
+    built.log_matrix("w", [4, 7], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert built.logged == [
+        ("matrix", -1, "train", f"w/{i}/{j}", value)
+        for (i, j), value in zip(((4, 4), (4, 7), (7, 4), (7, 7)), (1.0, 2.0, 3.0, 4.0), strict=True)
+    ]
+
+
+def test_flowers_hooks_return_the_model_and_the_mean_accuracy() -> None:
+    with federation("fedavg", "rounds=1", "partition=dirichlet", "data.personal_test=0.4") as (built, _):
+        strategy, found = built.strategy, []
+        train, evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
+        strategy.aggregate_train = lambda *args: found.append(train(*args))
+        strategy.aggregate_evaluate = lambda *args: found.append(evaluate(*args))
+        built.run()
+    (model, empty), evaluated = found
+    assert {key: value.tolist() for key, value in tensors(model).items()} == {
+        key: value.tolist() for key, value in strategy.model.items()
+    }
+    assert len(empty) == 0
+    scores = [scored["personal/accuracy"] for scored in strategy.inbox.scored.values()]
+    assert len(set(scores)) > 1
+    assert evaluated["accuracy"] == sum(scores) / 3
+
+
+def test_what_clients_say_of_themselves_is_kept_and_counted() -> None:
+    """Seconds are timing, the count is a weight, lists are nobody's figure; a second try is counted if it can be."""
+
+    def told(reply: Message) -> Message:
+        said = {"extra": 2.5, "list": [1.0, 2.0], "seconds": 9.0}
+        return answer(reply, **metrics(reply, **said), **config(reply, retried=3))
+
+    with federation("fedavg", "rounds=2", grid="serial") as (built, _):
+        strategy, logged = built.strategy, []
+        log = strategy.log
+        strategy.log = lambda *args, **words: (logged.append((args, words)), log(*args, **words))[1]
+        intercept(built, told, kind="train", client=1)
+        intercept(built, lambda r: answer(r, **metrics(r, loss=float("nan"))), kind="train", client=2, round=1)
+        intercept(built, lambda r: answer(r, **config(r, retried=100)), kind="train", client=0)
+        built.run()
+        assert strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 6}
+    of_one = {args[0]: args[1] for args, words in logged if words.get("client") == 1}
+    assert of_one["extra"] == 2.5
+    assert not {"list", "seconds", "num-examples"} & of_one.keys()
+    lost = [(args, words["client"]) for args, words in logged if args[0] == "loss/undefined"]
+    assert lost == [(("loss/undefined", 1.0), 2)]
+
+
+def test_a_share_counts_for_one_unless_it_says_otherwise() -> None:
+    share = Share(3, {}, {"num-examples": 7.0})
+    assert (share.examples, share.group, share.weight) == (7, 0, 1.0)
+    with pytest.raises(FrozenInstanceError):
+        share.weight = 2.0
+    assert (STALE, REFUSED, FAILED, INVALID, FULL) == (1001, 1002, 1003, 1004, 1005)  # as sites' logs have them

@@ -183,7 +183,7 @@ def read(folder, tmp_path_factory) -> dict[str, tuple[Config, set[str]]]:
         config.out = str(tmp_path_factory.mktemp("runs") / context)
         text, plain = as_yaml(config), compose(words_of(context, folder))
         with (
-            mock.patch("fedfuse.runs.experiment.as_yaml", lambda _, text=text: text),
+            mock.patch("fedfuse.runs.directory.as_yaml", lambda _, text=text: text),
             mock.patch("fedfuse.core.scenario.idle", return_value={}),
             mock.patch("fedfuse.data.picture.draw_partition"),
         ):

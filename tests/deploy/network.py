@@ -18,7 +18,6 @@ from fedfuse.config.schema import Config
 from fedfuse.core.loop import Federation
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import Site, SiteConfig
-from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.remote import serve
 from fedfuse.wire.packing import PACKED, unpacked
@@ -111,7 +110,7 @@ def run(
 ) -> tuple[Federation, list[str]]:
     """A run over a network; the federation and the server's log."""
     said: list[str] = []
-    directory = RunDirectory(path, as_yaml(config), 0.0)
+    directory = RunDirectory(path, config, 0.0)
     if resumed:
         directory.reopen()
     else:

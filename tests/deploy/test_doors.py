@@ -235,10 +235,9 @@ def test_passwords_are_told_to_nobody_and_lie_in_files_of_ones_own(tmp_path: Pat
     kept = tmp_path / "out" / "order.json"
     assert "hunter2" in kept.read_text()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    from fedfuse.runs.configuration import as_yaml
     from fedfuse.runs.directory import RunDirectory
 
-    directory = RunDirectory(tmp_path / "run", as_yaml(order.config), 0.0)
+    directory = RunDirectory(tmp_path / "run", order.config, 0.0)
     directory.create(False)
     directory.close()
     assert stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode) == 0o600

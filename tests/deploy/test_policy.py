@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.policy import Policy, policy_from, read_policy
 from fedfuse.network.remote_grid import Patience
 from fedfuse.network.site import SiteConfig
+from fedfuse.train.allowance import Allowance, limited, passes
 from fedfuse.train.ledger import Ledger, Limits, entered
 from tests.deploy.network import Network, run, seats, tiny
 
@@ -204,3 +205,159 @@ def test_a_policy_file_with_limits_is_read_and_checked(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match="policy"):
             read_policy(path)
+
+
+def test_every_limit_allows_what_it_names_and_refuses_the_next() -> None:
+    words = ("rounds=7", "train.epochs=3", "privacy.noise=4", "privacy.delta=1e-3", "privacy.epsilon=null")
+    config = compose(["strategy=fedavg", *words])
+    Policy(max_rounds=7, max_epochs=3, max_delta=1e-3, min_noise=4.0, require_dp=True).check(config)
+    for policy, said in (
+        (Policy(max_rounds=6), "rounds=7; allowed: at most 6"),
+        (Policy(max_epochs=2), "train.epochs=3; allowed: at most 2"),
+        (Policy(max_delta=9e-4), "privacy.delta=0.001; allowed: at most 0.0009"),
+        (Policy(min_noise=4.1), "privacy.noise=4; allowed: at least 4.1"),
+        (Policy(max_epsilon=8.0), "privacy.epsilon=None; allowed: at most 8"),
+        (Policy(require_secure=True), "secure aggregation is required"),
+        (Policy(strategies=("fedmd", "knfu")), "strategy=fedavg; allowed: fedmd, knfu"),
+        (Policy(strategies=()), "strategy=fedavg; allowed: none"),
+        (Policy(data=("mnist",)), "data=digits; allowed: mnist"),
+        (Policy(data=()), "data=digits; allowed: none"),
+    ):
+        with pytest.raises(Refused, match=said):
+            policy.check(config)
+    config.privacy.noise, config.privacy.delta, config.privacy.epsilon = None, None, 8.0
+    Policy(max_epsilon=8.0, max_delta=1e-9, min_noise=50.0).check(config)  # what is planned is checked as it is spent
+    config.privacy.epsilon = None
+    Policy(max_epsilon=1.0, max_delta=1e-9, min_noise=50.0).check(config)  # limits of what is private, not a demand
+    with pytest.raises(Refused, match="the run has none"):
+        Policy(require_dp=True).check(config)
+    Policy(data=("digits",)).check(config)
+
+
+def test_rounds_answers_and_examples_to_the_last_one() -> None:
+    policy = Policy(max_rounds=2, min_examples=5)
+    for good in (0, 1, 2):
+        policy.check_round(good)
+    for bad in (-1, 3):
+        with pytest.raises(Refused, match=f"round {bad}; allowed: at most 2"):
+            policy.check_round(bad)
+    policy.check_answers((2 + 1) * 3 + 50, phases=3)  # every phase of rounds 0, 1, 2, and 50 that are asked again
+    with pytest.raises(Refused, match="60 trainings in this run; allowed: at most 59"):
+        policy.check_answers(60, phases=3)
+    policy.check_examples(5)
+    with pytest.raises(Refused, match="4 training examples; at least 5"):
+        policy.check_examples(4)
+
+
+def test_a_site_that_says_nothing_runs_no_code_and_joins_everything_else() -> None:
+    plain = Policy()
+    assert plain == Policy(
+        None, None, None, None, None, max_runs=1000, min_examples=1, require_dp=False, require_secure=False,
+        max_epsilon=None, max_delta=None, min_noise=None, select=None, allow_code=False,
+    )  # fmt: skip
+    plain.check(compose(["strategy=fedavg"]))
+    plain.check_round(10**9)
+    plain.check_answers(10**9, 1)
+    assert plain.limits == Limits(None, None, None)
+    assert Policy(max_epsilon=3.0, max_delta=1e-5, min_noise=0.7).limits == Limits(3.0, 1e-5, 0.7)
+    for frozen in (plain, plain.limits):
+        with pytest.raises(FrozenInstanceError):
+            frozen.epsilon = frozen.max_epsilon = 9.0
+
+
+def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None:
+    said = compose(["strategy=fedavg", "data=npz", "+data.extra.train=secret"]).data
+    said.inputs, said.targets, said.groups, said.load, said.hub = "a", "b", "c", "m:f", "x/y"
+    assert Policy().selected(said) is said
+    found = Policy(select={"name": "csv", "targets": "label"}).selected(said)
+    assert (found.name, found.layout) == ("csv", "builtin")
+    assert (found.inputs, found.targets, found.groups) == (None, "label", None)
+    assert (found.extra, found.load, found.hub, found.root) == ({}, None, None, said.root)
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("strategies", [None, [], ["fedavg", "fedmd"]], ["fedavg", ["fedavg", 1], 1]),
+        ("data", [None, ["npz"]], ["npz", [1, "npz"]]),
+        ("max_rounds", [None, 0, 3], [-1, 1.0, True, "3"]),
+        ("max_runs", [None, 0], [False, -2]),
+        ("max_epsilon", [None, 8, 0.5], [0, -1, float("inf"), True, "8"]),
+        ("require_dp", [True, False], [None, 1, "true"]),
+        ("require_secure", [True], [0]),
+        ("allow_code", [False], [None, "no"]),
+        (
+            "select",
+            [
+                None,
+                {},
+                {"name": "npz", "extra": {"a": 1}},
+                dict.fromkeys(("layout", "inputs", "groups", "targets"), ""),
+            ],
+            [{"root": "/"}, {"name": "npz", "load": "m:f"}, {"extra": "t"}, ["name"]],
+        ),
+    ],
+)
+def test_a_key_takes_what_it_is_for(key: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        kept = getattr(policy_from({key: value}, "here"), key)
+        assert kept == (tuple(value) if isinstance(value, list) else value)
+    for value in bad:
+        with pytest.raises(UserError, match=f"here: {key}=.*; allowed is "):
+            policy_from({key: value}, "here")
+
+
+def test_an_unknown_key_is_named_with_its_nearest() -> None:
+    with pytest.raises(UserError, match=r"here: max_round: no such key; .*max_rounds"):
+        policy_from({"max_round": 1}, "here")
+
+
+def test_passes_and_steps_to_the_last_one() -> None:
+    epochs = Allowance(epochs=3)
+    for asked in (1, 1.5, 0.5, 1e-9):  # what rounding leaves over is nobody's pass
+        epochs.take(asked)
+    with pytest.raises(Refused, match="3 epochs in one message; allowed: at most 3"):
+        epochs.take(5e-10)
+    steps = Allowance(steps=2)
+    steps.take(10**9)
+    steps.step()
+    steps.step()
+    with pytest.raises(Refused, match="more than 2 steps"):
+        steps.step()
+    assert steps.stepped == 3
+    free = Allowance()
+    free.take(10**9)
+    free.step()
+    passes(10**9)  # nobody counts
+    with limited(again := Allowance(epochs=2)):
+        passes(1.5)
+        with pytest.raises(Refused):
+            passes(1)
+    passes(1)
+    assert again.passed == 2.5
+
+
+def test_a_ledger_allows_its_limits_and_enters_nothing_beyond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps_over(history: Any, delta: float) -> float:
+        return sum(steps / noise for noise, _, steps in history) / delta
+
+    monkeypatch.setattr("fedfuse.train.ledger.epsilon", steps_over)
+    release, most = (4.0, 0.5, 2), 50.0
+    ledger = Ledger(tmp_path / "run", tmp_path / "all" / "runs" / "data", Limits(most, 0.01, 4.0))
+    assert ledger.spent() == ledger.spent(delta=0.01) == 0.0
+    with pytest.raises(Refused, match=r"noise multiplier 3.9; allowed: at least 4"):
+        ledger.enter((3.9, 0.5, 2), 0.01)
+    with pytest.raises(Refused, match=r"delta 0.011; allowed: at most 0.01"):
+        ledger.enter(release, 0.011)
+    ledger.enter(release, 0.001)  # at the ledger's own delta, not at the run's
+    assert ledger.spent() == most
+    with pytest.raises(Refused, match="of this data set over all runs"):
+        ledger.enter((4.0, 0.5, 1), 0.01)
+    assert ledger.history == (release,) == entered(tmp_path / "all" / "runs" / "data")
+    alone = Ledger(tmp_path / "alone")
+    alone.enter(release, 0.5)
+    assert (alone.history, alone.spent(delta=0.01)) == ((release,), 0.0)  # it keeps no ledger of the data set
+    free = Ledger(tmp_path / "free", tmp_path / "all" / "free", Limits(epsilon=100.0))
+    free.enter(release, 0.005)  # at the run's delta, where the ledger has none of its own
+    with pytest.raises(Refused, match="epsilon 150 of"):
+        free.enter((4.0, 0.5, 1), 0.005)

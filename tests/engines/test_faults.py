@@ -8,11 +8,15 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from flwr.app import Message, RecordDict
+from ray.exceptions import RayError
 
 from fedfuse.config import registry
 from fedfuse.core.client import FusionClient
+from fedfuse.engines.ray import WINDOW, Exchange, Member
 from fedfuse.errors import WorldError
 from tests.engines.processes import workers
 from tests.federations import federation, play
@@ -92,6 +96,43 @@ def test_lasting_fault_is_left_out_and_named(fault, with_fault, ray_session) -> 
         summary = directory.summary(built)
         assert summary["cohort_complete"] is False
         assert summary["failures"]["replies"] == 1
+
+
+def test_a_death_is_not_blamed_on_who_was_done_before(monkeypatch) -> None:
+    """A reply may be lost with the worker that dies over the next call, every time: only who kills it is left out."""
+
+    class Actor:
+        """A worker that loses all replies that were not fetched yet when it comes to client 1."""
+
+        def __init__(self) -> None:
+            self.pending: list[list[int]] = []
+            self.work = SimpleNamespace(remote=self.push)
+
+        def push(self, args):
+            self.pending.append([node - 1 for group in args[1] for node, _, _ in group])
+            return self, len(self.pending) - 1
+
+    def get(reference):
+        actor, k = reference
+        if any(1 in clients for clients in actor.pending):
+            raise RayError("died")
+        return [[({}, [])] for _ in actor.pending[k]], [], 1.0
+
+    def replace(member) -> None:
+        member.actor = Actor()
+
+    monkeypatch.setattr("fedfuse.engines.ray.ray.get", get)
+    grid = SimpleNamespace(
+        crew=[Member(Actor())], _scenario=SimpleNamespace(examples=lambda client: 1), retries=2, limit=None,
+        window=WINDOW, bytes=1, seconds=1.0, prepare=lambda member: None, needs=lambda message: {},
+        states=lambda member, bare: {}, replace=replace,
+    )  # fmt: skip
+    groups = [[Message(RecordDict(), dst_node_id=client + 1, message_type="train")] for client in range(4)]
+    exchange = Exchange(grid, groups)
+    replies = [reply for i in range(4) for reply in exchange.replies(i)]
+    assert [reply.has_error() for reply in replies] == [False, True, False, False]
+    assert "died 3 times" in replies[1].error.reason
+    assert exchange.attempts == {(0, 0): 1, (1, 0): 3}
 
 
 def test_nobody_succeeds(with_fault, ray_session) -> None:

@@ -244,7 +244,7 @@ def interrupted(tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("interrupted") / "run"
     config = configured("fedavg", where, "rounds=3")
     with federation("fedavg", "rounds=3", path=where, callbacks=(Ends(1, KeyboardInterrupt()),)) as (built, directory):
-        directory.config = as_yaml(config)
+        directory.config = config
         with pytest.raises(KeyboardInterrupt):
             built.run()
     (where / "config.yaml").write_text(as_yaml(config))
@@ -343,7 +343,7 @@ def test_a_foreign_checkpoint_is_refused(run_copy: Path) -> None:
 
 
 def test_a_run_that_goes_on_elsewhere_is_refused(run_copy: Path) -> None:
-    holder = RunDirectory(run_copy, "", 0.0)
+    holder = RunDirectory(run_copy, Config(), 0.0)
     holder.reopen()
     try:
         one_line(run_copy, "another process is writing this run")
@@ -383,7 +383,7 @@ def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_running_run_is_not_overwritten(run_copy: Path) -> None:
-    holder = RunDirectory(run_copy, "", 0.0)
+    holder = RunDirectory(run_copy, Config(), 0.0)
     holder.reopen()
     try:
         refused(configured("local", run_copy, "overwrite=true"), "another process is writing this run")

@@ -177,6 +177,32 @@ def test_flexlora_is_the_best_approximation_of_the_mean_update() -> None:
     assert relative(2.0 * b @ a, got) < 1e-12
 
 
+def test_flexlora_gives_each_factor_its_half_of_the_singular_values() -> None:
+    """BᵀB = A Aᵀ = S/s, so that a step of SGD moves both alike; the paper's split has A Aᵀ = 1 and BᵀB = (S/s)²."""
+    _, _, want = fused("flexlora", "strategy.alpha=8")
+    singular = torch.diag(torch.linalg.svdvals(want)[:4] / 2)
+    b, a = truncated(want, 4, 2.0)
+    assert relative(b.T @ b, singular) < 1e-12
+    assert relative(a @ a.T, singular) < 1e-12
+    b, a = truncated(want, 4, 2.0, "left")
+    assert relative(2.0 * b @ a, truncated(want, 4, 2.0)[0] @ truncated(want, 4, 2.0)[1] * 2) < 1e-12
+    assert relative(a @ a.T, torch.eye(4, dtype=torch.float64)) < 1e-12
+    assert relative(b.T @ b, singular**2) < 1e-12
+
+
+@pytest.mark.parametrize("split", ["even", "left"])
+def test_a_direction_that_the_mean_lacks_can_still_be_learnt(split: str) -> None:
+    """With zeros in B and in A no gradient reaches either."""
+    (b, *_), (a, *_) = factors(rank=2)
+    left, right = truncated(b @ a, 4, 1.0, split)
+    assert relative(left @ right, b @ a) < 1e-12
+    assert (right[2:].norm(dim=1) - 1).abs().max() < 1e-12
+    assert left[:, 2:].abs().max() < 1e-9
+    nothing = truncated(torch.zeros(D, K, dtype=torch.float64), 2, 1.0, split)
+    assert nothing[0].abs().max() == 0
+    assert (nothing[1].norm(dim=1) - 1).abs().max() < 1e-12
+
+
 def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
     bs, as_ = factors()
     arrays = {"x.lora_B.weight": bs[0], "x.lora_A.weight": as_[0]}

@@ -9,6 +9,7 @@ from fedfuse.config import registry
 from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
 from fedfuse.wire.records import InvalidArrays, Scope, record
 from tests.federations import answer, federation, intercept, play
+from tests.halves import server, shares
 
 
 def test_votes_by_hand():
@@ -82,3 +83,29 @@ def test_hostile_votes_are_refused():
         intercept(built, lambda reply: answer(reply, votes=long) if "votes" in reply.content else None, client=1)
         built.run()
         assert built.strategy.inbox.failures["rejected"] == 1
+
+
+def test_votes_weigh_one_each_or_by_examples() -> None:
+    """Of two owners the smaller says class 2: half of the votes, a quarter of the examples."""
+    for weighting, rows in (("uniform", [0]), ("examples", [])):
+        strategy = server("cofed", f"strategy.weighting={weighting}", "strategy.threshold=0.3")
+        strategy.phase = "vote"
+        owned, nobody = torch.arange(10) < 3, torch.full((24,), -1, dtype=torch.int16)
+        sure = torch.where(torch.arange(24) == 0, 2, nobody).to(torch.int16)
+        votes = [{"votes": {"labels": said, "owned": owned}} for said in (sure, nobody)]
+        strategy.fuse_vote(shares(strategy, *votes, examples=[10, 30]))
+        assert strategy.published("pseudo_labels")["rows"].tolist() == rows
+        assert strategy.published("pseudo_labels")["labels"].tolist() == [2] * len(rows)
+
+
+def test_the_vote_ends_the_round_in_the_middle_or_the_one_that_is_said() -> None:
+    def held(*words: str) -> list[int]:
+        strategy = server("cofed", "rounds=7", *words)
+        return [r for r in range(1, 8) if strategy.phases(r) == ("train", "vote")]
+
+    assert held() == [4]
+    assert held("rounds=6") == [3]
+    assert held("strategy.vote_round=2") == [2]
+    assert held("strategy.vote_round=5", "strategy.repeat=true") == [5, 6, 7]
+    assert server("cofed").planned()
+    assert not server("cofed", "strategy.vote_round=2").planned()

@@ -8,6 +8,7 @@ from fedfuse.config import registry
 from fedfuse.strategies.comet import cluster, means, memberships, nearest
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play, uploads
+from tests.halves import client, take
 
 
 def soft(n=4, rows=5, classes=3, seed=0):
@@ -114,3 +115,28 @@ def test_variants_and_pools_run():
 def test_rows_that_are_no_distributions_are_refused():
     with pytest.raises(InvalidArrays, match="no distributions"):
         registry.entry("comet").server.examine(None, {"soft": {"p": -soft(1)[0]}})
+
+
+def test_the_distance_to_the_mean_is_multiplied_by_lambda(monkeypatch):
+    half, seen = client("comet", "strategy.distill=separate", "strategy.lam=3"), {}
+    target = soft(1, 24, 10, seed=3)[0].float()
+    take(half, "means", p=target[None])
+    monkeypatch.setattr(half, "distil", lambda loss, x, y, **effort: seen.update(loss=loss, effort=effort))
+    half.fit()
+    logits, rows = torch.randn(3, 10, dtype=torch.float64), torch.tensor([7, 0, 23])
+    wanted = 3 * ((logits.softmax(1) - target[rows]) ** 2).sum(1).mean()
+    assert seen["loss"](logits, None, rows).item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert seen["effort"] == {"purpose": "distil", "epochs": 1, "batch_size": 64}
+
+
+def test_of_several_means_each_row_takes_the_nearest():
+    half = client("comet", "strategy.cluster_by=sample")
+    said = half.predict(half.transfer).softmax(1)
+    near, far = said.clone(), said.roll(1, 1)
+    far[3], near[3] = near[3].clone(), far[3].clone()
+    take(half, "means", p=torch.stack([near, far]))
+    rows, mean = half.target
+    assert rows.tolist() == list(range(24))
+    torch.testing.assert_close(mean, said)
+    take(half, "means", p=near[None])
+    assert torch.equal(half.target[1], near)

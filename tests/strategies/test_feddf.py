@@ -61,6 +61,20 @@ def test_one_student_an_architecture_taught_by_all(monkeypatch):
     assert sorted(strategy.server_models()) == ["mlp", "mlp_small", "mlp_wide"]
 
 
+def test_students_begin_as_the_mean_weighted_by_examples_and_teachers_count_alike(monkeypatch):
+    strategy = server("feddf")
+    models, seen = variants(strategy, "mlp_small", 3), {}
+    outputs = torch.stack([logits_of(strategy, "mlp_small", m["model"]) for m in models[:2]])
+    monkeypatch.setattr(
+        strategy, "distilled", lambda name, student, x, y, teacher: seen.update(s=student, t=teacher) or student
+    )
+    strategy.fuse(shares(strategy, *models, examples=[10, 30, 0]))
+    np.testing.assert_allclose(seen["t"], outputs.mean(0), rtol=1e-4, atol=1e-5)
+    for key, value in seen["s"].items():
+        wanted = (10 * models[0]["model"][key].double() + 30 * models[1]["model"][key].double()) / 40
+        torch.testing.assert_close(value, wanted.float())
+
+
 def test_averaging_probabilities_is_averaging_losses():
     """Gradients of the mean of KLs and of the KL to the mean are equal: `prob` is the code's avg_losses."""
     teachers = torch.randn(4, 6, 5, dtype=torch.float64).softmax(2)
@@ -129,7 +143,7 @@ def test_validation_rows_are_fixed_and_not_distilled():
 def test_models_at_chance_neither_teach_nor_are_averaged(monkeypatch):
     strategy = server("feddf", *LABELLED, "strategy.drop_worst=true")
     models, seen = variants(strategy, "mlp_small", 3), {}
-    found = iter([0.5, 0.1, 0.4])  # of ten classes: the second is at chance
+    found = iter([0.5, 0.119, 0.121])  # of ten classes: the second is below 1.2 times chance
     monkeypatch.setattr(strategy, "accuracy", lambda model: next(found))
     monkeypatch.setattr(
         strategy, "distilled", lambda name, student, x, y, teacher: seen.update(s=student, t=teacher) or student

@@ -82,6 +82,19 @@ def test_the_diversity_term_changes_the_large_model_only_where_somebody_disagree
     assert any(not torch.equal(v, without[k]) for k, v in with_term.items())
 
 
+def test_the_large_model_repeats_the_consensus_on_its_own_rows() -> None:
+    """Its paper's effort is not known; ten steps of the clients' SGD left it at one class for all rows."""
+    strategy = server("fedet", "transfer.size=100", "strategy.lam=0")
+    x, _ = strategy.workspace.tensors("transfer")
+    teacher = torch.randn(x[0].numel(), 10, generator=torch.Generator().manual_seed(1))
+    label = ((x - x.mean(0)).flatten(1) @ teacher).argmax(1)
+    nobody = torch.zeros(len(x), dtype=torch.bool)
+    taught = strategy._teach(x, label, torch.zeros(len(x), 10, dtype=torch.float64), nobody)
+    predicted = strategy.predict(strategy.workspace.loaded(strategy.large, taught), x, 64).argmax(1)
+    assert (predicted == label).double().mean() > 0.6
+    assert predicted.unique().numel() > 4
+
+
 def test_it_says_that_it_is_a_reconstruction() -> None:
     listed = registry.listed()["fedet"]
     assert "reconstruction" in listed.summary

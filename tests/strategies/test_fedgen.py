@@ -10,6 +10,7 @@ from fedfuse.errors import UserError
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
+from tests.halves import PLAIN, server, wake
 
 
 def test_the_ensemble_weighs_each_client_by_its_share_of_the_label():
@@ -106,3 +107,25 @@ def test_a_pool_is_refused_and_so_are_negative_counts():
         play("fedgen", "model.pool=[mlp_small,mlp,mlp_wide]")
     with pytest.raises(InvalidArrays, match="negative"):
         registry.entry("fedgen").server.examine(None, {"counts": {"counts": torch.tensor([-1, 2])}})
+
+
+def test_a_clients_loss_in_the_third_round_by_hand(monkeypatch):
+    """CE + α·λ³·B/n · CE of generated features + β·λ³ · KL to what the head makes of generated ones of its labels."""
+    hypers = {"alpha": 0.7, "beta": 0.3, "decay": 0.5, "generator_batch": 6}
+    built = server("fedgen", *PLAIN, "train.epochs=1", *(f"strategy.{key}={value}" for key, value in hypers.items()))
+    net = Generator(10, int(built.workspace.model("mlp_small").feature_dim), built.hyper)
+    held = torch.arange(10) != 4
+    half = wake(built, generator={**net.state_dict(), "held": held})
+    half.round = 3
+    monkeypatch.setattr(half, "train", lambda loss: {"loss": loss(half.model(half.x), half.y, None).item()})
+    draw, n = half.generator("features"), len(half.y)
+    net.eval()
+    wanted = draw_labels(held, 6, draw)
+    with torch.no_grad():
+        made = half.model.head(net(net.draw(6, draw, torch.device("cpu")), wanted)).double()
+        target = half.model.head(net(net.draw(n, draw, torch.device("cpu")), half.y)).double().log_softmax(1)
+        logits = half.model(half.x).double()
+    kl = (target.exp() * (target - logits.log_softmax(1))).sum(1).mean()
+    fade = 0.5**3
+    expected = F.cross_entropy(logits, half.y) + 0.7 * fade * 6 / n * F.cross_entropy(made, wanted) + 0.3 * fade * kl
+    assert half.fit()["loss"] == pytest.approx(expected.item(), rel=1e-5)

@@ -10,7 +10,7 @@ from fedfuse.strategies.fedkd import FedKDHyper, apply, energy
 from fedfuse.train.truncate import check_packed, most, pack, packed_layout, truncate, unpack
 from fedfuse.wire.records import InvalidArrays, layout_nbytes, layout_of, nbytes, validate
 from tests.federations import play
-from tests.halves import PLAIN, final_states, server, wake
+from tests.halves import PLAIN, final_states, server, shares, wake
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -159,3 +159,33 @@ def test_a_student_of_one_architecture_with_batchnorm() -> None:
     counters = [value for name, value in student.items() if name.endswith("num_batches_tracked")]
     assert counters
     assert all(value.dtype == torch.int64 and int(value) > 0 for value in counters)
+
+
+def test_the_student_moves_by_the_mean_update_weighted_by_examples() -> None:
+    """Three clients of 10, 30 and 0 examples, at full energy; counters are rounded whole."""
+    strategy = server("fedkd", "strategy.energy_start=1", "strategy.energy_end=1")
+    start = strategy.published("student")
+    moved = [{name: randn(*v.shape, seed=seed).float() for name, v in start.items()} for seed in (1, 2, 3)]
+    strategy.fuse(shares(strategy, *[{"update": pack(one, 1.0)} for one in moved], examples=[10, 30, 0]))
+    for name, value in strategy.published("student").items():
+        wanted = start[name] + (10 * moved[0][name].double() + 30 * moved[1][name].double()) / 40
+        torch.testing.assert_close(value, wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_with_examples_moves_nothing() -> None:
+    strategy = server("fedkd")
+    start = strategy.published("student")
+    nothing = {name: torch.ones_like(v) for name, v in start.items()}
+    strategy.fuse(shares(strategy, {"update": pack(nothing, 1.0)}, examples=[0]))
+    assert all(torch.equal(v, start[name]) for name, v in strategy.published("student").items())
+
+
+def test_each_round_keeps_the_energy_of_its_place() -> None:
+    strategy = server("fedkd", "rounds=4", "strategy.energy_start=0.2", "strategy.energy_end=0.9")
+    name = next(n for n, v in strategy.published("student").items() if v.ndim == 2)
+    start = strategy.published("student")
+    moved = {n: randn(*v.shape, seed=4).float() for n, v in start.items()}
+    strategy.round = 3
+    strategy.fuse(shares(strategy, {"update": pack(moved, 1.0)}))
+    wanted = unpack(pack(moved, 0.2 + 0.7 * 3 / 4), start)[name]
+    torch.testing.assert_close(strategy.published("student")[name] - start[name], wanted, rtol=1e-4, atol=1e-5)

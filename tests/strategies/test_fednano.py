@@ -50,7 +50,7 @@ def asked() -> Dataset:
 def exchanged(built, half):
     """One exchange: the client's activations, and its slopes handed back."""
     sent = half.forward()["activations"]
-    half.slopes = built.slopes(**sent)
+    half.slopes = built.slopes(sent)
     return sent
 
 
@@ -112,15 +112,37 @@ def test_equal_fishers_are_fedavg_and_others_weigh() -> None:
         torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_activations_and_slopes_are_counted() -> None:
-    words = ("train.epochs=2", "train.batch_size=1000", "rounds=1", "strategy.samples=7")
+def test_what_weighs_alike_is_sent_as_it_is_and_averaged() -> None:
+    words = ("strategy.merge=fedavg", "strategy.optimizer=sgd", "strategy.lr=0.1", "train.batch_size=1000")
+    built, counts = server("fednano", *SMALL, *words), [1, 2, 7]
+    assert built.phases(1) == ("forward", "train")
+    half = wake(built)
+    exchanged(built, half)
+    metrics = half.fit()  # takes the step: no exchange comes after it
+    sent, end = half.share(), half.weights()
+    assert metrics["steps"] == 1
+    assert sent["fisher"] == half.state == {}
+    assert sent["scaled"].keys() == end.keys()
+    assert all(torch.equal(value, end[name]) for name, value in sent["scaled"].items())
+    assert not torch.equal(end["image.B"], half.start["image.B"])
+    models, _ = contents(built, [(0, 1)] * 3)
+    built.fuse(shares(built, *({"fisher": {}, "scaled": one} for one in models), examples=counts))
+    for name, value in built.model.items():
+        mean = sum(n * m[name].double() for n, m in zip(counts, models, strict=True)) / 10
+        torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("merge", "of_f", "times"), [("fisher", 7, 2), ("fedavg", 0, 1), ("local", 0, 0)])
+def test_activations_and_slopes_are_counted(merge: str, of_f: int, times: int) -> None:
+    """The rule that reads no F makes no exchange for it and sends none: bytes to the last one."""
+    words = ("train.epochs=2", "train.batch_size=1000", "rounds=1", "strategy.samples=7", f"strategy.merge={merge}")
     with federation("fednano", *SMALL, *words) as (built, _):
         built.run()
         traffic, n = built.strategy.outbox.traffic.summary(), [built.scenario.examples(c) for c in range(3)]
     image, text = 2 * 16 * 4, 3 * 16 * 4  # bytes of an example's tokens, and of the question's
-    rows = [2 * one + 7 for one in n]
+    rows, exchanges = [2 * one + of_f for one in n], 3 if of_f else 2
     adapters = 2 * (3 * 16 + 16 * 3) * 4
-    assert traffic["up_bytes"] == sum(rows) * (image + 4) + 9 * text + 3 * 2 * adapters
+    assert traffic["up_bytes"] == sum(rows) * (image + 4) + 3 * exchanges * text + 3 * times * adapters
     assert traffic["down_bytes"] == sum(rows) * (image + text + 4) + 3 * adapters
 
 
@@ -201,11 +223,11 @@ def test_a_row_is_scored_among_the_answers_to_its_question() -> None:
         assert (row != questions.OTHER).nonzero().squeeze(1).tolist() == among
     text = questions.spread(own.e, own.length, own.of[labels])
     torch.testing.assert_close(z[torch.arange(7), labels], -own.loss(image, text, labels), rtol=1e-4, atol=1e-4)
-    kinds = built._kinds(z, labels)
+    kinds = built.questions.accuracies(z, labels)
     right = (z.argmax(1) == labels).double()
     what = torch.tensor([c in (0, 1, 4) for c in labels.tolist()])
     assert kinds == {"accuracy_of_2": float(right[~what].mean()), "accuracy_of_3": float(right[what].mean())}
-    assert server("fednano", *SMALL)._kinds(z[:, :4], labels.clamp_max(3)) == {}
+    assert server("fednano", *SMALL).questions.accuracies(z[:, :4], labels.clamp_max(3)) == {}
 
 
 def test_answers_read_together_are_those_read_one_by_one() -> None:
@@ -219,7 +241,7 @@ def test_answers_read_together_are_those_read_one_by_one() -> None:
     blind.run = lambda e, seen=None, places=None: plain(e)  # a model that minds no mask
     torch.testing.assert_close(blind.scores(prefix, answers), one._one_by_one(prefix, answers), rtol=1e-5, atol=1e-4)
     assert not blind.minds
-    asks = [questions.Questions(each, PAIRS, None) for each in (one, blind)]  # questions of two lengths
+    asks = [questions.Questions(each, PAIRS, None, 32) for each in (one, blind)]  # questions of two lengths
     labels = torch.tensor([3, 0, 2])
     losses = [q.loss(prefix, questions.spread(q.e, q.length, q.of[labels]), labels) for q in asks]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-4)
@@ -253,8 +275,8 @@ def test_local_adapters_go_on_and_send_nothing_of_themselves() -> None:
     assert all(set(state) == {"own", "seen"} for state in states)
     assert not torch.equal(states[0]["own"]["image.B"], states[1]["own"]["image.B"])
     n = [strategy.scenario.examples(c) for c in range(3)]
-    steps = 2 * 2 * 3 * 16 * 4  # two rounds, in each the question's tokens twice: to train, and for F_k
-    up = sum(2 * (one + min(one, 64)) * (2 * 16 * 4 + 4) + steps for one in n)
+    steps = 2 * 3 * 16 * 4  # two rounds, in each the question's tokens once
+    up = sum(2 * one * (2 * 16 * 4 + 4) + steps for one in n)
     assert strategy.outbox.traffic.summary()["up_bytes"] == up  # activations, and nothing else
 
 
@@ -273,9 +295,9 @@ def test_classes_that_ask_nothing_are_refused(words: tuple[str, ...], why: str) 
 def test_two_questions_may_have_the_same_answers_and_one_may_not() -> None:
     one = reader.build(None, 16, 0)
     asks = questions.Questions(
-        one, ("Is it a cat? yes", "Is it a cat? no", "Is it a dog? yes", "Is it a dog? no"), None
+        one, ("Is it a cat? yes", "Is it a cat? no", "Is it a dog? yes", "Is it a dog? no"), None, 32
     )
     assert asks.of.tolist() == [0, 0, 1, 1]
     assert torch.equal(asks.answers[0], asks.answers[2])
     with pytest.raises(UserError, match="the same tokens"):
-        questions.Questions(one, ("Is it? yes", "Is it? no", "Is it? yes"), None)
+        questions.Questions(one, ("Is it? yes", "Is it? no", "Is it? yes"), None, 32)

@@ -83,3 +83,12 @@ def test_a_client_says_its_own_progress() -> None:
     shared, end = client.share()["update"], client.weights()
     for name, value in shared.items():
         torch.testing.assert_close(value, (start[name] - end[name]) / 4)
+
+
+def test_progress_knows_the_momentum_of_sgd_alone() -> None:
+    for words, progress in (
+        (("train.momentum=0.9",), normaliser(4, 0.9)),
+        (("train.momentum=0.9", "train.optimizer=adam", "train.lr=0.001"), 4.0),
+    ):
+        client = wake(server("fednova", *PLAIN, "train.epochs=4", *words))
+        assert client.fit()["progress"] == pytest.approx(progress, rel=1e-12)

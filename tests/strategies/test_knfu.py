@@ -7,17 +7,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedfuse.errors import UserError
+from fedfuse.families.neighbours import distances, weights
 from fedfuse.families.public_text import Said, aligned, mixture
-from fedfuse.strategies.knfu import KnFu, KnFuHyper, distances, estimate, fusion_weights, of_distances
+from fedfuse.strategies.knfu import KnFu, KnFuHyper, estimate
 from fedfuse.train.next_token import record_bytes
-from tests.federations import federation, play
+from tests.federations import federation, intercept, play
 from tests.strategies.test_fedmkt import words  # noqa: F401  (a fixture)
-
-KINDS = ("kl_nm", "kl_mn", "sym_kl", "js", "l2", "cosine")
 
 
 def soft_labels(n: int, t: int, c: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +25,7 @@ def soft_labels(n: int, t: int, c: int, seed: int = 0) -> torch.Tensor:
 
 def test_beta_zero_is_uniform_averaging() -> None:
     f = soft_labels(5, 7, 4)
-    w = fusion_weights(estimate(f, KnFuHyper()), KnFuHyper(beta=0.0))
+    w = weights(distances(estimate(f, KnFuHyper()), "js"), KnFuHyper(beta=0.0))
     assert torch.equal(w, torch.full((5, 5), 0.2, dtype=torch.float64))
     fused = torch.einsum("nm,mtc->ntc", w, f)
     torch.testing.assert_close(fused, f.mean(0).expand(5, 7, 4), rtol=0, atol=1e-15)
@@ -36,68 +33,8 @@ def test_beta_zero_is_uniform_averaging() -> None:
 
 def test_beta_to_infinity_is_self_distillation() -> None:
     f = soft_labels(5, 7, 4)
-    w = fusion_weights(estimate(f, KnFuHyper()), KnFuHyper(beta=1e9))
+    w = weights(distances(estimate(f, KnFuHyper()), "js"), KnFuHyper(beta=1e9))
     assert torch.equal(w, torch.eye(5, dtype=torch.float64))
-
-
-def test_weights_by_hand() -> None:
-    """Two clients with p = (3/4, 1/4) and (1/4, 3/4): d = ½·log 3 both ways, w₁₂ = 1 / (1 + 3^{β/2})."""
-    p = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64)
-    d = distances(p, "kl_nm")
-    assert d[0, 1].item() == pytest.approx(0.5 * math.log(3), abs=1e-12)
-    w = fusion_weights(p, KnFuHyper(beta=2.0, distance="kl_nm"))
-    assert w[0, 1].item() == pytest.approx(1 / (1 + 3), abs=1e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_distances_against_their_formulae(kind: str) -> None:
-    p = soft_labels(4, 3, 5).mean(1)
-    found = distances(p, kind)
-    for n in range(4):
-        for m in range(4):
-            a, b = p[n].numpy(), p[m].numpy()
-            kl = lambda u, v: float((u * (torch.tensor(u) / torch.tensor(v)).log().numpy()).sum())  # noqa: E731
-            want = {
-                "kl_nm": kl(a, b),
-                "kl_mn": kl(b, a),
-                "sym_kl": (kl(a, b) + kl(b, a)) / 2,
-                "js": (kl(a, (a + b) / 2) + kl(b, (a + b) / 2)) / 2,
-                "l2": float(((a - b) ** 2).sum() ** 0.5),
-                "cosine": 1 - float(a @ b) / float((a @ a) ** 0.5 * (b @ b) ** 0.5),
-            }[kind]
-            assert found[n, m].item() == pytest.approx(want, abs=1e-10)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 6),
-    beta=st.floats(0, 1000),
-    kind=st.sampled_from(KINDS),
-    top_k=st.none() | st.integers(1, 8),
-    include_self=st.booleans(),
-    min_weight=st.floats(0, 0.9),
-    seed=st.integers(0, 99),
-)
-def test_fused_rows_are_distributions(n, beta, kind, top_k, include_self, min_weight, seed) -> None:
-    f = soft_labels(n, 3, 4, seed)
-    h = KnFuHyper(beta=beta, distance=kind, top_k=top_k, include_self=include_self, min_weight=min_weight)
-    w = fusion_weights(estimate(f, h), h)
-    assert bool((w >= 0).all())
-    torch.testing.assert_close(w.sum(1), torch.ones(n, dtype=torch.float64))
-    fused = torch.einsum("nm,mtc->ntc", w, f)
-    torch.testing.assert_close(fused.sum(-1), torch.ones(n, 3, dtype=torch.float64))
-    if not include_self and n > 1:
-        assert bool((w.diagonal() == 0).all())
-    if top_k is not None:
-        assert bool(((w > 0).sum(1) <= max(top_k, 1)).all())
-
-
-def test_one_sided_predictions_do_not_divide_by_zero() -> None:
-    """A histogram EPD has zeros; divergences stay finite and the weights are still a distribution."""
-    p = torch.eye(3, dtype=torch.float64)
-    for kind in KINDS:
-        w = fusion_weights(p, KnFuHyper(distance=kind))
-        assert bool(torch.isfinite(w).all())
 
 
 def test_argmax_histogram() -> None:
@@ -155,25 +92,6 @@ def test_hard_labels_need_a_labelled_transfer_set() -> None:
 def test_hard_labels_are_refused_where_there_are_none() -> None:
     with pytest.raises(UserError, match=r"finetune_loss=kl\+ce_hard needs labels: set transfer.labelled=true"):
         play("knfu", "strategy.finetune_loss=kl+ce_hard")
-
-
-def test_who_has_no_examples_is_in_nobodys_mixture() -> None:
-    """Three clients, the second untaught: its column is 0, its own row mixes the other two by their distances to it."""
-    p = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
-    taught = torch.tensor([True, False, True])
-    h = KnFuHyper(beta=3.0, distance="kl_nm")
-    w = fusion_weights(p, h, taught)
-    assert w[:, 1].tolist() == [0, 0, 0]
-    d = distances(p, "kl_nm")
-    for n in range(3):
-        ratio = math.exp(-3.0 * (d[n, 0] - d[n, 2]).item())
-        assert (w[n, 0] / w[n, 2]).item() == pytest.approx(ratio, rel=1e-12)
-    w = fusion_weights(p, KnFuHyper(include_self=False), taught)
-    assert w[0].tolist() == [0, 0, 1]
-    assert w[2].tolist() == [1, 0, 0]
-    assert w[1, 1] == 0
-    lone = fusion_weights(p, KnFuHyper(include_self=False), torch.tensor([True, False, False]))
-    assert lone.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]  # nobody else: in its own mixture after all
 
 
 class _Said:
@@ -257,24 +175,38 @@ def test_classroom_needs_labels_and_says_which_keys_do_nothing_beside_it() -> No
             KnFu(KnFuHyper(neighbours="classroom", **{key: value}), workspace)
 
 
+def test_mixtures_go_to_participants_and_are_what_the_weights_say() -> None:
+    """Recomputed from what was sent, over the participants of the round only."""
+    drawn = ("clients=5", "participation=0.6", "rounds=2", "evaluate.every=2", "strategy.fuse_space=prob")
+    with federation("knfu", *drawn) as (built, _):
+        sent: dict[int, torch.Tensor] = {}
+
+        def look(reply):
+            sent[reply.metadata.src_node_id - 1] = torch.tensor(reply.content["soft_labels"]["p"].numpy())
+
+        intercept(built, look, kind="train", round=2)
+        built.run()
+        board = built.strategy.board.items
+        assert sorted(sent) == built.strategy.plan(2)
+        assert len(sent) == 3
+        stacked = torch.stack([sent[c] for c in sorted(sent)]).double()
+        w = weights(distances(estimate(stacked, KnFuHyper()), "js"), KnFuHyper())
+        for row, client in zip(w, sorted(sent), strict=True):
+            item = board["soft_labels", f"client:{client}"]
+            assert item.version == 2
+            torch.testing.assert_close(
+                item.arrays["p"].double(), torch.einsum("m,mtc->tc", row, stacked), atol=1e-6, rtol=0
+            )
+        for client in set(range(5)) - set(sent):
+            assert (
+                board.get(("soft_labels", f"client:{client}")) is None
+                or board["soft_labels", f"client:{client}"].version == 1
+            )
+
+
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 PERPLEXITY = ("strategy.distance=perplexity", "strategy.fuse_space=prob", "strategy.finetune_epochs=1")
-
-
-def test_perplexity_weights_are_packllms() -> None:
-    """λ_m = softmax(−CE_m/τ) with τ = 1/β, the same for every n; left out, the others' alone."""
-    ce = torch.tensor([1.5, 0.5, 2.5], dtype=torch.float64)  # nats a byte of one row
-    d = ce.expand(3, -1)
-    w = of_distances(d, KnFuHyper(beta=2.0))
-    e = [math.exp(-2 * c) for c in ce.tolist()]
-    for row in w.tolist():
-        assert row == pytest.approx([one / sum(e) for one in e], rel=1e-12)
-    others = of_distances(d, KnFuHyper(beta=2.0, include_self=False))
-    assert others[1].tolist() == pytest.approx([e[0] / (e[0] + e[2]), 0, e[2] / (e[0] + e[2])], rel=1e-12)
-    assert of_distances(d, KnFuHyper(beta=2.0, top_k=1)).tolist() == [[0, 1, 0]] * 3
-    absent = of_distances(d, KnFuHyper(beta=2.0), torch.tensor([True, False, True]))
-    assert absent[0].tolist() == pytest.approx([e[0] / (e[0] + e[2]), 0, e[2] / (e[0] + e[2])], rel=1e-12)
 
 
 def test_texts_are_fused_by_perplexity_between_tokenisers(words) -> None:  # noqa: F811

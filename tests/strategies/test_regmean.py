@@ -8,7 +8,7 @@ from torch import nn
 
 from fedfuse.cli import main
 from fedfuse.errors import UserError
-from fedfuse.strategies import regmean
+from fedfuse.strategies import fisher, regmean
 from fedfuse.train import curvature
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import play
@@ -293,7 +293,7 @@ def test_fisher_merging_against_its_formula(weighting: str, n: tuple[int, ...]) 
 
 def test_where_no_example_moves_a_weight_it_is_the_mean_and_not_drawn_to_zero() -> None:
     """F = 0 at all: the released code's θ = Σ F θ / (Σ F + 1e-10) is 0."""
-    client = wake(server("fisher"))
+    client = wake(server("fisher", "strategy.scale=raw", "strategy.floor=1e-6"))
     client.load({name: torch.zeros_like(v) if name == "head.weight" else v for name, v in client.weights().items()})
     sent = client.share()  # a head of zeros: nothing below it moves the loss
     assert bool((sent["fisher"]["body.1.weight"] == 1e-6).all())
@@ -305,7 +305,7 @@ def test_where_no_example_moves_a_weight_it_is_the_mean_and_not_drawn_to_zero() 
 
 
 def test_a_client_sends_f_and_f_times_its_weights() -> None:
-    client = wake(server("fisher", "strategy.samples=5"))
+    client = wake(server("fisher", "strategy.samples=5", "strategy.scale=raw", "strategy.floor=1e-6"))
     client.fit()
     sent, end = client.share(), client.weights()
     draw = client.generator("fisher")
@@ -314,11 +314,43 @@ def test_a_client_sends_f_and_f_times_its_weights() -> None:
     for name, value in sent["fisher"].items():
         torch.testing.assert_close(value.double(), want[name].clamp_min(1e-6), rtol=1e-4, atol=1e-9)
         assert torch.equal(sent["scaled"][name], value * end[name])
-    everyone = wake(server("fisher", "strategy.samples=null", "strategy.labels=data"))
+    as_is = ("strategy.scale=raw", "strategy.floor=1e-6")
+    everyone = wake(server("fisher", "strategy.samples=null", "strategy.labels=data", *as_is))
     all_rows = curvature.fisher(everyone.model, everyone.x, everyone.y, expected=False)
     torch.testing.assert_close(
         everyone.share()["fisher"]["head.bias"].double(), all_rows["head.bias"].clamp_min(1e-6), rtol=1e-4, atol=1e-9
     )
+
+
+def test_a_clients_fisher_has_root_mean_square_one() -> None:
+    """Over all its parameters together: 3, 4 and ten zeros have √(25/12); where all are zeros they stay."""
+    f = {"a": torch.tensor([[3.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([4.0] + 7 * [0.0])}
+    found = fisher.scaled(f)
+    torch.testing.assert_close(found["a"][0, 0].item(), 3 / (25 / 12) ** 0.5)
+    torch.testing.assert_close(found["b"][0].item(), 4 / (25 / 12) ** 0.5)
+    nothing = {"a": torch.zeros(2)}
+    assert torch.equal(fisher.scaled(nothing)["a"], torch.zeros(2))
+
+
+def test_how_well_a_client_fits_its_examples_does_not_weigh() -> None:
+    """Gradients a hundred times smaller, F ten thousand times: what is sent is the same by default, and not raw."""
+    sent, real = {}, fisher.curvature.fisher
+    for how in ("alike", "raw"):
+        client = wake(server("fisher", f"strategy.scale={how}", "strategy.floor=1e-12", "strategy.samples=null"))
+        before = client.share()["fisher"]["head.bias"]
+        with pytest.MonkeyPatch.context() as patched:
+            smaller = lambda *a, **k: {n: v / 1e4 for n, v in real(*a, **k).items()}  # noqa: E731
+            patched.setattr(fisher.curvature, "fisher", smaller)
+            sent[how] = before, client.share()["fisher"]["head.bias"]
+    torch.testing.assert_close(*sent["alike"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(sent["raw"][0] / 1e4, sent["raw"][1], rtol=1e-4, atol=1e-9)
+
+
+def test_below_its_root_mean_square_a_weight_is_averaged_plainly() -> None:
+    sent = wake(server("fisher")).share()["fisher"]
+    least = min(value.min().item() for value in sent.values())
+    assert least == 1.0
+    assert max(value.max().item() for value in sent.values()) > 3
 
 
 def test_fisher_refuses_what_is_no_square() -> None:

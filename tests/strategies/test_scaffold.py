@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedfuse.config.compose import compose
+from fedfuse.config.idle import idle
 from fedfuse.errors import UserError
 from fedfuse.strategies.scaffold import renewed
 from tests.federations import play
@@ -28,7 +30,7 @@ def test_variates_keep_summing_when_some_are_absent() -> None:
 
 def test_the_first_round_is_fedavg_with_equal_weights() -> None:
     ours = play("scaffold", "rounds=1").strategy.model
-    theirs = play("fedavg", "strategy.weighting=uniform", "rounds=1").strategy.model
+    theirs = play("fedavg", "strategy.weighting=uniform", "rounds=1", "train.momentum=0").strategy.model
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
@@ -63,7 +65,8 @@ def test_both_forms_agree_under_plain_sgd() -> None:
 
 def test_momentum_does_not_bias_the_variate() -> None:
     """Flower's baseline divides a momentum update by Kη: about 1/(1 − ρ) times the gradients."""
-    built = server("scaffold", "train.batch_size=1000", "train.epochs=8", "train.lr=1e-4")
+    with_it = "strategy.local_momentum=0.9"
+    built = server("scaffold", "train.batch_size=1000", "train.epochs=8", "train.lr=1e-4", with_it)
     client = wake(built)
     at_start = gradients(client)
     start = client.weights()
@@ -77,8 +80,9 @@ def test_momentum_does_not_bias_the_variate() -> None:
 
 
 def test_the_printed_formula_refuses_momentum() -> None:
-    with pytest.raises(UserError, match="plain SGD"):
-        server("scaffold", "strategy.variate=difference")
+    with pytest.raises(UserError, match=r"plain SGD, the run has train\.optimizer=sgd and momentum 0\.5"):
+        server("scaffold", "strategy.variate=difference", "strategy.local_momentum=0.5")
+    server("scaffold", "strategy.variate=difference")
 
 
 def test_steps_are_mini_batches_and_epochs_are_epochs() -> None:
@@ -100,7 +104,35 @@ def test_server_rate_scales_the_step() -> None:
         torch.testing.assert_close(built.model[name], (start + whole[name]) / 2)
 
 
-def test_a_run_whose_steps_are_not_plain_sgd_says_so() -> None:
-    said = "its corrections are made for plain SGD; with train.optimizer=sgd train.momentum=0.9 a run of strong skew"
-    assert said in server("scaffold", "train.momentum=0.9").notes()[0]
+def test_clients_step_without_momentum_unless_asked() -> None:
+    """Two steps of a heavy ball are η(2g₁ + …): from equal gradients 2.9 times η, where plain SGD makes 2 η."""
+    moved = {}
+    for word in ("seed=0", "strategy.local_momentum=0.5", "strategy.local_momentum=null"):
+        built = server("scaffold", "train.batch_size=1000", "train.epochs=2", "train.lr=1e-5", word)
+        client = wake(built)
+        start = client.weights()
+        client.fit()
+        moved[word] = (client.weights()["head.bias"] - start["head.bias"]).double().norm()
+    plain, half, asked = moved.values()
+    assert (half / plain).item() == pytest.approx(2.5 / 2, rel=1e-2)
+    assert (asked / plain).item() == pytest.approx(2.9 / 2, rel=1e-2)
+
+
+def test_an_optimiser_without_momentum_keeps_its_own_settings() -> None:
+    client = wake(server("scaffold", "train.optimizer=adam"))
+    assert client.training == client.scenario.training(0)
+
+
+def test_momentum_that_clients_do_not_have_is_named() -> None:
+    config = compose(["strategy=scaffold", "train.momentum=0.5"])
+    assert "strategy.local_momentum" in idle(config)["train.momentum"]
+    assert idle(compose(["strategy=scaffold", "train.momentum=0.5", "strategy.local_momentum=null"])) == {}
+    assert idle(compose(["strategy=fedavg", "train.momentum=0.5"])) == {}
+
+
+def test_a_run_says_how_its_clients_step() -> None:
+    (said,) = server("scaffold").notes()
+    assert "step without momentum, as in the paper, not with train.momentum=0.9" in said
+    (said,) = server("scaffold", "strategy.local_momentum=0.3").notes()
+    assert "made for plain SGD; with train.optimizer=sgd and momentum 0.3 a run of strong skew can diverge" in said
     assert server("scaffold", "train.momentum=0").notes() == []

@@ -110,3 +110,9 @@ def test_without_cache_and_sharpening_it_is_dsfl_with_plain_averaging():
     two = play("dsfl", "strategy.aggregation=sa", "loss=kl")
     for name, value in one.strategy.state["model"].items():
         torch.testing.assert_close(value, two.strategy.state["model"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_by_default_a_tenth_of_the_transfer_set_is_drawn_rounded():
+    for rows, tenth in ((24, 2), (25, 3), (34, 3), (35, 4), (4, 1)):
+        assert server("scarlet", f"transfer.size={rows}").rows_distilled == tenth
+    assert server("scarlet", "strategy.subset=7").rows_distilled == 7

@@ -15,11 +15,13 @@ from fedfuse.config.schema import TrainConfig
 from fedfuse.models.feedforward import Classifier
 from fedfuse.models.replicas import Replicas, nbytes
 from fedfuse.seeding import generator
-from fedfuse.train import abreast_batches
+from fedfuse.train import abreast_batches, abreast_steps, row_targets
 from fedfuse.train.abreast import Training
 from fedfuse.train.abreast_images import windows_products
 from fedfuse.train.abreast_layers import stacked
 from fedfuse.train.abreast_steps import together
+from fedfuse.train.divergences import KL
+from fedfuse.train.losses import loss
 from fedfuse.train.mean_loss import added_in_order
 from fedfuse.train.task import task_step
 from fedfuse.train.training import proximal, train
@@ -271,3 +273,53 @@ def test_convolutions_that_have_no_stacked_form():
     assert stacked(nn.Conv2d(2, 1, 3)) is None
     assert stacked(nn.MaxPool2d(2, return_indices=True)) is None
     assert stacked(nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2))) is not None
+
+
+ROW_BY_ROW = [("kl", {"temperature": 3.0, "weight": 0.3}), ("reverse_kl", {}), ("js", {"weight": 2.0}),
+              ("soft_ce", {"temperature": 1.5}), ("mae", {}), ("ttm", {})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), ROW_BY_ROW)
+@pytest.mark.parametrize("given", ["logits", "probabilities", "softened"])
+def test_teachers_by_row_are_compared_with_at_once(name, options, given, monkeypatch):
+    at_once = []
+    real = row_targets.losses_of
+
+    def watched(losses, out, rows):
+        found = real(losses, out, rows)
+        at_once.append(found is not None)
+        return found
+
+    monkeypatch.setattr(abreast_steps, "losses_of", watched)
+    teachers = [4 * torch.randn(40, 8, generator=generator("teacher", k)) for k in range(3)]
+    teachers[1][3, 2] = -torch.inf
+
+    def own(k):
+        made = loss(name, **options)
+        if given == "logits":
+            return made.towards_logits(teachers[k])
+        return made.towards(teachers[k].softmax(1), softened=2.0 if given == "softened" else 1.0)
+
+    config = TrainConfig(lr=0.5, batch_size=10, momentum=0.9)
+    data = [(examples(n, 64, 8, k)[0], None) for k, n in enumerate((20, 32, 17))]
+    assert same(*abreast(net(64, 33, 8), data, own=own, config=config))
+    if name == "mae" and given != "logits":
+        assert not at_once  # probabilities are compared
+    else:
+        assert set(at_once) == {True, False}  # 17 leaves 7 · 8 numbers, the last of which torch may round otherwise
+
+
+def test_an_objective_with_a_way_of_its_own_is_asked_client_by_client():
+    class Doubled(KL):
+        def value(self, student, teacher, labels):
+            return 2 * super().value(student, teacher, labels)
+
+    teacher = torch.randn(40, 8)
+    assert row_targets.kind_of(KL().towards(teacher)) is not None
+    for own in (Doubled(), loss("wttm"), loss("mse"), loss("taid")):
+        assert row_targets.kind_of(own.towards(teacher)) is row_targets.kind_of(own.towards_logits(teacher)) is None
+    assert row_targets.kind_of(KL().towards(teacher)) != row_targets.kind_of(KL(2.0).towards(teacher))
+    assert row_targets.kind_of(KL()) is None
+    looks = KL()
+    looks.prior = torch.ones(8)  # which may be another client's
+    assert row_targets.kind_of(looks.towards(teacher)) is None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 
-from fedfuse.errors import UserError
 from fedfuse.train import mentors
 from fedfuse.train.losses import loss
 from fedfuse.wire.records import InvalidArrays, Scope, validate
@@ -120,27 +117,3 @@ def test_a_lesson_that_does_not_fit_is_refused() -> None:
         mentors.objective(taught | {"weight": taught["weight"][:0]}, loss)
     with pytest.raises(InvalidArrays, match="below 1"):
         mentors.objective(taught | {"temperature": taught["temperature"] * 0}, loss)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Hyper-parameters of a strategy that may rank by mentors."""
-
-    neighbours: str = "classroom"
-    beta: float = 2.0
-    top_k: int | None = None
-
-
-@pytest.mark.parametrize(
-    ("keys", "labelled", "said"),
-    [
-        (Keys(), False, "strategy.neighbours=classroom ranks by labels: set transfer.labelled=true"),
-        (Keys(top_k=3), True, "strategy.top_k=3 does nothing with strategy.neighbours=classroom; allowed there: null"),
-        (Keys(beta=1.0), True, "strategy.beta=1.0 does nothing with strategy.neighbours=classroom; allowed there: 2.0"),
-    ],
-)
-def test_keys_beside_it_are_named_with_what_is_allowed_there(keys: Keys, labelled: bool, said: str) -> None:
-    with pytest.raises(UserError) as refused:
-        mentors.check(keys, labelled, "beta", "top_k")
-    assert str(refused.value) == said
-    mentors.check(Keys(), True, "beta", "top_k")

@@ -44,4 +44,4 @@ def test_what_is_no_optimiser_is_refused(word: str) -> None:
 
 def test_scaffold_looks_at_every_client() -> None:
     with pytest.raises(UserError, match=r"train\.optimizer=adam"):
-        play("scaffold", "strategy.variate=difference", "train.momentum=0", "train.pool=[sgd,adam]")
+        play("scaffold", "strategy.variate=difference", "train.pool=[sgd,adam]")

@@ -203,6 +203,91 @@ def test_the_least_noise_is_found_and_lasts_exactly_as_long_as_planned(tmp_path,
         budget.spend(noise, rate, steps)
 
 
+@pytest.mark.parametrize(
+    ("c", "target", "trials"),
+    [
+        # too little: a twentieth beyond the line's end; then, enough: back by the secant, 95 % of the way at most
+        (3, 0.2, [4, y := 4 * 1.05 * 0.75 / 0.199, 4 * (y / 4) ** 0.95, 3 / 0.199]),
+        (0.3, 0.2, [4, 0.3 / 0.199]),  # more than enough: along the line
+        (0.01, 0.2, [4, 1, 0.25, 0.0625, 0.01 / 0.199]),  # a quarter at most
+        (300, 0.2, [4, 64, 1024, 1.05 * 300 / 0.199, 300 / 0.199]),  # sixteenfold
+        (0.7984, 0.2, [4]),  # within 1 %: at once
+        (0.7999, 0.2, [4]),
+        (0.8004, 0.2, [4, 4 * 1.1, 0.8004 / 0.199]),  # a tenth at least
+    ],
+)
+def test_the_search_for_noise_follows_log_epsilon_over_log_noise(c, target, trials, tmp_path, monkeypatch) -> None:
+    """With ε = c/σ every trial has a closed form; a target of 0.2 is aimed at with 0.199."""
+    from fedfuse.train import accounting
+
+    seen: list[float] = []
+
+    def counted(history, delta: float) -> float:
+        assert [one[1:] for one in history] == [(0.25, 8), (0.5, 3)]
+        assert len({one[0] for one in history}) == 1
+        assert delta == 0.01
+        seen.append(history[0][0])
+        return c / seen[-1]
+
+    monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(accounting, "epsilon", counted)
+    search = accounting.noise_for.__wrapped__  # without its memory
+    assert search(target, 0.01, ((0.25, 8), (0.5, 3))) == seen[-1]
+    assert seen == pytest.approx(trials, rel=1e-12)
+    assert search(target, 0.01, ((0.25, 8), (0.5, 3))) == seen[-1]
+    assert len(seen) == len(trials)  # kept in the cache
+
+
+def test_no_noise_up_to_ten_thousand(tmp_path, monkeypatch) -> None:
+    from fedfuse.train import accounting
+
+    seen: list[float] = []
+    monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(accounting, "epsilon", lambda history, delta: (seen.append(history[0][0]), 9.0)[1])
+    with pytest.raises(UserError, match=r"privacy.epsilon=0.2 at δ=0.01: no noise multiplier up to 10,000 reaches it"):
+        accounting.noise_for.__wrapped__(0.2, 0.01, ((0.25, 8),))
+    assert seen == [4, 64, 1024, 16384]
+
+
+def test_a_budget_plans_what_is_asked_for_and_lasts_to_the_last_step(tmp_path, monkeypatch) -> None:
+    from fedfuse.train import privacy
+
+    plans = []
+    monkeypatch.setattr(privacy, "noise_for", lambda *asked: (plans.append(asked), 2.5)[1])
+    monkeypatch.setattr(privacy, "epsilon", lambda history, delta: sum(steps / noise for noise, _, steps in history))
+    config, plan = PrivacyConfig(epsilon=4.0, delta=1 / 50), TrainConfig(batch_size=16, epochs=3)
+    state: dict = {}
+    budget = Budget(config, plan, 7, 50, state)  # δ = 1/N is allowed
+    assert (budget.delta, budget.history, budget.epsilon) == (1 / 50, (), 0.0)
+    with pytest.raises(UserError, match=r"privacy.delta=0.02: client has 51 examples; allowed is at most 1/N"):
+        Budget(config, plan, 7, 51, {})
+    assert budget.steps() == (1 / 4, 12)
+    assert budget.steps(2) == (1 / 4, 8)
+    assert budget.steps(2, 25) == (1 / 2, 4)
+    assert budget.steps(5, 64) == (1, 5)
+    bounded = Budget(config, TrainConfig(batch_size=16, epochs=3, max_steps=7), 7, 50, {})
+    assert (bounded.steps(), bounded.steps(2)) == ((1 / 4, 7), (1 / 4, 8))
+    assert budget.noise([(0.25, 12), (0.5, 0), (1.0, 2)], (0.1, 1)) == 2.5
+    assert budget.noise([(0.25, 99)]) == 2.5  # fixed before the first release
+    assert plans == [(4.0, 1 / 50, ((0.1, 1), (0.25, 84), (1.0, 14)))]
+    longer = Budget(PrivacyConfig(epsilon=4.0, trainings=9), plan, 7, 50, {})
+    longer.noise([(0.25, 12)])
+    assert plans[1] == (4.0, 1e-5, ((0.25, 108),))
+    assert Budget(PrivacyConfig(noise=0.8), plan, 7, 50, {}).noise([(0.25, 12)]) == 0.8
+    assert len(plans) == 2
+    budget.spend(2.5, 0.25, 4)
+    budget.spend(2.0, 0.25, 2)
+    again = Budget(config, plan, 7, 50, state)
+    assert again.metrics() == {"epsilon": 2.6, "delta": 1 / 50, "noise": 2.0}
+    with pytest.raises(UserError, match=r"privacy.epsilon=4 is spent \(2.6 so far, 4.6 with this training\)"):
+        again.spend(1.0, 1.0, 2)
+    again.spend(2.5, 0.25, 3)
+    assert again.epsilon == pytest.approx(3.8)
+    exact = Budget(PrivacyConfig(epsilon=4.0), plan, 7, 50, {})
+    exact.spend(0.5, 1.0, 2)  # all of it
+    assert exact.epsilon == 4.0
+
+
 def test_different_releases_compose() -> None:
     history = joined(joined((), ((6.0, 0.1, 1),)), ((4.0, 0.2, 3), (4.0, 0.2, 2)))
     assert history == ((6.0, 0.1, 1), (4.0, 0.2, 5))

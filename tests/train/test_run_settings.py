@@ -187,7 +187,7 @@ def test_privacy_has_its_own_clip_and_parts(word: str) -> None:
 def test_scaffolds_printed_variate_asks_for_one_rate() -> None:
     for word in ("train.schedule=linear", "train.clip=1", "train.warmup=0.1"):
         with pytest.raises(UserError, match="η must be one number"):
-            play("scaffold", "strategy.variate=difference", "train.momentum=0", word, base=BASE)
+            play("scaffold", "strategy.variate=difference", word, base=BASE)
 
 
 def test_steps_and_rate_under_privacy() -> None:

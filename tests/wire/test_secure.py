@@ -10,11 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedfuse.errors import Refused
+from fedfuse.core.masked_sums import MaskedSums
+from fedfuse.errors import Refused, WorldError
 from fedfuse.wire import masks
 from fedfuse.wire.fixed_point import FixedPoint, beyond
 from fedfuse.wire.records import InvalidArrays
 from fedfuse.wire.sums import Sum
+from tests.halves import server
 
 
 def test_the_quantised_sum_in_closed_form() -> None:
@@ -56,6 +58,8 @@ def test_counters_are_summed_beyond_the_clipping_range_and_what_is_clipped_is_co
     total.add(0, {"n": torch.tensor([2000]), "x": torch.zeros(3)}, 1.0)
     assert total.mean()["n"].tolist() == [1333]
     assert beyond({"m": arrays}, {"m": point}) == 0.5
+    assert beyond({"m": {"x": torch.tensor([8.0, -8.0, 8.5, 1.0])}}, {"m": point}) == 0.25  # the range's ends are in it
+    assert beyond({}, {"m": point}) == 0.0
     assert total.nbytes(arrays) == 16
 
 
@@ -162,3 +166,79 @@ def test_false_keys_and_false_shares_are_refused() -> None:
     sealed = {i: masks.share(pairs[i], i, peers, 2) for i in range(3)}  # type: ignore[arg-type]
     assert "cannot be opened" in refused(lambda: masks.accept(dict(pairs[0]), 0, {1: sealed[2][0], 2: sealed[2][0]}))
     assert "threshold is 2" in refused(lambda: masks.accept(dict(pairs[0]), 0, {}))
+
+
+# --- the server's running sum -----------------------------------------------------------------------------
+
+
+def whole(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def summed() -> MaskedSums:
+    """Two clients' numbers; a client's are at most 8 // 2 + 1 steps."""
+    found = MaskedSums({"model": FixedPoint(clip=2.0, levels=8, heaviest=4.0)})
+    sums = {"model": "num-examples"}
+    said = {"int64:n": whole(1), "float32:w": whole(3, -2, 0).reshape(3, 1)}
+    assert found.add(0, {"model": said}, {"num-examples": 4}, sums) == {"model": 16}
+    said = {"int64:n": whole(4), "float32:w": whole(7, -8, 1).reshape(3, 1)}
+    assert found.add(1, {"model": said}, {"num-examples": 3}, sums) == {"model": 16}
+    return found
+
+
+def test_masked_numbers_are_summed_modulo_the_word_and_come_back_signed() -> None:
+    found, totals = summed(), {"model": Sum(FixedPoint(2.0, 8, 4.0))}
+    assert found.vector.tolist() == [10, 2**32 - 10, 1, 5]  # arrays in the order of their names
+    found.hand_over(found.vector, totals)
+    total, weight = totals["model"].total()
+    assert total["w"].tolist() == [[20.0], [-20.0], [2.0]]  # a step is 2·2·4/8 = 2
+    assert total["n"].tolist() == [5 * 2.0**20]
+    assert weight == 7.0
+    with pytest.raises(InvalidArrays, match="weight 5"):
+        found.add(2, {"model": {"float32:w": whole(1)}}, {"num-examples": 5}, {"model": "num-examples"})
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_sum_that_no_clients_numbers_add_up_to_is_told(place: int) -> None:
+    found = summed()
+    vector = np.array([10, 2**32 - 10, 1, 5], np.uint32)
+    vector[place] = 2**32 - 11
+    with pytest.raises(WorldError, match="model: the masks of 2 clients do not cancel"):
+        found.hand_over(vector, {"model": Sum(FixedPoint(2.0, 8, 4.0))})
+
+
+def test_masked_records_are_what_the_strategy_declares() -> None:
+    built = server("fedavg")
+    good = {f"float32:{name}": torch.zeros(value.shape, dtype=torch.int32) for name, value in built.model.items()}
+    first = next(iter(good))
+    found = MaskedSums({"model": FixedPoint(2.0, 8, 4.0)})
+    found.check({"model": good}, built, 1)
+    other = {name: value for name, value in good.items() if name != first}
+    for bad, why in (
+        ({}, "masked record model is missing or was not asked for"),
+        ({"model": good, "more": good}, "masked record more is missing or was not asked for"),
+        ({"model": {**good, first: good[first].long()}}, first),
+        ({"model": {**good, first: good[first][:1]}}, first),
+        ({"model": other}, first),
+        ({"model": {**other, f"complex9:{first[8:]}": good[first]}}, "model"),
+    ):
+        with pytest.raises(InvalidArrays, match=why):
+            found.check(bad, built, 1)
+
+
+def test_masked_records_are_laid_out_as_those_of_the_clients_before() -> None:
+    built, found = server("fedavg"), summed()
+    built.records = {"model": None}  # a strategy that declares no layout
+    like = {"int64:n": whole(9), "float32:w": whole(0, 0, 0).reshape(3, 1)}
+    found.check({"model": like}, built, 2)
+    for bad in (
+        {**like, "float32:w": whole(0, 0, 0)},
+        {"int32:n": whole(9), "float32:w": like["float32:w"]},
+        {"int64:n": whole(9)},
+    ):
+        with pytest.raises(InvalidArrays, match="masked model differs from what the clients before sent"):
+            found.check({"model": bad}, built, 2)
+    fresh = MaskedSums(found.points)
+    for bad in ({"float32:w": torch.zeros(3)}, {"foo:w": whole(1)}, {"float32:w": whole(1), "n": whole(1)}):
+        with pytest.raises(InvalidArrays, match="masked model differs"):
+            fresh.check({"model": bad}, built, 0)

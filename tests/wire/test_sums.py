@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse.wire.group_sums import add_up, kept_back, weight_of
 from fedfuse.wire.records import InvalidArrays, sha_arrays
 from fedfuse.wire.sums import GROUP, Sum
 
@@ -71,6 +72,15 @@ def test_the_mean_is_the_weighted_mean(weights) -> None:
     assert value["w"].dtype == torch.float64
 
 
+def test_groups_are_of_eight() -> None:
+    """2⁵³ + 1 is 2⁵³ in float64: what clients 8 and 9 say counts only where they are added to each other first."""
+    said = [2.0**53, *[0.0] * 7, 1.0, 1.0]
+    total = Sum()
+    for i, value in enumerate(said):
+        total.add(i // GROUP, {"w": torch.tensor([value], dtype=torch.float64)}, 1.0)
+    assert total.total()[0]["w"].item() == 2.0**53 + 2
+
+
 def test_the_mean_of_one_is_itself_bit_for_bit() -> None:
     total = Sum()
     total.add(0, arrays(3), 137)
@@ -114,6 +124,46 @@ def test_a_sum_is_not_written_to_by_whoever_looks_at_it() -> None:
     first = total.mean()
     assert sha_arrays(value) == sha_arrays(before)
     assert sha_arrays(first) == sha_arrays(total.mean())
+
+
+def test_a_group_that_came_in_a_message_is_not_written_to() -> None:
+    """It lies in the message's memory: the groups after it are added to a copy."""
+    first, second = ({"w": torch.tensor([value, 2.0], dtype=torch.float64)} for value in (1.0, 5.0))
+    total = Sum()
+    total.add_group(0, first, 3.0, {"w": "float32"})
+    total.add_group(1, second, 4.0, {"w": "float32"})
+    assert total.total()[0]["w"].tolist() == [6.0, 4.0]
+    assert total.total()[1] == 7.0
+    assert (first["w"].tolist(), second["w"].tolist()) == ([1.0, 2.0], [5.0, 2.0])
+
+
+def test_what_a_record_weighs() -> None:
+    assert weight_of(None, {}) == weight_of(None, {"num-examples": 7}) == 1.0
+    assert weight_of(None, {"num-examples": 0}) == 0.0  # who has no examples has nothing to say
+    assert weight_of("steps", {"steps": 2.5, "num-examples": 7}) == 2.5
+    for said in ({"num-examples": 7}, {"steps": "2"}):
+        with pytest.raises(InvalidArrays, match=r"metric steps is .*; it is a weight"):
+            weight_of("steps", said)
+
+
+def test_what_is_only_summed_moves_into_the_totals() -> None:
+    records = {name: {"w": torch.tensor([2.0])} for name in ("model", "core", "own")}
+    totals = {"model": Sum(), "core": Sum(), "absent": Sum()}
+    sums = {"model": "num-examples", "core": None, "absent": None}
+    add_up(records, {"num-examples": 5}, 0, totals, sums, scale=0.5)
+    assert set(records) == {"own"}
+    assert {name: total.total()[1] for name, total in totals.items()} == {"model": 2.5, "core": 0.5, "absent": 0.0}
+    assert totals["model"].total()[0]["w"].item() == 5.0
+    records = {"model": {"w": torch.tensor([4.0])}}
+    add_up(records, {"num-examples": 3}, 1, totals, sums)
+    assert (totals["model"].total()[0]["w"].item(), totals["model"].total()[1]) == (17.0, 5.5)
+
+
+def test_what_was_summed_beside_its_client_is_told_with_its_bytes() -> None:
+    assert kept_back({"summed.record": ["a", "b"], "summed.bytes": [8, 12]}) == {"a": 8, "b": 12}
+    assert kept_back({}) == {}
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        kept_back({"summed.record": ["a", "b"], "summed.bytes": [8]})
 
 
 def test_groups_must_come_in_order() -> None:
@@ -162,7 +212,7 @@ def test_strange_weights_do_not_enter(weight: float) -> None:
 
 @pytest.mark.parametrize("size", [(), (7,), (2 * 32768 + 5,), (300, 300)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
-@pytest.mark.parametrize("weight", [1.0, 17.0, 2.0**29 - 1, 2.0**29 + 1, 0.1])
+@pytest.mark.parametrize("weight", [1.0, 17.0, 2.0**29 - 1, 2.0**29 + 1, 2.0**40 + 1, 0.1])
 def test_products_and_sums_are_rounded_apart(size: tuple[int, ...], dtype: torch.dtype, weight: float) -> None:
     """Also where the product and the sum are one instruction: it is used only where the product is exact."""
     draw = torch.Generator().manual_seed(0)

@@ -155,6 +155,22 @@ def test_training_pays_the_same_with_and_without_evaluation(steps) -> None:
         assert totals["resent_bytes"] == 0
 
 
+def test_what_evaluations_carried_beyond_trainings_need_stays_theirs() -> None:
+    """Four evaluations brought four versions, 200 bytes each; training needs one, and three stay with their rounds."""
+    board, traffic = Board({"model": Topic()}), Traffic()
+    address = ("model", "")
+    for version in range(4):
+        board.publish("model", {"w": torch.full((50,), float(version))}, None, version)
+        traffic.down("evaluate", version, 2, [address], board.path(address, version - 1), board)
+    traffic.down("train", 4, 2, [address], [], board)
+    assert traffic.take_rows() == [
+        (4, 2, "down", "train", "model", 200),
+        *((version, 2, "down", "evaluate", "model", 200) for version in range(3)),
+    ]
+    totals = traffic.summary()
+    assert (totals["down_bytes"], totals["evaluate_down_bytes"], totals["resent_bytes"]) == (200, 600, 0)
+
+
 def test_saved_traffic_goes_on_as_before() -> None:
     board, traffic = Board(TOPICS), Traffic()
     board.publish("base", {"w": torch.zeros(6, 6)}, None, 0)

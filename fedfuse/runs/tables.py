@@ -1,0 +1,38 @@
+"""The tables of a run directory: their columns, and how rows come to the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fedfuse.config.files import replaced
+from fedfuse.results.run_data import COLUMNS, SCHEDULE
+
+_KINDS = {
+    **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
+    **dict.fromkeys(("value", "seconds"), pl.Float64),
+}
+_WORDS = {"phase", "outcome"}
+SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
+SCHEMAS["schedule"] = {
+    name: pl.String if name in _WORDS else pl.Float64 if name in ("weight", "joules") else pl.Int64 for name in SCHEDULE
+}
+
+KINDS = ("metrics", "traffic", "timing", "schedule")
+
+
+def write_rows(path: Path, kind: str, rows: list[Any], virtual_s: float | None = None) -> None:
+    """Write rows as parquet, atomically; once this returns, they have survived a loss of power."""
+    frame = pl.DataFrame(rows, schema=SCHEMAS[kind], orient="row", strict=False)
+    if virtual_s is not None:
+        frame = frame.with_columns(virtual_s=pl.lit(virtual_s))
+    with replaced(path, durable=True) as partial:
+        frame.write_parquet(partial)
+
+
+def before_evaluation(path: Path, kind: str) -> list[Any]:
+    """Rows of a round that is committed again, without those of its evaluation."""
+    frame = pl.read_parquet(path).select(list(SCHEMAS[kind]))
+    return frame.filter(pl.col("split") == "train").rows() if kind == "metrics" else frame.rows()
