@@ -5,8 +5,9 @@
 
 Three corpora: digits (MNIST, USPS, MNIST-M; 600 training examples each), Office-Caltech10 (32×32), Amazon reviews
 (counts of 1,000 hashed words). Each client is a domain, the target domain's train split the unlabelled transfer set,
-its test split what is scored; nobody's labels of it are read. Six rounds of two epochs; seeds 0, 1, 2; the last round
-is the result, the best stands beside. `--quick` is one seed, one target, two rounds, 200 examples a domain, all blocks
+its test split what is scored; nobody's labels of it are read. Twenty rounds of an epoch of Adam (the
+authors' optimiser, at 0.001 for their 0.0003 and ten times their rounds); seeds 0, 1, 2; the last round is the result,
+the best of five stands beside. `--quick` is one seed, one target, two rounds, 200 examples a domain, all blocks
 and none, into folders of its own: it says that the commands work, and nothing else.
 """
 
@@ -20,8 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
-COMMON = ["strategy=fedka", "partition=domain", "rounds=6", "train.epochs=2", "evaluate.every=1", "runtime=inline",
-          "runtime.parallel=2", "seed=0,1,2"]  # fmt: skip
+COMMON = ["strategy=fedka", "train.optimizer=adam", "train.lr=0.001", "partition=domain", "rounds=20",
+          "train.epochs=1", "evaluate.every=4", "runtime=inline", "runtime.parallel=2", "seed=0,1,2"]  # fmt: skip
 CORPORA = {
     "digits": ["data=mixed", "data.extra.per_source=600", "data.target=mnist,usps,mnist_m", "data.test_limit=2000",
                "model=cnn", "transfer.size=500"],
