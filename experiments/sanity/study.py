@@ -1,10 +1,12 @@
 """Does every strategy, as it comes, do what its paper says? No default passes by accident.
 
-    python experiments/sanity/study.py run       # resumable: the same command goes on where it stopped
-    python experiments/sanity/study.py check     # reads results.json; says what does not hold, exit 1 if anything
-    python experiments/sanity/study.py table     # writes README.md's tables from results.json
+    python experiments/sanity/study.py run         # defaults, on both sets; resumable: the same command goes on
+    python experiments/sanity/study.py tuned       # train.lr searched alike for all, on MNIST with three architectures
+    python experiments/sanity/study.py collect     # reads runs/sanity, or the directory that is named, into results.json
+    python experiments/sanity/study.py check       # reads results.json; says what does not hold, exit 1 if anything
+    python experiments/sanity/study.py table       # writes README.md's tables from results.json
 
-Every run is the public command; `EXPECTED` says what each strategy has to reach, in words and numbers.
+Every run is the public command; `expected.py` says what each strategy has to reach, in words and numbers.
 """
 
 from __future__ import annotations
@@ -14,146 +16,94 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from expected import EASY, EXPECTED, LEFT_OUT, TEXTS, Expected
 
 from fedfuse.config import registry
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/sanity")
 RESULTS = HERE / "results.json"
-CHANCE = 0.1
+SEEDS = "0,1,2"
 COMMON = [
-    "clients=10", "rounds=10", "partition=dirichlet", "train.epochs=5", "evaluate.every=100", "seed=0,1,2",
-    "runtime=inline", "runtime.parallel=2",
+    "clients=10", "partition=dirichlet", "train.epochs=5", f"seed={SEEDS}", "runtime=inline", "runtime.parallel=2",
+]  # fmt: skip
+TUNED = [
+    "data=mnist", "data.limit=600", "data.test_limit=600", "data.validation=0.2", "partition.alpha=0.3", "rounds=6",
+    "search.trials=3", "train.lr=tag(log,interval(0.01,0.5))", *COMMON,
 ]  # fmt: skip
 COMMANDS = {
-    "digits": ["data=digits", "partition.alpha=0.3", *COMMON],
-    "mnist": ["data=mnist", "data.limit=1000", "data.test_limit=1000", "model=mlp", "partition.alpha=0.1", *COMMON],
+    "digits": ["data=digits", "partition.alpha=0.3", "rounds=10", "evaluate.every=100", *COMMON],
+    "mnist": [
+        "data=mnist", "data.limit=1000", "data.test_limit=1000", "model=mlp", "partition.alpha=0.1", "rounds=10",
+        "evaluate.every=100", *COMMON,
+    ],
+    "tuned-pool": [*TUNED, "model.pool=[mlp,mlp_small,cnn]", "model.feature_dim=64"],
+    "tuned-mlp": [*TUNED, "model=mlp"],
+}  # fmt: skip
+TITLES = {
+    "digits": "Digits, at defaults",
+    "mnist": "MNIST under strong skew, at defaults",
+    "tuned-pool": "MNIST, tuned alike, three architectures",
+    "tuned-mlp": "MNIST, tuned alike, one architecture",
 }
-HARDER = "mnist"
-TEXTS = ("fedmkt", "proxy_tuning")  # of language models: experiments/tokenisers
 METRICS = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10")
 
 
-class Expected(NamedTuple):
-    """What a strategy has to reach on digits, means over seeds; and why it may be as local training is, if it may.
-
-    On the harder set, where most clients hold two or three classes, it is a floor for all alike: twice chance
-    on the global set for whom digits ask 40 %, above chance for the others, and twice chance on personal test sets;
-    `harder_as_local` says why a strategy may there be as local training is that on digits may not.
-    """
-
-    words: str
-    least_global: float
-    least_personal: float
-    as_local: str = ""
-    harder_as_local: str = ""
-
-    def least(self, data: str) -> tuple[float, float]:
-        """Floors of the global and the personal accuracy on a set."""
-        if data != HARDER:
-            return self.least_global, self.least_personal
-        return (2 * CHANCE if self.least_global >= 4 * CHANCE else 1.1 * CHANCE), 2 * CHANCE
-
-    def like_local(self, data: str) -> str:
-        """Why no figure need differ from local training's on a set; empty where one has to."""
-        return self.as_local or (self.harder_as_local if data == HARDER else "")
+def compared(table: str) -> list[str]:
+    """The strategies of a table: all of images; tuned, those that mix architectures apart from those that average."""
+    names = sorted(set(registry.listed()) - set(TEXTS) - set(LEFT_OUT.get(table, {})))
+    if not table.startswith("tuned"):
+        return names
+    mixes = table == "tuned-pool"
+    return [name for name in names if name == "local" or registry.entry(name).server.heterogeneous == mixes]
 
 
-AVERAGE = Expected("one averaged model knows all classes: near pooled training on the global set", 0.85, 0.8)
-MERGED = Expected("one merged model knows all classes, round after round", 0.8, 0.8)
-ROBUST = Expected("a robust rule gives up some accuracy for it, and is far above chance", 3 * CHANCE, 3 * CHANCE)
-ADAPTIVE = Expected("an adaptive server optimiser, untuned: far above chance", 3 * CHANCE, 3 * CHANCE)
-PERSONAL = Expected("a personal part keeps own classes, and the rest is learnt together", 2 * CHANCE, 0.85)
-TAUGHT = Expected("clients taught on the transfer set know classes they do not hold", 0.7, 0.75)
-STUDENT = Expected("the server's student learns what all clients know", 4 * CHANCE, 0.7)
-ADAPTER = Expected("a few trained numbers on a frozen random network: above twice chance", 2 * CHANCE, 2 * CHANCE)
-EXPECTED: dict[str, Expected] = {
-    "centralized": Expected("the upper bound: all data at one place", 0.9, 0.9),
-    "local": Expected("the lower bound: own classes only", 2 * CHANCE, 0.8, "it is local training"),
-    **dict.fromkeys(("fedavg", "fedprox", "fednova", "scaffold", "feddyn", "moon"), AVERAGE),
-    **dict.fromkeys(("fedgen", "feddf", "fedftg", "fedhkd"), AVERAGE),
-    **dict.fromkeys(("flwr_fedavg", "flwr_fedprox", "flwr_fedavgm"), AVERAGE),
-    **dict.fromkeys(("flwr_fedmedian", "flwr_fedtrimmedavg", "flwr_krum", "flwr_multikrum", "flwr_bulyan"), ROBUST),
-    **dict.fromkeys(("flwr_fedadagrad", "flwr_fedadam", "flwr_fedyogi", "flwr_qfedavg"), ADAPTIVE),
-    **dict.fromkeys(("ditto", "fedper", "fedrep"), PERSONAL),
-    "fd": PERSONAL._replace(
-        words="class means of logits travel: own classes are told apart better",
-        harder_as_local="nobody is taught a class that it lacks, and who holds two or three has little to tell apart",
-    ),
-    **dict.fromkeys(("regmean", "fisher", "task_arithmetic", "ties", "sce", "dare"), MERGED),
-    "twin_merging": MERGED._replace(words="merged weights, and a sparse vector of one's own", least_personal=0.85),
-    "fedbn": AVERAGE._replace(words="without a norm in the model it is FedAvg"),
-    **dict.fromkeys(("knfu", "fedmd"), TAUGHT),
-    "ktpfl": PERSONAL._replace(words="personal mixtures at T = 10: a gentle pull towards the others"),
-    "comet": PERSONAL._replace(words="a cluster's mean as regulariser of local training"),
-    "cofed": PERSONAL._replace(words="pseudo-labels of own classes, voted once half-way"),
-    "selectivefd": PERSONAL._replace(
-        words="few clients speak of few rows, so little is taught, and nothing wrong",
-        harder_as_local="where clients hold two or three classes how many rows anybody speaks of differs as widely "
-        "between seeds as what they gain (13 points on the global set, ± 16)",
-    ),
-    **dict.fromkeys(("dsfl", "cfd", "scarlet", "fedet"), STUDENT),
-    "gaussian_heads": Expected("the pooled data's linear discriminant on random features, in one round", 0.88, 0.88),
-    "fedov": STUDENT._replace(words="who knows a row teaches the student: all classes", least_global=0.7),
-    **dict.fromkeys(("dense", "coboosting"), STUDENT._replace(
-        words="a student taught on generated inputs alone knows all classes", least_global=0.7, least_personal=0.7
-    )),
-    **dict.fromkeys(("fml", "fedkd"), Expected(
-        "the common network knows all classes; a client's own goes on as in local training", 0.7, 0.85
-    )),
-    "fedproto": PERSONAL._replace(as_local="class means alone travel: nobody is taught a class that it lacks"),
-    "fedd2s": PERSONAL._replace(
-        words="class distributions of shallow layers alone: local training, a little helped",
-        as_local="nobody is taught a class that it lacks",
-    ),
-    "fedka": AVERAGE._replace(words="averaged, and aligned to a target that is of the same kind here"),
-    "kafal": Expected("a tenth of the labels, then three twentieths, five rounds each: far above chance", 0.3, 0.3),
-    "fednano": Expected("adapters before a frozen random language model: above twice chance", 2 * CHANCE, 2 * CHANCE),
-    "fedgkt": Expected(
-        "the server's tail sees everybody's features: own classes are known", 2 * CHANCE, 0.8,
-        harder_as_local="a client is scored by its own extractor and head, which never see a class that it lacks",
-    ),
-    **dict.fromkeys(
-        ("fedit", "ffa_lora", "fedex_lora", "flora", "flexlora", "hetlora", "rolora", "fedsvd", "fed_sb"),
-        ADAPTER,
-    ),
-    "fedsa_lora": ADAPTER._replace(as_local="A alone travels; B and the head, which tell classes apart, stay at home"),
-}  # fmt: skip
+def command(table: str, names: str) -> list[str]:
+    """The words of `fedfuse compare`."""
+    return [f"strategy={names}", *COMMANDS[table]]
 
 
-def run() -> int:
-    """Carry out all runs, then collect their final figures and check them."""
-    for data, command in COMMANDS.items():
-        words = ["strategy=" + ",".join(sorted(set(registry.listed()) - set(TEXTS))), *command]
+def run(tables: tuple[str, ...] = ("digits", "mnist")) -> int:
+    """Carry out all runs of some tables, then collect their final figures and check them."""
+    for data in tables:
+        words = command(data, ",".join(compared(data)))
         print("fedfuse compare", *words, flush=True)
         line = [sys.executable, "-m", "fedfuse.cli", "compare", *words, f"out={RUNS / data}"]
         if code := subprocess.call(line, stdout=subprocess.DEVNULL):
             return code
-    return collect()
+    return collect(RUNS)
 
 
-def collect() -> int:
-    """Write `results.json`: by set, strategy and seed, figures, bytes, seconds and notes; and README's tables."""
+def collect(root: Path) -> int:
+    """Put what was run into `results.json`, by table, strategy and seed, then write README's tables and check.
+
+    A strategy of which not all seeds ended keeps the rows that it had.
+    """
     from fedfuse.results.run_data import find
 
     found: dict[str, Any] = read() if RESULTS.exists() else {}
     for data in COMMANDS:
-        if not (RUNS / data).exists():
+        if not (root / data).exists():
             continue
-        runs, skipped = find([RUNS / data])
+        runs, skipped = find([root / data])
         for line in skipped:
             print(f"skipped: {line}")
-        found[data] = {}
+        new: dict[str, dict[str, Any]] = {}
         for one in sorted(runs, key=lambda run: (run.strategy, run.seed)):
-            summary = one.summary or {}
-            found[data].setdefault(one.strategy, {})[str(one.seed)] = {
+            if (summary := one.summary) is None:
+                continue
+            new.setdefault(one.strategy, {})[str(one.seed)] = {
                 **{metric: round(one.final[metric], 6) for metric in METRICS},
                 "up_bytes": summary["traffic"]["up_bytes"],
                 "down_bytes": summary["traffic"]["down_bytes"],
                 "seconds": round(summary["seconds"]["rounds"], 2),
                 "notes": summary["notes"],
+                **({"lr": one.config["train"]["lr"]} if data.startswith("tuned") else {}),
             }
+        whole = {name: figures for name, figures in new.items() if ",".join(figures) == SEEDS}
+        found[data] = dict(sorted({**found.get(data, {}), **whole}.items()))
     RESULTS.write_text(json.dumps(found, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     table()
     return check()
@@ -188,33 +138,48 @@ def differs(found: dict[str, dict[str, Any]], name: str) -> bool:
     return any(one.low > 0 or one.high < 0 for one in map(mean_interval, gains))
 
 
-def check() -> int:
-    """Print what does not hold."""
-    whole, bad = read(), 0
+def wanting() -> dict[str, list[str]]:
+    """What does not hold, by table."""
+    whole = read()
+    out: dict[str, list[str]] = {}
     for data in COMMANDS:
         found = whole.get(data, {})
-        for name in sorted(set(registry.listed()) - set(TEXTS) | set(EXPECTED)):
-            if name not in EXPECTED:
-                lines = ["say in EXPECTED what it has to reach"]
-            else:
-                lines = faults(data, found, name) if name in found else []
-            for line in lines:
-                print(f"{data}: {name}: {line}")
-            bad += len(lines)
-        missing = sorted(set(registry.listed()) - set(TEXTS) - set(found))
-        print(f"{data}: {len(found)} strategies" + (f", not run: {' '.join(missing)}" if missing else ""))
-        bad += len(missing)
+        lines = [f"{name}: say in expected.py what it has to reach" for name in compared(data) if name not in EXPECTED]
+        for name in sorted(set(found) & set(EXPECTED)):
+            lines += [f"{name}: {line}" for line in faults(data, found, name)]
+        out[data] = [*lines, *(f"{name}: not run" for name in compared(data) if name not in found)]
+    return out
+
+
+def check() -> int:
+    """Print what does not hold."""
+    whole, lines = read(), wanting()
+    for data, said in lines.items():
+        print(*(f"{data}: {line}" for line in said), sep="\n", end="\n" if said else "")
+        left = LEFT_OUT.get(data, {})
+        print(f"{data}: {len(whole.get(data, {}))} strategies" + (f", left out: {' '.join(left)}" if left else ""))
+    bad = sum(map(len, lines.values()))
     print(f"{bad} faults")
     return 1 if bad else 0
 
 
 def table() -> int:
-    """Write one line a strategy into README.md, best on the global set of digits first."""
+    """Write one line a strategy into README.md, best on the global set first, and what is and is not reached."""
     readme = HERE / "README.md"
     parts = readme.read_text(encoding="utf-8").split("<!-- table -->")
-    lines = [f"\n\n## {data}\n\n" + "\n".join(rows(found)) for data, found in read().items()]
-    lines.append("\n\n## What is expected\n\n" + "\n".join(expectations()))
-    readme.write_text("<!-- table -->".join([parts[0], "".join(lines) + "\n\n", parts[2]]), encoding="utf-8")
+    whole, out = read(), []
+    for data, title in TITLES.items():
+        shown = " ".join(f'"{word}"' if set(word) & set("([") else word for word in command(data, "NAME"))
+        out.append(f"\n\n## {title}\n\n    fedfuse compare {shown}\n\n" + "\n".join(rows(whole.get(data, {}))))
+        if left := LEFT_OUT.get(data):
+            reasons: dict[str, list[str]] = {}
+            for name, why in left.items():
+                reasons.setdefault(why, []).append(f"`{name}`")
+            out.append("\n\nLeft out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + ".")
+    out.append("\n\n## What is expected\n\n" + "\n".join(expectations()))
+    lines = [f"- {data}: {line}" for data, said in wanting().items() for line in said]
+    out.append("\n\n## What does not hold\n\n" + ("\n".join(lines) or "Nothing: every floor is reached."))
+    readme.write_text("<!-- table -->".join([parts[0], "".join(out).lstrip() + "\n\n", parts[2]]), encoding="utf-8")
     return 0
 
 
@@ -224,9 +189,9 @@ def expectations() -> list[str]:
     for name, want in EXPECTED.items():
         groups.setdefault(want, []).append(f"`{name}`")
     return [
-        f"- {want.words} (global at least {100 * want.least_global:.0f} %, personal {100 * want.least_personal:.0f} %)"
+        f"- {', '.join(names)}: {want.words} ({100 * want.least_global:.3g} / {100 * want.least_personal:.3g})"
         f"{f'; may be as local training is: {want.as_local}' if want.as_local else ''}"
-        f"{f'; may be so on {HARDER}: {want.harder_as_local}' if want.harder_as_local else ''}: {', '.join(names)}"
+        f"{f'; may be so on other sets than {EASY}: {want.harder_as_local}' if want.harder_as_local else ''}"
         for want, names in groups.items()
     ]
 
@@ -242,12 +207,14 @@ def rows(found: dict[str, dict[str, Any]]) -> list[str]:
     def mean(name: str, key: str) -> float:
         return sum(figures[key] for figures in found[name].values()) / len(found[name])
 
-    out = ["| strategy | paper | global % | personal % | worst tenth % | up MB | down MB | s |"]
-    out.append("|---" * 8 + "|")
+    searched = any("lr" in figures for seeds in found.values() for figures in seeds.values())
+    out = ["| strategy | paper | global % | personal % | worst tenth % | up MB | down MB | s |" + " lr |" * searched]
+    out.append("|---" * (8 + searched) + "|")
     for name in sorted(found, key=lambda n: mean(n, METRICS[0]), reverse=True):
-        moved = [f"{mean(name, key) / 1e6:.2f}" for key in ("up_bytes", "down_bytes")]
+        moved = [f"{mean(name, key) / 1e6:.3g}" for key in ("up_bytes", "down_bytes")]
         cells = [linked(name), cited(name), *(cell(name, metric) for metric in METRICS), *moved]
-        out.append("| " + " | ".join([*cells, f"{mean(name, 'seconds'):.1f}"]) + " |")
+        cells.append(f"{mean(name, 'seconds'):.1f}")
+        out.append("| " + " | ".join([*cells, *([f"{mean(name, 'lr'):.3f}"] if searched else [])]) + " |")
     return out
 
 
@@ -266,5 +233,9 @@ def cited(name: str) -> str:
 
 
 if __name__ == "__main__":
-    verbs = {"run": run, "collect": collect, "check": check, "table": table}
-    sys.exit(verbs.get((sys.argv[1:] or ["run"])[0], run)())
+    verb, *words = sys.argv[1:] or ["run"]
+    verbs = {
+        "run": run, "tuned": lambda: run(("tuned-pool", "tuned-mlp")), "check": check, "table": table,
+        "collect": lambda: collect(Path(*words) if words else RUNS),
+    }  # fmt: skip
+    sys.exit(verbs[verb]() if verb in verbs else f"{verb!r}: {', '.join(verbs)}")
