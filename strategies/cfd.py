@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,14 @@ class CFDHyper:
         20, "epochs of distillation, at clients and server (ours; paper: few over up to 80,000 images)", low=0
     )
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
+    distill_lr: float | None = hyper(
+        3e-3, "Adam's learning rate of distillation (paper: 1e-3); null: the optimiser of local training", above=0
+    )
+
+    @property
+    def rate(self) -> dict[str, Any]:
+        """The optimiser of distillation, at clients and server."""
+        return {} if self.distill_lr is None else {"lr": self.distill_lr, "optimizer": "adam"}
 
 
 def fold(value: Arrays, increment: Arrays) -> Arrays:
@@ -93,7 +102,7 @@ class CFDClient(FusionClient):
             raise InvalidArrays(f"labels: {tuple(levels.shape)}, expected {(len(self.public), self.classes)}")
         x, y = self.workspace.transfer(self.public)
         distil = self.loss("kl").towards(label_code.probabilities(levels, bits).to(self.workspace.device))
-        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, **h.rate)
 
     def fit(self) -> Metrics:
         """Train on own data."""
@@ -153,7 +162,7 @@ class CFD(StudentStrategy):
         self.log("bits_per_label/up", size / clients / len(rows))
         soft = (total / clients).float()
         if h.dual:
-            soft = self.answers(self.teach(self.loss("kl"), soft, rows), rows)
+            soft = self.answers(self.teach(self.loss("kl"), soft, rows, **h.rate), rows)
         new = soft if h.bits_down == 32 else label_code.quantise(soft, h.bits_down)
         old = self.board.items.get(("labels", ""))
         by_delta = old is not None and h.delta and h.bits_down != 32

@@ -2,7 +2,7 @@
 
     python experiments/sanity/study.py run         # defaults, on both sets; resumable: the same command goes on
     python experiments/sanity/study.py tuned       # train.lr searched alike for all, on MNIST with three architectures
-    python experiments/sanity/study.py collect     # reads runs/sanity, or the directory that is named, into results.json
+    python experiments/sanity/study.py collect     # reads runs/sanity, or another directory, into results.json
     python experiments/sanity/study.py check       # reads results.json; says what does not hold, exit 1 if anything
     python experiments/sanity/study.py table       # writes README.md's tables from results.json
 
@@ -171,16 +171,21 @@ def table() -> int:
     for data, title in TITLES.items():
         shown = " ".join(f'"{word}"' if set(word) & set("([") else word for word in command(data, "NAME"))
         out.append(f"\n\n## {title}\n\n    fedfuse compare {shown}\n\n" + "\n".join(rows(whole.get(data, {}))))
-        if left := LEFT_OUT.get(data):
-            reasons: dict[str, list[str]] = {}
-            for name, why in left.items():
-                reasons.setdefault(why, []).append(f"`{name}`")
-            out.append("\n\nLeft out: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + ".")
+        out.append(left_out(data))
     out.append("\n\n## What is expected\n\n" + "\n".join(expectations()))
     lines = [f"- {data}: {line}" for data, said in wanting().items() for line in said]
     out.append("\n\n## What does not hold\n\n" + ("\n".join(lines) or "Nothing: every floor is reached."))
-    readme.write_text("<!-- table -->".join([parts[0], "".join(out).lstrip() + "\n\n", parts[2]]), encoding="utf-8")
+    readme.write_text("<!-- table -->".join([parts[0], "".join(out) + "\n\n", parts[2]]), encoding="utf-8")
     return 0
+
+
+def left_out(data: str) -> str:
+    """A line of the strategies that a table lacks, by reason; empty where it has all."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in LEFT_OUT.get(data, {}).items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    said = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return f"\n\nLeft out: {said}." if said else ""
 
 
 def expectations() -> list[str]:
