@@ -15,8 +15,13 @@ rows; one that is not what the coder writes is refused. Down, labels are a folde
 deltas or the whole, whichever is smaller (7 bytes of header).
 
 Choices: an adaptive binary-exact arithmetic coder stands for CABAC; a client's previous Y_i is its only private state;
-training settings are the run's, where the paper has Adam 10⁻³. `reinit=false` (clients keep their weights), `delta`
+local training is the run's, where the paper has Adam 10⁻³. `reinit=false` (clients keep their weights), `delta`
 and `dual` switch ingredients off, as a known port does. Architectures may differ; the server has the first client's.
+
+Distilling is by Adam, as in the paper. Where few examples leave clients at chance their one-hot labels name one class
+for all rows, and SGD with momentum at 0.05 drives a network that is taught them out of bounds: CNNs on MNIST-M, 5
+clients of 100 images, had a training loss of 68 in round 2, and 2.5 with Adam. Both stay at chance, as clients start
+from θ_0 each round and learn nothing to say: alone, five epochs take one to 10 % of all classes, twenty to 23.
 """
 
 from __future__ import annotations
