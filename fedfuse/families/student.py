@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from fedfuse.core.strategy import FusionStrategy
@@ -27,15 +25,12 @@ class StudentStrategy(FusionStrategy):
         if self.taught:
             self.state["model"] = self.workspace.initial(self.architecture)
 
-    def teach(self, loss: Loss, p: Tensor, rows: Tensor, **rate: Any) -> nn.Module:
-        """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it.
-
-        `rate` is the strategy's own `lr` and `optimizer`, where they are not those of local training.
-        """
+    def teach(self, loss: Loss, p: Tensor, rows: Tensor) -> nn.Module:
+        """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it."""
         model, (x, y) = self.workspace.loaded(self.architecture, self.state["model"]), self.workspace.transfer(rows)
         self.state["model"] = self.distil(
             model, x, y, loss.towards(p.to(self.workspace.device)), purpose="distil",
-            epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch, **rate,
+            epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch,
         )  # fmt: skip
         return model
 

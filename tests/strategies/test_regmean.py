@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from fedfuse.cli import main
+from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
 from fedfuse.strategies import fisher, regmean
 from fedfuse.train import curvature
 from fedfuse.wire.records import InvalidArrays
-from tests.federations import play
+from tests.federations import TINY, play, scenario_of
 from tests.halves import server, shares, wake
 
 ROWS, D, K = (40, 70, 55), 3, 6
@@ -367,3 +370,26 @@ def test_fisher_where_nobody_has_an_example_publishes_nothing() -> None:
     like = {k: torch.ones_like(v) for k, v in strategy.model.items()}
     strategy.fuse(shares(strategy, *[{"fisher": like, "scaled": like, "rest": {}}] * 2, examples=[0, 0]))
     assert strategy.board.items["model", ""].version == 0
+
+
+def test_a_fisher_over_all_tokens_of_a_vocabulary_is_refused() -> None:
+    for labels in ("expected", "data"):
+        config, scenario = scenario_of((*TINY, "strategy=fisher", f"strategy.labels={labels}"))
+        data = scenario.data
+        texts = replace(scenario, data=replace(data, dataset=replace(data.dataset, next_token=True)))
+        workspace = Workspace(texts)
+        if labels == "expected":
+            with pytest.raises(UserError, match=r"strategy\.labels=expected: .* allowed: data"):
+                fisher.Fisher(config.strategy, workspace)
+        else:
+            fisher.Fisher(config.strategy, workspace)
+
+
+def test_what_is_no_parameter_is_averaged_by_examples() -> None:
+    strategy, told = server("fisher"), []
+    for value in (1.0, 5.0):
+        like = {name: torch.ones_like(v) for name, v in strategy.model.items() if name != "head.bias"}
+        told.append({"fisher": like, "scaled": like, "rest": {"head.bias": torch.full((10,), value)}})
+    strategy.fuse(shares(strategy, *told, examples=[30, 10]))
+    assert torch.equal(strategy.published("model")["head.bias"], torch.full((10,), 2.0))
+    assert set(strategy.published("model")) == set(strategy.model)
