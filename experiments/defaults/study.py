@@ -27,12 +27,11 @@ COMMON = (
 SETTINGS: dict[str, dict[str, str]] = {
     "local": {},
     "fedavg": {},
-    "regmean": {"a": "0.5,0.9,1", "ridge": "0.001,0.01,0.1,1"},
-    "task_arithmetic": {"lam": "0.05,0.1,null,0.2,0.3"},
-    "twin_merging": {"lam": "0.05,0.1,null,0.2,0.3", "keep": "0,0.1,0.2,0.5,1"},
-    "fedhkd": {"threshold": "0,0.05,0.25"},
     "fedproto": {"lam": "0.1,1,10"},
-    "fedka": {"vote_lr": "0.0001,0.001,0.01"},
+    "regmean": {"a": "0.5,0.9,1"},
+    "fedhkd": {"threshold": "0,0.05,0.25"},
+    "task_arithmetic": {"lam": "0.05,0.1,null,0.2,0.3"},
+    "twin_merging": {"keep": "0,0.1,0.2,0.5,1"},
 }
 FIELDS = ("strategy", "key", "value", "alpha", "seed", "validation", "personal", "global")
 METRICS = FIELDS[5:]

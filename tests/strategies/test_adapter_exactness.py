@@ -201,6 +201,8 @@ def test_a_direction_that_the_mean_lacks_can_still_be_learnt(split: str) -> None
     nothing = truncated(torch.zeros(D, K, dtype=torch.float64), 2, 1.0, split)
     assert nothing[0].abs().max() == 0
     assert (nothing[1].norm(dim=1) - 1).abs().max() < 1e-12
+    small = truncated(1e-10 * b @ a, 2, 1.0)  # what is small is not nothing: the largest value is the measure
+    assert relative(small[0].T @ small[0], small[1] @ small[1].T) < 1e-12
 
 
 def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
