@@ -112,3 +112,12 @@ def test_a_client_without_examples_neither_counts_nor_teaches() -> None:
     before = {k: v.clone() for k, v in strategy.model.items() if not k.startswith("common.")}
     strategy.fuse(Shares(iter(shares), {}))
     assert all(torch.equal(strategy.model[k], v) for k, v in before.items())
+
+
+def test_of_two_architectures_each_has_its_own_model() -> None:
+    strategy = server("fedet", "model.pool=[mlp_small,mlp]")
+    for name in ("mlp_small", "mlp"):
+        sent = strategy.published("model", to=name)
+        assert all(torch.equal(sent[key], value) for key, value in layer(strategy.state["large"]).items())
+    small, other = ({k: v.shape for k, v in strategy.published("model", to=n).items()} for n in ("mlp_small", "mlp"))
+    assert small != other
