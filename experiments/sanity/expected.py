@@ -101,7 +101,7 @@ EXPECTED: dict[str, Expected] = {
 MINUTES = "minutes a run"
 LEFT_OUT = {  # by table: names, and why
     "mnist": dict.fromkeys(("dense", "coboosting", "fednano"), MINUTES),
-    "tuned-pool": dict.fromkeys(("dense", "coboosting", "fedet"), MINUTES),
+    "tuned-pool": dict.fromkeys(("dense", "coboosting", "fedet", "fedkd", "fedov"), MINUTES),
     "tuned-mlp": {
         **dict.fromkeys(("fednano", "fedftg", "fedka", "flwr_bulyan", "flwr_qfedavg"), MINUTES),
         "fedbn": "FedAvg, where the model has no norm",
