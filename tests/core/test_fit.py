@@ -52,7 +52,7 @@ def test_nobody_keeps_the_optimisers_state_of_a_model_that_is_overwritten(name: 
         server(name, "train.optimizer_state=keep")
 
 
-@pytest.mark.parametrize("name", ["cfd", "dsfl"])
+@pytest.mark.parametrize("name", ["cfd", "ktpfl"])
 def test_few_rows_to_distil_are_told(name: str) -> None:
     (said,) = remarks(server(name))
     assert "rows a round for 10 classes, which is few" in said

