@@ -103,7 +103,7 @@ LEFT_OUT = {  # by table: names, and why
     "mnist": dict.fromkeys(("dense", "coboosting", "fednano"), MINUTES),
     "tuned-pool": dict.fromkeys(("dense", "coboosting", "fedet", "fedkd", "fedov"), MINUTES),
     "tuned-mlp": {
-        **dict.fromkeys(("fednano", "fedftg", "fedka", "flwr_bulyan", "flwr_qfedavg"), MINUTES),
+        **dict.fromkeys(("fednano", "fedftg", "flwr_bulyan", "flwr_qfedavg"), MINUTES),
         "fedbn": "FedAvg, where the model has no norm",
         **dict.fromkeys(("flwr_fedavg", "flwr_fedprox"), "`fedavg` and `fedprox` once more, by Flower's own code"),
     },
