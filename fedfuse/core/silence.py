@@ -67,9 +67,16 @@ def check_halves(entry: Entry, strategy: FusionStrategy) -> None:
             raise UserError(f"strategy={entry.name} has a phase {phase!r}, and there is no method {missing}")
 
 
+def awaits(strategy: FusionStrategy) -> bool:
+    """Whether a later round has a phase that none had yet, as a vote after all training."""
+    done, last = strategy.round, min(strategy.scenario.config.rounds, strategy.round + 1000)
+    had = {phase for round in range(max(1, done - 1000), done + 1) for phase in strategy.phases(round)}
+    return any(set(strategy.phases(round)) - had for round in range(done + 1, last + 1))
+
+
 def unheard(strategy: FusionStrategy) -> list[str]:
     """Say what a strategy declares and did not do in the rounds so far; empty if all is well."""
-    if not strategy.round or not strategy.topics:
+    if not strategy.round or not strategy.topics or awaits(strategy):
         return []
     items = strategy.board.items
     if all(item.version < 1 for item in items.values()):

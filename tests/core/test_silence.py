@@ -309,6 +309,29 @@ def test_a_fuse_that_publishes_nothing_and_a_topic_that_nobody_gets_are_named(ma
     assert told == ["silent_Half: declares the topic 'hints', and nobody ever got any of it"]
 
 
+def test_who_publishes_in_a_later_phase_is_not_named_before_it(made) -> None:
+    class Late(FusionStrategy):
+        when = 3
+
+        def phases(self, round: int) -> tuple[str, ...]:
+            return ("train", "vote") if round == self.when else ("train",)
+
+        def fuse(self, shares: Shares) -> None:
+            list(shares)
+
+        fuse_vote = fuse
+
+    class Voter(FusionClient):
+        def vote(self):
+            return {}
+
+    strategy = play(made(Late, Voter), "rounds=3").strategy
+    said = [bool(unheard(strategy)) for strategy.round in (1, 2, 3)]
+    assert said == [False, False, True]
+    strategy.when = 1  # nothing is awaited that has been
+    assert unheard(strategy)
+
+
 def test_a_declaration_that_cannot_be_is_refused_where_it_stands() -> None:
     with pytest.raises(UserError, match=r"Typo.transfer='client': did you mean 'clients'"):
         type("Typo", (FusionStrategy,), {"transfer": "client"})
