@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +90,49 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
     one = mean_interval(list(values))
     return f"{one.mean:.{digits}f}" + (f" ± {one.high - one.mean:.{digits}f}" if one.high is not None else "")
+
+
+def drawn(
+    where: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], said: str, zero: bool = False, wide: float = 3.4
+) -> None:
+    """Draw means with 95 % t intervals over seeds, a panel beside another.
+
+    Parameters
+    ----------
+    where : Path
+        An SVG file.
+    panels : mapping
+        Of a title to a mapping of a row's name to its values by seed; rows from the top, as they come.
+    said : str
+        What the values are.
+    zero : bool
+        Draw a line at 0: the values are differences.
+    wide : float
+        Inches of a panel.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": where.parent.name, "font.size": 8}
+    import matplotlib.pyplot as plt
+
+    from fedfuse.results.statistics import mean_interval
+
+    rows = max(map(len, panels.values()))
+    plot, axes = plt.subplots(1, len(panels), figsize=(wide * len(panels), 0.9 + 0.24 * rows), squeeze=False)
+    for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
+        spreads = [mean_interval(list(values)) for values in found.values()]
+        halves = [0.0 if one.half_width is None else one.half_width for one in spreads]
+        axis.errorbar([one.mean for one in spreads], range(len(found)), xerr=halves, fmt="o", ms=4, capsize=2, lw=1)
+        axis.set_yticks(range(len(found)), found)
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel=said)
+        axis.grid(axis="x", lw=0.3)
+        if zero:
+            axis.axvline(0, color="black", lw=0.8)
+    plot.tight_layout()
+    plot.savefig(where, metadata={"Date": None})
+    plt.close(plot)
 
 
 def main(

@@ -2,6 +2,7 @@
 
     python experiments/domains/study.py run [--quick]     # resumable: the same command goes on where it stopped
     python experiments/domains/study.py table             # prints README.md's tables from results.csv
+    python experiments/domains/study.py figure            # draws gains.svg from it
 
 Three corpora: digits (MNIST, USPS, MNIST-M; 600 training examples each), Office-Caltech10 (32×32), Amazon reviews
 (counts of 1,000 hashed words). Each client is a domain, the target domain's train split the unlabelled transfer set,
@@ -135,6 +136,25 @@ def table(where: Path = RESULTS) -> int:
     return 0
 
 
+def figure() -> int:
+    """Draw points over no block, means over targets, by seed; the paper's gain is in the title."""
+    from fedfuse.experiments.frame import drawn
+
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    with RESULTS.open() as file:
+        for row in csv.DictReader(file):
+            found[row["corpus"], row["variant"], row["seed"]].append(float(row["final"]))
+    mean = {key: sum(values) / len(values) for key, values in found.items()}
+    panels: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (corpus, variant, seed), value in mean.items():
+        if variant != "none":
+            title = f"{corpus} (paper: +{PAPER[corpus]})"
+            panels[title][variant].append(value - mean[corpus, "none", seed])
+    drawn(HERE / "gains.svg", panels, "points over none", zero=True)
+    return 0
+
+
 if __name__ == "__main__":
     words = sys.argv[1:]
-    sys.exit(table() if words[:1] == ["table"] else run("--quick" in words))
+    shown = {"table": table, "figure": figure}.get(words[0] if words else "")
+    sys.exit(shown() if shown else run("--quick" in words))

@@ -2,6 +2,7 @@
 
     python experiments/fedd2s/study.py run [--quick]     # resumable: the same command goes on where it stopped
     python experiments/fedd2s/study.py table             # prints README.md's table from results.csv
+    python experiments/fedd2s/study.py figure            # draws accuracy.svg from it
 
 CIFAR-10, 3,000 training examples, 10 clients, Dirichlet 0.1 and 0.5, cnn, 12 rounds of 2 epochs; local, fedper, fedmd
 (500 transfer rows, which the others do not use) and fedd2s at τ = 3 (its default), 6 and 100 (no layer is dropped);
@@ -99,6 +100,21 @@ def table(where: Path = RESULTS) -> int:
     return 0
 
 
+def figure() -> int:
+    """Draw personal accuracy as trained, and of the worst tenth."""
+    from fedfuse.experiments.frame import drawn
+
+    panels: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with RESULTS.open() as file:
+        for row in sorted(csv.DictReader(file), key=lambda row: (row["strategy"], float(row["tau"] or 0))):
+            name = row["strategy"] + (f", τ = {row['tau']}" if row["tau"] else "")
+            for key, said in (("trained", "personal"), ("worst10", "worst client")):
+                panels[f"{said}, α = {row['alpha']}"][name].append(float(row[key]))
+    drawn(HERE / "accuracy.svg", dict(sorted(panels.items())), "accuracy, %", wide=3.0)
+    return 0
+
+
 if __name__ == "__main__":
     words = sys.argv[1:]
-    sys.exit(table() if words[:1] == ["table"] else run("--quick" in words))
+    shown = {"table": table, "figure": figure}.get(words[0] if words else "")
+    sys.exit(shown() if shown else run("--quick" in words))

@@ -2,6 +2,7 @@
 
     python experiments/one_shot/study.py run [mnist] [--quick]   # resumable: the same command goes on where it stopped
     python experiments/one_shot/study.py table                   # prints README.md's tables from results.csv
+    python experiments/one_shot/study.py figure                  # draws accuracy.svg from it
 
 Blocks: digits (mlp), and on request MNIST (cnn, 6,000 training examples); 10 clients, Dirichlet 0.1 and 0.5, seeds
 0 to 5; one round of 50 local epochs. Everybody has the same partitions, initial weights and transfer set; who distils
@@ -112,8 +113,23 @@ def table(results: Path) -> int:
     return 0
 
 
+def figure() -> int:
+    """Draw the accuracy on the global set, best first."""
+    from fedfuse.experiments.frame import drawn
+
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with RESULTS.open() as file:
+        for row in csv.DictReader(file):
+            found[f"{row['data']}, α = {row['alpha']}"][row["strategy"]].append(100 * float(row["global"]))
+    ranked = {title: dict(sorted(rows.items(), key=lambda row: -sum(row[1]))) for title, rows in sorted(found.items())}
+    drawn(HERE / "accuracy.svg", ranked, "accuracy on the global test set, %")
+    return 0
+
+
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[:1] == ["table"]:
         sys.exit(table(RESULTS))
+    if words[:1] == ["figure"]:
+        sys.exit(figure())
     sys.exit(run("mnist" if "mnist" in words else "digits", "--quick" in words))
