@@ -19,6 +19,8 @@ from fedfuse.train import training
 from fedfuse.train.abreast_layers import Weights, products
 from fedfuse.train.adapters import adapted
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 CLOSE = 1e-3  # of the largest number, on a GPU, where bits of a stack depend on its size anyway
 
 
@@ -127,6 +129,6 @@ def common_base(model: nn.Module) -> Base | None:
 
 def _draws(module: nn.Module) -> bool:
     """Whether a module drops something out: by `p`, or by a rate of its own among its attributes."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DROPOUTS):
         return module.p > 0
     return any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
