@@ -61,8 +61,10 @@ def linked(source: Path, page: Path, places: dict[Path, Path], target: Path) -> 
         meant = (source.parent / where).resolve()
         if meant in places:
             return f"[{words}]({os.path.relpath(places[meant], page.parent)}{anchor or ''})"
-        if meant.parent == ROOT / "strategies" and meant.stem in registry.listed():
-            return f"[{words}]({os.path.relpath(target / 'reference/strategies.md', page.parent)}#{meant.stem})"
+        listed = registry.listed()  # a file may hold several: then the words say which
+        named = next((name for name in (words.strip("`"), meant.stem) if name in listed), None)
+        if meant.parent == ROOT / "strategies" and named:
+            return f"[{words}]({os.path.relpath(target / 'reference/strategies.md', page.parent)}#{named})"
         if not meant.exists():
             raise SystemExit(f"{source}: links to {where}, which is not there")
         if meant.suffix in (".png", ".svg"):

@@ -222,7 +222,7 @@ class FedKA(AveragingStrategy):
 
     def planned(self) -> str:
         """The schedule."""
-        return "a(p) of the adversarial, matching and voting losses"
+        return "a(p), the weight of the adversarial and matching losses and of the voting's rate"
 
     def fuse(self, shares: Shares) -> None:
         """The mean, and a pass of it over the target with the labels that most clients' models give."""
