@@ -31,7 +31,7 @@ COMMON = [
 ]  # fmt: skip
 TUNED = [
     "data=mnist", "data.limit=600", "data.test_limit=600", "data.validation=0.2", "partition.alpha=0.3", "rounds=6",
-    "search.trials=3", "train.lr=tag(log,interval(0.01,0.5))", *COMMON,
+    "search.trials=5", "train.lr=choice(0.003,0.01,0.03,0.1,0.3)", *COMMON,
 ]  # fmt: skip
 COMMANDS = {
     "digits": ["data=digits", "partition.alpha=0.3", "rounds=10", "evaluate.every=100", *COMMON],

@@ -3,13 +3,15 @@
 A space is written in Hydra's grammar: `train.lr='tag(log,interval(0.001,0.1))' train.epochs='choice(1,2,5)'
 search.trials=20`; comma lists stay the sweep. Trials of one strategy follow each other, so that each knows the ones
 before; strategies are tuned side by side. What Optuna suggests depends on the seed and on earlier trials alone, so a
-search that was interrupted comes to the same end as one that was not.
+search that was interrupted comes to the same end as one that was not. Where choices have no more points than there are
+trials, each point is tried once, in order.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -133,6 +135,8 @@ class _Plan:
         ends = {name: _end(found) for name, found in self.distributions.items()}
         self.base = compose([*self.job, *_words(ends)])  # a value that cannot be is refused now
         self.trials = int(self.base.search.trials or 1)
+        self.points = grid(self.distributions, self.trials)
+        self.trials = len(self.points) or self.trials
         if not self.base.data.validation > 0:
             raise UserError(f"data.validation={self.base.data.validation}: a search needs a validation split; allowed: "
                             f"more than 0")  # fmt: skip
@@ -151,6 +155,8 @@ class _Plan:
                 f"out={folder.parent}: holds a search over {self.study.user_attrs['setting']}; choose another"
             )
         self.study.set_user_attr("setting", setting)
+        for point in self.points:
+            self.study.enqueue_trial(point, skip_if_exists=True)
         self.folder = folder / "-".join([self.base.strategy.name, _short(name)])
 
     def track(self, runtime: Any, console: Console) -> Track:
@@ -164,8 +170,8 @@ class _Plan:
         while True:
             if begun:
                 trial: Any = begun.pop(0)
-            elif len(self.study.trials) < self.trials:
-                random = [self.base.seed, len(self.study.trials)]
+            elif (spent := sum(one.state != TrialState.WAITING for one in self.study.trials)) < self.trials:
+                random = [self.base.seed, spent]
                 seed = int.from_bytes(_digest(repr(random))[:4], "little")
                 self.study.sampler = optuna.samplers.TPESampler(seed=seed)
                 trial = self.study.ask(self.distributions)
@@ -222,6 +228,14 @@ def distribution(name: str, text: str) -> optuna.distributions.BaseDistribution:
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}={text}: {error}") from error
     raise UserError(f"{name}={text}: allowed are interval(low,high), range(from,to,step), choice(a,b,…), tag(log,…)")
+
+
+def grid(found: Mapping[str, optuna.distributions.BaseDistribution], trials: int) -> list[dict[str, Any]]:
+    """All points of a space of choices, the last key's fastest; none if there are more of them than trials."""
+    choices: list[Any] = [getattr(one, "choices", ()) for one in found.values()]
+    if not choices or not all(choices) or math.prod(map(len, choices)) > trials:
+        return []
+    return [dict(zip(found, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def _end(found: Any) -> Any:

@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -210,6 +211,39 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
     assert any(line.startswith("Tuned") and "train.lr" in line for line in notes(runs))
     with pytest.raises(UserError, match="holds a search over"):
         sweep([*words, "train.lr=interval(0.1,0.2)", f"out={straight}"])
+
+
+def test_a_short_list_is_tried_each_once_and_in_order(tmp_path: Path, monkeypatch) -> None:
+    """Independent draws would miss one of three values in three trials in seven cases of nine."""
+    pytest.importorskip("optuna", reason="optuna is not installed (pip install 'fedfuse[search]')")
+    from rich.console import Console
+
+    tried: list[tuple[float, int]] = []
+
+    def drive(tracks, runtime, share) -> None:
+        for track in tracks:
+            for config in track:
+                tried.append((config.train.lr, config.train.epochs))
+                if tried == killed_after:
+                    raise KeyboardInterrupt
+
+    rates = {0.1: 0.5, 0.01: 0.9, 0.3: 0.7}
+    monkeypatch.setattr(search, "drive", drive)
+    monkeypatch.setattr(search, "load", lambda path: SimpleNamespace(final={search.SCORE: rates[tried[-1][0]]}))
+    job, quiet = [*SMALL, "strategy=local"], Console(quiet=True)
+    killed_after = [(0.1, 1), (0.01, 1)]
+    lists = {"train.lr": "choice(0.1,0.01,0.3)", "train.epochs": "choice(1)"}
+    with pytest.raises(KeyboardInterrupt):
+        search.tune([[*job, "search.trials=5"]], lists, tmp_path, quiet)
+    tried.clear()
+    (best,) = search.tune([[*job, "search.trials=5"]], lists, tmp_path, quiet).values()
+    assert tried == [(0.01, 1), (0.3, 1)]  # what had begun, then the rest, and no fourth
+    assert best[:2] == ["train.lr=0.01", "train.epochs=1"]
+    found = {name: search.distribution(name, text) for name, text in lists.items()}
+    assert search.grid(found, 2) == []  # more values than trials: drawn
+    wide = {**found, "train.momentum": search.distribution("train.momentum", "interval(0,0.9)")}
+    assert search.grid(wide, 100) == []
+    assert search.grid({}, 100) == []
 
 
 def test_a_sweep_with_more_rounds_goes_on(tmp_path: Path) -> None:
