@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from fedfuse import UserError
+from fedfuse.config.idle import idle
 from fedfuse.core.fit import remarks
 from tests.halves import server
 
 BARE = ("model.name=custom", "model.build=tests.halves:featureless")
 
 
-@pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto"])
+@pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto", "fedd2s", "gaussian_heads"])
 def test_weights_of_several_architectures_have_no_mean(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} averages weights and needs one architecture"):
         server(name, "model.pool=[mlp_small,mlp_wide]")
@@ -21,7 +22,10 @@ def test_knowledge_of_several_architectures_can_be_fused() -> None:
     assert len(set(server("fedmd", "model.pool=[mlp_small,mlp_wide]").scenario.architectures)) == 2
 
 
-@pytest.mark.parametrize("name", ["moon", "fedper", "fedrep", "fedproto"])
+APART = ["moon", "fedper", "fedrep", "fedproto", "fedet", "fedgen", "fedhkd", "fedka", "fedov"]
+
+
+@pytest.mark.parametrize("name", APART)
 def test_a_model_has_the_parts_that_a_strategy_takes_apart(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} needs models with features\(x\), head\(z\) and feature_dim"):
         server(name, *BARE)
@@ -38,7 +42,8 @@ def test_features_that_are_compared_are_of_one_size(name: str) -> None:
     server(name, "model.pool=[mlp_small,mlp_wide]", "model.feature_dim=16")
 
 
-PRIVATE = ["local", "ditto", "dsfl", "fd", "cofed", "comet", "fedproto", "fedgkt", "fedd2s"]
+DISTIL = ["dsfl", "fedmd", "knfu", "ktpfl", "scarlet", "selectivefd"]  # clients do, whole networks
+PRIVATE = ["local", "ditto", "fd", "cofed", "comet", "fedproto", "fedgkt", "fedd2s", "fedmkt", *DISTIL]
 
 
 @pytest.mark.parametrize("name", PRIVATE)
@@ -52,11 +57,21 @@ def test_nobody_keeps_the_optimisers_state_of_a_model_that_is_overwritten(name: 
         server(name, "train.optimizer_state=keep")
 
 
-@pytest.mark.parametrize("name", ["cfd", "ktpfl"])
+@pytest.mark.parametrize("name", [*DISTIL, "cfd", "fedov"])
+def test_whole_networks_that_distil_can_have_a_second_head(name: str) -> None:
+    server(name, "loss=dhkd", "transfer.labelled=true")
+
+
+@pytest.mark.parametrize("name", [*DISTIL, "cfd", "comet", "feddf", "fedet", "fedmkt"])
 def test_few_rows_to_distil_are_told(name: str) -> None:
     (said,) = remarks(server(name))
     assert "rows a round for 10 classes, which is few" in said
-    assert not remarks(server(name, "transfer.size=100"))  # ten a class are enough
+    assert not remarks(server(name, "transfer.size=200", "transfer.subset=100"))  # ten a class are enough
+
+
+@pytest.mark.parametrize("name", ["fedgkt", "fedd2s", "fedmd", "fedavg"])
+def test_how_long_to_distil_is_asked_of_who_distils(name: str) -> None:
+    assert ("distil.steps" in idle(server(name, "distil.steps=3").scenario.config)) == (name == "fedavg")
 
 
 def test_a_tokenizer_that_nobody_reads_with_is_a_slip() -> None:

@@ -126,6 +126,26 @@ def test_dual_distillation_and_mean(bits, monkeypatch):
     assert torch.equal(unpack(strategy.published("labels")["code"])[0], own)  # not the mean: the model's answer
 
 
+@pytest.mark.parametrize("bits", [1, 3, 32])
+def test_the_server_too_codes_what_changed_unless_it_sends_floats(bits, monkeypatch):
+    strategy = server("cfd", f"strategy.bits_down={bits}", "strategy.delta=true")
+    first = random_labels(24, 10).float()
+    second = torch.where((torch.arange(24) % 8 == 0)[:, None], random_labels(24, 10, 5).float(), first)
+    said = iter((first, second))
+    monkeypatch.setattr(strategy, "teach", lambda loss, mean, rows: None)
+    monkeypatch.setattr(strategy, "answers", lambda student, rows: next(said))
+    up = {"labels": {"code": torch.tensor(list(encode(quantise(first, 1), 1)), dtype=torch.uint8)}}
+    for round in (1, 2):
+        strategy.round = round
+        strategy.state["sent"] = {}
+        strategy.fuse(shares(strategy, up))
+    old, new = (rows if bits == 32 else quantise(rows, bits) for rows in (first, second))
+    lengths = [len(pack(old, bits)), len(pack(new, bits, None if bits == 32 else old))]
+    assert [value * 24 / 8 for *_, metric, value in strategy.logged if metric == "bits_per_label/down"] == lengths
+    assert (lengths[1] < lengths[0]) == (bits != 32)
+    assert torch.equal(unpack(strategy.published("labels")["code"])[0], new)
+
+
 def test_clients_start_from_the_common_beginning():
     half, other = client("cfd"), client("cfd", "strategy.reinit=false")
     code = pack(quantise(random_labels(24, 10), 1), 1)
