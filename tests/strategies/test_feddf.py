@@ -61,6 +61,14 @@ def test_one_student_an_architecture_taught_by_all(monkeypatch):
     assert sorted(strategy.server_models()) == ["mlp", "mlp_small", "mlp_wide"]
 
 
+def test_of_two_architectures_each_has_its_own_student():
+    strategy = server("feddf", "model.pool=[mlp_small,mlp]", "strategy.distill_epochs=0")
+    models = [variants(strategy, name, 1)[0] for name in ("mlp_small", "mlp")]
+    strategy.fuse(shares(strategy, *models))
+    for name, sent in zip(("mlp_small", "mlp"), models, strict=True):
+        assert all(torch.equal(strategy.published("model", name)[key], value) for key, value in sent["model"].items())
+
+
 def test_students_begin_as_the_mean_weighted_by_examples_and_teachers_count_alike(monkeypatch):
     strategy = server("feddf")
     models, seen = variants(strategy, "mlp_small", 3), {}

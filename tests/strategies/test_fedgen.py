@@ -10,7 +10,7 @@ from fedfuse.errors import UserError
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play
-from tests.halves import PLAIN, server, wake
+from tests.halves import PLAIN, server, shares, wake
 
 
 def test_the_ensemble_weighs_each_client_by_its_share_of_the_label():
@@ -100,6 +100,15 @@ def test_skewed_labels_leave_no_trace_of_absent_classes():
     played = play("fedgen", "partition=shards", "clients=4", "participation=0.25", "rounds=3")
     for item in played.strategy.board.items.values():
         assert all(torch.isfinite(v).all() for v in item.arrays.values() if v.is_floating_point())
+
+
+def test_a_generator_is_published_for_the_labels_that_somebody_holds():
+    for counts in ([0, 3, 0, 5, 0, 0, 0, 0, 0, 1], [0] * 10):
+        strategy = server("fedgen", "strategy.generator_steps=1")
+        told = {"model": strategy.model, "counts": {"counts": torch.tensor(counts)}}
+        strategy.fuse(shares(strategy, told, told))
+        made = strategy.board.items.get(("generator", ""))
+        assert (None if made is None else made.arrays["held"].tolist()) == ([n > 0 for n in counts] if any(counts) else None)
 
 
 def test_a_pool_is_refused_and_so_are_negative_counts():

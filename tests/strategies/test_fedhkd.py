@@ -73,6 +73,27 @@ def test_a_steps_gradient_is_clipped_once_there_is_knowledge():
     assert moved["null"] > 2
 
 
+def test_a_clients_loss_by_hand(monkeypatch):
+    """CE + λ·(mean over held classes and over all C) KL(Q_c ‖ softmax(head(h_c)/T)) + γ·mean over d of the pull."""
+    words = ("strategy.lam=0.7", "strategy.gamma=0.3", "strategy.temperature=2", "train.momentum=0")
+    half, held = client("fedhkd", *words), torch.arange(10) % 4 != 1
+    draw = torch.Generator().manual_seed(0)
+    known = {"embeddings": torch.randn(10, 32, generator=draw), "predictions": torch.rand(10, 10, generator=draw)}
+    known["predictions"] /= known["predictions"].sum(1, keepdim=True)
+    take(half, "classes", **known, held=held)
+    monkeypatch.setattr(half, "train", lambda loss, forward, after_backward: {"loss": loss(forward(half.x), half.y, None)})
+    found = half.fit()["loss"]
+    with torch.no_grad():
+        z, logits = (out.double() for out in half.features_and_logits(half.x))
+        own = (half.model.head(known["embeddings"][held]).double() / 2).log_softmax(1)
+    q = known["predictions"][held].double()
+    kl = (q * (q.log() - own)).sum() / (int(held.sum()) * 10)
+    there = held[half.y]
+    pull = (z - known["embeddings"].double()[half.y])[there].square().sum() / z.numel()
+    ce = torch.nn.functional.cross_entropy(logits, half.y)
+    assert found.item() == pytest.approx((ce + 0.7 * kl + 0.3 * pull).item(), rel=1e-5)
+
+
 def doubles(sent):
     return [{name: value.double().numpy() for name, value in one.items()} for one in sent]
 

@@ -162,7 +162,7 @@ def test_a_student_of_one_architecture_with_batchnorm() -> None:
 
 
 def test_the_student_moves_by_the_mean_update_weighted_by_examples() -> None:
-    """Three clients of 10, 30 and 0 examples, at full energy; counters are rounded whole."""
+    """Three clients of 10, 30 and 0 examples, at full energy."""
     strategy = server("fedkd", "strategy.energy_start=1", "strategy.energy_end=1")
     start = strategy.published("student")
     moved = [{name: randn(*v.shape, seed=seed).float() for name, v in start.items()} for seed in (1, 2, 3)]
@@ -170,6 +170,16 @@ def test_the_student_moves_by_the_mean_update_weighted_by_examples() -> None:
     for name, value in strategy.published("student").items():
         wanted = start[name] + (10 * moved[0][name].double() + 30 * moved[1][name].double()) / 40
         torch.testing.assert_close(value, wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_counters_move_by_the_nearest_whole_number() -> None:
+    strategy = server("fedkd")
+    strategy.published("student")["counter"] = torch.tensor(100)
+    still = {name: torch.zeros_like(value) for name, value in strategy.published("student").items()}
+    told = [{"update": pack({**still, "counter": torch.tensor(n)}, 1.0)} for n in (1, 2)]
+    strategy.fuse(shares(strategy, *told, examples=[10, 30]))  # by 1.75
+    counter = strategy.published("student")["counter"]
+    assert (int(counter), counter.dtype) == (102, torch.int64)
 
 
 def test_nobody_with_examples_moves_nothing() -> None:
