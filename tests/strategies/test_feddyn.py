@@ -82,8 +82,9 @@ def test_the_servers_h_is_the_mean_of_the_clients_slopes() -> None:
 
 
 def test_scaled_alpha_is_the_official_codes() -> None:
-    scenario = server("feddyn").scenario
+    scenario = server("feddyn", "partition=size").scenario
     counts = [scenario.examples(c) for c in range(scenario.clients)]
+    assert len(set(counts)) == 3
     for client, n in enumerate(counts):
         official = 0.1 / (n / sum(counts) * len(counts))
         assert strength(FedDynHyper(0.1, True), scenario, client) == pytest.approx(official)

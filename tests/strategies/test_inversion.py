@@ -197,6 +197,17 @@ def test_the_perturbation_is_the_sign_of_the_gradient_by_differences() -> None:
     assert float(strategy.hardened(torch.full_like(x, high), w, ensemble, torch.Generator()).max()) <= high
 
 
+def test_where_pixels_have_no_range_the_perturbation_is_delta_itself(monkeypatch) -> None:
+    strategy, ensemble = asked("coboosting", "strategy.perturbation=0.25")
+    x, w = 0.25 + 0.5 * strategy.workspace.tensors("test")[0][:4], torch.tensor([0.2, 0.5, 0.3])
+    monkeypatch.setattr(synthesis, "bounds", lambda dataset: (torch.tensor(-9.0), torch.tensor(9.0)))  # none in reach
+    inside = strategy.hardened(x, w, ensemble, torch.Generator().manual_seed(1)) - x
+    monkeypatch.setattr(synthesis, "bounds", lambda dataset: None)
+    free = strategy.hardened(x, w, ensemble, torch.Generator().manual_seed(1)) - x
+    torch.testing.assert_close(free, inside / 18, rtol=1e-4, atol=1e-6)
+    assert float(free.abs().max()) == pytest.approx(0.25, rel=1e-5)
+
+
 def test_without_its_own_terms_it_is_dense() -> None:
     words = ("rounds=1", "strategy.temperature=4")
     own = ("strategy.hardness=0", "strategy.weight_step=0", "strategy.perturbation=0")

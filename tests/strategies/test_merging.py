@@ -188,12 +188,12 @@ def test_dare_is_the_task_vector_in_expectation_and_sends_what_is_left() -> None
 def test_dare_weighs_by_examples_and_leaves_out_another_number_of_entries() -> None:
     strategy, start, models = double("dare", "strategy.drop=0.5")
 
-    def said(i, extra=0):
+    def said(i, extra=0, counts=COUNTS):
         size = sum(v.numel() for v in start.values())
         kept = mask(size, 0.5, 0, i, 4)
         tau = torch.cat([(models[i][n] - start[n]).flatten() for n in start])
         entries = torch.cat([2 * tau[kept], torch.zeros(extra)])
-        return Share(i, {"update": {"entries": entries}}, {"num-examples": COUNTS[i], "drawn": 4})
+        return Share(i, {"update": {"entries": entries}}, {"num-examples": counts[i], "drawn": 4})
 
     strategy.fuse(Shares(iter([said(0), said(1, extra=1), said(2)]), {}))
     (line,) = strategy.inbox.left_out
@@ -206,7 +206,7 @@ def test_dare_weighs_by_examples_and_leaves_out_another_number_of_entries() -> N
         want = start[name].flatten() + (3 * taus[0] + 5 * taus[1]) / 8
         torch.testing.assert_close(value.flatten(), want, rtol=0, atol=1e-12)
     uniform = double("dare", "strategy.drop=0.5", "strategy.weighting=uniform")[0]
-    uniform.fuse(Shares(iter([said(0), said(2)]), {}))
+    uniform.fuse(Shares(iter([said(0), said(1, counts=[3, 0, 5]), said(2)]), {}))  # who has none does not count
     name = "body.1.weight"
     first = slice(start[name].numel())
     taus = [2 * (models[i][name] - start[name]).flatten() * m[first] for i, m in zip((0, 2), masks, strict=True)]
