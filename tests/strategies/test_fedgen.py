@@ -108,7 +108,9 @@ def test_a_generator_is_published_for_the_labels_that_somebody_holds():
         told = {"model": strategy.model, "counts": {"counts": torch.tensor(counts)}}
         strategy.fuse(shares(strategy, told, told))
         made = strategy.board.items.get(("generator", ""))
-        assert (None if made is None else made.arrays["held"].tolist()) == ([n > 0 for n in counts] if any(counts) else None)
+        assert (None if made is None else made.arrays["held"].tolist()) == (
+            [n > 0 for n in counts] if any(counts) else None
+        )
 
 
 def test_a_pool_is_refused_and_so_are_negative_counts():

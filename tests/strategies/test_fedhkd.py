@@ -81,7 +81,9 @@ def test_a_clients_loss_by_hand(monkeypatch):
     known = {"embeddings": torch.randn(10, 32, generator=draw), "predictions": torch.rand(10, 10, generator=draw)}
     known["predictions"] /= known["predictions"].sum(1, keepdim=True)
     take(half, "classes", **known, held=held)
-    monkeypatch.setattr(half, "train", lambda loss, forward, after_backward: {"loss": loss(forward(half.x), half.y, None)})
+    monkeypatch.setattr(
+        half, "train", lambda loss, forward, after_backward: {"loss": loss(forward(half.x), half.y, None)}
+    )
     found = half.fit()["loss"]
     with torch.no_grad():
         z, logits = (out.double() for out in half.features_and_logits(half.x))

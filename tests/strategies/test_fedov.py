@@ -82,6 +82,28 @@ def test_what_each_kind_leaves() -> None:
     assert float(crop.max()) <= float(x.max())
 
 
+def test_each_row_is_destroyed_in_its_own_way() -> None:
+    x, rng = torch.rand(30, 2, 8, 10, generator=draw(1)), draw(4)
+    kinds, want = torch.randint(5, (30,), generator=rng), x.clone()
+    assert len(kinds.unique()) == 5
+    for i, kind in enumerate(fedov.KINDS):
+        want[kinds == i] = fedov.destroyed(x[kinds == i], kind, rng)
+    assert torch.equal(fedov.outliers(x, draw(4)), want)
+
+
+def test_a_blur_is_a_gaussian_of_each_rows_own_width() -> None:
+    x = torch.rand(3, 1, 30, 40, generator=draw(1), dtype=torch.float64)
+    sigma = torch.empty(3, 1, 1).uniform_(10, 100, generator=draw(2)).flatten().double().numpy()
+    found = fedov.destroyed(x, "blur", draw(2))
+    for image, width, got in zip(x[:, 0].numpy(), sigma, found[:, 0].numpy(), strict=True):
+        down, across = (
+            np.array([[np.exp(-((i - j) ** 2) / (2 * width**2)) for j in range(size)] for i in range(size)])
+            for size in image.shape
+        )
+        down, across = down / down.sum(1, keepdims=True), across / across.sum(1, keepdims=True)
+        np.testing.assert_allclose(got, down @ image @ across.T, rtol=1e-5)
+
+
 def test_one_step_is_the_gradient_of_the_five_terms() -> None:
     words = ("strategy.adversarial_steps=2", "strategy.adversarial_step=0.03", "strategy.lam=0.5", "train.epochs=1")
     half = wake(server("fedov", *PLAIN, *words))

@@ -268,8 +268,15 @@ def test_a_client_that_did_not_train_at_the_cycles_end_waits() -> None:
 
 
 def test_a_cycle_begins_from_the_initial_weights_or_goes_on() -> None:
-    for restart, rounds, fresh in (("true", 1, True), ("false", 1, False), ("true", 5, False)):
-        half = client("kafal", f"labels.rounds={rounds}", f"strategy.restart={restart}", "train.epochs=0", round=2)
+    begins = (
+        ("true", 2, 1, True),
+        ("false", 2, 1, False),
+        ("true", 2, 5, False),
+        ("true", 4, 5, False),
+        ("true", 6, 5, True),
+    )
+    for restart, round, rounds, fresh in begins:
+        half = client("kafal", f"labels.rounds={rounds}", f"strategy.restart={restart}", "train.epochs=0", round=round)
         initial = half.workspace.initial(half.architecture)
         take(half, "model", **{name: value + 1 for name, value in initial.items()})
         half.fit()
