@@ -74,12 +74,14 @@ def test_the_proximal_term_reaches_the_clients() -> None:
         ("flwr_fedavg", "strategy.min_train_nodes=4", 4),
         ("flwr_krum", "strategy.num_malicious_nodes=1", 5),
         ("flwr_multikrum", "strategy.num_nodes_to_select=4", 4),
+        ("flwr_multikrum", "strategy.num_malicious_nodes=1", 5),
+        ("flwr_multikrum", "strategy.num_malicious_nodes=1 strategy.num_nodes_to_select=5", 6),
         ("flwr_bulyan", "strategy.num_malicious_nodes=1", 7),
         ("flwr_fedavg", "participation=0.3", 2),
     ],
 )
 def test_a_cohort_below_the_minimum_is_refused(name: str, override: str, least: int) -> None:
-    _, scenario = scenario_of((*TINY, f"strategy={name}", override))
+    _, scenario = scenario_of((*TINY, f"strategy={name}", *override.split()))
     with pytest.raises(UserError, match=f"{name} needs at least {least} clients"):
         build_strategy(registry.entry(name), scenario)
 
