@@ -12,12 +12,14 @@ from flwr.app import ConfigRecord
 
 from fedfuse.config import registry
 from fedfuse.core.build import build_strategy
+from fedfuse.core.client import FusionClient
 from fedfuse.core.node import place
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
 from tests.federations import TINY, federation, play, scenario_of
+from tests.halves import server, wake
 
 
 def under_flowers_loop(name: str, rule: flower.Strategy) -> dict[str, torch.Tensor]:
@@ -84,6 +86,18 @@ def test_a_cohort_below_the_minimum_is_refused(name: str, override: str, least: 
     _, scenario = scenario_of((*TINY, f"strategy={name}", *override.split()))
     with pytest.raises(UserError, match=f"{name} needs at least {least} clients"):
         build_strategy(registry.entry(name), scenario)
+
+
+def test_q_fedavgs_clients_say_the_loss_of_the_model_they_received(monkeypatch) -> None:
+    half = wake(server("flwr_qfedavg"))
+    with torch.no_grad():
+        received = torch.nn.functional.cross_entropy(half.model(half.x).double(), half.y).item()
+    told = half.fit()
+    assert told["train_loss"] == pytest.approx(received, rel=1e-5)
+    assert told["loss"] < 0.99 * told["train_loss"]
+    nothing = half.x[:0], half.y[:0]
+    monkeypatch.setattr(FusionClient, "examples", lambda self, split: nothing)
+    assert wake(server("flwr_qfedavg")).fit()["train_loss"] == 0.0
 
 
 def test_skipped_aggregation_keeps_the_model_and_says_so() -> None:
