@@ -12,7 +12,7 @@ from fedfuse.strategies.flexlora import truncated
 from fedfuse.strategies.flora import stack
 from fedfuse.strategies.hetlora import norm
 from fedfuse.train.stack import compact, deltas, empty, fold
-from tests.halves import shares
+from tests.halves import shares, wake
 from tests.strategies.adapter_updates import LAYER, D, K, drawn, own_update, server, update
 
 COUNTS = [10, 25, 5]
@@ -219,6 +219,27 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
         want[: len(a)] += w * a
     strategy.fuse(shares(strategy, *records, examples=COUNTS))
     assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
+
+
+def test_hetlora_prunes_by_the_norms_of_both_factors_of_the_trailing_ranks() -> None:
+    half, (bs, as_) = wake(server("hetlora")), factors(clients=1)
+    layer = half.model.get_submodule(LAYER)
+    with torch.no_grad():
+        layer.lora_B.weight.copy_(bs[0])
+        layer.lora_A.weight.copy_(as_[0])
+    for kept in (1, 3):
+        want = bs[0][:, kept:].norm() * as_[0][kept:].norm()
+        assert half.trailing(kept).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_flora_draws_a_uniformly_in_both_directions_up_to_its_clients_rank() -> None:
+    half = wake(server("flora", "strategy.ranks=[3,4,1]", "train.epochs=0"))
+    half.fit()
+    a = half.model.get_submodule(LAYER).lora_A.weight.detach()
+    uniform = torch.rand(4, K, generator=half.generator("fresh A"))
+    torch.testing.assert_close(a[:3], ((2 * uniform - 1) / K**0.5)[:3])
+    assert not a[3:].any()
+    assert a[:3].min() < -0.9 / K**0.5 < 0.9 / K**0.5 < a.max()
 
 
 def test_fedsvd_keeps_the_product_and_makes_a_orthonormal() -> None:
