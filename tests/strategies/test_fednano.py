@@ -12,6 +12,8 @@ from fedfuse.data.dataset import Examples
 from fedfuse.errors import UserError
 from fedfuse.models import questions, reader
 from fedfuse.models.soft_prompt import Adapter
+from fedfuse.strategies import fednano
+from fedfuse.wire.records import InvalidArrays, Scope, validate
 from tests.federations import federation, play
 from tests.halves import final_states, server, shares, wake
 
@@ -28,6 +30,16 @@ def test_the_slopes_of_each_example_are_autograds() -> None:
         wanted = torch.autograd.grad((adapter(e[i]) * g[i]).sum(), (adapter.A, adapter.B))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one[i], other, rtol=1e-12, atol=1e-12)
+
+
+def test_every_class_has_a_question_and_no_more_questions_than_classes() -> None:
+    layout = fednano.asked(Scope({"classes": 3}, {}, fednano.FedNanoHyper(width=2, letters=4)))
+    told = {"e": torch.zeros(8, 2), "length": torch.tensor([5, 3]), "of": torch.tensor([0, 1, 0])}
+    told = {name: value if name == "e" else value.int() for name, value in told.items()}
+    validate("question", told, layout)
+    for name, wrong in (("of", told["of"][:2]), ("length", told["of"].repeat(2)), ("e", torch.zeros(13, 2))):
+        with pytest.raises(InvalidArrays, match=f"question/{name}: shape"):
+            validate("question", told | {name: wrong}, layout)
 
 
 PAIRS = ("What? cat", "What? dog", "Is it a cat? yes", "Is it a cat? no", "What? emu")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from fedfuse.errors import UserError
 from fedfuse.strategies.proxy_tuning import GRID, by_perplexity, divergence, fused, searched
 from tests.federations import federation, play
+from tests.halves import server
 from tests.strategies.test_fedmkt import words  # noqa: F401  (a fixture)
 
 DRAW = torch.Generator().manual_seed(5)
@@ -86,6 +89,33 @@ def test_weights_by_perplexity_of_what_was_read() -> None:
     later = z.clone()
     later[:, :, 2] += logits(2, 1, 4)  # what the last place says is of a token that nobody has read
     assert torch.equal(by_perplexity(later, tokens, 0.5), w)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "perplexity"])
+def test_experts_of_texts_weigh_alike_or_by_perplexity(weights: str) -> None:
+    strategy = server("proxy_tuning", "strategy.alpha=0.7")
+    strategy.hyper = replace(strategy.hyper, experts="each", weights=weights, tau=0.5)
+    (large, base), experts, tokens = logits(2, 2, 3, 5), logits(3, 2, 3, 5), torch.tensor([[2, 0, 3], [1, 1, 4]])
+    w = by_perplexity(experts, tokens, 0.5) if weights == "perplexity" else torch.full((3, 2, 3), 1 / 3)
+    want = large + 0.7 * sum(w[k][..., None] * (experts[k] - base) for k in range(3))
+    found = strategy.together([large, base, *experts], tokens)
+    torch.testing.assert_close(found, want.float())
+
+
+@pytest.mark.parametrize("name", ["proxy_tuning", "fedet"])
+def test_the_large_model_is_a_network_of_images_where_there_are_some(name: str, tmp_path) -> None:
+    for shape, large in (
+        ((3,), "mlp_wide"),
+        ((1, 8, 8), "mlp_wide"),
+        ((1, 8, 12), "cnn_large"),
+        ((1, 12, 8), "cnn_large"),
+    ):
+        folder = tmp_path / "x".join(map(str, shape))
+        folder.mkdir()
+        rows = np.random.default_rng(0).random((80, *shape)).astype("float32")
+        np.savez(folder / "data.npz", x=rows, y=np.arange(80) % 2)
+        data = ("data=npz", f"data.root={folder}", "transfer.size=8", "data.limit=60", "data.test_limit=null")
+        assert server(name, *data).large == large
 
 
 def test_with_the_clients_own_architecture_it_is_federated_averaging() -> None:
