@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from omegaconf import OmegaConf
 
 from fedfuse import UserError
+from fedfuse.config import registry
 from fedfuse.config.idle import idle
+from fedfuse.core.build import build_strategy
 from fedfuse.core.fit import remarks
+from fedfuse.core.strategy import FusionStrategy
+from tests.federations import QUICK, TINY, scenario_of
 from tests.halves import server
+
+
+def asked(name: str, *words: str) -> FusionStrategy:
+    """A server half at its defaults over a scenario that all share: to compose each its own costs more than it asks."""
+    needs = [word for word in QUICK.get(name, ()) if not word.startswith("strategy.")]
+    _, scenario = scenario_of((*TINY, "strategy=local", *needs, *words))
+    own = registry.typed(OmegaConf.to_object(OmegaConf.structured(registry.schema(name))))
+    return build_strategy(registry.entry(name), replace(scenario, config=replace(scenario.config, strategy=own)))
+
 
 BARE = ("model.name=custom", "model.build=tests.halves:featureless")
 
@@ -15,7 +31,7 @@ BARE = ("model.name=custom", "model.build=tests.halves:featureless")
 @pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto", "fedd2s", "gaussian_heads"])
 def test_weights_of_several_architectures_have_no_mean(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} averages weights and needs one architecture"):
-        server(name, "model.pool=[mlp_small,mlp_wide]")
+        asked(name, "model.pool=[mlp_small,mlp_wide]")
 
 
 def test_knowledge_of_several_architectures_can_be_fused() -> None:
@@ -28,7 +44,7 @@ APART = ["moon", "fedper", "fedrep", "fedproto", "fedet", "fedgen", "fedhkd", "f
 @pytest.mark.parametrize("name", APART)
 def test_a_model_has_the_parts_that_a_strategy_takes_apart(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} needs models with features\(x\), head\(z\) and feature_dim"):
-        server(name, *BARE)
+        asked(name, *BARE)
 
 
 def test_who_takes_nothing_apart_takes_any_model() -> None:
@@ -38,7 +54,7 @@ def test_who_takes_nothing_apart_takes_any_model() -> None:
 @pytest.mark.parametrize("name", ["fedproto", "fedgkt"])
 def test_features_that_are_compared_are_of_one_size(name: str) -> None:
     with pytest.raises(UserError, match=rf"strategy={name} compares features across clients.*: set model.feature_dim="):
-        server(name, "model.pool=[mlp_small,mlp_wide]")
+        asked(name, "model.pool=[mlp_small,mlp_wide]")
     server(name, "model.pool=[mlp_small,mlp_wide]", "model.feature_dim=16")
 
 
@@ -48,30 +64,30 @@ PRIVATE = ["local", "ditto", "fd", "cofed", "comet", "fedproto", "fedgkt", "fedd
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_who_keeps_a_private_model_may_keep_its_optimisers_state(name: str) -> None:
-    server(name, "train.optimizer_state=keep")
+    asked(name, "train.optimizer_state=keep")
 
 
 @pytest.mark.parametrize("name", ["fedavg", "cfd", "moon"])
 def test_nobody_keeps_the_optimisers_state_of_a_model_that_is_overwritten(name: str) -> None:
     with pytest.raises(UserError, match=rf"train.optimizer_state=keep: strategy={name} keeps no private model"):
-        server(name, "train.optimizer_state=keep")
+        asked(name, "train.optimizer_state=keep")
 
 
 @pytest.mark.parametrize("name", [*DISTIL, "cfd", "fedov"])
 def test_whole_networks_that_distil_can_have_a_second_head(name: str) -> None:
-    server(name, "loss=dhkd", "transfer.labelled=true")
+    asked(name, "loss=dhkd", "transfer.labelled=true")
 
 
 @pytest.mark.parametrize("name", [*DISTIL, "cfd", "comet", "feddf", "fedet", "fedmkt"])
 def test_few_rows_to_distil_are_told(name: str) -> None:
-    (said,) = remarks(server(name))
+    (said,) = remarks(asked(name))
     assert "rows a round for 10 classes, which is few" in said
-    assert not remarks(server(name, "transfer.size=200", "transfer.subset=100"))  # ten a class are enough
+    assert not remarks(asked(name, "transfer.size=200", "transfer.subset=100"))  # ten a class are enough
 
 
 @pytest.mark.parametrize("name", ["fedgkt", "fedd2s", "fedmd", "fedavg"])
 def test_how_long_to_distil_is_asked_of_who_distils(name: str) -> None:
-    assert ("distil.steps" in idle(server(name, "distil.steps=3").scenario.config)) == (name == "fedavg")
+    assert ("distil.steps" in idle(asked(name, "distil.steps=3").scenario.config)) == (name == "fedavg")
 
 
 def test_a_tokenizer_that_nobody_reads_with_is_a_slip() -> None:
