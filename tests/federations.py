@@ -212,6 +212,8 @@ def intercept(
     kind, round, client
         Give `replied` and `sent` only what has a message type that begins so, in this round, from or to this client.
     """
+    if isinstance(built.grid, InlineGrid):
+        built.grid.whole = True  # every reply has its client's arrays
     carry = built.grid.send_and_receive
 
     def passed(messages: Iterable[Message], look: Look | None, node: str) -> Iterator[Message]:

@@ -56,6 +56,18 @@ def contents(model: nn.Module) -> dict[str, torch.Tensor] | None:
     return found
 
 
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model; one that it has in two places is there twice."""
+    if not known():
+        return list(model.parameters())
+    found, rest = list[nn.Parameter](), [model]
+    while rest:
+        own = rest.pop().__dict__
+        found += [value for value in own["_parameters"].values() if value is not None]
+        rest += [child for child in own["_modules"].values() if child is not None]
+    return found
+
+
 _PLAIN = (nn.Module, nn.BatchNorm2d)  # the second's own way only adds a counter that old files lack
 
 

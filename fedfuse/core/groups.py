@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
-from fedfuse.core.node import Node
-from fedfuse.core.shares import INVALID, Records, check_share
+from fedfuse.core.node import Answered, Node
+from fedfuse.core.shares import INVALID, check_share
 from fedfuse.errors import Refused
 from fedfuse.wire.group_sums import Sums, empty_totals, hand_over, keep_back, wanted
 from fedfuse.wire.knowledge import Cache
-from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, tensors
-from fedfuse.wire.rows import Row, look_through, row_of
+from fedfuse.wire.records import InvalidArrays, config_in, entries
+from fedfuse.wire.rows import Row, look_through
 from fedfuse.wire.sums import Sum, settle
 
 
@@ -31,55 +31,60 @@ class Groups:
         self.node = node
 
     def one(
-        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Message] = ()
+        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Answered | Message] = ()
     ) -> list[Message]:
         """Answer a group of messages in client order, adding up what the strategy only needs the sum of.
 
         The arrays of summed records leave with the group's last valid member; every reply says their bytes. `answers`
         are replies that are there already.
         """
-        sums = self._sums(messages)
+        sums = self.sums(messages)
         if not sums:
-            return list(answers) or [self.node.handle(m, cache) for m, cache in zip(messages, caches, strict=True)]
+            if answers:
+                return [self.node.reply(answer) for answer in answers]
+            return [self.node.handle(m, cache) for m, cache in zip(messages, caches, strict=True)]
         totals, last, replies = self._added(messages, caches, answers, sums)
         if last is not None:
             hand_over(last, totals)
         return replies
 
-    def _sums(self, messages: Sequence[Message]) -> Sums:
+    def sums(self, messages: Sequence[Message]) -> Sums:
         """What a group's messages ask for the sums of."""
         return {} if messages[0].metadata.message_type.startswith("evaluate") else wanted(messages[0])
 
     def _added(
-        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Message], sums: Sums
+        self, messages: Sequence[Message], caches: Sequence[Cache], answers: Sequence[Answered | Message], sums: Sums
     ) -> tuple[dict[str, Sum], Message | None, list[Message]]:
         """A group's sums, its last valid reply, and all of its replies, without what is summed."""
         totals = empty_totals(sums, config_in(messages[0].content, "run") or {})
         last: Message | None = None
         replies = []
         for i, (message, cache) in enumerate(zip(messages, caches, strict=True)):
-            reply = answers[i] if answers else self.node.handle(message, cache, "model" in sums)
-            if not reply.has_error():
-                try:
-                    keep_back(reply, self._checked(reply), totals, sums)
-                    last = reply
-                except InvalidArrays as error:
-                    reply = self.node.error(INVALID, self.node.client_of(message), str(error), message)
-            replies.append(reply)
+            answered = answers[i] if answers else self.node.answer(message, cache, "model" in sums)
+            if isinstance(answered, Message):
+                replies.append(answered)
+                continue
+            try:
+                self._check(answered)
+                keep_back(answered.records, entries(answered.metrics), answered.config, totals, sums)
+            except InvalidArrays as error:
+                replies.append(self.node.error(INVALID, answered.who, str(error), message))
+                continue
+            replies.append(last := self.node.reply(answered))
         return totals, last, replies
 
     def all(self, groups: Sequence[Sequence[Message]], cache: Cache) -> Iterator[list[Message]]:
         """Answer groups as `one` does, their clients abreast where that is asked for and pays."""
         for some in self.portions(groups):
             messages = [message for group in some for message in group]
-            sums = self._sums(messages)
+            sums = self.sums(messages)
             answers = self.abreast(messages, cache, "model" in sums)
             if not answers or not sums:
                 for group in some:
                     mine, answers = answers[: len(group)], answers[len(group) :]
                     yield self.one(group, [cache] * len(group), mine)
                 continue
-            look_through(rows := [row for reply in answers if (row := _row_in(reply)) is not None])
+            look_through(rows := [row for answer in answers if (row := _row_in(answer)) is not None])
             added = []
             for group in some:
                 mine, answers = answers[: len(group)], answers[len(group) :]
@@ -104,10 +109,18 @@ class Groups:
         if some:
             yield some
 
-    def abreast(self, messages: Sequence[Message], cache: Cache, lends: bool = False) -> list[Message]:
+    def each(self, messages: Sequence[Message], cache: Cache) -> Iterator[Message]:
+        """Answer messages one by one, nothing summed; their clients abreast where that is asked for and pays."""
+        if answers := self.abreast(messages, cache):
+            yield from map(self.node.reply, answers)
+            return
+        for message in messages:
+            yield self.node.handle(message, cache)
+
+    def abreast(self, messages: Sequence[Message], cache: Cache, lends: bool = False) -> list[Answered | Message]:
         """Answer messages, clients abreast where that pays; [] where they had better take turns.
 
-        If the caller is done with the replies' arrays before the next messages, they may be lent, not copied.
+        If the caller is done with the models' arrays before the next messages, they may be lent, not copied.
         """
         kind = messages[0].metadata.message_type
         if not self.node.vectorized or (kind.startswith("evaluate") and not self.node.digests):
@@ -127,41 +140,35 @@ class Groups:
 
     def _seated(
         self, messages: Sequence[Message], names: Sequence[str], room: dict[str, int], cache: Cache, lends: bool
-    ) -> list[Message]:
-        answers: dict[int, Message] = {}
+    ) -> list[Answered | Message]:
+        answers: dict[int, Answered | Message] = {}
         todo = list(range(len(messages)))
         while todo:
             taken, left, later = [], dict(room), []
             for i in todo:
                 name = names[i]
                 if room[name] < 2:
-                    answers[i] = self.node.handle(messages[i], cache)
+                    answers[i] = self.node.answer(messages[i], cache)
                 elif left[name]:
                     left[name] -= 1
                     taken.append(i)
                 else:
                     later.append(i)
-            jobs = [(names[i], partial(self.node.handle, messages[i], cache, lends and not later)) for i in taken]
+            jobs = [(names[i], partial(self.node.answer, messages[i], cache, lends and not later)) for i in taken]
             answers |= zip(taken, self.node.desk.run(lambda: self.node.workspace, jobs), strict=True)
             todo = later
         return [answers[i] for i in range(len(messages))]
 
-    def _checked(self, reply: Message) -> Records:
-        """A reply's records, checked as the server would: what is summed here, it never sees."""
-        content: RecordDict = reply.content
-        config, metrics = entries(content["config"]), entries(content["metrics"])  # type: ignore[arg-type]
-        records: Records = {}
-        for name, value in arrays_in(content).items():
-            row = row_of(value)
-            records["model" if name == "arrays" else name] = tensors(value) if row is None else row
-        hyper = self.node.hyper
+    def _check(self, answered: Answered) -> None:
+        """Check what a client shared as the server would: what is summed here, it never sees."""
+        node, phase = self.node, answered.phase
         check_share(
-            self.node.entry.server, hyper, self.node.workspace, config["client"], config["phase"], records, metrics
-        )
-        return records
+            node.entry.server, phase.hyper, node.workspace, answered.who, phase.name,
+            answered.records, entries(answered.metrics),
+        )  # fmt: skip
 
 
-def _row_in(reply: Message) -> Row | None:
-    """The model in a reply, if it is a row of many."""
-    found = None if reply.has_error() else entries(reply.content).get("arrays")
-    return None if found is None else row_of(found)
+def _row_in(answer: Answered | Message) -> Row | None:
+    """The model in an answer, if it is a row of many."""
+    model = None if isinstance(answer, Message) else answer.records.get("model")
+    return model if isinstance(model, Row) else None

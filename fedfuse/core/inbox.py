@@ -132,7 +132,8 @@ class Inbox:
         self.failures["retried"] += _count(config.get("retried"))
         if self.inside:
             sizes |= kept_back(config)
-            self.apart.update([str(config["apart"])] if "apart" in config else [])
+            if "apart" in config:
+                self.apart[str(config["apart"])] += 1
         for name, size in sizes.items():
             outbox.traffic.up(request.label, request.round, client, name, size)
         outbox.arrived(client)
@@ -168,9 +169,10 @@ class Inbox:
                 if bare := sorted(summed & records.keys()):
                     raise InvalidArrays(f"{bare[0]} came unmasked")
                 self._masked.check(masked_in(reply), strategy, client)
-            check_share(
-                type(strategy), strategy.hyper, strategy.workspace, client, request.phase, records, metrics, summed
-            )
+            if self._masked is not None or not summed:  # else its process has, before it added to the sum
+                check_share(
+                    type(strategy), strategy.hyper, strategy.workspace, client, request.phase, records, metrics, summed
+                )
         return Share(client, records, metrics, self.outbox.groups[client], self.outbox.weights.get(client, 1.0))
 
     def _note(self, share: Share) -> None:

@@ -12,11 +12,11 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config import registry
@@ -35,13 +35,12 @@ from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.work import Tally, counting
 from fedfuse.wire.client_store import INITIAL, ClientStore
-from fedfuse.wire.fixed_point import beyond
+from fedfuse.wire.fixed_point import FixedPoint, beyond
 from fedfuse.wire.group_sums import fixed_points
 from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
-    LiveArray,
     config_in,
     flatten,
     measured,
@@ -52,30 +51,49 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
-from fedfuse.wire.rows import Row
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 
 
-@dataclass(frozen=True)
-class Asked:
+class Phase(NamedTuple):
+    """What the messages of a phase say alike."""
+
+    type: str
+    kind: str  # train | evaluate
+    name: str
+    round: int
+    run: Mapping[str, Any]
+    said: dict[str, Any]  # what the server half added for its clients
+    splits: tuple[str, ...]
+    pooled: bool
+    points: dict[str, FixedPoint]
+    hyper: Any
+    ours: bool  # from a fusion strategy, not from one of Flower's own under Flower's own loop
+
+
+class Asked(NamedTuple):
     """A message that this node takes."""
 
     message: Message
     who: int
-    kind: str  # train | evaluate
-    phase: str
-    round: int
     config: Mapping[str, Any]
-    run: Mapping[str, Any]
-    said: dict[str, Any]  # what the server half added for its clients
-    hyper: Any
-    ours: bool  # from a fusion strategy, not from one of Flower's own under Flower's own loop
+    phase: Phase
 
     @property
     def tag(self) -> str:
         """The state that the client wakes from."""
         return str(self.config.get("tag", INITIAL))
+
+
+class Answered(NamedTuple):
+    """What a client answers, not yet put into records; nothing of it is the model's own memory but what is lent."""
+
+    message: Message
+    who: int
+    phase: Phase
+    records: Records
+    metrics: MetricRecord
+    config: dict[str, Any]
 
 
 class Awake(NamedTuple):
@@ -128,6 +146,8 @@ class Node:
         self._hyper: tuple[Any, Any] | None = None
         self._default = entry.hyper()
         self._asked: Any = None
+        self._phase: Phase | None = None
+        self._taken: tuple[Any, Any] = None, None  # into which cache, and which parcels: a list of their versions
         self._liars = scenario.liars
         runtime = scenario.config.runtime
         self.vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
@@ -139,18 +159,22 @@ class Node:
 
     # -- messages in, messages out -------------------------------------------------------------------------
 
-    def handle(self, message: Message, cache: Cache, lends: bool = False) -> Message:
-        """Answer one message; every failure becomes an error reply that names the client and the cause.
+    def handle(self, message: Message, cache: Cache) -> Message:
+        """Answer one message; every failure becomes an error reply that names the client and the cause."""
+        return self.reply(self.answer(message, cache))
 
-        If the caller is done with the reply's arrays before the next message, they may be lent, not copied.
+    def answer(self, message: Message, cache: Cache, lends: bool = False) -> Answered | Message:
+        """What `handle` puts into a reply, or the error reply.
+
+        If the caller is done with the model's arrays before the next message, they may be lent, not copied.
         """
         who = self.client_of(message)
         for attempt in range(self.retries + 1):
             try:
-                reply = self._answer(message, cache, who, lends)
+                answered = self._answer(message, cache, who, lends)
                 if attempt:
-                    reply.content.config_records["config"]["retried"] = attempt
-                return reply
+                    answered.config["retried"] = attempt
+                return answered
             except Stale as error:
                 return self.error(STALE, who, str(error), message)
             except Refused as error:
@@ -180,25 +204,31 @@ class Node:
 
     # -- one message, in four steps --------------------------------------------------------------------------
 
-    def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Message:
+    def _answer(self, message: Message, cache: Cache, who: int, lends: bool = False) -> Answered:
         started = time.perf_counter() - self.desk.away()
         asked = self._admit(message, cache, who)
-        with counting(self.workspace.scenario.config.clock.on) as tally:
+        config, phase = self.workspace.scenario.config, asked.phase
+        with counting(config.clock.on) as tally:
             awake = self._wake(asked, cache, lends, tally)
             records, metrics, answer = self._play(asked, awake)
         if why := self.desk.apart():
             answer["apart"] = why
         if tally.flops:
             answer["flops"], answer["unit"] = tally.flops, tally.unit
-        if asked.kind == "train" and self.workspace.scenario.config.privacy.by_client:
-            records, metrics = self._clip(asked, cache, records, metrics)
-        if asked.kind == "train" and who in self._liars and not self.workspace.scenario.config.attack.colludes:
-            records = self._lie(asked, cache, records)
+        if phase.kind == "train":
+            if config.privacy.by_client:
+                records, metrics = self._clip(asked, cache, records, metrics)
+            if who in self._liars and not config.attack.colludes:
+                records = self._lie(asked, cache, records)
         metrics.setdefault("num-examples", self.workspace.scenario.examples(who))
-        if asked.kind == "train" and (points := fixed_points(asked.run)):
-            metrics["clipped"] = beyond(records, points)
+        if phase.kind == "train" and phase.points:
+            metrics["clipped"] = beyond(records, phase.points)
+        client = awake.client
+        for name, arrays in records.items():
+            if not (client.lends and name == "model"):
+                records[name] = _detached(arrays, client.model)
         metrics["seconds"] = time.perf_counter() - self.desk.away() - started
-        return self._reply(asked, awake.client, records, metrics, answer)
+        return Answered(message, who, phase, records, measured(metrics), answer)
 
     def _admit(self, message: Message, cache: Cache, who: int) -> Asked:
         """Refuse what this node does not do, and bring its knowledge up to date with the message.
@@ -209,36 +239,54 @@ class Node:
             Saying what is wrong with the message.
         """
         content = message.content
-        kind, _, suffix = message.metadata.message_type.partition(".")
-        phase = suffix or "train"
-        config: Any = config_in(content) or {}
-        run: Any = config_in(content, "run") or {}
+        config = config_in(content) or {}
         if not 0 <= who < self.workspace.scenario.clients:
             raise Refused(f"client {who} does not live here")
-        if kind not in ("train", "evaluate"):
-            raise Refused(f"message type {message.metadata.message_type!r} is not known")
-        if phase != "train" and not hasattr(self.entry.server, f"fuse_{phase}"):
-            raise Refused(f"phase {phase!r} is not one of {self.entry.name}'s")
         for named in (config.get("tag", INITIAL), config.get("new-tag", "")):
             if not TAG.fullmatch(str(named)):
                 raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
+        phase = self._phase_of(message.metadata.message_type, config_in(content, "run"), config)
+        if phase.ours:
+            self._take(content, config, cache, who, phase.hyper)
+        elif isinstance(arrays := content.get("arrays"), ArrayRecord):
+            cache["model", ""] = Item(tensors(arrays), phase.round)
+        return Asked(message, who, config, phase)
+
+    def _phase_of(self, said: str, run: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Phase:
+        """What a message shares with those of its phase; read once where they share the very record that says it."""
+        known = self._phase
+        if known is not None and known.run is run and known.type == said and known.hyper is self.hyper_of(run):
+            return known
+        ours = run is not None  # else one of Flower's own strategies, driven by Flower's own loop
+        run = run or {}
+        kind, _, suffix = said.partition(".")
+        name = suffix or "train"
+        if kind not in ("train", "evaluate"):
+            raise Refused(f"message type {said!r} is not known")
+        if name != "train" and not hasattr(self.entry.server, f"fuse_{name}"):
+            raise Refused(f"phase {name!r} is not one of {self.entry.name}'s")
         if run.get("strategy", self.entry.name) != self.entry.name:
             raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
-        hyper = self.hyper_of(run)
-        ours = "run" in content  # else one of Flower's own strategies, driven by Flower's own loop
-        round = int(run.get("round", config.get("server-round", 0)))
-        if ours:
-            said = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
-            self._take(content, config, cache, who, hyper)
-        else:
-            said = {k: v for k, v in config.items() if k != "server-round"}
-            if isinstance(arrays := content.get("arrays"), ArrayRecord):
-                cache["model", ""] = Item(tensors(arrays), round)
-        return Asked(message, who, kind, phase, round, config, run, said, hyper, ours)
+        server = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
+        foreign = {k: v for k, v in config.items() if k != "server-round"}
+        self._phase = Phase(
+            type=said,
+            kind=kind,
+            name=name,
+            round=int(run.get("round", config.get("server-round", 0))),
+            run=run,
+            said=server if ours else foreign,
+            splits=tuple(map(str, run.get("splits", ["personal"]))),
+            pooled=bool(run.get("pooled", False)),
+            points=fixed_points(run),
+            hyper=self.hyper_of(run),
+            ours=ours,
+        )
+        return self._phase
 
     def _wake(self, asked: Asked, cache: Cache, lends: bool, tally: Tally) -> Awake:
         """Load the client's committed state, and let it receive what is new to it."""
-        who, topics = asked.who, self.entry.server.topics
+        who, topics, phase = asked.who, self.entry.server.topics, asked.phase
         architecture = self.workspace.scenario.architectures[who]
         knowledge = cache.for_client(who, architecture, topics)
         state = self.workspace.woken(self.store.load(who, asked.tag))
@@ -251,11 +299,11 @@ class Node:
         news = [t for t in knowledge if topics[t].kind != "lesson" or t in new]
         knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
         trained = None
-        if asked.kind == "evaluate" and self.digests:
+        if phase.kind == "evaluate" and self.digests:
             trained = state.get("model") or self.workspace.initial(architecture)
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
-        key = json.dumps([str(asked.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
+        key = json.dumps([str(phase.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
         staged = self.store.staged(who, key) if staging else None
         if staged is not None:
             state, knowledge = self.workspace.woken(staged), {}
@@ -265,17 +313,17 @@ class Node:
 
         whole = self._replaces_all(knowledge, architecture)
         client = self.entry.client(
-            hyper=asked.hyper,
+            hyper=phase.hyper,
             model=self.workspace.unset(architecture) if whole else self.workspace.fresh(architecture),
             workspace=self.workspace,
             client=who,
             state=state,
-            round=asked.round,
-            phase=asked.phase,
-            splits=tuple(map(str, asked.run.get("splits", ["personal"]))),
-            pooled=bool(asked.run.get("pooled", False)),
+            round=phase.round,
+            phase=phase.name,
+            splits=phase.splits,
+            pooled=phase.pooled,
         )
-        client.config, client.lends = asked.said, lends and asked.kind == "train"
+        client.config, client.lends = phase.said, lends and phase.kind == "train"
         if client.personal and "model" in state:
             client.load(state["model"])
         client.version = max(new.values(), default=-1)
@@ -286,7 +334,7 @@ class Node:
                 client.begin("receive")
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
-        if staging and staged is None and asked.kind == "evaluate":
+        if staging and staged is None and phase.kind == "evaluate":
             spent = {"spent": [tally.flops, tally.unit, int(tally.trained)]} if tally.flops else {}
             self.store.stage(who, key, {**awake.private(), "seen": awake.seen, **spent})
         return awake
@@ -300,17 +348,17 @@ class Node:
 
     def _play(self, asked: Asked, awake: Awake) -> tuple[Records, dict[str, Any], dict[str, Any]]:
         """Let the client do what is asked, and commit its state if that is training."""
-        client, who = awake.client, asked.who
-        client.begin(asked.kind if asked.kind == "evaluate" else asked.phase)
-        answer: dict[str, Any] = {"client": who, "phase": asked.phase}
-        if asked.kind == "evaluate":
+        client, who, phase = awake.client, asked.who, asked.phase
+        client.begin(phase.kind if phase.kind == "evaluate" else phase.name)
+        answer: dict[str, Any] = {"client": who, "phase": phase.name}
+        if phase.kind == "evaluate":
             before = awake.private()
             records, metrics = moments.evaluate(client, awake.trained)
             answer["sha"] = state_sha(before)
-            if asked.said.get("final") and before:  # the model this client ends with, for `final/` and export
+            if phase.said.get("final") and before:  # the model this client ends with, for `final/` and export
                 self.store.stage(who, "final", {"model": client.weights()})
             return records, metrics, answer
-        if asked.phase == "train":
+        if phase.name == "train":
             metrics = client.fit()
             records = client.share()
             for verb, value in (("fit", metrics), ("share", records)):
@@ -319,11 +367,11 @@ class Node:
             if client.partly_labelled:
                 metrics |= {"labelled": len(client.pools.labelled), LEFT: len(client.pools.unlabelled)}
         else:
-            records = getattr(client, asked.phase)()
+            records = getattr(client, phase.name)()
             counted = client.pooled or client.partly_labelled
             metrics = {"num-examples": len(client.x) if counted else self.workspace.scenario.examples(who)}
         kept = {**awake.private(), **({"seen": awake.seen} if awake.seen else {})}
-        answer["tag"] = (str(asked.config.get("new-tag", "")) or f"{asked.round}.1") if kept else INITIAL
+        answer["tag"] = (str(asked.config.get("new-tag", "")) or f"{phase.round}.1") if kept else INITIAL
         if kept:
             self.store.save(who, answer["tag"], kept, asked.tag)
         return records, metrics, answer
@@ -347,41 +395,30 @@ class Node:
     def _lie(self, asked: Asked, cache: Cache, records: Records) -> Records:
         """What a client that lies shares instead."""
         scenario, known = self.workspace.scenario, self._known(asked, cache)
-        moment = (scenario.seed, "lie", asked.who, asked.round, asked.phase)
+        moment = (scenario.seed, "lie", asked.who, asked.phase.round, asked.phase.name)
         liar = attacks.Liar(
             scenario.config.attack, moment, self.workspace.layout(scenario.architectures[asked.who]), scenario.classes
         )
         return {n: liar.altered(n, arrays, known[n].arrays if n in known else {}) for n, arrays in records.items()}
 
-    def _reply(
-        self, asked: Asked, client: FusionClient, records: Records, metrics: dict[str, Any], answer: dict[str, Any]
-    ) -> Message:
+    def reply(self, answered: Answered | Message) -> Message:
         """What the client shared, in Flower's records."""
+        if isinstance(answered, Message):
+            return answered
         out: dict[str, Any] = {}
-        for name, arrays in records.items():
-            lent = client.lends and name == "model"
-            key = "arrays" if name == "model" else name
-            if lent:
-                out[key] = arrays.record if isinstance(arrays, Row) else resting(arrays)
-            else:
-                out[key] = _detached(arrays, client.model)
-        out["metrics"] = measured(metrics)
-        if asked.ours:
-            out["config"] = trusted(ConfigRecord, answer)
-        return reply_to(asked.message, trusted(RecordDict, out))
+        for name, arrays in answered.records.items():
+            out["arrays" if name == "model" else name] = resting(arrays)
+        out["metrics"] = answered.metrics
+        if answered.phase.ours:
+            out["config"] = trusted(ConfigRecord, answered.config)
+        return reply_to(answered.message, trusted(RecordDict, out))
 
     def _take(self, content: RecordDict, config: Mapping[str, Any], cache: Cache, who: int, hyper: Any) -> None:
         """Bring the cache up to date with the message, and make sure that it holds what the server believes."""
-        topics = self.entry.server.topics
-        if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
-            raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
-        for parcel in parcels(content, config, cache):
-            if not reaches(parcel.to, who, self.workspace.scenario.architectures[who]):
-                raise Refused(f"topic {parcel.topic!r} for {parcel.to[:80]!r} is not for client {who}")
-            scope = self.workspace.scope(who, hyper)
-            spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
-            validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
-            cache.take(parcel, topics)
+        versions = config.get("parcel.version")
+        if versions is not None and not (self._taken[0] is cache and self._taken[1] is versions):
+            self._take_parcels(content, config, cache, who, hyper)
+            self._taken = cache, versions  # the very list: another client's message with the same parcels
         for topic, to, version in zip(
             config.get("needs.topic", []),
             config.get("needs.to", []),
@@ -394,6 +431,18 @@ class Node:
                 if item is not None and item.version > version:  # the server was put back: it will send the whole
                     del cache[topic, to]
                 raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
+
+    def _take_parcels(self, content: RecordDict, config: Mapping[str, Any], cache: Cache, who: int, hyper: Any) -> None:
+        topics = self.entry.server.topics
+        if unknown := [t for t in config.get("parcel.topic", []) if t not in topics]:
+            raise Refused(f"topic {unknown[0]!r} is not one of {self.entry.name}'s")
+        for parcel in parcels(content, config, cache):
+            if not reaches(parcel.to, who, self.workspace.scenario.architectures[who]):
+                raise Refused(f"topic {parcel.topic!r} for {parcel.to[:80]!r} is not for client {who}")
+            scope = self.workspace.scope(who, hyper)
+            spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
+            validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
+            cache.take(parcel, topics)
 
     @property
     def hyper(self) -> Any:
@@ -449,16 +498,16 @@ def state_sha(private: dict[str, Any]) -> str:
     return sha({"state": flat, **plain_record({k: v for k, v in rest.items() if v != {}})})
 
 
-def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> ArrayRecord:
+def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Arrays:
     # what shares memory with the resident model is copied: the next client overwrites it in place
     resident = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-    out: dict[str, Any] = {}
+    out: Arrays = {}
     for name, value in arrays.items():
         value = value.detach()
         if value.untyped_storage().data_ptr() in resident:
             value = value.clone()
-        out[name] = LiveArray(value.cpu().contiguous())
-    return trusted(ArrayRecord, out)
+        out[name] = value.cpu().contiguous()
+    return out
 
 
 def place(entry: Entry, scenario: Scenario, store: ClientStore, **options: Any) -> Node:

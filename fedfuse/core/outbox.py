@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedfuse.compat.flower_replies import like
 from fedfuse.core.scenario import Scenario
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.knowledge import Address, Board, Parcel
@@ -95,6 +96,7 @@ class Outbox:
         self.expect(request, clients)
         self._wire: dict[Any, ArrayRecord] = {}
         self._deliveries: dict[Any, Delivery] = {}
+        self._first: Message | None = None
         messages = [self._message(client) for client in sorted(self.awaited)]
         for client in sorted(self.awaited) if charge else ():
             self.charge(client)
@@ -185,7 +187,10 @@ class Outbox:
             self.traffic.resent(request.round, client, delivery.parcels)
         else:
             self._parcels[client] = delivery.parcels
-        return Message(trusted(RecordDict, content), self.node_of(client), request.type)
+        if self._first is None:
+            self._first = Message(trusted(RecordDict, content), self.node_of(client), request.type)
+            return self._first
+        return like(self._first, trusted(RecordDict, content), self.node_of(client))
 
     def _deliver(self, needed: tuple[Address, ...], parcels: list[Parcel]) -> Delivery:
         """What brings a node to the newest version of all that it needs."""

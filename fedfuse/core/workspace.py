@@ -30,6 +30,7 @@ from fedfuse.train.ledger import Ledger
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
+SCOPES = 256  # that are kept; what differs between clients of an architecture is how many examples they have
 SENT = 4  # values of knowledge that a GPU holds for the next client: few topics are for all
 Equip = Callable[[nn.Module, Callable[[str], nn.Module]], nn.Module]
 
@@ -65,6 +66,7 @@ class Workspace:
         self._forwards: dict[str, Forward | None] = {}
         self._initial: dict[str, Arrays] = {}
         self._layouts: dict[str, Layout] = {}
+        self._scopes: dict[tuple[str, int], Scope] = {}
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
@@ -179,7 +181,11 @@ class Workspace:
 
     def scope(self, client: int, hyper: Any) -> Scope:
         """The sizes a spec may name, for one client."""
-        architecture, subset = self.scenario.architectures[client], getattr(hyper, "subset", None)
+        architecture, examples = self.scenario.architectures[client], self.scenario.examples(client)
+        known = self._scopes.get((architecture, examples))
+        if known is not None and known.hyper is hyper:
+            return known
+        subset = getattr(hyper, "subset", None)
         common = self._dims.get((architecture, subset))
         if common is None:
             transfer = self.scenario.data.transfer
@@ -192,8 +198,13 @@ class Workspace:
                 "places": self.texts.places(architecture).tokens.shape[1] if self._predicts else 0,
                 "features": int(getattr(self.model(architecture), "feature_dim", 0) or 0),
             }
-        dims = {**common, "examples": self.scenario.examples(client)}
-        return Scope(dims, self.layout(architecture), hyper, module=self._models[architecture])
+        if len(self._scopes) >= SCOPES:
+            self._scopes.clear()
+        made = Scope(
+            {**common, "examples": examples}, self.layout(architecture), hyper, module=self._models[architecture]
+        )
+        self._scopes[architecture, examples] = made
+        return made
 
     def layout(self, architecture: str) -> Layout:
         """Names, dtypes and shapes of an architecture's arrays."""

@@ -20,12 +20,18 @@ class InlineGrid(LocalGrid):
     node : Node
     reverse : bool
         Work in reversed client order; replies still come back in order.
+
+    Attributes
+    ----------
+    whole : bool
+        Whether every reply brings all of its client's arrays, for who looks at single replies (audits, tests);
+        otherwise what the strategy only sums leaves as the sum of its group, as on Ray.
     """
 
     def __init__(self, node: Node, reverse: bool = False) -> None:
         super().__init__(node.workspace.scenario.clients)
         single_thread()
-        self.node, self.groups, self.reverse = node, Groups(node), reverse
+        self.node, self.groups, self.reverse, self.whole = node, Groups(node), reverse, reverse
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Run groups one after another."""
@@ -36,14 +42,9 @@ class InlineGrid(LocalGrid):
         yield from self._answers(groups)
 
     def _answers(self, groups: list[list[Message]]) -> Iterator[Message]:
-        if self.node.workspace.device.type == "cuda" and not self.reverse:  # what is only summed stays on the GPU
+        if groups and not self.whole and self.groups.sums(groups[0]):  # nobody needs a copy of what is only summed
             for replies in self.groups.all(groups, self.cache):
                 yield from replies
             return
         for some in self.groups.portions(groups):
-            messages = [message for group in some for message in group]
-            if answers := self.groups.abreast(messages, self.cache):
-                yield from answers
-                continue
-            for message in messages:
-                yield self.node.handle(message, self.cache)
+            yield from self.groups.each([message for group in some for message in group], self.cache)

@@ -17,7 +17,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.compat.flower_records import entries, trusted
 from fedfuse.config.registry import Entry
 from fedfuse.core.groups import Groups
-from fedfuse.core.node import Node
+from fedfuse.core.node import Answered, Node
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.threads import single_thread
 from fedfuse.models.shared_memory import give_back
@@ -84,7 +84,7 @@ class TimedNode(Node):
 
     limit: float | None = None
 
-    def _answer(self, message: Message, *args: Any) -> Message:
+    def _answer(self, message: Message, *args: Any) -> Answered:
         if self.limit is None:
             return super()._answer(message, *args)
         # a C thread: it needs no interpreter lock, so a client that hangs in foreign code is ended too
@@ -140,9 +140,7 @@ class Worker:
         asked = [[self._message(bare, common) for bare in group] for group in groups]
         if alone:
             for messages in asked:
-                replies = self.groups.abreast(messages, self.cache)
-                replies = replies or [self.node.handle(message, self.cache) for message in messages]
-                out.append([answer_of(reply) for reply in replies])
+                out.append([answer_of(reply) for reply in self.groups.each(messages, self.cache)])
         else:
             out = [[answer_of(reply) for reply in replies] for replies in self.groups.all(asked, self.cache)]
         for address in needs:  # what was meant for one client is not kept in every actor

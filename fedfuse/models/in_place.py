@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import nn
 
 from fedfuse.compat.torch_lists import copy_all
@@ -41,8 +40,7 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
         own = [value for name, value in found.items() if name not in fixed]
         new = [arrays[name] for name in found if name in arrays and name not in fixed]
         if len(own) == len(new) == len(arrays) and all(a.shape == b.shape for a, b in zip(own, new, strict=True)):
-            with torch.no_grad():
-                copy_all(own, new)
+            copy_all(own, new)  # which are detached
             return
     answer = model.load_state_dict(arrays, strict=False)
     missing = sorted(set(answer.missing_keys) - fixed) if strict else []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedfuse.compat.torch_state import parameters
 from fedfuse.models.in_place import frozen, variable
 from fedfuse.wire.records import Arrays
 from fedfuse.wire.rows import Row
@@ -86,7 +87,7 @@ def shared(model: nn.Module) -> Arrays:
 
 def parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:
     """A model's parameters; a replica's need not be looked for."""
-    return model.__dict__.get("own") or model.parameters()
+    return model.__dict__.get("own") or parameters(model)
 
 
 def nbytes(model: nn.Module) -> int:

@@ -120,8 +120,10 @@ def _replayed(
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "replay", config, time.time())
         directory.create(False)
+        clients = InlineGrid(place(entry, scenario, directory.clients, device=device_of(config)))
+        clients.whole = True
         grid = Listening(
-            InlineGrid(place(entry, scenario, directory.clients, device=device_of(config))),
+            clients,
             strategy,
             [a for a in attacks.values() if hasattr(a, "see")],
             curious,

@@ -49,23 +49,27 @@ def empty_totals(sums: Sums, run: Mapping[str, Any]) -> dict[str, Sum]:
     return {name: Sum(points.get(name)) for name in sums}
 
 
-def keep_back(reply: Message, records: Mapping[str, Arrays], totals: Mapping[str, Sum], sums: Sums) -> None:
-    """Add a valid reply's summed records to the group's totals, and say so in their place.
+def keep_back(
+    records: dict[str, Arrays],
+    metrics: Mapping[str, Any],
+    config: dict[str, Any],
+    totals: Mapping[str, Sum],
+    sums: Sums,
+) -> None:
+    """Add a valid client's summed records to the group's totals, and say so in their place.
 
     Raises
     ------
     InvalidArrays
         If they cannot be added to those of the members before.
     """
-    content, config = reply.content, entries(reply.content["config"])  # type: ignore[arg-type]
-    metrics = entries(reply.content["metrics"])  # type: ignore[arg-type]
     names, sizes = [], []
     for name, total in totals.items():
         if name in records:
-            total.add(0, records[name], weight_of(sums[name], metrics))
+            arrays = records.pop(name)
+            total.add(0, arrays, weight_of(sums[name], metrics))
             names.append(name)
-            sizes.append(total.nbytes(records[name]))
-            del entries(content)["arrays" if name == "model" else name]
+            sizes.append(total.nbytes(arrays))
     if names:
         config["summed.record"], config["summed.bytes"] = names, sizes
 

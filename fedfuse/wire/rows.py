@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord
 
-from fedfuse.wire.records import Arrays, resting
+from fedfuse.wire.records import Arrays
 
 ROOM = 512 * 2**20  # bytes of sums that are made at once
 
@@ -29,24 +28,9 @@ class Row(dict[str, torch.Tensor]):
     def __init__(self, arrays: Arrays, stacks: Mapping[str, torch.Tensor], slot: int) -> None:
         super().__init__(arrays)
         self.stacks, self.slot, self.finite = stacks, slot, False
-        self._record: ArrayRecord | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """Whoever copies a replica has a model of its own, which is nobody's row."""
-
-    @property
-    def record(self) -> ArrayRecord:
-        """The row as a record, always the same one."""
-        if self._record is None:
-            self._record = resting(self)
-            self._record.__dict__["row"] = self
-        return self._record
-
-
-def row_of(record: ArrayRecord) -> Row | None:
-    """The row that a record was made of."""
-    found: Row | None = record.__dict__.get("row")
-    return found
 
 
 def look_through(rows: Sequence[Row]) -> None:

@@ -74,6 +74,19 @@ def test_a_reply_is_what_flower_makes() -> None:
     assert mine == flowers
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_message_like_another_is_what_flower_makes(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr(flower_replies, "known", lambda: known)
+    first, content = Message(RecordDict(), 7, "train.vote"), RecordDict({"config": ConfigRecord({"a": 1})})
+    ours, theirs = flower_replies.like(first, content, 9), Message(content, 9, "train.vote")
+    assert ours.__dict__.keys() == theirs.__dict__.keys()
+    assert ours.content is content
+    mine, flowers = dict(ours.metadata.__dict__), dict(theirs.metadata.__dict__)
+    assert mine.pop("_created_at") == pytest.approx(flowers.pop("_created_at"), abs=1)
+    assert mine == flowers
+    assert first.metadata.dst_node_id == 7
+
+
 def test_without_the_names_a_reply_is_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flower_replies, "known", lambda: False)
     reply = flower_replies.reply_to(asked(), RecordDict())

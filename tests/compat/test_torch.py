@@ -25,6 +25,13 @@ def test_contents_are_what_state_dict_says() -> None:
     assert all(found[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_parameters_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr(torch_state, "known", lambda: known)
+    made = model()
+    assert set(map(id, torch_state.parameters(made))) == set(map(id, made.parameters()))
+
+
 class Scaled(nn.Linear):
     """Saved in its own way."""
 

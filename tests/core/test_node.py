@@ -14,6 +14,7 @@ from fedfuse.config import registry
 from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node, parcels, place, state_sha
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
+from fedfuse.engines.inline import InlineGrid
 from fedfuse.network.site_memory import SiteMemory
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Cache, Parcel
@@ -277,6 +278,38 @@ def test_a_groups_last_valid_member_carries_the_sum(tmp_path: Path) -> None:
     replies = Groups(node("fedavg", tmp_path)).one(messages, [Cache() for _ in messages])
     assert replies[2].has_error()
     assert "sum:model" in replies[1].content
+
+
+@pytest.mark.parametrize("words", [(), ("runtime.vectorize=auto",)])
+def test_inline_sums_as_ray_does_unless_single_replies_are_asked_for(tmp_path: Path, words: tuple[str, ...]) -> None:
+    grid = InlineGrid(node("fedavg", tmp_path, *words))
+    summed = list(grid.send_and_receive(asked("fedavg")))
+    assert ["arrays" in reply.content for reply in summed] == [False, False, False]
+    grid.whole = True
+    whole, expected = list(grid.send_and_receive(asked("fedavg"))), Sum()
+    for reply in whole:
+        expected.add(0, tensors(reply.content["arrays"]), float(reply.content["metrics"]["num-examples"]))
+    assert sha_arrays(tensors(summed[-1].content["sum:model"])) == sha_arrays(expected.group()[0])
+
+
+def test_parcels_are_taken_once_into_each_cache(tmp_path: Path) -> None:
+    """Messages of a phase share the list that names them; a cache that lacks them is not passed over."""
+    first, second, _ = asked("fedavg")
+    assert first.content["config"]["parcel.version"] is second.content["config"]["parcel.version"]
+    here, cache, other = node("fedavg", tmp_path), Cache(), Cache()
+    assert here.handle(first, cache).has_content()
+    assert here.handle(second, cache).has_content()
+    assert here.handle(second, other).has_content()
+    assert cache.keys() == other.keys() == {("model", "")}
+
+
+def test_a_phase_is_read_anew_where_its_messages_say_something_else(tmp_path: Path) -> None:
+    here = node("fedavg", tmp_path)
+    first, second, third = asked("fedavg")
+    assert here.handle(first, Cache()).has_content()
+    assert failure(here.handle(changed(second, run={"strategy": "local"}), Cache()))[0] == REFUSED
+    assert failure(here.handle(changed(second, kind="train.nonsense"), Cache()))[0] == REFUSED
+    assert here.handle(changed(third, kind="evaluate"), Cache()).content["config"]["phase"] == "train"
 
 
 def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monkeypatch) -> None:
