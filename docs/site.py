@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from fedfuse.config import catalogue, registry
-from fedfuse.config.compose import GROUPS
+from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.keys import Key, said
 from fedfuse.config.reference import asks, listing
 from fedfuse.config.schema import known

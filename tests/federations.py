@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from fedfuse import models
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
-from fedfuse.config.compose import GROUPS, compose
+from fedfuse.config.compose import compose
+from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.rules import check
 from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy

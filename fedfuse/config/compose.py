@@ -2,90 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 from fedfuse.config import catalogue, registry
-from fedfuse.config.clock_keys import MANY, ClockConfig, ScheduleConfig
+from fedfuse.config.clock_keys import MANY
 from fedfuse.config.dotted import given
+from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, parsed, presets
 from fedfuse.config.idle import refuse
 from fedfuse.config.rules import check
-from fedfuse.config.schema import (
-    AttackConfig,
-    Config,
-    DataConfig,
-    DefenceConfig,
-    LossConfig,
-    ModelConfig,
-    PartitionConfig,
-    RuntimeConfig,
-    SecureConfig,
-    TrackingConfig,
-    known,
-)
+from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError, nearest
-
-GROUPS = {
-    "data": DataConfig,
-    "partition": PartitionConfig,
-    "model": ModelConfig,
-    "loss": LossConfig,
-    "runtime": RuntimeConfig,
-    "secure": SecureConfig,
-    "attack": AttackConfig,
-    "defence": DefenceConfig,
-    "tracking": TrackingConfig,
-    "clock": ClockConfig,
-    "schedule": ScheduleConfig,
-}
-
-
-def options(group: str) -> list[str]:
-    """Names that a group's word may be."""
-    return sorted(catalogue.GROUPS[group])
-
-
-@functools.cache
-def _offer() -> None:
-    """Tell Hydra the schema, and of each group every word of the catalogue that no file in `conf/` says more about."""
-    from importlib import resources
-
-    from hydra.core.config_store import ConfigStore
-
-    store, shipped = ConfigStore.instance(), resources.files("fedfuse.config.conf")
-    store.store(name="schema", node=Config)
-    for group, node in GROUPS.items():
-        store.store(group=group, name="schema", node=node)
-        for word in options(group):
-            if not (shipped / group / f"{word}.yaml").is_file():
-                store.store(group=group, name=word, node=_named(group, word))
-
-
-def _named(group: str, word: str) -> Any:
-    """A group's configuration that says its name, and nothing else."""
-    if group == "data":
-        return DataConfig(name=word, layout=word if word in catalogue.LAYOUTS else "builtin")
-    if group == "loss":
-        return LossConfig(name=None if word == "default" else word)  # default: each strategy uses its paper's own
-    return GROUPS[group](name=word)
-
-
-def preset_files() -> dict[str, Path]:
-    """The experiment presets by name."""
-    from importlib import resources
-
-    folder = Path(str(resources.files("fedfuse.experiments")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def presets() -> list[str]:
-    """Names of the experiment presets."""
-    return list(preset_files())
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -96,20 +25,19 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     UserError
         If an override cannot be parsed.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import IntervalSweep
 
-    parser, choices = OverridesParser.create(), []
+    choices = []
     for text in map(listed, overrides):
         try:
-            parsed = parser.parse_override(text)
+            one = parsed(text)
         except Exception as error:
             raise UserError(f"{text!r}: not of the form key=value ({_first_line(error)})") from error
-        if parsed.is_sweep_override():
-            key = parsed.get_key_element()
-            if isinstance(parsed.value(), IntervalSweep):
+        if one.is_sweep_override():
+            key = one.get_key_element()
+            if isinstance(one.value(), IntervalSweep):
                 raise UserError(f"{text}: is a space to search; say search.trials=<number> with fedfuse compare")
-            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+            choices.append([f"{key}={value}" for value in one.sweep_string_iterator()])
         else:
             choices.append([text])
     return [list(combination) for combination in itertools.product(*choices)]
@@ -142,10 +70,6 @@ def compose(overrides: Sequence[str]) -> Config:
     UserError
         For an unknown key or name (with the nearest valid one) and for an impossible value.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     overrides = [listed(text) for text in overrides]
@@ -155,17 +79,9 @@ def compose(overrides: Sequence[str]) -> Config:
     _check_keys(overrides)
     overrides = [f"++{text}" if text.startswith(_OPEN) else text for text in overrides]  # whether there yet or not
     chosen = strategy_of(overrides) or "fedavg"
-    _offer()
-    store = ConfigStore.instance()
-    store.store(group="strategy", name=chosen, node=registry.schema(chosen))
-    asked = [o for o in overrides if o.startswith("experiment=")]
-    for name, path in preset_files().items() if asked else ():
-        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
-    GlobalHydra.instance().clear()
+    words = [*overrides, *([f"strategy={chosen}"] if strategy_of(overrides) is None else [])]
     try:
-        with initialize_config_module("fedfuse.config.conf", version_base="1.3"):
-            extra = [f"strategy={chosen}"] if strategy_of(overrides) is None else []
-            found = hydra_compose("config", overrides=[*overrides, *extra])
+        found = by_parts(words, chosen) or by_hydra(words, chosen)
         config: Config = OmegaConf.to_object(found)  # type: ignore[assignment]
         config.strategy = registry.typed(config.strategy)
     except UserError:
@@ -199,7 +115,7 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 raise UserError(f"experiment={value}: unknown; {nearest(value, presets())}")
             continue
         if key == "strategy":
-            if value not in registry.listed():
+            if value not in registry.registered and value not in registry.listed():
                 registry.entry(value)  # says what is wrong
             continue
         if key in GROUPS:

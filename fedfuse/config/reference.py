@@ -7,7 +7,8 @@ import sys
 import textwrap
 
 from fedfuse.config import catalogue, registry
-from fedfuse.config.compose import GROUPS, meant, options, preset_files
+from fedfuse.config.compose import meant
+from fedfuse.config.hydra_words import GROUPS, options, preset_files
 from fedfuse.config.keys import Key, said
 from fedfuse.config.schema import known
 from fedfuse.errors import UserError, nearest

@@ -245,13 +245,19 @@ def schema(name: str) -> type[Any]:
 
     OmegaConf makes frozen dataclasses read-only, so this is an open copy; `typed` makes the real thing of it.
     """
-    hints = typing.get_type_hints(entry(name).hyper)
+    hyper: Any = entry(name).hyper
+    return _schema(name, hyper)
+
+
+@functools.lru_cache(maxsize=1024)
+def _schema(name: str, hyper: type[Any]) -> type[Any]:
+    hints = typing.get_type_hints(hyper)
     columns: list[Any] = [("name", str, dataclasses.field(default=name))]
-    for field in dataclasses.fields(entry(name).hyper):
+    for field in dataclasses.fields(hyper):
         missing = field.default_factory is dataclasses.MISSING
         default = {"default": field.default} if missing else {"default_factory": field.default_factory}
         columns.append((field.name, hints[field.name], dataclasses.field(**default)))
-    return dataclasses.make_dataclass(f"{entry(name).hyper.__name__}Schema", columns)
+    return dataclasses.make_dataclass(f"{hyper.__name__}Schema", columns)
 
 
 def typed(values: Any) -> Any:
@@ -263,12 +269,8 @@ def typed(values: Any) -> Any:
         If a value is not allowed.
     """
     chosen = entry(values.name)
-    named = dataclasses.make_dataclass(
-        chosen.hyper.__name__,
-        [("name", str, dataclasses.field(default=chosen.name))],
-        bases=(chosen.hyper,),
-        frozen=chosen.hyper.__dataclass_params__.frozen,  # type: ignore[attr-defined]
-    )
+    hyper: Any = chosen.hyper
+    named = _with_name(chosen.name, hyper)
     given = {field.name: getattr(values, field.name) for field in dataclasses.fields(named)}
     try:
         made = named(**given)
@@ -276,6 +278,16 @@ def typed(values: Any) -> Any:
         raise UserError(f"strategy={chosen.name}: {error}") from error
     check(chosen.name, made)
     return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_name(name: str, hyper: type[Any]) -> Any:
+    return dataclasses.make_dataclass(
+        hyper.__name__,
+        [("name", str, dataclasses.field(default=name))],
+        bases=(hyper,),
+        frozen=hyper.__dataclass_params__.frozen,  # type: ignore[attr-defined]
+    )
 
 
 def told(hyper: Any) -> dict[str, Any]:

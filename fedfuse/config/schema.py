@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -526,6 +527,7 @@ def without_gone(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@functools.cache
 def known() -> dict[str, Key]:
     """Every key of a run but the strategies' own, by name."""
     return {found.name: found for found in keys_of(Config)}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedfuse import models
-from fedfuse.config import catalogue, registry
-from fedfuse.config import compose as compose_module
-from fedfuse.config.compose import GROUPS, compose, options, presets
+from fedfuse.config import catalogue, hydra_words, registry
+from fedfuse.config.compose import compose, strategy_of
+from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, presets
 from fedfuse.train.losses import loss
 
 DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -34,10 +34,69 @@ def test_groups_compose(group: str) -> None:
             assert chosen.layout == (name if name in catalogue.LAYOUTS else "builtin")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [f"{group}={options(group)[-1]}" for group in GROUPS],  # among them words with files
+        [
+            "data=mnist",
+            "loss=kl",
+            "loss={name: js}",
+            "++data.extra.a={b: 1}",
+            "++data.extra.c=2",
+            "train.lr=${privacy.clip}",
+        ],
+        ["strategy=knfu", "strategy.beta=2", "model.pool=[mlp,cnn]", "rounds=3", "rounds=4", "model=cnn", "model=mlp"],
+        ["strategy=knfu", "experiment=label_skew", "data='usps'", "clients=7"],
+    ],
+)
+def test_by_parts_is_what_hydra_makes_of_the_same_words(words: list[str]) -> None:
+    from omegaconf import OmegaConf
+
+    chosen = strategy_of(words) or "fedmd"
+    words = words if strategy_of(words) else [*words, "strategy=fedmd"]
+    parts, whole = by_parts(words, chosen), by_hydra(words, chosen)
+    assert parts is not None
+    assert OmegaConf.to_yaml(parts) == OmegaConf.to_yaml(whole)
+    assert OmegaConf.to_object(parts) == OmegaConf.to_object(whole)  # of the same types
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.extra={a: 1}", "nothing=1", "rounds=many", "+rounds=1", "~rounds", "rounds=1,2", "++data=usps",
+        "data=[usps,mnist]", "data=${model}", "data@model=usps", "hydra.verbose=true", "rounds=[", "data=null",
+    ],
+)  # fmt: skip
+def test_what_is_not_plain_is_left_to_hydra(word: str) -> None:
+    assert by_parts(["strategy=fedavg", word], "fedavg") is None
+
+
+def test_a_composition_is_nobody_elses() -> None:
+    """What one run changes of its configuration, or a preset's file on disk, is not what the next one finds."""
+    words = ["strategy=fedavg", "data=mnist", "loss=kl"]
+    first = by_parts(words, "fedavg")
+    assert first is not None
+    first.rounds, first.data.limit, first.loss.temperature = 77, 78, 79
+    again = by_parts(words, "fedavg")
+    assert again is not None
+    assert (again.rounds, again.data.limit, again.loss.temperature) != (77, 78, 79)
+
+
+def test_a_preset_that_changed_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.yaml"
+    monkeypatch.setattr(hydra_words, "preset_files", lambda: {"mine": path})
+    for rounds in (3, 4):
+        path.write_text(f"rounds: {rounds}\n", encoding="utf-8")
+        os.utime(path, ns=(0, rounds))
+        assert compose(["experiment=mine"]).rounds == rounds
+
+
 def test_a_file_is_shipped_only_for_what_says_more_than_its_name() -> None:
     import yaml
 
-    for path in (Path(compose_module.__file__).parent / "conf").glob("*/*.yaml"):
+    for path in (Path(hydra_words.__file__).parent / "conf").glob("*/*.yaml"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert path.stem in options(path.parent.name)
         assert content.pop("defaults") == ["schema", "_self_"]

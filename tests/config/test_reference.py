@@ -6,7 +6,8 @@ import pytest
 
 from fedfuse.cli import main
 from fedfuse.config import registry
-from fedfuse.config.compose import ELSEWHERE, GROUPS, meant
+from fedfuse.config.compose import ELSEWHERE, meant
+from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.idle import CONDITIONS, holds
 from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
 from fedfuse.config.schema import Config, known
