@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from fedfuse import models
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config import registry
-from fedfuse.config.compose import compose
-from fedfuse.config.hydra_words import GROUPS
+from fedfuse.config.compose import OPEN
+from fedfuse.config.hydra_words import by_parts
 from fedfuse.config.rules import check
 from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy
@@ -77,12 +77,6 @@ class Played:
 
 
 @cache
-def _composed(words: tuple[str, ...]) -> Config:
-    distils = any(word.startswith(("loss=", "secure=")) for word in words)  # elsewhere refused as idle
-    return compose([*words, "strategy=fedmd" if distils else "strategy=local"])
-
-
-@cache
 def _dealt(key: str) -> FederatedData:
     data, partition, transfer, clients, seed = _asked[key]
     return prepare(data, partition, transfer, clients, seed)
@@ -93,20 +87,14 @@ _asked: dict[str, Any] = {}
 
 @cache
 def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
-    """Compose by Hydra what chooses a group, and set plain keys without it: it costs more than these runs.
-
-    `tests/config/test_configurations.py` composes every strategy and group the whole way.
-    """
-    groups = [w for w in overrides if w.split("=")[0] in GROUPS]
-    plain = [w for w in overrides if w.split("=")[0] not in (*GROUPS, "strategy")]
+    """The words as `compose` takes them, where what a run would refuse as idle is nothing to refuse."""
     name = next(w.split("=", 1)[1] for w in reversed(overrides) if w.startswith("strategy="))
-    values = {k: v for k, v in asdict(_composed(tuple(groups))).items() if k != "strategy"}
-    plain = [*QUICK.get(name, ()), *plain]  # what is asked for comes after, and holds
-    own = OmegaConf.from_dotlist([w.removeprefix("strategy.") for w in plain if w.startswith("strategy.")])
-    keys = OmegaConf.from_dotlist([w.lstrip("+") for w in plain if not w.startswith("strategy.")])
-    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values, keys))  # type: ignore
-    chosen = OmegaConf.merge(OmegaConf.structured(registry.schema(name)), own)
-    config.strategy = registry.typed(OmegaConf.to_object(chosen))
+    plain = [w for w in overrides if not w.startswith("strategy=")]
+    words = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(OPEN) else w for w in (*QUICK.get(name, ()), *plain)]
+    found = by_parts([f"strategy={name}", *words], name)  # what is asked for comes after what is quick, and holds
+    assert found is not None, overrides
+    config: Config = OmegaConf.to_object(found)  # type: ignore[assignment]
+    config.strategy = registry.typed(config.strategy)
     check(config)
     wanted = (config.data, config.partition, config.transfer, config.clients, config.seed)
     _asked[repr(wanted)] = wanted

@@ -77,7 +77,7 @@ def compose(overrides: Sequence[str]) -> Config:
         if "=" not in text:
             raise UserError(f"{text!r}: not of the form key=value")
     _check_keys(overrides)
-    overrides = [f"++{text}" if text.startswith(_OPEN) else text for text in overrides]  # whether there yet or not
+    overrides = [f"++{text}" if text.startswith(OPEN) else text for text in overrides]  # whether there yet or not
     chosen = strategy_of(overrides) or "fedavg"
     words = [*overrides, *([f"strategy={chosen}"] if strategy_of(overrides) is None else [])]
     try:
@@ -123,7 +123,7 @@ def _check_keys(overrides: Sequence[str]) -> None:
             if value not in allowed and not value.startswith(("{", "[", "${")):
                 raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
             continue
-        if key not in every and not key.startswith(_OPEN):
+        if key not in every and not key.startswith(OPEN):
             raise UserError(f"{key}: no such key; {meant(key, [*every, *GROUPS, 'strategy'])}")
 
 
@@ -153,7 +153,7 @@ def meant(name: str, known: Iterable[str]) -> str:
 FEW = 40  # keys that an error line can list
 
 
-_OPEN = ("data.extra.", "model.extra.", "model.paths.", "loss.options.")
+OPEN = ("data.extra.", "model.extra.", "model.paths.", "loss.options.")
 
 
 def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -80,12 +81,16 @@ def _whole(digits: str) -> int:
 def _build(kind: type[Any], values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.')}: an object is needed, got {type(values).__name__}")
-    hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
+    known, hints = [field.name for field in dataclasses.fields(kind)], _hints(typing.cast(Any, kind))
     for key in values:
         if key not in known:
             raise UserError(f"{prefix}{key}: no such key; {nearest(key, known)}")
     return kind(**{key: _value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from pathlib import Path
@@ -23,15 +24,21 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """Return grey levels 0..16 (1797 × 64) and labels."""
+    table = _table()
+    return table[:, :-1].copy(), table[:, -1].astype(np.int64)
+
+
+@functools.cache
+def _table() -> np.ndarray:
+    """A megabyte; a sweep, or the sites of one process, ask for it often."""
     # Finding the package does not import it: sklearn.datasets takes seconds, its file some milliseconds.
     found = importlib.util.find_spec("sklearn")
     if found is not None and found.origin is not None:
         path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
         if path.exists():
             with gzip.open(path, "rt") as file:
-                table = np.loadtxt(file, delimiter=",")
-            return table[:, :-1], table[:, -1].astype(np.int64)
+                return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    return loaded.data, loaded.target.astype(np.int64)
+    return np.column_stack([loaded.data, loaded.target])
