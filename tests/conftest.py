@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
@@ -15,6 +16,13 @@ os.environ.update(
 import pytest
 
 os.fsync = lambda file: None  # tests end processes, never a machine's power: a fifth of all their time was this wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def left_to_the_next_test():
+    """Commands called here leave the one Ray alone; that they end it is tested in processes: engines/test_resume.py."""
+    with mock.patch("fedfuse.cli._end_ray"):
+        yield
 
 
 @pytest.fixture(scope="session")

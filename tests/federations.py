@@ -36,7 +36,7 @@ from fedfuse.engines.inline import InlineGrid
 from fedfuse.network.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.wire.client_store import ClientStore
-from fedfuse.wire.records import Arrays, tensors
+from fedfuse.wire.records import Arrays, nbytes, tensors
 from tests.differences import Step, Witness
 
 single_thread()
@@ -240,3 +240,25 @@ def uploads(built: Federation, name: str) -> list[Arrays]:
 
     intercept(built, look)
     return found
+
+
+class Undisturbed:
+    """Each strategy's plain inline run, made once a process, and the bytes of arrays that its messages carried."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Played] = {}
+        self.carried: dict[str, int] = {}
+
+    def __call__(self, name: str) -> Played:
+        if name not in self.made:
+            self.carried[name] = 0
+
+            def counted(message: Message) -> None:
+                if message.has_content():
+                    self.carried[name] += sum(nbytes(r) for r in message.content.array_records.values())
+
+            self.made[name] = play(name, beforehand=lambda built: intercept(built, counted, sent=counted))
+        return self.made[name]
+
+
+UNDISTURBED = Undisturbed()

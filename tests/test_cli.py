@@ -172,22 +172,27 @@ def test_the_exported_model_scores_what_the_summary_says(tmp_path: Path) -> None
     assert found["accuracy_macro"] == pytest.approx(run.summary["final"]["accuracy/global"], abs=1e-12)
 
 
-def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    done = command("run", "--dry-run", "strategy=fedavg", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout
-    assert "bytes" in done.stdout
+def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    from fedfuse.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--dry-run", "strategy=fedavg", *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert "parameters" in told
+    assert "bytes" in told
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    words = ["compare", "strategy=local,fedavg", "seed=0,1", *SMALL, f"out={tmp_path / 'c'}"]
+def test_compare_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys) -> None:
+    from fedfuse.cli import main
+
+    words = ["compare", "strategy=local,fedavg", "seed=0,1", *SMALL, "rounds=1", f"out={tmp_path / 'c'}"]
     first = command(*words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "c" / "report.html").exists()
     assert "fedavg" in first.stdout
-    again = command(*words, cwd=tmp_path)
-    assert again.stdout.count("finished already") == 4
-    other = command(*words, "train.lr=0.01", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "another configuration" in other.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("finished already") == 4
+    assert main([*words, "train.lr=0.01"]) == 2
+    assert "another configuration" in capsys.readouterr().err

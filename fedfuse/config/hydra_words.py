@@ -124,15 +124,10 @@ def by_parts(overrides: Sequence[str], chosen: str) -> DictConfig | None:
         given = [parsed(text) for text in overrides]
         if not all(map(_is_plain, given)):
             return None
-        words = {one.key_or_group: str(one.value()) for one in given if _is_word(one)}
-        files = _asked(overrides)
-        by_file = {group: word for group, word in words.items() if files or _says_more(group, word)}
-        read = tuple((path, path.stat().st_mtime_ns) for path in files.values())
-        hyper: Any = registry.entry(chosen).hyper if files else None
-        found = copy.deepcopy(_base(tuple(by_file.items()), hyper, read))
-        for group in words.keys() - by_file.keys():
-            node = registry.schema(chosen) if group == "strategy" else _named(group, words[group])
-            found[group] = OmegaConf.structured(node)
+        words = tuple(sorted({one.key_or_group: str(one.value()) for one in given if _is_word(one)}.items()))
+        read = tuple((path, path.stat().st_mtime_ns) for path in _asked(overrides).values())
+        hyper: Any = registry.entry(chosen).hyper
+        found = copy.deepcopy(_base(words, hyper, read))
         for one in given:
             if not _is_word(one):
                 OmegaConf.update(found, one.key_or_group, one.value(), merge=True, force_add=one.is_force_add())
@@ -153,11 +148,23 @@ def _is_plain(one: Override) -> bool:
     return of_group if _is_word(one) else not one.key_or_group.startswith("hydra")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _base(words: tuple[tuple[str, str], ...], hyper: Any, read: tuple[tuple[Path, int], ...]) -> DictConfig:
     """What Hydra makes of words; hyper-parameters and preset files, which it depends on too, tell apart."""
-    chosen = dict(words).get("strategy", "fedavg")
-    return by_hydra([f"{group}={word}" for group, word in words], chosen)
+    from omegaconf import OmegaConf
+
+    by_file = tuple((group, word) for group, word in words if read or _says_more(group, word))
+    found = copy.deepcopy(_by_files(by_file, hyper if read else None, read))
+    for group, word in words:
+        if (group, word) not in by_file:
+            node = registry.schema(word) if group == "strategy" else _named(group, word)
+            found[group] = OmegaConf.structured(node)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _by_files(words: tuple[tuple[str, str], ...], hyper: Any, read: tuple[tuple[Path, int], ...]) -> DictConfig:
+    return by_hydra([f"{group}={word}" for group, word in words], dict(words).get("strategy", "fedavg"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 
 from fedfuse.config import registry
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError
-from fedfuse.wire.records import nbytes, record, tensors
+from fedfuse.wire.records import record, tensors
 from tests.differences import assert_same
-from tests.federations import Played, answer, federation, intercept, play
+from tests.federations import UNDISTURBED, Undisturbed, answer, federation, intercept, play
 
 NAMES = sorted(registry.listed())
 SILENT = ("local", "centralized")  # they send nothing
@@ -32,29 +32,10 @@ class Crash(Callback):
             raise KeyboardInterrupt  # … but nothing of it was committed
 
 
-class Undisturbed:
-    """Each strategy's plain inline run, made once, and the bytes of arrays that its messages carried."""
-
-    def __init__(self) -> None:
-        self.made: dict[str, Played] = {}
-        self.carried: dict[str, int] = {}
-
-    def __call__(self, name: str) -> Played:
-        if name not in self.made:
-            self.carried[name] = 0
-
-            def counted(message: Message) -> None:
-                if message.has_content():
-                    self.carried[name] += sum(nbytes(r) for r in message.content.array_records.values())
-
-            self.made[name] = play(name, beforehand=lambda built: intercept(built, counted, sent=counted))
-        return self.made[name]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def undisturbed() -> Undisturbed:
     """What every other run is compared with."""
-    return Undisturbed()
+    return UNDISTURBED
 
 
 @pytest.mark.parametrize("name", NAMES)

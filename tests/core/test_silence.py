@@ -26,7 +26,7 @@ from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.experiment import run
 from fedfuse.train.scores import scores
 from fedfuse.wire.knowledge import Topic
-from tests.federations import TINY, play
+from tests.federations import TINY, UNDISTURBED, play
 from tests.ledger import enter
 
 # --- keys --------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_what_a_preset_sets_and_does_nothing_is_a_note() -> None:
 @pytest.mark.parametrize("name", sorted(registry.listed()))
 def test_every_strategy_is_heard(name: str) -> None:
     # selectivefd: at this size no sample is sure enough to be shared, which its runs say
-    told = unheard(play(name).strategy)
+    told = unheard(UNDISTURBED(name).strategy)
     assert told == [] or name == "selectivefd"
 
 

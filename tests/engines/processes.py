@@ -52,11 +52,11 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def gone(mark: str, seconds: float = 90) -> list[str]:
+def gone(mark: str, seconds: float = 90, pause: float = 0.2) -> list[str]:
     """Wait until no marked process lives; return those that still do."""
     end = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(pause)
     return left
 
 

@@ -144,7 +144,7 @@ def test_nobody_succeeds(with_fault, ray_session) -> None:
 def test_hanging_client(undisturbed, with_fault, ray_session) -> None:
     expected = undisturbed("knfu")
     with_fault("knfu", "hang")
-    run = play("knfu", *WIDE, "runtime.client_timeout=20", grid="ray")
+    run = play("knfu", *WIDE, "runtime.client_timeout=6", grid="ray")
     assert run.digest == expected
     assert run.strategy.inbox.failures["retried"] >= 1
 
