@@ -19,9 +19,13 @@ os.fsync = lambda file: None  # tests end processes, never a machine's power: a 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def left_to_the_next_test():
-    """Commands called here leave the one Ray alone; that they end it is tested in processes: engines/test_resume.py."""
-    with mock.patch("fedfuse.cli._end_ray"):
+def left_out():
+    """What runs in a test's own process leave to those in processes of their own.
+
+    They do not end the one Ray (that they do: engines/test_resume.py), nor draw the partition, which takes longer
+    than a tiny run (that they do: test_cli.py; how it looks: data/test_picture.py).
+    """
+    with mock.patch("fedfuse.cli._end_ray"), mock.patch("fedfuse.data.picture.draw_partition"):
         yield
 
 

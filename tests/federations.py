@@ -143,9 +143,7 @@ def federation(
             transport = RayGrid(entry, scenario, directory.clients.directory, workers, device)
         else:
             transport = InlineGrid(place(entry, scenario, directory.clients, device=device), reverse)
-        # what takes longer than the whole run: the picture, and Flower's collecting garbage after each aggregation
-        undrawn, uncollected = mock.patch("fedfuse.data.picture.draw_partition"), mock.patch("gc.collect")
-        undrawn.start()
+        uncollected = mock.patch("gc.collect")  # Flower's, after each aggregation, takes longer than the whole run
         uncollected.start()
         try:
             whole = [Evaluation(config.evaluate.every, config.evaluate.seconds), directory, *callbacks]
@@ -156,7 +154,6 @@ def federation(
             yield built, directory
         finally:
             uncollected.stop()
-            undrawn.stop()
             transport.close()
             directory.close()
 

@@ -20,7 +20,6 @@ import torch
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Callback, Federation
-from fedfuse.data import picture
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import SAMPLES
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
@@ -254,9 +253,11 @@ class RunDirectory(Callback):
 
     def end(self, federation: Federation) -> None:
         """Merge the rows, draw the partition, write the final models, and last the summary."""
+        from fedfuse.data.picture import draw_partition  # not before the first round, which would wait for it
+
         rows = pl.read_parquet(self.path / "partition.parquet").to_dicts()
         if all(row["label"] for row in rows):  # sites with data of their own tell no labels
-            picture.draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
+            draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
         self.write_final_models(federation)
         traffic = federation.strategy.outbox.traffic
         traffic.settle()

@@ -185,7 +185,6 @@ def read(folder, tmp_path_factory) -> dict[str, tuple[Config, set[str]]]:
         with (
             mock.patch("fedfuse.runs.directory.as_yaml", lambda _, text=text: text),
             mock.patch("fedfuse.core.scenario.idle", return_value={}),
-            mock.patch("fedfuse.data.picture.draw_partition"),
         ):
             run(watched(config, seen), quiet=True)
         out[context] = (plain, seen)

@@ -28,12 +28,6 @@ from tests.federations import TINY, federation, play
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture takes longer than the run."""
-    monkeypatch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
-
-
 @cache
 def composed(name: str, *words: str) -> Config:
     return compose([*TINY, f"strategy={name}", *words])

@@ -21,11 +21,6 @@ from tests.federations import TINY
 TRAP = "import pathlib\npathlib.Path({mark!r}).write_text('ran')\ndef fn(*a, **k): raise SystemExit('called')\n"
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
-
-
 def play(out: Path, *words: str) -> Path:
     return run(compose([*TINY, "strategy=fedavg", "rounds=1", "runtime=inline", f"out={out}", *words]), quiet=True)
 
@@ -148,6 +143,4 @@ def test_what_is_no_regular_file_of_ours_is_not_read(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
-        return play(tmp_path_factory.mktemp("finished") / "run")
+    return play(tmp_path_factory.mktemp("finished") / "run")

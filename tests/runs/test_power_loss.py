@@ -19,11 +19,6 @@ from tests.federations import TINY, play
 from tests.runs.test_directory import summary_of
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedfuse.data.picture.draw_partition", lambda *args: None)
-
-
 class Unplugged(Callback):
     def round(self, federation: Federation) -> None:
         if federation.done == 2:
