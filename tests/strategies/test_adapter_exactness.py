@@ -221,6 +221,16 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
     assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
 
 
+def test_hetlora_weighs_by_examples_while_nobodys_product_differs_from_zero() -> None:
+    strategy = server("hetlora")
+    records = [drawn(strategy, c) for c in range(3)]
+    for record in records:
+        record["adapter"][f"{LAYER}.lora_B.weight"].zero_()
+    want = sum(p * r["adapter"][f"{LAYER}.lora_A.weight"] for p, r in zip(P, records, strict=True))
+    strategy.fuse(shares(strategy, *records, examples=COUNTS))
+    assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
+
+
 def test_hetlora_prunes_by_the_norms_of_both_factors_of_the_trailing_ranks() -> None:
     half, (bs, as_) = wake(server("hetlora")), factors(clients=1)
     layer = half.model.get_submodule(LAYER)
@@ -247,6 +257,24 @@ def test_fedsvd_keeps_the_product_and_makes_a_orthonormal() -> None:
     fresh_b, fresh_a = refactor(b, a)
     assert relative(fresh_b @ fresh_a, b @ a) < 1e-12
     assert (fresh_a @ fresh_a.T - torch.eye(4)).abs().max() < 1e-12
+
+
+def test_fedsvd_refreshes_a_in_its_rounds_and_leaves_it_while_b_is_zero() -> None:
+    strategy = server("fedsvd", "strategy.period=2")
+    first, record = strategy.state_of_model()[f"{LAYER}.lora_A.weight"], drawn(strategy, 0)
+    b = record["adapter"][f"{LAYER}.lora_B.weight"].clone()
+    for round, times in ((1, 1), (2, 0)):
+        strategy.round = round
+        record["adapter"][f"{LAYER}.lora_B.weight"] = times * b
+        strategy.fuse(shares(strategy, record))
+        now = strategy.state_of_model()
+        assert torch.equal(now[f"{LAYER}.lora_A.weight"], first)
+        assert torch.allclose(now[f"{LAYER}.lora_B.weight"].double(), times * b, rtol=1e-12, atol=0)
+    strategy.round, record["adapter"][f"{LAYER}.lora_B.weight"] = 4, b
+    strategy.fuse(shares(strategy, record))
+    now = strategy.state_of_model()
+    for name, value in zip("BA", refactor(b, first), strict=True):
+        assert torch.allclose(now[f"{LAYER}.lora_{name}.weight"].double(), value, atol=1e-12)
 
 
 def test_server_momentum_moves_r_alone() -> None:

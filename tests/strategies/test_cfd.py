@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedfuse.strategies.cfd import fold
+from fedfuse.strategies.cfd import coded, fold
 from fedfuse.wire.label_code import BITS as ALLOWED
 from fedfuse.wire.label_code import decode, encode, pack, probabilities, quantise, unpack
-from fedfuse.wire.records import InvalidArrays, record
+from fedfuse.wire.records import InvalidArrays, Scope, record, validate
 from tests.federations import answer, federation, intercept, play
 from tests.halves import client, random_labels, server, shares, take
 
@@ -109,6 +109,18 @@ def test_deltas_fold_to_the_newest_labels():
         unpack(pack(steps[1], 2, steps[0]))  # a delta to nothing
     with pytest.raises(InvalidArrays):
         unpack(torch.zeros(3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_code_is_at_most_floats_and_64_bytes(bits):
+    """Floats with their header fit, and so do nearly even rows of 8 bits; a byte over the bound is refused."""
+    layout = coded(Scope({"subset": 30, "classes": 7}, {}))
+    p = random_labels(30, 7, sharp=0.1).float()
+    longest = pack(p if bits == 32 else quantise(p, bits), bits)
+    validate("labels", {"code": longest}, layout)
+    validate("labels", {"code": torch.zeros(4 * 30 * 7 + 64, dtype=torch.uint8)}, layout)
+    with pytest.raises(InvalidArrays, match="at most 904"):
+        validate("labels", {"code": torch.zeros(4 * 30 * 7 + 65, dtype=torch.uint8)}, layout)
 
 
 @pytest.mark.parametrize("bits", [1, 32])

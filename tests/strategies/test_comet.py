@@ -8,7 +8,7 @@ from fedfuse.config import registry
 from fedfuse.strategies.comet import cluster, means, memberships, nearest
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play, uploads
-from tests.halves import client, take
+from tests.halves import client, server, shares, take
 
 
 def soft(n=4, rows=5, classes=3, seed=0):
@@ -81,6 +81,18 @@ def test_the_mean_of_ones_cluster_reaches_each_client():
         for client in range(3):
             got = built.strategy.published("means", to=client)["p"]
             torch.testing.assert_close(got[0], mean.float(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize(("by", "pairs"), [("client", (0, 1, 0)), ("sample", (1 / 3, 2 / 3, 0))])
+def test_the_similarity_is_how_often_two_are_of_one_cluster(by, pairs):
+    """0 is like 2; by sample, on 8 of the 24 rows, like 1 instead."""
+    strategy = server("comet", "strategy.clusters=2", f"strategy.cluster_by={by}")
+    (a, b), some = soft(2, 24, 10), (torch.arange(24) < 8)[:, None]
+    told = (a, torch.where(some, a, b), torch.where(some, b, a)) if by == "sample" else (a, b, 0.99 * a + 0.001)
+    strategy.fuse(shares(strategy, *({"soft": {"p": p.float()}} for p in told)))
+    got = {name: value for *_, name, value in strategy.logged if name.startswith("similarity/")}
+    want = {f"similarity/{i}/{j}": 1 if i == j else pairs[i + j - 1] for i in range(3) for j in range(3)}
+    assert got == pytest.approx(want)
 
 
 def test_a_joint_step_sees_both_terms(monkeypatch):

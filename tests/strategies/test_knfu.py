@@ -14,6 +14,7 @@ from fedfuse.families.public_text import Said, aligned, mixture
 from fedfuse.strategies.knfu import KnFu, KnFuHyper, estimate
 from fedfuse.train.next_token import record_bytes
 from tests.federations import federation, intercept, play
+from tests.halves import client
 from tests.strategies.test_fedmkt import words  # noqa: F401  (a fixture)
 
 
@@ -41,6 +42,13 @@ def test_argmax_histogram() -> None:
     f = torch.tensor([[[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]]], dtype=torch.float64)
     p = estimate(f, KnFuHyper(epd_source="argmax_histogram"))
     torch.testing.assert_close(p, torch.tensor([[2 / 3, 1 / 3]], dtype=torch.float64))
+
+
+def test_the_oracles_histogram_is_of_shares_not_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = client("knfu", "strategy.epd_source=oracle_label_histogram")
+    monkeypatch.setattr(half, "examples", lambda split: (None, torch.tensor([3, 3, 0, 3, 9])))
+    want = torch.tensor([0.2, 0, 0, 0.6, 0, 0, 0, 0, 0, 0.2])
+    torch.testing.assert_close(half.share()["soft_labels"]["histogram"], want)
 
 
 def test_absent_clients_do_not_enter_the_softmax() -> None:

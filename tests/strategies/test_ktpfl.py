@@ -34,6 +34,19 @@ def test_the_gradient_is_that_of_the_stated_objective(distance):
     torch.testing.assert_close(gradient(c.detach(), s, rho, distance), expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_what_nobody_thinks_possible_counts_as_1e_minus_12(both):
+    """Client 0 listens to client 1 only, which is sure of class 0; its own slope goes by log 10⁻¹² of class 1."""
+    s = torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]], dtype=torch.float64)
+    if both:  # and where it is client 0 that is sure of class 0, what it listens to is weighed against that
+        s = s.flip(0)
+    c = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    own, other = s[0, 0].clamp_min(1e-12), s[1, 0].clamp_min(1e-12)
+    slope = (other / own).log() + 1
+    want = torch.stack([(slope * s[0, 0]).sum(), (slope * s[1, 0]).sum()])
+    torch.testing.assert_close(gradient(c, s, 0.0, "kl")[0], want, rtol=1e-12, atol=0)
+
+
 def test_the_projection_is_the_nearest_distribution():
     rows = np.random.default_rng(2).normal(size=(5, 4))
     got = project(torch.tensor(rows)).numpy()

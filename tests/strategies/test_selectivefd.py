@@ -8,6 +8,7 @@ from fedfuse.config import registry
 from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import federation, play, uploads
+from tests.halves import client
 
 
 def test_kulsif_minimises_its_objective():
@@ -55,6 +56,15 @@ def test_the_server_drops_the_ambiguous():
     for threshold in (0.1, 0.5, 1.1, 2.0):
         left, _ = ensemble(rows, soft, 3, threshold)
         assert left.tolist() == np.flatnonzero(distance <= threshold).tolist()
+
+
+@pytest.mark.parametrize(("quantile", "unknown"), [(0.0, 1), (1.0, None)])
+def test_what_is_at_the_quantile_is_not_known(quantile, unknown, monkeypatch):
+    """Asked about its own examples, a client knows all but the least likely at 0, and at 1 not even the likeliest."""
+    half = client("selectivefd", f"strategy.client_quantile={quantile}")
+    monkeypatch.setattr(type(half), "transfer", property(lambda self: self.x))
+    known = half.known()
+    assert int((~known).sum()) == (unknown or len(half.x))
 
 
 def test_without_selectors_it_is_plain_averaging():
