@@ -64,6 +64,7 @@ class Abreast:
         self.busy = False
         self.room, self.trials = Room(), Trials()
         self.seats: list[Seat] = []
+        self.heard: set[str] = set()  # architectures of which somebody asked, in this run or the last
         self._filled: dict[str, tuple[Arrays, set[int]]] = {}  # what replicas hold that nobody has touched since
         self._told: dict[int, tuple[TrainConfig, str]] = {}
 
@@ -115,6 +116,7 @@ class Abreast:
         seat = self.now
         if seat is None or seat.off or self.busy or not self._fits(seat, asked):
             return None
+        self.heard.add(seat.architecture)
         if seat.alone:
             return self._make([seat], [asked])[0]
         if not asked.x.is_cuda:
@@ -171,7 +173,7 @@ class Abreast:
             seat.green = greenlet(partial(self._work, seat, job))
             seat.green.gr_context = contextvars.copy_context()
         self.workspace, self.hub = workspace(), getcurrent()
-        self.seats, self._filled = seats, {}
+        self.seats, self._filled, self.heard = seats, {}, set()
         for architecture, count in slots.items():
             self.workspace.replicas(architecture, count)
         out: list[Any] = [None] * len(jobs)

@@ -1,7 +1,8 @@
 """Whether stacks pay on a CPU, measured once for each architecture and kept: bits are equal, so only time is at stake.
 
 The first few trainings of a kind are made alone, the next in small stacks, both against the thread's own clock; from
-then on the faster way is taken. On a GPU, where bits may differ, nothing is tried: stacks are always made.
+then on the faster way is taken. Clients that ask for no training have nothing to gain: they are seated now and then to
+hear whether they still do not. On a GPU, where bits may differ, nothing is tried: stacks are always made.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 TRIES = 3  # of each way; the first is not counted: it builds what later ones find
 PART = 8  # clients of a stack as long as nothing is known
+SILENT = 32  # times that clients who asked for nothing are not seated, before they are again
 GAIN = 0.97  # of the time alone that a stack may take at most, for it to be worth it
 
 
@@ -20,6 +22,7 @@ class Trials:
         self._alone: dict[Any, list[float]] = {}
         self._stacked: dict[Any, list[float]] = {}
         self._pays: dict[Any, bool] = {}
+        self._silent: dict[tuple[str, str], int] = {}
 
     def pays(self, kind: Any) -> bool | None:
         """Whether stacks pay; None while it is not known."""
@@ -30,6 +33,16 @@ class Trials:
         known = [pays for (name, *_), pays in self._pays.items() if name == architecture]
         asked = {kind for kind in (*self._alone, *self._stacked) if kind[0] == architecture}
         return bool(known) and len(known) == len(asked) and not any(known)
+
+    def silent(self, architecture: str, kind: str) -> bool:
+        """Whether clients of an architecture asked for nothing when they were last seated for messages of a kind."""
+        left = self._silent.get((architecture, kind), 0)
+        self._silent[architecture, kind] = max(0, left - 1)
+        return left > 0
+
+    def heard(self, architecture: str, kind: str, asked: bool) -> None:
+        """Remember whether clients who were seated asked for a training."""
+        self._silent[architecture, kind] = 0 if asked else SILENT
 
     def wants_alone(self, kind: Any) -> bool:
         """Whether the next training of a kind shall be made alone, to be measured."""

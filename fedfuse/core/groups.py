@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from flwr.app import Message
@@ -101,13 +102,22 @@ class Groups:
         """Groups whose clients may be awake at once; one group at a time where they take turns anyway."""
         some: list[Sequence[Message]] = []
         most = self.node.desk.room.awake(self.node.workspace) if self.node.vectorized else 0
+        lent = bool(most and groups and "model" in self.sums(groups[0]))
+        names: Counter[str] = Counter()
         for group in groups:
-            if some and sum(map(len, some)) + len(group) > most:
+            more = Counter(map(self._architecture, group)) if lent else Counter()
+            if some and (sum(map(len, some)) + len(group) > most or not self._fit(names + more)):
                 yield some
-                some = []
+                some, names = [], Counter()
             some.append(group)
+            names += more
         if some:
             yield some
+
+    def _fit(self, counts: Mapping[str, int]) -> bool:
+        """Whether all who may sit have a seat at once: the models of those before others are copied, not lent."""
+        desk, workspace = self.node.desk, self.node.workspace
+        return not any(2 <= desk.room.seats(workspace, name) < count for name, count in counts.items())
 
     def each(self, messages: Sequence[Message], cache: Cache) -> Iterator[Message]:
         """Answer messages one by one, nothing summed; their clients abreast where that is asked for and pays."""
@@ -127,16 +137,20 @@ class Groups:
             return []
         with contextlib.suppress(Refused):  # then every message is refused
             self.node.hyper_of(config_in(messages[0].content, "run") or {})
-        names = [self.node.workspace.scenario.architectures[self.node.client_of(message)] for message in messages]
-        room = {name: self._seats(name) for name in set(names)}
+        names = list(map(self._architecture, messages))
+        room = {name: self._seats(name, kind) for name in set(names)}
         if max(room.values()) < 2:
             return []
         return self._seated(messages, names, room, cache, lends)
 
-    def _seats(self, architecture: str) -> int:
+    def _architecture(self, message: Message) -> str:
+        return self.node.workspace.scenario.architectures[self.node.client_of(message)]
+
+    def _seats(self, architecture: str, kind: str) -> int:
         """How many clients of an architecture may be awake at once; 0 where none of its trainings gains by it."""
-        desk = self.node.desk
-        return 0 if desk.trials.declined(architecture) else desk.room.seats(self.node.workspace, architecture)
+        desk, workspace = self.node.desk, self.node.workspace
+        silent = workspace.device.type == "cpu" and desk.trials.silent(architecture, kind)
+        return 0 if silent or desk.trials.declined(architecture) else desk.room.seats(workspace, architecture)
 
     def _seated(
         self, messages: Sequence[Message], names: Sequence[str], room: dict[str, int], cache: Cache, lends: bool
@@ -156,6 +170,8 @@ class Groups:
                     later.append(i)
             jobs = [(names[i], partial(self.node.answer, messages[i], cache, lends and not later)) for i in taken]
             answers |= zip(taken, self.node.desk.run(lambda: self.node.workspace, jobs), strict=True)
+            for name in {names[i] for i in taken}:
+                self.node.desk.trials.heard(name, messages[0].metadata.message_type, name in self.node.desk.heard)
             todo = later
         return [answers[i] for i in range(len(messages))]
 

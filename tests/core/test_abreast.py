@@ -101,6 +101,38 @@ def test_seconds_are_ones_own_and_a_share_of_the_stack(monkeypatch):
     assert all(took[0] / 9 <= seconds < took[0] for seconds in found)
 
 
+@pytest.mark.parametrize(("idle", "seated"), [(False, [9, 9]), (True, [9])])
+def test_clients_that_train_nothing_are_seated_once(idle, seated, monkeypatch, made):
+    run, seats = abreast.Abreast.run, []
+
+    def counted(desk, workspace, jobs):
+        seats.append(len(jobs))
+        return run(desk, workspace, jobs)
+
+    monkeypatch.setattr(abreast.Abreast, "run", counted)
+    if idle:
+        monkeypatch.setattr(FusionClient, "fit", lambda client: {"num-examples": 1})
+    play("fedavg", *UNEQUAL, AUTO)
+    assert seats == seated
+    assert bool(made) is not idle
+
+
+def test_clients_awake_at_once_all_have_seats_where_their_models_are_lent(monkeypatch):
+    monkeypatch.setattr(abreast_room.Room, "seats", lambda room, workspace, architecture: 9)
+    with federation("fedavg", "clients=30", AUTO) as (built, _):
+        groups, sent = built.grid.groups, []
+        answered = groups.all
+        monkeypatch.setattr(groups, "all", lambda asked, cache: sent.append(asked) or answered(asked, cache))
+        built.grid.whole = False
+        built.play(1, "train")
+        assert [len(group) for group in sent[0]] == [8, 8, 8, 6]
+        assert [sum(map(len, some)) for some in groups.portions(sent[0])] == [8, 8, 8, 6]
+        monkeypatch.setattr(abreast_room.Room, "seats", lambda room, workspace, architecture: 16)
+        assert [sum(map(len, some)) for some in groups.portions(sent[0])] == [16, 14]
+        monkeypatch.setattr(abreast_room.Room, "seats", lambda room, workspace, architecture: 0)
+        assert [sum(map(len, some)) for some in groups.portions(sent[0])] == [30]
+
+
 def test_stacks_without_memory_are_halved_until_they_fit(monkeypatch):
     alone, real, sizes, holds = play("fedavg", *UNEQUAL), abreast.together, [], 3
 

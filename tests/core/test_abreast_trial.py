@@ -7,7 +7,7 @@ import torch
 
 from fedfuse.config.compose import compose
 from fedfuse.core.abreast_notes import computed, vectorized_notes
-from fedfuse.core.abreast_trial import GAIN, TRIES, Trials
+from fedfuse.core.abreast_trial import GAIN, SILENT, TRIES, Trials
 
 KIND = ("mlp", 10)
 
@@ -57,6 +57,18 @@ def test_an_architecture_is_declined_only_if_all_kinds_of_it_are() -> None:
     assert trials.pays(other) is True
     assert trials.pays(KIND) is False
     assert not trials.declined("mlp")
+
+
+def test_who_asked_for_nothing_is_not_seated_for_a_while() -> None:
+    trials = Trials()
+    assert not trials.silent("mlp", "train")
+    trials.heard("mlp", "train", False)
+    assert not trials.silent("mlp", "train.predict")
+    assert not trials.silent("cnn", "train")
+    assert [trials.silent("mlp", "train") for _ in range(SILENT + 2)] == [True] * SILENT + [False] * 2
+    trials.heard("mlp", "train", False)
+    trials.heard("mlp", "train", True)
+    assert not trials.silent("mlp", "train")
 
 
 def test_a_run_says_how_its_clients_were_computed(monkeypatch: pytest.MonkeyPatch) -> None:
