@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedfuse.compat.flower_replies import reply_to
-from fedfuse.config import registry
 from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
 from fedfuse.core.abreast import Abreast
+from fedfuse.core.asked import TAG, Asked, Phase, Phases, parcels
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
@@ -35,9 +33,8 @@ from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.work import Tally, counting
 from fedfuse.wire.client_store import INITIAL, ClientStore
-from fedfuse.wire.fixed_point import FixedPoint, beyond
-from fedfuse.wire.group_sums import fixed_points
-from fedfuse.wire.knowledge import Cache, Item, Parcel, Stale, reaches
+from fedfuse.wire.fixed_point import beyond
+from fedfuse.wire.knowledge import Cache, Item, Stale, reaches
 from fedfuse.wire.records import (
     Arrays,
     InvalidArrays,
@@ -51,38 +48,6 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
-
-TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
-
-
-class Phase(NamedTuple):
-    """What the messages of a phase say alike."""
-
-    type: str
-    kind: str  # train | evaluate
-    name: str
-    round: int
-    run: Mapping[str, Any]
-    said: dict[str, Any]  # what the server half added for its clients
-    splits: tuple[str, ...]
-    pooled: bool
-    points: dict[str, FixedPoint]
-    hyper: Any
-    ours: bool  # from a fusion strategy, not from one of Flower's own under Flower's own loop
-
-
-class Asked(NamedTuple):
-    """A message that this node takes."""
-
-    message: Message
-    who: int
-    config: Mapping[str, Any]
-    phase: Phase
-
-    @property
-    def tag(self) -> str:
-        """The state that the client wakes from."""
-        return str(self.config.get("tag", INITIAL))
 
 
 class Answered(NamedTuple):
@@ -143,19 +108,28 @@ class Node:
         self.entry, self.store, self.retries = entry, store, retries
         self._transfer = entry.server.transfer in ("clients", "both")
         self.digests = digests(entry)  # whether evaluations let clients learn before they are scored
-        self._hyper: tuple[Any, Any] | None = None
-        self._default = entry.hyper()
-        self._asked: Any = None
-        self._phase: Phase | None = None
+        self.phases = Phases(entry)
         self._taken: tuple[Any, Any] = None, None  # into which cache, and which parcels: a list of their versions
         self._liars = scenario.liars
         runtime = scenario.config.runtime
         self.vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
         self.desk = Abreast()
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
+        self._equipped = self.phases.hyper
 
     def _equip(self, model: Any, build: Any) -> Any:
-        return self.entry.client.equip(model, self._hyper[1] if self._hyper else self._default, build)
+        return self.entry.client.equip(model, self.phases.hyper, build)
+
+    def hyper_of(self, run: Mapping[str, Any]) -> Any:
+        """The hyper-parameters that a message asks for; others than before make another workspace."""
+        hyper = self.phases.hyper_of(run)
+        self._equip_anew()
+        return hyper
+
+    def _equip_anew(self) -> None:
+        if self.phases.hyper is not self._equipped:
+            old, self._equipped = self.workspace, self.phases.hyper
+            self.workspace = Workspace(old.scenario, self._equip, old.device, old.ledger, self._transfer)
 
     # -- messages in, messages out -------------------------------------------------------------------------
 
@@ -245,44 +219,13 @@ class Node:
         for named in (config.get("tag", INITIAL), config.get("new-tag", "")):
             if not TAG.fullmatch(str(named)):
                 raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
-        phase = self._phase_of(message.metadata.message_type, config_in(content, "run"), config)
+        phase = self.phases.of(message.metadata.message_type, config_in(content, "run"), config)
+        self._equip_anew()
         if phase.ours:
             self._take(content, config, cache, who, phase.hyper)
         elif isinstance(arrays := content.get("arrays"), ArrayRecord):
             cache["model", ""] = Item(tensors(arrays), phase.round)
         return Asked(message, who, config, phase)
-
-    def _phase_of(self, said: str, run: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Phase:
-        """What a message shares with those of its phase; read once where they share the very record that says it."""
-        known = self._phase
-        if known is not None and known.run is run and known.type == said and known.hyper is self.hyper_of(run):
-            return known
-        ours = run is not None  # else one of Flower's own strategies, driven by Flower's own loop
-        run = run or {}
-        kind, _, suffix = said.partition(".")
-        name = suffix or "train"
-        if kind not in ("train", "evaluate"):
-            raise Refused(f"message type {said!r} is not known")
-        if name != "train" and not hasattr(self.entry.server, f"fuse_{name}"):
-            raise Refused(f"phase {name!r} is not one of {self.entry.name}'s")
-        if run.get("strategy", self.entry.name) != self.entry.name:
-            raise Refused(f"strategy {run['strategy']!r} does not run here, {self.entry.name!r} does")
-        server = {k.removeprefix("server."): v for k, v in run.items() if k.startswith("server.")}
-        foreign = {k: v for k, v in config.items() if k != "server-round"}
-        self._phase = Phase(
-            type=said,
-            kind=kind,
-            name=name,
-            round=int(run.get("round", config.get("server-round", 0))),
-            run=run,
-            said=server if ours else foreign,
-            splits=tuple(map(str, run.get("splits", ["personal"]))),
-            pooled=bool(run.get("pooled", False)),
-            points=fixed_points(run),
-            hyper=self.hyper_of(run),
-            ours=ours,
-        )
-        return self._phase
 
     def _wake(self, asked: Asked, cache: Cache, lends: bool, tally: Tally) -> Awake:
         """Load the client's committed state, and let it receive what is new to it."""
@@ -443,53 +386,6 @@ class Node:
             spec = topics[parcel.topic].arrays if parcel.since < 0 else topics[parcel.topic].increment
             validate(parcel.topic, parcel.arrays, spec(scope) if spec is not None else None)
             cache.take(parcel, topics)
-
-    @property
-    def hyper(self) -> Any:
-        """The hyper-parameters of the last message."""
-        return self._hyper[1] if self._hyper else self._default
-
-    def hyper_of(self, run: Mapping[str, Any]) -> Any:
-        """The hyper-parameters that a message asks for; others than before make another workspace."""
-        if run is self._asked and self._hyper is not None:  # one record object for a whole list of messages
-            return self._hyper[1]
-        self._asked = run
-        given = {k.removeprefix("hyper."): v for k, v in run.items() if k.startswith("hyper.")}
-        if not given:
-            return self._default
-        key = repr(sorted(given.items()))
-        if self._hyper is None or self._hyper[0] != key:
-            unset = json.loads(str(given.pop("unset", "[]")))
-            known = {field.name for field in fields(self.entry.hyper)}
-            if unknown := sorted((set(given) | set(unset)) - known):
-                raise Refused(f"hyper-parameter {unknown[0]!r} is not one of {self.entry.name}'s")
-            try:
-                hyper = self.entry.hyper(**given, **dict.fromkeys(unset))
-                registry.check(self.entry.name, hyper)
-            except (TypeError, ValueError, UserError) as error:
-                raise Refused(str(error)) from error
-            self._hyper = (key, hyper)
-            old = self.workspace
-            self.workspace = Workspace(old.scenario, self._equip, old.device, old.ledger, self._transfer)
-        return self._hyper[1]
-
-
-def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None = None) -> list[Parcel]:
-    """Read the knowledge a message carries, but for what the cache holds already."""
-    if not config.get("parcel.record"):
-        return []
-    columns = ("record", "topic", "to", "version", "since", "sha")
-    lists = [config.get(f"parcel.{name}", []) for name in columns]
-    out = []
-    for name, topic, to, version, since, hashed in zip(*lists, strict=True):
-        held = None if cache is None else cache.get((topic, to))
-        if held is not None and held.version >= int(version):
-            continue
-        arrays = content.get(name)
-        if not isinstance(arrays, ArrayRecord):
-            raise InvalidArrays(f"record {name!r} is announced but not there")
-        out.append(Parcel(topic, to, int(version), int(since), tensors(arrays), hashed))
-    return out
 
 
 def state_sha(private: dict[str, Any]) -> str:

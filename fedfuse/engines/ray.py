@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from fedfuse.compat.flower_records import LiveArray, trusted
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.config.registry import Entry
-from fedfuse.core.node import parcels
+from fedfuse.core.asked import parcels
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED
 from fedfuse.core.threads import single_thread

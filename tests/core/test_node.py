@@ -11,8 +11,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedfuse.config import registry
+from fedfuse.core.asked import parcels
 from fedfuse.core.groups import Groups
-from fedfuse.core.node import Node, parcels, place, state_sha
+from fedfuse.core.node import Node, place, state_sha
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.network.site_memory import SiteMemory
@@ -310,6 +311,16 @@ def test_a_phase_is_read_anew_where_its_messages_say_something_else(tmp_path: Pa
     assert failure(here.handle(changed(second, run={"strategy": "local"}), Cache()))[0] == REFUSED
     assert failure(here.handle(changed(second, kind="train.nonsense"), Cache()))[0] == REFUSED
     assert here.handle(changed(third, kind="evaluate"), Cache()).content["config"]["phase"] == "train"
+
+
+def test_what_is_refused_once_is_refused_again(tmp_path: Path) -> None:
+    """Messages of a phase share the record that names hyper-parameters; the last good ones do not stand in for it."""
+    here = node("fedprox", tmp_path)
+    first, second, _ = asked("fedprox")
+    assert here.handle(first, Cache()).has_content()
+    bad = changed(second, run={"hyper.nonsense": 1})
+    assert [failure(here.handle(bad, Cache()))[0] for _ in range(2)] == [REFUSED] * 2
+    assert here.handle(second, Cache()).has_content()
 
 
 def test_an_invalid_member_is_left_out_before_it_is_summed(tmp_path: Path, monkeypatch) -> None:
