@@ -17,8 +17,8 @@ from fedfuse.train.task import task_step
 
 AWAKE = 64  # clients that are awake at once, at most
 ROOM = 64 * 2**20  # bytes of their replicas
-STACK = 16 * 2**20  # bytes of weights that are trained at once; 8 to 16 clients gain most (docs/performance.md)
-PLACES = 2560  # of texts that pass a common base at once: more leave the caches (docs/performance.md)
+STACK = 16 * 2**20  # bytes of weights that are trained at once; 8 to 16 clients gain most (docs/performance_history.md)
+PLACES = 2560  # of texts that pass a common base at once: more leave the caches (docs/performance_history.md)
 DEVICE_AWAKE = 512  # on a GPU, where every step costs its launches whatever it holds
 SHARE = 0.7  # of a GPU's free memory
 COPIES = 4  # of a client's weights, at most: themselves, gradients, and an optimiser's two moments
