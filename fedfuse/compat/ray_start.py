@@ -3,7 +3,7 @@
 Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`,
 `.node.Node.start_api_server`, `.parameter.RayParams`, and of `ray._raylet` the port names and `persist_port`.
 
-It buys five Python processes, two thirds of the time of a start (see docs/performance_history.md): the autoscaler, the log
+It buys five Python processes, two thirds of the time of a start (docs/performance_history.md): the autoscaler, the log
 monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard and one builds
 runtime environments; our actors have none. If a name is gone, `lean_start` raises, and `engines.cluster.connect`
 says so and starts Ray as it is. Guard: `tests/compat/test_ray.py`.
