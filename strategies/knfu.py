@@ -193,6 +193,9 @@ class KnFu(FusionStrategy):
             public_text.examine("soft_labels", records["soft_labels"], scope.dims["vocabulary"])
         elif scope.hyper.fuse_space == "prob":
             distributions("soft_labels/p", records["soft_labels"]["p"])
+        told = records["soft_labels"].get("histogram")
+        if told is not None and bool((told != 0).any()):  # all zeros: a client without examples
+            distributions("soft_labels/histogram", told[None])
 
     def fuse(self, shares: Shares) -> None:
         """Step (c): EPDs, weights, and one mixture for each participant."""

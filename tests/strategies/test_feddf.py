@@ -148,6 +148,13 @@ def test_validation_rows_are_fixed_and_not_distilled():
     assert [len(rows) for rows in server("feddf", *LABELLED).rows] == [24, 0]  # nothing reads them
 
 
+@pytest.mark.parametrize(("share", "total", "kept"), [(0.1, 5, 1), (0.3, 7, 2), (0.5, 3, 1)])
+def test_validation_takes_its_share_rounded_down_and_at_least_one_row(monkeypatch, share, total, kept):
+    strategy = server("feddf", "transfer.labelled=true", f"strategy.validation={share}", "strategy.drop_worst=true")
+    monkeypatch.setattr(strategy.workspace, "tensors", lambda split: (torch.zeros(total, 1), None))
+    assert [len(rows) for rows in strategy.rows] == [total - kept, kept]
+
+
 def test_models_at_chance_neither_teach_nor_are_averaged(monkeypatch):
     strategy = server("feddf", *LABELLED, "strategy.drop_worst=true")
     models, seen = variants(strategy, "mlp_small", 3), {}

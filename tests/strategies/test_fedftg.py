@@ -96,6 +96,7 @@ def test_the_generator_lives_on_and_clients_without_examples_count_for_nothing()
 def test_negative_counts_are_refused() -> None:
     with pytest.raises(InvalidArrays, match="counts: negative"):
         fedftg.FedFTG.examine(None, {"counts": {"counts": torch.tensor([1, -1])}})
+    fedftg.FedFTG.examine(None, {"counts": {"counts": torch.tensor([0, 2])}})
 
 
 # --- what makes inputs --------------------------------------------------------------------------------------

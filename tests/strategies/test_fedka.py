@@ -104,6 +104,14 @@ def test_the_schedule_and_the_reversal():
     assert schedule(0, 5) == 0
     assert schedule(0.3, 5) == pytest.approx(2 / (1 + math.exp(-1.5)) - 1, rel=1e-15)
     assert 0.98 < schedule(1, 5) < 1
+
+
+@pytest.mark.parametrize(("epochs", "rows", "want"), [(1, 16, [1, 2, 2]), (3, 9, [3, 4, 5, 6, 6]), (1, 18, [2, 3, 4, 4])])
+def test_the_schedule_goes_over_the_round_a_step_at_a_time_and_stays_at_its_end(monkeypatch, epochs, rows, want):
+    half = client("fedka", "rounds=3", "strategy.gamma=2", f"train.epochs={epochs}", round=2)
+    monkeypatch.setattr(half, "examples", lambda split: (torch.zeros(rows, 8), torch.zeros(rows).long()))
+    a, steps = half._progress(16), want[-1] // 2  # from 1/3 of the run to 2/3
+    assert [a() for _ in want] == pytest.approx([schedule(n / steps / 3, 2) for n in want], rel=1e-12)
     z = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     (reverse(z, 0.25) * torch.tensor([[3.0, 5.0]])).sum().backward()
     assert z.grad.tolist() == [[-0.75, -1.25]]

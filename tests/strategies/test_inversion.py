@@ -173,6 +173,14 @@ def test_a_model_that_is_always_wrong_loses_its_weight_and_somebody_keeps_one() 
     assert torch.equal(coboosting.stepped(alone, -right[None], y, 0.01), alone)
 
 
+def test_a_model_that_makes_no_difference_keeps_its_weight() -> None:
+    """Where the slope is 0, so is its sign: no step, whichever way the others go."""
+    right = 3 * F.one_hot(torch.tensor([0, 1, 2]), 3).double()
+    v = torch.tensor([0.3, 0.6, 0.2], dtype=torch.float64)
+    new = coboosting.stepped(v, torch.stack([0 * right, right, -right]), torch.tensor([0, 1, 2]), 0.125)
+    torch.testing.assert_close(new, torch.tensor([0.3, 0.725, 0.075], dtype=torch.float64))
+
+
 def test_the_perturbation_is_the_sign_of_the_gradient_by_differences() -> None:
     strategy, ensemble = asked("coboosting")
     w = torch.tensor([0.2, 0.5, 0.3])

@@ -13,8 +13,9 @@ from fedfuse.families.neighbours import distances, weights
 from fedfuse.families.public_text import Said, aligned, mixture
 from fedfuse.strategies.knfu import KnFu, KnFuHyper, estimate
 from fedfuse.train.next_token import record_bytes
+from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, intercept, play
-from tests.halves import client
+from tests.halves import client, server
 from tests.strategies.test_fedmkt import words  # noqa: F401  (a fixture)
 
 
@@ -49,6 +50,19 @@ def test_the_oracles_histogram_is_of_shares_not_of_counts(monkeypatch: pytest.Mo
     monkeypatch.setattr(half, "examples", lambda split: (None, torch.tensor([3, 3, 0, 3, 9])))
     want = torch.tensor([0.2, 0, 0, 0.6, 0, 0, 0, 0, 0, 0.2])
     torch.testing.assert_close(half.share()["soft_labels"]["histogram"], want)
+
+
+@pytest.mark.parametrize("space", ["prob", "logit"])
+def test_an_oracles_histogram_that_is_no_distribution_is_refused(space: str) -> None:
+    words = ("strategy.epd_source=oracle_label_histogram", f"strategy.fuse_space={space}")
+    strategy = server("knfu", *words)
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    p = soft_labels(1, 3, 10)[0]
+    for told in ([0.25, 0.75], [0.0, 0.0]):  # nobody's examples have no shares
+        KnFu.examine(scope, {"soft_labels": {"p": p, "histogram": torch.tensor(told)}})
+    for wrong in ([25.0, 75.0], [-0.25, 1.25], [-1.0, 1.0], [0.0, float("nan")]):
+        with pytest.raises(InvalidArrays, match="soft_labels/histogram: 1 rows are no distributions"):
+            KnFu.examine(scope, {"soft_labels": {"p": p, "histogram": torch.tensor(wrong)}})
 
 
 def test_absent_clients_do_not_enter_the_softmax() -> None:

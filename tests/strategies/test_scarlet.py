@@ -1,5 +1,7 @@
 """SCARLET in closed form: Enhanced ERA, and a cache that never serves an expired row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,11 @@ def test_by_default_a_tenth_of_the_transfer_set_is_drawn_rounded():
     for rows, tenth in ((24, 2), (25, 3)):
         assert server("scarlet", f"transfer.size={rows}").rows_distilled == tenth
     assert server("scarlet", "strategy.subset=7").rows_distilled == 7
+
+
+@pytest.mark.parametrize(("total", "rows"), [(1, 1), (4, 1), (14, 1), (15, 2), (24, 2), (25, 3)])
+def test_a_round_has_a_tenth_of_the_rows_rounded_and_at_least_one(monkeypatch, total, rows):
+    monkeypatch.setattr(scarlet, "transfer_rows", lambda scenario, size, round: (size, round))
+    scenario = SimpleNamespace(data=SimpleNamespace(transfer=range(total)))
+    assert scarlet.round_rows(scenario, scarlet.ScarletHyper(), 3) == (rows, 3)
+    assert scarlet.round_rows(scenario, scarlet.ScarletHyper(subset=7), 4) == (7, 4)
