@@ -106,7 +106,9 @@ def test_the_schedule_and_the_reversal():
     assert 0.98 < schedule(1, 5) < 1
 
 
-@pytest.mark.parametrize(("epochs", "rows", "want"), [(1, 16, [1, 2, 2]), (3, 9, [3, 4, 5, 6, 6]), (1, 18, [2, 3, 4, 4])])
+@pytest.mark.parametrize(
+    ("epochs", "rows", "want"), [(1, 16, [1, 2, 2]), (3, 9, [3, 4, 5, 6, 6]), (1, 18, [2, 3, 4, 4])]
+)
 def test_the_schedule_goes_over_the_round_a_step_at_a_time_and_stays_at_its_end(monkeypatch, epochs, rows, want):
     half = client("fedka", "rounds=3", "strategy.gamma=2", f"train.epochs={epochs}", round=2)
     monkeypatch.setattr(half, "examples", lambda split: (torch.zeros(rows, 8), torch.zeros(rows).long()))

@@ -54,8 +54,7 @@ def test_the_oracles_histogram_is_of_shares_not_of_counts(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("space", ["prob", "logit"])
 def test_an_oracles_histogram_that_is_no_distribution_is_refused(space: str) -> None:
-    words = ("strategy.epd_source=oracle_label_histogram", f"strategy.fuse_space={space}")
-    strategy = server("knfu", *words)
+    strategy = server("knfu", "strategy.epd_source=oracle_label_histogram", f"strategy.fuse_space={space}")
     scope = strategy.workspace.scope(0, strategy.hyper)
     p = soft_labels(1, 3, 10)[0]
     for told in ([0.25, 0.75], [0.0, 0.0]):  # nobody's examples have no shares
