@@ -128,7 +128,7 @@ class Liar:
     def _moved(self, x: Tensor, start: Tensor | None, what: str) -> Tensor:
         """A multiple, an opposite, or noise."""
         value = x.detach().double()
-        simplex = start is None and distributions(x)
+        simplex = start is None and distributions(x[None] if x.ndim == 1 else x)  # a histogram is one row
         if simplex:
             value = value.clamp_min(1e-12).log()
         if self.attack.name == "noise":

@@ -71,6 +71,14 @@ def test_a_lie_about_a_distribution_is_one(name: str) -> None:
     assert torch.isfinite(made["p"]).all()
 
 
+@pytest.mark.parametrize("name", ["noise", "sign_flip", "scale"])
+def test_a_lie_about_a_histogram_is_one(name: str) -> None:
+    honest = torch.tensor([0.2, 0.5, 0.3])
+    made = liar(name, scale=3.0).altered("labels", {"histogram": honest}, {})["histogram"]
+    assert distributions(made[None])
+    assert not torch.allclose(made, honest)
+
+
 def test_updates_are_altered_about_what_was_published() -> None:
     w, x = torch.full((2, 4), 2.0), torch.full((2, 4), 3.0)
     known = {"w": w, "counter": torch.tensor(3)}
