@@ -56,8 +56,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 LONG = (
-    ("tests/engines/test_resume", "tests/engines/"),
-    ("tests/deploy/test_processes", "tests/deploy/", "tests/test_cli", "tests/runs/test_sweep"),
+    (
+        "tests/engines/test_resume",
+        "tests/engines/",
+        "tests/test_cli",
+        "tests/runs/test_sweep",
+        "tests/results/test_watch",
+    ),
+    ("tests/deploy/test_processes", "tests/deploy/"),
 )
 
 

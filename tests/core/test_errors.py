@@ -169,30 +169,6 @@ def test_the_whole_story_on_request(capfd, monkeypatch) -> None:
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_workers_traceback_reaches_the_screen(tmp_path: Path) -> None:
-    """Of a client in a Ray actor, in another process: only where it is asked for."""
-    (tmp_path / "failing.py").write_text(
-        "from torch import nn\n\n\nclass Fails(nn.Linear):\n    def forward(self, x):\n"
-        "        if self.training and len(x) > 1:\n            raise RuntimeError('deep inside')\n"
-        "        return super().forward(x.flatten(1))\n\n\ndef build(shape, classes):\n    return Fails(64, classes)\n"
-    )
-    words = [word for word in TINY if not word.startswith(("model", "runtime"))]
-    words += ["strategy=fedavg", "model=custom", "model.build=failing:build", "runtime=ray", "runtime.workers=1"]
-    line = [sys.executable, "-m", "fedfuse.cli", "run", "--traceback", *words, "runtime.retries=0"]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*line, f"out={tmp_path / 'run'}"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 1, done.stderr
-    told = done.stdout + done.stderr
-    assert "in forward" in told
-    assert "failing.py" in told
-
-
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     line = [sys.executable, "-m", "fedfuse.cli", "run", "strategy=local", *TINY, "rounds=100000", f"out={out}"]

@@ -85,12 +85,13 @@ def test_no_fuzzed_order_runs_code_or_crashes(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.timeout(1800)
 def test_no_fuzzed_message_crashes_a_site(tmp_path: Path) -> None:
     """Every message has an answer, and it is a refusal, an error or what was asked."""
-    draw, seat, values = random.Random(1), seats(tmp_path, 3)[0], json.loads(as_json(tiny("fedavg")))
+    draw, seat, plain = random.Random(1), seats(tmp_path, 3)[0], as_json(tiny("fedavg"))
+    values = json.loads(plain)
     site, run = Site(seat), "ab" * 16
     words = (0, -1, 2**62, 1.5, "", "x", "../x", "1.1", "a" * 5000, b"\x00", True, [1], ["x"], [], "[]", "{", '{"a":')
     asked = answered = 0
     for i in range(max(60, COUNT // 5)):
-        setting = {"config": as_json(tiny("fedavg")), "run": run, "attempt": 1, "task": ""}
+        setting = {"config": plain, "run": run, "attempt": 1, "task": ""}
         about = {"run": run, "round": 1, "phase": "train", "strategy": "fedavg", "sums": "{}"}
         told: dict[str, Any] = {"client": 0, "tag": "0", "new-tag": "1.1"}
         record = draw.choice((setting, about, about, told, told))

@@ -92,22 +92,41 @@ def test_killed_driver_resumes_to_the_same_bits(runtime: str, expected: str, loo
     if (where / "summary.json").exists():
         pytest.skip("the run was over before it could be killed")
     kill_in_round(fedfuse(["resume", str(where)], mark), where, 2, draw.uniform(0, 0.3))
-    code, text = finished(["resume", str(where)], mark)
+    undisturbed = uuid.uuid4().hex
+    code, text = finished(["resume", str(where)], undisturbed)
     assert code == 0, text
     assert digest_of(where) == expected
+    assert not gone(undisturbed)
     looks(mark, before)
 
 
-def test_nothing_is_left_after_success_and_failure(tmp_path: Path) -> None:
+FAILS = """\
+from torch import nn
+
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        if self.training and len(x) > 1:
+            raise RuntimeError("deep inside")
+        return super().forward(x.flatten(1))
+
+
+def build(shape, classes):
+    return Fails(64, classes)
+"""
+
+
+def test_nothing_is_left_after_a_failure_whose_traceback_reaches_the_screen(tmp_path: Path, monkeypatch) -> None:
+    """It happens to a client in a Ray actor, in another process; the traceback was asked for."""
+    (tmp_path / "failing.py").write_text(FAILS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     before, mark = shared_blocks(), uuid.uuid4().hex
-    code, text = finished(["run", *WORDS, "rounds=1", "runtime=ray", f"out={tmp_path / 'good'}"], mark)
-    assert code == 0, text
-    assert not gone(mark)
-    code, text = finished(
-        ["run", *WORDS, "rounds=1", "train.lr=1e30", "runtime=ray", "runtime.retries=0", f"out={tmp_path / 'bad'}"],
-        mark,
-    )
+    words = [*WORDS, "strategy=fedavg", "model=custom", "model.build=failing:build", "rounds=1", "runtime=ray"]
+    words = [word for word in words if word not in ("strategy=knfu", "model=mlp_small")]
+    code, text = finished(["run", "--traceback", *words, "runtime.retries=0", f"out={tmp_path / 'bad'}"], mark)
     assert code == 1, text
+    assert "in forward" in text
+    assert "failing.py" in text
     assert not gone(mark)
     assert not shared_blocks() - before
 

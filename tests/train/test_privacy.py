@@ -437,7 +437,7 @@ def test_delta_is_far_below_what_would_let_an_example_out() -> None:
 
 def test_a_strategy_that_trains_twice_a_round_has_both_planned() -> None:
     """FedRep: three epochs on the head and two on the body, every round; the budget lasts, and is all spent."""
-    words = ("privacy.epsilon=6", "rounds=3", "strategy.head_epochs=3", "strategy.body_epochs=2", "partition=dirichlet")
+    words = ("privacy.epsilon=6", "rounds=2", "strategy.head_epochs=3", "strategy.body_epochs=2", "partition=dirichlet")
     with federation("fedrep", *words) as (built, directory):
         built.run()
         assert not built.strategy.inbox.ever_left_out, built.strategy.inbox.left_out
@@ -445,7 +445,7 @@ def test_a_strategy_that_trains_twice_a_round_has_both_planned() -> None:
             kept = directory.clients.load(client, built.strategy.outbox.tags[client])["privacy"]
             ((noise, rate, steps),) = json.loads(kept["history"])  # one σ and one q for both
             examples = built.scenario.examples(client)
-            assert steps == 3 * (3 + 2) * -(-examples // 16)
+            assert steps == 2 * (3 + 2) * -(-examples // 16)
             assert 5.8 < accountant((noise, rate, steps)).get_epsilon(min(1e-5, 1 / (10 * examples))) <= 6
 
 

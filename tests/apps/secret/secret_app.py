@@ -4,10 +4,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Message
 from flwr.client import NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
-from flwr.common import Context, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Context, GetParametersIns, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common.constant import MessageTypeLegacy
+from flwr.compat.common.recorddict_compat import getparametersins_to_recorddict
 from flwr.server import LegacyContext, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
@@ -57,6 +60,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = Watched(Path(config["woken"]))
     rounds = ServerConfig(num_rounds=config["rounds"])
     legacy = LegacyContext(context=context, config=rounds, strategy=strategy)
+    asked = getparametersins_to_recorddict(GetParametersIns({}))
+    # once every node has answered something, its process has imported all: a stage's seconds are for the stage
+    list(grid.send_and_receive([Message(asked, n, MessageTypeLegacy.GET_PARAMETERS) for n in grid.get_node_ids()]))
     fit = SecAggPlusWorkflow(num_shares=5, reconstruction_threshold=3, max_weight=1, timeout=config["timeout"])
     DefaultWorkflow(fit_workflow=fit)(grid, legacy)
     np.savez(config["out"], means=strategy.means, answered=strategy.answered)
