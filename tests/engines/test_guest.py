@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedfuse.cli import main
 from fedfuse.engines.guest_run import command
 from fedfuse.errors import UserError
 from tests.engines.processes import MARK, gone
@@ -118,26 +116,16 @@ def main(grid, context):
 """
 
 
-@pytest.fixture
-def here(ray_session, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An app may run in this process, on the one Ray; its modules are forgotten then."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).endswith("_app.py"):
-            del sys.modules[name]
-
-
-def test_failed_nodes_are_tried_again_and_named(here, capfd, caplog, tmp_path: Path) -> None:
+def test_failed_nodes_are_tried_again_and_named(tmp_path: Path) -> None:
     app = tmp_path / "flaky"
     app.mkdir()
     table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app", "flaky_app")
     (app / "pyproject.toml").write_text(table + 'marks = ""\n')
     (app / "flaky_app.py").write_text(FLAKY)
-    assert main(["flower", str(app), "--nodes", "5", "--run-config", f"marks='{tmp_path}'"]) == 0
-    assert "partition 3" in caplog.text
-    assert "1 messages were left out" in capfd.readouterr().err
+    words = ["-m", "fedfuse.cli", "flower", str(app), "--nodes", "5", "--run-config", f"marks='{tmp_path}'"]
+    said = started(words, uuid.uuid4().hex, tmp_path)
+    assert "partition 3" in said
+    assert "1 messages were left out" in said
 
 
 HALF = """
@@ -163,18 +151,16 @@ def main(grid, context):
     ("kinds", "code", "said"),
     [("query.known evaluate query.known", 0, "query.known 0\nevaluate 2\nquery.known 0"), ("evaluate", 1, "")],
 )
-def test_an_app_goes_on_where_all_nodes_fail_unless_none_ever_answered(
-    kinds, code, said, here, capfd, tmp_path: Path
-) -> None:
+def test_an_app_goes_on_where_all_nodes_fail_unless_none_ever_answered(kinds, code, said, tmp_path: Path) -> None:
     """As in Flower, a ClientApp may lack what it is asked for; one that never answers does not end as if it had."""
     table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app", "half_app")
     (tmp_path / "pyproject.toml").write_text(table + 'kinds = ""\n')
     (tmp_path / "half_app.py").write_text(HALF)
     words = ["flower", str(tmp_path), "--nodes", "2", "--retries", "0", "--run-config", f"kinds='{kinds}'"]
-    assert main(words) == code
-    told = capfd.readouterr()
-    assert told.out.strip() == said
-    assert ("fedfuse: no node succeeded: ValueError: No evaluate function" in told.err) == bool(code)
+    done = subprocess.run([sys.executable, "-m", "fedfuse.cli", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.strip() == said
+    assert ("fedfuse: no node succeeded: ValueError: No evaluate function" in done.stderr) == bool(code)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +179,13 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_node_that_sleeps_holds_back_nobody(here, tmp_path: Path) -> None:
+def test_a_node_that_sleeps_holds_back_nobody(tmp_path: Path) -> None:
     """Secure aggregation on two processes: round 1 lacks the sleeper alone, and round 2 has it again."""
-    out = tmp_path / "means.npz"
+    out, mark = tmp_path / "means.npz", uuid.uuid4().hex
     override = f"woken='{tmp_path / 'woken'}' out='{out}'"
     words = ["flower", str(APPS / "secret"), "--nodes", "5", "--workers", "2", "--run-config", override]
-    assert main(words) == 0
+    started(["-m", "fedfuse.cli", *words], mark, tmp_path)
+    assert not gone(mark)
     with np.load(out) as found:  # node i's number is i + 1; the sleeper is node 0
         np.testing.assert_allclose(found["means"][0], (2 + 3 + 4 + 5) / 4, atol=1e-4)
         np.testing.assert_allclose(found["means"][1], (1 + 2 + 3 + 4 + 5) / 5, atol=1e-4)
