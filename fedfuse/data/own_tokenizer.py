@@ -60,6 +60,8 @@ class OwnTokenizer:
         edge = [self._single.get(bytes([byte]), self.bos) for byte in front + back]
         start = len(front)
         stops = [*range(1, start + 1), *(start + end for end in ends), *range(len(raw) - len(back) + 1, len(raw) + 1)]
+        if stops:
+            stops[-1] = len(raw)  # blanks that the tokenizer does not see belong to the token before
         return [*edge[:start], *ids, *edge[start:]], stops
 
     def read(self, x: Tensor, wanted: Tensor) -> Read:

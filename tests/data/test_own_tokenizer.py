@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra `lm` is not installed")
@@ -30,6 +30,7 @@ def own(kind: str) -> OwnTokenizer:
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
 @settings(max_examples=60, deadline=None)
+@example(text="\x80\r", start=1, length=2)  # half a character, then a blank
 @given(text=TEXTS, start=st.integers(0, 5), length=st.integers(1, 20))
 def test_every_byte_of_a_row_is_in_one_token(kind, text, start, length) -> None:
     raw = text.encode()[start : start + length]
