@@ -61,9 +61,7 @@ def linked(source: Path, page: Path, places: dict[Path, Path], target: Path) -> 
         meant = (source.parent / where).resolve()
         if meant in places:
             return f"[{words}]({os.path.relpath(places[meant], page.parent)}{anchor or ''})"
-        listed = registry.listed()  # a file may hold several: then the words say which
-        named = next((name for name in (words.strip("`"), meant.stem) if name in listed), None)
-        if meant.parent == ROOT / "strategies" and named:
+        if meant.parent == ROOT / "strategies" and (named := strategy_named(words.strip("`"), meant.stem)):
             return f"[{words}]({os.path.relpath(target / 'reference/strategies.md', page.parent)}#{named})"
         if not meant.exists():
             raise SystemExit(f"{source}: links to {where}, which is not there")
@@ -76,6 +74,12 @@ def linked(source: Path, page: Path, places: dict[Path, Path], target: Path) -> 
 
     text = source.read_text(encoding="utf-8").replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return LINK.sub(moved, text)
+
+
+def strategy_named(words: str, stem: str) -> str | None:
+    """The strategy that a link to a file means: a file may hold several, then the link's words say which."""
+    listed = registry.listed()
+    return next((name for name in (words, stem) if name in listed), None)
 
 
 def keys() -> str:

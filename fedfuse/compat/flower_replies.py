@@ -55,9 +55,7 @@ def reply_to(message: Message, content: RecordDict) -> Message:
         _src_task_id=asked["_dst_task_id"],
         _dst_task_id=asked["_src_task_id"],
     )
-    made = Message.__new__(Message)
-    made.__dict__.update(_metadata=metadata, _content=content, _error=None)
-    return made
+    return _message(metadata, content)
 
 
 def like(message: Message, content: RecordDict, node: int) -> Message:
@@ -67,6 +65,10 @@ def like(message: Message, content: RecordDict, node: int) -> Message:
     metadata = Metadata.__new__(Metadata)
     metadata.__dict__.update(message.metadata.__dict__)
     metadata.__dict__["_dst_node_id"] = node
+    return _message(metadata, content)
+
+
+def _message(metadata: Metadata, content: RecordDict) -> Message:
     made = Message.__new__(Message)
     made.__dict__.update(_metadata=metadata, _content=content, _error=None)
     return made
