@@ -1,7 +1,8 @@
 """Whether stacks pay on a CPU, measured once for each architecture and kept: bits are equal, so only time is at stake.
 
 The first few trainings of a kind are made alone, the next in small stacks, both against the thread's own clock; from
-then on the faster way is taken. Clients that ask for no training have nothing to gain: they are seated now and then to
+then on the faster way is taken. The first training alone and the first stack of each size build what later ones find (a
+library's kernels for the shapes, memory), half as much again as the work itself, and are not counted. Clients that ask for no training have nothing to gain: they are seated now and then to
 hear whether they still do not. On a GPU, where bits may differ, nothing is tried: stacks are always made.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TRIES = 3  # of each way; the first is not counted: it builds what later ones find
+TRIES = 2  # of each way that count
 PART = 8  # clients of a stack as long as nothing is known
 SILENT = 32  # times that clients who asked for nothing are not seated, before they are again
 GAIN = 0.97  # of the time alone that a stack may take at most, for it to be worth it
@@ -21,6 +22,7 @@ class Trials:
     def __init__(self) -> None:
         self._alone: dict[Any, list[float]] = {}
         self._stacked: dict[Any, list[float]] = {}
+        self._made: set[tuple[Any, int]] = set()  # kinds, and how many were trained at once
         self._pays: dict[Any, bool] = {}
         self._silent: dict[tuple[str, str], int] = {}
 
@@ -48,18 +50,14 @@ class Trials:
         """Whether the next training of a kind shall be made alone, to be measured."""
         return self.pays(kind) is None and len(self._alone.setdefault(kind, [])) < TRIES
 
-    def alone(self, kind: Any, seconds: float, steps: int) -> None:
-        """Remember what a training alone took."""
-        self._note(self._alone, kind, seconds, steps)
-
-    def stacked(self, kind: Any, seconds: float, steps: int) -> None:
-        """Remember what a stack took, for the steps of all its clients."""
-        self._note(self._stacked, kind, seconds, steps)
-
-    def _note(self, where: dict[Any, list[float]], kind: Any, seconds: float, steps: int) -> None:
+    def measured(self, kind: Any, clients: int, seconds: float, steps: int) -> None:
+        """Remember what a stack took, for the steps of all its clients; or what one client's training took alone: 0."""
         if self.pays(kind) is not None or not steps:
             return
-        where.setdefault(kind, []).append(seconds / steps)
-        alone, stacked = self._alone.get(kind, []), self._stacked.get(kind, [])
+        alone, stacked = self._alone.setdefault(kind, []), self._stacked.setdefault(kind, [])
+        if (kind, clients) not in self._made:
+            self._made.add((kind, clients))
+            return
+        (stacked if clients else alone).append(seconds / steps)
         if min(len(alone), len(stacked)) >= TRIES:
-            self._pays[kind] = min(stacked[1:]) <= GAIN * min(alone[1:])
+            self._pays[kind] = min(stacked) <= GAIN * min(alone)

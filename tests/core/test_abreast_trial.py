@@ -15,9 +15,9 @@ KIND = ("mlp", 10)
 def measured(alone: list[float], stacked: list[float], steps: int = 1) -> Trials:
     trials = Trials()
     for took in alone:
-        trials.alone(KIND, took * steps, steps)
+        trials.measured(KIND, 0, took * steps, steps)
     for took in stacked:
-        trials.stacked(KIND, took * steps, steps)
+        trials.measured(KIND, 8, took * steps, steps)
     return trials
 
 
@@ -31,17 +31,27 @@ def test_the_faster_way_is_taken(ratio: float, pays: bool) -> None:
 
 def test_nothing_is_decided_before_both_ways_were_tried() -> None:
     trials = Trials()
-    assert [trials.wants_alone(KIND) for _ in range(TRIES)] == [True] * TRIES
-    for _ in range(TRIES):
-        trials.alone(KIND, 1.0, 1)
+    for _ in range(1 + TRIES):
+        assert trials.wants_alone(KIND)
+        trials.measured(KIND, 0, 1.0, 1)
     assert not trials.wants_alone(KIND)
-    for _ in range(TRIES - 1):
-        trials.stacked(KIND, 0.1, 1)
+    for _ in range(TRIES):
+        trials.measured(KIND, 8, 0.1, 1)
     assert trials.pays(KIND) is None
     assert not trials.declined("mlp")
-    trials.stacked(KIND, 0.0, 0)  # no step, no measure
+    trials.measured(KIND, 8, 0.0, 0)  # no step, no measure
     assert trials.pays(KIND) is None
-    trials.stacked(KIND, 0.1, 1)
+    trials.measured(KIND, 8, 0.1, 1)
+    assert trials.pays(KIND) is True
+
+
+def test_the_first_stack_of_a_size_builds_what_later_ones_find() -> None:
+    trials = measured([9.0, 1.0, 1.0], [5.0])
+    trials.measured(KIND, 7, 5.0, 1)
+    trials.measured(KIND, 6, 5.0, 1)
+    assert trials.pays(KIND) is None
+    trials.measured(KIND, 7, 0.5, 1)
+    trials.measured(KIND, 6, 0.6, 1)
     assert trials.pays(KIND) is True
 
 
@@ -51,9 +61,9 @@ def test_an_architecture_is_declined_only_if_all_kinds_of_it_are() -> None:
     assert trials.declined("mlp")
     assert trials.wants_alone(other)
     assert not trials.declined("mlp")
-    for _ in range(TRIES):
-        trials.alone(other, 1.0, 1)
-        trials.stacked(other, 0.2, 1)
+    for _ in range(1 + TRIES):
+        trials.measured(other, 0, 1.0, 1)
+        trials.measured(other, 8, 0.2, 1)
     assert trials.pays(other) is True
     assert trials.pays(KIND) is False
     assert not trials.declined("mlp")
