@@ -133,13 +133,17 @@ class Dataset:
         """Shape of one input."""
         return tuple(self.train.inputs.shape[1:])
 
-    def tensor(self, inputs: np.ndarray) -> torch.Tensor:
-        """Turn rows of inputs into a new tensor: float32 (images normalised) or int64 tokens."""
+    def tensor(self, inputs: np.ndarray, given: bool = False) -> torch.Tensor:
+        """Turn rows of inputs into a new tensor: float32 (images normalised) or int64 tokens.
+
+        Rows that are `given` away are not copied where they have the tensor's type.
+        """
         import torch
 
+        array = np.asarray if given else np.array
         if self.kind == "tokens":
-            return torch.from_numpy(np.array(inputs, dtype=np.int64))
-        x = torch.from_numpy(np.array(inputs, dtype=np.float32))
+            return torch.from_numpy(array(inputs, dtype=np.int64))
+        x = torch.from_numpy(array(inputs, dtype=np.float32))
         if self.kind == "image" and inputs.dtype == np.uint8:
             channels = (1, -1, 1, 1)
             x.div_(255.0)

@@ -66,10 +66,10 @@ class FederatedData:
 
     def tensors(self, client: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one client's inputs (n, ...) and labels int64 (n,); without rows, both are empty."""
-        return self._pair(self.split(client, name))
+        return self._pair(self.split(client, name), given=True)
 
-    def _pair(self, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = self.dataset.tensor(examples.inputs)
+    def _pair(self, examples: Examples, given: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.dataset.tensor(examples.inputs, given)
         return inputs, next_tokens(inputs, examples) if self.dataset.next_token else _labels(examples)
 
     def byte_count(self, split: str, client: int = 0) -> int | None:

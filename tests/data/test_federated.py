@@ -117,6 +117,21 @@ def test_clients_without_rows_have_empty_tensors(monkeypatch):
         federation("natural", 2, data=data)
 
 
+def test_who_writes_into_tensors_spoils_no_data(monkeypatch):
+    def make():
+        train, test = (Examples(np.ones((n, 3), dtype=np.float32), np.arange(n) % 2) for n in (60, 20))
+        return Dataset("custom", train, test, ("a", "b"), "features")
+
+    f = federation(clients=3, data=custom(monkeypatch, make), transfer=TransferConfig(size=10))
+    for x, y in (f.tensors(1, "train"), f.test_tensors(), f.transfer_tensors()):
+        x.zero_()
+        if y is not None:
+            y.fill_(7)
+    for kept in (f.dataset.train, f.dataset.test, f.transfer):
+        assert (kept.inputs == 1).all()
+        assert (kept.targets < 2).all()
+
+
 def test_transfer_sources():
     noise = federation(transfer=TransferConfig(source="noise", size=20))
     assert noise.transfer.inputs.shape == (20, 1, 8, 8)
