@@ -236,6 +236,9 @@ class Abreast:
             return []
         crew = max(sets.values(), key=len)
         crew.sort(key=lambda seat: seat.slot)
+        if len(crew) == 1 and crew[0].asked is not None and not crew[0].asked.x.is_cuda:
+            crew[0].asked = crew[0].answer = None  # nobody to sit beside: it goes on alone, at less cost
+            return crew
         torch.set_grad_enabled(True)
         for part in self._parts(crew):
             started, ticks = time.perf_counter(), time.thread_time()

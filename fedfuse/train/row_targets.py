@@ -60,5 +60,6 @@ def losses_of(losses: Sequence[Towards], out: Tensor, rows: Sequence[Tensor]) ->
     teacher = torch.cat([one.teacher.index_select(0, own) for one, own in zip(losses, rows, strict=True)])
     terms: Tensor = loss.terms(out.flatten(0, 1), losses[0].ready(teacher))
     each = terms[: out.shape[1]].numel()
-    terms.backward((loss.factor * (loss.weight * torch.ones(()))).div(each).expand_as(terms))
+    # from a single number: given a gradient for each, torch imports sympy to compare shapes, 0.3 s of every process
+    (terms.sum() * (loss.factor * (loss.weight * torch.ones(()))).div(each)).backward()
     return loss.weight * (loss.factor * terms.detach().view(len(out), -1).mean(1))  # type: ignore[no-any-return]

@@ -55,6 +55,12 @@ def test_architectures_that_fit_and_one_that_does_not(made):
     assert len(made) == 6
 
 
+def test_who_has_nobody_beside_him_trains_as_he_would_alone(made):
+    words = ("clients=4", "model.pool=[mlp_small,mlp,cnn]", "rounds=1")  # two of the first, one of the second
+    assert play("fedmd", *words, AUTO).digest == play("fedmd", *words).digest
+    assert set(made) == {2}
+
+
 def test_stacks_of_any_size(monkeypatch, made):
     whole = play("fedavg", *UNEQUAL, AUTO)
     for stack, awake in ((50_000, 64), (2**30, 64), (2**30, 3)):
