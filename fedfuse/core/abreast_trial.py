@@ -2,8 +2,9 @@
 
 The first few trainings of a kind are made alone, the next in small stacks, both against the thread's own clock; from
 then on the faster way is taken. The first training alone and the first stack of each size build what later ones find (a
-library's kernels for the shapes, memory), half as much again as the work itself, and are not counted. Clients that ask for no training have nothing to gain: they are seated now and then to
-hear whether they still do not. On a GPU, where bits may differ, nothing is tried: stacks are always made.
+library's kernels for the shapes, memory), half as much again as the work itself, and are not counted. Clients that ask
+for no training have nothing to gain: they are seated now and then to hear whether they still do not. On a GPU, where
+bits may differ, nothing is tried: stacks are always made.
 """
 
 from __future__ import annotations

@@ -32,14 +32,17 @@ from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
+from fedfuse.wire.group_sums import wanted
 from fedfuse.wire.knowledge import Address
 from fedfuse.wire.records import config_in, tensors
+from fedfuse.wire.sums import GROUP
 
 __all__ = ["RayGrid", "connect", "disconnect"]
 
 WINDOW = 48 * 2**20  # bytes of replies that may wait for their turn
 SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
+MOST = 512  # clients in one call
 SHORT = 0.2  # seconds of work that one call shall last at least, so that calls cost little
 
 
@@ -92,7 +95,7 @@ class RayGrid(LocalGrid):
         self._scenario, self._topics = scenario, entry.server.topics
         self._references: dict[Address, tuple[int, Any]] = {}
         self._foreign: tuple[Any, Any] | None = None
-        self.seconds, self.bytes = 1.0, LARGE  # of one group, as last seen: how many go into one call
+        self.seen: dict[str, tuple[float, int]] = {}  # seconds and bytes of a group, by what was asked: for the calls
         self.crew = [Member(self._start()) for _ in range(workers)]
         for member in self.crew:
             self.prepare(member)
@@ -129,9 +132,11 @@ class RayGrid(LocalGrid):
         """Hand out groups longest first and stream the replies back in order."""
         if self._scenario.config.runtime.memory is not None:
             give_back()
+        if groups and not wanted(groups[0][0]):  # groups are for sums: else work is dealt client by client
+            groups = [[message] for group in groups for message in group]
         round = Exchange(self, groups)
         try:
-            for i in range(len(groups)):
+            for i in range(len(round.groups)):
                 yield from round.replies(i)
         finally:
             round.end()
@@ -235,6 +240,7 @@ class Exchange:
 
     def __init__(self, grid: RayGrid, groups: list[list[Message]]) -> None:
         self.grid, self.groups = grid, groups
+        self.kind = groups[0][0].metadata.message_type if groups else ""
         self.cost = [1 + sum(grid._scenario.examples(m.metadata.dst_node_id - 1) for m in g) for g in groups]
         self.todo = deque(range(len(groups)))
         self.answers: dict[tuple[int, int], list[Answer]] = {}
@@ -269,7 +275,8 @@ class Exchange:
     def _hand_out(self, next: int) -> None:
         """Push whole lists, longest first, within a window that bounds what waits for its turn."""
         grid = self.grid
-        window = max(2 * len(grid.crew), min(4096, int(grid.window // max(grid.bytes, 1))))
+        seconds, size = grid.seen.get(self.kind, (0.0, LARGE))
+        window = max(2 * len(grid.crew), min(4096, grid.window // max(size, 1)))
         if not self.todo or (self.todo[0] > next and self.todo[0] - next > window // 2):
             return
         chosen = []
@@ -280,12 +287,15 @@ class Exchange:
             worker = min(range(len(grid.crew)), key=lambda w: grid.crew[w].load)
             grid.crew[worker].load += self.cost[i]
             lists.setdefault(worker, []).append(i)
-        batch = 1
-        if grid.bytes < LARGE:
-            batch = max(1, min(64, int(4 * LARGE // max(grid.bytes, 1)), int(SHORT / max(grid.seconds, 1e-5))))
+        largest = max(len(self.groups[i]) for i in chosen)
+        batch = max(1, GROUP // largest)
+        if self.kind in grid.seen and size < LARGE:
+            batch = max(batch, min(MOST // largest, 4 * LARGE // max(size, 1), int(SHORT / max(seconds, 1e-5))))
         for worker, mine in lists.items():
-            for k in range(0, len(mine), batch):
-                grid.crew[worker].calls.append(Call([(i, -1) for i in mine[k : k + batch]]))
+            calls = -(-len(mine) // batch)
+            for k in range(calls):
+                part = mine[len(mine) * k // calls : len(mine) * (k + 1) // calls]
+                grid.crew[worker].calls.append(Call([(i, -1) for i in part]))
             self._send(grid.crew[worker])
 
     def _send(self, member: Member) -> None:
@@ -340,8 +350,7 @@ class Exchange:
             self._keep(verb, client, key, tree, previous)
         for part, found in zip(call.parts, answers, strict=True):
             self.answers[part] = found
-        self.grid.seconds = seconds / len(call.parts)
-        self.grid.bytes = max(sum(map(_size, found)) for found in answers)
+        self.grid.seen[self.kind] = seconds / len(call.parts), max(sum(map(_size, found)) for found in answers)
 
     def _keep(self, verb: str, client: int, key: str, tree: Tree, previous: str) -> None:
         if verb == "save":

@@ -122,9 +122,10 @@ def test_a_death_is_not_blamed_on_who_was_done_before(monkeypatch) -> None:
         member.actor = Actor()
 
     monkeypatch.setattr("fedfuse.engines.ray.ray.get", get)
+    monkeypatch.setattr("fedfuse.engines.ray.GROUP", 1)  # clients of a call
     grid = SimpleNamespace(
         crew=[Member(Actor())], _scenario=SimpleNamespace(examples=lambda client: 1), retries=2, limit=None,
-        window=WINDOW, bytes=1, seconds=1.0, prepare=lambda member: None, needs=lambda message: {},
+        window=WINDOW, seen={}, prepare=lambda member: None, needs=lambda message: {},
         states=lambda member, bare: {}, replace=replace,
     )  # fmt: skip
     groups = [[Message(RecordDict(), dst_node_id=client + 1, message_type="train")] for client in range(4)]

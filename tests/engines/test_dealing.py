@@ -1,0 +1,76 @@
+"""Whom a Ray grid hands what: groups that are summed stay whole, all else is dealt client by client."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.engines.grid import grouped
+from fedfuse.engines.ray import WINDOW, Member, RayGrid
+from fedfuse.wire.sums import GROUP
+
+
+class Actor:
+    """A worker that notes the clients of each call and answers at once; each takes `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.calls: list[list[list[int]]] = []
+        self.seconds, self.work = seconds, SimpleNamespace(remote=self.push)
+
+    def push(self, task: Any) -> Any:
+        self.calls.append([[node - 1 for node, _, _ in group] for group in task[1]])
+        took = self.seconds * sum(map(len, self.calls[-1]))
+        return [[({}, []) for _ in group] for group in self.calls[-1]], [], took
+
+
+def grid_of(monkeypatch: pytest.MonkeyPatch, workers: int, seconds: float = 0.0, sizes: Any = None) -> RayGrid:
+    monkeypatch.setattr("fedfuse.engines.ray.ray.get", lambda answers: answers)
+    claim_identity()
+    grid: Any = RayGrid.__new__(RayGrid)
+    grid.crew = [Member(Actor(seconds)) for _ in range(workers)]
+    config = SimpleNamespace(runtime=SimpleNamespace(memory=None))
+    grid._scenario = SimpleNamespace(config=config, examples=lambda client: sizes[client] if sizes else 1)
+    grid.seen, grid.window, grid.retries, grid.limit = {}, WINDOW, 2, None
+    grid.prepare, grid.states, grid.needs = lambda member: None, lambda member, bare: {}, lambda message: {}
+    return grid
+
+
+def play(grid: RayGrid, clients: int, sums: dict[str, str]) -> list[list[list[list[int]]]]:
+    """One phase; each worker's calls."""
+    messages = []
+    for client in range(clients):
+        config = ConfigRecord({"client": client, "group": client // GROUP})
+        content = RecordDict({"config": config, "run": ConfigRecord({"sums": json.dumps(sums)})})
+        messages.append(Message(content, dst_node_id=client + 1, message_type="train"))
+    for member in grid.crew:
+        member.actor.calls.clear()
+    replies = list(grid.exchange(grouped(messages)))
+    assert [reply.metadata.src_node_id - 1 for reply in replies] == list(range(clients))
+    return [member.actor.calls for member in grid.crew]
+
+
+def test_what_is_summed_is_dealt_group_by_group(monkeypatch) -> None:
+    calls = play(grid_of(monkeypatch, 2), 10, {"model": "num-examples"})
+    assert calls == [[[list(range(8))]], [[[8, 9]]]]
+
+
+def test_what_is_not_summed_is_dealt_client_by_client(monkeypatch) -> None:
+    calls = play(grid_of(monkeypatch, 2), 10, {})
+    assert calls == [[[[0], [2], [4], [6], [8]]], [[[1], [3], [5], [7], [9]]]]
+    sizes = [60, 1, 1, 1, 10, 10, 10, 9]
+    one, other = play(grid_of(monkeypatch, 2, sizes=sizes), 8, {})
+    assert one == [[[0]]]
+    assert sorted(client for call in other for (client,) in call) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_calls_are_of_like_size_and_last_a_while(monkeypatch) -> None:
+    grid = grid_of(monkeypatch, 2, seconds=0.01)
+    assert [list(map(len, calls)) for calls in play(grid, 40, {})] == [[6, 7, 7], [6, 7, 7]]  # until more is known
+    assert [list(map(len, calls)) for calls in play(grid, 44, {})] == [[11, 11], [11, 11]]  # of at most 0.2 s
+    grid.seen["train"] = 1.0, 1
+    assert [list(map(len, calls)) for calls in play(grid, 32, {})] == [[8, 8], [8, 8]]  # so that some may sit abreast
