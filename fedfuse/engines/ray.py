@@ -42,6 +42,7 @@ __all__ = ["RayGrid", "connect", "disconnect"]
 WINDOW = 48 * 2**20  # bytes of replies that may wait for their turn
 SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
+LEVEL = 16  # groups a worker: the longest is then a small part of what each does
 MOST = 512  # clients in one call
 SHORT = 0.2  # seconds of work that one call shall last at least, so that calls cost little
 
@@ -132,7 +133,8 @@ class RayGrid(LocalGrid):
         """Hand out groups longest first and stream the replies back in order."""
         if self._scenario.config.runtime.memory is not None:
             give_back()
-        if groups and not wanted(groups[0][0]):  # groups are for sums: else work is dealt client by client
+        # groups are for sums: else work is dealt client by client, unless so many groups are level anyway
+        if groups and len(groups) < LEVEL * len(self.crew) and not wanted(groups[0][0]):
             groups = [[message] for group in groups for message in group]
         round = Exchange(self, groups)
         try:

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.engines.grid import grouped
-from fedfuse.engines.ray import WINDOW, Member, RayGrid
+from fedfuse.engines.ray import LEVEL, WINDOW, Member, RayGrid
 from fedfuse.wire.sums import GROUP
 
 
@@ -66,6 +66,13 @@ def test_what_is_not_summed_is_dealt_client_by_client(monkeypatch) -> None:
     one, other = play(grid_of(monkeypatch, 2, sizes=sizes), 8, {})
     assert one == [[[0]]]
     assert sorted(client for call in other for (client,) in call) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_of_many_clients_groups_are_dealt_whole(monkeypatch) -> None:
+    many = play(grid_of(monkeypatch, 2), GROUP * LEVEL * 2, {})
+    assert {len(group) for calls in many for call in calls for group in call} == {GROUP}
+    fewer = play(grid_of(monkeypatch, 2), GROUP * LEVEL * 2 - GROUP, {})
+    assert {len(group) for calls in fewer for call in calls for group in call} == {1}
 
 
 def test_calls_are_of_like_size_and_last_a_while(monkeypatch) -> None:
