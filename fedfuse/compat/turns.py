@@ -32,12 +32,16 @@ def fresh(seed: int) -> bool:
 def _look() -> Any:
     """Words and position of NumPy's global generator, in place; None if they are not where we know them."""
     try:
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if type(generator) is not np.random.MT19937:
-            return None
-        return ctypes.cast(generator.ctypes.state_address, ctypes.POINTER(ctypes.c_uint32))
+        return _words(np.random.get_bit_generator())  # type: ignore[attr-defined]
     except (AttributeError, TypeError):  # pragma: no cover - another NumPy
         return None
+
+
+@functools.lru_cache(1)
+def _words(generator: Any) -> Any:
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.cast(generator.ctypes.state_address, ctypes.POINTER(ctypes.c_uint32))
 
 
 @functools.cache

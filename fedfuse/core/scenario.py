@@ -92,7 +92,8 @@ class Scenario:
 
     def examples(self, client: int) -> int:
         """Training examples of a client."""
-        return int(self.data.offsets[client, 1] - self.data.offsets[client, 0])
+        offsets = self.data.offsets  # asked several times a client: by `item`, which is five times as quick
+        return int(offsets.item(client, 1)) - int(offsets.item(client, 0))
 
 
 def prepare_scenario(config: Config, data: FederatedData | None = None) -> Scenario:
