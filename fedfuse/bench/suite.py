@@ -36,14 +36,15 @@ Sides: fedfuse (Ray), inline, either with runtime.vectorize=auto (abreast, inlin
   `pip install pfl==0.6.0`)
 Each side is a process of its own; sides take turns round by round; the first two rounds warm up. N rounds are played,
 by default at least 5, and up to 25 while they take less than two minutes. A ratio is the median over rounds of what two
-sides took in the same one.
+sides took in the same one. guest, flower and pfl take turns with fedfuse and abreast by themselves, when the others are
+done: what they leave running between their rounds would slow the others down.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
 SIDES = ("fedfuse", "abreast", "inline", "inline-abreast", "plain", "cores", "guest", "flower", "pfl")
+RIVALS = ("guest", "flower", "pfl")
 DEFAULT = (
-    "noop@100", "noop@1000", "noop@10000", "noop@100000", "noop-large@1000", "logistic@1000", "mlp@1000", "cnn@1000",
-    "knfu@100", "fedmd@20", "dsfl@20", "knfu@20", "fedmd-mlp@20", "knfu-mlp@20", "fed-sb@20", "flat",
-    "startup", "cohort-memory", "state-memory",
+    "noop@1000", "noop@10000", "noop-large@1000", "logistic@1000", "mlp@1000", "cnn@1000", "fedmd-mlp@20",
+    "knfu-mlp@20", "fed-sb@20", "flat", "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2
 LEAST, MOST, ENOUGH = 5, 25, 120.0  # rounds at least and at most, and seconds after which no more than the least
@@ -119,13 +120,26 @@ class Side:
 
 
 def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -> dict[str, Any]:
-    """Let sides take turns on one workload.
+    """Let sides take turns on one workload: the first with the limits, then once more with its rivals.
 
     Returns
     -------
     dict
-        workload, clients, and per side: rounds (seconds, warm), milliseconds per client (median), or why it failed.
+        workload, clients, and `sides`: of each its rounds (seconds, warm), milliseconds per client (median) and ratio,
+        or why it failed; `rivals`: the same of the second time, ours with them.
     """
+    rivals = [side for side in sides if side in RIVALS]
+    found: dict[str, Any] = {"workload": name, "clients": clients}
+    found["sides"] = in_turns(name, clients, [side for side in sides if side not in RIVALS], rounds)
+    if rivals:
+        ours = [side for side in sides if side in ("fedfuse", "abreast")]
+        found["rivals"] = in_turns(name, clients, [*ours, *rivals], rounds)
+        found["sides"] |= {side: found["rivals"][side] for side in rivals}
+    return found
+
+
+def in_turns(name: str, clients: int, sides: Sequence[str], rounds: int | None) -> dict[str, Any]:
+    """What each of the sides took that played in turns."""
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         playing = [Side(side, name, clients, Path(folder)) for side in sides]
         take_turns(playing, rounds)
@@ -138,7 +152,7 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -
         found[side.name] = {"rounds": side.seconds[WARM:], "ms_per_client": side.median / cohort * 1e3}
         if not playing[0].failed:
             found[side.name]["ratio"] = side.over(playing[0])
-    return {"workload": name, "clients": clients, "sides": found}
+    return found
 
 
 def take_turns(playing: Sequence[Side], rounds: int | None = None) -> None:
