@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fedfuse.bench import distillation, texts
+from fedfuse import models
+from fedfuse.bench import distillation, footprint, texts
 from fedfuse.bench.contestants import WORKLOADS
 from fedfuse.bench.suite import sides_of
+from fedfuse.config.compose import compose
+from fedfuse.errors import WorldError
 
 
 @pytest.mark.parametrize("name", ["fedmd", "dsfl", "knfu"])
@@ -52,3 +58,17 @@ def test_only_our_sides_and_the_plain_loop_distil() -> None:
     assert sides_of("knfu", 20, ["fedfuse", "inline", "plain", "guest", "flower", "pfl"]) == [
         "fedfuse", "inline", "plain",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [footprint.LOGISTIC, footprint.STATEFUL])
+def test_commands_that_are_measured_are_commands(words) -> None:
+    config = compose([*words, "runtime=inline"])
+    if config.model.build is not None:
+        shape = (1, 8, 8)
+        model = models.build("custom", shape=shape, classes=10, config=config.model, seed=0)
+        assert model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_a_command_that_plays_no_round_has_no_seconds() -> None:
+    with pytest.raises(WorldError, match="no round was played by -c pass"):
+        footprint._until([sys.executable, "-c", "pass"], lambda line: True)

@@ -8,6 +8,7 @@ Protocol: a contestant prints `ready`; for every line it reads it plays a round 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def linear(shape: tuple[int, ...], classes: int) -> Any:
     """Logistic regression."""
     from torch import nn
 
-    return nn.Linear(shape[0], classes)
+    layer = nn.Linear(math.prod(shape), classes)
+    return layer if len(shape) == 1 else nn.Sequential(nn.Flatten(), layer)
 
 
 def hidden(shape: tuple[int, ...], classes: int) -> Any:

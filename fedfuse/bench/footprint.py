@@ -20,7 +20,7 @@ from fedfuse.errors import WorldError
 
 MIB = 2**20
 LOGISTIC = (
-    "strategy=fedavg", "data=digits", "model.build=fedfuse.bench.contestants:linear", "clients=100",
+    "strategy=fedavg", "data=digits", "model=custom", "model.build=fedfuse.bench.contestants:linear", "clients=100",
     "participation=0.5", "partition=iid", "train.batch_size=10", "rounds=1",
 )  # fmt: skip
 BUDGET = 1000  # MiB, for 2,000 clients of three architectures with 1.0 to 1.1 MB of weights of their own
@@ -36,7 +36,13 @@ def _fedfuse(words: Iterable[str], out: str) -> list[str]:
 
 
 def _until(command: list[str], reached: Callable[[str], bool]) -> float:
-    """Seconds from a command's start to the first line of its output that `reached` is true of; then it is ended."""
+    """Seconds from a command's start to the first line of its output that `reached` is true of; then it is ended.
+
+    Raises
+    ------
+    WorldError
+        If there is no such line.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -46,9 +52,11 @@ def _until(command: list[str], reached: Callable[[str], bool]) -> float:
     with process:
         process.stdin.write("go\n")  # contestants play a round a line
         process.stdin.flush()
-        seconds = next((time.perf_counter() - started for line in process.stdout if reached(line)), float("nan"))
+        seconds = next((time.perf_counter() - started for line in process.stdout if reached(line)), None)
         process.stdin.close()
         process.stdout.read()
+    if seconds is None:
+        raise WorldError(f"startup: no round was played by {' '.join(command[1:])}")
     return seconds
 
 
