@@ -12,18 +12,19 @@ from fedfuse.core.abreast_trial import GAIN, SILENT, TRIES, Trials
 KIND = ("mlp", 10)
 
 
-def measured(alone: list[float], stacked: list[float], steps: int = 1) -> Trials:
+def measured(alone: list[float], stacked: list[float], steps: tuple[int, int] = (1, 1)) -> Trials:
+    """Trials that have seen these seconds a step, in trainings of so many steps alone and in stacks."""
     trials = Trials()
     for took in alone:
-        trials.measured(KIND, 0, took * steps, steps)
+        trials.measured(KIND, 0, took * steps[0], steps[0])
     for took in stacked:
-        trials.measured(KIND, 8, took * steps, steps)
+        trials.measured(KIND, 8, took * steps[1], steps[1])
     return trials
 
 
 @pytest.mark.parametrize(("ratio", "pays"), [(0.5, True), (GAIN - 0.01, True), (GAIN + 0.01, False), (1.6, False)])
 def test_the_faster_way_is_taken(ratio: float, pays: bool) -> None:
-    trials = measured([9.0, 1.0, 1.2], [0.01, ratio, 3.0], steps=4)  # the first of each builds, and is not counted
+    trials = measured([9.0, 2.0, 2.4], [0.01, 2 * ratio, 6.0], (3, 40))  # the first of each builds, and is not counted
     assert trials.pays(KIND) is pays
     assert trials.declined("mlp") is not pays
     assert not trials.declined("cnn")

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.engines.grid import grouped
-from fedfuse.engines.ray import LEVEL, WINDOW, Member, RayGrid
+from fedfuse.engines.ray import LARGE, LEVEL, WINDOW, Member, RayGrid
 from fedfuse.wire.sums import GROUP
 
 
@@ -57,6 +57,10 @@ def play(grid: RayGrid, clients: int, sums: dict[str, str]) -> list[list[list[li
 def test_what_is_summed_is_dealt_group_by_group(monkeypatch) -> None:
     calls = play(grid_of(monkeypatch, 2), 10, {"model": "num-examples"})
     assert calls == [[[list(range(8))]], [[[8, 9]]]]
+    grid = grid_of(monkeypatch, 2)
+    for known, together in ((None, [1, 1]), ((0.0, 1), [2]), ((0.0, LARGE), [1, 1]), ((0.0, LARGE - 1), [2])):
+        grid.seen = {} if known is None else {"train": known}
+        assert [list(map(len, calls)) for calls in play(grid, 32, {"model": "num-examples"})] == [together] * 2
 
 
 def test_what_is_not_summed_is_dealt_client_by_client(monkeypatch) -> None:
