@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedfuse import models
-from fedfuse.bench import distillation, footprint, texts
+from fedfuse.bench import distillation, footprint, suite, texts
 from fedfuse.bench.contestants import WORKLOADS
 from fedfuse.bench.suite import sides_of
 from fedfuse.config.compose import compose
@@ -67,6 +67,19 @@ def test_commands_that_are_measured_are_commands(words) -> None:
         shape = (1, 8, 8)
         model = models.build("custom", shape=shape, classes=10, config=config.model, seed=0)
         assert model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_rivals_take_turns_with_ours_when_others_are_done(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        suite, "in_turns", lambda name, clients, sides, rounds: asked.append(sides) or dict.fromkeys(sides)
+    )
+    suite.contest("mlp", 1000, ["fedfuse", "abreast", "plain", "flower"], 1)
+    assert asked == [["fedfuse", "abreast", "plain"], ["fedfuse", "abreast", "flower"]]
+    asked.clear()
+    suite.contest("mlp", 1000, ["fedfuse", "flower"], 1)
+    suite.contest("mlp", 1000, ["fedfuse", "plain"], 1)
+    assert asked == [["fedfuse", "flower"], ["fedfuse", "plain"]]
 
 
 def test_a_command_that_plays_no_round_has_no_seconds() -> None:

@@ -120,7 +120,7 @@ class Side:
 
 
 def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -> dict[str, Any]:
-    """Let sides take turns on one workload: the first with the limits, then once more with its rivals.
+    """Let sides take turns on one workload: ours with the limits, then once more with the rivals.
 
     Returns
     -------
@@ -129,10 +129,11 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -
         or why it failed; `rivals`: the same of the second time, ours with them.
     """
     rivals = [side for side in sides if side in RIVALS]
+    ours = [side for side in sides if side in ("fedfuse", "abreast")]
+    apart = rivals and len(ours) + len(rivals) < len(sides)  # else there is nobody whom they slow down
     found: dict[str, Any] = {"workload": name, "clients": clients}
-    found["sides"] = in_turns(name, clients, [side for side in sides if side not in RIVALS], rounds)
-    if rivals:
-        ours = [side for side in sides if side in ("fedfuse", "abreast")]
+    found["sides"] = in_turns(name, clients, [side for side in sides if not apart or side not in RIVALS], rounds)
+    if apart:
         found["rivals"] = in_turns(name, clients, [*ours, *rivals], rounds)
         found["sides"] |= {side: found["rivals"][side] for side in rivals}
     return found

@@ -148,7 +148,7 @@ class Abreast:
             )  # fmt: skip
         finally:
             self.busy = False
-        self.trials.measured(kind, 0, time.thread_time() - started, made["steps"])
+        self.trials.measured(kind, 1, time.thread_time() - started, made["steps"])
         return {**made, "rows": 0}  # counted there
 
     def _fits(self, seat: Seat, asked: Training) -> bool:
@@ -245,8 +245,9 @@ class Abreast:
             asked = [seat.asked for seat in part if seat.asked is not None]
             try:
                 made: list[Any] = self._make(part, asked)
-                steps = sum(one["steps"] for one in made)
-                self.trials.measured(self._tried(part[0], asked[0]), len(part), time.thread_time() - ticks, steps)
+                if len(part) > 1:  # what is left over says nothing of stacks
+                    steps = sum(one["steps"] for one in made)
+                    self.trials.measured(self._tried(part[0], asked[0]), len(part), time.thread_time() - ticks, steps)
             except Exception as error:
                 crowded = isinstance(error, torch.OutOfMemoryError) and len(part) > 1
                 why = f"a stack of {len(part)} failed: {in_words(error)}"

@@ -52,13 +52,13 @@ class Trials:
         return self.pays(kind) is None and len(self._alone.setdefault(kind, [])) < TRIES
 
     def measured(self, kind: Any, clients: int, seconds: float, steps: int) -> None:
-        """Remember what a stack took, for the steps of all its clients; or what one client's training took alone: 0."""
+        """Remember what the training of so many clients at once took, for the steps of all; of one, alone."""
         if self.pays(kind) is not None or not steps:
             return
         alone, stacked = self._alone.setdefault(kind, []), self._stacked.setdefault(kind, [])
         if (kind, clients) not in self._made:
             self._made.add((kind, clients))
             return
-        (stacked if clients else alone).append(seconds / steps)
+        (stacked if clients > 1 else alone).append(seconds / steps)
         if min(len(alone), len(stacked)) >= TRIES:
             self._pays[kind] = min(stacked) <= GAIN * min(alone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -21,12 +20,6 @@ from fedfuse.wire.knowledge import Cache, Parcel
 from fedfuse.wire.records import InvalidArrays, tensors
 
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
-
-
-@functools.lru_cache(64)  # all clients of a phase say the same few
-def names_state(tag: str) -> bool:
-    """Whether a tag is the name of a state."""
-    return TAG.fullmatch(tag) is not None
 
 
 class Phase(NamedTuple):

@@ -22,7 +22,7 @@ from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
 from fedfuse.core.abreast import Abreast
-from fedfuse.core.asked import Asked, Phase, Phases, names_state, parcels
+from fedfuse.core.asked import TAG, Asked, Phase, Phases, parcels
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
@@ -217,7 +217,7 @@ class Node:
         if not 0 <= who < self.workspace.scenario.clients:
             raise Refused(f"client {who} does not live here")
         for named in (config.get("tag", INITIAL), config.get("new-tag", "")):
-            if not names_state(str(named)):
+            if not TAG.fullmatch(str(named)):
                 raise Refused(f"tag {str(named)[:80]!r} is not the name of a state")
         phase = self.phases.of(message.metadata.message_type, config_in(content, "run"), config)
         self._equip_anew()

@@ -138,7 +138,7 @@ class RayGrid(LocalGrid):
             groups = [[message] for group in groups for message in group]
         round = Exchange(self, groups)
         try:
-            for i in range(len(round.groups)):
+            for i in range(len(groups)):
                 yield from round.replies(i)
         finally:
             round.end()
@@ -291,7 +291,7 @@ class Exchange:
             lists.setdefault(worker, []).append(i)
         largest = max(len(self.groups[i]) for i in chosen)
         batch = max(1, GROUP // largest)
-        if self.kind in grid.seen and size < LARGE:
+        if size < LARGE:
             batch = max(batch, min(MOST // largest, 4 * LARGE // max(size, 1), int(SHORT / max(seconds, 1e-5))))
         for worker, mine in lists.items():
             calls = -(-len(mine) // batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_who_has_nobody_beside_him_trains_as_he_would_alone(made):
     words = ("clients=4", "model.pool=[mlp_small,mlp,cnn]", "rounds=1")  # two of the first, one of the second
     assert play("fedmd", *words, AUTO).digest == play("fedmd", *words).digest
     assert set(made) == {2}
+
+
+def test_nobody_waits_for_sympy(monkeypatch, made):
+    """Torch imports it to compare shapes, 0.3 s, where a gradient is given for each of several numbers."""
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)  # to import it is an error
+    for name in ("fedmd", "fedex_lora"):
+        made.clear()
+        run = play(name, *UNEQUAL, AUTO)
+        assert max(made) > 2
+        assert not run.strategy.inbox.apart
 
 
 def test_stacks_of_any_size(monkeypatch, made):

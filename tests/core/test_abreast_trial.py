@@ -16,7 +16,7 @@ def measured(alone: list[float], stacked: list[float], steps: tuple[int, int] = 
     """Trials that have seen these seconds a step, in trainings of so many steps alone and in stacks."""
     trials = Trials()
     for took in alone:
-        trials.measured(KIND, 0, took * steps[0], steps[0])
+        trials.measured(KIND, 1, took * steps[0], steps[0])
     for took in stacked:
         trials.measured(KIND, 8, took * steps[1], steps[1])
     return trials
@@ -34,7 +34,7 @@ def test_nothing_is_decided_before_both_ways_were_tried() -> None:
     trials = Trials()
     for _ in range(1 + TRIES):
         assert trials.wants_alone(KIND)
-        trials.measured(KIND, 0, 1.0, 1)
+        trials.measured(KIND, 1, 1.0, 1)
     assert not trials.wants_alone(KIND)
     for _ in range(TRIES):
         trials.measured(KIND, 8, 0.1, 1)
@@ -63,7 +63,7 @@ def test_an_architecture_is_declined_only_if_all_kinds_of_it_are() -> None:
     assert trials.wants_alone(other)
     assert not trials.declined("mlp")
     for _ in range(1 + TRIES):
-        trials.measured(other, 0, 1.0, 1)
+        trials.measured(other, 1, 1.0, 1)
         trials.measured(other, 8, 0.2, 1)
     assert trials.pays(other) is True
     assert trials.pays(KIND) is False
