@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedfuse import models
 from fedfuse.bench import distillation, footprint, suite, texts
-from fedfuse.bench.contestants import WORKLOADS
-from fedfuse.bench.suite import sides_of
+from fedfuse.bench.contestants import WORKLOADS, rounds, serve
+from fedfuse.bench.suite import Side, sides_of
 from fedfuse.config.compose import compose
 from fedfuse.errors import WorldError
 
@@ -85,3 +87,22 @@ def test_rivals_take_turns_with_ours_when_others_are_done(monkeypatch) -> None:
 def test_a_command_that_plays_no_round_has_no_seconds() -> None:
     with pytest.raises(WorldError, match="no round was played by -c pass"):
         footprint._until([sys.executable, "-c", "pass"], lambda line: True)
+
+
+@pytest.mark.parametrize(("before", "asked"), [([], 1), ([0.3], 4), ([0.01, 0.5], 2), ([7.0], 1)])
+def test_a_turn_is_as_many_rounds_as_fill_it(before, asked) -> None:
+    side = Side.__new__(Side)
+    side.seconds, side.failed = list(before), ""
+    side.process = SimpleNamespace(stdin=io.StringIO(), stdout=iter(["Ray says\n", "seconds 0.25\n"]))  # type: ignore
+    side.turn()
+    assert side.process.stdin.getvalue() == f"{asked}\n"
+    assert side.seconds == [*before, 0.25]
+
+
+def test_a_side_plays_what_is_asked_and_says_what_one_round_took(monkeypatch, capsys) -> None:
+    clock, played = iter([0.0, 5.0, 10.0, 16.0]), []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n3\n"))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    serve(rounds(lambda: played.append(1)))
+    assert len(played) == 4
+    assert capsys.readouterr().out.split() == ["ready", "seconds", "5.000000", "seconds", "2.000000"]

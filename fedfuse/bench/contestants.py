@@ -209,7 +209,7 @@ def plain_side(workload: Workload, clients: int, cohort: int = COHORT, device: s
     return play
 
 
-def cores_side(name: str, clients: int) -> Callable[[], None]:
+def cores_side(name: str, clients: int) -> Callable[[int], None]:
     """A plain loop on every core at once, each with its share of the cohort, nothing exchanged: the cores' limit."""
     loops, cores = [], min(len(os.sched_getaffinity(0)), COHORT)
     for i in range(cores):
@@ -223,14 +223,14 @@ def cores_side(name: str, clients: int) -> Callable[[], None]:
             if not loop.stdout.readline():
                 raise RuntimeError("a plain loop ended")
 
-    def play() -> None:
+    def turn(rounds: int) -> None:
         for loop in loops:
             assert loop.stdin is not None
-            print("go", file=loop.stdin, flush=True)
+            print(rounds, file=loop.stdin, flush=True)
         answers()
 
     answers()
-    return play
+    return turn
 
 
 # --- Flower -----------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def flower_side(name: str, clients: int) -> None:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        serve(flower_round(WORKLOADS[name], grid, clients))
+        serve(rounds(flower_round(WORKLOADS[name], grid, clients)))
 
     cores = len(os.sched_getaffinity(0))
     run_simulation(
@@ -319,7 +319,7 @@ def guest_side(name: str, clients: int) -> None:
     cores = len(os.sched_getaffinity(0))
     connect(cores)
     grid = GuestGrid(f"fedfuse.bench.contestants:app_{name.replace('-', '_')}", os.getcwd(), {}, clients, cores)
-    serve(flower_round(WORKLOADS[name], grid, clients))
+    serve(rounds(flower_round(WORKLOADS[name], grid, clients)))
 
 
 def __getattr__(name: str) -> Any:
@@ -331,10 +331,20 @@ def __getattr__(name: str) -> Any:
 # --- the protocol -----------------------------------------------------------------------------------------
 
 
-def serve(play: Callable[[], None]) -> None:
-    """Play a round for every line of standard input."""
+def serve(turn: Callable[[int], None]) -> None:
+    """Play as many rounds as a line of standard input says, and answer with the seconds of one."""
     print("ready", flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        play()
-        print(f"seconds {time.perf_counter() - started:.6f}", flush=True)
+    for line in sys.stdin:
+        rounds, started = int(line), time.perf_counter()
+        turn(rounds)
+        print(f"seconds {(time.perf_counter() - started) / rounds:.6f}", flush=True)
+
+
+def rounds(play: Callable[[], None]) -> Callable[[int], None]:
+    """A turn of a side that plays round by round."""
+
+    def turn(number: int) -> None:
+        for _ in range(number):
+            play()
+
+    return turn

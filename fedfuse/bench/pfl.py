@@ -11,7 +11,7 @@ from fedfuse.bench.contestants import COHORT, EXAMPLES, Workload, build, pool, s
 
 
 def pfl_side(workload: Workload) -> None:
-    """Play rounds of pfl's FederatedAveraging, one whenever it is told to."""
+    """Play rounds of pfl's FederatedAveraging, as many as it is told to."""
     import torch
     import torch.nn.functional as F
     from pfl.aggregate.simulate import SimulatedBackend
@@ -40,19 +40,23 @@ def pfl_side(workload: Workload) -> None:
         return int(torch.randint(1000, (1,)))
 
     class Turns(TrainingProcessCallback):
-        """Waits for a line before every iteration but the first, which warms up."""
+        """Waits for a line that says how many iterations are next; the very first one warms up."""
 
-        clock = 0.0
+        clock, rounds, left = 0.0, 0, 0
 
         def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> Any:
+            self.left -= 1
+            if self.left > 0:
+                return False, Metrics()
             if first:
-                print(f"seconds {time.perf_counter() - self.clock:.6f}" if self.clock else "ready", flush=True)
-            stop = not sys.stdin.readline() if first else False
-            flag = torch.tensor([float(stop)])
+                seconds = (time.perf_counter() - self.clock) / max(1, self.rounds)
+                print(f"seconds {seconds:.6f}" if self.rounds else "ready", flush=True)
+            asked = torch.tensor([int((sys.stdin.readline() or "0") if first else 0)])
             if torch.distributed.is_initialized():
-                torch.distributed.broadcast(flag, 0)  # the others start when the first does
+                torch.distributed.broadcast(asked, 0)  # the others start when the first does
+            self.rounds = self.left = int(asked)
             self.clock = time.perf_counter()
-            return bool(flag.item()), Metrics()
+            return self.rounds == 0, Metrics()
 
     training = FederatedDataset(user, sampler)
     backend = SimulatedBackend(training_data=training, val_data=training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,10 +35,11 @@ Sides: fedfuse (Ray), inline, either with runtime.vectorize=auto (abreast, inlin
   thread), cores (that loop on every core at once), flower (its
   simulator), guest (the same Flower app on FedFuse's engine), pfl (pfl-research, two processes; needs
   `pip install pfl==0.6.0`)
-Each side is a process of its own; sides take turns round by round; the first two rounds warm up. N rounds are played,
-by default at least 5, and up to 25 while they take less than two minutes. A ratio is the median over rounds of what two
-sides took in the same one. guest, flower and pfl take turns with fedfuse and abreast by themselves, when the others are
-done: what they leave running between their rounds would slow the others down.
+Each side is a process of its own; sides take turns. A turn is a round, or as many as fill a second: a run's rounds
+follow each other, and who has waited for others begins with cold caches. The first two turns warm up. N turns are
+played, by default at least 5, and up to 25 while they take less than two minutes. A ratio is the median over turns of
+what two sides took in the same one. guest, flower and pfl take turns with fedfuse and abreast by themselves, when the
+others are done: what they leave running between their turns would slow the others down.
 Writes bench.json and bench.svg into --out (default: bench/).
 """
 SIDES = ("fedfuse", "abreast", "inline", "inline-abreast", "plain", "cores", "guest", "flower", "pfl")
@@ -47,7 +49,8 @@ DEFAULT = (
     "knfu-mlp@20", "fed-sb@20", "flat", "startup", "cohort-memory", "state-memory",
 )  # fmt: skip
 WARM = 2
-LEAST, MOST, ENOUGH = 5, 25, 120.0  # rounds at least and at most, and seconds after which no more than the least
+TURN = 1.0  # seconds that a turn lasts at least
+LEAST, MOST, ENOUGH = 5, 25, 120.0  # turns at least and at most, and seconds after which no more than the least
 
 
 class Side:
@@ -84,13 +87,14 @@ class Side:
         self.failed = said[-1][:200] if said else f"ended with {self.process.poll()}"
         return ""
 
-    def round(self) -> None:
-        """Play one round."""
+    def turn(self) -> None:
+        """Play one turn: the first is one round."""
         if self.failed:
             return
         try:
             assert self.process.stdin is not None
-            self.process.stdin.write("go\n")
+            rounds = math.ceil(TURN / self.seconds[-1]) if self.seconds else 1
+            self.process.stdin.write(f"{rounds}\n")
             self.process.stdin.flush()
         except OSError as error:
             self.failed = str(error)
@@ -110,11 +114,11 @@ class Side:
 
     @property
     def median(self) -> float:
-        """Seconds of a round, warm."""
+        """Seconds of a round, median of the warm turns."""
         return statistics.median(self.seconds[WARM:]) if len(self.seconds) > WARM else float("nan")
 
     def over(self, other: Side) -> float:
-        """What it took over what another took in the same round, median: the machine has slow minutes and fast ones."""
+        """What it took over what another took in the same turn, median: the machine has slow minutes and fast ones."""
         pairs = list(zip(self.seconds[WARM:], other.seconds[WARM:], strict=False))
         return statistics.median(mine / yours for mine, yours in pairs) if pairs else float("nan")
 
@@ -125,8 +129,8 @@ def contest(name: str, clients: int, sides: Sequence[str], rounds: int | None) -
     Returns
     -------
     dict
-        workload, clients, and `sides`: of each its rounds (seconds, warm), milliseconds per client (median) and ratio,
-        or why it failed; `rivals`: the same of the second time, ours with them.
+        workload, clients, and `sides`: of each its warm turns (`rounds`: seconds of one round), milliseconds per client
+        (median) and ratio, or why it failed; `rivals`: the same of the second time, ours with them.
     """
     rivals = [side for side in sides if side in RIVALS]
     ours = [side for side in sides if side in ("fedfuse", "abreast")]
@@ -157,14 +161,14 @@ def in_turns(name: str, clients: int, sides: Sequence[str], rounds: int | None) 
 
 
 def take_turns(playing: Sequence[Side], rounds: int | None = None) -> None:
-    """Let sides play, round by round, and end them; without a number of rounds, as many as time allows."""
+    """Let sides play in turns, and end them; without a number of turns, as many as time allows."""
     started = time.perf_counter()
     try:
         for played in range(WARM + (rounds or MOST)):
             if rounds is None and played >= LEAST + WARM and time.perf_counter() - started > ENOUGH:
                 break
             for side in playing:
-                side.round()
+                side.turn()
     finally:
         for side in playing:
             side.end()
@@ -176,7 +180,7 @@ def flat() -> dict[str, Any]:
     Returns
     -------
     dict
-        ms_per_client by clients, and ratio: medians over rounds of what a size took over what 100 took.
+        ms_per_client by clients, and ratio: medians over turns of what a size took over what 100 took.
     """
     sizes = (100, 1000, 10000, 100000, 1000000)
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:

@@ -42,7 +42,7 @@ def look_through(rows: Sequence[Row]) -> None:
     stacks = rows[0].stacks
     slots = [row.slot for row in rows]
     sums = [
-        _chosen(stacks[name], slots).reshape(len(rows), -1).sum(1, dtype=torch.float64)
+        _chosen(stacks[name], slots).reshape(len(rows), -1).sum(1)
         for name, value in rows[0].items()
         if value.is_floating_point()
     ]
@@ -74,7 +74,7 @@ def _sums_of(groups: Sequence[Sequence[tuple[Row, float]]]) -> list[Arrays]:
         slots = [groups[g][member][0].slot for g in alive]
         for name in names:
             values = _chosen(stacks[name], slots)
-            scaled = values.double() * heavy[: len(alive)].view(-1, *[1] * (values.ndim - 1))
+            scaled = values.to(torch.float64, copy=True).mul_(heavy[: len(alive)].view(-1, *[1] * (values.ndim - 1)))
             if member == 0:
                 totals[name] = scaled
             else:
