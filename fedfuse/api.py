@@ -29,8 +29,8 @@ class Run:
     config, summary : dict
     """
 
-    def __init__(self, kept: RunRecord) -> None:
-        self._kept = kept
+    def __init__(self, kept: RunRecord, allow_code: bool = False) -> None:
+        self._kept, self._allow_code = kept, allow_code
         self.dir, self.config, self.summary = kept.dir, kept.config, kept.summary or {}
 
     @property
@@ -91,7 +91,7 @@ class Run:
         """
         from fedfuse.runs.export import rebuild
 
-        return rebuild(self.dir, client)[0]
+        return rebuild(self.dir, client, self._allow_code)[0]
 
     def predict(self, inputs: Any, client: int | None = None) -> Tensor:
         """Logits for raw inputs, preprocessed as in training.
@@ -104,7 +104,7 @@ class Run:
         from fedfuse.runs.export import rebuild
         from fedfuse.train.training import predict
 
-        model, scenario = rebuild(self.dir, client)
+        model, scenario = rebuild(self.dir, client, self._allow_code)
         return predict(model, scenario.data.dataset.tensor(inputs))
 
 
@@ -120,9 +120,11 @@ class Runs:
         The page, where one was written.
     """
 
-    def __init__(self, kept: list[RunRecord], skipped: list[str], report: Path | None = None) -> None:
+    def __init__(
+        self, kept: list[RunRecord], skipped: list[str], report: Path | None = None, allow_code: bool = False
+    ) -> None:
         self._kept, self.skipped, self.report = kept, skipped, report
-        self.runs = [Run(one) for one in kept]
+        self.runs = [Run(one, allow_code) for one in kept]
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -178,8 +180,14 @@ class Runs:
         return "".join([*lines, f"<p>report: {escape(str(self.report))}</p>"] if self.report else lines)
 
 
-def load(*directories: str | os.PathLike[str]) -> Any:
+def load(*directories: str | os.PathLike[str], allow_code: bool = False) -> Any:
     """Read run directories.
+
+    Parameters
+    ----------
+    *directories
+    allow_code : bool
+        Whether code that their configurations name may run, which it takes to build their models: not a stranger's.
 
     Returns
     -------
@@ -194,11 +202,11 @@ def load(*directories: str | os.PathLike[str]) -> Any:
     if len(directories) == 1:
         path = Path(directories[0])
         if (path / "config.yaml").exists() or not path.is_dir():
-            return Run(load_kept(path))
+            return Run(load_kept(path), allow_code)
     kept, skipped = find(directories)
     if not kept:
         raise UserError("; ".join(skipped) or "fedfuse.load: needs at least one directory")
-    return Runs(kept, skipped)
+    return Runs(kept, skipped, allow_code=allow_code)
 
 
 def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more: Any) -> Run:
@@ -229,7 +237,7 @@ def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more
 
     config = compose(overrides({**(settings or {}), **more}))
     refuse(config, ["runtime.parallel", "search.trials"], sweep=False)
-    return Run(load_kept(run_experiment(config, quiet=quiet)))
+    return Run(load_kept(run_experiment(config, quiet=quiet)), allow_code=True)
 
 
 def compare(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more: Any) -> Runs:
@@ -259,7 +267,7 @@ def compare(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **
     words = overrides({**(settings or {}), **more}, swept=True)
     root = sweep(words, report=True, console=Console(highlight=False, quiet=quiet))
     kept, skipped = find([root])
-    return Runs(kept, skipped, root / "report.html")
+    return Runs(kept, skipped, root / "report.html", allow_code=True)
 
 
 def _html(frame: pl.DataFrame) -> str:

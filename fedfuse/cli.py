@@ -20,7 +20,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
   fedfuse diff RUN_DIR RUN_DIR             what first differs between two runs; 0 if nothing, 1 if something
   fedfuse watch DIR [--port N]             the same page, live on localhost
-  fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if it names code to run
+  fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if its configuration
+                                           names code or an address, and you know it (as of export and audit)
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors; --peft DIR: its adapters for peft;
@@ -264,23 +265,24 @@ def _help(words: list[str], started: float) -> int:
 
 
 def _export(words: list[str], started: float) -> int:
-    rest, flags = _flags(words, "--client", "--out", "--peft", "--merged")
+    rest, flags = _flags(words, "--client", "--out", "--peft", "--merged", "--allow-code")
     if len(rest) != 1:
         raise UserError("fedfuse export: needs one run directory")
     asked = flags.get("--client")
     if asked is not None and not asked.isdigit():
         raise UserError(f"--client={asked}: a client's number is needed")
     run, client = Path(rest[0]), None if asked is None else int(asked)
+    allowed = "--allow-code" in flags
     if "--peft" in flags or "--merged" in flags:
         from fedfuse.runs.hand_over import to_merged, to_peft
 
         for flag, write in (("--peft", to_peft), ("--merged", to_merged)):
             if flag in flags:
-                print(write(run, flags[flag], client))
+                print(write(run, flags[flag], client, allowed))
     if "--out" in flags or not flags.keys() & {"--peft", "--merged"}:
         from fedfuse.runs.export import export
 
-        print(export(run, client, flags.get("--out")))
+        print(export(run, client, flags.get("--out"), allowed))
     return 0
 
 

@@ -19,6 +19,7 @@ from fedfuse.wire.group_sums import fixed_points
 from fedfuse.wire.knowledge import Cache, Parcel
 from fedfuse.wire.records import InvalidArrays, tensors
 
+SPLITS = frozenset({"personal", "global", "validation"})  # that an evaluation may score
 TAG = re.compile(r"(\d+(\.\d+)?)?", re.ASCII)  # round.phase; becomes a file's name
 
 
@@ -97,7 +98,7 @@ class Phases:
             round=int(run.get("round", config.get("server-round", 0))),
             run=run,
             said=server if ours else foreign,
-            splits=tuple(map(str, run.get("splits", ["personal"]))),
+            splits=_splits(run.get("splits", ["personal"])),
             pooled=bool(run.get("pooled", False)),
             points=fixed_points(run),
             hyper=self.hyper_of(run),
@@ -128,6 +129,13 @@ class Phases:
                 raise Refused(str(error)) from error
             self.hyper, self._said = hyper, said
         return self.hyper
+
+
+def _splits(said: Any) -> tuple[str, ...]:
+    """What an evaluation scores: never what a client trains on, and nothing twice."""
+    if not isinstance(said, list) or len(said) > len(SPLITS) or set(said) - SPLITS or len(set(said)) < len(said):
+        raise Refused(f"splits {str(said)[:80]} are not known; allowed: {', '.join(sorted(SPLITS))}, each once")
+    return tuple(said)
 
 
 def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None = None) -> list[Parcel]:

@@ -25,5 +25,5 @@ def build_strategy(entry: Entry, scenario: Scenario, device: str = "cpu") -> Fus
     strategy.name = entry.name
     strategy.run_id = uuid.uuid4().hex
     check_halves(entry, strategy)
-    check_fit(strategy, entry.client)
+    check_fit(strategy, entry)
     return strategy

@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedfuse.config import registry
 from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.config.idle import adapts
+from fedfuse.config.registry import Entry
+from fedfuse.config.schema import Config
 from fedfuse.core import client_level
 from fedfuse.core.attacks import check_attack
 from fedfuse.core.client import FusionClient
@@ -22,7 +25,7 @@ from fedfuse.train.losses import chosen
 from fedfuse.train.objective import Loss
 
 
-def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
+def check_fit(strategy: FusionStrategy, entry: Entry) -> None:
     """Refuse, in words, a strategy that cannot run on this experiment.
 
     Raises
@@ -30,7 +33,7 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
     UserError
         Naming what does not fit and what would.
     """
-    scenario = strategy.scenario
+    scenario, client = strategy.scenario, entry.client
     pool = sorted(set(scenario.architectures))
     if client.partly_labelled and scenario.data.dataset.next_token:
         raise UserError(
@@ -43,6 +46,7 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
         )
     _check_transfer(strategy)
     _check_tokenizers(strategy, pool)
+    check_promises(entry, scenario.config)
     _check_settings(strategy, client, pool)
     objective = chosen(scenario.config.loss)  # refuses one that cannot be built
     if objective.needs_labels and strategy.transfer != "none" and not scenario.config.transfer.labelled:
@@ -56,6 +60,27 @@ def check_fit(strategy: FusionStrategy, client: type[FusionClient]) -> None:
             f"strategy={strategy.name} does not do; allowed there: +loss.options.heads=1"
         )
     _check_models(strategy, objective, pool)
+
+
+def check_promises(entry: Entry, config: Config) -> None:
+    """Refuse privacy and secure sums that a strategy cannot keep, whatever the data: a site asks it of every run, too.
+
+    Raises
+    ------
+    UserError
+        Naming what breaks the promise.
+    """
+    server, name = entry.server, entry.name
+    if config.privacy.on:
+        if server.pooled:
+            raise UserError(f"privacy: strategy={name} joins all examples at one client; there N is nobody's own")
+        if server.discloses:
+            what = ", ".join(server.discloses)
+            raise UserError(f"privacy: strategy={name} lets {what} of private examples leave the clients")
+        if entry.client.partly_labelled:
+            raise UserError(f"privacy: strategy={name} asks for labels as private examples say; N is not fixed there")
+    if config.secure.on and not registry.sums_of(entry, config.strategy):
+        raise UserError(f"secure=on: strategy={name} sums no records; allowed is off")
 
 
 def _check_transfer(strategy: FusionStrategy) -> None:
@@ -97,10 +122,6 @@ def _check_settings(strategy: FusionStrategy, client: type[FusionClient], pool: 
     if scenario.config.train.optimizer_state == "keep" and not client.personal:
         raise UserError(
             f"train.optimizer_state=keep: strategy={strategy.name} keeps no private model; allowed there: fresh"
-        )
-    if scenario.config.privacy.on and client.partly_labelled:
-        raise UserError(
-            f"privacy: strategy={strategy.name} asks for labels as private examples say; N is not fixed there"
         )
     if scenario.config.privacy.on:
         _check_private(strategy, pool)
@@ -207,11 +228,6 @@ FEW = 10  # rows a class
 
 
 def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
-    if strategy.pooled:
-        raise UserError(f"privacy: strategy={strategy.name} joins all examples at one client; there N is nobody's own")
-    if strategy.discloses:
-        what = ", ".join(strategy.discloses)
-        raise UserError(f"privacy: strategy={strategy.name} lets {what} of private examples leave the clients")
     privacy.check_installed()
     if strategy.scenario.config.privacy.by_client:
         return

@@ -46,8 +46,6 @@ def check_secure(strategy: FusionStrategy) -> None:
         Naming the key and what is allowed.
     """
     config, scenario = strategy.scenario.config.secure, strategy.scenario
-    if not strategy.sums or strategy.pooled:
-        raise UserError(f"secure=on: strategy={strategy.name} sums no records; allowed is off")
     if scenario.config.privacy.by_client:
         raise UserError(
             "secure=on: privacy.level=client bounds each update by C, and rounding moves it beyond; allowed is off"

@@ -34,7 +34,18 @@ from fedfuse.train.objective import followed
 from fedfuse.train.second_head import attached
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
-from fedfuse.wire.records import Arrays, Scope, Spec, flatten, model_arrays, plain_record, record, sha
+from fedfuse.wire.records import (
+    Arrays,
+    InvalidArrays,
+    Scope,
+    Spec,
+    flatten,
+    model_arrays,
+    plain_record,
+    record,
+    sha,
+    validate,
+)
 from fedfuse.wire.sums import Sum
 
 
@@ -240,7 +251,18 @@ class FusionStrategy(Strategy):
         """Put knowledge on the board for everyone, one client (int) or one architecture (str).
 
         Its version is the round; what is published several times in a round says one of its own, which must grow.
+
+        Raises
+        ------
+        WorldError
+            If it is not finite: no client could take it, and the round before is what a run can go on from.
         """
+        try:
+            validate(topic, arrays, None)
+        except InvalidArrays as error:
+            raise WorldError(
+                f"round {self.round}: what was fused of the clients' shares is unusable: {error}"
+            ) from error
         self.board.publish(topic, arrays, to, self.round if version is None else version)
 
     def published(self, topic: str, to: int | str | None = None) -> Arrays:

@@ -18,6 +18,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.shares import Metrics, Records, Share, Shares
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.train import training
+from fedfuse.train.batch import count_of
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, Scope, validate
 
@@ -189,7 +190,7 @@ class SteppedStrategy(SplitStrategy):
         """As many as the client with the most examples has batches; who is done sends nothing."""
         train = self.scenario.config.train
         most = max(self.scenario.examples(client) for client in range(self.scenario.clients))
-        return train.epochs * len(training.sizes_of(most, train.batch_size))
+        return train.epochs * count_of(most, train.batch_size)
 
     def phases(self, round: int) -> tuple[str, ...]:
         """The exchanges, and what `fuse` merges."""

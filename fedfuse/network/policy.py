@@ -15,7 +15,7 @@ from fedfuse.errors import Refused, UserError, nearest
 from fedfuse.train.ledger import Limits
 
 SELECTED = frozenset({"name", "layout", "inputs", "targets", "groups", "extra"})
-SPARE = 50  # trainings of a run that may be asked for again: replies are lost, servers and nodes killed
+SPARE = 50  # trainings or evaluations of a run that may be asked for again: replies are lost, servers and nodes killed
 
 
 def layouts_of(name: str) -> frozenset[str]:
@@ -39,6 +39,9 @@ class Policy:
         Runs whose folders this site keeps at once; a new one is refused until some are deleted.
     min_examples : int
         Least number of training examples this site joins with.
+    max_held_out : float or None
+        Largest share of its examples that a run may keep for validation and for the site's own test: with them it is
+        scored in every evaluation, and what scores give away no differential privacy covers.
     require_dp : bool
         Refuse runs without differential privacy.
     require_secure : bool
@@ -62,6 +65,7 @@ class Policy:
     max_steps: int | None = None
     max_runs: int | None = 1000
     min_examples: int = 1
+    max_held_out: float | None = None
     require_dp: bool = False
     require_secure: bool = False
     max_epsilon: float | None = None
@@ -89,6 +93,10 @@ class Policy:
             raise Refused(f"site policy: rounds={config.rounds}; allowed: at most {self.max_rounds}")
         if self.max_epochs is not None and config.train.epochs > self.max_epochs:
             raise Refused(f"site policy: train.epochs={config.train.epochs}; allowed: at most {self.max_epochs}")
+        held_out = round(config.data.validation + config.data.personal_test, 9)  # 0.1 + 0.2 is 0.3
+        if self.max_held_out is not None and held_out > self.max_held_out:
+            keys = f"data.validation={config.data.validation:g} and data.personal_test={config.data.personal_test:g}"
+            raise Refused(f"site policy: {keys}; allowed: {self.max_held_out:g} together")
         if self.require_dp and not config.privacy.by_example:
             has = (
                 "only clients' (privacy.level=client), from a server that sees the updates"
@@ -119,16 +127,16 @@ class Policy:
         if self.max_rounds is not None and not 0 <= round <= self.max_rounds:
             raise Refused(f"site policy: round {round}; allowed: at most {self.max_rounds}")
 
-    def check_answers(self, answered: int, phases: int) -> None:
-        """Refuse to train more often in a run than its rounds can ask for.
+    def check_answers(self, answered: int, phases: int, kind: str = "trainings") -> None:
+        """Refuse to train, or to be evaluated, more often in a run than its rounds can ask for.
 
         Raises
         ------
         Refused
-            With the number of trainings and the limit.
+            With the number of them and the limit.
         """
         if self.max_rounds is not None and answered > (most := (self.max_rounds + 1) * phases + SPARE):
-            raise Refused(f"site policy: {answered} trainings in this run; allowed: at most {most}")
+            raise Refused(f"site policy: {answered} {kind} in this run; allowed: at most {most}")
 
     def selected(self, data: DataConfig) -> DataConfig:
         """What of this site's data is used: what the site says, if it says so."""
@@ -177,7 +185,7 @@ def policy_from(values: dict[str, Any], where: str) -> Policy:
             good = value is None or (isinstance(value, dict) and set(value) <= SELECTED)
             good = good and (value is None or isinstance(value.get("extra", {}), dict))
             allowed = f"a table of {', '.join(sorted(SELECTED))}"
-        elif key in ("max_epsilon", "max_delta", "min_noise"):
+        elif key in ("max_epsilon", "max_delta", "min_noise", "max_held_out"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             good, allowed = value is None or (number and 0 < value < float("inf")), "a number above 0"
         elif key in ("require_dp", "require_secure", "allow_code"):

@@ -14,6 +14,7 @@ FORMS = {  # of these texts, which the server keeps: a method's name, a state's,
     "sha": re.compile(r"([0-9a-f]{64})?", re.ASCII),
 }
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric: it goes into tables and logs
+SHARES = frozenset({"accuracy", "accuracy_macro", "exact_match"})  # what stops a run early, and what pages are drawn by
 MOST = 64  # records and metrics of a reply
 
 
@@ -73,4 +74,6 @@ def _metrics_fault(metrics: Any, examples: int | None) -> str | None:
         for number in value if isinstance(value, list) else [value]:
             if abs(number) == float("inf") or (isinstance(number, int) and abs(number) >= 2**63):
                 return f"metric {key!r} is not finite"
+            if key.rpartition("/")[2] in SHARES and (number < 0 or number > 1):
+                return f"metric {key!r} is {number:.3g}; it is a share, from 0 to 1"
     return None

@@ -20,6 +20,7 @@ from fedfuse.config.files import replaced
 from fedfuse.errors import UserError
 
 MOST = 2**40
+USUAL = 10**8  # examples of a site at most, where its place says nothing: memory and rounds are planned by them
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Place:
     client: int
     every: int | None = None
     least: int = 0
-    most: int = MOST
+    most: int = USUAL
 
     def fault_of(self, clients: Iterable[int], examples: Iterable[int]) -> str | None:
         """What is wrong with what a node says it is; None if nothing."""

@@ -17,6 +17,7 @@ from fedfuse.config.dotted import code
 from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
+from fedfuse.core.fit import check_promises
 from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
@@ -131,9 +132,10 @@ class Site:
         message.content = unpacked(message.content)
         folder = self.seat.state / run / str(client)
         memory = SiteMemory(folder, self._node(config, scenario, folder))
-        if training and not memory.answered(message):
+        if not memory.answered(message):
+            kind = "trainings" if training else "evaluations"
             phases = 1 + sum(name.startswith("fuse_") for name in dir(registry.entry(config.strategy.name).server))
-            policy.check_answers(counted(folder / "trainings"), phases)
+            policy.check_answers(counted(folder / kind), phases if training else 1, kind)
         with limited(Allowance(policy.max_epochs, policy.max_steps)):
             reply = memory.handle(message)
         if reply.has_error():
@@ -208,6 +210,7 @@ class Site:
             if self.seat.store is None:  # Flower's simulator is no deployment
                 no_attack(config)
             self.seat.policy.check(config)
+            check_promises(registry.entry(config.strategy.name), config)  # a server may ask for what none begins
             config = replace(config, data=replace(self.seat.policy.selected(config.data), root=self.seat.data))
             if (self.seat.clients is None) != bool(task):
                 own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")

@@ -23,7 +23,7 @@ def largest_array(strategy: FusionStrategy) -> int:
                 return UNKNOWN
             for client in range(strategy.scenario.clients):
                 most = max(most, layout_nbytes(spec(strategy.workspace.scope(client, strategy.hyper))))
-    return 2 * most + SLACK
+    return min(2 * most + SLACK, UNKNOWN)
 
 
 def limit_memory() -> None:

@@ -38,7 +38,7 @@ def targets(evidence: Sequence[Measures], metric: str) -> list[float]:
     """Return 80, 90 and 95 % of the best run's last value, in whole per cent: targets nobody picked."""
     finals = [one.curves[metric][1][-1] for one in evidence if metric in one.curves]
     best = max((value for value in finals if math.isfinite(value)), default=math.nan)
-    if not math.isfinite(best):
+    if not math.isfinite(100 * best):
         return []
     return sorted({math.floor(100 * share * best) / 100 for share in (0.8, 0.9, 0.95)} - {0.0})
 

@@ -45,7 +45,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.core.timed import build_clock
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError
-from fedfuse.runs.configuration import code_of, load_config
+from fedfuse.runs.configuration import known_config
 from fedfuse.runs.directory import RunDirectory
 
 ATTACKS: dict[str, Any] = {
@@ -69,15 +69,13 @@ def audit(path: Path, names: Sequence[str], allow_code: bool = False) -> str:
         If the replay is another run than was played.
     """
     known(names, "--audit ")
-    config = load_config(path)
+    config = known_config(path, allow_code)
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
     if (path / "attempt").exists() or (path / "order.json").exists():
         raise UserError(
             f"{path}: was played by a deployment, whose clients' labels are theirs alone; allowed are simulations"
         )
-    if not allow_code and (asked := code_of(config)):
-        raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     digest, rounds = summary["digest"], int(summary["rounds_done"])  # of fewer than planned, if it stopped early
     config.runtime.name, config.overwrite, config.evaluate.every = "inline", False, config.rounds

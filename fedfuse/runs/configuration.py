@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +15,10 @@ from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, without_gone
 from fedfuse.errors import UserError
 
-CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")  # pkg.mod:name
-ADDRESSES = frozenset({"tracking.uri", "runtime.address", "runtime.device", "runtime.server_device"})
+ADDRESSES = frozenset({"tracking.uri", "runtime.address"})
+COLONS = frozenset(
+    {"out", "data.root", "transfer.root", "runtime.device", "runtime.server_device"}
+)  # that import nothing
 
 
 def as_yaml(config: Config) -> str:
@@ -44,6 +45,9 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{path}: not a run directory (no config.yaml)")
     try:
         raw = without_gone(yaml.load(read_text(file, 1 << 20), Loader=LOADER))
+        for key, value in leaves(raw):
+            if "${" in str(value):  # OmegaConf would fill in this machine's environment
+                raise ValueError(f"{key}={value} asks for what is not in it")
         name = raw["strategy"]["name"]
         base = OmegaConf.structured(Config)
         values = {k: v for k, v in raw.items() if k != "strategy"}
@@ -59,10 +63,30 @@ def load_config(path: Path) -> Config:
     return config
 
 
+def known_config(path: Path, allow_code: bool) -> Config:
+    """Read a directory's configuration to act on it: it may be a stranger's.
+
+    Raises
+    ------
+    UserError
+        If it names code, or an address to call, and that is not allowed.
+    """
+    config = load_config(path)
+    if not allow_code and (asked := code_of(config)):
+        raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
+    return config
+
+
 def code_of(config: Config) -> str:
     """The first key of a configuration that names code of the user's, with its value; empty if none does."""
     for key, value in leaves(asdict(config)):
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and CODE.fullmatch(item) and key not in ADDRESSES:
+            if isinstance(item, str) and ":" in item and key not in ADDRESSES | COLONS:
                 return f"{key}={item}"
     return ""
+
+
+def address_of(config: Config) -> str:
+    """The first key of a configuration that names an address, which whoever goes on with it would call."""
+    found = {"runtime.address": config.runtime.address, "tracking.uri": config.tracking.uri}
+    return next((f"{key}={value}" for key, value in found.items() if value is not None), "")

@@ -167,9 +167,9 @@ class RunDirectory(Callback):
             If another process has it, or the directory cannot be written.
         """
         try:
-            for folder in (self.path, self.checkpoint, self.checkpoint / "rows"):
-                if folder.is_symlink():
-                    raise UserError(f"{folder}: is a link; links are not followed here")
+            for place in (self.path, *self.path.iterdir(), self.checkpoint / "rows"):  # whatever is written to
+                if place.is_symlink():
+                    raise UserError(f"{place}: is a link; links are not followed here")
             if (self.checkpoint / "clients").is_symlink() and not self._linked():
                 raise UserError(f"{self.checkpoint / 'clients'}: is a link to a folder that is no run's")
             self._hold()

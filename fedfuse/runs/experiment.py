@@ -24,7 +24,7 @@ from fedfuse.core.virtual_clock import VirtualClock
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
-from fedfuse.runs.configuration import code_of, load_config
+from fedfuse.runs.configuration import address_of, known_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
@@ -162,8 +162,8 @@ def resume(
     runtime : RuntimeConfig, optional
         Where it goes on; default where it began.
     allow_code : bool, optional
-        Whether code that its configuration names may run; without a word, only with `runtime`, since the caller has
-        said the same configuration then.
+        Whether code that its configuration names may run, and addresses be called; without a word, only with `runtime`,
+        since the caller has said the same configuration then.
     rounds : int, optional
         How many it shall have; more than it has done even if it has ended.
 
@@ -175,10 +175,12 @@ def resume(
     started = time.time()
     if (path / "order.json").exists():
         raise UserError(f"{path}: belongs to a deployment; fedfuse deploy resume {path} goes on")
-    config = load_config(path)
     allowed = runtime is not None if allow_code is None else allow_code
-    if not allowed and (asked := code_of(config)):
-        raise UserError(f"{path}/config.yaml: {asked} is code that it would run; if you know it, say --allow-code")
+    config = known_config(path, allowed)
+    if not allowed and (asked := address_of(config)):
+        raise UserError(
+            f"{path}/config.yaml: {asked} is an address that it would call; if you know it, say --allow-code"
+        )
     config.runtime = runtime or config.runtime
     with code(allowed):
         return _resumed(path, config, quiet, started, rounds or config.rounds)

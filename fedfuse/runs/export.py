@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def final_file(path: Path, client: int | None) -> Path:
+def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path:
     """Find the file of the server's model, or of a client's own.
 
     Raises
@@ -42,9 +42,9 @@ def final_file(path: Path, client: int | None) -> Path:
         from safetensors import safe_open
 
         from fedfuse.core.scenario import prepare_scenario
-        from fedfuse.runs.configuration import load_config
+        from fedfuse.runs.configuration import known_config
 
-        wanted = prepare_scenario(load_config(path)).architectures[client]
+        wanted = prepare_scenario(known_config(path, allow_code)).architectures[client]
         for file in servers:
             with safe_open(file, framework="pt") as handle:
                 if (handle.metadata() or {}).get("architecture") == wanted:
@@ -54,17 +54,33 @@ def final_file(path: Path, client: int | None) -> Path:
     raise UserError(f"{path}: the server has no model of its own; say which client's: --client i")
 
 
-def export(path: Path, client: int | None = None, out: str | None = None) -> Path:
+def export(path: Path, client: int | None = None, out: str | None = None, allow_code: bool = False) -> Path:
     """Write a final model with what is needed to use it.
 
     Metadata: architecture, data set, input shape, classes, preprocessing, strategy, seed, digest, and the model's
     configuration.
 
+    Parameters
+    ----------
+    path : Path
+        A run directory, maybe a stranger's.
+    client : int or None
+    out : str or None
+    allow_code : bool
+        Whether code that its configuration names may run.
+
     Raises
     ------
     UserError
-        If there is no such model, or `out` cannot be written.
+        If there is no such model, `out` cannot be written, or the directory names code that is not allowed.
     """
+    from fedfuse.config.dotted import code
+
+    with code(allow_code):
+        return _exported(path, client, out, allow_code)
+
+
+def _exported(path: Path, client: int | None, out: str | None, allow_code: bool) -> Path:
     from dataclasses import asdict
 
     from safetensors import safe_open
@@ -72,10 +88,10 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
 
     from fedfuse.config.schema import ModelConfig
     from fedfuse.core.scenario import prepare_scenario
-    from fedfuse.runs.configuration import load_config
+    from fedfuse.runs.configuration import known_config
 
-    source = final_file(path, client)
-    config = load_config(path)
+    source = final_file(path, client, allow_code)
+    config = known_config(path, allow_code)
     scenario = prepare_scenario(config)
     dataset, summary = scenario.data.dataset, json.loads((path / "summary.json").read_text())
     with safe_open(source, framework="pt") as file:
@@ -101,8 +117,8 @@ def export(path: Path, client: int | None = None, out: str | None = None) -> Pat
     return target
 
 
-def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
-    """Build a final model with its weights.
+def rebuild(path: Path, client: int | None = None, allow_code: bool = False) -> tuple[nn.Module, Any]:
+    """Build a final model with its weights; parameters as `export`'s.
 
     Returns
     -------
@@ -111,6 +127,13 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     scenario : Scenario
         What it was trained in.
     """
+    from fedfuse.config.dotted import code
+
+    with code(allow_code):
+        return _rebuilt(path, client, allow_code)
+
+
+def _rebuilt(path: Path, client: int | None, allow_code: bool) -> tuple[nn.Module, Any]:
     from safetensors import safe_open
 
     from fedfuse import models
@@ -119,10 +142,10 @@ def rebuild(path: Path, client: int | None = None) -> tuple[nn.Module, Any]:
     from fedfuse.core.scenario import prepare_scenario
     from fedfuse.core.workspace import Workspace
     from fedfuse.models.pair import Split
-    from fedfuse.runs.configuration import load_config
+    from fedfuse.runs.configuration import known_config
 
-    source = final_file(path, client)
-    config = load_config(path)
+    source = final_file(path, client, allow_code)
+    config = known_config(path, allow_code)
     config.model.quantize = "none"  # adapters are the same over the whole base, which needs no GPU
     scenario = prepare_scenario(config)
     chosen = registry.entry(config.strategy.name)

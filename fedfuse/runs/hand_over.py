@@ -23,7 +23,7 @@ BESIDE = (
 )  # fmt: skip
 
 
-def to_peft(run: Path, out: str, client: int | None = None) -> Path:
+def to_peft(run: Path, out: str, client: int | None = None, allow_code: bool = False) -> Path:
     """Write the adapters of a final model as `PeftModel.from_pretrained(base, DIR)` takes them.
 
     Raises
@@ -35,7 +35,7 @@ def to_peft(run: Path, out: str, client: int | None = None) -> Path:
 
     from fedfuse.train.adapters import peft_state
 
-    model, scenario, inner = _language(run, client, "--peft")
+    model, scenario, inner = _language(run, client, "--peft", allow_code)
     state, config = peft_state(inner)
     about = {
         "peft_type": "LORA",
@@ -55,7 +55,7 @@ def to_peft(run: Path, out: str, client: int | None = None) -> Path:
     return _whole(Path(out), "--peft", write)
 
 
-def to_merged(run: Path, out: str, client: int | None = None) -> Path:
+def to_merged(run: Path, out: str, client: int | None = None, allow_code: bool = False) -> Path:
     """Write a final model with what was learned in its weights, and its tokenizer, as `from_pretrained(DIR)` takes it.
 
     Raises
@@ -65,7 +65,7 @@ def to_merged(run: Path, out: str, client: int | None = None) -> Path:
     """
     from fedfuse.train.adapters import merge
 
-    model, scenario, inner = _language(run, client, "--merged")
+    model, scenario, inner = _language(run, client, "--merged", allow_code)
     merge(model)
     path = scenario.config.model.path
 
@@ -77,9 +77,9 @@ def to_merged(run: Path, out: str, client: int | None = None) -> Path:
     return _whole(Path(out), "--merged", write)
 
 
-def _language(run: Path, client: int | None, flag: str) -> tuple[nn.Module, Any, Any]:
+def _language(run: Path, client: int | None, flag: str, allow_code: bool) -> tuple[nn.Module, Any, Any]:
     """The final model, its scenario, and the Hugging Face model inside."""
-    model, scenario = rebuild(run, client)
+    model, scenario = rebuild(run, client, allow_code)
     inner = getattr(model, "model", None)
     if not hasattr(inner, "save_pretrained"):
         raise UserError(f"{flag}: {type(model).__name__} is no Hugging Face model; allowed: model=hf")

@@ -24,6 +24,12 @@ def sizes_of(n: int, size: int, least: int = 2) -> list[int]:
     return sizes
 
 
+def count_of(n: int, size: int, least: int = 2) -> int:
+    """Batches of an epoch, `len(sizes_of(…))`, however many: what somebody else claims to have is not laid out."""
+    whole, tail = divmod(n, size)
+    return whole + int(tail >= least or (tail > 0 and whole == 0))
+
+
 def backward(
     call: Callable[[Tensor], Any],
     loss: Callable[[Any, Any, Tensor], Tensor],

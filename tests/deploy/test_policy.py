@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from, read_policy
-from fedfuse.network.site import SiteConfig
+from fedfuse.network.site import Site, SiteConfig
 from fedfuse.train.allowance import Allowance, limited, passes
 from fedfuse.train.ledger import Ledger, Limits, entered
 from tests.deploy.network import Network, run, seats, tiny
@@ -103,6 +105,63 @@ def test_a_run_cannot_train_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedfuse.network.policy.SPARE", 0)
     monkeypatch.setattr("fedfuse.network.site.counted", lambda path: 1000)
     refused(r"1000 trainings in this run; allowed: at most \d+", Policy(max_rounds=2), tmp_path)
+
+
+def test_a_run_cannot_be_scored_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.network.policy.SPARE", 0)
+    many = {"trainings": 1, "evaluations": 4}  # two rounds, and one before them
+    monkeypatch.setattr("fedfuse.network.site.counted", lambda path: many[path.name])
+    network = under(Policy(max_rounds=2), tmp_path)
+    with pytest.raises(WorldError, match="4 evaluations in this run; allowed: at most 3"):
+        run(tiny("fedavg"), network, tmp_path / "run", Patience(join=0.2))
+
+
+def test_a_site_says_how_many_of_its_examples_are_only_scored(tmp_path: Path) -> None:
+    words = ("data.validation=0.45", "data.personal_test=0.45")
+    match = r"data.validation=0.45 and data.personal_test=0.45; allowed: 0.5 together"
+    refused(match, Policy(max_held_out=0.5), tmp_path, "fedavg", *words)
+    Policy(max_held_out=0.3).check(compose(["strategy=fedavg", "data.validation=0.1", "data.personal_test=0.2"]))
+
+
+def asked(policy: Policy, path: Path, config: dict[str, Any], kind: str, **about: Any) -> Any:
+    """What a site answers a server that checks nothing itself."""
+    claim_identity()
+    content = RecordDict()
+    content["setting"] = ConfigRecord({"config": json.dumps(config), "run": "ab" * 16, "attempt": 1, "task": ""})
+    phase = {"run": "ab" * 16, "round": 1, "phase": "train", "sums": "{}", "strategy": config["strategy"]["name"]}
+    content["run"] = ConfigRecord({**phase, **about})
+    content["config"] = ConfigRecord({"client": 0, "tag": "0", "new-tag": "1.1"})
+    reply = Site(replace(seats(path, 3)[0], policy=policy)).handle(Message(content, 100, kind))
+    return reply.error.reason if reply.has_error() else reply
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("strategy", "group", "value", "match"),
+    [
+        ("fedgkt", "privacy", {"epsilon": 1.0}, "lets labels, features of private examples leave the clients"),
+        ("regmean", "privacy", {"epsilon": 1.0}, "second moments of features of private examples leave"),
+        ("fedgkt", "secure", {"name": "on"}, "secure=on: strategy=fedgkt sums no records"),
+        ("ties", "secure", {"name": "on"}, "secure=on: strategy=ties sums no records"),
+    ],
+)
+def test_a_site_asks_itself_whether_a_promise_can_be_kept(strategy, group, value, match, kind, tmp_path) -> None:
+    """A server of one's own need not refuse what an honest one refuses before it sends anything."""
+    config = json.loads(as_json(tiny(strategy)))
+    config[group] |= value
+    policy = Policy(require_dp=group == "privacy", require_secure=group == "secure")
+    assert match in asked(policy, tmp_path, config, kind)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("splits", [["train"], ["personal", "personal"], ["personal"] * 20000, "personal", [1], []])
+def test_only_what_evaluations_score_is_scored(splits, tmp_path: Path) -> None:
+    config = json.loads(as_json(tiny("fedavg")))
+    found = asked(Policy(), tmp_path, config, "evaluate", splits=splits)
+    if splits == []:
+        assert not isinstance(found, str)
+    else:
+        assert "are not known; allowed: global, personal, validation, each once" in found
 
 
 @pytest.mark.parametrize(
@@ -252,8 +311,8 @@ def test_rounds_answers_and_examples_to_the_last_one() -> None:
 def test_a_site_that_says_nothing_runs_no_code_and_joins_everything_else() -> None:
     plain = Policy()
     assert plain == Policy(
-        None, None, None, None, None, max_runs=1000, min_examples=1, require_dp=False, require_secure=False,
-        max_epsilon=None, max_delta=None, min_noise=None, select=None, allow_code=False,
+        None, None, None, None, None, max_runs=1000, min_examples=1, max_held_out=None, require_dp=False,
+        require_secure=False, max_epsilon=None, max_delta=None, min_noise=None, select=None, allow_code=False,
     )  # fmt: skip
     plain.check(compose(["strategy=fedavg"]))
     plain.check_round(10**9)
@@ -283,6 +342,7 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
         ("max_rounds", [None, 0, 3], [-1, 1.0, True, "3"]),
         ("max_runs", [None, 0], [False, -2]),
         ("max_epsilon", [None, 8, 0.5], [0, -1, float("inf"), True, "8"]),
+        ("max_held_out", [None, 0.3], [0, -0.1, True, "0.3"]),
         ("require_dp", [True, False], [None, 1, "true"]),
         ("require_secure", [True], [0]),
         ("allow_code", [False], [None, "no"]),

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fedfuse
+from fedfuse.cli import main
 from fedfuse.config.compose import compose
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import find, load
 from fedfuse.runs import experiment
 from fedfuse.runs.experiment import resume, run
+from fedfuse.runs.export import export
+from fedfuse.runs.hand_over import to_peft
 from tests.federations import TINY
 
 TRAP = "import pathlib\npathlib.Path({mark!r}).write_text('ran')\ndef fn(*a, **k): raise SystemExit('called')\n"
@@ -59,6 +63,62 @@ def test_overwrite_deletes_nothing_that_a_link_inside_points_at(tmp_path: Path) 
     play(out, "overwrite=true")
     assert (mine / "thesis.tex").read_text() == "years of work"
     assert not (out / "final2").exists()
+
+
+@pytest.mark.parametrize("name", ["final", "samples", "metrics.csv"])
+def test_resume_writes_through_no_link_that_a_run_would_make(name: str, tmp_path, monkeypatch) -> None:
+    out = interrupted(tmp_path / "run", monkeypatch)
+    target = tmp_path / "thesis.csv"
+    target.write_text("years of work") if "." in name else target.mkdir()
+    (out / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"{name}: is a link"):
+        resume(out, quiet=True)
+    assert target.read_text() == "years of work" if "." in name else not list(target.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [("runtime", {"name": "ray", "address": "127.0.0.1:9"}), ("tracking", {"uri": "sqlite:///stolen.db"})],
+)
+def test_resume_calls_no_address_without_consent(group, values, tmp_path, monkeypatch) -> None:
+    out = interrupted(tmp_path / "run", monkeypatch)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config[group] |= values
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="is an address that it would call; if you know it, say --allow-code"):
+        resume(out, quiet=True)
+
+
+def test_nothing_of_this_machines_environment_comes_into_a_configuration(tmp_path, monkeypatch) -> None:
+    out = play(tmp_path / "run")
+    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["model"]["lora_targets"] = "${oc.env:SECRET_TOKEN}"
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"model\.lora_targets=.* asks for what is not in it"):
+        export(out)
+    assert not list(out.glob("*-export.safetensors"))
+
+
+@pytest.mark.parametrize("code", ["trap_module:fn", "1trap:fn", "trap module:fn"])
+def test_a_model_is_built_with_no_code_without_consent(code: str, tmp_path, monkeypatch) -> None:
+    """`export` and `load(…).model()` read the data set of the run, which a stranger may say is made by code."""
+    out, mark = play(tmp_path / "run"), tmp_path / "mark"
+    (tmp_path / f"{code.partition(':')[0]}.py").write_text(TRAP.format(mark=str(mark)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["data"] |= {"name": "custom", "layout": "custom", "load": code}
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    found = fedfuse.load(out)
+    for ask in (lambda: export(out), found.model, lambda: found.predict([[0.0]]), lambda: to_peft(out, str(tmp_path))):
+        with pytest.raises(UserError, match=f"{code} is code that it would run; if you know it, say --allow-code"):
+            ask()
+    assert main(["export", str(out)]) == 2
+    assert not mark.exists()
+    with pytest.raises(SystemExit, match="called"):
+        fedfuse.load(out, allow_code=True).model()
+    assert mark.exists()
+    sys.modules.pop(code.partition(":")[0], None)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "checkpoint/rows", "checkpoint/clients"])
