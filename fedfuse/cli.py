@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -110,6 +111,7 @@ def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
     return rest, found
 
 
+KEY = re.compile(r"[a-z_][\w.]*=")
 BARE = ("-m", "--multirun", "--dry-run", "--allow-code")
 
 
@@ -173,7 +175,7 @@ def _compare(words: list[str], started: float) -> int:
 
 def _resume(words: list[str], started: float) -> int:
     rest, flags = _flags(words, "--allow-code")
-    asked = [word for word in rest if word.partition("=")[0].isidentifier() and "=" in word and not Path(word).exists()]
+    asked = [word for word in rest if KEY.match(word) and not Path(word).exists()]
     rest = [word for word in rest if word not in asked]
     if len(rest) != 1:
         raise UserError("fedfuse resume: needs one run directory")
@@ -237,8 +239,9 @@ def _list(words: list[str], started: float) -> int:
     from fedfuse.config import reference, registry
 
     rest, _ = _flags(words)
-    if len(rest) == 1 and rest[0] not in reference.KINDS and rest[0] in registry.listed():
-        print(reference.strategy_text(rest[0]))
+    named = [word for word in rest if word not in reference.KINDS]
+    if named and set(rest) <= {*named, "strategies"} and set(named) <= registry.listed().keys():
+        print("\n\n".join(map(reference.strategy_text, named)))
         return 0
     if unknown := [w for w in rest if w not in reference.KINDS]:
         known = [*reference.KINDS, *registry.listed()]

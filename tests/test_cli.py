@@ -69,6 +69,10 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run rounds", "not of the form key=value"),
         ("run seed=0,1", "2 runs are asked for"),
         ("resume nowhere", "nowhere"),
+        ("resume nowhere train.lr=3", "train.lr=3: a run goes on with what it began with; only rounds=<more> may be"),
+        ("deploy status", "--ca is needed unless --insecure is given"),
+        ("deploy status --ca nowhere.pem", "--ca nowhere.pem: no such file; it is needed unless"),
+        ("list strategies knfuu", "did you mean 'knfu'"),
         ("report", "needs at least one"),
         ("export nowhere", "not a finished run"),
         ("run clok=devices", "did you mean 'clock'"),
@@ -195,3 +199,58 @@ def test_compare_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys) -
     assert capsys.readouterr().out.count("finished already") == 4
     assert main([*words, "train.lr=0.01"]) == 2
     assert "another configuration" in capsys.readouterr().err
+    one = tmp_path / "c" / "local" / "seed=0"
+    assert main([*words[:-1], f"out={one}"]) == 2
+    assert f"out={one}: is a run itself" in capsys.readouterr().err
+    summary, arrays = one / "summary.json", one / "final" / "client-0.safetensors"
+    summary.write_text(summary.read_text()[:50])
+    assert main(words) == 1
+    told = capsys.readouterr()
+    assert f"{summary}: cannot be read" in told.out
+    assert "1 of 4 runs failed" in told.err
+    other = tmp_path / "c" / "local" / "seed=1"
+    arrays = other / "final" / "client-0.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:20])
+    assert main(["export", str(other), "--client", "0"]) == 2
+    assert f"{arrays}: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["table.csv", "a.csv"])
+def test_compare_writes_beside_nothing_of_yours(what: str, tmp_path: Path, capsys) -> None:
+    from fedfuse.cli import main
+
+    (tmp_path / "d" / "empty").mkdir(parents=True)
+    (tmp_path / "d" / what).write_text("x,y\n1,2\n")
+    code = main(["compare", "strategy=local,fedavg", *SMALL, "rounds=1", f"out={tmp_path / 'd'}", "--dry-run"])
+    assert code == (0 if what == "table.csv" else 2)  # a sweep's own, whose runs all failed
+    if code:
+        assert f"out={tmp_path / 'd'}: holds a.csv, which is no run" in capsys.readouterr().err
+
+
+def test_a_strategy_is_listed_under_its_kind_too(capsys) -> None:
+    from fedfuse.cli import main
+
+    assert main(["list", "strategies", "knfu"]) == main(["list", "knfu"]) == 0
+    told = capsys.readouterr().out
+    assert told[: len(told) // 2] == told[len(told) // 2 :]
+
+
+def test_the_last_of_virtual_time_is_told_once(tmp_path: Path, capsys) -> None:
+    from fedfuse.cli import main
+
+    words = ["strategy=fedavg", *(word for word in SMALL if not word.startswith("rounds=")), "clock=devices"]
+    words += ["schedule=fedbuff", "schedule.buffer=1", "until.seconds=1"]
+    assert main(["run", *words, f"out={tmp_path / 'v'}"]) == 0
+    told = capsys.readouterr().out
+    done = json.loads((tmp_path / "v" / "summary.json").read_text())["rounds_done"]
+    assert told.count(f"round {done:>3} ") == 1
+    assert f"until.seconds=1 is over after round {done} " in told
+
+
+def test_nobody_with_a_test_of_ones_own_is_said(tmp_path: Path, capsys) -> None:
+    from fedfuse.cli import main
+
+    words = ["strategy=fedavg", *SMALL, "rounds=1", "data.limit=60", "clients=20", "partition=iid"]
+    assert main(["run", *words, f"out={tmp_path / 'few'}"]) == 0
+    said = "no client has 2 examples for a personal test: data.personal_test=0.2 of at most 3 is 1"
+    assert said in capsys.readouterr().out

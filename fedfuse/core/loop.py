@@ -132,6 +132,7 @@ class Federation:
             self.history.pop()
         self.evaluate(final=True)
         self._call("round")
+        self.again = False
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that does not count: padding, a prompt
 PARTS = ("inputs", "targets", "groups", "wanted", "byte_counts", "texts")  # arrays of `Examples`
+SCORED = 2  # examples that a score takes
 SPLITS = ("train", "validation", "personal")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
-from fedfuse.data.dataset import IGNORED, SPLITS, Dataset, Examples
+from fedfuse.data.dataset import IGNORED, SCORED, SPLITS, Dataset, Examples
 from fedfuse.data.domains import set_apart
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows
@@ -207,6 +207,9 @@ def prepare(
     counts = split_counts(sizes, data.validation, data.personal_test)
     ends = np.cumsum(counts.ravel()).reshape(counts.shape)
     offsets = np.column_stack([ends[:, 0] - counts[:, 0], ends])
+    if data.personal_test and counts[:, 2].max() < SCORED:
+        few = f"data.personal_test={data.personal_test:g} of at most {sizes.max()} is {counts[:, 2].max()}"
+        notes = [*notes, f"no client has {SCORED} examples for a personal test: {few}"]
     return FederatedData(dataset, rest[np.concatenate(cut)], offsets, chosen, (*dataset.notes, *notes))
 
 

@@ -46,7 +46,11 @@ def _with_all(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> li
     taken = [name for name in names if name not in (label, config.groups)]
     for name in taken:
         if not all(isinstance(row[name], int | float) for row in found):
-            raise UserError(f"{path}: data.inputs=*: column {name!r} holds what is no number; drop it from the file")
+            place, row = next((i, row) for i, row in enumerate(found, 1) if not _numeric(row[name]))
+            raise UserError(
+                f"{path}: data.inputs=*: example {place}, column {name!r}: {str(row[name] or '')[:40]!r} is no number; "
+                f"fill it in, or drop the row or the column"
+            )
     return [{**row, ALL: [float(row[name]) for name in taken]} for row in found]
 
 
@@ -75,6 +79,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is empty; expected a header and one example per line")
     columns = [_typed(column) for column in zip(*found, strict=True)]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _numeric(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _typed(column: tuple[str, ...]) -> list[Any]:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fedfuse.deploy.processes import QUOTA
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, WorldError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -283,7 +283,9 @@ def _audit(args: argparse.Namespace, keys: list[str]) -> int:
 def _health(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.launch import greet
 
-    return 0 if greet(args.server, None if args.insecure else args.ca) else 1
+    if greet(args.server, None if args.insecure else args.ca):
+        return 0
+    raise WorldError(f"no server answers at {args.server}")
 
 
 def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]

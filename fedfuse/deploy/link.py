@@ -20,6 +20,11 @@ from fedfuse.errors import UserError, WorldError, one_line
 PATIENCE = 300  # seconds for a command that streams nothing
 
 
+def no_ca(path: Path | None) -> str:
+    """What to say where the CA's certificate is not there."""
+    return f"{'--ca' if path is None else f'--ca {path}: no such file; it'} is needed unless --insecure is given"
+
+
 @dataclass(frozen=True)
 class Link:
     """How to reach a server.
@@ -56,7 +61,7 @@ class Link:
             If one is missing, or the key can be read by others.
         """
         if self.ca is None or not self.ca.is_file():
-            raise UserError(f"--ca {self.ca}: no such file; it is needed unless --insecure is given")
+            raise UserError(no_ca(self.ca))
         if self.operator is None or not self.operator.is_file():
             raise UserError(
                 f"--operator {self.operator}: no such file; the server asks for a certificate "
@@ -105,7 +110,7 @@ class Link:
             If there is no CA certificate.
         """
         if not self.insecure and (self.ca is None or not self.ca.is_file()):
-            raise UserError(f"--ca {self.ca}: no such file; it is needed unless --insecure is given")
+            raise UserError(no_ca(self.ca))
         with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
             trust = "insecure = true" if self.insecure else f"root-certificates = {json.dumps(str(self.ca.resolve()))}"  # type: ignore[union-attr]
             text = f'[superlink]\ndefault = "fedfuse"\n\n[superlink.fedfuse]\naddress = "{self.address}"\n{trust}\n'

@@ -25,7 +25,8 @@ BEST = ("accuracy/global", "accuracy/personal")
 FOOT = (
     "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds. global: official "
     "test split, class-averaged; personal: mean over clients on their own test examples; worst 10 %: mean of "
-    "the lowest ⌈N/10⌉ clients. MB: 10⁶ bytes of training payload."
+    "the lowest ⌈N/10⌉ clients; x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of "
+    "training payload. seconds: a run's rounds, without its start."
 )
 
 
@@ -87,7 +88,7 @@ def row(one: Group) -> Row:
         best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]).within(0, 1) for name in BEST},
         up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
-        seconds=_mean(one.runs, "seconds", "total"),
+        seconds=_mean(one.runs, "seconds", "rounds"),
         failures=sum((run.failures or {}).get(what, 0) for run in one.runs for what in ("replies", "rejected")),
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
         unfinished=len(one.unfinished),
@@ -199,13 +200,14 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
             pairs = [(name, pair) for name, pair in pairs if pair.n]
             if not pairs:
                 continue
+            tested = any(pair.n > 1 for _, pair in pairs)
             adjusted = holm([pair.t_p for _, pair in pairs])
             said = [f"{name} {_points(pair.difference)}" for name, pair in pairs]
             sure = [name for (name, _), p in zip(pairs, adjusted, strict=True) if p < 0.05]
             where = f" at {base.setting}" if base.setting else ""
             lines.append(
-                f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}; "
-                f"the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm)."
+                f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
+                + (f"; the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm)." if tested else ".")
             )
     return lines
 

@@ -226,7 +226,7 @@ class RunDirectory(Callback):
                 values = [*before_evaluation(path, kind), *values]
             virtual = clock.seconds if clock is not None and kind == "metrics" else None
             write_rows(path, kind, values, virtual)
-        federation.rows, federation.timing, federation.again = [], [], False
+        federation.rows, federation.timing = [], []
         self.seconds["rounds"] = self.seconds["before"] + time.perf_counter() - self._clock
         self._keep_clients(strategy.outbox.tags)
         if clock is not None:

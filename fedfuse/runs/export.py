@@ -54,6 +54,21 @@ def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path
     raise UserError(f"{path}: the server has no model of its own; say which client's: --client i")
 
 
+def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Arrays and notes of a final model's file."""
+    from safetensors import safe_open
+
+    from fedfuse.config.files import checked
+
+    try:
+        with safe_open(checked(source), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source}: cannot be read: {error}") from error
+
+
 def export(path: Path, client: int | None = None, out: str | None = None, allow_code: bool = False) -> Path:
     """Write a final model with what is needed to use it.
 
@@ -83,7 +98,6 @@ def export(path: Path, client: int | None = None, out: str | None = None, allow_
 def _exported(path: Path, client: int | None, out: str | None, allow_code: bool) -> Path:
     from dataclasses import asdict
 
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     from fedfuse.config.schema import ModelConfig
@@ -94,9 +108,7 @@ def _exported(path: Path, client: int | None, out: str | None, allow_code: bool)
     config = known_config(path, allow_code)
     scenario = prepare_scenario(config)
     dataset, summary = scenario.data.dataset, json.loads((path / "summary.json").read_text())
-    with safe_open(source, framework="pt") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        about = dict(file.metadata() or {})
+    arrays, about = _read(source)
     half = "shape" in about  # a network of the server behind the clients': it takes their features
     about |= {
         "data": config.data.name,
@@ -134,8 +146,6 @@ def rebuild(path: Path, client: int | None = None, allow_code: bool = False) -> 
 
 
 def _rebuilt(path: Path, client: int | None, allow_code: bool) -> tuple[nn.Module, Any]:
-    from safetensors import safe_open
-
     from fedfuse import models
     from fedfuse.config import registry
     from fedfuse.config.schema import ModelConfig
@@ -151,10 +161,6 @@ def _rebuilt(path: Path, client: int | None, allow_code: bool) -> tuple[nn.Modul
     chosen = registry.entry(config.strategy.name)
     workspace = Workspace(scenario, lambda model, build: chosen.client.equip(model, config.strategy, build))
 
-    def read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        with safe_open(source, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
     def half(arrays: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
         shape = tuple(json.loads(about["shape"]))
         built = models.build(
@@ -163,12 +169,12 @@ def _rebuilt(path: Path, client: int | None, allow_code: bool) -> tuple[nn.Modul
         built.load_state_dict(arrays)
         return built
 
-    arrays, about = read(source)
+    arrays, about = _read(source)
     if "shape" in about:
         return half(arrays, about).eval(), scenario
     model = (workspace.bare if "bare" in about else workspace.loaded)(about["architecture"], arrays)
     for file in sorted((path / "final").glob("server-*.safetensors")):
-        behind = read(file)
+        behind = _read(file)
         if "shape" in behind[1]:
             model = Split(model, half(*behind))
     return model.eval(), scenario

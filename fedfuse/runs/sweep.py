@@ -59,6 +59,7 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     places = [root / folder(run.config, run.varied) for run in runs]
+    _check_root(root)
     if dry:
         return _told(runs, places, space, root, console)
     tracking.prepare(runs[0].config.tracking)
@@ -109,6 +110,16 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     return root
 
 
+def _check_root(root: Path) -> None:
+    """Refuse a directory that is a run, or holds other things than runs."""
+    found, _ = find([root]) if root.exists() else ([], [])
+    if any(run.dir.resolve() == root.resolve() for run in found) or (root / "config.yaml").exists():
+        raise UserError(f"out={root}: is a run itself; choose a directory for the runs of a sweep")
+    for child in root.iterdir() if root.is_dir() and not found else ():
+        if not OURS.fullmatch(child.name) and not (child.is_dir() and not any(child.iterdir())):
+            raise UserError(f"out={root}: holds {child.name}, which is no run; choose another directory")
+
+
 def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
     """Refuse to write over runs of another configuration."""
     for path, config in plans:
@@ -147,6 +158,9 @@ def _told(
     return root
 
 
+OURS = re.compile(r"\..*|report\.html|table\.(csv|md|tex)")  # of a sweep whose runs all failed
+
+
 class Tally:
     """How many runs are over, and how long the others may take."""
 
@@ -169,16 +183,17 @@ def _once(path: Path, config: Config, console: Console, failed: list[str], tally
     """A track of one run, if it is not finished yet."""
     if (path / "summary.json").exists() and not config.overwrite and not goes_on(path, config):
         try:
+            load(path)  # or it would be left out of the table, though it counts as finished
             audited(path, config, True)  # those that were asked for since
         except (UserError, WorldError) as why:
-            console.print(f"{path}: {why}", markup=False, style="red")
+            console.print(f"{path}: {why}", markup=False, style="red", soft_wrap=True)
             failed.append(str(path))
         console.print(f"{tally.count(False)} {path}: finished already", markup=False)
         return
     error = yield config
     counted = tally.count(True)
     if error is not None:
-        console.print(f"{counted} {path}: {error}", markup=False, style="red")
+        console.print(f"{counted} {path}: {error}", markup=False, style="red", soft_wrap=True)
         failed.append(str(path))
         return
     seconds = (load(path).summary or {})["seconds"]["total"]

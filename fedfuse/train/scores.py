@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedfuse.data.dataset import SCORED
 from fedfuse.train.task import IGNORED, trimmed
 
 CHUNK = 64  # texts whose logits are held at once
@@ -34,7 +35,7 @@ def scores(logits: Tensor, y: Tensor, classes: int) -> dict[str, float]:
         NaN for fewer than two examples. Where a prediction is not a number it counts as wrong, and `undefined`
         is the share of such.
     """
-    if len(y) < 2:
+    if len(y) < SCORED:
         return dict.fromkeys(("accuracy", "accuracy_macro", "loss"), float("nan"))
     defined = logits.isfinite().all(1)
     right = (logits.argmax(1) == y) & defined

@@ -242,7 +242,7 @@ def test_a_csv_of_numbers_is_taken_whole_if_one_says_so(tmp_path):
     with pytest.raises(UserError, match=r"data\.inputs=<one of site, width, height, label>, or data\.inputs=\*"):
         load(config("csv", tmp_path, test_fraction=0.0))
     (tmp_path / "cells.csv").write_text("name,width,label\na,2,0\nb,4,1\n")
-    with pytest.raises(UserError, match="column 'name' holds what is no number"):
+    with pytest.raises(UserError, match=r"example 1, column 'name': 'a' is no number; fill it in"):
         load(config("csv", tmp_path, inputs="*", test_fraction=0.0))
 
 

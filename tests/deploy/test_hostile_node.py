@@ -354,3 +354,49 @@ def test_no_word_of_a_nodes_begins_a_line_of_the_log(
     for line in [*said, *printed.split("\n")]:
         assert printable(line.strip()), repr(line)
         assert not line.lstrip().startswith("fedfuse-run-directory")
+
+
+@pytest.mark.parametrize("value", [1e308, -0.5, 1.01])
+@pytest.mark.parametrize("split", ["personal", "validation"])
+def test_a_score_is_a_share(value: float, split: str, tmp_path: Path) -> None:
+    """One site's accuracy of 1e308 ended everybody's run early, and the report page for ever."""
+    network = Network(seats(tmp_path, 3))
+
+    def boast(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "evaluate" and message.metadata.dst_node_id == 102:
+            reply.content["metrics"][f"{split}/accuracy"] = value
+        return reply
+
+    network.reply = boast
+    built, _ = run(tiny("fedavg", "rounds=1", "evaluate.validation=true"), network, tmp_path / "run")
+    assert any(f"metric '{split}/accuracy' is" in line for line in built.strategy.inbox.left_out)
+    assert 0 <= built.headline["accuracy/personal"] <= 1
+
+
+@pytest.mark.parametrize("strategy", ["fednova", "flexlora"])
+def test_numbers_that_only_overflow_together_end_no_run_for_good(strategy: str, tmp_path: Path) -> None:
+    """Finite in every reply, not in what is fused of them: that is not committed, and the others go on."""
+    network, draw = Network(seats(tmp_path, 3)), np.random.default_rng(0)
+
+    def huge(message: Message, reply: Message) -> Message:
+        about = message.content.config_records.get("run", {})
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type == "train" and about["round"] == 2:
+            for record in reply.content.array_records.values():
+                for name, array in list(record.items()):
+                    value = array.numpy()
+                    signs = draw.choice([-1, 1], value.shape)
+                    record[name] = Array((np.finfo(value.dtype).max * signs).astype(value.dtype))
+        return reply
+
+    network.reply = huge
+    config = tiny(strategy, "rounds=3", "evaluate.every=3")
+    with pytest.raises(WorldError, match=r"round 2: what was fused of the clients' shares is unusable: .* not finite"):
+        run(config, network, tmp_path / "run")
+
+    def gone(message: Message, reply: Message) -> Message:
+        hello = message.metadata.message_type.startswith("query")
+        return reply if hello or message.metadata.dst_node_id != 102 else Message(Error(1003, "gone"), reply_to=message)
+
+    network.reply = gone
+    built, _ = run(config, network, tmp_path / "run", resumed=True)
+    assert built.done == 3

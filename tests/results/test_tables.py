@@ -151,6 +151,9 @@ def test_what_is_added_to_training_alone(tmp_path):
     assert f"knfu {100 * mean:+.1f} ± " in told[0]
     assert "the seeds tell apart: " in told[0]
     assert against_nothing_sent([one for one in runs if one.strategy != "alone"]) == []
+    single = against_nothing_sent([one for one in runs if one.seed == 0])
+    assert [line.partition(": ")[2].count("seeds") for line in single] == [0, 0]  # nothing was tested
+    assert all(line.endswith(".") for line in single)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
