@@ -10,6 +10,7 @@ from fedfuse.config import catalogue, registry
 from fedfuse.config.compose import meant
 from fedfuse.config.hydra_words import GROUPS, options, preset_files
 from fedfuse.config.keys import Key, said
+from fedfuse.config.rules import allowed
 from fedfuse.config.schema import known
 from fedfuse.errors import UserError, nearest
 
@@ -139,5 +140,10 @@ def _kind(key: Key) -> str:
 
 
 def _full(key: Key) -> str:
-    out = [f"{key.name}: {key.meaning}", f"  may be: {key.kind}", f"  default: {said(key.default)}"]
+    rule = allowed(key.name)
+    out = [
+        f"{key.name}: {key.meaning}",
+        f"  may be: {key.kind}{f': {rule}' if rule else ''}",
+        f"  default: {said(key.default)}",
+    ]
     return "\n".join([*out, f"  only with: {key.only}"] if key.only else out)

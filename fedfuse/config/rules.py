@@ -67,6 +67,20 @@ def check(config: Config) -> None:
             raise UserError(f"audit={name}: {nearest(str(name), catalogue.AUDITS)}")
     if len(set(config.audit)) < len(config.audit):
         raise UserError(f"audit={','.join(config.audit)}: allowed is each once")
+    for key, value, good, wanted in _rules(config):
+        if not good:
+            raise UserError(f"{key}={value}: allowed is {wanted}")
+
+
+def allowed(key: str) -> str:
+    """What a key may be, in words; empty where anything of its type goes."""
+    if key in WORDS:
+        return ", ".join(WORDS[key])
+    told = [f"at least {LEAST[key]}"] if key in LEAST else []
+    return "; ".join([*told, *(wanted for name, _, _, wanted in _rules(Config()) if name == key)])
+
+
+def _rules(config: Config) -> list[Rule]:
     part, train, temperature, model = config.participation, config.train, config.loss.temperature, config.model
     labels, privacy, distil, optimizers = (
         config.labels,
@@ -120,14 +134,12 @@ def check(config: Config) -> None:
     for word in config.train.pool or ():
         name, at, rate = word.partition("@")
         good = name in WORDS["train.optimizer"] and (not at or _positive(rate))
-        allowed = " or ".join(", ".join(WORDS["train.optimizer"]).rsplit(", ", 1))
-        rules.append(("train.pool", word, good, f"{allowed}, and a rate after @ as in adam@0.001"))
+        wanted = " or ".join(", ".join(WORDS["train.optimizer"]).rsplit(", ", 1))
+        rules.append(("train.pool", word, good, f"{wanted}, and a rate after @ as in adam@0.001"))
     server = config.runtime.server_device
     known = server is None or re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", server) is not None
     rules.append(("runtime.server_device", server, known, "null, auto, cpu, cuda or cuda:<number>"))
-    for key, value, good, allowed in rules:
-        if not good:
-            raise UserError(f"{key}={value}: allowed is {allowed}")
+    return rules
 
 
 def _positive(text: str) -> bool:

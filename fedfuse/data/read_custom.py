@@ -20,7 +20,9 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         Where there is no such function, or it returns neither a `Dataset` of FedFuse or torch nor arrays.
     """
     if not config.load:
-        raise UserError("data.load=None; expected pkg.mod:fn returning a fedfuse.data.Dataset")
+        raise UserError(
+            "data=custom needs data.load=pkg.mod:fn, which returns (x, y), a torch Dataset or a fedfuse.data.Dataset"
+        )
     path = config.load
     function = resolve(path, "data.load")
     extra = dict(config.extra or {})

@@ -93,7 +93,7 @@ def _secret(state: Path) -> Path:
 
 def _there(path: Path | None, flag: str) -> Path:
     if path is None or not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
+        raise UserError(f"{flag} is needed" if path is None else f"{flag} {path}: no such file")
     return path.resolve()
 
 
