@@ -140,10 +140,6 @@ def _kind(key: Key) -> str:
 
 
 def _full(key: Key) -> str:
-    rule = allowed(key.name)
-    out = [
-        f"{key.name}: {key.meaning}",
-        f"  may be: {key.kind}{f': {rule}' if rule else ''}",
-        f"  default: {said(key.default)}",
-    ]
+    kind = ": ".join(filter(None, (key.kind, allowed(key.name))))
+    out = [f"{key.name}: {key.meaning}", f"  may be: {kind}", f"  default: {said(key.default)}"]
     return "\n".join([*out, f"  only with: {key.only}"] if key.only else out)

@@ -20,9 +20,8 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         Where there is no such function, or it returns neither a `Dataset` of FedFuse or torch nor arrays.
     """
     if not config.load:
-        raise UserError(
-            "data=custom needs data.load=pkg.mod:fn, which returns (x, y), a torch Dataset or a fedfuse.data.Dataset"
-        )
+        kinds = "(x, y), a torch Dataset or a fedfuse.data.Dataset"
+        raise UserError(f"data=custom needs data.load=pkg.mod:fn, which returns {kinds}")
     path = config.load
     function = resolve(path, "data.load")
     extra = dict(config.extra or {})

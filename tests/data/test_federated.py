@@ -173,7 +173,7 @@ REFUSED = [
     ({"name": "digit"}, {}, "did you mean 'digits'"),
     ({"layout": "parket"}, {}, "did you mean 'parquet'"),
     ({"extra": {"size": 3}}, {}, "data.extra.size"),
-    ({"layout": "custom"}, {}, "expected pkg.mod:fn"),
+    ({"layout": "custom"}, {}, "data=custom needs data.load=pkg.mod:fn, which returns"),
     ({"layout": "custom", "load": "no_such_package:make"}, {}, "no_such_package"),
     ({"layout": "custom", "load": "json:dumps_all"}, {}, "has no .dumps_all"),
 ]
