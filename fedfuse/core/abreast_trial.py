@@ -13,7 +13,8 @@ from typing import Any
 
 TRIES = 2  # of each way that count
 PART = 8  # clients of a stack as long as nothing is known
-SILENT = 32  # times that clients who asked for nothing are not seated, before they are again
+SILENT = 32  # times that clients who asked for nothing are not seated, before they are again; then twice as long
+LONGEST = 4096  # of these times
 GAIN = 0.97  # of the time alone that a stack may take at most, for it to be worth it
 
 
@@ -25,7 +26,7 @@ class Trials:
         self._stacked: dict[Any, list[float]] = {}
         self._made: set[tuple[Any, int]] = set()  # kinds, and how many were trained at once
         self._pays: dict[Any, bool] = {}
-        self._silent: dict[tuple[str, str], int] = {}
+        self._silent: dict[tuple[str, str], tuple[int, int]] = {}  # times that are left, and of how many
 
     def pays(self, kind: Any) -> bool | None:
         """Whether stacks pay; None while it is not known."""
@@ -39,13 +40,19 @@ class Trials:
 
     def silent(self, architecture: str, kind: str) -> bool:
         """Whether clients of an architecture asked for nothing when they were last seated for messages of a kind."""
-        left = self._silent.get((architecture, kind), 0)
-        self._silent[architecture, kind] = max(0, left - 1)
+        left, of = self._silent.get((architecture, kind), (0, 0))
+        if left:
+            self._silent[architecture, kind] = left - 1, of
         return left > 0
 
     def heard(self, architecture: str, kind: str, asked: bool) -> None:
         """Remember whether clients who were seated asked for a training."""
-        self._silent[architecture, kind] = 0 if asked else SILENT
+        if asked:
+            self._silent.pop((architecture, kind), None)
+            return
+        _, before = self._silent.get((architecture, kind), (0, SILENT // 2))
+        times = min(2 * before, LONGEST)
+        self._silent[architecture, kind] = times, times
 
     def wants_alone(self, kind: Any) -> bool:
         """Whether the next training of a kind shall be made alone, to be measured."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedfuse.config.compose import compose
+from fedfuse.core import abreast_trial
 from fedfuse.core.abreast_notes import computed, vectorized_notes
 from fedfuse.core.abreast_trial import GAIN, SILENT, TRIES, Trials
 
@@ -93,3 +94,22 @@ def test_a_run_says_how_its_clients_were_computed(monkeypatch: pytest.MonkeyPatc
     ]
     config.runtime.device = "cpu"
     assert vectorized_notes(config, {}) == []
+
+
+def test_who_keeps_asking_for_nothing_is_seated_ever_more_rarely(monkeypatch) -> None:
+    monkeypatch.setattr(abreast_trial, "SILENT", 2)
+    monkeypatch.setattr(abreast_trial, "LONGEST", 5)
+    trials, waited = Trials(), []
+    assert not trials.silent("mlp", "train")
+    for _ in range(4):
+        trials.heard("mlp", "train", False)
+        times = 0
+        while trials.silent("mlp", "train"):
+            times += 1
+        waited.append(times)
+    assert waited == [2, 4, 5, 5]
+    assert not trials.silent("mlp", "evaluate")
+    trials.heard("mlp", "train", True)
+    assert not trials.silent("mlp", "train")
+    trials.heard("mlp", "train", False)
+    assert [trials.silent("mlp", "train") for _ in range(3)] == [True, True, False]
