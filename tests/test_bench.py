@@ -84,6 +84,11 @@ def test_rivals_take_turns_with_ours_when_others_are_done(monkeypatch) -> None:
     assert asked == [["fedfuse", "flower"], ["fedfuse", "plain"]]
 
 
+def test_who_is_timed_from_its_start_is_asked_for_one_round() -> None:
+    contestant = "from fedfuse.bench.contestants import serve; serve(lambda rounds: print('played', rounds))"
+    assert footprint._until([sys.executable, "-c", contestant], "played 1\n".__eq__) > 0
+
+
 def test_a_command_that_plays_no_round_has_no_seconds() -> None:
     with pytest.raises(WorldError, match="no round was played by -c pass"):
         footprint._until([sys.executable, "-c", "pass"], lambda line: True)

@@ -1,6 +1,7 @@
-"""Contestants of `fedfuse bench`: each runs in a process of its own and plays one round whenever it is told to.
+"""Contestants of `fedfuse bench`: each runs in a process of its own and plays as many rounds as it is told to.
 
-Protocol: a contestant prints `ready`; for every line it reads it plays a round and prints `seconds <float>`.
+Protocol: a contestant prints `ready`; for every line it reads, a number, it plays so many rounds and prints
+`seconds <float>`, what one took.
 `python -m fedfuse.bench.play SIDE WORKLOAD CLIENTS` starts one; the sides are those of
 `fedfuse.bench.suite.SIDES`.
 """

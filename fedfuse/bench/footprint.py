@@ -50,7 +50,7 @@ def _until(command: list[str], reached: Callable[[str], bool]) -> float:
     assert process.stdin is not None
     assert process.stdout is not None
     with process:
-        process.stdin.write("go\n")  # contestants play a round a line
+        process.stdin.write("1\n")  # contestants play as many rounds as a line says
         process.stdin.flush()
         seconds = next((time.perf_counter() - started for line in process.stdout if reached(line)), None)
         process.stdin.close()

@@ -222,7 +222,7 @@ def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord]
     seen: set[Path] = set()
     for directory in directories:
         root = Path(directory)
-        candidates = list(_candidates(root)) if root.is_dir() else [root]
+        candidates = list(run_directories(root)) if root.is_dir() else [root]
         if not candidates:
             skipped.append(f"{root}: no run directory in it")
         for path in candidates:
@@ -236,7 +236,7 @@ def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord]
     return runs, skipped
 
 
-def _candidates(root: Path) -> Iterator[Path]:
+def run_directories(root: Path) -> Iterator[Path]:
     """Yield directories that are, or once were to be, run directories; never look inside one."""
     marks = {"config.yaml", "summary.json", "metrics.parquet"}
     for current, below, files in os.walk(root):

@@ -39,16 +39,13 @@ def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path
     if (common := final / "server-model.safetensors") in servers:  # what clients are sent; the others are views of it
         return common
     if servers and client is not None:
-        from safetensors import safe_open
-
         from fedfuse.core.scenario import prepare_scenario
         from fedfuse.runs.configuration import known_config
 
         wanted = prepare_scenario(known_config(path, allow_code)).architectures[client]
         for file in servers:
-            with safe_open(file, framework="pt") as handle:
-                if (handle.metadata() or {}).get("architecture") == wanted:
-                    return file
+            if _read(file)[1].get("architecture") == wanted:
+                return file
     if servers:
         raise UserError(f"{path}: has one model per architecture; say which client's: --client i")
     raise UserError(f"{path}: the server has no model of its own; say which client's: --client i")

@@ -13,7 +13,7 @@ from fedfuse.config.clock_keys import MANY
 from fedfuse.config.schema import Config
 from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
-from fedfuse.results.run_data import find, load
+from fedfuse.results.run_data import find, load, run_directories
 from fedfuse.results.table import print_table
 from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
@@ -112,8 +112,8 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
 
 def _check_root(root: Path) -> None:
     """Refuse a directory that is a run, or holds other things than runs."""
-    found, _ = find([root]) if root.exists() else ([], [])
-    if any(run.dir.resolve() == root.resolve() for run in found) or (root / "config.yaml").exists():
+    found = next(run_directories(root), None)
+    if found == root:
         raise UserError(f"out={root}: is a run itself; choose a directory for the runs of a sweep")
     for child in root.iterdir() if root.is_dir() and not found else ():
         if not OURS.fullmatch(child.name) and not (child.is_dir() and not any(child.iterdir())):
