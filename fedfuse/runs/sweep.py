@@ -186,9 +186,10 @@ def _once(path: Path, config: Config, console: Console, failed: list[str], tally
             load(path)  # or it would be left out of the table, though it counts as finished
             audited(path, config, True)  # those that were asked for since
         except (UserError, WorldError) as why:
-            console.print(f"{path}: {why}", markup=False, style="red", soft_wrap=True)
+            console.print(f"{tally.count(False)} {path}: {why}", markup=False, style="red", soft_wrap=True)
             failed.append(str(path))
-        console.print(f"{tally.count(False)} {path}: finished already", markup=False)
+        else:
+            console.print(f"{tally.count(False)} {path}: finished already", markup=False)
         return
     error = yield config
     counted = tally.count(True)
