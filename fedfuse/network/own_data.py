@@ -45,7 +45,9 @@ def site_scenario(config: Config, client: int, clients: int, task: str) -> Scena
     Raises
     ------
     Refused
-        If the site's data does not fit the task: another class, kind of input, or an own holdout as transfer set.
+        If the task is none, or the data comes partitioned.
+    UserError
+        If the site's data does not fit the task: another class or kind of input. It may quote the data.
     """
     about = _read(task)
     data = replace(config.data, limit=None, test_limit=None, test_fraction=0.0)
@@ -54,7 +56,7 @@ def site_scenario(config: Config, client: int, clients: int, task: str) -> Scena
         raise Refused(f"data={own.name} comes partitioned into clients; a site is one client")
     unknown = sorted(set(own.classes) - set(about["classes"]))
     if unknown:
-        raise Refused(f"class {unknown[0]!r} of this site's data is not one of the task's {len(about['classes'])}")
+        raise UserError(f"class {unknown[0]!r} of this site's data is not one of the task's {len(about['classes'])}")
     codes = np.array([about["classes"].index(name) for name in own.classes], dtype=np.int64)
     train = dataclasses.replace(own.train, targets=codes[own.train.targets], groups=None)
     scaled = own.mean is not None

@@ -43,13 +43,12 @@ class Policy:
         Largest share of its examples that a run may keep for validation and for the site's own test: with them it is
         scored in every evaluation, and what scores give away no differential privacy covers.
     require_dp : bool
-        Refuse runs without differential privacy.
+        Refuse runs without differential privacy, and those that choose columns, unless `select` does.
     require_secure : bool
         Refuse runs without secure aggregation; in a run with it, no summed record leaves unmasked anyway.
     max_epsilon, max_delta, min_noise : float or None
-        With differential privacy: ε that this site's data may be spent on, over all runs ever (at `max_delta`);
-        largest δ
-        of a run; least noise multiplier σ.
+        With differential privacy: ε that this site's data may be spent on, over all runs ever, at `max_delta` or,
+        without one, at a run's own δ and 10⁻⁵ at most; largest δ of a run; least noise multiplier σ.
     select : dict or None
         What of this site's data is used, in place of what a run says: `name`, `layout`, `inputs`, `targets`, `groups`,
         `extra`.
@@ -104,6 +103,10 @@ class Policy:
                 else "none"
             )
             raise Refused(f"site policy: differential privacy is required, the run has {has}")
+        columns = [key for key in ("inputs", "targets", "groups") if getattr(config.data, key) is not None]
+        if self.require_dp and self.select is None and columns:  # whether its classes are such and such, no noise hides
+            keys = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in columns)
+            raise Refused(f"site policy: {keys}; allowed: with require_dp, the columns of [select]")
         if self.require_secure and not config.secure.on:
             raise Refused("site policy: secure aggregation is required, the run has none (secure=on)")
         asked = config.privacy

@@ -37,6 +37,7 @@ from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
 
 RUN = re.compile(r"[0-9a-f]{32}")
+AT_HOME = "this site's data does not fit what the run asks of it; why, the site's own log says"
 FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/'\",;:()]+/)+")  # that lead to a file or folder of this site's
 
 
@@ -62,7 +63,7 @@ class Site:
                 return self._handle(message, RecordDict() if kept is None else kept)
         except (Refused, UserError) as error:
             self._refused(message, str(error))
-            return self._error(REFUSED, f"refused: {error}", message)
+            return self._error(REFUSED, f"refused: {error}", message, isinstance(error, _AtHome))
         except Stale as error:
             return self._error(STALE, str(error), message)
         except InvalidArrays as error:
@@ -76,10 +77,11 @@ class Site:
             setting: Any = message.content.config_records.get("setting", {}) if message.has_content() else {}
             self._note("refused", message, one_line(setting.get("run", ""), 40), None, None, reason=one_line(reason))
 
-    def _error(self, code: int, reason: str, message: Message) -> Message:
+    def _error(self, code: int, reason: str, message: Message, at_home: bool = False) -> Message:
         reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log
         print(f"fedfuse: {reason}", flush=True)
-        return Message(Error(code=code, reason=self._outside(reason)), reply_to=message)
+        said = f"refused: {AT_HOME}" if at_home else self._outside(reason)
+        return Message(Error(code=code, reason=said), reply_to=message)
 
     def _outside(self, reason: str) -> str:
         """A reason as others are told it: where things lie here is this site's affair."""
@@ -215,10 +217,15 @@ class Site:
             if (self.seat.clients is None) != bool(task):
                 own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")
                 raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")
-            if task:
-                scenario = site_scenario(config, self.seat.client, config.clients or 0, task)
-            else:
-                scenario = prepare_scenario(config)
+            try:
+                if task:
+                    scenario = site_scenario(config, self.seat.client, config.clients or 0, task)
+                else:
+                    scenario = prepare_scenario(config)
+            except UserError as error:
+                if self.seat.store is not None:  # Flower's simulator is no deployment
+                    raise
+                raise _AtHome(str(error)) from error
             mine = self.seat.acts_as(scenario.clients)
             if not mine or mine[-1] >= scenario.clients or mine[0] < 0:
                 raise Refused(f"the run has {scenario.clients} clients, this site is client {self.seat.client}")
@@ -226,6 +233,10 @@ class Site:
                 self.seat.policy.check_examples(scenario.examples(client))
             self._scenarios = {text: (config, scenario)}
         return self._scenarios[text]
+
+
+class _AtHome(Refused):
+    """What is wrong with the site's data: it names columns, classes and values, of which a server could ask for all."""
 
 
 def counted(path: Path) -> int:

@@ -15,6 +15,9 @@ from fedfuse.errors import Refused
 from fedfuse.train.accounting import History, Release, epsilon, joined
 
 
+USUAL = 1e-5  # δ
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a site's policy allows its data set to be spent on, over all runs; None is no limit.
@@ -22,7 +25,7 @@ class Limits:
     Attributes
     ----------
     epsilon : float or None
-        ε of everything ever released, at `delta`.
+        ε of everything ever released, at `delta`; without one at the run's, and 10⁻⁵ at most: with a large δ any ε is kept.
     delta : float or None
         Largest δ of a run.
     noise : float or None
@@ -83,10 +86,10 @@ class Ledger:
 
     def spent(self, release: Release | None = None, delta: float | None = None) -> float:
         """ε of the data set over all runs, after one more release if there is one."""
-        at = self.limits.delta if self.limits.delta is not None else delta
+        at = self.limits.delta if self.limits.delta is not None else min(delta or USUAL, USUAL)
         history = joined((), entered(self.lifetime) if self.lifetime else ())
         history = joined(history, (release,)) if release else history
-        return epsilon(history, at) if history and at else 0.0
+        return epsilon(history, at) if history else 0.0
 
 
 def entered(path: Path) -> History:

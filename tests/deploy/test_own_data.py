@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedfuse.config.compose import compose
+from fedfuse.config.message import as_json
 from fedfuse.config.schema import Config
 from fedfuse.data.read_digits import digits
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.exchange import Patience
-from fedfuse.network.site import SiteConfig
+from fedfuse.network.site import AT_HOME, Site, SiteConfig
 from tests.deploy import network
 from tests.deploy.network import Network
 
@@ -63,12 +66,35 @@ def test_sites_learn_together(strategy: str, sites: tuple[Config, Network], tmp_
     assert (tmp_path / "run" / "partition.parquet").exists()
 
 
-def test_a_foreign_class_is_refused(sites: tuple[Config, Network], tmp_path: Path) -> None:
+def test_a_foreign_class_is_refused(
+    sites: tuple[Config, Network], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, grid = sites
     archive(tmp_path / "odd", np.arange(100), shift=7)
     grid.seats[102] = SiteConfig(2, tmp_path / "site-2", None, str(tmp_path / "odd"))
-    with pytest.raises(WorldError, match=r"class '10' of this site's data is not one of the task's 10"):
+    with pytest.raises(WorldError, match="the site's own log says"):
         network.run(config, grid, tmp_path / "run", Patience(join=0.3), own=True)
+    assert "class '10' of this site's data is not one of the task's 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [{"targets": "name"}, {"inputs": "nothing"}, {"groups": "nothing"}])
+def test_no_refusal_quotes_a_sites_data(
+    words: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attack of an audit: hellos alone read a column value by value, each refusal named the next."""
+    folder = tmp_path / "cohort"
+    folder.mkdir()
+    rows = [f"{i},{i % 2},{name}" for i, name in enumerate(("Alice", "Bob", "Carla", "Dora"))]
+    (folder / "all.csv").write_text("\n".join(["inputs,label,name", *rows]))
+    told = compose(["data=csv", "clients=2", "rounds=1", "model=mlp_small", "strategy=fedavg"])
+    text = as_json(replace(told, data=replace(told.data, **words)))
+    task = json.dumps({"classes": ["0", "1"], "mean": None, "std": None, "transfer": 0})
+    setting = ConfigRecord({"config": text, "run": "0" * 32, "attempt": 1, "task": task})
+    site = Site(SiteConfig(0, tmp_path / "site", None, str(folder)))
+    reply = site.handle(Message(RecordDict({"setting": setting}), 100, "query.hello"))
+    assert reply.error.reason == f"refused: {AT_HOME}"
+    said = capsys.readouterr().out
+    assert "Alice" in said or "inputs, label, name" in said
 
 
 HELLOS: dict[str, Any] = {

@@ -61,7 +61,7 @@ def test_weak_privacy_is_refused(policy: Policy, words: tuple[str, ...], match: 
 
 def test_a_new_run_is_no_new_budget(tmp_path: Path) -> None:
     words = ("privacy.epsilon=1", "privacy.delta=0.01", *DP[1:])
-    network = under(Policy(max_epsilon=1.5, require_dp=True), tmp_path)
+    network = under(Policy(max_epsilon=1.5, max_delta=0.01, require_dp=True), tmp_path)
     run(tiny("fedavg", *words), network, tmp_path / "first")
     ledgers = sorted((tmp_path / "site-0" / "privacy").iterdir())
     assert len(ledgers) == 1
@@ -76,9 +76,25 @@ def test_a_new_run_is_no_new_budget(tmp_path: Path) -> None:
         WorldError, match=r"epsilon \S+ of this data set over all runs with this training; allowed: at "
     ):
         again_and_again()
-    ledger = Ledger(tmp_path / "x", ledgers[0], Limits(1.5))
-    assert ledger.spent(delta=0.01) <= 1.5
+    ledger = Ledger(tmp_path / "x", ledgers[0], Limits(1.5, 0.01))
+    assert ledger.spent() <= 1.5
     assert len(entered(ledgers[0])) > len(spent)
+
+
+def test_a_large_delta_is_no_way_around_epsilon(tmp_path: Path) -> None:
+    """The attack of an audit: three rows to train on allowed delta=0.3, at which epsilon 1 is one of 6.7."""
+    words = ("privacy.epsilon=1", "privacy.delta=0.3", *DP[1:], "data.validation=0.49", "data.personal_test=0.48")
+    with pytest.raises(WorldError, match=r"epsilon \S+ of this data set over all runs"):
+        run(tiny("fedavg", *words), under(Policy(max_epsilon=1.0, require_dp=True), tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["inputs", "targets", "groups"])
+def test_columns_are_the_sites_choice_where_privacy_is_required(key: str) -> None:
+    config = tiny("fedavg", *DP, "data=csv", f"data.{key}=income")
+    with pytest.raises(Refused, match=f"data.{key}=income; allowed: with require_dp, the columns of"):
+        Policy(require_dp=True).check(config)
+    Policy().check(config)
+    Policy(require_dp=True, select={"name": "csv"}).check(config)
 
 
 def test_a_ledger_survives_a_loss_of_power(tmp_path: Path) -> None:
@@ -418,6 +434,8 @@ def test_a_ledger_allows_its_limits_and_enters_nothing_beyond(tmp_path: Path, mo
     alone.enter(release, 0.5)
     assert (alone.history, alone.spent(delta=0.01)) == ((release,), 0.0)  # it keeps no ledger of the data set
     free = Ledger(tmp_path / "free", tmp_path / "all" / "free", Limits(epsilon=100.0))
-    free.enter(release, 0.005)  # at the run's delta, where the ledger has none of its own
+    free.enter((4000.0, 0.5, 2), 5e-6)  # at the run's delta, where the ledger has none of its own
     with pytest.raises(Refused, match="epsilon 150 of"):
-        free.enter((4.0, 0.5, 1), 0.005)
+        free.enter((4000.0, 0.5, 1), 5e-6)
+    with pytest.raises(Refused, match="epsilon 150 of"):  # but not at 0.3, with which every epsilon is kept
+        free.enter((1000.0, 0.5, 1), 0.3)
