@@ -1,9 +1,10 @@
 """What a node's push to Flower's SuperLink says, and whether what it pushed is still there.
 
 Internal names of Flower 1.41, read and not changed: `PushMessagesRequest` and `PushObjectRequest` of `flwr.proto`,
-`authenticate_node` of `flwr.superlink.routers.fleet.node_auth` with the header `flwr-public-key`, and the
-application's `state.superlink_lifespan.objectstore_factory`. They buy a quota a node. If they are gone, the server
-does not start, or every push is refused by name. Guard: `tests/deploy/test_quota.py`.
+`authenticate_node` of `flwr.superlink.routers.fleet.node_auth` with the header `flwr-public-key`, `get_linkstate` of
+`flwr.superlink.dependencies.linkstate`, and the application's `state.superlink_lifespan.objectstore_factory`. They buy
+a quota a node. If they are gone, the server does not start, or every push is refused by name. Guard:
+`tests/deploy/test_quota.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from fedfuse.errors import UserError, WorldError
@@ -70,18 +72,25 @@ def push_of(path: str, body: bytes, most: int) -> Push:
     return Push(asked, found)
 
 
-def proved(app: Any, scope: Any, push: Push) -> bytes | None:
-    """The key of the node that pushes, if it proves that it has it, by Flower's own check; else None."""
+def proved(app: Any, scope: Any, push: Push | None = None) -> bytes | None:
+    """The key of the node that pushes, if it proves that it has it, by Flower's own check; else None.
+
+    Without a push, whoever asks need only be one of the nodes: its headers are signed, and the body is not read yet.
+    """
     from fastapi import HTTPException, Request
+    from flwr.superlink.dependencies.linkstate import get_linkstate
     from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
     request = Request({**scope, "app": app, "state": {}})
-    request.state.protobuf_request = push.asked
     try:
+        key = base64.b64decode(request.headers[KEY])
+        if push is None and (node := get_linkstate(request).get_node_id_by_public_key(key)) is None:
+            return None
+        request.state.protobuf_request = SimpleNamespace(node_id=node) if push is None else push.asked
         authenticate_node(request)
-    except HTTPException:
+    except (HTTPException, KeyError, ValueError):
         return None
-    return base64.b64decode(request.headers[KEY])
+    return key
 
 
 def holds(app: Any) -> Callable[[str], bool]:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedfuse.config.files import replaced
 from fedfuse.errors import UserError
 
 ROLES = ("read", "submit", "register")  # of operators
@@ -74,10 +75,11 @@ def write_certificates(
 
 
 def _write(path: Path, content: bytes, secret: bool) -> Path:
-    # a secret is never readable by others, not even between creation and chmod
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
+    # a secret is never readable by others: not between creation and chmod, nor in a file that was there before
+    with replaced(path) as partial:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600 if secret else 0o644)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
     return path
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedfuse.compat.superlink_objects import MESSAGES, OBJECT, Push, holds, proved, push_of
+from fedfuse.compat.superlink_objects import MESSAGES, OBJECT, holds, proved, push_of
 from fedfuse.deploy.doors import LARGEST, Door, Receive, Scope, Send, TooLarge, answered, whole
 from fedfuse.errors import UserError, one_line
 from fedfuse.network.audit import Audit
@@ -23,7 +23,9 @@ from fedfuse.network.roster import Roster, fingerprint
 ROW = 4096  # bytes that an object takes beside its content
 TREE = 10_000  # objects of a message
 MANY = 20_000  # objects of a node
-Who = Callable[[Any, Any, Push], bytes | None]
+LITTLE = 64 * 1024  # bytes of a request that anyone may send: to join, to ask for work
+AT_ONCE = 8  # larger requests of a node that are read at once: what is not read whole yet is in no quota
+Who = Callable[..., bytes | None]
 PAUSE = 30.0  # seconds between looks for what is gone, which asks for every object
 
 
@@ -98,7 +100,7 @@ class Sites(Door):
     note : callable
         Is told, once a node, who had too much here: the key that it proved.
     who : callable
-        The key that whoever pushes has proved; None for a stranger, whom the application turns away.
+        The key that whoever asks has proved, with or without what is pushed; None for a stranger.
     """
 
     def __init__(self, app: Any, quota: Quota, note: Callable[[bytes, str], None], who: Who = proved) -> None:
@@ -106,9 +108,19 @@ class Sites(Door):
         self.quota, self.note, self.who = quota, note, who
         self._noted: set[bytes] = set()
         self._turns: dict[bytes, threading.Lock] = {}
+        self._read: dict[bytes, asyncio.Semaphore] = {}
 
     async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on, if what it leaves here is not too much."""
+        """Hand a request on, if what it leaves here is not too much; of strangers nothing large is read."""
+        if little(scope):
+            await self._passed(scope, receive, send)
+        elif (node := await asyncio.to_thread(self.who, self.app, scope)) is None:
+            await answered(send, 401, f"more than {LITTLE} bytes are taken from registered nodes alone")
+        else:
+            async with self._read.setdefault(node, asyncio.Semaphore(AT_ONCE)):
+                await self._passed(scope, receive, send)
+
+    async def _passed(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in (MESSAGES, OBJECT):
             await super().passed(scope, receive, send)
             return
@@ -136,6 +148,12 @@ class Sites(Door):
                 self._noted.add(node)
                 self.note(node, str(error))
             raise
+
+
+def little(scope: Scope) -> bool:
+    """Whether a request says that it is small, which the listener then holds it to."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" not in headers and int(headers.get(b"content-length", b"0")) <= LITTLE
 
 
 def again(body: bytes, receive: Receive) -> Receive:

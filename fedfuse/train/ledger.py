@@ -14,7 +14,6 @@ from pathlib import Path
 from fedfuse.errors import Refused
 from fedfuse.train.accounting import History, Release, epsilon, joined
 
-
 USUAL = 1e-5  # δ
 
 
@@ -25,7 +24,8 @@ class Limits:
     Attributes
     ----------
     epsilon : float or None
-        ε of everything ever released, at `delta`; without one at the run's, and 10⁻⁵ at most: with a large δ any ε is kept.
+        ε of everything ever released, at `delta`; without one at the run's, and 10⁻⁵ at most:
+        with a large δ any ε is kept.
     delta : float or None
         Largest δ of a run.
     noise : float or None

@@ -39,6 +39,20 @@ def test_certs_are_made_once_and_private(tmp_path: Path, capsys: pytest.CaptureF
     assert load_ssh_public_key(after["hospital-b.pub"]) == key.public_key()
 
 
+def test_a_key_is_private_where_a_file_of_its_name_was_not(tmp_path: Path) -> None:
+    """The attack of an audit: an empty file of mode 644, made before, kept its mode with the key in it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("")
+    for name in ("ca.key", "server.key"):
+        (tmp_path / name).touch(0o644)
+    (tmp_path / "ann.pub").symlink_to(elsewhere)
+    write_certificates(tmp_path, ["localhost"], ["ann"])
+    for name in ("ca.key", "server.key", "ann.key"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+        assert (tmp_path / name).stat().st_size > 0
+    assert elsewhere.read_text() == ""
+
+
 def test_the_server_certificate_names_the_server_and_verifies(tmp_path: Path) -> None:
     command(["certs", str(tmp_path), "--name", "server.example", "--name", "10.0.0.7"])
     certificate = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())

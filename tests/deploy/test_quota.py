@@ -22,7 +22,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.compat.superlink_objects import MESSAGES, OBJECT, holds
 from fedfuse.deploy import quota as counted
 from fedfuse.deploy.certs import node_keys
-from fedfuse.deploy.quota import ROW, TREE, OverQuota, Quota, Sites, sites_door
+from fedfuse.deploy.quota import LITTLE, ROW, TREE, OverQuota, Quota, Sites, sites_door
 from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Place, Roster, fingerprint
 from tests.deploy.test_doors import Inner
@@ -193,6 +193,36 @@ def test_a_stranger_counts_for_nobody(world: World) -> None:
     with pytest.raises(Exception, match="match content hash"):  # the application behind, which would say 401
         world.ask(world.mallory, OBJECT, request, forged=True)
     assert world.door.quota.held(world.mallory.public) == before > 10_000
+
+
+def test_of_strangers_nothing_large_is_read(world: World) -> None:
+    """The attack of an audit: 25 strangers held 63 MiB each at the server, who read them before it asked who it was."""
+    read: list[int] = []
+
+    async def counting(scope: Any, receive: Any, send: Any) -> None:
+        async def received() -> Any:
+            read.append(1)
+            return await receive()
+
+        await world.door(scope, received, send)
+
+    body = bytes(LITTLE + 1)
+    for path in (OBJECT, MESSAGES, "/v1/fleet/pull-messages"):
+        assert asked(counting, path, body=body, length=len(body))[0] == 401
+    mallory = world.mallory.headers(forged=True)
+
+    async def signed(scope: Any, receive: Any, send: Any) -> None:
+        await counting({**scope, "headers": [*scope["headers"], *mallory]}, receive, send)
+
+    assert asked(signed, OBJECT, body=body, length=len(body))[0] == 401
+    mallory = [*Site(world.post, "nobody").headers()]  # a key of its own that nobody registered
+    assert asked(signed, OBJECT, body=body, length=len(body))[0] == 401
+    mallory = [(b"transfer-encoding", b"chunked")]
+    assert asked(signed, OBJECT, body=body)[0] == 401
+    assert (read, world.link.paths) == ([], [])
+    mallory = world.mallory.headers()
+    assert asked(signed, OBJECT, body=body, length=len(body))[0] == 400  # read, and no push
+    assert read
 
 
 def test_junk_is_named(world: World) -> None:
