@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedfuse.compat.quiet import QUIET
-from fedfuse.errors import TRACEBACK, UserError, WorldError, nearest
+from fedfuse.errors import TRACEBACK, UserError, WorldError, nearest, one_line
 
 USAGE = """\
 fedfuse: simulate, deploy and compare federated knowledge fusion
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             print(": ".join(["fedfuse: interrupted", *map(str, error.args)]), file=sys.stderr)
             return 130
-        print(f"fedfuse: {error}", file=sys.stderr)
+        # a file's or a column's name may be in it
+        print(f"fedfuse: {one_line(error, LONGEST)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:
         return 1
@@ -111,6 +112,7 @@ def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
     return rest, found
 
 
+LONGEST = 10_000  # letters of an error
 KEY = re.compile(r"[a-z_][\w.]*=")
 BARE = ("-m", "--multirun", "--dry-run", "--allow-code")
 

@@ -254,3 +254,13 @@ def test_nobody_with_a_test_of_ones_own_is_said(tmp_path: Path, capsys) -> None:
     assert main(["run", *words, f"out={tmp_path / 'few'}"]) == 0
     said = "no client has 2 examples for a personal test: data.personal_test=0.2 of at most 3 is 1"
     assert said in capsys.readouterr().out
+
+
+def test_a_name_in_a_file_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fedfuse.cli import main
+
+    (tmp_path / "all.csv").write_text("te\033]0;PWNED\007xt,la\033[2Jbel\n1,2\n")
+    assert main(["run", "strategy=fedavg", "data=csv", f"data.root={tmp_path}", "data.targets=x", "clients=2"]) == 2
+    said = capsys.readouterr().err
+    assert "PWNED" in said
+    assert said[:-1].isprintable()

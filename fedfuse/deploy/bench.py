@@ -100,7 +100,7 @@ def ours(federation: Federation, rounds: int, out: Path, *keys: str) -> tuple[li
 
     config = compose([*KEYS, f"clients={federation.count}", f"rounds={rounds}", *keys])
     summary = federation.play(order_of(config, Patience()), out)
-    timing = pl.read_parquet(out / "timing.parquet").filter(pl.col("scope") == "server")
+    timing = pl.read_parquet(out / "timing.parquet", glob=False).filter(pl.col("scope") == "server")
     each = timing.filter(pl.col("what").is_in(["train", "evaluate"]) & (pl.col("round") > 0))
     return each.group_by("round").agg(pl.col("seconds").sum()).sort("round")["seconds"].to_list(), summary
 

@@ -19,6 +19,7 @@ from fedfuse.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
+MOST = 10**7  # rounds that a run has done at most
 FORMAT = 1  # of run directories that a report reads; another one is refused
 SAMPLES = "samples"  # a folder of what a language model answered, a file a round
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
@@ -203,7 +204,7 @@ def load(directory: str | os.PathLike[str]) -> RunRecord:
     for kind in COLUMNS:
         if kind != "partition" or (path / "partition.parquet").exists():
             _check_parquet(path / f"{kind}.parquet", kind)
-    done, rounds = _count(path, summary, "rounds_done"), _count(path, summary, "rounds")
+    done, rounds = _count(path, summary, "rounds_done", MOST), _count(path, summary, "rounds")
     return RunRecord(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
 
 
@@ -286,7 +287,7 @@ def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
             return RunRecord(path, config, None, "running", 0, int(config.get("rounds") or 0))
         raise UserError(f"{path}: half-written, it has neither summary.json nor checkpoint/round.json")
     state = _json(file)
-    done, rounds = _count(path, state, "round"), _count(path, state, "rounds")
+    done, rounds = _count(path, state, "round", MOST), _count(path, state, "rounds")
     for kind in ("metrics", "traffic", "timing"):
         for round, piece in _pieces(path, kind):
             if round <= done:
@@ -328,7 +329,7 @@ def _check_parquet(file: Path, kind: str) -> None:
         raise UserError(f"{file.parent}: half-written, it has no {file.name}")
     checked(file)
     try:
-        schema = pl.read_parquet_schema(file)
+        schema = pl.scan_parquet(file, glob=False).collect_schema()
     except Exception as error:  # polars raises several unrelated types for a damaged file
         raise UserError(f"{file}: corrupt: {' '.join(str(error).split())[:200]}") from error
     for name in COLUMNS[kind]:
@@ -358,9 +359,9 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _count(path: Path, values: Mapping[str, Any], key: str) -> int:
+def _count(path: Path, values: Mapping[str, Any], key: str, most: float = math.inf) -> int:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         raise UserError(f"{path}: corrupt: {key} is {value!r}, not a number of rounds")
     return value
 

@@ -265,7 +265,15 @@ def to_csv(rows: Sequence[Row]) -> str:
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.seconds, one.failures, one.cohort_complete, one.unfinished]
         seeds = " ".join(map(str, one.seeds))
-        writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
+        writer.writerow(
+            [
+                _no_formula(printable(one.strategy)),
+                _no_formula(printable(one.setting)),
+                one.n,
+                seeds,
+                *map(_plain, values),
+            ]
+        )
     return out.getvalue()
 
 

@@ -51,7 +51,7 @@ def kept(run: RunRecord) -> Kept | None:
     path, seconds = run.dir / "schedule.parquet", (run.summary or {}).get("virtual_s")
     if not isinstance(seconds, int | float) or not path.exists():
         return None
-    return Kept(pl.read_parquet(checked(path)), float(seconds))
+    return Kept(pl.read_parquet(checked(path), glob=False), float(seconds))
 
 
 def table(series: Sequence[Series]) -> Table | None:

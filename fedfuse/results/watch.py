@@ -231,7 +231,8 @@ def application(directories: Sequence[Path], host: str = LOOPBACK, token: str = 
     watch = Watch(directories)
     title = "FedFuse: " + ", ".join(printable(path.name or str(path)) for path in directories)
     # Another site may point a name of its own at this machine; it shall not read what is served here.
-    names = ["localhost", "127.0.0.1", "[::1]", host, f"[{host}]"]
+    # Starlette cuts at the first colon, so an address of version 6 is "[" to it; a name is never that.
+    names = ["localhost", "127.0.0.1", host, *(["["] if ":" in host else [])]
     trusted = ["*"] if host in ("0.0.0.0", "::") else names
 
     def answer(text: str, version: str = "") -> Response:

@@ -94,7 +94,7 @@ def audit(path: Path, names: Sequence[str], allow_code: bool = False) -> str:
 def made(path: Path) -> set[str]:
     """The audits that a run directory has the figures of."""
     file = path / "audit.parquet"
-    return set(pl.read_parquet(checked(file), columns=["audit"])["audit"]) if file.exists() else set()
+    return set(pl.read_parquet(checked(file), columns=["audit"], glob=False)["audit"]) if file.exists() else set()
 
 
 def _replayed(
@@ -196,7 +196,7 @@ def _write(path: Path, names: Sequence[str], rows: list[Row]) -> None:
     schema |= {"round": pl.Int64, "client": pl.Int64}
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     if path.exists():
-        before = pl.read_parquet(path)
+        before = pl.read_parquet(path, glob=False)
         if before.schema == frame.schema:
             frame = pl.concat([before.filter(~pl.col("audit").is_in(list(names))), frame])
     with replaced(path, durable=True) as partial:

@@ -255,7 +255,7 @@ class RunDirectory(Callback):
         """Merge the rows, draw the partition, write the final models, and last the summary."""
         from fedfuse.data.picture import draw_partition  # not before the first round, which would wait for it
 
-        rows = pl.read_parquet(self.path / "partition.parquet").to_dicts()
+        rows = pl.read_parquet(self.path / "partition.parquet", glob=False).to_dicts()
         if all(row["label"] for row in rows):  # sites with data of their own tell no labels
             draw_partition([{**row, "label": int(row["label"])} for row in rows], self.path / "partition.svg")
         self.write_final_models(federation)

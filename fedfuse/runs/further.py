@@ -72,7 +72,7 @@ def make_room(path: Path, config: Config, rounds: int) -> Config:
         (checkpoint / "rows").mkdir(exist_ok=True)
         kinds = ("metrics", "traffic", "timing", *(["schedule"] if (path / "schedule.parquet").exists() else []))
         for kind in kinds:
-            rows = pl.read_parquet(path / f"{kind}.parquet")
+            rows = pl.read_parquet(path / f"{kind}.parquet", glob=False)
             rows = _unsettled(rows, checkpoint / NEWEST) if kind == "traffic" else rows
             with replaced(checkpoint / "rows" / f"{kind}-{done:06d}.parquet", durable=True) as partial:
                 rows.write_parquet(partial)

@@ -34,5 +34,5 @@ def write_rows(path: Path, kind: str, rows: list[Any], virtual_s: float | None =
 
 def before_evaluation(path: Path, kind: str) -> list[Any]:
     """Rows of a round that is committed again, without those of its evaluation."""
-    frame = pl.read_parquet(path).select(list(SCHEMAS[kind]))
+    frame = pl.read_parquet(path, glob=False).select(list(SCHEMAS[kind]))
     return frame.filter(pl.col("split") == "train").rows() if kind == "metrics" else frame.rows()

@@ -49,13 +49,25 @@ def test_null_metric_is_nan(tmp_path):
     assert load(path).final["accuracy/global"] != load(path).final["accuracy/global"]
 
 
+def test_a_directory_may_have_brackets_in_its_name(tmp_path):
+    run = load(write_run(tmp_path / "run[1]", rounds=4))
+    assert run.metrics.select(pl.col("round").max()).collect().item() == 4
+    assert load(write_run(tmp_path / "run[2]", rounds=9, done=3)).final
+
+
 def _truncate(path, name):
     file = path / name
     file.write_bytes(file.read_bytes()[:-20])
 
 
+def _said(path, **values):
+    file = path / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 BROKEN = {
     "no summary.json": lambda path: (path / "summary.json").unlink(),
+    "rounds_done is 1000000000000": lambda path: _said(path, rounds_done=10**12),
     "cannot be read": lambda path: (path / "summary.json").write_text("{"),
     "format 2": lambda path: (path / "summary.json").write_text('{"format": 2}'),
     "metrics.parquet: corrupt": lambda path: _truncate(path, "metrics.parquet"),

@@ -55,6 +55,13 @@ def test_other_names_are_refused(client):
     assert client.get("/live", headers={"Host": "localhost:8642"}).status_code == 200
 
 
+def test_an_address_of_version_6_is_served(tmp_path):
+    """Starlette reads `[::1]:8000` as the host `[`."""
+    client = TestClient(watch.application([tmp_path], "::1"), base_url="http://[::1]:8642")
+    assert client.get("/", headers={"Host": "[::1]:8642"}).status_code == 200
+    assert client.get("/", headers={"Host": "evil.example:8642"}).status_code == 400
+
+
 def test_version_moves_with_the_run(tmp_path):
     path = write_run(tmp_path / "a", rounds=9, done=3)
     seen = watch.Watch([tmp_path])
