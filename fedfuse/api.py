@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from fedfuse.errors import UserError
@@ -100,12 +101,21 @@ class Run:
         ----------
         inputs : ndarray
             Examples as the data set holds them (uint8 images NCHW, float32 features, int64 tokens).
+
+        Raises
+        ------
+        UserError
+            If there is no such model, or the inputs have another shape than the data set's.
         """
         from fedfuse.runs.export import rebuild
         from fedfuse.train.training import predict
 
         model, scenario = rebuild(self.dir, client, self._allow_code)
-        return predict(model, scenario.data.dataset.tensor(inputs))
+        dataset, given = scenario.data.dataset, np.asarray(inputs)
+        if given.ndim != 1 + len(dataset.shape) or (dataset.kind != "tokens" and given.shape[1:] != dataset.shape):
+            wanted = ", ".join(map(str, ("n", *dataset.shape)))
+            raise UserError(f"predict: inputs have shape {given.shape}; ({wanted}) is needed")
+        return predict(model, dataset.tensor(given))
 
 
 class Runs:

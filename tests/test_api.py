@@ -124,6 +124,26 @@ def test_what_cannot_be_used_is_refused(settings, said) -> None:
         fedfuse.run({**SHORT, **settings})
 
 
+def test_runs_of_one_second_and_wrong_inputs(tmp_path, monkeypatch) -> None:
+    """A loop without `out`, and `predict` with what the model does not take."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form, *when: "now")
+    few = {**SHORT, "strategy": "local", "data": "digits"}
+    runs = [fedfuse.run(few) for _ in range(3)]
+    assert [run.dir.name.removeprefix("now-local-") for run in runs] == [f"digits-s0{end}" for end in ("", "-2", "-3")]
+    x = np.zeros((2, 1, 8, 8), dtype=np.uint8)
+    assert runs[0].predict(x, client=0).shape == (2, 10)
+    for wrong in (x[0], x[:, :, :5], np.zeros((2, 64))):
+        with pytest.raises(UserError, match=r"predict: inputs have shape .*; \(n, 1, 8, 8\) is needed"):
+            runs[0].predict(wrong, client=0)
+    with pytest.raises(UserError, match=r"^client=9: the run has clients 0 to"):
+        runs[0].model(client=9)
+    with pytest.raises(UserError, match=r"seed=.0,1.: a run has one seed; fedfuse.compare"):
+        fedfuse.run({**few, "seed": [0, 1]})
+    with pytest.raises(UserError, match="strategy=<lambda>: is no class"):
+        fedfuse.run({**few, "strategy": lambda: 0})
+
+
 def test_compare_and_load_many(tmp_path) -> None:
     settings = {**OWN, "strategy": ["local", "fedavg"], "seed": [0, 1], "runtime.parallel": 1, "out": tmp_path / "c"}
     found = fedfuse.compare(settings)

@@ -197,7 +197,8 @@ def entry(name: str) -> Entry:
             if f"{name}.py" in unreadable:
                 raise UserError(f"strategy={name}: {name}.py cannot be read ({unreadable[f'{name}.py']})")
             broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(unreadable.items()))
-            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{broken}")
+            where = f" (the files of packages with an entry point {GROUP})"
+            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{where}{broken}")
         try:
             importlib.import_module(known[name].module)
         except UserError as error:

@@ -399,6 +399,8 @@ def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Arr
     resident = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
     out: Arrays = {}
     for name, value in arrays.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"array {name!r} is {type(value).__name__}; what is shared is a torch.Tensor")
         value = value.detach()
         if value.untyped_storage().data_ptr() in resident:
             value = value.clone()

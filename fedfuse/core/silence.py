@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fedfuse.core.shares import declared
 from fedfuse.errors import UserError, nearest
 from fedfuse.wire.knowledge import Topic
 
@@ -53,14 +54,18 @@ def check_declared(kind: type[Any], known: Iterable[str]) -> None:
 
 
 def check_halves(entry: Entry, strategy: FusionStrategy) -> None:
-    """Check that every phase has a method in both halves.
+    """Check that every phase has a method in both halves, and that what is summed is shared.
 
     Raises
     ------
     UserError
-        Naming the phase and what is missing.
+        Naming the phase and what is missing, or the record.
     """
-    for phase in (*strategy.setup, *strategy.phases(1)):
+    phases = *strategy.setup, *strategy.phases(1)
+    shared = {name for phase in {"train", *phases} for name in declared(entry.server, phase)}
+    if unknown := sorted(set(strategy.sums) - shared):
+        raise UserError(f"strategy={entry.name}: sums names {unknown[0]!r}, no record; {nearest(unknown[0], shared)}")
+    for phase in phases:
         server, client = ("fuse", "share") if phase == "train" else (f"fuse_{phase}", phase)
         if not hasattr(entry.server, server) or not hasattr(entry.client, client):
             missing = server if not hasattr(entry.server, server) else f"{entry.client.__name__}.{client}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -59,7 +60,13 @@ def build_grid(entry: Entry, scenario: Scenario, directory: RunDirectory) -> Loc
 def default_out(config: Config) -> Path:
     """`runs/<time>-<strategy>-<data>-s<seed>`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{stamp}-{config.strategy.name}-{config.data.name}-s{config.seed}"
+    return free(Path("runs") / f"{stamp}-{config.strategy.name}-{config.data.name}-s{config.seed}")
+
+
+def free(path: Path) -> Path:
+    """A path that nobody typed, or, where a run of the same second has it, the next: `…-2`, `…-3`."""
+    names = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(one for one in itertools.chain([path], names) if not one.exists())
 
 
 def run(config: Config, started: float | None = None, quiet: bool = False) -> Path:

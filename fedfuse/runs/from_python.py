@@ -32,6 +32,8 @@ def overrides(settings: Mapping[str, Any], prefix: str = "", swept: bool = False
     """
     words = []
     for key, value in settings.items():
+        if key == "seed" and not swept and isinstance(value, list | tuple):
+            raise UserError(f"seed={_word(value)}: a run has one seed; fedfuse.compare takes several")
         if not prefix and key in HANDED_OVER and _is_handed_over(key, value):
             words += HANDED_OVER[key](value)
         elif isinstance(value, Mapping):
@@ -55,7 +57,7 @@ def _is_handed_over(key: str, value: Any) -> bool:
     if value is None or isinstance(value, str):
         return False
     if key == "strategy":
-        return isinstance(value, type)
+        return callable(value)
     if key == "model":
         return callable(value)
     words = isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -66,7 +68,10 @@ def _strategy(value: Any) -> list[str]:
     for entry in registry.registered.values():
         if entry.server is value:
             return [f"strategy={entry.name}"]
-    raise UserError(f"strategy={value.__name__}: is not registered; put @strategy(name, …) before the class")
+    name = getattr(value, "__name__", type(value).__name__)
+    if not isinstance(value, type):
+        raise UserError(f"strategy={name}: is no class; a name or a class with @strategy is needed")
+    raise UserError(f"strategy={name}: is not registered; put @strategy(name, …) before the class")
 
 
 def _model(value: Any) -> list[str]:

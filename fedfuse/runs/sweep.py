@@ -19,7 +19,7 @@ from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import Combination, combine, composed, possible, share_audits, without_seed
 from fedfuse.runs.configuration import as_yaml, load_config
-from fedfuse.runs.experiment import audited
+from fedfuse.runs.experiment import audited, free
 from fedfuse.runs.further import check_further, goes_on
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
@@ -52,7 +52,7 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
         If some runs failed; the others are finished.
     """
     out = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("out=")), "")
-    root = Path(out) if out else Path("runs") / time.strftime("%Y%m%d-%H%M%S-compare")
+    root = Path(out) if out else free(Path("runs") / time.strftime("%Y%m%d-%H%M%S-compare"))
     words, space = search.space([o for o in overrides if not o.startswith("out=")])
     console = console or Console(highlight=False)
     runs, notes = combine(words)

@@ -135,7 +135,18 @@ def test_halves_that_return_nothing_or_name_an_unknown_size_are_told(monkeypatch
 
             return {"soft": {"p": torch.zeros(2, 2)}}
 
+    class Sums(Mean):
+        sums = {"modle": None}
+
+    class Foreign(FusionClient):
+        def share(self) -> Any:
+            import torch
+
+            return {"model": {"w": torch.zeros(3).numpy()}}
+
     for name, server, client, said in (
+        ("sums", Sums, FusionClient, "strategy=sums: sums names 'modle', no record; did you mean 'model'"),
+        ("foreign", Mean, Foreign, "array 'w' is ndarray; what is shared is a torch.Tensor"),
         ("mute", Mean, Silent, r"share\(\) of Silent returned None; a dict is needed"),
         ("misspelt", Misspelt, Soft, "a layout names the size 'transfr': unknown; did you mean 'transfer'"),
     ):
