@@ -81,6 +81,7 @@ class DARE(MergingStrategy):
     """Mean of task vectors of which most entries are dropped and the others rescaled."""
 
     records = {"update": shared_arrays}
+    metrics = {"drawn": (1, 2**53)}
 
     def widened(self, share: Share) -> Arrays | None:
         """τ̂_k by name, 0 where dropped; None where the mask leaves another number of entries than came."""

@@ -215,8 +215,7 @@ class FedD2S(FusionStrategy):
         """Counts are counts, soft labels of classes that are there are distributions, and shapes fit each other."""
         layers = records["layers"]
         widths = list(scope.module.depths.values())
-        if bool((layers["counts"] < 0).any()):
-            raise InvalidArrays("layers/counts: negative")
+        classwise.check_counts("layers/counts", layers["counts"], scope.dims["examples"])
         count, wide = len(layers["p"]), layers["h"].shape[1]
         if wide != sum(widths[:count]):
             raise InvalidArrays(f"layers/h: {wide} columns for {count} layers, expected {sum(widths[:count])}")

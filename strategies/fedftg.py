@@ -34,13 +34,13 @@ from fedfuse import (
     AveragingStrategy,
     Ensemble,
     FusionClient,
-    InvalidArrays,
     Records,
     Scope,
     Shares,
     Sum,
     Workspace,
     arrays,
+    classwise,
     hyper,
     model_arrays,
     strategy,
@@ -129,8 +129,7 @@ class FedFTG(AveragingStrategy):
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Counts are counts."""
-        if bool((records["counts"]["counts"] < 0).any()):
-            raise InvalidArrays("counts: negative")
+        classwise.check_counts("counts", records["counts"]["counts"], scope.dims["examples"])
 
     def fuse(self, shares: Shares) -> None:
         """Average, then let generator and model play."""

@@ -35,7 +35,6 @@ from fedfuse import (
     Arrays,
     AveragingStrategy,
     FusionClient,
-    InvalidArrays,
     Item,
     Layout,
     Metrics,
@@ -45,6 +44,7 @@ from fedfuse import (
     Sum,
     Topic,
     arrays,
+    classwise,
     hyper,
     layout_of,
     model_arrays,
@@ -198,8 +198,7 @@ class FedGen(AveragingStrategy):
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Counts are counts."""
-        if bool((records["counts"]["counts"] < 0).any()):
-            raise InvalidArrays("counts: negative")
+        classwise.check_counts("counts", records["counts"]["counts"], scope.dims["examples"])
 
     def begin(self) -> None:
         """The common model, and a generator that is not published before it has learnt."""

@@ -34,7 +34,6 @@ from fedfuse import (
     Arrays,
     AveragingStrategy,
     FusionClient,
-    InvalidArrays,
     Item,
     Metrics,
     Records,
@@ -152,8 +151,7 @@ class FedHKD(AveragingStrategy):
     def examine(cls, scope: Scope, records: Records) -> None:
         """Counts are counts, and predictions distributions wherever there are examples."""
         counts = records["classes"]["counts"]
-        if bool((counts < 0).any()):
-            raise InvalidArrays("classes/counts: negative")
+        classwise.check_counts("classes/counts", counts, scope.dims["examples"])
         distributions("classes/predictions", records["classes"]["predictions"][counts > 0])
 
     def fuse(self, shares: Shares) -> None:

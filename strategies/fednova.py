@@ -59,6 +59,7 @@ class FedNova(AveragingStrategy):
     """FedAvg of updates normalised by local progress."""
 
     records = {"update": model_arrays}
+    metrics = {"progress": (0, 2**53)}
     averaged = "update"
     means = ()  # times the steps that clients say they took
 

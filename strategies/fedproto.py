@@ -27,7 +27,6 @@ from torch import Tensor
 from fedfuse import (
     FusionClient,
     FusionStrategy,
-    InvalidArrays,
     Item,
     Metrics,
     Records,
@@ -115,8 +114,7 @@ class FedProto(FusionStrategy):
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Counts are counts."""
-        if bool((records["prototypes"]["counts"] < 0).any()):
-            raise InvalidArrays("prototypes/counts: negative")
+        classwise.check_counts("prototypes/counts", records["prototypes"]["counts"], scope.dims["examples"])
 
     def fuse(self, shares: Shares) -> None:
         """P_c over the clients that hold c."""

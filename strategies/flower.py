@@ -212,6 +212,7 @@ class FlowerQFedAvg(FlowerStrategy):
     """Flower's QFedAvg: clients with a higher loss weigh more."""
 
     rule = "QFedAvg"
+    metrics = {"train_loss": (0, 1e30)}
 
     def options(self) -> dict[str, Any]:
         """The clients' learning rate unless another was given."""

@@ -45,6 +45,7 @@ from fedfuse import (
     Workspace,
     WorldError,
     arrays,
+    classwise,
     curvature,
     hyper,
     strategy,
@@ -152,8 +153,7 @@ class GaussianHeads(FusionStrategy):
             return
         told = records["moments"]
         n, s, outer = told["n"], told["s"], curvature.unpacked(told["S"])
-        if bool((n < 0).any()):
-            raise InvalidArrays("moments/n: negative")
+        classwise.check_counts("moments/n", n, scope.dims["examples"])
         if bool((s[n == 0] != 0).any()):
             raise InvalidArrays("moments/s: a sum of features of a class without examples")
         least = (s.square() / n.clamp_min(1)[:, None]).sum(0)

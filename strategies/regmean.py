@@ -191,7 +191,8 @@ class RegMean(MergingStrategy):
             if weight is None:
                 raise WorldError(
                     f"layer {name.removesuffix('.weight')}: the sum of the clients' Gram matrices ({len(gram)} × "
-                    f"{len(gram)}) is singular: set strategy.ridge above 0 and strategy.a below 1"
+                    f"{len(gram)}) is singular: set strategy.ridge above 0 and strategy.a below 1; if they are, a "
+                    "client sent numbers beside which the others' vanish"
                 )
             merged[name] = weight.view_as(old).to(old.dtype)
         self.publish("model", {**merged, **rest})

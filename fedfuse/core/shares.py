@@ -106,7 +106,7 @@ def check_share(
     Raises
     ------
     InvalidArrays
-        Naming the record and what is wrong.
+        Naming the record or metric and what is wrong.
     """
     wanted = declared(server, phase)
     scope = workspace.scope(client, hyper)
@@ -121,6 +121,10 @@ def check_share(
     examples = metrics.get("num-examples")
     if not isinstance(examples, int | float) or not 0 <= examples < 2**53:
         raise InvalidArrays(f"num-examples is {examples!r}; a count is needed")
+    for name, (least, most) in server.metrics.items() if phase == "train" else ():
+        value = metrics.get(name)
+        if not isinstance(value, int | float) or not least <= value <= most:
+            raise InvalidArrays(f"metric {name} is {value!r:.40}; a number from {least:g} to {most:g} is needed")
     if isinstance(metrics.get("seconds"), list):
         raise InvalidArrays("metric seconds is a list; a number is needed")
     for key, value in metrics.items():

@@ -47,6 +47,10 @@ def check_declared(kind: type[Any], known: Iterable[str]) -> None:
     for name, topic in topics.items() if isinstance(topics, Mapping) else ():
         if not isinstance(topic, Topic):
             raise UserError(f"{kind.__name__}.topics[{name!r}] is {type(topic).__name__}; a fedfuse.Topic is needed")
+    ranges = own.get("metrics", {})
+    for name, span in ranges.items() if isinstance(ranges, Mapping) else ():
+        if not isinstance(span, tuple) or len(span) != 2:
+            raise UserError(f"{kind.__name__}.metrics[{name!r}] is {span!r}; its least and greatest value are needed")
     setup = own.get("setup", ())
     for phase in setup if isinstance(setup, tuple) else ():  # a property is checked with the run
         if not hasattr(kind, f"fuse_{phase}"):

@@ -72,6 +72,9 @@ class FusionStrategy(Strategy):
         Knowledge the server publishes.
     records : dict of str to Spec
         Layout of what clients share; a reply of another layout is rejected. None checks finiteness only.
+    metrics : dict of str to (float, float)
+        Metrics that `fuse` reads beside `num-examples`, with their least and greatest values; a reply without one, or
+        with another value, is rejected.
     sums : dict of str to (str or None)
         Records of which `fuse` needs only the weighted sum, and the metric that weighs them (None: 1).
     setup : tuple of str
@@ -113,6 +116,7 @@ class FusionStrategy(Strategy):
 
     topics: ClassVar[dict[str, Topic]] = {"model": model_topic()}
     records: ClassVar[dict[str, Spec | None]] = {"model": model_arrays}
+    metrics: ClassVar[dict[str, tuple[float, float]]] = {}
     setup: ClassVar[tuple[str, ...]] = ()
     transfer: ClassVar[Literal["none", "server", "clients", "both"]] = "none"
     heterogeneous: ClassVar[bool] = True

@@ -71,6 +71,8 @@ class FlowerStrategy(FusionStrategy):
     ----------------
     rule : str
         Class of `flwr.serverapp.strategy`; the hyper-parameters are its keyword arguments.
+    metrics : dict of str to (float, float)
+        What the rule is told of a client beside `num-examples`; it takes no replies of which one says more.
     kept : tuple of str
         Its attributes that must survive a round. FedOpt's `current_arrays` is set from the board each round.
 
@@ -152,7 +154,7 @@ class FlowerStrategy(FusionStrategy):
         arrays = ArrayRecord()
         for name, value in self.floating(share.records["model"]).items():
             arrays[name] = LiveArray(value.numpy().copy())
-        numbers = {k: v for k, v in share.metrics.items() if k in ("num-examples", "train_loss")}
+        numbers = {name: share.metrics[name] for name in ("num-examples", *self.metrics)}
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
         return Message(content, reply_to=self.asked[share.client])
 

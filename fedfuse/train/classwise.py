@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedfuse.wire.records import InvalidArrays
+
 
 def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Return the mean of `values` per class and how many examples each class has.
@@ -30,6 +32,14 @@ def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, T
     counts = torch.bincount(labels, minlength=classes)
     means = member.T @ values.double() / counts.clamp_min(1)[:, None]
     return means.to(values.dtype), counts
+
+
+def check_counts(name: str, counts: Tensor, examples: int) -> None:
+    """Raise `InvalidArrays` unless counts of classes (C) are counts of at most so many examples."""
+    if bool((counts < 0).any()):
+        raise InvalidArrays(f"{name}: negative")
+    if (total := float(counts.double().sum())) > examples:  # whole numbers of 64 bits may wrap around
+        raise InvalidArrays(f"{name}: {total:g} examples; the client has {examples}")
 
 
 def mean_over_holders(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

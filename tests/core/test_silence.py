@@ -338,6 +338,8 @@ def test_a_declaration_that_cannot_be_is_refused_where_it_stands() -> None:
         type("Typo", (FusionStrategy,), {"heterogenous": False})
     with pytest.raises(UserError, match="setup names 'measure', and there is no method fuse_measure"):
         type("Typo", (FusionStrategy,), {"setup": ("measure",)})
+    with pytest.raises(UserError, match=r"Typo.metrics\['x'\] is 1; its least and greatest value are needed"):
+        type("Typo", (FusionStrategy,), {"metrics": {"x": 1}})
     with pytest.raises(UserError, match=r"topics\['x'\] is str; a fedfuse.Topic is needed"):
         type("Typo", (FusionStrategy,), {"topics": {"x": "lesson"}})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedfuse.network.exchange import Patience
 from fedfuse.network.sizes import UNKNOWN
 from fedfuse.wire.records import InvalidArrays, digest_of, plain_numpy
 from tests.deploy.network import Network, run, seats, tiny
+from tests.federations import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -371,6 +373,75 @@ def test_a_score_is_a_share(value: float, split: str, tmp_path: Path) -> None:
     built, _ = run(tiny("fedavg", "rounds=1", "evaluate.validation=true"), network, tmp_path / "run")
     assert any(f"metric '{split}/accuracy' is" in line for line in built.strategy.inbox.left_out)
     assert 0 <= built.headline["accuracy/personal"] <= 1
+
+
+@pytest.mark.parametrize(("strategy", "metric", "value", "said"), [
+    ("fednova", "progress", None, "metric progress is None"),
+    ("fednova", "progress", [1.0], r"metric progress is \[1.0\]"),
+    ("fednova", "progress", 1e300, r"metric progress is 1e\+300; a number from 0 to 9.0072e\+15"),
+    ("fednova", "progress", -1.0, "metric progress is -1.0"),
+    ("dare", "drawn", None, "metric drawn is None"),
+    ("dare", "drawn", [1, 2], r"metric drawn is \[1, 2\]"),
+    ("flwr_qfedavg", "train_loss", None, "metric train_loss is None"),
+    ("flwr_qfedavg", "train_loss", [1.0], r"metric train_loss is \[1.0\]"),
+    ("flwr_qfedavg", "train_loss", 1e300, r"metric train_loss is 1e\+300"),
+])  # fmt: skip
+def test_a_metric_that_fuse_reads_leaves_out_its_sender_alone(
+    strategy: str, metric: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    """The attack: one site's metric, missing or no number, raised in `fuse` and ended everybody's run, by no name."""
+    network, config = Network(seats(tmp_path, 3)), tiny(strategy)
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type == "train":
+            told: Any = reply.content["metrics"]
+            assert metric in told
+            del told[metric]
+            if value is not None:
+                told[metric] = value
+        return reply
+
+    network.reply = forge
+    built, _ = run(config, network, tmp_path / "run")
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train", config)
+    assert re.match(f"client 2: {said}", built.strategy.inbox.left_out[0])
+
+
+def test_a_metric_that_nobody_asked_for_reaches_no_rule_of_flowers(tmp_path: Path) -> None:
+    """The attack: Flower's rules skip a round in which one reply has a metric that the others have not."""
+    network = Network(seats(tmp_path, 3))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type == "train":
+            reply.content["metrics"]["train_loss"] = [1.0]
+        return reply
+
+    network.reply = forge
+    built, _ = run(tiny("flwr_fedavg"), network, tmp_path / "run")
+    assert rest(built, range(3)) == honest(tmp_path, lambda m: False, tiny("flwr_fedavg"), nodes=())
+
+
+@pytest.mark.parametrize(("strategy", "record", "key"), [
+    ("fedftg", "counts", "counts"), ("fedgen", "counts", "counts"), ("fedproto", "prototypes", "counts"),
+    ("fedhkd", "classes", "counts"), ("fedd2s", "layers", "counts"), ("gaussian_heads", "moments", "n"),
+])  # fmt: skip
+def test_a_client_counts_no_more_labels_than_it_has_examples(
+    strategy: str, record: str, key: str, tmp_path: Path
+) -> None:
+    """The attack: counts of 2⁶³ − 1 wrapped around in a sum, and drew no classes for anybody."""
+    network, config = Network(seats(tmp_path, 3)), tiny(strategy, "rounds=1", *QUICK.get(strategy, ()))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type == "train":
+            told: Any = reply.content[record]
+            told[key] = Array(np.full_like(told[key].numpy(), np.iinfo(np.int64).max))
+        return reply
+
+    network.reply = forge
+    built, _ = run(config, network, tmp_path / "run")
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train", config)
+    (said,) = built.strategy.inbox.left_out
+    assert re.fullmatch(rf"client 2: {record}(/{key})?: 9.22337e\+19 examples; the client has \d+", said)
 
 
 @pytest.mark.parametrize("strategy", ["fednova", "flexlora"])

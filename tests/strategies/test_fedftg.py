@@ -10,7 +10,7 @@ from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
 from fedfuse.families import synthesis
 from fedfuse.strategies import fedftg
-from fedfuse.wire.records import InvalidArrays
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import TINY, play, scenario_of
 from tests.halves import server, shares, wake
 
@@ -95,8 +95,8 @@ def test_the_generator_lives_on_and_clients_without_examples_count_for_nothing()
 
 def test_negative_counts_are_refused() -> None:
     with pytest.raises(InvalidArrays, match="counts: negative"):
-        fedftg.FedFTG.examine(None, {"counts": {"counts": torch.tensor([1, -1])}})
-    fedftg.FedFTG.examine(None, {"counts": {"counts": torch.tensor([0, 2])}})
+        fedftg.FedFTG.examine(Scope({"examples": 9}, {}), {"counts": {"counts": torch.tensor([1, -1])}})
+    fedftg.FedFTG.examine(Scope({"examples": 9}, {}), {"counts": {"counts": torch.tensor([0, 2])}})
 
 
 # --- what makes inputs --------------------------------------------------------------------------------------

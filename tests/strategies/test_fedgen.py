@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fedfuse.config import registry
 from fedfuse.errors import UserError
 from fedfuse.strategies.fedgen import FedGenHyper, Generator, diversity_loss, draw_labels, ensemble_loss
-from fedfuse.wire.records import InvalidArrays
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import federation, play
 from tests.halves import PLAIN, server, shares, wake
 
@@ -117,7 +117,9 @@ def test_a_pool_is_refused_and_so_are_negative_counts():
     with pytest.raises(UserError, match="one architecture"):
         play("fedgen", "model.pool=[mlp_small,mlp,mlp_wide]")
     with pytest.raises(InvalidArrays, match="negative"):
-        registry.entry("fedgen").server.examine(None, {"counts": {"counts": torch.tensor([-1, 2])}})
+        registry.entry("fedgen").server.examine(
+            Scope({"examples": 9}, {}), {"counts": {"counts": torch.tensor([-1, 2])}}
+        )
 
 
 def test_a_clients_loss_in_the_third_round_by_hand(monkeypatch):

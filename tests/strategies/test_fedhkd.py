@@ -8,7 +8,7 @@ from fedfuse.config import registry
 from fedfuse.errors import UserError
 from fedfuse.strategies.fedhkd import hyper_knowledge
 from fedfuse.train.losses import loss
-from fedfuse.wire.records import InvalidArrays
+from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import federation, play, uploads
 from tests.halves import client, take
 
@@ -157,4 +157,4 @@ def test_a_pool_is_refused():
 def test_predictions_that_are_none_are_refused():
     share = {"classes": {"counts": torch.tensor([2, 0]), "predictions": torch.tensor([[0.7, 0.7], [0.0, 0.0]])}}
     with pytest.raises(InvalidArrays, match="1 rows are no distributions"):
-        registry.entry("fedhkd").server.examine(None, share)
+        registry.entry("fedhkd").server.examine(Scope({"examples": 9}, {}), share)

@@ -97,10 +97,12 @@ def test_three_architectures_of_one_embedding_size():
 
 
 def test_negative_counts_are_refused():
-    from fedfuse.wire.records import InvalidArrays
+    from fedfuse.wire.records import InvalidArrays, Scope
 
     with pytest.raises(InvalidArrays, match="negative"):
-        registry.entry("fedproto").server.examine(None, {"prototypes": {"counts": torch.tensor([1, -1])}})
+        registry.entry("fedproto").server.examine(
+            Scope({"examples": 9}, {}), {"prototypes": {"counts": torch.tensor([1, -1])}}
+        )
 
 
 def test_a_client_chooses_among_its_own_classes():

@@ -93,6 +93,7 @@ def test_a_singular_gram_is_named_by_its_layer_and_leaves_no_result(tmp_path, ca
     assert main(["run", *words]) == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("fedfuse: layer body.1: the sum of the clients' Gram matrices (64 × 64) is singular: set ")
+    assert said.endswith("if they are, a client sent numbers beside which the others' vanish")
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
 
