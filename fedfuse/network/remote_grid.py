@@ -67,6 +67,7 @@ class RemoteGrid(FusionGrid):
         self.timed = self.exchange.timed
         self.extra: list[tuple[int, str, str, int]] = []
         self._secure: SecureSums | None = None
+        self._dropped: dict[int, str] = {}  # who is not part of a phase's secure sum, and why
 
     def say(self, line: str) -> None:
         """Log one line, whatever a node's words in it hold."""
@@ -231,7 +232,7 @@ class RemoteGrid(FusionGrid):
         for message in messages:
             client = message.metadata.dst_node_id - 1
             if self._secure is not None and client in self.nodes and client not in self._secure.records:
-                out = Error(FAILED, "dropped out before the secure sum")
+                out = Error(FAILED, f"dropped out before the secure sum: {self._dropped.get(client, 'was not asked')}")
                 answered.append((Sent(message, client, -1), Message(out, reply_to=message)))
             elif client in self.nodes:
                 sent.append(Sent(message, client, self.nodes[client]))
@@ -267,8 +268,8 @@ class RemoteGrid(FusionGrid):
         about, open_ = (run["run"], run["round"], run["phase"]), self._secure
         if open_ is not None and open_.about == about and clients <= open_.clients and not anew:
             return False
-        self._secure = None
-        self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run))
+        self._secure, self._dropped = None, {}
+        self._secure = SecureSums(run, clients, lambda step, told: self._ask(step, told, run), self._drop)
         for client, told in self._secure.records.items():
             self.extra.append((client, "down", "secure:train", size_of(told)))
         return True
@@ -289,9 +290,13 @@ class RemoteGrid(FusionGrid):
                 found[item.client] = record
                 self.extra.append((item.client, "up", f"secure:{step}", size_of(record)))
             else:
-                why = reply.error.reason if reply.has_error() else "not an answer"
-                self.say(f"fedfuse: client {item.client}: secure sum, {step}: {why}")
+                self._drop(item.client, step, str(reply.error.reason) if reply.has_error() else "not an answer")
         return dict(sorted(found.items()))
+
+    def _drop(self, client: int, step: str, why: str) -> None:
+        """Name who is left out of a secure sum."""
+        self._dropped[client] = f"{step}: {one_line(why)}"
+        self.say(f"fedfuse: client {client}: secure sum, {step}: {why}")
 
     def unmask(self, clients: list[int], total: Any) -> Any:
         """Take the masks off a phase's sum over these clients; see `SecureSums`."""

@@ -15,10 +15,11 @@ import numpy as np
 from flwr.app import ConfigRecord
 
 from fedfuse.errors import WorldError, one_line
-from fedfuse.wire.masks import neighbourhoods, unmasked
+from fedfuse.wire.masks import neighbourhoods, unmasked, unusable
 
 Answers = dict[int, Mapping[str, Any]]  # by client
 Ask = Callable[[str, Mapping[int, dict[str, Any]]], Answers]
+Blame = Callable[[int, str, str], None]
 LONGEST = 4096  # bytes of a key, or of an encrypted pair of shares
 
 
@@ -37,6 +38,8 @@ class SecureSums:
         Who is asked.
     ask : callable
         `ask(step, {client: what it is told}) -> {client: what it answers}`, without those who do not.
+    blame : callable
+        `blame(client, step, why)`: its answer is none, and it goes on without it.
 
     Attributes
     ----------
@@ -49,15 +52,19 @@ class SecureSums:
         If fewer clients than the threshold take part.
     """
 
-    def __init__(self, run: Mapping[str, Any], clients: Collection[int], ask: Ask) -> None:
+    def __init__(self, run: Mapping[str, Any], clients: Collection[int], ask: Ask, blame: Blame) -> None:
         plan = json.loads(str(run["secure"]))
         self.about = (run["run"], run["round"], run["phase"])
         self.session, self.threshold, self._ask = secrets.token_hex(16), int(plan["threshold"]), ask
+        self._blame = blame
         self.clients = set(clients)
         told: dict[str, Any] = {"session": self.session, "threshold": self.threshold}
         around = neighbourhoods(sorted(clients), int(plan["shares"]))
         found = ask("keys", dict.fromkeys(sorted(clients), told))
-        self._public = {i: answer["public"] for i, answer in found.items() if _lists(answer, "public", 2)}
+        public = {i: answer["public"] for i, answer in found.items() if self._lists(i, "keys", answer, "public", 2)}
+        for i, why in (faults := unusable(public)).items():
+            blame(i, "keys", why)
+        self._public = {i: pair for i, pair in public.items() if i not in faults}
         self._enough(self._public, "sent keys")
         peers = {i: sorted(around[i] & self._public.keys()) for i in sorted(self._public)}
         spread = {
@@ -66,7 +73,7 @@ class SecureSums:
         }
         sealed: dict[int, dict[int, bytes]] = {}
         for i, answer in ask("shares", spread).items():
-            if _lists(answer, "sealed", len(peers[i]) - 1):
+            if self._lists(i, "shares", answer, "sealed", len(peers[i]) - 1):
                 sealed[i] = dict(zip([j for j in peers[i] if j != i], answer["sealed"], strict=True))
         self._enough(sealed, "shared their secrets")
         self.neighbours = {i: set(peers[i]) & sealed.keys() for i in sealed}
@@ -86,6 +93,15 @@ class SecureSums:
         if (short := self.short(len(those), did)) is not None:
             raise TooFew(short)
 
+    def _lists(self, client: int, step: str, answer: Mapping[str, Any], name: str, count: int) -> bool:
+        """Whether an answer is a list of so many keys or shares, and none is too long."""
+        value: Any = answer.get(name)
+        items = value if isinstance(value, list) else []
+        fits = len(items) == count and all(isinstance(item, bytes) and len(item) <= LONGEST for item in items)
+        if not fits:
+            self._blame(client, step, f"not {count} keys or shares")
+        return fits
+
     def unmask(self, active: Collection[int], total: np.ndarray) -> np.ndarray:
         """The sum of what the active clients sent, without their masks.
 
@@ -101,7 +117,7 @@ class SecureSums:
         shares: dict[int, list[bytes]] = {}
         for i, answer in self._ask("unmask", asked).items():
             whose = asked[i]["active"] + asked[i]["gone"]
-            if _lists(answer, "shares", len(whose)):
+            if self._lists(i, "unmask", answer, "shares", len(whose)):
                 for j, part in zip(whose, answer["shares"], strict=True):
                     shares.setdefault(j, []).append(part)
         public = {i: keys[0] for i, keys in self._public.items()}
@@ -118,11 +134,3 @@ def size_of(values: Mapping[str, Any]) -> int:
         for item in value if isinstance(value, list) else [value]:
             total += len(item) if isinstance(item, str | bytes) else 8
     return total
-
-
-def _lists(answer: Mapping[str, Any], name: str, count: int) -> bool:
-    """Whether an answer is a list of so many keys or shares, and none is too long."""
-    value: Any = answer.get(name)
-    if not isinstance(value, list) or len(value) != count:
-        return False
-    return all(isinstance(item, bytes) and len(item) <= LONGEST for item in value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -137,6 +138,21 @@ def reveal(own: Secrets, active: Collection[int], gone: Collection[int]) -> dict
 
 
 # -- at the server -----------------------------------------------------------------------------------------
+
+
+def unusable(public: Mapping[int, Pair]) -> dict[int, str]:
+    """Say whose keys nobody can agree on a secret with, or are not theirs alone; without them the others go on."""
+    probe, _ = key_pair()
+    found, secret = dict[int, str](), dict[int, list[bytes]]()
+    for i, pair in public.items():
+        try:
+            secret[i] = [agreed(probe, key) for key in pair]
+        except Exception:
+            found[i] = "a key that cannot be read"
+    times = Counter(one for pair in secret.values() for one in pair)  # a key written otherwise is the same key
+    return found | {
+        i: "a key that is not its own alone" for i, pair in secret.items() if max(times[one] for one in pair) > 1
+    }
 
 
 def neighbourhoods(clients: Collection[int], shares: int) -> dict[int, set[int]]:

@@ -141,6 +141,45 @@ def test_who_drops_out_is_left_out_of_the_sum(kind: str, tmp_path: Path, without
     assert built.strategy.sha() == without_2
 
 
+@pytest.mark.parametrize("kind", ["none", "twice", "of another curve", "twice, written otherwise"])
+def test_keys_that_nobody_can_use_leave_out_their_sender_alone(kind: str, tmp_path: Path, without_2: str) -> None:
+    """The attack: everybody was handed one site's bad keys, failed by them, was named, and the run was over."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    spki = PublicFormat.SubjectPublicKeyInfo
+    small = ec.generate_private_key(ec.SECP256R1()).public_key().public_bytes(Encoding.PEM, spki)
+    network = Network(seats(tmp_path, 4))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if _is(message, "query.secure_keys", 102):
+            first = reply.content["secure"]["public"][0]
+            bad = {"none": b"x", "twice": first, "of another curve": small, "twice, written otherwise": first + b"\n"}
+            reply.content["secure"]["public"] = [first, bad[kind]]
+        return reply
+
+    network.reply = forge
+    built, said = run(tiny("fedavg", *SECURE), network, tmp_path / "run")
+    why = f"a key that {'is not its own alone' if 'twice' in kind else 'cannot be read'}"
+    assert built.strategy.sha() == without_2
+    assert said.count(f"fedfuse: client 2: secure sum, keys: {why}") == 2  # rounds
+    assert built.strategy.inbox.left_out == [f"client 2: dropped out before the secure sum: keys: {why}"]
+
+
+def test_too_few_sealed_shares_leave_out_their_sender_alone(tmp_path: Path, without_2: str) -> None:
+    network = Network(seats(tmp_path, 4))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if _is(message, "query.secure_shares", 102):
+            reply.content["secure"]["sealed"] = [b"z"]
+        return reply
+
+    network.reply = forge
+    built, said = run(tiny("fedavg", *SECURE), network, tmp_path / "run")
+    assert built.strategy.sha() == without_2
+    assert said.count("fedfuse: client 2: secure sum, shares: not 3 keys or shares") == 2
+
+
 def _is(message: Message, kind: str, node: int) -> bool:
     return (message.metadata.message_type, message.metadata.dst_node_id) == (kind, node)
 

@@ -168,6 +168,13 @@ def test_false_keys_and_false_shares_are_refused() -> None:
     assert "threshold is 2" in refused(lambda: masks.accept(dict(pairs[0]), 0, {}))
 
 
+def test_keys_that_two_clients_share_are_neithers() -> None:
+    public = {i: tuple(masks.keys("s")["public"]) for i in range(4)}
+    assert masks.unusable(public) == {}  # type: ignore[arg-type]
+    public[3] = (public[3][0], public[1][0])
+    assert masks.unusable(public) == dict.fromkeys((1, 3), "a key that is not its own alone")  # type: ignore[arg-type]
+
+
 # --- the server's running sum -----------------------------------------------------------------------------
 
 
