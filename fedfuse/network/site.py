@@ -28,7 +28,7 @@ from fedfuse.network.handshake import identity
 from fedfuse.network.own_data import site_scenario
 from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.site_memory import SiteMemory
-from fedfuse.network.site_secrets import PREFIX, STEPS, SiteSecrets, refuse_bare
+from fedfuse.network.site_secrets import PREFIX, STEPS, SiteSecrets, fingerprint, refuse_bare
 from fedfuse.train.allowance import Allowance, limited
 from fedfuse.train.ledger import Ledger
 from fedfuse.wire.client_store import ClientStore
@@ -122,7 +122,10 @@ class Site:
         if type(round) is not int:
             raise Refused(f"round {str(round)[:40]!r} is no whole number")
         policy.check_round(round)
-        held, step = SiteSecrets(kept, int(client)), message.metadata.message_type.removeprefix(PREFIX)
+        held, step = (
+            SiteSecrets(kept, int(client), fingerprint(about, setting)),
+            message.metadata.message_type.removeprefix(PREFIX),
+        )
         told: Any = message.content.config_records.get("secure")
         if step in STEPS and config.secure.on and told is not None:
             answer = ConfigRecord(held.answer(step, told))

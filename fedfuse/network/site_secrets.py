@@ -6,6 +6,8 @@ a site that is started again has lost them, drops out of the phase, and the othe
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,10 +33,12 @@ class SiteSecrets:
     memory : RecordDict
         What outlives a message, and not the site's process.
     client : int
+    alike : str
+        Of what all clients of the phase are told alike: see `fingerprint`.
     """
 
-    def __init__(self, memory: RecordDict, client: int) -> None:
-        self.memory, self.client, self._name = memory, client, f"secure:{client}"
+    def __init__(self, memory: RecordDict, client: int, alike: str) -> None:
+        self.memory, self.client, self.alike, self._name = memory, client, alike, f"secure:{client}"
         self.own: dict[str, Any] = dict(memory.config_records.get(self._name, {}))
 
     def answer(self, step: str, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +51,8 @@ class SiteSecrets:
         """
         if step == "keys":
             if self.own.get("session") != told["session"]:
-                self.own = masks.keys(str(told["session"]))
+                self.own = masks.keys(str(told["session"]), self.alike)
+            self._same(told)
             out = {"public": self.own["public"]}
         elif step == "shares":
             self._same(told)
@@ -116,9 +121,16 @@ class SiteSecrets:
     def _same(self, told: Mapping[str, Any]) -> None:
         if self.own.get("session") != told.get("session"):
             raise Refused("secure: this client's keys of this phase are gone: its site was started again")
+        if self.own.get("alike") != self.alike:  # as how records are quantised, and what is summed
+            raise Refused("secure: told otherwise than when this client's keys of this phase were made")
 
     def _keep(self) -> None:
         self.memory[self._name] = ConfigRecord(self.own)
+
+
+def fingerprint(*told: Mapping[str, Any]) -> str:
+    """Hash what a phase's messages say, to be compared between clients without a word of it."""
+    return hashlib.sha256(json.dumps([sorted(one.items()) for one in told], default=bytes.hex).encode()).hexdigest()
 
 
 def refuse_bare(content: RecordDict, config: Config) -> None:

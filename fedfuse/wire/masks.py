@@ -29,10 +29,17 @@ Pair = tuple[bytes, bytes]
 # -- at a client -------------------------------------------------------------------------------------------
 
 
-def keys(session: str) -> Secrets:
-    """A client's new keys: `mask` for pairwise masks, `seal` for what clients tell one another."""
+def keys(session: str, alike: str = "") -> Secrets:
+    """A client's new keys: `mask` for pairwise masks, `seal` for what clients tell one another.
+
+    Parameters
+    ----------
+    session : str
+    alike : str
+        What all clients must have been told alike: who was told something else cannot open what is sealed.
+    """
     (mask, mask_public), (seal, seal_public) = key_pair(), key_pair()
-    return {"session": session, "mask": mask, "seal": seal, "public": [mask_public, seal_public]}
+    return {"session": session, "alike": alike, "mask": mask, "seal": seal, "public": [mask_public, seal_public]}
 
 
 def share(own: Secrets, me: int, peers: Mapping[int, Pair], threshold: int) -> dict[int, bytes]:
@@ -73,7 +80,7 @@ def share(own: Secrets, me: int, peers: Mapping[int, Pair], threshold: int) -> d
             if j == me:
                 own[f"held.{j}"] = [of_seed, of_key]
             else:
-                own[f"sent.{j}"] = sealed(agreed(own["seal"], peers[j][1]), me, j, of_seed, of_key)
+                own[f"sent.{j}"] = sealed(_sealing(own, peers[j][1]), me, j, of_seed, of_key)
     return {j: own[f"sent.{j}"] for j in sorted(peers) if j != me}
 
 
@@ -94,9 +101,10 @@ def accept(own: Secrets, me: int, received: Mapping[int, bytes]) -> None:
         if f"sent.{j}" not in own:
             raise Refused(f"secure: a share of client {j}, who is no neighbour")
         try:
-            source, target, of_seed, of_key = opened(agreed(own["seal"], own[f"peer.{j}"][1]), text)
+            source, target, of_seed, of_key = opened(_sealing(own, own[f"peer.{j}"][1]), text)
         except Exception as error:
-            raise Refused(f"secure: a share of client {j} that cannot be opened") from error
+            raise Refused(f"secure: a share of client {j} that cannot be opened: it is none, or the server told the "
+                          "two clients different things") from error  # fmt: skip
         if (source, target) != (j, me):
             raise Refused(f"secure: a share from client {source} for client {target} in the place of one from {j}")
         own[f"held.{j}"] = [of_seed, of_key]
@@ -209,6 +217,11 @@ def unmasked(
         except Exception as error:
             raise ValueError(f"the shares of client {i}'s mask do not fit together") from error
     return out
+
+
+def _sealing(own: Secrets, public: bytes) -> bytes:
+    """The key that two clients seal with, which only they know, and only if they were told alike."""
+    return hashlib.sha256(agreed(own["seal"], public) + own["alike"].encode()).digest()
 
 
 def _shift(out: np.ndarray, me: int, other: int, stream: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.exchange import Patience
@@ -305,6 +306,43 @@ def test_a_server_that_asks_for_the_record_itself_gets_none(tmp_path: Path, monk
     with pytest.raises(WorldError, match="secure: model was asked for unmasked, in a run with secure=on"):
         run(tiny("fedavg", *SECURE), network, tmp_path / "run")
     assert not any(reply.has_content() and len(reply.content.array_records) for reply in left)
+
+
+@pytest.mark.parametrize(("lie", "kinds"), [
+    ("heaviest", ("train",)), ("heaviest", ("train", "query.secure")), ("sums", ("train", "query.secure")),
+    ("hyper.weighting", ("train",)), ("hyper.weighting", ("train", "query.secure")), ("config", ("train", "query")),
+])  # fmt: skip
+def test_a_server_that_tells_one_client_another_plan_gets_no_sum(
+    lie: str, kinds: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The attack: the others are told a weight beside which theirs round to 0, and the sum is one client's record."""
+    network, left = Network(seats(tmp_path, 4)), list[Message]()
+    network.reply = lambda message, reply: left.append(reply) or reply
+
+    def forge(message: Message) -> bool:
+        if message.metadata.dst_node_id == 101 or not message.metadata.message_type.startswith(kinds):
+            return True
+        setting, about = dict(message.content["setting"]), dict(message.content.config_records.get("run", {}))
+        if lie == "config":
+            setting["config"] = setting["config"].replace('"lr": 0.05', '"lr": 1e-9')
+            assert setting != dict(message.content["setting"])
+        elif lie == "heaviest":
+            about["secure"] = json.dumps({**json.loads(about["secure"]), "heaviest": {"model": 2.0**60}})
+        else:
+            about[lie] = {"sums": "{}", "hyper.weighting": "uniform"}[lie]
+        message.content["setting"] = ConfigRecord(setting)
+        if about:
+            message.content["run"] = ConfigRecord(about)
+        return True
+
+    network.before = forge
+    with pytest.raises(WorldError) as caught:
+        run(tiny("fedavg", *SECURE), network, tmp_path / "run")
+    late = kinds == ("train",)
+    assert ("told otherwise than when" if late else "the server told the two clients") in str(caught.value)
+    assert not any("unmask" in line for line in network.log)
+    whose = {reply.metadata.src_node_id for reply in left if reply.has_content() and reply.content.array_records}
+    assert whose <= ({101} if late else set())  # masked, and nobody else's
 
 
 def test_a_policy_may_require_secure_sums(tmp_path: Path) -> None:
