@@ -159,6 +159,8 @@ class Inbox:
                 records["model" if name == "arrays" else name] = tensors(value)
         metrics: dict[str, Any] = dict(entries(measured))
         if request.kind == "evaluate":
+            if records and not self.strategy.judges:
+                raise InvalidArrays(f"unexpected record {', '.join(sorted(records))} in an evaluation")
             for name, arrays in records.items():
                 validate(name, arrays, None)
         else:

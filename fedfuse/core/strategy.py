@@ -201,8 +201,13 @@ class FusionStrategy(Strategy):
         return training.predict(model, x, batch_size)
 
     def judge(self, shares: Iterable[Share]) -> list[tuple[int, Metrics]]:
-        """Metrics per client, where predicting needs both halves (split learning)."""
+        """Metrics per client, where predicting needs both halves (split learning): else evaluations send no records."""
         return []
+
+    @property
+    def judges(self) -> bool:
+        """Whether evaluations send records: nothing but `judge` looks at them."""
+        return type(self).judge is not FusionStrategy.judge
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

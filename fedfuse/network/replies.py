@@ -13,7 +13,9 @@ FORMS = {  # of these texts, which the server keeps: a method's name, a state's,
     "tag": re.compile(r"(\d{1,12}(\.\d{1,6})?)?", re.ASCII),
     "sha": re.compile(r"([0-9a-f]{64})?", re.ASCII),
 }
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric: it goes into tables and logs
+NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII
+)  # of a metric or record: it goes into tables and logs
 SHARES = frozenset({"accuracy", "accuracy_macro", "exact_match"})  # what stops a run early, and what pages are drawn by
 MOST = 64  # records and metrics of a reply
 
@@ -21,7 +23,7 @@ MOST = 64  # records and metrics of a reply
 def fault_of(reply: Message, client: int, examples: int | None = None) -> str | None:
     """Say what is wrong with the form of a reply, None if nothing.
 
-    Names, shapes, dtypes and finiteness of arrays are checked by the strategy against what it declares; here is
+    Shapes, dtypes and finiteness of arrays are checked by the strategy against what it declares; here is
     what a strategy takes for granted: who speaks, the records' kinds, and that no group sum comes from a site.
 
     Parameters
@@ -42,6 +44,8 @@ def fault_of(reply: Message, client: int, examples: int | None = None) -> str | 
         return f"unexpected metrics record {extra[0][:80]!r}"
     if any(name.startswith("sum:") for name in content.array_records):
         return "a group sum; a site sends its own records"
+    if strange := [name for name in content.array_records if not NAME.fullmatch(name)]:
+        return f"record {strange[0][:80]!r} is no name of a record"
     config: Any = content.config_records.get("config", ConfigRecord())
     metrics: Any = content.metric_records.get("metrics", MetricRecord())
     return _config_fault(config, client) or _metrics_fault(metrics, examples)

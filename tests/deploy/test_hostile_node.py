@@ -19,6 +19,7 @@ from fedfuse.core.loop import Federation
 from fedfuse.errors import WorldError, one_line
 from fedfuse.network.exchange import Patience
 from fedfuse.network.sizes import UNKNOWN
+from fedfuse.results.run_data import load
 from fedfuse.wire.records import InvalidArrays, digest_of, plain_numpy
 from tests.deploy.network import Network, run, seats, tiny
 from tests.federations import QUICK
@@ -356,6 +357,40 @@ def test_no_word_of_a_nodes_begins_a_line_of_the_log(
     for line in [*said, *printed.split("\n")]:
         assert printable(line.strip()), repr(line)
         assert not line.lstrip().startswith("fedfuse-run-directory")
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("<script>\x1b[31m", "is no name of a record"), ("x" * 200_000, "is no name of a record"),
+    ("more", "unexpected record more in an evaluation"),
+])  # fmt: skip
+def test_a_record_of_an_evaluation_that_nobody_looks_at_is_refused(name: str, why: str, tmp_path: Path) -> None:
+    """The attack: a site's own names of records stood in the run's tables."""
+    network = Network(seats(tmp_path, 3))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "evaluate" and message.metadata.dst_node_id == 102:
+            reply.content[name] = ArrayRecord({"a": Array(np.zeros(3, "f4"))})
+        return reply
+
+    network.reply = forge
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run")
+    assert why in built.strategy.inbox.left_out[-1]
+    assert built.strategy.inbox.left_out[-1].startswith("client 2: ")
+    assert set(load(tmp_path / "run").traffic.collect()["record"]) == {"model"}
+
+
+def test_records_of_an_evaluation_that_a_server_judges_have_names_too(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+
+    def forge(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "evaluate" and message.metadata.dst_node_id == 102:
+            reply.content["<b>"] = reply.content["personal"]
+        return reply
+
+    network.reply = forge
+    built, _ = run(tiny("fedgkt"), network, tmp_path / "run")
+    assert built.strategy.inbox.left_out == ["client 2: record '<b>' is no name of a record"]
+    assert not any("<" in name for name in load(tmp_path / "run").traffic.collect()["record"])
 
 
 @pytest.mark.parametrize("value", [1e308, -0.5, 1.01])
