@@ -34,7 +34,7 @@ class Patience:
         Least number of clients to begin with, once `join` is over or all nodes that are there were turned away; whoever
         is missing is left out and counted. None: all.
     retries : int
-        How often a message that the transport lost is sent again.
+        How often a message is sent again that the transport lost, or whose node was started again.
     """
 
     join: float = 300.0
@@ -146,10 +146,10 @@ class Exchange:
                 answered.append((found, reply))
                 self._time(found, reply)
             now = time.monotonic()
-            for item in [i for i in waiting if i.away_since is not None and now - i.away_since > self.patience.absence]:
-                waiting.remove(item)
-                gone = Error(FAILED, f"its node was away for more than {self.patience.absence:g} s")
-                answered.append((item, Message(gone, reply_to=item.original)))
+            for item in list(waiting):
+                if why := self._given_up(item, online, now):
+                    waiting.remove(item)
+                    answered.append((item, Message(Error(FAILED, why), reply_to=item.original)))
             if limit is not None and now - started > limit:
                 for item in waiting:
                     self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
@@ -190,9 +190,20 @@ class Exchange:
             item.away_since = item.away_since or time.monotonic()
         else:
             item.away_since = None
-            if item.ids and not item.due and online[item.node] != item.stamp:
+            if self._restarted(item, online) and item.tries <= self.patience.retries:
                 self.say(f"fedfuse: client {item.client}: its node was started again; sending again")
                 item.due = True
+
+    def _restarted(self, item: Sent, online: Mapping[int, str]) -> bool:
+        return bool(item.ids) and not item.due and online.get(item.node, item.stamp) != item.stamp
+
+    def _given_up(self, item: Sent, online: Mapping[int, str], now: float) -> str | None:
+        """Why nothing more is expected of a node, if so; asked once its replies were looked for."""
+        if item.away_since is not None and now - item.away_since > self.patience.absence:
+            return f"its node was away for more than {self.patience.absence:g} s"
+        if self._restarted(item, online):
+            return f"its node was started again, after the message was sent {item.tries} times"
+        return None
 
     def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:
         now = time.time()

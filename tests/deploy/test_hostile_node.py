@@ -393,6 +393,24 @@ def test_records_of_an_evaluation_that_a_server_judges_have_names_too(tmp_path: 
     assert not any("<" in name for name in load(tmp_path / "run").traffic.collect()["record"])
 
 
+def test_a_node_that_is_started_again_without_end_is_not_waited_for(tmp_path: Path) -> None:
+    """The attack: a node that activates itself again and never answers was sent the model every second, for ever."""
+
+    class Restless(Network):
+        def get_nodes(self) -> list[Any]:
+            self.stamps[102] += "'"
+            return super().get_nodes()
+
+    network = Restless(seats(tmp_path, 3))
+    network.before = lambda message: message.metadata.message_type != "train" or message.metadata.dst_node_id != 102
+    config = tiny("fedavg", "rounds=1")
+    built, _ = run(config, network, tmp_path / "run", Patience(retries=1))
+    assert network.log.count("train>102") == 2
+    said = "client 2: its node was started again, after the message was sent 2 times"
+    assert built.strategy.inbox.left_out == [said]
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train", config)
+
+
 @pytest.mark.parametrize("value", [1e308, -0.5, 1.01])
 @pytest.mark.parametrize("split", ["personal", "validation"])
 def test_a_score_is_a_share(value: float, split: str, tmp_path: Path) -> None:
