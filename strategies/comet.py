@@ -12,8 +12,8 @@ outputs are probabilities, the squared distance, clustering of whole output matr
 of D_t goes beside each private batch, in training mode; absent clients keep their last s̄, on its own round's rows.
 `cluster_by=sample` is a port's simplification: for every x, k-means of the N probability vectors; all κ centroids are
 broadcast (κ·T_s·C·B_f down) and the client takes the one nearest to its own prediction; `distill=separate` is its own
-phase of distillation. κ = 1 is plain averaging. Clusters are scikit-learn's k-means++, ten seeded starts, one thread.
-Architectures may differ.
+phase of distillation, and only there `distil.*` has a say. κ = 1 is plain averaging. Clusters are scikit-learn's
+k-means++, ten seeded starts, one thread. Architectures may differ.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fedfuse import (
     Scope,
     Shares,
     Topic,
+    UserError,
     arrays,
     distributions,
     hyper,
@@ -46,15 +47,28 @@ from fedfuse import (
 
 @dataclass(frozen=True)
 class CometHyper:
-    """Hyper-parameters of COMET."""
+    """Hyper-parameters of COMET.
+
+    Raises
+    ------
+    UserError
+        If there are epochs of a separate distillation, and none is separate.
+    """
 
     clusters: int = hyper(2, "κ, number of clusters", low=1)
     lam: float = hyper(1.0, "λ, weight of the distance to the cluster's mean", low=0)
     cluster_by: str = hyper("client", "whole outputs of clients, or each sample's (port)", choices=("client", "sample"))
     distill: str = hyper("joint", "beside private training, or before it (port)", choices=("joint", "separate"))
-    distill_epochs: int = hyper(1, "epochs over D_t of a separate distillation", low=0)
+    distill_epochs: int = hyper(1, "epochs over D_t, with distill=separate", low=0)
     distill_batch: int = hyper(64, "batch size on D_t", low=1)
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
+
+    def __post_init__(self) -> None:
+        if self.distill == "joint" and self.distill_epochs != CometHyper.distill_epochs:
+            raise UserError(
+                f"strategy.distill_epochs={self.distill_epochs} does nothing with strategy.distill=joint, which goes "
+                f"beside private training; allowed there: {CometHyper.distill_epochs}"
+            )
 
 
 def cluster(points: Tensor, clusters: int, seed: int) -> Tensor:
@@ -156,7 +170,11 @@ class Comet(FusionStrategy):
     topics = {"means": Topic("state", arrays(p=("<=clusters", "subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
     transfer = "clients"
-    distils = True
+
+    @property
+    def distils(self) -> bool:  # type: ignore[override]
+        """Whether there is a distillation apart from private training."""
+        return bool(self.hyper.distill == "separate")
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -133,8 +133,8 @@ def valued(config: Config, name: str) -> Any:
     return node
 
 
-def _declared(config: Config, name: str, default: Any) -> Any:
-    return getattr(registry.entry(config.strategy.name).server, name, default)
+def _declared(config: Config, name: str) -> Any:
+    return registry.declared(registry.entry(config.strategy.name), config.strategy, name)
 
 
 def _subset(config: Config, sweep: bool) -> bool:
@@ -142,7 +142,7 @@ def _subset(config: Config, sweep: bool) -> bool:
 
 
 def _shares(config: Config, sweep: bool) -> bool:
-    return bool(_declared(config, "transfer", "none") != "none")
+    return bool(_declared(config, "transfer") != "none")
 
 
 def uses_loss(config: Config, sweep: bool = True) -> bool:
@@ -185,7 +185,7 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a strategy with a transfer set": _shares,
     "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
     "a strategy that trains on soft labels": uses_loss,
-    "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils", False)),
+    "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils")),
     "a strategy that asks for labels": lambda config, sweep: (
         registry.entry(config.strategy.name).client.partly_labelled
     ),
@@ -201,7 +201,7 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     ),
     "no privacy of examples (there: privacy.chunk)": lambda config, sweep: not config.privacy.by_example,
     "no privacy of examples (there: privacy.clip)": lambda config, sweep: not config.privacy.by_example,
-    "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled", False),
+    "a strategy whose clients train": lambda config, sweep: not _declared(config, "pooled"),
     "an optimiser without a rate of its own (train.pool)": lambda config, sweep: (
         not config.train.pool or any("@" not in word for word in config.train.pool)
     ),

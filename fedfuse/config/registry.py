@@ -311,13 +311,16 @@ def hypers(name: str) -> list[Key]:
     return out
 
 
-def sums_of(entry: Entry, hyper: Any) -> dict[str, str | None]:
-    """The sums of a strategy that is not built: they depend on its class and hyper-parameters alone."""
-    if entry.server.pooled:
-        return {}
+def declared(entry: Entry, hyper: Any, name: str) -> Any:
+    """What a strategy that is not built declares of itself: it depends on its class and hyper-parameters alone."""
 
     class Unbuilt(entry.server):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             self.hyper = hyper
 
-    return dict(Unbuilt().sums)
+    return getattr(Unbuilt(), name)
+
+
+def sums_of(entry: Entry, hyper: Any) -> dict[str, str | None]:
+    """The sums of a strategy that is not built."""
+    return {} if entry.server.pooled else dict(declared(entry, hyper, "sums"))

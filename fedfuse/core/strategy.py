@@ -96,7 +96,8 @@ class FusionStrategy(Strategy):
     bare : bool
         Whether the server's models are networks as they are built, without what the client's `equip` adds.
     distils : bool
-        Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say.
+        Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say; a property
+        where hyper-parameters decide.
     whole : bool
         Whether `distil` teaches whole networks with every objective there is, so that one with a second head has place.
     staleness : {"", "updates", "newest", "wrong"}

@@ -78,7 +78,7 @@ def test_whole_networks_that_distil_can_have_a_second_head(name: str) -> None:
     asked(name, "loss=dhkd", "transfer.labelled=true")
 
 
-@pytest.mark.parametrize("name", [*DISTIL, "cfd", "comet", "feddf", "fedet", "fedmkt"])
+@pytest.mark.parametrize("name", [*DISTIL, "cfd", "feddf", "fedet", "fedmkt"])
 def test_few_rows_to_distil_are_told(name: str) -> None:
     (said,) = remarks(asked(name))
     assert "rows a round for 10 classes, which is few" in said

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from fedfuse.config import registry
+from fedfuse.config.compose import compose
+from fedfuse.core.fit import remarks
+from fedfuse.errors import UserError
 from fedfuse.strategies.comet import cluster, means, memberships, nearest
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, play, uploads
@@ -122,6 +125,18 @@ def test_variants_and_pools_run():
     assert play("comet", pool, "strategy.cluster_by=sample", "strategy.distill=separate").digest
     assert play("comet", pool, "strategy.subset=7", "strategy.clusters=5").digest
     assert play("comet", "strategy.lam=0").federation.headline == play("local").federation.headline
+
+
+def test_distilling_is_asked_about_only_where_it_is_separate():
+    """Joint steps hear neither `distil.*` nor the epochs: the keys are refused, and no note advises them."""
+    with pytest.raises(UserError, match=r"distil.epochs=3 does nothing here: it goes with a strategy that distils"):
+        compose(["strategy=comet", "distil.epochs=3"])
+    with pytest.raises(UserError, match=r"strategy.distill_epochs=3 does nothing with strategy.distill=joint"):
+        compose(["strategy=comet", "strategy.distill_epochs=3"])
+    assert remarks(server("comet")) == []
+    compose(["strategy=comet", "strategy.distill=separate", "strategy.distill_epochs=3", "distil.lr=0.1"])
+    (said,) = remarks(server("comet", "strategy.distill=separate"))
+    assert "strategy=comet distils 24 rows a round" in said
 
 
 def test_rows_that_are_no_distributions_are_refused():
