@@ -11,7 +11,9 @@ encoder, a projection head and an output layer on top of it; z = R_w(x) is the p
 Travels: P·B_f bytes each way, P with the projection head; each client keeps its last local model. The projection
 head is a perceptron (d → d → 256) that every client's model is equipped with; `projection=0` leaves it out, as PFLlib
 and FL-bench do, and z are the features. z_glob and z_prev are taken in evaluation mode, without gradient. In a client's
-first round z_prev is z_glob, and ℓ_con the constant log 2. μ = 0 is FedAvg.
+first round z_prev is z_glob, and ℓ_con the constant log 2. μ = 0 is FedAvg on the network with its head, and FedAvg on
+the model itself only with `projection=0`: where μ = 0 (digits, mlp, 10 clients, Dirichlet 0.3, 10 rounds of 5 epochs,
+seed 0) the head alone took FedAvg from 92.2 / 93.5 % (global / personal) to 87.5 / 84.3.
 """
 
 from __future__ import annotations
@@ -103,3 +105,12 @@ class Moon(AveragingStrategy):
 
     staleness = "updates"
     needs_features = True
+
+    def notes(self) -> list[str]:
+        """That a comparison with FedAvg is of two networks."""
+        if not self.hyper.projection:
+            return []
+        return [
+            f"moon: strategy.projection={self.hyper.projection} adds layers to the network, so that a difference to "
+            f"strategy=fedavg is not the contrastive term's alone; strategy.projection=0 leaves the network as it is"
+        ]

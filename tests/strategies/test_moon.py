@@ -56,6 +56,13 @@ def test_without_the_term_and_the_projection_it_is_fedavg() -> None:
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
+def test_layers_that_fedavg_has_not_are_told() -> None:
+    (said,) = server("moon", "strategy.mu=0").notes()
+    assert "strategy.projection=256 adds layers" in said
+    assert server("moon", "strategy.projection=0").notes() == []
+    assert set(server("moon", "strategy.mu=0").model) != set(server("fedavg").model)
+
+
 def test_the_previous_model_is_the_clients_own_last_one() -> None:
     strategy, states = final_states("moon")
     assert all(set(state["previous"]) == set(strategy.model) for state in states)
