@@ -12,7 +12,8 @@ arXiv 2202.08603; code flcao/CoFED). Once, after its local training:
 Travels, once: 2·T_s + C bytes up, 6 bytes down for each pair (x, c), a client. Any kind of model may take part.
 Placed in rounds here: the vote is a phase of its own at the end of round `vote_round`, by default after half of the
 rounds, since the paper votes after complete local training; rounds after it train on both sets. Left open: whether
-models start anew then (`restart`). `repeat` votes again after each later round; `learn=all` lets clients learn classes
+models start anew then (`restart`). Without a round after the vote it is local training: a `vote_round` that leaves none
+is refused, and `rounds=1` noted. `repeat` votes again after each later round; `learn=all` lets clients learn classes
 they do not own.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,8 @@ from fedfuse import (
     Scope,
     Shares,
     Topic,
+    UserError,
+    Workspace,
     arrays,
     hyper,
     strategy,
@@ -175,6 +179,15 @@ class CoFED(FusionStrategy):
     records_vote = {"votes": arrays(labels=("int16", "subset"), owned=("bool", "classes"))}
     transfer = "clients"
 
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        rounds = self.scenario.config.rounds
+        if hyper.vote_round is not None and hyper.vote_round >= rounds:
+            raise UserError(
+                f"strategy.vote_round={hyper.vote_round}: no round of rounds={rounds} comes after the vote, so that "
+                f"nobody learns from it; allowed: a round before the last"
+            )
+
     def phases(self, round: int) -> tuple[str, ...]:
         """The vote ends its round."""
         first = self.hyper.vote_round or (self.scenario.config.rounds + 1) // 2
@@ -183,6 +196,12 @@ class CoFED(FusionStrategy):
     def planned(self) -> str:
         """The round of the vote, where the user says none."""
         return "" if self.hyper.vote_round else "the vote is held in the middle of the rounds"
+
+    def notes(self) -> list[str]:
+        """That nobody learns from a vote after the only round."""
+        if self.scenario.config.rounds > 1:
+            return []
+        return ["cofed: rounds=1 has no round after the vote, so that nobody learns from it: this is local training"]
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

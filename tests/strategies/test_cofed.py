@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fedfuse.config import registry
+from fedfuse.errors import UserError
 from fedfuse.strategies.cofed import count_votes, inverse_frequency, own_pairs, votes
 from fedfuse.wire.records import InvalidArrays, Scope, record
 from tests.federations import answer, federation, intercept, play
@@ -65,8 +66,18 @@ def test_the_vote_is_held_once_and_counted():
 def test_an_empty_vote_is_local_training_with_balanced_classes():
     silent = play("cofed", "strategy.margin=1")
     assert len(silent.strategy.published("pseudo_labels")["rows"]) == 0
-    late = play("cofed", "strategy.vote_round=9")
-    assert late.federation.headline == play("local").federation.headline
+    assert server("cofed").notes() == []
+
+
+def test_a_vote_that_nobody_learns_from_is_refused_or_told() -> None:
+    for rounds, asked in ((3, 3), (3, 9), (1, 1)):
+        with pytest.raises(UserError, match=rf"strategy.vote_round={asked}: no round of rounds={rounds} comes after"):
+            server("cofed", f"rounds={rounds}", f"strategy.vote_round={asked}", "strategy.repeat=true")
+    server("cofed", "rounds=3", "strategy.vote_round=2")
+    once = play("cofed", "rounds=1")
+    assert once.federation.headline == play("local", "rounds=1").federation.headline
+    (said,) = once.strategy.notes()
+    assert "nobody learns from it: this is local training" in said
 
 
 def test_three_architectures_a_restart_and_a_subset():
@@ -108,4 +119,4 @@ def test_the_vote_ends_the_round_in_the_middle_or_the_one_that_is_said() -> None
     assert held("strategy.vote_round=2") == [2]
     assert held("strategy.vote_round=5", "strategy.repeat=true") == [5, 6, 7]
     assert server("cofed").planned()
-    assert not server("cofed", "strategy.vote_round=2").planned()
+    assert not server("cofed", "strategy.vote_round=1").planned()
