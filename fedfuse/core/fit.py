@@ -41,8 +41,8 @@ def check_fit(strategy: FusionStrategy, entry: Entry) -> None:
         )
     if not strategy.heterogeneous and len(pool) > 1:
         raise UserError(
-            f"strategy={strategy.name} averages weights and needs one architecture, model.pool has {', '.join(pool)}; "
-            f"use model=<name>, or a strategy that exchanges knowledge instead of weights"
+            f"strategy={strategy.name} needs one architecture, model.pool has {', '.join(pool)}; "
+            f"use model=<name>, or a strategy that takes any pool (fedfuse list <strategy> says so)"
         )
     _check_transfer(strategy)
     _check_tokenizers(strategy, pool)

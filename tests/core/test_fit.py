@@ -29,8 +29,9 @@ BARE = ("model.name=custom", "model.build=tests.halves:featureless")
 
 
 @pytest.mark.parametrize("name", ["fedavg", "centralized", "ditto", "fedd2s", "gaussian_heads"])
-def test_weights_of_several_architectures_have_no_mean(name: str) -> None:
-    with pytest.raises(UserError, match=rf"strategy={name} averages weights and needs one architecture"):
+def test_several_architectures_are_refused_where_one_is_needed(name: str) -> None:
+    """The words hold for whoever averages weights and for whoever, as fedd2s, compares layers."""
+    with pytest.raises(UserError, match=rf"strategy={name} needs one architecture, model.pool has mlp_small, mlp_wide"):
         asked(name, "model.pool=[mlp_small,mlp_wide]")
 
 

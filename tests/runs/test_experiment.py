@@ -82,7 +82,7 @@ def refused(*words: str, out: Path | None = None) -> str:
         (["runtime.device=tpu"], "runtime.device=tpu: "),
         (["seed=-1"], "seed=-1: allowed is at least 0"),
         (["loss=kl", "loss.temperature=0"], "loss.temperature=0.0: allowed is more than 0"),
-        (["strategy=fedavg", "model.pool=[mlp,cnn]"], "strategy=fedavg averages weights and needs one architecture"),
+        (["strategy=fedavg", "model.pool=[mlp,cnn]"], "strategy=fedavg needs one architecture"),
         (["strategy=fedavg", "train.optimizer_state=keep"], "train.optimizer_state=keep"),
     ],
 )
