@@ -49,7 +49,7 @@ class FedKDHyper:
     """Hyper-parameters of FedKD."""
 
     student: str = hyper("auto", "architecture of the student, common to all clients")
-    energy_start: float = hyper(0.95, "e_1, share of Σσ² kept at the start; 1: full rank", above=0, high=1)
+    energy_start: float = hyper(0.95, "e_0, from which e_t rises to e_T, share of Σσ²; 1: full rank", above=0, high=1)
     energy_end: float = hyper(0.98, "e_T, share of Σσ² kept at the end", above=0, high=1)
     hidden: bool = hyper(True, "also compare features")
     through: bool = hyper(False, "let the gradient flow through d, as the printed formula read literally does")

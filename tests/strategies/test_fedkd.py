@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,9 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 def test_energy_rises_linearly() -> None:
     h = FedKDHyper()
     assert energy(h, 10, 10) == pytest.approx(0.98)
+    assert energy(h, 0, 10) == 0.95
+    meanings = {field.name: field.metadata["meaning"] for field in fields(FedKDHyper)}
+    assert meanings["energy_start"].startswith("e_0,")  # e_1 is one T-th of the way on
     assert energy(h, 5, 10) == pytest.approx(0.965)
     assert energy(h, 1, 30) == pytest.approx(0.951)
 
