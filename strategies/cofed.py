@@ -178,6 +178,7 @@ class CoFED(FusionStrategy):
     records = {}
     records_vote = {"votes": arrays(labels=("int16", "subset"), owned=("bool", "classes"))}
     transfer = "clients"
+    discloses = ("label sets",)
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

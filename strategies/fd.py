@@ -138,6 +138,7 @@ class FD(FusionStrategy):
 
     topics = {"labels": Topic("state", arrays(p=("classes", "classes"), held=("uint8", "classes")))}
     records = {"labels": arrays(p=("classes", "classes"), held=("uint8", "classes"))}
+    discloses = ("label sets",)
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

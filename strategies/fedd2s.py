@@ -209,6 +209,7 @@ class FedD2S(FusionStrategy):
     records = {"layers": uploaded}
     heterogeneous = False
     distils = True
+    discloses = ("class counts",)
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -194,6 +194,7 @@ class FedGen(AveragingStrategy):
     records = {"model": model_arrays, "counts": arrays(counts=("int64", "classes"))}
     sums = {}  # `fuse` looks at every model
     needs_features = True
+    discloses = ("class counts",)
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -146,6 +146,7 @@ class FedHKD(AveragingStrategy):
     }
     sums = {"model": "num-examples"}
     needs_features = True
+    discloses = ("class counts",)
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

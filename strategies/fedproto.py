@@ -108,6 +108,7 @@ class FedProto(FusionStrategy):
     records = {"prototypes": arrays(means=("classes", "features"), counts=("int64", "classes"))}
     means = ("prototypes",)
     needs_features = True
+    discloses = ("class counts",)
     same_features = True
     staleness = "newest"
 

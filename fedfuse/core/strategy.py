@@ -92,7 +92,8 @@ class FusionStrategy(Strategy):
     aligns : bool
         Whether architectures may read the transfer set by tokenizers of their own, as `workspace.texts` has them.
     discloses : tuple of str
-        What of the private examples themselves leaves a client ("labels", "features"); said in the run's notes.
+        What of the private examples themselves leaves a client ("labels", "class counts"); said in the run's notes,
+        and refused with privacy.
     bare : bool
         Whether the server's models are networks as they are built, without what the client's `equip` adds.
     distils : bool

@@ -148,7 +148,7 @@ def test_a_resumed_run_goes_on_with_what_was_spent(tmp_path) -> None:
         ("local", (), "shares nothing"),
         ("fedmd", (), "is no update of anything published"),
         ("scaffold", ("train.momentum=0",), "shares control, model"),
-        ("fedhkd", (), "shares classes, model"),
+        ("fedhkd", (), "lets class counts of private examples leave the clients"),
         ("fednova", (), "'update', which is no update of anything published"),
         ("knfu", (), "of which not one sum is all that it needs"),
         ("fed_sb", ("strategy.init=weight_svd",), "of which not one sum"),

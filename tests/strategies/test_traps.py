@@ -204,7 +204,10 @@ def test_a_class_that_nobody_holds_makes_nothing_infinite():
 def test_what_discloses_examples_says_so():
     assert registry.entry("fedgkt").server.discloses == ("labels", "features")
     loud = {name for name in registry.listed() if registry.entry(name).server.discloses}
-    assert loud == {"fedftg", "fedgkt", "fednano", "gaussian_heads", "regmean"}
+    counting = {name for name in loud if "class counts" in registry.entry(name).server.discloses}
+    assert counting == {"fedd2s", "fedftg", "fedgen", "fedhkd", "fedproto", "gaussian_heads"}
+    assert loud - counting == {"cofed", "fd", "fedgkt", "fednano", "regmean"}
+    assert registry.entry("fd").server.discloses == registry.entry("cofed").server.discloses == ("label sets",)
 
 
 @pytest.mark.parametrize("name", ["local", "fedavg"])

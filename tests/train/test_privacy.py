@@ -25,6 +25,7 @@ from fedfuse.train.ledger import Ledger
 from fedfuse.train.privacy import Budget, check, drawn, epsilon, joined, noise_for, own_entropy, train
 from fedfuse.train.task import IGNORED, task_loss, task_losses
 from tests.federations import federation, play
+from tests.halves import server
 
 NOISY = ("privacy.noise=4.0", "privacy.clip=0.5")
 
@@ -377,11 +378,23 @@ def test_what_is_refused() -> None:
     refused("BatchNorm, which mixes the examples", "fedavg", *NOISY, "model=resnet8_bn", "data.limit=60")
     refused(r"privacy.delta=0.1: client \d has 5\d examples", "fedavg", *NOISY, "privacy.delta=0.1")
     refused("a loss of its own", "fedkd", *NOISY)
-    refused("outside of training", "fedproto", *NOISY, "rounds=2")
+    refused("outside of training", "moon", *NOISY, "rounds=2")
     refused("leave the clients", "fedgkt", *NOISY)
     refused("joins all examples at one client", "centralized", *NOISY)
     refused(r"privacy.epsilon=-1", "fedavg", "privacy.epsilon=-1")
     refused(r"privacy.clipping=half", "fedavg", *NOISY, "privacy.clipping=half")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *((name, "class counts") for name in ("fedd2s", "fedgen", "fedhkd", "fedproto")),
+        *((name, "label sets") for name in ("cofed", "fd")),
+    ],
+)
+def test_who_tells_of_its_examples_is_refused_before_it_trains(name: str, what: str) -> None:
+    with pytest.raises(UserError, match=f"strategy={name} lets {what} of private examples leave the clients"):
+        server(name, *NOISY)
 
 
 def test_without_opacus_it_says_what_to_install(monkeypatch) -> None:
