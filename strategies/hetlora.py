@@ -22,16 +22,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse import Metrics, RankedClient, RankedHyper, RankedStrategy, Share, Shares, hyper, lora, strategy
+from fedfuse import Metrics, RankedClient, RankedHyper, RankedStrategy, Share, Shares, UserError, hyper, lora, strategy
 
 
 @dataclass(frozen=True)
 class HetLoRAHyper(RankedHyper):
-    """Hyper-parameters of HetLoRA."""
+    """Hyper-parameters of HetLoRA.
+
+    Raises
+    ------
+    UserError
+        If a share of the rank is given and nothing prunes, or weights and the norms weigh.
+    """
 
     sparsity: bool = hyper(True, "weights p_i ∝ ‖B_i A_i‖; false: as `weighting` says")
     prune: float = hyper(0.0, "λ of the self-pruning term; 0: none", low=0)
-    gamma: float = hyper(0.85, "γ, share of the rank that is not decayed", above=0, high=1)
+    gamma: float = hyper(0.85, "γ, share of the rank that is not decayed, with prune above 0", above=0, high=1)
+    weighting: str = hyper(
+        "examples", "weights n_k, or all alike, with sparsity=false", choices=("examples", "uniform")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prune and self.gamma != HetLoRAHyper.gamma:
+            raise UserError(
+                f"strategy.gamma={self.gamma} does nothing with strategy.prune=0, which keeps every rank; "
+                f"allowed there: {HetLoRAHyper.gamma}"
+            )
+        if self.sparsity and self.weighting != HetLoRAHyper.weighting:
+            raise UserError(
+                f"strategy.weighting={self.weighting} does nothing with strategy.sparsity=true, where norms weigh; "
+                f"allowed there: {HetLoRAHyper.weighting}"
+            )
 
 
 def norm(arrays: Mapping[str, Tensor]) -> float:

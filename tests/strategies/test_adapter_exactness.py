@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
+from fedfuse.config.compose import compose
+from fedfuse.errors import UserError
 from fedfuse.families.averaging import server_step as step
 from fedfuse.strategies.fedex_lora import residual
 from fedfuse.strategies.fedsvd import refactor
 from fedfuse.strategies.flexlora import truncated
 from fedfuse.strategies.flora import stack
-from fedfuse.strategies.hetlora import norm
+from fedfuse.strategies.hetlora import HetLoRAHyper, norm
 from fedfuse.train.stack import compact, deltas, empty, fold
 from tests.halves import shares, wake
 from tests.strategies.adapter_updates import LAYER, D, K, drawn, own_update, server, update
@@ -229,6 +233,19 @@ def test_hetlora_weighs_by_examples_while_nobodys_product_differs_from_zero() ->
     want = sum(p * r["adapter"][f"{LAYER}.lora_A.weight"] for p, r in zip(P, records, strict=True))
     strategy.fuse(shares(strategy, *records, examples=COUNTS))
     assert torch.allclose(strategy.state["whole"][f"{LAYER}.lora_A.weight"].double(), want, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("word", "heard_with"),
+    [("strategy.gamma=0.5", "strategy.prune=0.1"), ("strategy.weighting=uniform", "strategy.sparsity=false")],
+)
+def test_hetlora_refuses_what_does_nothing(word: str, heard_with: str) -> None:
+    with pytest.raises(UserError, match=f"{word} does nothing with strategy"):
+        compose(["strategy=hetlora", word])
+    key, _, value = word.removeprefix("strategy.").partition("=")
+    assert str(getattr(compose(["strategy=hetlora", word, heard_with]).strategy, key)) == value
+    meanings = {field.name: field.metadata["meaning"] for field in fields(HetLoRAHyper)}
+    assert heard_with.removeprefix("strategy.").partition("=")[0] in meanings[key]
 
 
 def test_hetlora_prunes_by_the_norms_of_both_factors_of_the_trailing_ranks() -> None:
