@@ -7,7 +7,8 @@ Box (Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous
     server:    τ_eff = Σ p_i ‖a_i‖₁;   x ← x − τ_eff Σ p_i d_i
 
 a_i are the weights with which gradients entered the update: ones for SGD, so ‖a_i‖₁ = τ_i; with momentum ρ
-‖a_i‖₁ = (τ_i − ρ(1 − ρ^τ_i)/(1 − ρ)) / (1 − ρ). With equal ‖a_i‖₁ it is FedAvg.
+‖a_i‖₁ = (τ_i − ρ(1 − ρ^τ_i)/(1 − ρ)) / (1 − ρ). Both are of one learning rate for all steps: `train.schedule` and
+`train.warmup` are refused. With equal ‖a_i‖₁ it is FedAvg.
 
 Travels: P·B_f bytes each way and one number. Readings of ours: adaptive optimisers have no fixed a_i and count steps;
 buffers are averaged as in FedAvg; a client without a step sends zeros.
@@ -16,8 +17,21 @@ buffers are averaged as in FedAvg; a client without a step sends zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from fedfuse import AnchoredClient, AveragingStrategy, Metrics, Records, Shares, hyper, model_arrays, parts, strategy
+from fedfuse import (
+    AnchoredClient,
+    AveragingStrategy,
+    Metrics,
+    Records,
+    Shares,
+    UserError,
+    Workspace,
+    hyper,
+    model_arrays,
+    parts,
+    strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,16 @@ class FedNova(AveragingStrategy):
     metrics = {"progress": (0, 2**53)}
     averaged = "update"
     means = ()  # times the steps that clients say they took
+
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        trains = (self.scenario.training(i) for i in range(self.scenario.clients))
+        uneven = next((t for t in trains if t.schedule != "constant" or t.warmup), None)
+        if uneven is not None:
+            raise UserError(
+                f"train.schedule={uneven.schedule} train.warmup={uneven.warmup:g}: fednova's ‖a_i‖₁ is of steps of one "
+                f"rate; allowed: constant and 0"
+            )
 
     def fuse(self, shares: Shares) -> None:
         """x ← x − τ_eff Σ p_i d_i."""

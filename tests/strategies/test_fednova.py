@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedfuse.errors import UserError
 from fedfuse.strategies.fednova import normaliser
 from tests.federations import play
 from tests.halves import PLAIN, server, wake
@@ -92,3 +93,13 @@ def test_progress_knows_the_momentum_of_sgd_alone() -> None:
     ):
         client = wake(server("fednova", *PLAIN, "train.epochs=4", *words))
         assert client.fit()["progress"] == pytest.approx(progress, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("train.schedule=cosine", "cosine train.warmup=0"), ("train.warmup=0.1", "constant train.warmup=0.1")],
+)
+def test_a_rate_that_changes_is_refused(word: str, told: str) -> None:
+    """With momentum the weights of gradients are then not what the normaliser sums."""
+    with pytest.raises(UserError, match=rf"train.schedule={told}: fednova's .* is of steps of one rate; allowed"):
+        server("fednova", word)
