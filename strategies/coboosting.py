@@ -19,6 +19,10 @@ pixels, T = 4. It keeps the best epoch by the test set; here the last student is
 δ = 0 it is DENSE at the same T. Choices: h = 1; one step of v an epoch, on the rows as generated; a step that would
 leave no model any weight is not taken; x stays in the range of pixels, and δ is in units of the input where there is
 none. Those of `dense.py` hold too.
+
+In the setting of `dense.py`, global / personal accuracy in % at seeds 0 and 1: 46.2/41.3 and 68.3/74.1 after
+train.epochs=5, below FedAvg but for one personal figure; 82.0/82.1 and 83.1/84.8 after 20, 6 to 14 points above it
+(81.8/79.3 and 86.7/86.4 with `distill_lr=0.05`).
 """
 
 from __future__ import annotations

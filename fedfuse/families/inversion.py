@@ -28,7 +28,7 @@ class InversionHyper:
     batch: int = hyper(256, "B, inputs of a batch, and rows of a step of the student (code: 256)", low=2)
     noise_dim: int = hyper(256, "d_ε, size of the noise (code: 256)", low=1)
     width: int = hyper(16, "channels of the generator before its last layer; hidden units are 16 times that", low=1)
-    statistics: float = hyper(1.0, "weight of the distance to BatchNorm's running statistics", low=0)
+    statistics: float = hyper(1.0, "weight of the distance to the models' running statistics, with BatchNorm", low=0)
     adversarial: float = hyper(1.0, "weight of the divergence where student and ensemble disagree", low=0)
     distill_lr: float = hyper(0.005, "SGD's step size for the student", above=0)
     momentum: float = hyper(0.9, "momentum of that SGD (code: 0.9)", low=0, high=0.999)
@@ -109,6 +109,16 @@ class InversionStrategy(OneShotStrategy):
                 optimizer.step()
         self.log(f"loss/synthesis/{epoch}", least)
         return best, y
+
+    def notes(self) -> list[str]:
+        """Also, that no network has statistics to compare with."""
+        said = super().notes()
+        if not synthesis.norms(self.workspace.model(name) for name in self.names):
+            said.append(
+                f"{self.name}: no model has a BatchNorm, so that the generator's distance to running statistics is 0 "
+                f"and strategy.statistics does nothing"
+            )
+        return said
 
     def _passes(self, student: Student, ensemble: Ensemble, pool: Pool, w: Tensor, draw: torch.Generator) -> None:
         for rows in torch.randperm(len(pool), generator=draw).split(self.hyper.batch):

@@ -118,13 +118,17 @@ class Statistics:
         self.total = self.total + far
 
 
+def norms(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The BatchNorm layers of networks that have running statistics."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return [m for one in networks for m in one.modules() if isinstance(m, kinds) and m.running_mean is not None]
+
+
 @contextlib.contextmanager
 def watched(networks: Iterable[nn.Module]) -> Iterator[Statistics]:
     """Watch the BatchNorm layers of networks for a while."""
     found = Statistics()
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    layers = [m for one in networks for m in one.modules() if isinstance(m, norms) and m.running_mean is not None]
-    hooks = [layer.register_forward_pre_hook(found.look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(found.look) for layer in norms(networks)]
     try:
         yield found
     finally:

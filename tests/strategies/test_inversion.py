@@ -111,6 +111,13 @@ def test_batch_norm_pulls_where_there_is_some(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_where_no_batch_norm_is_a_note_says_that_its_weight_does_nothing(name: str) -> None:
+    (said,) = server(name, "rounds=1", "strategy.statistics=3").notes()
+    assert "no model has a BatchNorm" in said
+    assert "strategy.statistics does nothing" in said
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_the_last_student_is_the_result_and_the_test_set_is_not_read(name: str) -> None:
     """The released code keeps the epoch that is best on the test set."""
     assert play(name, "rounds=1").digest == play(name, "rounds=1", "data.test_limit=30").digest
@@ -126,8 +133,9 @@ def test_every_architecture_gets_a_student_that_has_learnt(name: str) -> None:
 
 @pytest.mark.parametrize("name", BOTH)
 def test_further_rounds_start_from_the_student_and_say_so(name: str) -> None:
-    assert play(name, "rounds=1").strategy.notes() == []
-    (said,) = play(name).strategy.notes()
+    normed = ("model=resnet8_bn", "data.limit=60")
+    assert server(name, "rounds=1", *normed).notes() == []
+    (said,) = server(name, *normed).notes()
     assert "rounds=2 is no one shot" in said
     strategy = server(name, "strategy.epochs=0")
     strategy.fuse(shares(strategy, *(wake(strategy, who).share() for who in range(3))))
