@@ -99,7 +99,7 @@ def test_the_pool_remembers_what_was_said_of_each_row() -> None:
     pool.add(x[3:8], torch.tensor([0, 0, 0, 1, 1]), ensemble)
     assert len(pool) == 8
     assert pool.y.tolist() == [1, 2, 3, 0, 0, 0, 1, 1]
-    said = torch.cat([ensemble.logits(x[:3]), ensemble.logits(x[3:8])]).detach()  # a kernel's bits are of its batch
+    said = torch.cat([ensemble.logits(x[:3]), ensemble.logits(x[3:8])], 1).detach()  # a kernel's bits are of its batch
     assert torch.equal(pool.logits, said)
 
 
