@@ -1,7 +1,8 @@
-"""Compressed files of data: what they would take in memory is looked at before any of it is taken.
+"""Files of data: what they would take in memory is looked at before any of it is taken.
 
-An archive of a megabyte can say that it holds a gigabyte. What a file inflates to is limited to 64 MiB and a hundred
-times its own size, and to half of the memory that is free; `$FEDFUSE_INFLATED` sets another limit, in bytes.
+A file of a megabyte can say that it holds a gigabyte. What files inflate to, or are decoded to, is limited to 64 MiB
+and a hundred times their own size, and to half of the memory that is free; `$FEDFUSE_INFLATED` sets another limit, in
+bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ SMALL, RATIO = 64 * 2**20, 100  # any file may take so many bytes, and so many f
 HEADER = 2**16 + 64  # bytes: the header of an array of plain numbers is far shorter
 
 
-def room(path: Path) -> int:
-    """Bytes that a file may inflate to.
+def room(*paths: Path) -> int:
+    """Bytes that files, together, may inflate to.
 
     Raises
     ------
@@ -37,7 +38,7 @@ def room(path: Path) -> int:
         if not told.isdecimal():
             raise UserError(f"{INFLATED}={told}: a whole number of bytes is needed")
         return int(told)
-    return min(SMALL + RATIO * path.stat().st_size, _free() // 2)
+    return min(SMALL + RATIO * sum(path.stat().st_size for path in paths), _free() // 2)
 
 
 def _free() -> int:
@@ -48,9 +49,9 @@ def _free() -> int:
         return 2**63
 
 
-def too_large(path: Path, size: int, most: int) -> UserError:
-    """What is said of a file that takes more than it may."""
-    return UserError(f"{path}: would inflate to {size} bytes or more; allowed are {most} (set {INFLATED} for more)")
+def too_large(where: object, size: int, most: int) -> UserError:
+    """What is said of data that take more than they may."""
+    return UserError(f"{where}: would inflate to {size} bytes or more; allowed are {most} (set {INFLATED} for more)")
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def archive(path: Path) -> Iterator[zipfile.ZipFile]:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UserError(f"{path}: {member.filename!r} is packed in a way that no .npz is")
             with opened.open(member) as file:
-                declared = _declared(file.read(HEADER))
+                declared = _declared(path, member.filename, file.read(HEADER))
             if declared > member.file_size:
                 raise UserError(
                     f"{path}: {member.filename!r} declares {declared} bytes and holds {member.file_size}; damaged"
@@ -80,16 +81,22 @@ def archive(path: Path) -> Iterator[zipfile.ZipFile]:
         yield opened
 
 
-def _declared(head: bytes) -> int:
+def _declared(path: Path, name: str, head: bytes) -> int:
     """Bytes of the array that a member begins with; 0 if it is none, which its reader will say."""
     file = io.BytesIO(head)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    except (KeyError, ValueError, EOFError):
+        version = np.lib.format.read_magic(file)
+        if version not in readers:  # NumPy reads 3.0 too, and writes it for no array of plain numbers or text
+            raise UserError(f"{path}: {name!r} is of npy format {version[0]}.{version[1]}; allowed: 1.0, 2.0")
+        shape, _, dtype = readers[version](file)
+    except (ValueError, EOFError):
         return 0
-    # an object array's values lie behind the header as a pickle, and an item without bytes is still an item
-    return 0 if dtype.hasobject else math.prod(shape) * max(1, dtype.itemsize)
+    # an object array's values lie behind the header as a pickle
+    if dtype.hasobject:
+        return 0
+    # an item without bytes is still an item, and a row without items a row: labels are made for each
+    return max(math.prod(shape) * max(1, dtype.itemsize), shape[0] if shape else 0)
 
 
 class Counted(io.RawIOBase):

@@ -108,6 +108,28 @@ def test_a_header_that_declares_more_than_follows(shape: tuple[int, ...], descr:
             read(tmp_path / "0.npz")
 
 
+@pytest.mark.parametrize(("shape", "descr"), [((2 * 10**8, 0), "<f4"), ((2 * 10**8,), "|S0"), ((2 * 10**8, 0), "|V0")])
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_items_and_rows_without_bytes_count(version: int, shape: tuple[int, ...], descr: str, tmp_path: Path) -> None:
+    head = member(shape, descr)
+    if version == 1:
+        head = head[:6] + b"\1\0" + head[8:10] + head[12:]
+    elif version == 3:
+        head = head[:6] + b"\3" + head[7:]
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as file:
+        file.writestr("x.npy", head)
+    said = "is of npy format 3.0; allowed: 1.0, 2.0" if version == 3 else r"declares [28]0+ bytes and holds "
+    for read in (arrays, read_client):
+        with pytest.raises(UserError, match=rf"0\.npz: 'x\.npy' {said}"):
+            read(tmp_path / "0.npz")
+
+
+def test_empty_arrays_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "0.npz", x=np.zeros((0, 3, 64, 64)), y=np.zeros(0))
+    for read in (arrays, read_client):
+        assert read(tmp_path / "0.npz")["x"].shape == (0, 3, 64, 64)
+
+
 def test_object_arrays_are_never_unpickled_from_an_archive(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
 
