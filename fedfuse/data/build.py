@@ -96,9 +96,11 @@ def codes_of(columns: Sequence[np.ndarray], named: Sequence[str] | None) -> tupl
             raise ValueError("labels are not whole numbers")
         columns = [np.asarray(column).astype(np.int64) for column in columns]
         values = values.astype(np.int64)
-    if values.dtype.kind not in "iubUS":
-        values = values.astype(str)
-        columns = [np.asarray(column).astype(str) for column in columns]
+    if values.dtype.kind not in "iubUS":  # an array of texts would give each the room of the longest
+        texts = [[str(value) for value in column] for column in columns]
+        names = sorted(set().union(*texts))
+        code = {name: i for i, name in enumerate(names)}
+        return [np.array([code[text] for text in column], dtype=np.int64) for column in texts], tuple(names)
     unique = np.unique(values)
     return [np.searchsorted(unique, column).astype(np.int64) for column in columns], tuple(
         str(value) for value in unique.tolist()

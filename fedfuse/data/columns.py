@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedfuse.data.inflate import too_large
 from fedfuse.errors import UserError
 
 INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence")
@@ -33,7 +34,7 @@ def column_of(named: str | None, guesses: Sequence[str], present: Sequence[str],
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.ndarray:
+def text_inputs(texts: Sequence[str], form: str, size: int, length: int, where: str, most: int) -> np.ndarray:
     """Turn texts into numbers without a vocabulary file: words are hashed (CRC-32), so any machine agrees.
 
     Parameters
@@ -44,9 +45,20 @@ def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.n
         Number of hash buckets.
     length : int
         Words kept, for tokens.
+    where : str
+        Named in errors.
+    most : int
+        Bytes that the numbers may take.
+
+    Raises
+    ------
+    UserError
+        For another form, or where they take more.
     """
     if form not in ("counts", "tokens"):
         raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
+    if (taken := len(texts) * (8 * length if form == "tokens" else 4 * size)) > most:
+        raise too_large(where, taken, most)
     hashed = [[1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts]
     if form == "tokens":
         tokens = np.zeros((len(hashed), length), dtype=np.int64)
@@ -56,33 +68,58 @@ def text_inputs(texts: Iterable[str], form: str, size: int, length: int) -> np.n
     counts = np.zeros((len(hashed), size), dtype=np.float32)
     for row, words in enumerate(hashed):
         np.add.at(counts[row], words, 1.0)
-    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
+    counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
+    return counts
 
 
 TEXT_OPTIONS = {"text": "counts", "buckets": 1024, "length": 64, "tokenizer": None}
 
 
-def column_inputs(values: Sequence[Any], extra: Mapping[str, Any], where: str) -> np.ndarray:
+def column_inputs(values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], where: str, most: int) -> np.ndarray:
     """Turn a column of numbers, lists of numbers or texts into an array of inputs.
+
+    Parameters
+    ----------
+    most : int
+        Bytes that texts may take as numbers.
 
     Raises
     ------
     UserError
-        Where rows differ in length or are neither numbers nor text.
+        Where rows differ in length or are neither numbers nor text, or texts take more than there is room for.
     """
-    if len(values) and all(isinstance(value, str) for value in values):
+    if not isinstance(values, np.ndarray) and len(values) and all(isinstance(value, str) for value in values):
         if extra.get("tokenizer"):
             from fedfuse.data.tokenize import Tokenizer
 
+            if (taken := 8 * len(values) * int(extra["length"])) > most:
+                raise too_large(where, taken, most)
             return Tokenizer(str(extra["tokenizer"])).padded(values, int(extra["length"]))
-        return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]))
+        return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]), where, most)
     try:
-        array = np.asarray(values)
+        # an array of texts would give each the room of the longest
+        array = np.empty(0, dtype=object) if _with_text(values) else np.asarray(values)
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "iufb" or array.ndim < 1:
         raise UserError(f"{where}: expected text, numbers or lists of numbers of one length")
     return array[:, None].astype(np.float32) if array.ndim == 1 else array
+
+
+def _with_text(values: Sequence[Any] | np.ndarray) -> bool:
+    """Whether any value is a text, in lists however deep."""
+    level = [] if isinstance(values, np.ndarray) else values
+    while level:
+        kinds = set(map(type, level))
+        if str in kinds:
+            return True
+        level = [item for value in level if isinstance(value, list) for item in value] if list in kinds else []
+    return False
+
+
+def labels_of(values: Sequence[Any]) -> np.ndarray:
+    """Labels, or groups, as an array: of objects where some are texts, of which the longest may be very long."""
+    return np.array(values, dtype=object) if any(isinstance(value, str) for value in values) else np.asarray(values)
 
 
 def pad_of(extra: Mapping[str, Any]) -> int:

@@ -26,7 +26,12 @@ HEADER = 2**16 + 64  # bytes: the header of an array of plain numbers is far sho
 
 
 def room(*paths: Path) -> int:
-    """Bytes that files, together, may inflate to.
+    """Bytes that files, together, may inflate to; see `room_of`."""
+    return room_of(sum(path.stat().st_size for path in paths))
+
+
+def room_of(size: int) -> int:
+    """Bytes that may be made of `size` bytes.
 
     Raises
     ------
@@ -38,7 +43,7 @@ def room(*paths: Path) -> int:
         if not told.isdecimal():
             raise UserError(f"{INFLATED}={told}: a whole number of bytes is needed")
         return int(told)
-    return min(SMALL + RATIO * sum(path.stat().st_size for path in paths), _free() // 2)
+    return min(SMALL + RATIO * size, _free() // 2)
 
 
 def _free() -> int:

@@ -95,7 +95,7 @@ def split_files(root: Path, name: str, suffixes: tuple[str, ...], extra: dict) -
     if extra.get("train"):
         for split in ("train", "test"):
             if extra.get(split):
-                found[split] = sorted(root.glob(str(extra[split])))
+                found[split] = sorted(path for path in root.glob(str(extra[split])) if path.is_file())
                 if not found[split]:
                     raise UserError(f"data.extra.{split}={extra[split]}: no such file under {root}")
         return found

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedfuse.data.inflate import too_large
 from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # for others Pillow may start a program, as for EPS
 
-def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, where: str) -> np.ndarray:
+
+def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, where: str, most: int) -> np.ndarray:
     """Decode images into one array.
 
     Parameters
     ----------
     sources : sequence of bytes or Path
-        Encoded images, any format Pillow knows.
+        Encoded images, of any of `FORMATS`.
     size : (height, width) or int, optional
         Resize to this (bilinear); without it all images must have one size.
     where : str
         Named in errors.
+    most : int
+        Bytes that the array may take, and each image while it is decoded.
 
     Returns
     -------
@@ -37,7 +43,7 @@ def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, wh
     Raises
     ------
     UserError
-        For a damaged image, or images of several sizes where `size` is not given.
+        For a damaged image, images of several sizes where `size` is not given, or more than there is room for.
     """
     from PIL import Image
 
@@ -49,42 +55,48 @@ def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, wh
         wanted = (width, height)
     array = np.empty(0, dtype=np.uint8)
     colour = False
-    formats: tuple[str, ...] | None = None
+    last = FORMATS[0]
     index = 0
     while index < len(sources):
         source = sources[index]
         try:
             # Trying the last format first spares Pillow from asking every plugin about every image.
-            with _opened(source, formats) as image:
-                formats = None if image.format is None else (image.format,)
+            with _opened(source, (last, *FORMATS)) as image:
+                last = image.format if image.format in FORMATS else last
                 if not colour and image.mode not in ("L", "1"):
                     # Grey as long as every image is; the first one that is not sends us back to the start.
                     colour, array, index = True, np.empty(0, dtype=np.uint8), 0
                     continue
+                # So far only the image's header was read.
+                wanted = wanted or image.size
+                shape = (len(sources), 3 if colour else 1, wanted[1], wanted[0])
+                for taken in (4 * image.width * image.height, math.prod(shape)):  # Pillow's pixel has up to 4 bytes
+                    if taken > most:
+                        raise too_large(where, taken, most)
                 frame: Image.Image = image.convert("RGB" if colour else "L")
-            wanted = wanted or frame.size
             if frame.size != wanted and size is not None:
                 frame = frame.resize(wanted, Image.Resampling.BILINEAR)
+        except UserError:
+            raise
         except Exception as error:  # Pillow raises whatever its decoders do
             name = f"image {index}" if isinstance(source, bytes) else str(source)
             raise UserError(f"{where}: {name} cannot be decoded ({reason_of(error)}); expected an image file") from None
         if frame.size != wanted:
             raise UserError(f"{where}: images of {wanted} and {frame.size}; set data.extra.size=<pixels>")
         if not array.size:
-            array = np.empty((len(sources), 3 if colour else 1, wanted[1], wanted[0]), dtype=np.uint8)
+            array = np.empty(shape, dtype=np.uint8)
         pixels = np.asarray(frame)
         array[index] = pixels.transpose(2, 0, 1) if colour else pixels[None]
         index += 1
     return array
 
 
-def _opened(source: bytes | Path, formats: tuple[str, ...] | None) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+def _opened(source: bytes | Path, formats: tuple[str, ...]) -> Image.Image:
+    from PIL import Image
 
-    if formats is not None:
-        with contextlib.suppress(UnidentifiedImageError):
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 def reshape(images: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -44,12 +44,14 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
     """Read one IDX file of unsigned bytes, compressed or not."""
     packed = path.with_name(path.name + ".gz")
     try:
-        if packed.exists():
+        if packed.is_file():
             path = packed
             with gunzipped(path) as file:
                 content = file.read()
-        else:
+        elif path.is_file():
             content = path.read_bytes()
+        else:
+            raise FileNotFoundError
     except FileNotFoundError:
         raise UserError(f"{path}(.gz) is missing; expected MNIST's IDX file") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -10,6 +10,7 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset
+from fedfuse.data.inflate import room
 from fedfuse.data.pixels import decode
 from fedfuse.errors import UserError
 
@@ -46,7 +47,8 @@ def read(config: DataConfig, root: Path) -> Dataset:
     def build() -> Dataset:
         tables = []
         # Both splits are decoded in one go, so that they agree on colour and size.
-        images = decode([path for split in splits for path, _, _ in split], extra["size"], f"data={config.name}")
+        paths = [path for split in splits for path, _, _ in split]
+        images = decode(paths, extra["size"], f"data={config.name}", room(*paths))
         start = 0
         for split in splits:
             labels = np.array([label for _, label, _ in split])
@@ -64,7 +66,7 @@ def _listed(config: DataConfig, root: Path) -> list[tuple[Path, str, str]]:
     found = []
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
-        if path.suffix.lower() in SUFFIXES and len(parts) > depth:
+        if path.suffix.lower() in SUFFIXES and len(parts) > depth and path.is_file():  # a pipe is waited for, for ever
             found.append((path, parts[depth - 1], parts[0]))
     if not found:
         layout = "<domain>/<class>/*.png" if config.groups else "<class>/*.png"

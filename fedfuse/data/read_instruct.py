@@ -54,7 +54,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
         return [row for row, _ in made if row is not None]
 
     def build() -> Dataset:
-        dataset = tokenized(config, extra, documents(config, root, extra, whole=True), rows)
+        dataset = tokenized(config, root, extra, documents(config, root, extra, whole=True), rows)
         return Dataset(**{**vars(dataset), "notes": tuple(notes)})
 
     return kept(config, root, extra, build)

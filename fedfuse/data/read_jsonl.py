@@ -9,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, pad_of
+from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, labels_of, pad_of
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.inflate import gunzipped
-from fedfuse.data.locations import split_files
+from fedfuse.data.inflate import gunzipped, room
+from fedfuse.data.locations import reason_of, split_files
 from fedfuse.errors import UserError
 
 
@@ -73,10 +71,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise UserError(f"{path}: line {number} is no JSON object")
                     rows.append(row)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number} is not JSON ({error.msg}); expected one object per line") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); expected JSON lines") from None
+    except (ValueError, RecursionError) as error:  # among them numbers, or lists in lists, longer than Python reads
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
+        raise UserError(f"{path}: line {number} is not JSON ({reason}); expected one object per line") from None
     if not rows:
         raise UserError(f"{path} is empty; expected one JSON object per line")
     return rows
@@ -103,6 +102,6 @@ def _table(
                 if row.get(name) is None:
                     raise UserError(f"{path}: example {number} has no {name!r}")
                 columns[role].append(row[name])
-    inputs = column_inputs(values, extra, f"data={config.name}")
+    inputs = column_inputs(values, extra, f"data={config.name}", room(*paths))
     pad = pad_of(extra) if isinstance(values[0], str) else None
-    return Table(inputs, np.asarray(labels), np.asarray(groups) if groups else None, pad)
+    return Table(inputs, labels_of(labels), labels_of(groups) if groups else None, pad)

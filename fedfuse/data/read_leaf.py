@@ -67,7 +67,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
 
 
 def _users(folder: Path) -> Rows:
-    files = sorted(folder.glob("*.json"))
+    files = sorted(path for path in folder.glob("*.json") if path.is_file())
     if not files:
         raise UserError(f"no *.json under {folder}; expected LEAF's users and user_data")
     users: Rows = {}
@@ -77,7 +77,7 @@ def _users(folder: Path) -> Rows:
             for name in content["users"]:
                 held = content["user_data"][name]
                 users[str(name)] = (list(held["x"]), list(held["y"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); expected LEAF's users and user_data"
             ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import channel_statistics, options
 from fedfuse.data.dataset import Dataset, Examples
+from fedfuse.data.inflate import room_of, too_large
 from fedfuse.data.pixels import reshape
 from fedfuse.errors import UserError
 
@@ -51,6 +53,12 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
         if part.kind != first.kind or (part.kind != "image" and part.shape != first.shape):
             raise UserError(f"data.extra.sources: {part.name} has inputs of another kind than {first.name}")
     shape = tuple(int(side) for side in extra["shape"] or np.max([part.shape for part in parts], axis=0))
+
+    if first.kind == "image":
+        images = [split.inputs for part in parts for split in (part.train, part.test) if split is not None]
+        taken, most = sum(map(len, images)) * math.prod(shape), room_of(sum(array.nbytes for array in images))
+        if taken > most:
+            raise too_large(f"data.extra.shape={list(shape)}", taken, most)
 
     def joined(split: str) -> Examples | None:
         pieces = [(index, getattr(part, split)) for index, part in enumerate(parts)]

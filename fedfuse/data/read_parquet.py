@@ -96,7 +96,8 @@ def _table(
         elif domains:
             groups.append(np.full(len(rows), domains.index(path), dtype=np.int64))
     where = f"data={config.name}"
-    inputs = decode(values, extra["size"], where) if encoded else column_inputs(values, extra, where)
+    most = room(*paths)
+    inputs = decode(values, extra["size"], where, most) if encoded else column_inputs(values, extra, where, most)
     pad = pad_of(extra) if isinstance(values[0], str) else None
     return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad), classes
 

@@ -24,14 +24,15 @@ def read(config: DataConfig, root: Path) -> Dataset:
         Where a file is missing, damaged or refused.
     """
     options(config, {})
-    names = sorted((path.stem for path in (root / "train").glob("*.npz")), key=lambda name: (len(name), name))
+    files = (path for path in (root / "train").glob("*.npz") if path.is_file())
+    names = sorted((path.stem for path in files), key=lambda name: (len(name), name))
     if not names:
         raise UserError(f"data={config.name}: no client under {root / 'train'}; expected train/0.npz, test/0.npz, …")
     splits = []
     for name in names:
         train = _pair(root / "train" / f"{name}.npz")
         test_path = root / "test" / f"{name}.npz"
-        splits.append((train, _pair(test_path) if test_path.exists() else (train[0][:0], train[1][:0])))
+        splits.append((train, _pair(test_path) if test_path.is_file() else (train[0][:0], train[1][:0])))
     count = _class_count(root / "config.json")
     return provided_dataset(config, names, splits, count)
 
@@ -48,8 +49,8 @@ def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _class_count(path: Path) -> int:
     try:
-        return int(json.loads(path.read_text())["num_classes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_text())["num_classes"]) if path.is_file() else 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 

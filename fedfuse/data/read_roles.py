@@ -34,7 +34,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     if length < 2:
         raise UserError(f"data.extra.length={length}: a next token needs at least 2")
     path = root if root.is_file() else root / "roles.jsonl.gz"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"data={config.name}: no roles.jsonl.gz under {root}")
     tokenizer = Tokenizer(str(extra["tokenizer"]))
     found: dict[str, np.ndarray] = {}

@@ -14,6 +14,7 @@ from fedfuse.data.build import codes_of, cut_test, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
+from fedfuse.data.inflate import room, too_large
 from fedfuse.data.token_rows import Row, padded, rows_of
 from fedfuse.data.tokenize import Bytes, tokenizer_of
 from fedfuse.errors import UserError
@@ -41,7 +42,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     def rows(found: Sequence[Document], tokenizer: Any, length: int) -> list[Row]:
         return list(rows_of([document.text for document in found], tokenizer, length, windows))
 
-    return kept(config, root, extra, lambda: tokenized(config, extra, documents(config, root, extra), rows))
+    return kept(config, root, extra, lambda: tokenized(config, root, extra, documents(config, root, extra), rows))
 
 
 def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[[], Dataset]) -> Dataset:
@@ -49,8 +50,7 @@ def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[
     model = Path(str(extra["tokenizer"])).expanduser()
     if extra["tokenizer"] in (None, "bytes") or not model.is_dir():
         return build()
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    files += sorted([*model.glob("*token*"), *model.glob("*.gguf"), *model.glob("*.jinja")])
+    files = _files(root) + sorted([*model.glob("*token*"), *model.glob("*.gguf"), *model.glob("*.jinja")])
     key = key_of(
         config.name,
         [config.inputs, config.targets, config.groups, config.test_fraction, extra],
@@ -59,8 +59,13 @@ def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[
     return stored_dataset(key, build)
 
 
+def _files(root: Path) -> list[Path]:
+    return [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+
+
 def tokenized(
     config: DataConfig,
+    root: Path,
     extra: dict[str, Any],
     found: dict[str, list[Document]],
     rows: Callable[[Sequence[Document], Any, int], list[Row]],
@@ -76,7 +81,8 @@ def tokenized(
     Raises
     ------
     UserError
-        Without a tokenizer, or where no row, or no client with enough of them, is left.
+        Without a tokenizer, where no row, or no client with enough of them, is left, or rows take more than there is
+        room for.
     """
     if not extra["tokenizer"]:
         raise UserError(f"data={config.name} needs data.extra.tokenizer=<directory of the model>")
@@ -87,6 +93,9 @@ def tokenized(
     made = {split: rows(part, tokenizer, length) for split, part in found.items()}
     if not made["train"]:
         raise UserError(f"data={config.name}: no text has a token to predict")
+    taken, most = 9 * length * sum(map(len, made.values())), room(*_files(root))  # a number, and whether it is wanted
+    if taken > most:
+        raise too_large(f"data={config.name} data.extra.length={length}", taken, most)
     topics = _codes(config, found, made, lambda document: document.topic, len(tokenizer.names))
     groups = _codes(config, found, made, lambda document: document.group)
     splits: dict[str, Examples] = {}
@@ -128,7 +137,7 @@ def _codes(
     words = {split: [what(found[split][row.text]) for row in part] for split, part in made.items() if part}
     if any(word is None for part in words.values() for word in part):
         return None
-    codes, names = codes_of([np.asarray(part) for part in words.values()], None)
+    codes, names = codes_of([np.array(part, dtype=object) for part in words.values()], None)
     if most is not None and len(names) > most:
         raise UserError(f"data.targets={config.targets}: {len(names)} topics; allowed: at most {most}")
     return dict(zip(words, codes, strict=True)), names

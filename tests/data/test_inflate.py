@@ -200,3 +200,89 @@ def test_gzipped_files_have_a_limit_too(layout: str, tmp_path: Path, monkeypatch
     name = "mnist" if layout == "builtin" else layout
     with pytest.raises(UserError, match=r"\.gz: would inflate to \d+ bytes or more; allowed are 1048576"):
         load(DataConfig(name=name, layout=layout, root=str(tmp_path)))
+
+
+def test_small_images_do_not_take_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of one colour lies in a few bytes; its size stands before it."""
+    from PIL import Image
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (2048, 2048)).save(tmp_path / name / "0.png")
+    config = DataConfig(name="images", layout="images", root=str(tmp_path), test_fraction=0.0)
+    monkeypatch.setattr("PIL.Image.Image.load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setenv(INFLATED, str(2**22))  # as much as the array takes; decoding takes more
+    for size in (None, 8):
+        config.extra = {"size": size}
+        with pytest.raises(
+            UserError, match="data=images: would inflate to 16777216 bytes or more; allowed are 4194304"
+        ):
+            load(config)
+    monkeypatch.setenv(INFLATED, str(2**24))
+    config.extra = {"size": [2**14, 2**14]}
+    with pytest.raises(UserError, match="data=images: would inflate to 536870912 bytes or more"):
+        load(config)
+
+
+def test_an_image_that_pillow_warns_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    Image.new("L", (64, 64)).save(tmp_path / "a" / "0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(UserError, match=r"0\.png cannot be decoded \(Image size \(4096 pixels\) exceeds limit"):
+        load(DataConfig(name="images", layout="images", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "extra", "taken"),
+    [
+        ("csv", {}, 4 * 1024 * 2000),
+        ("csv", {"text": "tokens", "length": 10**6}, 8 * 10**6 * 2000),
+        ("jsonl", {"buckets": 10**9}, 4 * 10**9 * 2000),
+        ("parquet", {"buckets": 2**20}, 4 * 2**20 * 2000),
+        ("text", {"tokenizer": "bytes", "length": 10**8}, 9 * 10**8),
+    ],
+)
+def test_short_texts_do_not_become_many_numbers(
+    layout: str, extra: dict[str, object], taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv(INFLATED, str(2**20))
+    if layout == "csv":
+        (tmp_path / "train.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b"a,0\nb,1\n" * 1000))
+    elif layout == "jsonl":
+        (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n' * 2000)
+    elif layout == "text":
+        (tmp_path / "a.txt").write_text("some words")
+    else:
+        table = pyarrow.table({"text": ["a", "b"] * 1000, "label": [0, 1] * 1000})
+        pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(
+        UserError, match=f"data={layout}.*: would inflate to {taken} bytes or more; allowed are 1048576"
+    ):
+        load(DataConfig(name=layout, layout=layout, root=str(tmp_path), extra=extra))
+
+
+def test_one_long_text_does_not_give_others_its_room(tmp_path: Path) -> None:
+    """NumPy's arrays of texts do: 3,000 labels, of which one has a million letters, would take 12 GB."""
+    long = "x" * 10**6
+    rows = [{"x": 1, "y": "a", "who": "b"}] * 3000
+    for one in ({"x": 1, "y": long, "who": long}, {"x": long, "y": "a", "who": "b"}, {"x": [[long]], "y": 0, "who": 0}):
+        (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, one]))
+        script = MEASURED.replace("root=sys.argv[2]", "root=sys.argv[2], groups='who', test_fraction=0.0")
+        done = subprocess.run(
+            [sys.executable, "-c", script, "jsonl", str(tmp_path)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split()[-1]) < 200, done.stdout
+        assert ("expected text, numbers" in done.stdout) == (one["x"] != 1)
+
+
+def test_mixed_images_are_not_made_larger_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INFLATED, str(2**30))
+    extra = {"sources": ["digits", "digits"], "shape": [3, 20_000, 20_000]}
+    with pytest.raises(UserError, match=r"data\.extra\.shape=\[3, 20000, 20000\]: would inflate to \d+ bytes or more"):
+        load(DataConfig(name="mixed", layout="mixed", extra=extra))

@@ -1,0 +1,96 @@
+"""Files that whoever filled a folder of data may have put there: told in one line, or left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.load import load
+from fedfuse.errors import UserError
+
+LOADED = """
+import json, sys
+from fedfuse.config.schema import DataConfig
+from fedfuse.data.load import load
+from fedfuse.errors import UserError
+layout, root, extra = sys.argv[1:]
+try:
+    config = DataConfig(name=layout, layout=layout, root=root, test_fraction=0.0, extra=json.loads(extra))
+    print(len(load(config).train))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "[" + "1" * 5000 + "]"])
+def test_numbers_and_lists_without_end_are_no_json(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"x": [1, 2], "y": 0}}\n{{"x": {value}, "y": 0}}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl: line 2 is not JSON \(.*\); expected one object") as told:
+        load(DataConfig(name="jsonl", layout="jsonl", root=str(tmp_path)))
+    assert len(str(told.value)) < 500
+    assert "\n" not in str(told.value)
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "0.json").write_text(f'{{"users": {value}}}')
+    with pytest.raises(UserError, match=r"0\.json cannot be read"):
+        load(DataConfig(name="leaf", layout="leaf", root=str(tmp_path)))
+
+
+def folder_with_pipe(layout: str, root: Path) -> dict[str, str]:
+    """Two good examples, and a pipe with the name of a file that would be read; `data.extra`."""
+    x, y = np.zeros((2, 3)), np.arange(2)
+    if layout == "images":
+        for name in "ab":
+            (root / name).mkdir()
+            Image.new("L", (8, 8)).save(root / name / "0.png")
+        os.mkfifo(root / "b" / "1.png")
+    elif layout == "jsonl":
+        (root / "good.jsonl").write_text('{"x": 1, "y": 0}\n{"x": 2, "y": 1}\n')
+        os.mkfifo(root / "pipe.jsonl")
+        return {"train": "*.jsonl"}
+    elif layout == "pfllib":
+        (root / "train").mkdir()
+        (root / "test").mkdir()
+        np.savez(root / "train" / "0.npz", x=x, y=y)
+        for name in ("train/1.npz", "test/0.npz", "config.json"):
+            os.mkfifo(root / name)
+    else:
+        for split in ("train", "test"):
+            (root / split).mkdir()
+            content = {"users": ["a"], "user_data": {"a": {"x": x.tolist(), "y": y.tolist()}}}
+            (root / split / "0.json").write_text(json.dumps(content))
+            os.mkfifo(root / split / "1.json")
+    return {}
+
+
+@pytest.mark.parametrize("layout", ["images", "jsonl", "pfllib", "leaf"])
+def test_a_pipe_among_the_files_is_left_alone(layout: str, tmp_path: Path) -> None:
+    """In a process of its own: who opens a pipe waits for ever."""
+    extra = folder_with_pipe(layout, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, layout, str(tmp_path), json.dumps(extra)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() in ("2", "4")  # LEAF's test rows are the user's own
+
+
+def test_no_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow has Ghostscript draw a PostScript file, whatever its name."""
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "0.png", "EPS")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    with pytest.raises(UserError, match=r"0\.png cannot be decoded \(cannot identify image file"):
+        load(DataConfig(name="images", layout="images", root=str(tmp_path)))
