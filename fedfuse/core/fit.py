@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedfuse import models
 from fedfuse.config import registry
 from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.config.idle import adapts
@@ -170,8 +171,15 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
 
 
 def _check_takes(architecture: str, scenario: Scenario) -> None:
-    """Refuse a language model on anything but tokens."""
+    """Refuse a language model on anything but tokens, and tokens to what computes with numbers."""
     dataset = scenario.data.dataset
+    if dataset.kind == "tokens" and not models.reads_tokens(
+        architecture, dataset.shape, scenario.classes, scenario.config.model
+    ):
+        raise UserError(
+            f"model={architecture} takes numbers, and data={dataset.name} gives tokens: choose "
+            f"{' or '.join(LANGUAGE)}, or a model of your own that embeds int64 (model.build)"
+        )
     if architecture.partition("@")[0] in LANGUAGE and dataset.kind != "tokens":
         raise UserError(
             f"model={architecture} reads tokens, and data={dataset.name} gives {dataset.kind}: "

@@ -104,4 +104,15 @@ def prepare_scenario(config: Config, data: FederatedData | None = None) -> Scena
         data = replace(data, notes=(*data.notes, *unheard.values()))
     dataset = data.dataset
     names = models.architectures(config.model, dataset.kind, dataset.shape, data.clients, dataset.next_token)
-    return Scenario(config, data, tuple(names))
+    return settled(Scenario(config, data, tuple(names)))
+
+
+def settled(scenario: Scenario) -> Scenario:
+    """Whole numbers that nobody called tokens are features, unless a client's model reads tokens."""
+    data, config = scenario.data, scenario.config
+    if not data.dataset.unsaid or any(
+        models.reads_tokens(name, data.dataset.shape, scenario.classes, config.model)
+        for name in sorted(set(scenario.architectures))
+    ):
+        return scenario
+    return replace(scenario, data=data.as_features())

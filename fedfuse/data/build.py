@@ -123,7 +123,8 @@ def kind_of(inputs: np.ndarray) -> tuple[np.ndarray, str]:
         return inputs, "image"
     if inputs.ndim < 2:
         raise ValueError(f"inputs of shape {inputs.shape}; expected (examples, …)")
-    if inputs.dtype.kind in "iu" and inputs.dtype != np.uint8 and inputs.ndim == 2:
+    # Whole numbers may be tokens; if nobody says so, the model decides (`Dataset.unsaid`). No token is negative.
+    if inputs.dtype.kind in "iu" and inputs.dtype != np.uint8 and inputs.ndim == 2 and inputs.min(initial=0) >= 0:
         return inputs.astype(np.int64), "tokens"
     if inputs.dtype.kind in "fiub":
         return inputs.astype(np.float32), "image" if inputs.ndim == 4 else "features"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,6 +153,11 @@ class Dataset:
                 x.div_(torch.tensor(self.std, dtype=torch.float32).view(channels))
         return x
 
+    @property
+    def unsaid(self) -> bool:
+        """Whether `kind` is a guess: whole numbers that nobody called tokens, and which may as well be features."""
+        return self.kind == "tokens" and self.pad is None and not self.next_token
+
     def preprocessing(self) -> str:
         """Describe canonically how raw inputs become tensors; nodes compare its hash."""
         inputs = self.train.inputs
@@ -168,6 +173,11 @@ class Dataset:
             },
             sort_keys=True,
         )
+
+
+def as_features(examples: Examples) -> Examples:
+    """The same rows with their whole numbers as float32."""
+    return replace(examples, inputs=examples.inputs.astype(np.float32))
 
 
 def check(dataset: Dataset) -> Dataset:

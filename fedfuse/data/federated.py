@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
-from fedfuse.data.dataset import IGNORED, SCORED, SPLITS, Dataset, Examples
+from fedfuse.data.dataset import IGNORED, SCORED, SPLITS, Dataset, Examples, as_features
 from fedfuse.data.domains import set_apart
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows
@@ -79,6 +79,13 @@ class FederatedData:
             return None
         chosen = slice(None) if split == "global" else self.rows_of(client, split)
         return int(examples.byte_counts[chosen].sum())
+
+    def as_features(self) -> FederatedData:
+        """The same with whole numbers as features; who has which row is unchanged."""
+        given = self.dataset
+        test = None if given.test is None else as_features(given.test)
+        dataset = replace(given, kind="features", train=as_features(given.train), test=test)
+        return replace(self, dataset=dataset, transfer=None if self.transfer is None else as_features(self.transfer))
 
     def transfer_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the transfer set's inputs and, if it is labelled, its labels.

@@ -133,6 +133,15 @@ def build(
     return model
 
 
+def reads_tokens(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig) -> bool:
+    """Whether an architecture takes rows of tokens: a language model, or one by dotted path that takes int64."""
+    if name.partition("@")[0] in LANGUAGE:
+        return True
+    if ":" not in name:
+        return False
+    return bool(getattr(build(name, shape=shape, classes=classes, config=config, seed=0), "reads_tokens", False))
+
+
 def _resolve(name: str, config: ModelConfig, kind: str, shape: tuple[int, ...]) -> str:
     """Turn `auto` and `custom` into what they stand for and check the name."""
     if name == "custom":

@@ -77,16 +77,27 @@ def _call(fn: Callable[..., Any], offered: dict[str, Any], extra: dict[str, Any]
     return fn(**extra)
 
 
+def _tried(built: nn.Module, batch: Tensor) -> tuple[Any, Exception | None]:
+    try:
+        with torch.no_grad():
+            return built(batch), None
+    except Exception as error:  # a user's own code
+        return None, error
+
+
 def _checked(built: nn.Module, path: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     training = built.training
     built.eval()
-    try:
-        with torch.no_grad():
-            out = built(torch.zeros(2, *shape))
-    except Exception as error:
-        raise UserError(f"model.build={path} cannot take a batch of shape (2, {str(shape)[1:]}: {error}") from error
+    out, failed = _tried(built, torch.zeros(2, *shape))
+    if len(shape) == 1:  # what embeds takes whole numbers, perhaps nothing else
+        embedded, refused = _tried(built, torch.zeros(2, *shape, dtype=torch.int64))
+        object.__setattr__(built, "reads_tokens", refused is None)
+        out, failed = (embedded, None) if failed and not refused else (out, failed)
+    if failed is not None:
+        raise UserError(f"model.build={path} cannot take a batch of shape (2, {str(shape)[1:]}: {failed}") from failed
     if not isinstance(out, Tensor) and isinstance(getattr(out, "logits", None), Tensor):
-        built, out = Logits(built), out.logits
+        reads, built, out = getattr(built, "reads_tokens", False), Logits(built), out.logits
+        object.__setattr__(built, "reads_tokens", reads)
     if not isinstance(out, Tensor) or out.shape != (2, classes):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedfuse import models
 from fedfuse.config.schema import Config
-from fedfuse.core.scenario import Scenario
+from fedfuse.core.scenario import Scenario, settled
 from fedfuse.data.dataset import SPLITS, Dataset
 from fedfuse.data.federated import FederatedData, split_counts
 from fedfuse.data.load import load
@@ -92,7 +92,7 @@ def server_scenario(scenario: Scenario, examples: Mapping[int, Sequence[int]]) -
 def _scenario(config: Config, data: FederatedData, clients: int) -> Scenario:
     dataset: Dataset = data.dataset
     names = models.architectures(config.model, dataset.kind, dataset.shape, clients, dataset.next_token)
-    return Scenario(config, data, tuple(names))
+    return settled(Scenario(config, data, tuple(names)))
 
 
 def counts_of(hello: Mapping[str, Any]) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedfuse
 from fedfuse.cli import main
 
 TINY = ("runtime=inline", "rounds=1", "clients=3", "partition=iid")
@@ -36,6 +37,12 @@ def pair(**_): return np.zeros((90, 4), "float32"), np.arange(90) % 3
 def seven(*_, **__): return nn.Sequential(nn.Flatten(), nn.LazyLinear(7))
 def narrow(*_, **__): return nn.Linear(3, 10)
 def raising(*_, **__): raise ValueError("my own fault")
+class Mean(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 8), nn.Linear(8, classes)
+    def forward(self, x): return self.head(self.table(x).mean(1))
+def line(shape, classes): return nn.Linear(shape[0], classes)
 """
 
 
@@ -124,3 +131,42 @@ def test_a_function_may_return_a_torch_data_set_or_arrays(load: str, tmp_path: P
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["run", *TINY, "data=custom", f"data.load=my_own_data:{load}", "--dry-run"]) == 0
     assert "data: " in capsys.readouterr().out
+
+
+def whole_numbers(tmp_path: Path) -> str:
+    """A directory with an archive of counts, which may be features or tokens."""
+    (tmp_path / "data").mkdir()
+    x = np.random.default_rng(0).integers(0, 50, (90, 6))
+    np.savez(tmp_path / "data" / "data.npz", x=x, y=x.sum(1) % 3)
+    return f"data.root={tmp_path / 'data'}"
+
+
+@pytest.mark.parametrize("model", ["model=mlp_small", "model=custom model.build=my_own_net:line"])
+def test_whole_numbers_are_features(model: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "my_own_net.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["data=npz", whole_numbers(tmp_path), f"out={tmp_path / 'out'}", "strategy=fedmd", *model.split()]
+    assert main(["run", *TINY, *words]) == 0
+
+
+def test_whole_numbers_are_tokens_to_a_model_that_embeds(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "my_own_embedding.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["data=npz", whole_numbers(tmp_path), f"out={tmp_path / 'out'}", "model=custom"]
+    assert main(["run", *TINY, *words, "model.build=my_own_embedding:Mean"]) == 0
+
+
+def test_arrays_of_whole_numbers_in_a_program(tmp_path: Path) -> None:
+    x = np.arange(360).reshape(90, 4) % 7
+    found = fedfuse.run({"data": (x, x[:, 0] % 3), "clients": 3, "rounds": 1, "partition": "iid", "runtime": "inline",
+                         "out": str(tmp_path / "out")})  # fmt: skip
+    assert found.dir.exists()
+
+
+def test_tokens_are_refused_by_a_model_of_numbers(tmp_path: Path, capsys) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(40)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    words = ["data=jsonl", f"data.root={tmp_path / 'data'}", "data.extra.text=tokens", "model=mlp"]
+    told = refused(words, tmp_path, capsys)
+    assert "model=mlp takes numbers, and data=jsonl gives tokens: choose causal_lm or text_classifier" in told
