@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
 
 from fedfuse import models
+from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config import registry
 from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.config.idle import adapts
@@ -149,6 +152,7 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
             model = strategy.workspace.build(name)
         _check_vocabulary(name, model, scenario)
         _check_precision(strategy, model)
+        _check_trains(name, model, scenario)
         if scenario.config.data.packing:
             packed.check(strategy.workspace.loaded(name, strategy.workspace.initial(name)), name, scenario.classes)
         missing = [part for part in ("features", "head", "feature_dim") if not hasattr(model, part)]
@@ -215,6 +219,25 @@ def _check_precision(strategy: FusionStrategy, model: nn.Module) -> None:
             f"model.dtype=bf16: strategy={strategy.name} trains {half}, and steps are lost in bf16; allowed: float32 "
             f"(train.precision=bf16 computes in it), a strategy of adapters, or model.lora_rank=<r>"
         )
+
+
+def _check_trains(architecture: str, model: nn.Module, scenario: Scenario) -> None:
+    """Refuse a model in which nothing is to be trained, and BatchNorm on single values."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"model={architecture}: there is no parameter to train: the model has none, or all are frozen")
+    if scenario.config.train.batch_size != 1 or not any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+        return
+    dataset = scenario.data.dataset
+    row = dataset.tensor(dataset.train.inputs[:1])
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a copy: neither statistics nor draws are to change
+            copy.deepcopy(model).cpu().train()(row)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"train.batch_size=1: model={architecture} has BatchNorm, which cannot train on one value a channel; "
+                f"allowed is 2 or more"
+            ) from None
 
 
 def remarks(strategy: FusionStrategy) -> list[str]:

@@ -53,7 +53,13 @@ def model(path: str, shape: tuple[int, ...], classes: int, config: ModelConfig) 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model.build={path} failed: {type(error).__name__}: {error}") from error
+        hint = ""
+        if isinstance(error, TypeError) and "missing" in str(error):
+            hint = (
+                f"; it was given shape={shape} and classes={classes} where it takes them, "
+                f"+model.extra.<argument>=… sets others"
+            )
+        raise UserError(f"model.build={path} failed: {type(error).__name__}: {error}{hint}") from error
     if not isinstance(built, nn.Module):
         raise UserError(f"model.build={path} returned {type(built).__name__}, not an nn.Module")
     return _checked(built.float(), path, shape, classes)
@@ -100,8 +106,7 @@ def _checked(built: nn.Module, path: str, shape: tuple[int, ...], classes: int) 
         object.__setattr__(built, "reads_tokens", reads)
     if not isinstance(out, Tensor) or out.shape != (2, classes):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise UserError(
-            f"model.build={path} gives {got} for a batch of 2, expected logits (2, {classes}): "
-            "set its number of classes by +model.extra.<argument>=…"
-        )
+        wide = isinstance(out, Tensor) and out.ndim == 2 and len(out) == 2
+        hint = ": set its number of classes by +model.extra.<argument>=…" if wide else ""
+        raise UserError(f"model.build={path} gives {got} for a batch of 2, expected logits (2, {classes}){hint}")
     return built.train(training)

@@ -42,6 +42,19 @@ class Mean(nn.Module):
         super().__init__()
         self.table, self.head = nn.Embedding(50, 8), nn.Linear(8, classes)
     def forward(self, x): return self.head(self.table(x).mean(1))
+def several(shape, classes):
+    class Two(nn.Linear):
+        def forward(self, x): return super().forward(x.flatten(1)), x
+    return Two(64, classes)
+class Zero(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+    def forward(self, x): return x.flatten(1)[:, :self.classes]
+def frozen(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).requires_grad_(False)
+def normed(shape, classes): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, classes))
+class InCh(nn.Linear):
+    def __init__(self, in_features, classes): super().__init__(in_features, classes)
 def line(shape, classes): return nn.Linear(shape[0], classes)
 """
 
@@ -116,6 +129,11 @@ def test_lines(tmp_path: Path, capsys) -> None:
         ("model=custom model.build=CODE:nothing", "returned NoneType, not an nn.Module"),
         ("model=custom model.build=CODE:narrow", "cannot take a batch of shape (2, 1, 8, 8)"),
         ("model=custom model.build=CODE:seven", "gives shape (2, 7) for a batch of 2, expected logits (2, 10)"),
+        ("model=custom model.build=CODE:Zero", "my_own_mistakes:Zero: there is no parameter to train"),
+        ("model=custom model.build=CODE:frozen", "my_own_mistakes:frozen: there is no parameter to train"),
+        ("model=custom model.build=CODE:normed train.batch_size=1", "train.batch_size=1: model=my_own_mistakes:normed"),
+        ("model=custom model.build=CODE:InCh", "it was given shape=(1, 8, 8) and classes=10 where it takes them"),
+        ("model=custom model.build=torch.nn:Linear", "+model.extra.<argument>=… sets others"),
         ("model=custom model.build=CODE:raising", "failed: ValueError: my own fault"),
     ],
 )
@@ -170,3 +188,10 @@ def test_tokens_are_refused_by_a_model_of_numbers(tmp_path: Path, capsys) -> Non
     words = ["data=jsonl", f"data.root={tmp_path / 'data'}", "data.extra.text=tokens", "model=mlp"]
     told = refused(words, tmp_path, capsys)
     assert "model=mlp takes numbers, and data=jsonl gives tokens: choose causal_lm or text_classifier" in told
+
+
+def test_a_tuple_is_not_a_matter_of_the_number_of_classes(tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "my_own_tuple.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = refused(["model=custom", "model.build=my_own_tuple:several"], tmp_path, capsys)
+    assert told.endswith("gives tuple for a batch of 2, expected logits (2, 10)")
