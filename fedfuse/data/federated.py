@@ -11,6 +11,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data.dataset import IGNORED, SCORED, SPLITS, Dataset, Examples, as_features
 from fedfuse.data.domains import set_apart
+from fedfuse.data.gaps import gaps
 from fedfuse.data.load import load
 from fedfuse.data.partition import clients_of, partition_rows
 from fedfuse.data.transfer import cut_transfer
@@ -196,7 +197,7 @@ def prepare(
     else:
         chosen, rest = cut_transfer(transfer, dataset, seed)
     if dataset.provided is not None:
-        return _as_given(dataset, chosen, clients)
+        return _as_given(data, dataset, chosen, clients)
     groups = dataset.train.groups
     group_ids = np.unique(groups) if groups is not None else np.empty(0, dtype=np.int64)
     count = clients_of(partition, clients, len(group_ids))
@@ -217,13 +218,17 @@ def prepare(
     if data.personal_test and counts[:, 2].max() < SCORED:
         few = f"data.personal_test={data.personal_test:g} of at most {sizes.max()} is {counts[:, 2].max()}"
         notes = [*notes, f"no client has {SCORED} examples for a personal test: {few}"]
-    return FederatedData(dataset, rest[np.concatenate(cut)], offsets, chosen, (*dataset.notes, *notes))
+    rows = rest[np.concatenate(cut)]
+    notes = [*dataset.notes, *gaps(data, dataset, rows, counts), *notes]
+    return FederatedData(dataset, rows, offsets, chosen, tuple(notes))
 
 
-def _as_given(dataset: Dataset, transfer: Examples | None, clients: int | None) -> FederatedData:
+def _as_given(data: DataConfig, dataset: Dataset, transfer: Examples | None, clients: int | None) -> FederatedData:
     assert dataset.provided is not None
     offsets = dataset.provided.offsets
     if clients is not None and clients != len(offsets):
         raise UserError(f"clients={clients}: data={dataset.name} comes partitioned; allowed: {len(offsets)} (or null)")
-    notes = (f"data={dataset.name} comes partitioned: clients and splits as given, partition settings unused",)
-    return FederatedData(dataset, np.arange(len(dataset.train)), offsets, transfer, notes)
+    rows = np.arange(len(dataset.train))
+    note = f"data={dataset.name} comes partitioned: clients and splits as given, partition settings unused"
+    notes = (note, *gaps(data, dataset, rows, np.diff(offsets, axis=1)))
+    return FederatedData(dataset, rows, offsets, transfer, notes)

@@ -13,6 +13,8 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
+from fedfuse.data.dataset import Dataset
+from fedfuse.data.gaps import listed
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.experiment import workers_of
 from fedfuse.wire.records import layout_nbytes
@@ -28,6 +30,7 @@ def preview(config: Config, console: Console | None = None) -> None:
     entry = registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario, server_device_of(config))
     console.print(as_yaml(config), markup=False)
+    console.print(f"  {found(scenario.data.dataset)}", markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
     console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")
     for i, split in enumerate(("train", "validation", "personal test")):
@@ -53,6 +56,19 @@ def preview(config: Config, console: Console | None = None) -> None:
     console.print(
         f"memory: data {data:,} bytes once a machine; {workers} workers with {2 * total:,} bytes of models each"
     )
+
+
+def found(dataset: Dataset) -> str:
+    """What inputs, classes and groups the data turned out to have."""
+    train, test = dataset.train, dataset.test
+    told = [f"inputs: {train.inputs.dtype} {dataset.shape} {dataset.kind}"]
+    if dataset.next_token:
+        told.append(f"vocabulary: {len(dataset.classes)} tokens")
+    else:
+        told.append(f"classes: {listed(dataset.classes)} ({len(dataset.classes)})")
+    if dataset.group_names is not None:
+        told.append(f"groups: {listed(dataset.group_names)} ({len(dataset.group_names)})")
+    return "; ".join([*told, f"global test: {0 if test is None else len(test)} examples"])
 
 
 def bytes_a_round(strategy: FusionStrategy) -> tuple[float, float]:

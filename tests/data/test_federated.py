@@ -236,3 +236,22 @@ def test_names_are_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_the_data_lack_is_told(monkeypatch):
+    x = np.ones((40, 3), dtype=np.float32)
+    test = Examples(x[:10], np.arange(10) % 4)
+    classes = ("ape", "bee", "cat", "dog", "emu")
+
+    def told(test):
+        return federation(
+            data=custom(monkeypatch, lambda: Dataset("d", train, test, classes, "features")), clients=2
+        ).notes
+
+    train = Examples(x, np.arange(40) % 3)
+    assert told(test) == ("no example to train on of 2 of 5 classes: dog, emu; 1 of them in the global test set",)
+    classes = classes[:3]
+    assert told(None) == ("no global test set: data=d brings none",)
+    few = "no score on the global test set: it has 1 example, 2 are needed"
+    assert told(Examples(x[:1], np.zeros(1)))[0].startswith(few)
+    assert told(Examples(x[:2], np.zeros(2))) == ()

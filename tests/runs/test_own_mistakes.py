@@ -195,3 +195,14 @@ def test_a_tuple_is_not_a_matter_of_the_number_of_classes(tmp_path: Path, capsys
     monkeypatch.syspath_prepend(tmp_path)
     told = refused(["model=custom", "model.build=my_own_tuple:several"], tmp_path, capsys)
     assert told.endswith("gives tuple for a batch of 2, expected logits (2, 10)")
+
+
+def test_a_dry_run_tells_what_was_found(tmp_path: Path, capsys) -> None:
+    for domain in ("photo", "sketch"):
+        pictures(tmp_path / "data" / domain, [8] * 10)
+    words = ["data=images", f"data.root={tmp_path / 'data'}", "--dry-run"]
+    assert main(["run", *TINY, *words, "data.groups=domain"]) == 0
+    line = "inputs: uint8 (1, 8, 8) image; classes: cat, dog (2); groups: photo, sketch (2); global test: 8 examples"
+    assert line in capsys.readouterr().out
+    assert main(["run", *TINY, *words]) == 0
+    assert "classes: photo, sketch (2); global test: 8 examples" in capsys.readouterr().out
