@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedfuse import models
+from fedfuse.compat.mkl import steady
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config import registry
 from fedfuse.config.catalogue import LANGUAGE
@@ -243,6 +244,8 @@ def _check_trains(architecture: str, model: nn.Module, scenario: Scenario) -> No
 def remarks(strategy: FusionStrategy) -> list[str]:
     """What a user has to know of an experiment that can run, and might not do what is expected."""
     scenario, said = strategy.scenario, list[str]()
+    if steady() is False:
+        said.append("MKL was at work before fedfuse was imported: bits may depend on where arrays lie; import it first")
     if scenario.config.train.epochs == 0 and scenario.config.train.max_steps is None:
         said.append("train.epochs=0: nobody trains on own examples")
     if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:

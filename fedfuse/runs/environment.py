@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedfuse.compat.mkl import steady
 from fedfuse.config.schema import Config
 from fedfuse.core.abreast_notes import computed
 
@@ -38,6 +39,7 @@ def environment(config: Config) -> dict[str, Any]:
         "cpu_flags": flags,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available(),
+        "mkl_steady": steady(),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
         "command": " ".join(sys.argv),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import fedfuse
 from fedfuse.results.report import report
@@ -22,12 +23,14 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
-def test_a_run_that_had_begun_goes_on_to_the_same_bits(kept: Path, tmp_path: Path) -> None:
+def test_a_run_that_had_begun_goes_on_to_the_same_end(kept: Path, tmp_path: Path) -> None:
     assert "metric:" in (kept / "begun/config.yaml").read_text()  # stop.metric, which is gone
     config = load_config(kept / "begun")
     whole = run(replace(config, out=str(tmp_path / "whole")), quiet=True)
     resumed = resume(kept / "begun", quiet=True)
-    assert fedfuse.load(resumed).summary["digest"] == fedfuse.load(whole).summary["digest"]
+    model, wanted = (fedfuse.load(path).model(client=0).state_dict() for path in (resumed, whole))
+    for name, value in model.items():  # its first round was played on another processor: not the same bits
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
     metrics = fedfuse.load(resumed).metrics
     assert sorted(set(metrics["round"].to_list())) == [1, 2, 3]
 
