@@ -1,4 +1,7 @@
-"""The user's cache directory: decoded data sets and partition indices, paid for once."""
+"""The user's cache directory: decoded data sets and partition indices, paid for once.
+
+Where somebody else says what is asked of the data, `few` keeps the last things only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,9 @@ import numpy as np
 from fedfuse.data.dataset import PARTS, Dataset, Examples
 
 FORMAT = 2  # part of every key: old entries are never misread
+LAST = 32  # arrays of a kind (partitions, noise: small ones) that are kept at a site
+
+_few: ContextVar[bool] = ContextVar("few", default=False)
 
 
 def cache_directory() -> Path:
@@ -30,17 +37,51 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def stored_dataset(key: str, build: Callable[[], Dataset]) -> Dataset:
+@contextlib.contextmanager
+def few(wanted: bool) -> Iterator[None]:
+    """Keep one data set of each root, and few arrays, while this lasts, apart from the user's own.
+
+    For sites: a server may ask for the same data in ever other ways.
+    """
+    token = _few.set(wanted)
+    try:
+        yield
+    finally:
+        _few.reset(token)
+
+
+def _folder(kind: str) -> Path:
+    return cache_directory() / "site" / kind if _few.get() else cache_directory() / kind
+
+
+def _leave(folder: Path, count: int) -> None:
+    """Delete all but the youngest entries."""
+    entries = [(entry.stat().st_mtime, entry) for entry in folder.iterdir()]
+    for _, entry in sorted(entries, reverse=True)[count:]:
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def stored_dataset(key: str, root: Path, build: Callable[[], Dataset]) -> Dataset:
     """Return the data set kept under `key`, memory-mapped; build and keep it where there is none.
 
     A cache that cannot be written is not an error: the built data set is returned from memory.
+
+    Parameters
+    ----------
+    root : Path
+        Where its files lie: of each root, a site keeps one data set.
     """
-    folder = cache_directory() / "decoded" / key
+    folder = _folder("decoded") / (key_of(str(root.resolve())) if _few.get() else "") / key
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
         return _open(folder)
     dataset = build()
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if _few.get():
+            _leave(folder.parent, 0)  # what a killed process left half made, too; what is open stays readable
         staging = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
         try:
             _write(dataset, staging)
@@ -113,7 +154,7 @@ def _open(folder: Path) -> Dataset:
 def stored_arrays(kind: str, key: str) -> dict[str, np.ndarray] | None:
     """Return the arrays kept under `kind`/`key`, or None where there are none that can be read."""
     try:
-        with np.load(cache_directory() / kind / f"{key}.npz", allow_pickle=False) as archive:
+        with np.load(_folder(kind) / f"{key}.npz", allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception:  # a damaged entry is as good as none: it is computed again
         return None
@@ -121,7 +162,7 @@ def stored_arrays(kind: str, key: str) -> dict[str, np.ndarray] | None:
 
 def store_arrays(kind: str, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Keep `arrays` under `kind`/`key`, atomically; a cache that cannot be written is left alone."""
-    folder = cache_directory() / kind
+    folder = _folder(kind)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, staging = tempfile.mkstemp(suffix=".npz", dir=folder)
@@ -129,5 +170,7 @@ def store_arrays(kind: str, key: str, arrays: dict[str, np.ndarray]) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             Path(staging).replace(folder / f"{key}.npz")
+            if _few.get():
+                _leave(folder, LAST)
         finally:
             Path(staging).unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
             start += len(split)
         return assemble(config, tables[0], tables[1] if len(tables) > 1 else None)
 
-    return stored_dataset(key, build)
+    return stored_dataset(key, root, build)
 
 
 def _listed(config: DataConfig, root: Path) -> list[tuple[Path, str, str]]:

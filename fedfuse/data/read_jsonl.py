@@ -57,7 +57,7 @@ def read_rows(
         [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
     )
-    return stored_dataset(key, build)  # tokenised once
+    return stored_dataset(key, root, build)  # tokenised once
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

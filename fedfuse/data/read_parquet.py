@@ -41,7 +41,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
         [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
     )
-    return stored_dataset(key, lambda: _build(config, files, extra))
+    return stored_dataset(key, root, lambda: _build(config, files, extra))
 
 
 def _build(config: DataConfig, files: dict[str, list[Path]], extra: dict[str, Any]) -> Dataset:

@@ -56,7 +56,7 @@ def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[
         [config.inputs, config.targets, config.groups, config.test_fraction, extra],
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     )
-    return stored_dataset(key, build)
+    return stored_dataset(key, root, build)
 
 
 def _files(root: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from fedfuse.core.node import Node, place
 from fedfuse.core.scenario import Scenario, prepare_scenario
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.core.threads import single_thread
+from fedfuse.data.cache import few
 from fedfuse.errors import Refused, UserError, one_line
 from fedfuse.network.audit import NAME, Audit, left
 from fedfuse.network.handshake import identity
@@ -59,7 +60,7 @@ class Site:
             Memory between messages that is on no disk; without one there are no secure sums.
         """
         try:
-            with code(self.seat.policy.allow_code):
+            with code(self.seat.policy.allow_code), few(self.seat.store is None):  # Flower's simulator is no deployment
                 return self._handle(message, RecordDict() if kept is None else kept)
         except (Refused, UserError) as error:
             self._refused(message, str(error))
@@ -96,8 +97,9 @@ class Site:
         run = str(setting.get("run", ""))
         if not RUN.fullmatch(run):
             raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
+        self._room(run)  # nothing is read, and nothing kept in the cache, for one run too many
         config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
-        self._room(run)  # nothing is written for a run that the site does not take part in
+        # nothing is written here for a run that the site does not take part in
         self._not_orphaned(self.seat.state / run, setting)
         self._pinned(self.seat.state / run, str(setting.get("config", "")))
         mine = self.seat.acts_as(scenario.clients)
