@@ -117,9 +117,11 @@ def _with_text(values: Sequence[Any] | np.ndarray) -> bool:
     return False
 
 
-def labels_of(values: Sequence[Any]) -> np.ndarray:
+def labels_of(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Labels, or groups, as an array: of objects where some are texts, of which the longest may be very long."""
-    return np.array(values, dtype=object) if any(isinstance(value, str) for value in values) else np.asarray(values)
+    if not isinstance(values, np.ndarray) and any(isinstance(value, str | bytes) for value in values):
+        return np.array(values, dtype=object)
+    return np.asarray(values)
 
 
 def pad_of(extra: Mapping[str, Any]) -> int:

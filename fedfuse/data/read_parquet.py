@@ -11,10 +11,11 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, pad_of
+from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, labels_of, pad_of
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.inflate import room, too_large
-from fedfuse.data.locations import reason_of, split_files
+from fedfuse.data.inflate import room
+from fedfuse.data.locations import split_files
+from fedfuse.data.parquet_columns import columns, joined, schema
 from fedfuse.data.pixels import decode
 from fedfuse.errors import UserError
 
@@ -51,61 +52,56 @@ def _build(config: DataConfig, files: dict[str, list[Path]], extra: dict[str, An
     return assemble(config, train, test, classes, [path.stem for path in domains] or None)
 
 
-def _open(path: Path) -> pyarrow.Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        about = pyarrow.parquet.read_metadata(path)
-        # what its pages hold, and a byte a value: a column of a million equal values is a page of a few
-        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if (size := max(size, about.num_rows * about.num_columns)) > (most := room(path)):
-            raise too_large(path, size, most)
-        return pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({reason_of(error)}); expected a parquet file") from None
-
-
 def _table(
     config: DataConfig, paths: list[Path], extra: dict[str, Any], domains: list[Path]
 ) -> tuple[Table, list[str] | None]:
-    values: list[Any] = []
+    parts: list[Any] = []
     labels, groups = [], []
     classes = None
     encoded = False
+    where = f"data={config.name}"
     for path in paths:
-        table = _open(path)
-        present = table.column_names
+        about = schema(path)
+        present = list(about.names)
         target = column_of(config.targets, TARGETS, present, "targets", path)
-        if config.inputs and "," in config.inputs:
-            columns = [name.strip() for name in config.inputs.split(",")]
-            for name in columns:
-                column_of(name, (), present, "inputs", path)
-            rows = np.stack([table[name].to_numpy() for name in columns], axis=1).astype(np.float32).tolist()
-        else:
-            rows = table[column_of(config.inputs, INPUTS, present, "inputs", path)].to_pylist()
-        if rows and isinstance(rows[0], dict) and rows[0].get("bytes") is not None:
+        several = [name.strip() for name in (config.inputs or "").split(",")] if "," in (config.inputs or "") else []
+        names = [column_of(name, (), present, "inputs", path) for name in several]
+        names = names or [column_of(config.inputs, INPUTS, present, "inputs", path)]
+        group = [column_of(config.groups, (), present, "groups", path)] if config.groups else []
+        found = columns(path, [*names, target, *group])
+        rows: Any = found[names[0]]
+        if several:
+            rows = np.stack([_number(found[name], name, path) for name in names], axis=1)
+        elif isinstance(rows[0], dict) and rows[0].get("bytes") is not None:
             rows, encoded = [row["bytes"] for row in rows], True
-        elif rows and isinstance(rows[0], bytes):
+        elif isinstance(rows[0], bytes):
             encoded = True
-        values.extend(rows)
-        labels.append(table[target].to_numpy())
-        classes = classes or _class_names(table, target)
-        if config.groups:
-            groups.append(table[column_of(config.groups, (), present, "groups", path)].to_numpy())
+        parts.append(rows)
+        labels.append(labels_of(found[target]))
+        classes = classes or _class_names(about, target)
+        if group:
+            groups.append(labels_of(found[group[0]]))
         elif domains:
             groups.append(np.full(len(rows), domains.index(path), dtype=np.int64))
-    where = f"data={config.name}"
-    most = room(*paths)
-    inputs = decode(values, extra["size"], where, most) if encoded else column_inputs(values, extra, where, most)
+    values, most = joined(parts, where), room(*paths)
+    if encoded:
+        inputs = decode(list(values), extra["size"], where, most)
+    else:
+        inputs = column_inputs(values, extra, where, most)
     pad = pad_of(extra) if isinstance(values[0], str) else None
     return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad), classes
 
 
-def _class_names(table: pyarrow.Table, target: str) -> list[str] | None:
+def _number(found: Any, name: str, path: Path) -> np.ndarray:
+    if not isinstance(found, np.ndarray) or found.ndim > 1:
+        raise UserError(f"{path}: data.inputs: column {name!r} holds no numbers; among several, each must")
+    return found.astype(np.float32)
+
+
+def _class_names(about: pyarrow.Schema, target: str) -> list[str] | None:
     """Read the names that `datasets` keeps in the schema for a ClassLabel column."""
     try:
-        described = json.loads((table.schema.metadata or {})[b"huggingface"])
+        described = json.loads((about.metadata or {})[b"huggingface"])
         found = described["info"]["features"][target]["names"]
     except (KeyError, TypeError, ValueError):
         return None
