@@ -44,8 +44,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def listed(text: str) -> str:
-    """`audit=a,b` as the list that it is: both in every run, no sweep over them."""
+    """`audit=a,b` as the list that it is: both in every run, no sweep over them; `data.inputs=[a,b]` as its word."""
     key, _, value = text.partition("=")
+    if key == "data.inputs" and value.startswith("[") and value.endswith("]"):
+        names = ",".join(name.strip().strip("'\"") for name in value[1:-1].split(","))
+        return f"{key}='{names}'"
     return f"audit=[{value}]" if key == "audit" and not value.startswith(("[", "$")) else text
 
 

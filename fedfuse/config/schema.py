@@ -37,7 +37,7 @@ class DataConfig:
     )
     inputs: str | None = key(
         None,
-        "column or array of the inputs; csv: * takes all columns of numbers but the labels'",
+        "column or array of the inputs; csv, parquet: [a,b] takes several of numbers; csv: * all but the labels'",
         only="data.layout=parquet|npz|jsonl|csv|text",
     )
     targets: str | None = key(

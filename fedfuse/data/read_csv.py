@@ -22,7 +22,7 @@ ALL = "*"
 def read(config: DataConfig, root: Path) -> Dataset:
     """Return the data set of `*.csv` or `*.tsv`; text becomes hashed word counts (`data.extra.text`).
 
-    `data.inputs=*` takes all columns but those of labels and groups, which must hold numbers.
+    `data.inputs=*` takes all columns but those of labels and groups, `data.inputs=[a,b]` some; they must hold numbers.
 
     Raises
     ------
@@ -33,25 +33,30 @@ def read(config: DataConfig, root: Path) -> Dataset:
 
 
 def _with_all(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with a column `*`, where it is asked for; where no input is named and none can be guessed, say so."""
-    names = list(found[0])
-    if config.inputs is None and not set(INPUTS) & set(names):
+    """Rows with a column `*` or `a,b`, where it is asked for; where no input can be guessed, say so."""
+    names, asked = list(found[0]), config.inputs
+    if asked is None and not set(INPUTS) & set(names):
         raise UserError(
             f"{path}: no column of a usual name; set data.inputs=<one of {', '.join(names)}>, "
             f"or data.inputs=* for all columns of numbers but the labels'"
         )
-    if config.inputs != ALL or ALL in names:
+    if asked is None or asked in names or (asked != ALL and "," not in asked):
         return found
-    label = column_of(config.targets, TARGETS, names, "targets", path)
-    taken = [name for name in names if name not in (label, config.groups)]
+    if config.groups:  # before there is a column that no file has
+        column_of(config.groups, (), names, "groups", path)
+    if asked == ALL:
+        label = column_of(config.targets, TARGETS, names, "targets", path)
+        taken = [name for name in names if name not in (label, config.groups)]
+    else:
+        taken = [column_of(name, (), names, "inputs", path) for name in asked.split(",")]
     for name in taken:
         if not all(isinstance(row[name], int | float) for row in found):
             place, row = next((i, row) for i, row in enumerate(found, 1) if not _numeric(row[name]))
             raise UserError(
-                f"{path}: data.inputs=*: example {place}, column {name!r}: {str(row[name] or '')[:40]!r} is no number; "
-                f"fill it in, or drop the row or the column"
+                f"{path}: data.inputs={asked}: example {place}, column {name!r}: "
+                f"{str(row[name] or '')[:40]!r} is no number; fill it in, or drop the row or the column"
             )
-    return [{**row, ALL: [float(row[name]) for name in taken]} for row in found]
+    return [{**row, asked: [float(row[name]) for name in taken]} for row in found]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -61,6 +66,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
         with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, "excel-tab" if ".tsv" in path.suffixes else "excel", strict=True)
             header = next(reader, [])
+            if len(header) == 1 and ";" in header[0]:
+                held = header[0][:40]
+                raise UserError(
+                    f"{path}: the header holds {held!r}; save the file with commas (or tabs, as .tsv), no ';'"
+                )
             found = []
             for cells in reader:
                 if not cells:

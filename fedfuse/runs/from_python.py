@@ -10,7 +10,7 @@ from fedfuse.config import registry
 from fedfuse.config.dotted import give
 from fedfuse.errors import UserError
 
-LISTS = ("model.pool", "train.pool", "search.keys", "data.extra.sources")  # keys that take a list
+LISTS = ("data.inputs", "model.pool", "train.pool", "search.keys", "data.extra.sources")  # keys that take a list
 
 
 def overrides(settings: Mapping[str, Any], prefix: str = "", swept: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedfuse.config.compose import compose
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
 from fedfuse.data.load import load
@@ -246,6 +247,19 @@ def test_a_csv_of_numbers_is_taken_whole_if_one_says_so(tmp_path):
         load(config("csv", tmp_path, inputs="*", test_fraction=0.0))
 
 
+def test_some_columns_of_a_csv(tmp_path):
+    (tmp_path / "cells.csv").write_text("id,width,height,label\np0,2,0.5,0\np1,4,1.5,1\np2,6,2.5,0\np3,8,3.5,1\n")
+    for typed in ("data.inputs=[width,height]", "data.inputs=[width, 'height']"):
+        asked = compose(["data=csv", f"data.root={tmp_path}", "data.test_fraction=0", typed]).data
+        assert load(asked).train.inputs.tolist() == [[2, 0.5], [4, 1.5], [6, 2.5], [8, 3.5]]
+    with pytest.raises(UserError, match=r"no column 'wide'; set data.inputs=<one of id, width, height, label>"):
+        load(config("csv", tmp_path, inputs="wide,height"))
+    with pytest.raises(UserError, match=r"data.inputs=id,width: example 1, column 'id': 'p0' is no number"):
+        load(config("csv", tmp_path, inputs="id,width"))
+    with pytest.raises(UserError, match=r"no column 'hospitl'; set data.groups=<one of id, width, height, label>"):
+        load(config("csv", tmp_path, inputs="*", groups="hospitl"))
+
+
 def test_csv(tmp_path):
     """Texts with commas and quotes, words as labels; the same inputs as from JSON lines."""
     texts = [f'word{i % 3}, "and" more' for i in range(20)]
@@ -271,6 +285,7 @@ def test_csv(tmp_path):
     ("text", "said"),
     [
         ("text,label\na, b,1\n", r"line 2 has 3 columns, the header 2; put text with commas into quotes"),
+        ("a;b;label\n1;2;0\n", "the header holds 'a;b;label'; save the file with commas"),
         ("text,label\n", "is empty; expected a header"),
         ("text,label\na,1\n,0\n", "example 2 has no 'text'"),
         ("what,label\na,1\n", "no column of a usual name; set data.inputs=<one of what, label>"),
