@@ -10,7 +10,7 @@ import numpy as np
 
 from fedfuse.config.catalogue import SOURCES
 from fedfuse.config.schema import DataConfig
-from fedfuse.data.dataset import Dataset, Examples
+from fedfuse.data.dataset import Dataset, Examples, check_finite
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 
@@ -93,7 +93,8 @@ def codes_of(columns: Sequence[np.ndarray], named: Sequence[str] | None) -> tupl
         return [np.asarray(column).astype(np.int64) for column in columns], tuple(named)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and (values == np.rint(values)).all()):
-            raise ValueError("labels are not whole numbers")
+            first = next((i, v) for c in columns for i, v in enumerate(np.asarray(c).tolist()) if v != v // 1)
+            raise ValueError("labels are not whole numbers: the label of row {} (from 0) is {}".format(*first))
         columns = [np.asarray(column).astype(np.int64) for column in columns]
         values = values.astype(np.int64)
     if values.dtype.kind not in "iubUS":  # an array of texts would give each the room of the longest
@@ -105,6 +106,19 @@ def codes_of(columns: Sequence[np.ndarray], named: Sequence[str] | None) -> tupl
     return [np.searchsorted(unique, column).astype(np.int64) for column in columns], tuple(
         str(value) for value in unique.tolist()
     )
+
+
+def one_a_row(labels: np.ndarray) -> np.ndarray:
+    """Labels of shape (n,) or (n, 1) as (n,).
+
+    Raises
+    ------
+    ValueError
+        Where rows have several.
+    """
+    if labels.ndim > 1 and labels.size != len(labels):
+        raise ValueError(f"labels of shape {labels.shape}; expected one a row: of one-hot labels take .argmax(1)")
+    return labels.reshape(-1)
 
 
 def kind_of(inputs: np.ndarray) -> tuple[np.ndarray, str]:
@@ -162,7 +176,8 @@ def assemble(
         Where inputs or labels cannot be used.
     """
     tables = [train] if test is None else [train, test]
-    for table in tables:
+    for split, table in zip(("train", "test"), tables, strict=False):
+        check_finite(table.inputs, f"data={config.name}: {split}")
         if not len(table.inputs) or len(table.inputs) != len(table.labels):
             raise UserError(
                 f"data={config.name}: {len(table.inputs)} inputs with {len(table.labels)} labels; "
@@ -170,7 +185,7 @@ def assemble(
             )
     try:
         converted = [kind_of(table.inputs) for table in tables]
-        targets, classes = codes_of([table.labels for table in tables], class_names)
+        targets, classes = codes_of([one_a_row(table.labels) for table in tables], class_names)
     except ValueError as error:
         raise UserError(f"data={config.name}: {error}") from None
     groups: list[np.ndarray | None] = [None] * len(tables)

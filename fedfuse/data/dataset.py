@@ -207,6 +207,14 @@ def check(dataset: Dataset) -> Dataset:
                 f"{name}: {split} labels lie in {examples.targets.min()}..{examples.targets.max()}, "
                 f"expected 0..{len(dataset.classes) - 1}"
             )
-        if examples.inputs.dtype.kind == "f" and not np.isfinite(examples.inputs).all():
-            raise UserError(f"{name}: {split} inputs hold NaN or infinite values; expected finite numbers")
+        check_finite(examples.inputs, f"{name}: {split}")
     return dataset
+
+
+def check_finite(inputs: np.ndarray, where: str) -> None:
+    """Refuse inputs that are no numbers, before rows are cut off: the one that is named is the user's own."""
+    if inputs.dtype.kind == "f" and not (finite := np.isfinite(inputs)).all():
+        first = int(np.argmin(finite.reshape(len(inputs), -1).all(1)))
+        raise UserError(
+            f"{where} inputs hold NaN or infinite values, first in row {first} (from 0); expected finite numbers"
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedfuse.config.schema import DataConfig
-from fedfuse.data.build import Table, assemble, options
+from fedfuse.data.build import Table, assemble, one_a_row, options
 from fedfuse.data.columns import TARGETS, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import archive
@@ -56,7 +57,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """Read every array of an archive; nothing in it is ever unpickled, nor larger than there is room for."""
     try:
         with archive(path), np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: _plain(arrays, name) for name in arrays.files}
     except (
         OSError,
         ValueError,
@@ -69,10 +70,22 @@ def load(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); expected an .npz of plain arrays") from None
 
 
+def _plain(arrays: Any, name: str) -> np.ndarray:
+    try:
+        return arrays[name]
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise ValueError(f"array {name!r} is of dtype object; save names with .astype(str)") from None
+
+
 def _labels(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     if name not in arrays:
         raise UserError(f"{path}: no array {name!r}; it holds {', '.join(arrays)}")
-    return arrays[name].reshape(-1)
+    try:
+        return one_a_row(arrays[name])
+    except ValueError as error:
+        raise UserError(f"{path}: array {name!r}: {error}") from None
 
 
 def _table(config: DataConfig, arrays: dict[str, np.ndarray], path: Path) -> Table:

@@ -87,8 +87,16 @@ HOLE[3, 2] = np.nan
     [
         ({"inputs": X}, "no column of a usual name; set data.targets=<one of inputs>"),
         ({"inputs": X, "labels": Y[:20]}, "30 inputs but 20 labels; expected as many of each"),
-        ({"inputs": HOLE, "labels": Y}, "train inputs hold NaN or infinite values"),
-        ({"inputs": X, "labels": Y + 0.5}, "labels are not whole numbers"),
+        ({"inputs": HOLE, "labels": Y}, "train inputs hold NaN or infinite values, first in row 3 (from 0)"),
+        ({"inputs": X, "labels": Y + 0.5}, "labels are not whole numbers: the label of row 0 (from 0) is 0.5"),
+        (
+            {"inputs": X, "labels": np.eye(3)[Y]},
+            "labels of shape (30, 3); expected one a row: of one-hot labels take .argm",
+        ),
+        (
+            {"inputs": X, "labels": Y.astype(str).astype(object)},
+            "array 'labels' is of dtype object; save names with .as",
+        ),
         ({"inputs": np.array([{"a": 1}] * 30), "labels": Y}, "expected an .npz of plain arrays"),
     ],
 )
@@ -206,3 +214,8 @@ def test_a_dry_run_tells_what_was_found(tmp_path: Path, capsys) -> None:
     assert line in capsys.readouterr().out
     assert main(["run", *TINY, *words]) == 0
     assert "classes: photo, sketch (2); global test: 8 examples" in capsys.readouterr().out
+
+
+def test_one_hot_labels_in_a_program() -> None:
+    with pytest.raises(fedfuse.UserError, match=r"labels of shape \(30, 3\); expected one a row: of one-hot labels"):
+        fedfuse.run({"data": (X, np.eye(3)[Y])})
