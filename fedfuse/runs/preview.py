@@ -30,9 +30,9 @@ def preview(config: Config, console: Console | None = None) -> None:
     entry = registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario, server_device_of(config))
     console.print(as_yaml(config), markup=False)
-    console.print(f"  {found(scenario.data.dataset)}", markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
     console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")
+    console.print(f"  {found(scenario.data.dataset)}", markup=False)
     for i, split in enumerate(("train", "validation", "personal test")):
         column = sizes[:, i]
         console.print(f"  {split}: {column.sum()} examples, {column.min()} to {column.max()} a client")

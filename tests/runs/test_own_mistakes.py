@@ -211,7 +211,7 @@ def test_a_dry_run_tells_what_was_found(tmp_path: Path, capsys) -> None:
     words = ["data=images", f"data.root={tmp_path / 'data'}", "--dry-run"]
     assert main(["run", *TINY, *words, "data.groups=domain"]) == 0
     line = "inputs: uint8 (1, 8, 8) image; classes: cat, dog (2); groups: photo, sketch (2); global test: 8 examples"
-    assert line in capsys.readouterr().out
+    assert f"2 classes\n  {line}" in capsys.readouterr().out
     assert main(["run", *TINY, *words]) == 0
     assert "classes: photo, sketch (2); global test: 8 examples" in capsys.readouterr().out
 
