@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -203,10 +202,9 @@ def test_an_archive_writes_nothing_elsewhere(tmp_path: Path) -> None:
             else:
                 info.size = 1
             content.addfile(info, io.BytesIO(b"x"))
-        with contextlib.suppress(UserError, tarfile.TarError):
+        with pytest.raises(UserError, match="not the archive of a run|would write outside"):
             unpack(tmp_path / "a.tar.gz", tmp_path / "in" / "out")
-        written = [path for path in (tmp_path / "in").rglob("*") if path.name == member.strip("./")]
-        assert all(path.parent == tmp_path / "in" / "out" and not path.is_symlink() for path in written)
+        assert [path.name for path in (tmp_path / "in").rglob("*")] == ["out"]
         assert not Path("/evil").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "mine")

@@ -57,7 +57,7 @@ def test_other_names_are_refused(client):
 
 def test_an_address_of_version_6_is_served(tmp_path):
     """Starlette reads `[::1]:8000` as the host `[`."""
-    client = TestClient(watch.application([tmp_path], "::1"), base_url="http://[::1]:8642")
+    client = TestClient(watch.application([tmp_path], "::1"))
     assert client.get("/", headers={"Host": "[::1]:8642"}).status_code == 200
     assert client.get("/", headers={"Host": "evil.example:8642"}).status_code == 400
 
