@@ -202,7 +202,7 @@ def test_an_archive_writes_nothing_elsewhere(tmp_path: Path) -> None:
             else:
                 info.size = 1
             content.addfile(info, io.BytesIO(b"x"))
-        with pytest.raises(UserError, match="not the archive of a run|would write outside"):
+        with pytest.raises(UserError, match=r"not the archive of a run|would write outside"):
             unpack(tmp_path / "a.tar.gz", tmp_path / "in" / "out")
         assert [path.name for path in (tmp_path / "in").rglob("*")] == ["out"]
         assert not Path("/evil").exists()
