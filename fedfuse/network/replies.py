@@ -13,9 +13,7 @@ FORMS = {  # of these texts, which the server keeps: a method's name, a state's,
     "tag": re.compile(r"(\d{1,12}(\.\d{1,6})?)?", re.ASCII),
     "sha": re.compile(r"([0-9a-f]{64})?", re.ASCII),
 }
-NAME = re.compile(
-    r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII
-)  # of a metric or record: it goes into tables and logs
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric or record: tables and logs have it
 SHARES = frozenset({"accuracy", "accuracy_macro", "exact_match"})  # what stops a run early, and what pages are drawn by
 MOST = 64  # records and metrics of a reply
 
