@@ -146,11 +146,13 @@ class Operators(Door):
     async def _own(self, method: str, path: str, receive: Receive, send: Send) -> None:
         what, _, name = path.partition("/")
         if what == "roster":
+            others: list[str] = []
             for key, values in json.loads(await whole(receive)).items():
                 if not re.fullmatch(r"[0-9a-f]{64}", key):
                     raise UserError("roster: the fingerprint of a key is needed")
-                Roster(self.post / "roster.json").add(key, place_from(values))
-            await answered(send, 200, "entered")
+                others += Roster(self.post / "roster.json").add(key, place_from(values))
+            also = f"; also the place of {', '.join(one_line(name, 60) for name in others)}, with another key"
+            await answered(send, 200, f"entered{also if others else ''}")
             return
         if not NAME.fullmatch(name):
             raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")

@@ -22,7 +22,7 @@ from fedfuse.config.files import read
 from fedfuse.deploy.certs import node_keys
 from fedfuse.deploy.link import Link
 from fedfuse.deploy.passphrase import passphrase, private_key
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import UserError, WorldError, one_line
 from fedfuse.network.roster import Place, fingerprint, place_from
 
 SIGNED = ec.ECDSA(hashes.SHA384())
@@ -97,7 +97,8 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
     if "client" in place:
         asked.pop("every", None)
     known: Place = _complete({**asked, **place}, path)
-    link.request("POST", "roster", json.dumps({fingerprint(public): asdict(known)}).encode())
+    answer = link.request("POST", "roster", json.dumps({fingerprint(public): asdict(known)}).encode())
+    also = one_line(json.loads(answer or b'{"detail": ""}')["detail"]).removeprefix("entered")
     with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
         file = Path(folder) / "site.pub"
         file.write_bytes(public)
@@ -107,7 +108,7 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
             if "already" not in str(error):
                 raise
             said = "registered already; its place was entered anew"
-    return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}"
+    return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}{also}"
 
 
 def _complete(values: dict[str, Any], path: Path) -> Place:

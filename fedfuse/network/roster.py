@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,15 @@ class Place:
                 return f"says it has {count} examples; its key is registered with {self.least} to {self.most}"
         return None
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether there is a client that either may be."""
+        if self.every is None and other.every is None:
+            return self.client == other.client
+        if self.every is None or other.every is None:
+            one, many = (self, other) if self.every is None else (other, self)
+            return many.every is not None and one.client % many.every == many.client
+        return (self.client - other.client) % math.gcd(self.every, other.every) == 0
+
     @property
     def said(self) -> str:
         """Which clients it may be, in words."""
@@ -101,11 +111,12 @@ class Roster:
         except UserError:
             return None
 
-    def add(self, key: str, place: Place) -> None:
-        """Enter a key, or enter it anew."""
+    def add(self, key: str, place: Place) -> list[str]:
+        """Enter a key, or enter it anew; return who else may be the same client: whoever says so first then is it."""
         values = {known: asdict(value) for known, value in self.places().items()}
         with replaced(self.path, durable=True) as partial:
             partial.write_text(json.dumps({**values, key: asdict(place)}, indent=1), encoding="utf-8")
+        return [other.name for known, other in self.places().items() if known != key and other.overlaps(place)]
 
 
 def place_from(values: Mapping[str, Any]) -> Place:

@@ -312,6 +312,29 @@ def test_a_passphrase_is_asked_for_twice_where_it_is_new(tmp_path: Path, monkeyp
     assert next(said, None) is None
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        (Place("a", 1), Place("b", 1), True),
+        (Place("a", 1), Place("b", 2), False),
+        (Place("a", 4), Place("b", 1, 3), True),
+        (Place("a", 5), Place("b", 1, 3), False),
+        (Place("a", 1, 3), Place("b", 0, 2), True),  # 4
+        (Place("a", 1, 4), Place("b", 0, 2), False),
+    ],
+)
+def test_a_client_that_another_key_has_is_told(one: Place, other: Place, both: bool, tmp_path: Path) -> None:
+    """A site asks for the place of another: the operator who registers it is told."""
+    mine = [place.fault_of([client], []) is None for client in range(12) for place in (one, other)]
+    assert any(a and b for a, b in zip(mine[::2], mine[1::2], strict=True)) is both
+    assert one.overlaps(other) is other.overlaps(one) is both
+    door = Operators(Inner(), tmp_path, Audit(tmp_path / "audit.jsonl"))
+    boss = certificate("ann", "register")
+    for key, place in (("0" * 64, one), ("0" * 64, one), ("1" * 64, other)):
+        status, said = ask(door, "/fedfuse/roster", body=json.dumps({key: asdict(place)}).encode(), who=boss)
+        assert (status, b"also the place of a, with another key" in said) == (200, both and place is other)
+
+
 def test_the_roster_says_who_may_be_whom(tmp_path: Path) -> None:
     node_keys(tmp_path, "a")
     roster, key = Roster(tmp_path / "roster.json"), (tmp_path / "a.pub").read_bytes()
@@ -322,7 +345,7 @@ def test_the_roster_says_who_may_be_whom(tmp_path: Path) -> None:
     assert place.fault_of([1, 4], [10, 20]) is None
     assert place.fault_of([1, 2], [10, 20]) == "says it acts as client 2; its key is registered as partition 1/3"
     assert place.fault_of([1], [2**40]) == f"says it has {2**40} examples; its key is registered with 10 to 20"
-    roster.add(fingerprint(key), Place("a", 2))
+    assert roster.add(fingerprint(key), Place("a", 2)) == []
     assert roster.place(key) == Place("a", 2)
     assert roster.place(b"ssh-rsa nonsense") is None
 
