@@ -52,6 +52,8 @@ def summary(
         values = [h[key] for h in federation.history if h.get(key) == h.get(key) and key in h]
         best[key] = max(values, default=math.nan)
     total = seconds["startup"] + seconds["rounds"]
+    costs = _figures(path, "epsilon") if config.privacy.by_example else []
+    spent = [value for *_, value in costs if value == value]
     return {
         "format": FORMAT,
         "run_id": strategy.run_id,
@@ -84,7 +86,7 @@ def summary(
             *strategy.notes(),
             *told(strategy, ended_at(path / "checkpoint")),
             *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
-            *(private_notes(strategy.made_from, deployed, tokens) if config.privacy.by_example else ()),
+            *(private_notes(strategy.made_from, deployed, tokens, spent) if config.privacy.by_example else ()),
             *(client_level.notes(strategy) if config.privacy.by_client else ()),
             *(secure_notes(strategy, deployed) if config.secure.on else ()),
             *(attack_notes(federation.scenario) if config.attack.on else ()),

@@ -64,7 +64,7 @@ def check(model: nn.Module, architecture: str) -> None:
             )
 
 
-def private_notes(start: str, deployed: bool, tokens: bool = False) -> list[str]:
+def private_notes(start: str, deployed: bool, tokens: bool = False, spent: Sequence[float] = ()) -> list[str]:
     """What a private run says of itself.
 
     Parameters
@@ -74,7 +74,10 @@ def private_notes(start: str, deployed: bool, tokens: bool = False) -> list[str]
     deployed : bool
     tokens : bool
         Whether examples are rows of tokens.
+    spent : sequence of float
+        ε of clients, as they told it in all rounds.
     """
+    most = [f"dp: epsilon {max(spent):.4g} at most, of the client who spent most, at its delta"] if spent else []
     unit = ["dp: an example is one row of tokens; a text that was cut into windows is several, and protected less"]
     noise = "from each site's own entropy" if deployed else "seeded, so that whoever knows the seed can take it off"
     return [
@@ -83,6 +86,7 @@ def private_notes(start: str, deployed: bool, tokens: bool = False) -> list[str]
         "dp: epsilon in the metrics is by example, per client, of what it trains on; its validation and test figures, "
         "and how many examples it has, are not covered",
         *(unit if tokens else ()),
+        *most,
     ]
 
 

@@ -467,3 +467,6 @@ def test_what_an_example_of_language_data_is() -> None:
 
     assert not any("tokens" in note for note in private_notes("s", False))
     assert any("cut into windows is several" in note for note in private_notes("s", False, tokens=True))
+    assert "dp: epsilon 2.5 at most, of the client who spent most, at its delta" in private_notes(
+        "s", False, spent=[1, 2.5]
+    )
