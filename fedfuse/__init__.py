@@ -57,9 +57,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     )
     from fedfuse.wire.sums import Sum
 
-# MKL's kernels otherwise round by where in memory an array happens to lie (seen on AMD: 16 bytes make a difference), so
-# that a resumed run, or clients abreast, have other bits than one that was never stopped. It takes no more time, and is
-# read when MKL is used first.
+# MKL's kernels otherwise round by where in memory an array happens to lie (seen on AMD: at a multiple of 16 bytes or
+# not), so that a resumed run, or clients abreast, may have other bits than one that was never stopped. It takes no more
+# time, and is read when MKL is used first.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 _HOMES = {
