@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.data.inflate import too_large
+from fedfuse.data.inflate import check_room
 from fedfuse.errors import UserError
 
 INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence")
@@ -57,8 +57,7 @@ def text_inputs(texts: Sequence[str], form: str, size: int, length: int, where: 
     """
     if form not in ("counts", "tokens"):
         raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
-    if (taken := len(texts) * (8 * length if form == "tokens" else 4 * size)) > most:
-        raise too_large(where, taken, most)
+    check_room(where, len(texts) * (8 * length if form == "tokens" else 4 * size), most)
     hashed = [[1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts]
     if form == "tokens":
         tokens = np.zeros((len(hashed), length), dtype=np.int64)
@@ -92,8 +91,7 @@ def column_inputs(values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], 
         if extra.get("tokenizer"):
             from fedfuse.data.tokenize import Tokenizer
 
-            if (taken := 8 * len(values) * int(extra["length"])) > most:
-                raise too_large(where, taken, most)
+            check_room(where, 8 * len(values) * int(extra["length"]), most)
             return Tokenizer(str(extra["tokenizer"])).padded(values, int(extra["length"]))
         return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]), where, most)
     try:

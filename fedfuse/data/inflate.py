@@ -54,9 +54,16 @@ def _free() -> int:
         return 2**63
 
 
-def too_large(where: object, size: int, most: int) -> UserError:
-    """What is said of data that take more than they may."""
-    return UserError(f"{where}: would inflate to {size} bytes or more; allowed are {most} (set {INFLATED} for more)")
+def check_room(where: object, size: int, most: int) -> None:
+    """Refuse data that take more than they may.
+
+    Raises
+    ------
+    UserError
+        Naming both sizes, in bytes.
+    """
+    if size > most:
+        raise UserError(f"{where}: would inflate to {size} bytes or more; allowed are {most} (set {INFLATED} for more)")
 
 
 @contextmanager
@@ -71,8 +78,7 @@ def archive(path: Path) -> Iterator[zipfile.ZipFile]:
     with zipfile.ZipFile(path) as opened:
         most = room(path)
         members = opened.infolist()
-        if (size := sum(member.file_size for member in members)) > most:
-            raise too_large(path, size, most)
+        check_room(path, sum(member.file_size for member in members), most)
         for member in members:
             # other ways of packing inflate a whole piece at once, whatever size the directory of the archive says
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -124,8 +130,7 @@ class Counted(io.RawIOBase):
         """See `io.RawIOBase`."""
         part = self.file.read1(len(buffer))
         self.taken += len(part)
-        if self.taken > self.most:
-            raise too_large(self.path, self.taken, self.most)
+        check_room(self.path, self.taken, self.most)
         buffer[: len(part)] = part
         return len(part)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedfuse.data.inflate import room, too_large
+from fedfuse.data.inflate import check_room, room
 from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
@@ -51,8 +51,7 @@ def columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray | list[Any
                         found = _values(batch.column(name), f"{path}: column {name!r}")
                         taken += found.nbytes if isinstance(found, np.ndarray) else sum(map(_size, found))
                         parts[name].append(found)
-                    if taken > most:
-                        raise too_large(path, taken, most)
+                    check_room(path, taken, most)
     except (OSError, ValueError, KeyError) as error:  # Arrow's own are among them
         raise _unreadable(path, error) from None
     return {name: joined(found, f"{path}: column {name!r}") for name, found in parts.items()}
@@ -107,8 +106,7 @@ def _steps(file: ParquetFile, path: Path, names: Sequence[str], most: int) -> It
             else:
                 taken += column.num_values * TEXT
                 longest += column.total_uncompressed_size
-        if taken > most:
-            raise too_large(path, taken, most)
+        check_room(path, taken, most)
         yield group, max(1, min(ROWS, most // longest))
 
 

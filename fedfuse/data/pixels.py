@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfuse.data.inflate import too_large
+from fedfuse.data.inflate import check_room
 from fedfuse.data.locations import reason_of
 from fedfuse.errors import UserError
 
@@ -71,8 +71,7 @@ def decode(sources: Sequence[bytes | Path], size: Sequence[int] | int | None, wh
                 wanted = wanted or image.size
                 shape = (len(sources), 3 if colour else 1, wanted[1], wanted[0])
                 for taken in (4 * image.width * image.height, math.prod(shape)):  # Pillow's pixel has up to 4 bytes
-                    if taken > most:
-                        raise too_large(where, taken, most)
+                    check_room(where, taken, most)
                 frame: Image.Image = image.convert("RGB" if colour else "L")
             if frame.size != wanted and size is not None:
                 frame = frame.resize(wanted, Image.Resampling.BILINEAR)

@@ -11,7 +11,7 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import channel_statistics, options
 from fedfuse.data.dataset import Dataset, Examples
-from fedfuse.data.inflate import room_of, too_large
+from fedfuse.data.inflate import check_room, room_of
 from fedfuse.data.pixels import reshape
 from fedfuse.errors import UserError
 
@@ -57,8 +57,7 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
     if first.kind == "image":
         images = [split.inputs for part in parts for split in (part.train, part.test) if split is not None]
         taken, most = sum(map(len, images)) * math.prod(shape), room_of(sum(array.nbytes for array in images))
-        if taken > most:
-            raise too_large(f"data.extra.shape={list(shape)}", taken, most)
+        check_room(f"data.extra.shape={list(shape)}", taken, most)
 
     def joined(split: str) -> Examples | None:
         pieces = [(index, getattr(part, split)) for index, part in enumerate(parts)]

@@ -14,7 +14,7 @@ from fedfuse.data.build import codes_of, cut_test, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
-from fedfuse.data.inflate import room, too_large
+from fedfuse.data.inflate import check_room, room
 from fedfuse.data.token_rows import Row, padded, rows_of
 from fedfuse.data.tokenize import Bytes, tokenizer_of
 from fedfuse.errors import UserError
@@ -94,8 +94,7 @@ def tokenized(
     if not made["train"]:
         raise UserError(f"data={config.name}: no text has a token to predict")
     taken, most = 9 * length * sum(map(len, made.values())), room(*_files(root))  # a number, and whether it is wanted
-    if taken > most:
-        raise too_large(f"data={config.name} data.extra.length={length}", taken, most)
+    check_room(f"data={config.name} data.extra.length={length}", taken, most)
     topics = _codes(config, found, made, lambda document: document.topic, len(tokenizer.names))
     groups = _codes(config, found, made, lambda document: document.group)
     splits: dict[str, Examples] = {}

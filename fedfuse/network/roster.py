@@ -58,12 +58,8 @@ class Place:
 
     def overlaps(self, other: Place) -> bool:
         """Whether there is a client that either may be."""
-        if self.every is None and other.every is None:
-            return self.client == other.client
-        if self.every is None or other.every is None:
-            one, many = (self, other) if self.every is None else (other, self)
-            return many.every is not None and one.client % many.every == many.client
-        return (self.client - other.client) % math.gcd(self.every, other.every) == 0
+        apart, step = self.client - other.client, math.gcd(self.every or 0, other.every or 0)
+        return apart % step == 0 if step else apart == 0
 
     @property
     def said(self) -> str:
@@ -113,10 +109,11 @@ class Roster:
 
     def add(self, key: str, place: Place) -> list[str]:
         """Enter a key, or enter it anew; return who else may be the same client: whoever says so first then is it."""
-        values = {known: asdict(value) for known, value in self.places().items()}
+        places = {**self.places(), key: place}
         with replaced(self.path, durable=True) as partial:
-            partial.write_text(json.dumps({**values, key: asdict(place)}, indent=1), encoding="utf-8")
-        return [other.name for known, other in self.places().items() if known != key and other.overlaps(place)]
+            text = json.dumps({known: asdict(value) for known, value in places.items()}, indent=1)
+            partial.write_text(text, encoding="utf-8")
+        return [other.name for known, other in places.items() if known != key and other.overlaps(place)]
 
 
 def place_from(values: Mapping[str, Any]) -> Place:

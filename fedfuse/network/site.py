@@ -124,10 +124,8 @@ class Site:
         if type(round) is not int:
             raise Refused(f"round {str(round)[:40]!r} is no whole number")
         policy.check_round(round)
-        held, step = (
-            SiteSecrets(kept, int(client), fingerprint(about, setting)),
-            message.metadata.message_type.removeprefix(PREFIX),
-        )
+        alike = fingerprint(about, setting) if config.secure.on else ""
+        held, step = SiteSecrets(kept, int(client), alike), message.metadata.message_type.removeprefix(PREFIX)
         told: Any = message.content.config_records.get("secure")
         if step in STEPS and config.secure.on and told is not None:
             answer = ConfigRecord(held.answer(step, told))

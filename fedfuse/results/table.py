@@ -265,15 +265,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.seconds, one.failures, one.cohort_complete, one.unfinished]
         seeds = " ".join(map(str, one.seeds))
-        writer.writerow(
-            [
-                _no_formula(printable(one.strategy)),
-                _no_formula(printable(one.setting)),
-                one.n,
-                seeds,
-                *map(_plain, values),
-            ]
-        )
+        writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()
 
 
@@ -322,8 +314,9 @@ def _plain(value: object) -> object:
 
 
 def _no_formula(text: str) -> str:
-    """Keep spreadsheets from reading a name as a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """A name in printable letters that a spreadsheet does not read as a formula."""
+    text = printable(text)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def _markdown(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedfuse.errors import Refused
 from fedfuse.train.accounting import History, Release, epsilon, joined
 
-USUAL = 1e-5  # δ
+USUAL = 1e-5  # δ, at most, where nobody says one
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fedfuse.train.accounting import History, epsilon, joined, noise_for
 from fedfuse.train.allowance import passes
 from fedfuse.train.batch import only, rates
 from fedfuse.train.entropy import Keystream, Source, gaussian, uniform
-from fedfuse.train.ledger import Ledger
+from fedfuse.train.ledger import USUAL, Ledger
 from fedfuse.train.task import task_losses, trimmed
 
 PRIVATE = frozenset({"epochs", "batch_size", "params", "lr", "optimizer", "after_backward"})  # options of `train`
@@ -194,7 +194,7 @@ class Budget:
 
 def delta_of(examples: int) -> float:
     """δ where nobody says one: 10⁻⁵, and at most a tenth of 1/N, at which a whole example might be told."""
-    return min(1e-5, 1 / (10 * examples))
+    return min(USUAL, 1 / (10 * examples))
 
 
 # --- training ---------------------------------------------------------------------------------------------
