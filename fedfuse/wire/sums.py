@@ -35,7 +35,6 @@ class Sum:
         self._group, self._current, self._weight = -1, {}, 0.0  # type: int, Arrays, float
         self._total: Arrays = {}
         self._weights = 0.0
-        self._borrowed = False  # whether the open group lies in a message's memory, which is never written to
         self._rows: list[tuple[Row, float]] = []  # of the open group, if all that was added to it lies side by side
 
     def add(self, group: int, arrays: Arrays, weight: float) -> None:
@@ -84,10 +83,9 @@ class Sum:
         self._layout = layout
 
     def add_group(self, group: int, arrays: Arrays, weight: float, dtypes: Mapping[str, str]) -> None:
-        """Add a whole group that was summed beside its clients."""
+        """Add a whole group that was summed beside its clients; its arrays are not needed any longer then."""
         self._open(group, dtypes)
-        self._current, self._weight = arrays, weight
-        self._borrowed = True
+        self._add_up(arrays, weight, lent=True)
 
     def _open(self, group: int, dtypes: Mapping[str, str]) -> None:
         if group < self._group:
@@ -98,13 +96,16 @@ class Sum:
 
     def _close(self) -> None:
         settle([self])
-        for name, value in self._current.items():
+        self._add_up(self._current, self._weight)
+        self._current, self._weight = {}, 0.0
+
+    def _add_up(self, arrays: Arrays, weight: float, lent: bool = False) -> None:
+        for name, value in arrays.items():
             if name in self._total:
                 self._total[name].add_(value.to(self._total[name].device))
             else:
-                self._total[name] = value.clone() if self._borrowed else value
-        self._weights += self._weight
-        self._current, self._weight, self._borrowed = {}, 0.0, False
+                self._total[name] = value.clone() if lent else value
+        self._weights += weight
 
     def group(self) -> tuple[Arrays, float]:
         """The open group's sum and weight, to be sent in place of its members' arrays."""
