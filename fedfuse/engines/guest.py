@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class GuestGrid(FusionGrid):
 
     Replies come back in the order of the messages. A node's `Context.state` is kept here, by the driver: it is
     replaced only when the reply is in, so a node that failed or whose actor died starts from what it had before.
+    Flower's older servers ask for each client in a thread of its own: what is kept here changes under one lock, and
+    nobody waits while holding it.
 
     Parameters
     ----------
@@ -66,6 +69,7 @@ class GuestGrid(FusionGrid):
         self._ready: dict[str, Message] = {}
         self._calls: dict[Any, _Call] = {}
         self._puts: dict[int, tuple[Any, Any]] = {}
+        self._lock = threading.Lock()
 
     def _start(self, aside: bool = False) -> _Process:
         actor: Any = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1).remote(*self._args)
@@ -84,6 +88,10 @@ class GuestGrid(FusionGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Hand messages out at once: each actor gets its share as one list."""
+        with self._lock:
+            return self._push(messages)
+
+    def _push(self, messages: Iterable[Message]) -> list[str]:
         sent = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -127,10 +135,15 @@ class GuestGrid(FusionGrid):
         return self._pull(keys, 0.5)
 
     def _pull(self, keys: list[str], patience: float | None) -> list[Message]:
-        if not any(key in self._ready for key in keys) and any(key in self._pending for key in keys):
-            for reference in ray.wait(list(self._calls), num_returns=1, timeout=patience)[0]:
-                self._take(self._calls.pop(reference))
-        return [self._ready.pop(key) for key in keys if key in self._ready]
+        with self._lock:
+            waits = not any(key in self._ready for key in keys) and any(key in self._pending for key in keys)
+            calls = list(self._calls) if waits else []
+        done = ray.wait(calls, num_returns=1, timeout=patience)[0] if calls else []
+        with self._lock:
+            for reference in done:
+                if (call := self._calls.pop(reference, None)) is not None:  # else another thread has taken it in
+                    self._take(call)
+            return [self._ready.pop(key) for key in keys if key in self._ready]
 
     def _take(self, call: _Call) -> None:
         """Take one call's answers in; what failed is handed out again, one message a call, and what was not begun."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +59,7 @@ def started(words: list[str], mark: str, home: Path) -> str:
     [
         pytest.param("stateful", "rounds=4", marks=pytest.mark.deploy),
         ("custom", "method.rate=0.3 rounds=3"),
+        pytest.param("older", "rounds=3", marks=pytest.mark.deploy),
     ],
 )
 def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path: Path) -> None:
@@ -80,6 +83,20 @@ def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path:
             assert a["asked"] == pytest.approx(
                 4
             )  # a weighted mean, in whatever order: every node's state came back in every round
+
+
+def test_a_server_that_asks_each_client_in_a_thread_of_its_own_hears_all_of_them(tmp_path: Path) -> None:
+    app, out = APPS / "older", tmp_path / "out.npz"
+    words = ["-m", "fedfuse.cli", "flower", str(app), "--nodes", str(NODES), "--run-config", f"nodes={NODES} out='{out}'"]
+    started(words, uuid.uuid4().hex, tmp_path)
+    older: dict[str, Any] = runpy.run_path(str(app / "older_app.py"))
+    sizes, w, expected = [len(older["examples"](i)[0]) for i in range(NODES)], np.zeros(8), []
+    for _ in range(3):
+        w = np.average([older["trained"](w, i, 0.1) for i in range(NODES)], axis=0, weights=sizes)
+        expected.append(w)
+    with np.load(out) as found:
+        assert found["heard"].tolist() == [[NODES, 0]] * 6  # training and evaluation of three rounds
+        np.testing.assert_allclose(found["w"], expected, rtol=1e-12)
 
 
 FLAKY = """
