@@ -63,6 +63,7 @@ class GuestGrid(FusionGrid):
         self.spare: list[_Process] = []  # beyond the workers, free again
         self.states: dict[int, RecordDict] = {}
         self.failed = self.succeeded = 0  # messages
+        self.told = ""  # by the last that failed
         self._ids = itertools.count(1)
         self._pending: dict[str, _Sent] = {}
         self._behind: dict[int, list[_Sent]] = {}  # by node that waits: what it is asked next
@@ -207,7 +208,7 @@ class GuestGrid(FusionGrid):
                     again.append(item)
                     continue
                 log.warning("node %d (partition %d) failed: %s", node, node - 1, reply)
-                self.failed += 1
+                self.failed, self.told = self.failed + 1, reply
                 reply = Message(Error(APP_RAISED, reply), reply_to=item.message)
             else:
                 self.succeeded += not reply.has_error()

@@ -68,6 +68,8 @@ def command(argv: Sequence[str]) -> int:
         raise WorldError(f"{server} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
     finally:
         grid.close()
+    if grid.failed and not grid.succeeded:
+        raise WorldError(f"no node succeeded: {grid.told}")
     if grid.failed:
         print(f"fedfuse: {grid.failed} messages were left out because their node failed", file=sys.stderr)
     return 0

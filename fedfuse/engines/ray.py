@@ -119,8 +119,9 @@ class RayGrid(LocalGrid):
         if idle:
             return idle.pop()
         joined = self._scenario.config.runtime.address is not None
-        # where a machine of a cluster is lost, what is left of it takes its workers over
-        cores = 0 if joined and again else 1
+        # on this machine, workers never wait for the cores of a run before; and where a machine of a cluster is lost,
+        # what is left of it takes its workers over
+        cores = 1 if joined and not again else 0
         spread = "SPREAD" if joined else "DEFAULT"
         options = {"num_cpus": cores, "num_gpus": self._share, "scheduling_strategy": spread}
         return ray.remote(Worker).options(**options).remote()

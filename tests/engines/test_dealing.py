@@ -13,6 +13,7 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.engines.grid import grouped
 from fedfuse.engines.ray import LARGE, LEVEL, WINDOW, Member, RayGrid
 from fedfuse.wire.sums import GROUP
+from tests import federations
 
 
 class Actor:
@@ -85,3 +86,9 @@ def test_calls_are_of_like_size_and_last_a_while(monkeypatch) -> None:
     assert [list(map(len, calls)) for calls in play(grid, 44, {})] == [[11, 11], [11, 11]]  # of at most 0.2 s
     grid.seen["train"] = 1.0, 1
     assert [list(map(len, calls)) for calls in play(grid, 32, {})] == [[8, 8], [8, 8]]  # so that some may sit abreast
+
+
+def test_workers_do_not_wait_for_the_cores_of_a_run_before(ray_session) -> None:
+    """Ray was started for two: a third waited for ever."""
+    alone = federations.play("fedavg")
+    assert federations.play("fedavg", grid="ray", workers=3).digest == alone.digest

@@ -87,7 +87,16 @@ def test_same_arrays_as_in_flowers_simulator(name: str, override: str, tmp_path:
 
 def test_a_server_that_asks_each_client_in_a_thread_of_its_own_hears_all_of_them(tmp_path: Path) -> None:
     app, out = APPS / "older", tmp_path / "out.npz"
-    words = ["-m", "fedfuse.cli", "flower", str(app), "--nodes", str(NODES), "--run-config", f"nodes={NODES} out='{out}'"]
+    words = [
+        "-m",
+        "fedfuse.cli",
+        "flower",
+        str(app),
+        "--nodes",
+        str(NODES),
+        "--run-config",
+        f"nodes={NODES} out='{out}'",
+    ]
     started(words, uuid.uuid4().hex, tmp_path)
     older: dict[str, Any] = runpy.run_path(str(app / "older_app.py"))
     sizes, w, expected = [len(older["examples"](i)[0]) for i in range(NODES)], np.zeros(8), []
