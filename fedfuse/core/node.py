@@ -155,7 +155,7 @@ class Node:
                 return self.error(REFUSED, who, str(error), message)
             except InvalidArrays as error:
                 return self.error(INVALID, who, f"received {error}", message)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a client's `exit` ends no run
                 if is_full(error):
                     return self.error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
                 if os.environ.get(TRACEBACK) and self.workspace.ledger is None:  # a site's screen is its operator's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ WIDE = ("clients=10", "data.limit=480", "rounds=3")
 
 
 def faulty(base: type[FusionClient], fault: str, folder: Path, who: int = 1) -> type[FusionClient]:
-    """A client that has a fault in round 2: `raise`, `die` or `hang`; once, or (with `!`) every time."""
+    """A client that has a fault in round 2: `raise`, `exit`, `die` or `hang`; once, or (with `!`) every time."""
     always, kind, marks = fault.endswith("!"), fault.rstrip("!"), str(folder)
 
     class Faulty(base):  # type: ignore[misc, valid-type]
@@ -35,6 +36,8 @@ def faulty(base: type[FusionClient], fault: str, folder: Path, who: int = 1) -> 
                 mark.touch()
                 if kind == "raise":
                     raise RuntimeError("a nasty\nfault")
+                if kind == "exit":
+                    sys.exit("a nasty fault")
                 if kind == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if kind == "hang":
@@ -96,6 +99,15 @@ def test_lasting_fault_is_left_out_and_named(fault, with_fault, ray_session) -> 
         summary = directory.summary(built)
         assert summary["cohort_complete"] is False
         assert summary["failures"]["replies"] == 1
+
+
+@pytest.mark.parametrize("more", [(), ("runtime.vectorize=auto",)])
+def test_a_client_that_exits_is_left_out_by_name(more, with_fault) -> None:
+    with_fault("fedavg", "exit!")
+    with federation("fedavg", "clients=10", "data.limit=480", "rounds=2", *more) as (built, _):
+        built.run()
+        assert built.strategy.inbox.failures["replies"] == 1
+        assert "SystemExit: a nasty fault" in built.strategy.inbox.left_out[0]
 
 
 def test_a_death_is_not_blamed_on_who_was_done_before(monkeypatch) -> None:
