@@ -31,10 +31,15 @@ def plan_of(strategy: FusionStrategy, clients: Collection[int]) -> dict[str, Any
     if not config.on or not names:
         return {}
     shares, threshold = parties(config, len(clients))
-    most = max(1, *(scenario.examples(client) for client in range(scenario.clients)))
-    heaviest = {name: float(most if strategy.sums[name] == EXAMPLES else 1) for name in names}
+    most = {EXAMPLES: max(1, *(scenario.examples(client) for client in range(scenario.clients))), **_bounds(strategy)}
+    heaviest = {name: float(most[weight] if (weight := strategy.sums[name]) else 1) for name in names}
     about = {"clip": config.clipping_range, "levels": config.quantization_range, "heaviest": heaviest}
     return {**about, "shares": shares, "threshold": threshold}
+
+
+def _bounds(strategy: FusionStrategy) -> dict[str, float]:
+    """The largest values of the metrics that a strategy declares, where there are any."""
+    return {metric: most for metric, (_, most) in strategy.metrics.items() if 0 < most < math.inf}
 
 
 def check_secure(strategy: FusionStrategy) -> None:
@@ -51,8 +56,8 @@ def check_secure(strategy: FusionStrategy) -> None:
             "secure=on: privacy.level=client bounds each update by C, and rounding moves it beyond; allowed is off"
         )
     for name, weight in strategy.sums.items():
-        if weight not in (None, EXAMPLES):
-            raise UserError(f"secure=on: {name} is weighed by {weight}, whose largest value nobody knows")
+        if weight not in (None, EXAMPLES, *_bounds(strategy)):
+            raise UserError(f"secure=on: {name} is weighed by {weight}, whose largest value `metrics` does not say")
     cohort = scenario.cohort_size
     shares, threshold = parties(config, cohort)
     asked = f"secure.reconstruction_threshold={config.reconstruction_threshold:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -14,6 +15,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedfuse.config import registry
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from
@@ -47,6 +49,34 @@ def test_the_quantised_sum_is_the_same_beside_workers_and_in_any_order() -> None
     assert (
         len({play(*words, **how).digest for how in ({}, {"reverse": True}, {"grid": "serial"}, {"grid": "ray"})}) == 1
     )
+
+
+@pytest.mark.parametrize(("most", "refused"), [(4.0, False), (None, True), (math.inf, True)])
+def test_a_declared_metric_may_weigh_secure_sums(most: float | None, refused: bool, monkeypatch) -> None:
+    entry = registry.entry("fedavg")
+
+    class Weighed(entry.client):  # type: ignore[misc, name-defined]
+        def fit(self) -> Any:
+            return {**super().fit(), "weight": 1.0 + self.client}
+
+    class Server(entry.server):  # type: ignore[misc, name-defined]
+        sums = {"model": "weight"}
+        metrics = {} if most is None else {"weight": (0, most)}
+
+    monkeypatch.setitem(registry.registered, "fedavg", entry._replace(client=Weighed, server=Server))
+    if refused:
+        with pytest.raises(UserError, match="model is weighed by weight, whose largest value `metrics` does not say"):
+            play("fedavg", *SECURE)
+        return
+    with (
+        federation("fedavg", *SECURE, "rounds=1") as (secure, _),
+        federation("fedavg", *SECURE[1:], "rounds=1") as (plain, _),
+    ):
+        secure.run()
+        plain.run()
+        for name, value in plain.strategy.published("model").items():
+            torch.testing.assert_close(secure.strategy.published("model")[name], value, rtol=0, atol=1e-3)
+        assert not secure.strategy.inbox.ever_left_out
 
 
 def reached(*roots: Any) -> Iterator[Any]:
