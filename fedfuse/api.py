@@ -170,7 +170,8 @@ class Runs:
             for name, value in row.final.items():
                 ends = [None if end is None else 100 * end for end in (value.low, value.high)]
                 line |= {name: 100 * value.mean, f"{name}/low": ends[0], f"{name}/high": ends[1]}
-            out.append({**line, "up_mb": row.up_mb, "down_mb": row.down_mb, "seconds": row.seconds})
+            line |= {"up_mb": row.up_mb, "down_mb": row.down_mb, "setup_mb": row.setup_mb}
+            out.append({**line, "seconds": row.seconds})
         return pl.DataFrame(out)
 
     def __repr__(self) -> str:

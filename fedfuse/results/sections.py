@@ -15,7 +15,7 @@ from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import Interval, average_ranks, few_seeds_note, holm, paired
-from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, percent, printable
+from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, any_setup, percent, printable
 from fedfuse.results.target import reach, targets
 
 
@@ -76,7 +76,7 @@ def scores(groups: Sequence[Group], metric: str) -> dict[str, dict[Hashable, flo
 def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Series]) -> Table:
     """Return the main table: accuracy after the last round, spread over clients, ranks, cost, failures."""
     ranks = {metric: average_ranks(scores([one for one in groups if one.runs], metric)) for metric in BEST}
-    lines = []
+    lines, setup = [], any_setup(rows)
     for row, one in zip(rows, series, strict=True):
         spreads = [float(np.nanstd(list(run.clients.values()))) for run in one.finished if run.clients]
         rank = [ranks[metric][0].get(row.strategy, math.nan) for metric in BEST]
@@ -89,6 +89,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
                 *(number(value, f"{value:.2f}" if not math.isnan(value) else None) for value in rank),
                 number(row.up_mb),
                 number(row.down_mb),
+                *([number(row.setup_mb)] if setup else []),
                 number(row.seconds),
                 number(row.failures, str(row.failures) + ("" if row.cohort_complete else " *")),
             )
@@ -104,6 +105,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "rank personal",
         "up MB",
         "down MB",
+        *(["set-up MB"] if setup else []),
         "seconds",
         "failed",
     )

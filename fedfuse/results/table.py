@@ -26,7 +26,8 @@ FOOT = (
     "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds. global: official "
     "test split, class-averaged; personal: mean over clients on their own test examples; worst 10 %: mean of "
     "the lowest ⌈N/10⌉ clients; x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of "
-    "training payload. seconds: a run's rounds, without its start."
+    "payload a run, up and down for training; set-up MB: what is sent once, both ways, which up and down leave out. "
+    "seconds: a run's rounds, without its start."
 )
 
 
@@ -44,6 +45,8 @@ class Row:
         Per metric, mean over seeds of the best evaluated round. Never the result.
     up_mb, down_mb
         Mean training payload per run in 10⁶ bytes.
+    setup_mb
+        Mean payload per run of set-up phases and one-off topics, both ways; in neither of the two.
     seconds
         Mean wall-clock time per run.
     failures
@@ -60,6 +63,7 @@ class Row:
     best: dict[str, Interval]
     up_mb: float
     down_mb: float
+    setup_mb: float
     seconds: float
     failures: int
     cohort_complete: bool
@@ -69,6 +73,11 @@ class Row:
     def n(self) -> int:
         """Number of seeds."""
         return len(self.seeds)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing was sent, set-up included."""
+        return not (self.up_mb or self.down_mb or self.setup_mb)
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
@@ -88,6 +97,7 @@ def row(one: Group) -> Row:
         best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]).within(0, 1) for name in BEST},
         up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
+        setup_mb=_mean(one.runs, "traffic", "setup_bytes") / 1e6,
         seconds=_mean(one.runs, "seconds", "rounds"),
         failures=sum((run.failures or {}).get(what, 0) for run in one.runs for what in ("replies", "rejected")),
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
@@ -192,9 +202,9 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     groups = [one for one in group(runs)[0] if one.runs]
     for base in groups:
-        if row(base).up_mb or row(base).down_mb:
+        if not row(base).silent:
             continue
-        others = [one for one in groups if one.setting == base.setting and (row(one).up_mb or row(one).down_mb)]
+        others = [one for one in groups if one.setting == base.setting and not row(one).silent]
         for metric in BEST:
             pairs = [(one.label, paired(_by_seed(one, metric), _by_seed(base, metric))) for one in others]
             pairs = [(name, pair) for name, pair in pairs if pair.n]
@@ -222,17 +232,23 @@ def _points(value: Interval) -> str:
 
 
 def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[str]]]:
-    """Return headers and cells of the comparison, as text; a setting column only where settings differ."""
-    settings = any(row.setting for row in rows)
+    """Return headers and cells of the comparison, as text; columns of setting and set-up only where there are any."""
+    settings, setup = any(row.setting for row in rows), any_setup(rows)
     headers = ["strategy", *(["setting"] if settings else []), "n", *METRICS.values()]
-    headers += ["up MB", "down MB", "seconds", "failed"]
+    headers += ["up MB", "down MB", *(["set-up MB"] if setup else []), "seconds", "failed"]
     cells = []
     for one in rows:
         line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
         line += [percent(one.final[name], decimals) for name in METRICS]
-        line += [amount(one.up_mb), amount(one.down_mb), amount(one.seconds)]
+        line += [amount(one.up_mb), amount(one.down_mb), *([amount(one.setup_mb)] if setup else [])]
+        line += [amount(one.seconds)]
         cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
     return headers, cells
+
+
+def any_setup(rows: Sequence[Row]) -> bool:
+    """Whether set-up cost bytes anywhere, so that the table needs a column for them."""
+    return any(one.setup_mb > 0 for one in rows)
 
 
 def percent(value: Interval, decimals: int = 2) -> str:
@@ -255,7 +271,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     names = [f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")]
     best = [f"best:{name}" for name in BEST]
-    ends = ["up_mb", "down_mb", "seconds", "failures", "cohort_complete", "unfinished"]
+    ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished"]
     writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
     for one in rows:
         values: list[object] = []
@@ -263,7 +279,8 @@ def to_csv(rows: Sequence[Row]) -> str:
             t, boot = one.final[name], one.bootstrap[name]
             values += [t.mean, t.low, t.high, boot.low, boot.high]
         values += [one.best[name].mean for name in BEST]
-        values += [one.up_mb, one.down_mb, one.seconds, one.failures, one.cohort_complete, one.unfinished]
+        values += [one.up_mb, one.down_mb, one.setup_mb]
+        values += [one.seconds, one.failures, one.cohort_complete, one.unfinished]
         seeds = " ".join(map(str, one.seeds))
         writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()

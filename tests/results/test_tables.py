@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 from synthetic import write_run, write_sweep
 
+from fedfuse.results.curves import Series
 from fedfuse.results.run_data import find, load
+from fedfuse.results.sections import comparison
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
 from fedfuse.results.table import against_nothing_sent, compare, notes, print_table, to_csv, to_latex, to_markdown
@@ -128,11 +130,37 @@ def test_flatten():
     }
 
 
-def _bytes(directory, up):
+def _bytes(directory, up, setup=0):
     path = directory / "summary.json"
     summary = json.loads(path.read_text())
-    summary["traffic"] |= {"up_bytes": up, "down_bytes": up}
+    summary["traffic"] |= {"up_bytes": up, "down_bytes": up, "setup_bytes": setup}
     path.write_text(json.dumps(summary))
+
+
+def test_what_set_up_cost_stands_beside_what_training_did(tmp_path):
+    """A method that sends its basis once is not cheaper than it was; without set-up there is no such column."""
+    _bytes(write_run(tmp_path / "a", "fed_sb"), 56_000, 148_000)
+    _bytes(write_run(tmp_path / "b", "fedavg"), 90_000)
+    runs, _ = find([tmp_path])
+    rows = compare(runs)
+    header, fed_sb, fedavg = _printed(runs).splitlines()[:3]
+    assert "set-up MB" in header
+    assert fed_sb.split()[-5:] == ["0.056", "0.056", "0.15", "5.0", "0"]
+    assert fedavg.split()[-5:] == ["0.09", "0.09", "0.0", "5.0", "0"]
+    assert [line["setup_mb"] for line in csv.DictReader(io.StringIO(to_csv(rows)))] == ["0.148", "0.0"]
+    assert "down MB | set-up MB | seconds" in to_markdown(rows)
+    assert "down MB & set-up MB & seconds" in to_latex(rows)
+    table = comparison(rows, group(runs)[0], [Series(k, one.strategy, (), ()) for k, one in enumerate(rows)])
+    place = [column.name for column in table.columns].index("set-up MB")
+    assert [line[place].text for line in table.rows] == ["0.15", "0.0"]
+    assert "set-up MB" not in _printed(runs[1:]).splitlines()[0]
+    assert csv.DictReader(io.StringIO(to_csv(rows[1:]))).fieldnames.count("setup_mb") == 1
+
+
+def test_what_is_sent_in_set_up_alone_is_sent(tmp_path):
+    _bytes(write_run(tmp_path / "a", "once"), 0, 5)
+    _bytes(write_run(tmp_path / "b", "fedavg"), 5)
+    assert against_nothing_sent(find([tmp_path])[0]) == []
 
 
 def test_what_is_added_to_training_alone(tmp_path):
