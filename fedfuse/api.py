@@ -65,9 +65,9 @@ class Run:
     def _said(self) -> str:
         name, seed = self.config["strategy"]["name"], self.config["seed"]
         if not self.summary:
-            return (
-                f"{name}, seed {seed}, {self._kept.status} after round {self._kept.rounds_done} of {self._kept.rounds}"
-            )
+            kept = self._kept
+            why = f": {kept.failure}" if kept.failure else ""
+            return f"{name}, seed {seed}, {kept.status} after round {kept.rounds_done} of {kept.rounds}{why}"
         final = self.summary["final"]
         told = [
             f"{label} {100 * value:.1f} %"

@@ -319,7 +319,7 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
 def _counts(runs: Sequence[RunRecord], skipped: Sequence[str]) -> str:
     states = [run.status for run in runs]
     parts = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}"]
-    parts += [f"{states.count(state)} {state}" for state in ("running", "interrupted") if state in states]
+    parts += [f"{states.count(state)} {state}" for state in ("running", "stopped", "interrupted") if state in states]
     parts += [f"{len({run.seed for run in runs})} seed{'s' if len({run.seed for run in runs}) != 1 else ''}"]
     return ", ".join([*parts, *([f"{len(skipped)} skipped"] if skipped else [])])
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedfuse.config.clock_keys import MANY
 from fedfuse.config.files import LOADER, checked, opened, read, read_text
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 MOST = 10**7  # rounds that a run has done at most
 FORMAT = 1  # of run directories that a report reads; another one is refused
 SAMPLES = "samples"  # a folder of what a language model answered, a file a round
+STOPPED = "stopped.json"  # why a run failed; not there while it goes on, nor once it has finished
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
 RECENT = 60.0  # seconds; where there is no lock file, a younger checkpoint counts as a run that goes on
 
-Status = Literal["finished", "interrupted", "running"]
+Status = Literal["finished", "interrupted", "running", "stopped"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "metrics": ("round", "scope", "client", "split", "metric", "value"),
@@ -52,13 +53,15 @@ class RunRecord:
     config
         `config.yaml`, resolved.
     summary
-        `summary.json`, or None while the run goes on or after it was interrupted.
+        `summary.json`, or None while the run goes on or after it ended before its last round.
     status
-        `finished`, `interrupted` or `running`.
+        `finished`, `running`, `stopped` (it failed) or `interrupted` (nothing says why it ended).
     rounds_done
         Committed rounds.
     rounds
         Rounds asked for.
+    failure
+        Why it stopped, in one line; empty if it did not. Its directory's words, which may be a stranger's.
     """
 
     dir: Path
@@ -67,6 +70,7 @@ class RunRecord:
     status: Status
     rounds_done: int = 0
     rounds: int = 0
+    failure: str = ""
 
     @property
     def strategy(self) -> str:
@@ -279,12 +283,14 @@ def _nodes(value: object, limit: int) -> int:
 
 
 def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
-    """Read a run that goes on or was interrupted, up to its last committed round."""
+    """Read a run that goes on, failed or was interrupted, up to its last committed round."""
     file = path / "checkpoint" / "round.json"
     locked = _locked(path)
+    failure = "" if locked else _failure(path)
     if not file.exists():
-        if locked:
-            return RunRecord(path, config, None, "running", 0, int(config.get("rounds") or 0))
+        if locked or failure:
+            rounds = _count(path, config, "rounds")
+            return RunRecord(path, config, None, "stopped" if failure else "running", 0, rounds, failure)
         raise UserError(f"{path}: half-written, it has neither summary.json nor checkpoint/round.json")
     state = _json(file)
     done, rounds = _count(path, state, "round", MOST), _count(path, state, "rounds")
@@ -293,7 +299,16 @@ def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
             if round <= done:
                 _check_parquet(piece, kind)
     running = locked if locked is not None else time.time() - file.stat().st_mtime < RECENT
-    return RunRecord(path, config, None, "running" if running else "interrupted", done, rounds)
+    status: Status = "stopped" if failure else "running" if running else "interrupted"
+    return RunRecord(path, config, None, status, done, rounds, failure)
+
+
+def _failure(path: Path) -> str:
+    """Return why a run stopped; empty where nothing says so."""
+    try:
+        return one_line(_json(path / STOPPED).get("why") or "")
+    except UserError:
+        return ""
 
 
 def _locked(path: Path) -> bool | None:

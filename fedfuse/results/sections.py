@@ -235,6 +235,10 @@ def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
             continue
         first, second = ranked[:2]
         kind = metric.partition("/")[2]
+        names = {row.strategy for row in ranked}
+        if lost := without_result([one for one in groups if one.label in names], metric):
+            lines.append(f"{kind.capitalize()} test accuracy: not compared, since {printable('; '.join(lost))}.")
+            continue
         top = first.final[metric]
         lead = 100 * (top.mean - second.final[metric].mean)
         text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
@@ -251,6 +255,25 @@ def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
             text += f"; {told} (paired t, Holm-adjusted p = {probability(p)})."
         lines.append(text)
     return lines
+
+
+def without_result(groups: Sequence[Group], metric: str) -> list[str]:
+    """Say which of all seeds have no final value of `metric` in a group, and why: means over the others favour it."""
+    seeds = sorted({run.seed for one in groups for run in (*one.runs, *one.unfinished)})
+    told = []
+    for one in groups:
+        reasons = {run.seed: "stopped" if run.status == "stopped" else "did not finish" for run in one.unfinished}
+        values = {run.seed: run.final.get(metric, math.nan) for run in one.runs}
+        missing: dict[str, list[str]] = {}
+        for seed in seeds:
+            if not math.isfinite(values.get(seed, math.nan)):
+                why = "gave no value" if seed in values else reasons.get(seed, "left no result")
+                missing.setdefault(why, []).append(str(seed))
+        told += [
+            f"seed{'s' if len(which) > 1 else ''} {', '.join(which)} of {one.label} {why}"
+            for why, which in missing.items()
+        ]
+    return told
 
 
 def _descending(metric: str) -> Callable[[Row], float]:

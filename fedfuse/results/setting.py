@@ -41,7 +41,7 @@ class Group:
     runs
         One finished run per seed, in seed order.
     unfinished
-        Runs that go on or were interrupted. They enter no mean.
+        Runs that go on, failed or were interrupted. They enter no mean.
     """
 
     label: str

@@ -110,7 +110,9 @@ def notes(runs: Sequence[RunRecord]) -> list[str]:
     groups, lines = group(runs)
     lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
     for one in groups:
-        lines += [f"{run.dir} left out: {run.status} after round {run.stand}" for run in one.unfinished]
+        for run in one.unfinished:
+            why = f": {run.failure}" if run.failure else ""
+            lines.append(f"{run.dir} left out: {run.status} after round {run.stand}{why}")
     lines += _moments(groups) + _told(runs)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:

@@ -20,8 +20,8 @@ import torch
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Callback, Federation
-from fedfuse.errors import UserError
-from fedfuse.results.run_data import SAMPLES
+from fedfuse.errors import UserError, one_line
+from fedfuse.results.run_data import SAMPLES, STOPPED
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.environment import environment
@@ -194,10 +194,16 @@ class RunDirectory(Callback):
             self._lock.close()
             self._lock = None
 
+    def failed(self, why: object) -> None:
+        """Keep why the run stopped, for whoever reads the results: a comparison without it would favour survivors."""
+        with contextlib.suppress(OSError):  # the disk may be why
+            write_text(self.path / STOPPED, json.dumps({"why": one_line(why)}))
+
     # -- the loop's hooks ----------------------------------------------------------------------------------
 
     def start(self, federation: Federation) -> None:
-        """Write what is known before the first round."""
+        """Write what is known before the first round; a run that goes on has not failed."""
+        (self.path / STOPPED).unlink(missing_ok=True)
         if not (self.path / "partition.parquet").exists():
             rows = federation.scenario.data.histogram()
             write_rows(

@@ -145,7 +145,11 @@ def play(
         raise KeyboardInterrupt(f"fedfuse resume {directory.path} goes on") from error
     except OSError as error:
         path = directory.path
+        directory.failed(in_words(error))
         raise WorldError(f"{path}: {in_words(error)}; fedfuse resume {path} goes on") from error
+    except WorldError as error:
+        directory.failed(error)
+        raise
     finally:
         if grid is not None:
             grid.close()

@@ -81,7 +81,11 @@ def serve(
         adapter = RemoteGrid(grid, {}, patience, say, over, roster)
         return _serve(adapter, config, directory, resumed, quiet, own, audit)
     except OSError as error:
+        directory.failed(in_words(error))
         raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
+    except WorldError as error:
+        directory.failed(error)
+        raise
     finally:
         limit_arrays(UNKNOWN)
 

@@ -41,6 +41,33 @@ def test_running_while_the_lock_is_held(tmp_path):
     assert load(path).status == "interrupted"
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"why": ""}', "{}"])
+def test_what_says_nothing_of_a_failure_is_none(tmp_path, text):
+    path = write_run(tmp_path / "a", rounds=9, done=3)
+    (path / "stopped.json").write_text(text)
+    assert (load(path).status, load(path).failure) == ("interrupted", "")
+
+
+def test_a_strangers_words_of_a_failure_are_one_printable_line(tmp_path):
+    path = write_run(tmp_path / "a", rounds=9, done=3)
+    (path / "stopped.json").write_text(json.dumps({"why": "no\x1b[31m\nclient\u202e" + "x" * 9999}))
+    run = load(path)
+    assert run.status == "stopped"
+    assert run.failure.startswith("no [31m client x")
+    assert len(run.failure) == 500
+    (path / "stopped.json").unlink()
+    (path / "stopped.json").symlink_to(path / "config.yaml")
+    assert load(path).failure == ""
+
+
+def test_a_run_that_goes_on_has_not_failed(tmp_path):
+    path = write_run(tmp_path / "a", rounds=9, done=3)
+    (path / "stopped.json").write_text('{"why": "no client succeeded"}')
+    with open(path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert (load(path).status, load(path).failure) == ("running", "")
+
+
 def test_null_metric_is_nan(tmp_path):
     path = write_run(tmp_path / "a")
     summary = json.loads((path / "summary.json").read_text())

@@ -189,6 +189,49 @@ def test_unfinished_only_and_no_rows(tmp_path):
         report([tmp_path / "a"], tmp_path / "file")
 
 
+def _stop(path, why):
+    (path / "stopped.json").write_text(json.dumps({"why": why}))
+
+
+def test_survivors_of_a_strategy_that_lost_seeds_win_nothing(tmp_path):
+    """Whoever dies by seeds 1 and 2 is not highest by seed 0; a strategy that has all seeds is not called so either."""
+    root = tmp_path / "runs"
+    for seed in range(3):
+        write_run(root / f"local{seed}", "local", seed)
+    write_run(root / "knfu0", "knfu", 0)
+    for seed, done in ((1, 1), (2, 1)):
+        _stop(write_run(root / f"knfu{seed}", "knfu", seed, done=done), f"round 2, train: nobody: <b>{EVIL}")
+    written = report([root], tmp_path / "out")
+    text = written.path.read_text(encoding="utf-8")
+    words = " ".join(Markup(text).words)
+    assert "is highest with" not in words
+    for kind in ("Global", "Personal"):
+        assert f"{kind} test accuracy: not compared, since seeds 1, 2 of knfu stopped." in words
+    assert "knfu1 left out: stopped after round 1 of 5: round 2, train: nobody: <b>" in words
+    assert "2 stopped" in words
+    assert not [tag for tag, _ in Markup(text).tags if tag in ("b", "img")]
+    assert "\x1b" not in text
+    for seed in (1, 2):
+        write_run(root / f"again{seed}", "knfu", seed)
+    again = " ".join(Markup(report([root], tmp_path / "out").path.read_text(encoding="utf-8")).words)
+    assert "Global test accuracy: knfu is highest" in again
+
+
+def test_seeds_that_left_nothing_or_no_value_are_named(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"local{seed}", "local", seed)
+    write_run(tmp_path / "knfu0", "knfu", 0)
+    write_run(tmp_path / "knfu1", "knfu", 1, done=2)
+    path = tmp_path / "local2" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["final"]["accuracy/global"] = None
+    path.write_text(json.dumps(summary))
+    words = " ".join(Markup(report([tmp_path], tmp_path / "out").path.read_text(encoding="utf-8")).words)
+    why = "seed 1 of knfu did not finish; seed 2 of knfu left no result"
+    assert f"Global test accuracy: not compared, since {why}; seed 2 of local gave no value." in words
+    assert f"Personal test accuracy: not compared, since {why}." in words
+
+
 def test_missing_metrics_are_dashes(tmp_path):
     path = write_run(tmp_path / "a")
     rows = pl.read_parquet(path / "metrics.parquet").filter(~pl.col("metric").str.starts_with("accuracy"))

@@ -17,8 +17,10 @@ import yaml
 
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
-from fedfuse.core.loop import Callback
+from fedfuse.core.loop import Callback, Federation
 from fedfuse.errors import UserError, WorldError
+from fedfuse.results.run_data import load
+from fedfuse.results.table import notes
 from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import resume, run
@@ -473,6 +475,48 @@ def test_a_disk_that_fills_ends_the_run_and_lets_it_go_on(name: str, room: int, 
             assert summary_of(where)["digest"] == play(name, *words).digest
             assert summary_of(where)["failures"] == {"replies": 0, "rejected": 0, "retried": 0}
             whole(where)
+
+
+# --- runs that fail ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_that_fails_says_why_until_it_goes_on(at: int, monkeypatch, tmp_path: Path) -> None:
+    """Before any commit too: whoever compares has to know of the seeds that are not there."""
+    where, play_phase = tmp_path / "run", Federation.play
+
+    def diverges(self: Federation, round: int, *more) -> None:
+        if round == at:
+            raise WorldError(f"round {round}, train: no client succeeded: client 0: weight: not finite")
+        play_phase(self, round, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Federation, "play", diverges)
+        with pytest.raises(WorldError):
+            run(configured("fedavg", where), quiet=True)
+    found = load(where)
+    assert (found.status, found.rounds_done, found.rounds) == ("stopped", at - 1, 2)
+    assert found.failure == f"round {at}, train: no client succeeded: client 0: weight: not finite"
+    assert f"{where} left out: stopped after round {at - 1} of 2: {found.failure}" in notes([found])
+    assert resume(where, quiet=True) == where
+    assert (load(where).status, load(where).failure) == ("finished", "")
+    assert not (where / "stopped.json").exists()
+    assert summary_of(where)["digest"] == play("fedavg").digest
+
+
+def test_a_run_that_went_on_and_was_killed_is_no_failure(monkeypatch, tmp_path: Path) -> None:
+    where = tmp_path / "run"
+    with pytest.raises(WorldError):
+        run(configured("fedavg", where, "train.lr=1e30"), quiet=True)
+    assert load(where).status == "stopped"
+
+    def killed(self: Federation, *more) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Federation, "play", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(where, quiet=True)
+    assert not (where / "stopped.json").exists()
 
 
 # --- more rounds for a run that has ended -----------------------------------------------------------------
