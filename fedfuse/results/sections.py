@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from fedfuse.results import wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures
 from fedfuse.results.setting import Group
-from fedfuse.results.statistics import Interval, average_ranks, few_seeds_note, holm, paired
-from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, any_setup, percent, printable
+from fedfuse.results.statistics import Interval, all_pairs, average_ranks, few_seeds_note
+from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, any_setup, percent, printable, scores
 from fedfuse.results.target import reach, targets
 
 
@@ -66,11 +65,6 @@ def _share(value: Interval) -> Cell:
 def columns(*names: str) -> tuple[Column, ...]:
     """Return columns; a name that starts with `:` holds words."""
     return tuple(Column(name.removeprefix(":"), name.startswith(":")) for name in names)
-
-
-def scores(groups: Sequence[Group], metric: str) -> dict[str, dict[Hashable, float]]:
-    """Return final values of `metric` by strategy and seed."""
-    return {one.label: {run.seed: run.final.get(metric, math.nan) for run in one.runs} for one in groups}
 
 
 def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Series]) -> Table:
@@ -186,11 +180,7 @@ def tests(groups: Sequence[Group]) -> Table | None:
     lines = []
     most = 0
     for metric in BEST:
-        values = scores(groups, metric)
-        pairs = list(combinations(values, 2))
-        found = [paired(values[a], values[b]) for a, b in pairs]
-        t_holm, rank_holm = holm([one.t_p for one in found]), holm([one.signed_rank_p for one in found])
-        for (a, b), one, t_p, rank_p in zip(pairs, found, t_holm, rank_holm, strict=True):
+        for (a, b), one in all_pairs(scores(groups, metric)).items():
             if one.n == 0 and not one.unpaired:
                 continue
             most = max(most, one.n)
@@ -198,6 +188,7 @@ def tests(groups: Sequence[Group]) -> Table | None:
             shown = f"{100 * one.difference.mean:+.2f}".replace("-", "−") + (
                 f" ± {100 * half:.2f}" if half is not None else ""
             )
+            ps = (one.t_p, one.t_holm, one.signed_rank_p, one.signed_rank_holm)
             unused = f"unpaired seeds {', '.join(map(str, one.unpaired))}" if one.unpaired else ""
             lines.append(
                 (
@@ -205,7 +196,7 @@ def tests(groups: Sequence[Group]) -> Table | None:
                     word(f"{a} − {b}"),
                     number(one.n, str(one.n)),
                     number(one.difference.mean, shown if not math.isnan(one.difference.mean) else None),
-                    *(number(p, probability(p)) for p in (one.t_p, t_p, one.signed_rank_p, rank_p)),
+                    *(number(p, probability(p)) for p in ps),
                     word("; ".join(part for part in (one.note, unused) if part)),
                 )
             )
@@ -240,20 +231,18 @@ def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
             lines.append(f"{kind.capitalize()} test accuracy: not compared, since {printable('; '.join(lost))}.")
             continue
         top = first.final[metric]
-        lead = 100 * (top.mean - second.final[metric].mean)
         text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
+        pairs = all_pairs(scores([one for one in groups if one.runs], metric))
+        pair = next(one for both, one in pairs.items() if set(both) == {first.strategy, second.strategy})
+        lead = 100 * abs(pair.difference.mean)  # of the same seeds, so it is the difference of the means too
         text += f" (n = {top.n}), {lead:.2f} points above {printable(second.strategy)}"
-        values = scores([one for one in groups if one.runs], metric)
-        pairs = [(a, b) for a, b in combinations(values, 2)]
-        adjusted = holm([paired(values[a], values[b]).t_p for a, b in pairs])
-        p = next(q for pair, q in zip(pairs, adjusted, strict=True) if set(pair) == {first.strategy, second.strategy})
-        if math.isnan(p):
-            why = paired(values[first.strategy], values[second.strategy]).note
-            text += f"; not tested ({why})."
+        if math.isnan(pair.t_holm):
+            text += f"; not tested ({pair.note})"
         else:
-            told = "the seeds tell them apart" if p < 0.05 else "the seeds cannot tell them apart"
-            text += f"; {told} (paired t, Holm-adjusted p = {probability(p)})."
-        lines.append(text)
+            told = "the seeds tell them apart" if pair.t_holm < 0.05 else "the seeds cannot tell them apart"
+            text += f"; {told} (paired t, Holm-adjusted p = {probability(pair.t_holm)})"
+        silent = [printable(one.label) for one in groups if one.label not in names]
+        lines.append(text + (f"; without a value: {', '.join(silent)}." if silent else "."))
     return lines
 
 

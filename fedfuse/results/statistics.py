@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal
 
 LEVEL = 0.95
@@ -63,6 +64,8 @@ class Paired:
         Two-sided p-values of the paired t-test and Wilcoxon's signed-rank test; NaN where not defined.
     note
         What a reader has to know about this comparison; empty where there is nothing.
+    t_holm, signed_rank_holm
+        The p-values adjusted by Holm's rule over all pairs of strategies; NaN where `paired` alone made the comparison.
     """
 
     difference: Interval
@@ -71,6 +74,8 @@ class Paired:
     t_p: float
     signed_rank_p: float
     note: str = ""
+    t_holm: float = math.nan
+    signed_rank_holm: float = math.nan
 
 
 def mean_interval(values: Sequence[float], method: Method = "t", level: float = LEVEL) -> Interval:
@@ -142,6 +147,22 @@ def paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) ->
     if spread <= 1e-12 * max(map(abs, differences)):  # no variance: t is infinite and means nothing
         return Paired(interval, n, unpaired, math.nan, signed_rank, "the same difference in every seed: no t-test")
     return Paired(interval, n, unpaired, float(stats.ttest_rel(left, right).pvalue), signed_rank)
+
+
+def all_pairs(values: Mapping[str, Mapping[Hashable, float]]) -> dict[tuple[str, str], Paired]:
+    """Compare every strategy with every other; the one family over which p-values are adjusted.
+
+    Parameters
+    ----------
+    values
+        Per strategy, value by seed.
+    """
+    found = {(a, b): paired(values[a], values[b]) for a, b in combinations(values, 2)}
+    t, rank = (holm([getattr(one, name) for one in found.values()]) for name in ("t_p", "signed_rank_p"))
+    return {
+        names: replace(one, t_holm=t_p, signed_rank_holm=rank_p)
+        for (names, one), t_p, rank_p in zip(found.items(), t, rank, strict=True)
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

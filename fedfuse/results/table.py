@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, differences, group, tuning
-from fedfuse.results.statistics import Interval, few_seeds_note, holm, mean_interval, paired
+from fedfuse.results.statistics import Interval, all_pairs, few_seeds_note, mean_interval, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,33 +199,43 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
 def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
     """Say, per test set, what each strategy adds to one that sends nothing, and whether the seeds tell them apart.
 
-    Differences are paired by seed; p-values are adjusted by Holm's rule within a line.
+    Differences are paired by seed; p-values are adjusted by Holm's rule over all pairs, as in the table of tests.
     """
     lines = []
     groups = [one for one in group(runs)[0] if one.runs]
     for base in groups:
         if not row(base).silent:
             continue
-        others = [one for one in groups if one.setting == base.setting and not row(one).silent]
+        peers = [one for one in groups if one.setting == base.setting]
+        others = [one.label for one in peers if not row(one).silent]
         for metric in BEST:
-            pairs = [(one.label, paired(_by_seed(one, metric), _by_seed(base, metric))) for one in others]
+            values = scores(peers, metric)
+            adjusted = {frozenset(names): one.t_holm for names, one in all_pairs(values).items()}
+            pairs = [(name, paired(values[name], values[base.label])) for name in others]
             pairs = [(name, pair) for name, pair in pairs if pair.n]
             if not pairs:
                 continue
-            tested = any(pair.n > 1 for _, pair in pairs)
-            adjusted = holm([pair.t_p for _, pair in pairs])
-            said = [f"{name} {_points(pair.difference)}" for name, pair in pairs]
-            sure = [name for (name, _), p in zip(pairs, adjusted, strict=True) if p < 0.05]
+            seeds = len({seed for _, pair in pairs for seed in pair.unpaired} | set(values[base.label]))
+            said = [
+                f"{name} {_points(pair.difference)}" + (f" ({pair.n} of {seeds} seeds)" if pair.n < seeds else "")
+                for name, pair in pairs
+            ]
+            p_values = {name: adjusted[frozenset((name, base.label))] for name, _ in pairs}
+            sure = [name for name, p in p_values.items() if p < 0.05]
+            untested = [f"{name} ({pair.note})" for name, pair in pairs if math.isnan(p_values[name])]
             where = f" at {base.setting}" if base.setting else ""
-            lines.append(
-                f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
-                + (f"; the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm)." if tested else ".")
-            )
+            line = f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
+            if len(untested) < len(pairs):
+                line += f"; the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm over all pairs)"
+            if untested and seeds > 1:  # of a single seed a note says that there is no test
+                line += f"; not tested: {', '.join(untested)}"
+            lines.append(f"{line}.")
     return lines
 
 
-def _by_seed(one: Group, metric: str) -> dict[Hashable, float]:
-    return {run.seed: run.final.get(metric, math.nan) for run in one.runs}
+def scores(groups: Sequence[Group], metric: str) -> dict[str, dict[Hashable, float]]:
+    """Return final values of `metric` by strategy and seed."""
+    return {one.label: {run.seed: run.final.get(metric, math.nan) for run in one.runs} for one in groups}
 
 
 def _points(value: Interval) -> str:

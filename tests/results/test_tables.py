@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from synthetic import write_run, write_sweep
 
+from fedfuse.results import sections
 from fedfuse.results.curves import Series
 from fedfuse.results.run_data import find, load
-from fedfuse.results.sections import comparison
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
 from fedfuse.results.table import against_nothing_sent, compare, notes, print_table, to_csv, to_latex, to_markdown
@@ -150,7 +150,7 @@ def test_what_set_up_cost_stands_beside_what_training_did(tmp_path):
     assert [line["setup_mb"] for line in csv.DictReader(io.StringIO(to_csv(rows)))] == ["0.148", "0.0"]
     assert "down MB | set-up MB | seconds" in to_markdown(rows)
     assert "down MB & set-up MB & seconds" in to_latex(rows)
-    table = comparison(rows, group(runs)[0], [Series(k, one.strategy, (), ()) for k, one in enumerate(rows)])
+    table = sections.comparison(rows, group(runs)[0], [Series(k, one.strategy, (), ()) for k, one in enumerate(rows)])
     place = [column.name for column in table.columns].index("set-up MB")
     assert [line[place].text for line in table.rows] == ["0.15", "0.0"]
     assert "set-up MB" not in _printed(runs[1:]).splitlines()[0]
@@ -182,6 +182,62 @@ def test_what_is_added_to_training_alone(tmp_path):
     single = against_nothing_sent([one for one in runs if one.seed == 0])
     assert [line.partition(": ")[2].count("seeds") for line in single] == [0, 0]  # nothing was tested
     assert all(line.endswith(".") for line in single)
+
+
+def _ends_at(directory, value):
+    path = directory / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["final"] |= {"accuracy/global": value, "accuracy/personal": value}
+    path.write_text(json.dumps(summary))
+
+
+def _scored(root, **values):
+    """Runs whose final accuracies are given, by strategy, one a seed; `local` sends nothing."""
+    for name, shares in values.items():
+        for seed, share in enumerate(shares):
+            path = write_run(root / f"{name}{seed}", name, seed)
+            _ends_at(path, share)
+            _bytes(path, 0 if name == "local" else 5)
+    return find([root])[0]
+
+
+def test_p_values_of_a_sentence_are_those_of_the_table(tmp_path):
+    """One family: p = 0.017 stays below 0.05 times two comparisons with local, not times the three of all pairs."""
+    runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.66), fedprox=(0.4, 0.7, 0.5))
+    groups = group(runs)[0]
+    line = against_nothing_sent(runs)[0]
+    assert line.endswith("the seeds tell apart: none (paired t, Holm over all pairs).")
+    table = sections.tests(groups)
+    p = {row[1].text: row[5].text for row in table.rows if row[0].text == "global"}
+    assert p["fedavg − local"] == "0.052"
+    (verdict, _) = sections.verdicts(compare(runs), groups)
+    assert f"Holm-adjusted p = {p['fedavg − fedprox']}" in verdict
+
+
+def test_who_was_not_tested_is_not_among_those_that_seeds_cannot_tell_apart(tmp_path):
+    runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.62), fedprox=(0.4,), knfu=(0.5, 0.5, 0.5))
+    line = against_nothing_sent(runs)[0]
+    assert "fedprox -10.0 (1 of 3 seeds)".replace("-", "−") in line
+    assert "the seeds tell apart: fedavg (paired t, Holm over all pairs)" in line
+    untested = "fedprox (one seed: no test), knfu (identical in every seed: difference 0)"
+    assert line.endswith(f"; not tested: {untested}.")
+    alone = against_nothing_sent([run for run in runs if run.strategy in ("local", "fedprox")])[0]
+    assert "tell apart" not in alone
+    assert alone.endswith("; not tested: fedprox (one seed: no test).")
+
+
+def test_the_lead_is_that_of_shared_seeds_or_there_is_none(tmp_path):
+    """Means over different seeds may say the opposite of what the shared seeds say."""
+    runs = _scored(tmp_path, local=(0.9, 0.2, 0.2), fedavg=(0.8,), fedprox=(0.7,))
+    lines = sections.verdicts(compare(runs), group(runs)[0])
+    why = "seeds 1, 2 of fedavg left no result; seeds 1, 2 of fedprox left no result"
+    assert lines[0] == f"Global test accuracy: not compared, since {why}."
+    same = [run for run in runs if run.seed == 0 or run.strategy == "fedavg"]
+    write_run(tmp_path / "late", "fedmd", 0, done=2)
+    same = [*same, load(tmp_path / "late")]
+    (verdict, _) = sections.verdicts(compare(same), group(same)[0])
+    assert "local is highest with 90.00 % (n = 1), 10.00 points above fedavg" in verdict
+    assert verdict.endswith("; not tested (one seed: no test); without a value: fedmd.")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
