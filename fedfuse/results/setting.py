@@ -51,9 +51,19 @@ class Group:
     unfinished: tuple[RunRecord, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Its label, and its setting where there are several."""
+        return with_setting(self.label, self.setting)
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the finished runs."""
         return tuple(run.seed for run in self.runs)
+
+
+def with_setting(label: str, setting: str) -> str:
+    """Name a strategy in one of several settings."""
+    return f"{label} at {setting}" if setting else label
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fedfuse.results.run_data import RunRecord
-from fedfuse.results.setting import Group, differences, group, tuning
+from fedfuse.results.setting import Group, differences, group, tuning, with_setting
 from fedfuse.results.statistics import Interval, all_pairs, few_seeds_note, mean_interval, paired
 
 if TYPE_CHECKING:
@@ -128,11 +128,9 @@ def _moments(groups: Sequence[Group]) -> list[str]:
     """Where clients have two models after a round: which of them is shown, and what the other scores."""
     lines = []
     for shown, other in (("received", "trained"), ("trained", "received")):
-        told = {
-            one.label: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups
-        }
-        means = {label: mean_interval(values).mean for label, values in told.items() if values}
-        listed = "; ".join(f"{label} {100 * mean:.1f} %" for label, mean in means.items() if not math.isnan(mean))
+        told = {one.name: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups}
+        means = {name: mean_interval(values).mean for name, values in told.items() if values}
+        listed = "; ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items() if not math.isnan(mean))
         if listed:
             lines.append(
                 f"evaluate.moment={shown}: clients are shown {WHEN[shown]}; personal accuracy {WHEN[other]}: {listed}"
@@ -182,11 +180,11 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     options = console.options.update(width=max(console.width, needed), max_width=max(console.width, needed))
     console.print(Segments(console.render(table, options)), crop=False, soft_wrap=True, end="")
     console.print(Text(FOOT), style="dim")
-    bests = [
-        f"{one.strategy} {' / '.join(percent(replace(one.best[name], low=None), 1) for name in BEST)}"
-        for one in rows
-        if one.n
-    ]
+    bests = []
+    for one in rows:
+        if one.n:
+            shares = " / ".join(percent(replace(one.best[name], low=None), 1) for name in BEST)
+            bests.append(f"{with_setting(one.strategy, one.setting)} {shares}")
     if bests:
         listed = "; ".join(printable(best) for best in bests)
         console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
@@ -223,8 +221,7 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
             p_values = {name: adjusted[frozenset((name, base.label))] for name, _ in pairs}
             sure = [name for name, p in p_values.items() if p < 0.05]
             untested = [f"{name} ({pair.note})" for name, pair in pairs if math.isnan(p_values[name])]
-            where = f" at {base.setting}" if base.setting else ""
-            line = f"Against {base.label}{where}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
+            line = f"Against {base.name}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
             if len(untested) < len(pairs):
                 line += f"; the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm over all pairs)"
             if untested and seeds > 1:  # of a single seed a note says that there is no test

@@ -105,6 +105,9 @@ def tune(jobs: Sequence[Sequence[str]], space: Mapping[str, str], root: Path, co
     for job in jobs:
         first.setdefault(without_seed(job), job)
     plans = [_Plan(key, job, _own(space, job)) for key, job in first.items()]
+    for plan in plans:  # several settings of one strategy are told apart by what not all have
+        own = [word for word in plan.key if not all(word in other.key for other in plans)]
+        plan.name = " ".join([plan.base.strategy.name, *(word for word in own if not word.startswith("strategy="))])
     if unused := set(space) - {name for plan in plans for name in plan.space}:
         raise UserError(f"{min(unused)}: no compared strategy has this key")
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,7 @@ class _Plan:
     """The search of one combination."""
 
     def __init__(self, key: Key, job: Sequence[str], space: dict[str, str]) -> None:
-        self.key, self.space = key, space
+        self.key, self.space, self.name = key, space, ""
         self.job = [*job, "evaluate.validation=true", f"search.keys=[{','.join(space)}]"]
         self.distributions = {name: distribution(name, text) for name, text in space.items()}
         ends = {name: _end(found) for name, found in self.distributions.items()}
@@ -188,7 +191,7 @@ class _Plan:
                 self.study.tell(trial.number, score)
             said = str(error) if error else f"{100 * score:.2f} %"
             named = " ".join(_words(trial.params))
-            console.print(f"{self.base.strategy.name} trial {trial.number}: {named}: {said}", markup=False)
+            console.print(f"{self.name} trial {trial.number}: {named}: {said}", markup=False)
 
     def best(self) -> list[str]:
         """Overrides of the best trial, the first of equals."""

@@ -240,6 +240,23 @@ def test_the_lead_is_that_of_shared_seeds_or_there_is_none(tmp_path):
     assert verdict.endswith("; not tested (one seed: no test); without a value: fedmd.")
 
 
+def test_settings_are_named_where_there_are_several(tmp_path):
+    """In the sentences beside the table as in it: no setting stands for another."""
+    for k, alpha in enumerate((0.1, 1.0)):
+        path = write_run(tmp_path / f"{alpha}", "fedmd", config={"partition": {"alpha": alpha}})
+        summary = json.loads((path / "summary.json").read_text())
+        summary["final"]["accuracy/personal_trained"] = 0.5 + k / 10
+        summary["best"] = {"accuracy/global": 0.2 + k / 10, "accuracy/personal": 0.3 + k / 10}
+        (path / "summary.json").write_text(json.dumps(summary))
+    runs = find([tmp_path])[0]
+    (line,) = (line for line in notes(runs) if line.startswith("evaluate.moment"))
+    assert line.endswith(": fedmd at partition.alpha=0.1 50.0 %; fedmd at partition.alpha=1.0 60.0 %")
+    said = " ".join(_printed(runs).split())
+    assert "fedmd at partition.alpha=0.1 20.0 / 30.0; fedmd at partition.alpha=1.0 30.0 / 40.0" in said
+    (line,) = (line for line in notes(runs[:1]) if line.startswith("evaluate.moment"))
+    assert line.endswith(": fedmd 50.0 %")
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
     """Intervals that are written by their ends are wide; the names stay."""

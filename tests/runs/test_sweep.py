@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -244,6 +245,26 @@ def test_a_short_list_is_tried_each_once_and_in_order(tmp_path: Path, monkeypatc
     wide = {**found, "train.momentum": search.distribution("train.momentum", "interval(0,0.9)")}
     assert search.grid(wide, 100) == []
     assert search.grid({}, 100) == []
+
+
+def test_trials_say_of_which_setting_they_are(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed (pip install 'fedfuse[search]')")
+    from rich.console import Console
+
+    monkeypatch.setattr(search, "drive", lambda tracks, *more: [list(track) for track in tracks])
+    monkeypatch.setattr(search, "load", lambda path: SimpleNamespace(final={search.SCORE: 0.5}))
+    out = io.StringIO()
+    jobs = [
+        [*SMALL, "search.trials=2", f"strategy={name}", f"partition.alpha={alpha}"]
+        for name in ("local", "fedavg")
+        for alpha in (0.1, 1)
+    ]
+    search.tune(jobs, {"train.lr": "choice(0.1,0.2)"}, tmp_path, Console(file=out, width=200))
+    told = [line.partition(" trial 0:")[0] for line in out.getvalue().splitlines() if " trial 0:" in line]
+    assert told == [f"{name} partition.alpha={alpha}" for name in ("local", "fedavg") for alpha in (0.1, 1)]
+    out.truncate(0)
+    search.tune(jobs[:1], {"train.lr": "choice(0.1,0.3)"}, tmp_path / "one", Console(file=out, width=200))
+    assert "\nlocal trial 0: train.lr=0.1" in out.getvalue()
 
 
 def test_a_sweep_with_more_rounds_goes_on(tmp_path: Path) -> None:
