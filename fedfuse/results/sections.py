@@ -78,7 +78,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
             (
                 word(row.strategy, one.index),
                 number(row.n, str(row.n)),
-                *(_share(row.final[metric]) for metric in METRICS),
+                *(number(row.final[metric].mean, row.share(metric)) for metric in METRICS),
                 number(100 * float(np.mean(spreads)) if spreads else math.nan, None),
                 *(number(value, f"{value:.2f}" if not math.isnan(value) else None) for value in rank),
                 number(row.up_mb),

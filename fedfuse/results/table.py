@@ -24,10 +24,11 @@ METRICS = {
 BEST = ("accuracy/global", "accuracy/personal")
 FOOT = (
     "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds. global: official "
-    "test split, class-averaged; personal: mean over clients on their own test examples; worst 10 %: mean of "
-    "the lowest ⌈N/10⌉ clients; x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of "
-    "payload a run, up and down for training; set-up MB: what is sent once, both ways, which up and down leave out. "
-    "seconds: a run's rounds, without its start."
+    "test split, class-averaged, by the server's model or, where it has none (†), the mean over clients' own; "
+    "personal: mean over clients on their own test examples; worst 10 %: mean of the lowest ⌈N/10⌉ clients; "
+    "x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of payload a run, up and down for "
+    "training; set-up MB: what is sent once, both ways, which up and down leave out. seconds: a run's rounds, without "
+    "its start."
 )
 
 
@@ -53,6 +54,8 @@ class Row:
         Replies that failed or were rejected, over all seeds.
     unfinished
         Runs without a last round; they enter no figure of this row.
+    global_of
+        Whose models `accuracy/global` scores, `server` or `clients` (then it is a mean); empty where no run says.
     """
 
     strategy: str
@@ -68,6 +71,12 @@ class Row:
     failures: int
     cohort_complete: bool
     unfinished: int
+    global_of: str = ""
+
+    def share(self, metric: str, decimals: int = 2) -> str:
+        """Write the result of a metric; † where clients' own models give it in the place of a server's."""
+        text = percent(self.final[metric], decimals)
+        return f"{text} †" if metric == BEST[0] and self.global_of == "clients" and text != "–" else text
 
     @property
     def n(self) -> int:
@@ -102,6 +111,7 @@ def row(one: Group) -> Row:
         failures=sum((run.failures or {}).get(what, 0) for run in one.runs for what in ("replies", "rejected")),
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
         unfinished=len(one.unfinished),
+        global_of=next((str(run.summary.get("global_of", "")) for run in one.runs if run.summary), ""),
     )
 
 
@@ -248,7 +258,7 @@ def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[s
     cells = []
     for one in rows:
         line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
-        line += [percent(one.final[name], decimals) for name in METRICS]
+        line += [one.share(name, decimals) for name in METRICS]
         line += [amount(one.up_mb), amount(one.down_mb), *([amount(one.setup_mb)] if setup else [])]
         line += [amount(one.seconds)]
         cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
@@ -280,7 +290,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     names = [f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")]
     best = [f"best:{name}" for name in BEST]
-    ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished"]
+    ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished", "global_of"]
     writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
     for one in rows:
         values: list[object] = []
@@ -289,7 +299,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             values += [t.mean, t.low, t.high, boot.low, boot.high]
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.setup_mb]
-        values += [one.seconds, one.failures, one.cohort_complete, one.unfinished]
+        values += [one.seconds, one.failures, one.cohort_complete, one.unfinished, _no_formula(one.global_of)]
         seeds = " ".join(map(str, one.seeds))
         writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()
@@ -358,5 +368,6 @@ def _latex(text: str) -> str:
         "±": r"$\pm$",
         "–": "--",
         "…": r"\dots{}",
+        "†": r"$\dagger$",
     } | {letter: f"\\{letter}" for letter in "&%$#_{}"}
     return "".join(special.get(letter, letter) for letter in printable(text))

@@ -66,6 +66,7 @@ def summary(
         "stopped": federation.stop,
         "final": _numbers(final),
         "best": _numbers(best),
+        "global_of": "server" if strategy.server_models() else "clients",  # whose models `accuracy/global` scores
         "traffic": strategy.outbox.traffic.summary(),
         "failures": dict(strategy.inbox.failures),
         "cohort_complete": not strategy.inbox.ever_left_out,

@@ -257,6 +257,24 @@ def test_settings_are_named_where_there_are_several(tmp_path):
     assert line.endswith(": fedmd 50.0 %")
 
 
+def test_a_mean_over_clients_models_is_marked(tmp_path):
+    """Beside a server's model it is another quantity: FedAvg's one model, and five that nobody would choose among."""
+    for name, whose in (("fedavg", "server"), ("local", "clients"), ("older", None)):
+        path = write_run(tmp_path / name, name)
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | ({"global_of": whose} if whose else {})))
+    runs = find([tmp_path])[0]
+    rows = compare(runs)
+    assert [line.count("†") for line in _printed(runs).splitlines()[:4]] == [0, 0, 1, 0]
+    assert to_markdown(rows).splitlines()[3].split(" | ")[2].endswith(" †")
+    assert to_latex(rows).count(r"$\dagger$") == 1
+    assert [line["global_of"] for line in csv.DictReader(io.StringIO(to_csv(rows)))] == ["server", "clients", ""]
+    table = sections.comparison(rows, group(runs)[0], [Series(k, one.strategy, (), ()) for k, one in enumerate(rows)])
+    assert [line[2].text.endswith("†") for line in table.rows] == [False, True, False]
+    assert [line[3].text.endswith("†") for line in table.rows] == [False] * 3
+    assert "mean over clients' own" in " ".join(_printed(runs).split())
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
     """Intervals that are written by their ends are wide; the names stay."""

@@ -117,6 +117,7 @@ def test_final_models_are_those_that_were_scored(tmp_path: Path) -> None:
     with federation("knfu", path=tmp_path / "b") as (built, _):
         built.run()
     assert len(list((tmp_path / "b" / "final").glob("client-*.safetensors"))) == 3
+    assert [summary_of(tmp_path / name)["global_of"] for name in "ab"] == ["server", "clients"]
 
 
 def test_missing_scores_are_null_not_nan(tmp_path: Path) -> None:
