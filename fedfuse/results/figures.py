@@ -13,28 +13,30 @@ from fedfuse.results.curves import Series
 
 
 def client_spread(series: Sequence[Series], prefix: str) -> str | None:
-    """Draw each series' clients: range, 10–90 %, quartiles, median of personal accuracy, all seeds pooled."""
+    """Draw each series' clients: range, 10–90 %, quartiles, median of personal accuracy, all seeds pooled.
+
+    The lowest tenth is taken within a seed, as in the table: of pooled clients it would be those of the worst seed.
+    """
     pooled = []
     for one in series:
-        runs = one.finished or one.unfinished
-        values = np.array([value for run in runs for value in run.clients.values() if value is not None])
-        values = values[np.isfinite(values)]
-        if len(values):
-            pooled.append((one, 100 * values))
+        seeds = [np.array([*run.clients.values()], dtype=float) for run in one.finished or one.unfinished]
+        seeds = [100 * found for values in seeds if len(found := values[np.isfinite(values)])]
+        if seeds:
+            worst = float(np.mean([np.sort(values)[: math.ceil(len(values) / 10)].mean() for values in seeds]))
+            pooled.append((one, np.concatenate(seeds), worst))
     if not pooled:
         return None
     with svg.figure(height=max(1.4, 0.7 + 0.26 * len(pooled))) as drawn:
         axes = drawn.add_subplot()
-        for y, (one, values) in enumerate(pooled):
+        for y, (one, values, worst) in enumerate(pooled):
             q = np.percentile(values, [0, 10, 25, 50, 75, 90, 100])
             gid = f"series-{one.index}.clients"
             axes.hlines(y, q[0], q[6], color=one.colour, lw=1, gid=gid)
             axes.barh(y, q[5] - q[1], left=q[1], height=0.3, color=one.colour, alpha=0.35, gid=gid + "1")
             axes.barh(y, q[4] - q[2], left=q[2], height=0.56, color=one.colour, alpha=0.6, gid=gid + "2")
             axes.vlines(q[3], y - 0.36, y + 0.36, color=svg.INK, lw=1.6)
-            worst = np.sort(values)[: math.ceil(len(values) / 10)].mean()
             axes.plot([worst], [y], "|", ms=8, mew=1.4, color=one.colour, gid=gid + "3")
-        axes.set_yticks(range(len(pooled)), [short(one.label) for one, _ in pooled])
+        axes.set_yticks(range(len(pooled)), [short(one.label) for one, *_ in pooled])
         axes.set_ylim(len(pooled) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)

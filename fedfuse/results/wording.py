@@ -34,7 +34,7 @@ BYTES = (
 )
 CLIENTS = (
     "All clients of all seeds. Thin: their range; bar: 10 to 90 %; dark: quartiles; ink: median; tick: "
-    "mean of the lowest tenth."
+    "mean over seeds of each seed's lowest tenth."
 )
 TIME = "Mean over runs, on the machines named below."
 SIMILARITY = "Row i, column j: how much client i is given of client j."

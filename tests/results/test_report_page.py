@@ -14,9 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.axes import Axes
 from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
+from fedfuse.results.curves import Series
+from fedfuse.results.figures import client_spread
 from fedfuse.results.measures import gather, label_counts, similarities
 from fedfuse.results.report import report
 from fedfuse.results.rerun import reproduce
@@ -89,6 +92,23 @@ def test_sections_and_figures(page):
     assert text.count("<svg") == 9
     assert "fedfuse run strategy=knfu" in text
     assert "n = 3" in words
+
+
+def test_worst_tenth_of_a_figure_is_that_of_the_table(tmp_path, monkeypatch):
+    """A seed whose clients are worst does not give the lowest tenth of all: each seed has its own."""
+    shares = {0: [0.8] + [0.9] * 9, 1: [0.1, 0.2] + [0.9] * 8}
+    runs = []
+    for seed, values in shares.items():
+        path = write_run(tmp_path / str(seed), seed=seed, clients=10)
+        rows = pl.read_parquet(path / "metrics.parquet")
+        own = (pl.col("scope") == "client") & (pl.col("split") == "personal") & (pl.col("metric") == "accuracy")
+        given = pl.col("client").replace_strict(dict(enumerate(values)), default=0.0, return_dtype=pl.Float64)
+        rows.with_columns(value=pl.when(own).then(given).otherwise("value")).write_parquet(path / "metrics.parquet")
+        runs.append(gather(load(path)))
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *more, **how: drawn.append(x))
+    assert client_spread([Series(0, "fedavg", tuple(runs))], "f")
+    assert drawn == [[pytest.approx(100 * (0.8 + 0.1) / 2)]]
 
 
 def test_self_contained(page):
