@@ -23,12 +23,12 @@ METRICS = {
 }
 BEST = ("accuracy/global", "accuracy/personal")
 FOOT = (
-    "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds. global: official "
-    "test split, class-averaged, by the server's model or, where it has none (†), the mean over clients' own; "
-    "personal: mean over clients on their own test examples; worst 10 %: mean of the lowest ⌈N/10⌉ clients; "
-    "x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of payload a run, up and down for "
-    "training; set-up MB: what is sent once, both ways, which up and down leave out. seconds: a run's rounds, without "
-    "its start."
+    "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds, [n = …] where fewer gave a "
+    "value. global: official test split, class-averaged, by the server's model or, where it has none (†), the mean "
+    "over clients' own; personal: mean over clients on their own test examples; worst 10 %: mean of the lowest ⌈N/10⌉ "
+    "clients; x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of payload a run, up and "
+    "down for training; set-up MB: what is sent once, both ways, which up and down leave out. seconds: a run's rounds, "
+    "without its start."
 )
 
 
@@ -74,9 +74,17 @@ class Row:
     global_of: str = ""
 
     def share(self, metric: str, decimals: int = 2) -> str:
-        """Write the result of a metric; † where clients' own models give it in the place of a server's."""
-        text = percent(self.final[metric], decimals)
-        return f"{text} †" if metric == BEST[0] and self.global_of == "clients" and text != "–" else text
+        """Write the result of a metric.
+
+        † where clients' own models give it in the place of a server's; how many seeds it rests on, where some gave no
+        value.
+        """
+        value = self.final[metric]
+        text = percent(value, decimals)
+        if value.n == 0:
+            return text
+        mark = " †" if metric == BEST[0] and self.global_of == "clients" else ""
+        return text + mark + (f" [n = {value.n}]" if value.n < self.n else "")
 
     @property
     def n(self) -> int:
@@ -288,7 +296,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Write full precision, one line per strategy, both intervals."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [f"{name}{part}" for name in METRICS for part in ("", "/t_low", "/t_high", "/boot_low", "/boot_high")]
+    names = [f"{name}{part}" for name in METRICS for part in ("", "/n", "/t_low", "/t_high", "/boot_low", "/boot_high")]
     best = [f"best:{name}" for name in BEST]
     ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished", "global_of"]
     writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
@@ -296,7 +304,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         values: list[object] = []
         for name in METRICS:
             t, boot = one.final[name], one.bootstrap[name]
-            values += [t.mean, t.low, t.high, boot.low, boot.high]
+            values += [t.mean, t.n, t.low, t.high, boot.low, boot.high]
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.setup_mb]
         values += [one.seconds, one.failures, one.cohort_complete, one.unfinished, _no_formula(one.global_of)]

@@ -275,6 +275,24 @@ def test_a_mean_over_clients_models_is_marked(tmp_path):
     assert "mean over clients' own" in " ".join(_printed(runs).split())
 
 
+def test_seeds_without_a_value_are_not_counted_in_its_interval(tmp_path):
+    """n counts seeds; an interval of two of three says two."""
+    for seed in range(3):
+        path = write_run(tmp_path / str(seed), "fedavg", seed)
+        if seed == 2:
+            _ends_at(path, None)
+    runs = find([tmp_path])[0]
+    rows = compare(runs)
+    markdown = to_markdown(rows).splitlines()[2]
+    assert markdown.count(r"\[n = 2\]") == 2  # of three metrics: worst 10 % has all
+    assert markdown.split(" | ")[1] == "3"
+    assert _printed(runs).splitlines()[1].count("[n = 2]") == 2
+    line = next(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [line[key] for key in ("n", "accuracy/global/n", "accuracy/personal_worst10/n")] == ["3", "2", "3"]
+    table = sections.comparison(rows, group(runs)[0], [Series(0, "fedavg", (), ())])
+    assert [cell.text.endswith("[n = 2]") for cell in table.rows[0][2:5]] == [True, True, False]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
     """Intervals that are written by their ends are wide; the names stay."""
