@@ -92,6 +92,7 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "privacy.level": _word,
     "evaluate.moment": _word,
     "search.keys": _word,
+    "search.edges": _word,
     "clock.name": "off".__eq__,  # a deployment's clock is real
     "clock.devices": _nothing,
     "clock.intervals": _nothing,

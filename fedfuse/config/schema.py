@@ -345,6 +345,7 @@ class SearchConfig:
 
     trials: int | None = key(None, "trials of each strategy; null: no search", only="a sweep")
     keys: list[str] = key([], "what was tuned; the search writes it down")
+    edges: list[str] = key([], "of these, whose value is the least or the largest allowed; the search writes it down")
 
 
 @dataclass

@@ -15,7 +15,8 @@ from fedfuse.errors import UserError
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import flatten
 
-LEFT_OUT = ("out", "overwrite", "search.trials", "search.keys")  # what a search found is spelled out as plain keys
+# what a search found is spelled out as plain keys
+LEFT_OUT = ("out", "overwrite", "search.trials", "search.keys", "search.edges")
 _WORD = re.compile(r"[A-Za-z0-9_./:%@+-]+")
 _SPECIAL = {"null", "true", "false", "nan", "inf"}
 

@@ -16,6 +16,7 @@ WITHOUT_EFFECT = (
     "runtime",
     "tracking",
     "audit",
+    "search.edges",
     "hydra",
     "data.root",
     "data.download",
@@ -25,6 +26,7 @@ WITHOUT_EFFECT = (
 )
 # Of those, the ones that still change how long a run takes or at which rounds it is scored.
 RUNTIME = ("name", "workers", "device", "server_device", "address")
+EDGE = " (an end of what was searched: a better value may lie beyond)"
 ON_THE_CLOCK = (*(f"runtime.{key}" for key in RUNTIME), "evaluate.every")
 
 
@@ -170,7 +172,9 @@ def tuning(runs: Sequence[RunRecord]) -> list[str]:
         for flat in flats:
             if name in flat and flat.get("search.keys"):
                 found = values.setdefault(str(flat.get("strategy.name", "?")), [])
-                found += [value] if (value := _value(flat[name])) not in found else []
+                edges = flat.get("search.edges")
+                value = _value(flat[name]) + (EDGE if isinstance(edges, list) and name in edges else "")
+                found += [value] if value not in found else []
         trials = sorted({str(flat.get("search.trials")) for flat in flats if flat.get("search.keys")})
         listed = "; ".join(f"{strategy} {', '.join(found)}" for strategy, found in values.items())
         lines.append(

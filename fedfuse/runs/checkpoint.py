@@ -169,7 +169,8 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
 def changed(begun: str, now: str, also: tuple[str, ...] = ()) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
     before, after = (dict(_flat(without_gone(yaml.load(text, Loader=LOADER) or {}))) for text in (begun, now))
-    free = ("out", "overwrite", "runtime.", "tracking.", "audit", *also)  # where and how it runs changes no bit
+    # where and how it runs, and what is said of a search, changes no bit
+    free = ("out", "overwrite", "runtime.", "tracking.", "audit", "search.edges", *also)
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:
             return f"says {key}={after.get(key)}, the run began with {key}={value}"

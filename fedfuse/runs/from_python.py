@@ -10,7 +10,8 @@ from fedfuse.config import registry
 from fedfuse.config.dotted import give
 from fedfuse.errors import UserError
 
-LISTS = ("data.inputs", "model.pool", "train.pool", "search.keys", "data.extra.sources")  # keys that take a list
+# keys that take a list
+LISTS = ("data.inputs", "model.pool", "train.pool", "search.keys", "search.edges", "data.extra.sources")
 
 
 def overrides(settings: Mapping[str, Any], prefix: str = "", swept: bool = False) -> list[str]:

@@ -28,6 +28,7 @@ from fedfuse.config.files import write_text
 from fedfuse.core.devices import device_of
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
+from fedfuse.results.setting import EDGE
 from fedfuse.runs.combinations import without_seed
 from fedfuse.runs.parallel import Track, drive, shared_out
 
@@ -119,7 +120,11 @@ def tune(jobs: Sequence[Sequence[str]], space: Mapping[str, str], root: Path, co
     share = runtime.gpu_fraction if device_of(plans[0].base) == "cuda" else 0.0
     drive([plan.track(replace(runtime), console) for plan in plans], runtime, share)
     write_text(root / "search.csv", _table(plans))
-    return {plan.key: plan.best() for plan in plans}
+    best = {plan.key: plan.best() for plan in plans}
+    for plan in plans:
+        for edge in plan.edges():
+            console.print(f"note: {plan.name}: {edge}={plan.study.best_params[edge]}{EDGE}", markup=False)
+    return best
 
 
 def _own(space: Mapping[str, str], job: Sequence[str]) -> dict[str, str]:
@@ -199,9 +204,14 @@ class _Plan:
         if not self.space:
             return [keys]
         try:
-            return [*_words(self.study.best_trial.params), keys]
+            found = [*_words(self.study.best_trial.params), keys]
         except ValueError as error:
             raise WorldError(f"search: all trials of {','.join(self.key)} failed") from error
+        return [*found, f"search.edges=[{','.join(edges)}]"] if (edges := self.edges()) else found
+
+    def edges(self) -> list[str]:
+        """Keys whose best value is the least or the largest that could be chosen."""
+        return [name for name, found in self.distributions.items() if self.study.best_params[name] in _ends(found)]
 
 
 def distribution(name: str, text: str) -> optuna.distributions.BaseDistribution:
@@ -243,6 +253,13 @@ def grid(found: Mapping[str, optuna.distributions.BaseDistribution], trials: int
 
 def _end(found: Any) -> Any:
     return found.choices[0] if hasattr(found, "choices") else found.low
+
+
+def _ends(found: Any) -> set[float]:
+    """The least and the largest number of a space; none of words, or of a single number."""
+    values = getattr(found, "choices", None) or (found.low, found.high)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return {min(numbers), max(numbers)} if len(numbers) > 1 else set()
 
 
 def _words(params: Mapping[str, Any]) -> list[str]:

@@ -87,6 +87,7 @@ ELSEWHERE = {
     "strategy": "chosen in compose: test_configurations.py",
     "search.trials": "a sweep's: test_sweep.py",
     "search.keys": "written by a search for its report: test_sweep.py",
+    "search.edges": "written by a search for its report: test_sweep.py",
     "runtime.parallel": "a sweep's: test_sweep.py",
     "data.download": "only where no files are found: tests/data/test_layouts.py",
     "data.hub": "as data.download",

@@ -17,11 +17,13 @@ import pytest
 from fedfuse.config.compose import compose
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError, WorldError
-from fedfuse.results.run_data import find, load
+from fedfuse.results.run_data import RunRecord, find, load
 from fedfuse.results.setting import differences, group
 from fedfuse.results.table import notes
 from fedfuse.runs import parallel, search
+from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import composed
+from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.sweep import sweep
 from tests.federations import TINY, scenario_of
 
@@ -265,6 +267,40 @@ def test_trials_say_of_which_setting_they_are(tmp_path: Path, monkeypatch) -> No
     out.truncate(0)
     search.tune(jobs[:1], {"train.lr": "choice(0.1,0.3)"}, tmp_path / "one", Console(file=out, width=200))
     assert "\nlocal trial 0: train.lr=0.1" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rates", "space", "edges"),
+    [
+        ({0.1: 0.5, 0.01: 0.9, 0.3: 0.7}, "choice(0.1,0.01,0.3)", ["train.lr"]),  # the least, though in the middle
+        ({0.1: 0.5, 0.01: 0.4, 0.3: 0.7}, "choice(0.1,0.3,0.01)", ["train.lr"]),
+        ({0.1: 0.9, 0.01: 0.4, 0.3: 0.7}, "choice(0.1,0.01,0.3)", []),
+        ({0.1: 0.9}, "choice(0.1)", []),  # nothing to choose from
+    ],
+)
+def test_a_value_at_an_end_of_its_choices_is_told(rates, space, edges, tmp_path: Path, monkeypatch) -> None:
+    """Whatever is best there, a wider search may find better: a strategy may look worse for its space."""
+    pytest.importorskip("optuna", reason="optuna is not installed (pip install 'fedfuse[search]')")
+    from rich.console import Console
+
+    tried: list[float] = []
+    monkeypatch.setattr(search, "drive", lambda tracks, *more: [tried.append(c.train.lr) for t in tracks for c in t])
+    monkeypatch.setattr(search, "load", lambda path: SimpleNamespace(final={search.SCORE: rates[tried[-1]]}))
+    out, job = io.StringIO(), [*SMALL, "strategy=local", "search.trials=3"]
+    spaces = {"train.lr": space, "train.optimizer": "choice(sgd,adam)" if len(rates) == 1 else "choice(sgd)"}
+    (best,) = search.tune([job], spaces, tmp_path, Console(file=out, width=200)).values()
+    config = compose([*job, *best])
+    assert config.search.edges == edges
+    lr = max(rates, key=rates.__getitem__)
+    told = f"note: local: train.lr={lr} (an end of what was searched: a better value may lie beyond)"
+    assert (told in out.getvalue()) == bool(edges)
+    record = RunRecord(tmp_path, asdict(config), {}, "finished")
+    (line,) = (line for line in notes([record]) if line.startswith("Tuned") and ": train.lr: " in line)
+    assert ("an end of what was searched" in line) == bool(edges)
+    before = as_yaml(compose([*job, *best[:3]]))
+    assert changed(before, as_yaml(config)) == ""  # a sweep that was begun before this was kept goes on
+    other = replace(record, config=asdict(config) | {"seed": 1, "search": {**asdict(config.search), "edges": []}})
+    assert len(group([record, other])[0]) == 1
 
 
 def test_a_sweep_with_more_rounds_goes_on(tmp_path: Path) -> None:
