@@ -10,7 +10,8 @@ is not allowed, `fedfuse.config.dotted.resolve` refuses to import whatever it is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedfuse.config import catalogue
@@ -112,18 +113,19 @@ NEVER = {  # the only value, of any type
     "model.paths": {},
     "model.extra": {},
 }
-OWNERS = frozenset({"data.root", "tracking.uri", "out"})  # the operator's own at the server; never told to sites
+HTTP = re.compile(r"https?://[^\s/\\]\S*", re.ASCII)  # a tracker's address: nothing that is a file of the server's
 
 
-def check_texts(values: Any, at_server: bool = False) -> None:
+def check_texts(values: Any, folders: Sequence[Path] | None = None) -> None:
     """Refuse a configuration, as it came from the wire, that says anything but registered names and numbers.
 
     Parameters
     ----------
     values : dict
         The configuration's values, nested by group.
-    at_server : bool
-        The operator's order to the server, which may name the server's own data folder and tracker.
+    folders : sequence of Path, optional
+        The server's, for an operator's order: `data.root` may lie below them, and `tracking.uri` be an address.
+        None at a site, where an order names neither.
 
     Raises
     ------
@@ -131,12 +133,28 @@ def check_texts(values: Any, at_server: bool = False) -> None:
         Naming the key and the value.
     """
     for key, value in leaves(values):
-        if at_server and key in OWNERS:
+        if folders is not None and key == "data.root" and isinstance(value, str):
+            _below(value, folders)
+            continue
+        if folders is not None and key == "tracking.uri" and isinstance(value, str):
+            if not HTTP.fullmatch(value):
+                raise Refused(f"tracking.uri={value[:80]!r}: over the wire only http:// and https:// are taken")
             continue
         if key in MOST and isinstance(value, int) and value > MOST[key]:
             raise Refused(f"{key}={str(value)[:80]}: over the wire at most {MOST[key]} is taken")
         if not _allowed(key, value):
             raise Refused(f"{key}={str(value)[:80]!r}: over the wire only registered names and numbers are taken")
+
+
+def _below(root: str, folders: Sequence[Path]) -> None:
+    """Refuse a folder of the server's that is not the operators' to read, also where a link leads to it."""
+    try:
+        place = Path(root).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, nobody's home, a zero byte
+        place = Path("/")
+    if not any(place.is_relative_to(folder) for folder in folders):
+        said = ", ".join(map(str, folders)) or "none is given"
+        raise Refused(f"data.root={root[:80]!r}: orders' data lie below the server's --data alone ({said})")
 
 
 def no_attack(config: Config) -> None:

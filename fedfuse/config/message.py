@@ -7,6 +7,8 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedfuse.config import registry
@@ -31,7 +33,7 @@ def for_sites(config: Config) -> Config:
     return dataclasses.replace(told, strategy=strategy, data=dataclasses.replace(config.data, root=None))
 
 
-def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
+def from_json(text: str, code: bool = False, folders: Sequence[Path] | None = None) -> Config:
     """Read a configuration that somebody else wrote; every key, type and value is checked.
 
     Parameters
@@ -40,7 +42,7 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
         JSON.
     code : bool
         Whether it may name code and files, which this machine's own operator has allowed.
-    at_server : bool
+    folders : sequence of Path, optional
         See `check_texts`.
 
     Raises
@@ -59,7 +61,7 @@ def from_json(text: str, code: bool = False, at_server: bool = False) -> Config:
     if not isinstance(values, dict) or not isinstance(values.get("strategy"), dict):
         raise UserError("configuration: an object with a strategy is needed")
     if not code:
-        check_texts(values, at_server)
+        check_texts(values, folders)
     name = values["strategy"].get("name")
     if not isinstance(name, str):
         raise UserError(f"strategy={name!r}: a name is needed")

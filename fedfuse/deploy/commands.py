@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--quota", type=int, default=QUOTA, metavar="MB", help=f"that one node may have lying here; default: {QUOTA}"
     )
+    server.add_argument(
+        "--data", type=Path, action="append", metavar="DIR",
+        help="below which an order's data.root may lie (repeatable); default: $FEDFUSE_DATA",
+    )  # fmt: skip
     server.add_argument("--allow-code", action="store_true", help="let orders name code and files of this machine")
 
     request = commands.add_parser("request", help="at a site: make this site's key and a request to be registered")
@@ -180,6 +184,8 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
     follow(args.follow)
     if args.quota < 1:
         raise UserError(f"--quota {args.quota}: at least 1 MB is needed")
+    shared = os.environ.get("FEDFUSE_DATA")
+    data = args.data if args.data is not None else [Path(shared)] if shared else []
     return run_server(
         host=args.host,
         port=args.port,
@@ -191,6 +197,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
         memory=_memory(args),
         control=(args.control_host or args.host, args.control_port or args.port + 1),
         quota=args.quota,
+        data=data,
     )
 
 

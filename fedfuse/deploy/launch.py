@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -23,7 +24,7 @@ from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.certs import secret
 from fedfuse.deploy.doors import serve
 from fedfuse.deploy.passphrase import opened
-from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
+from fedfuse.deploy.processes import ALLOW_CODE, FOLDERS, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
 from fedfuse.deploy.quota import sites_door
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
@@ -110,6 +111,7 @@ def run_server(
     memory: int | None = None,
     control: tuple[str, int] | None = None,
     quota: int = QUOTA,
+    data: Sequence[Path] = (),
 ) -> int:
     """Be the SuperLink, with TLS, node authentication and a port of their own for operators unless `insecure`.
 
@@ -130,6 +132,7 @@ def run_server(
         secret(key, "--certs")
     post = state.resolve() / "post"
     told = {POST: str(post), KEYED: str(int(not insecure)), RUNS: str(runs.resolve())}
+    told[FOLDERS] = json.dumps([str(folder.expanduser().resolve()) for folder in data])
     _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
     post.mkdir(mode=0o700, exist_ok=True)
     near, shared = free_port(), _secret(state)

@@ -35,14 +35,23 @@ class Federation:
         Gets certificates, logs, states and run directories.
     policy : Path, optional
         SiteMemory policy of every node.
+    data : str, optional
+        Folder below which orders' data may lie.
     """
 
     poll = "0.3"  # seconds between a node's calls; three nodes on one machine burden nobody
 
-    def __init__(self, nodes: int, work: Path, policy: Path | None = None, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        work: Path,
+        policy: Path | None = None,
+        say: Callable[[str], None] = print,
+        data: str | None = None,
+    ) -> None:
         if nodes < 1:
             raise UserError(f"--nodes {nodes}: at least 1")
-        self.count, self.work, self.policy, self.say = nodes, work, policy, say
+        self.count, self.work, self.policy, self.say, self.data = nodes, work, policy, say, data
         self.port = free_port()
         self.control, certs = free_port(), work / "certs"
         self.link = Link(f"127.0.0.1:{self.control}", certs / "ca.crt", operator=certs / "operator-local.pem")
@@ -89,7 +98,7 @@ class Federation:
         server = self.process(
             "server", "server", "--certs", str(certs), "--host", "127.0.0.1", "--port", str(self.port),
             "--control-port", str(self.control), "--state-dir", str(self.work / "server"),
-            "--runs", str(self.work / "runs"), *self._mine,
+            "--runs", str(self.work / "runs"), *self._mine, *(["--data", self.data] if self.data else []),
         )  # fmt: skip
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
@@ -180,7 +189,7 @@ def play_locally(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # asked to end: everything that was started ends too
     try:
-        with Federation(nodes, folder, policy, say) as federation:
+        with Federation(nodes, folder, policy, say, order.config.data.root) as federation:
             return federation.play(order, out)
     except WorldError:
         logs = out / "logs"

@@ -21,7 +21,7 @@ from fedfuse.config.dotted import code
 from fedfuse.config.files import replaced
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
-from fedfuse.deploy.processes import ALLOW_CODE, KEYED, POST, RUNS
+from fedfuse.deploy.processes import ALLOW_CODE, FOLDERS, KEYED, POST, RUNS
 from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
@@ -99,7 +99,7 @@ def _deployed(grid: Grid, orders: Mapping[str, Any], audit: Audit | None) -> Non
         raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
     allowed = os.environ.get(ALLOW_CODE) == "1"
     with code(allowed):
-        config = from_json(str(orders.get("config", "")), allowed, at_server=True)
+        config = from_json(str(orders.get("config", "")), allowed, _folders())
         no_attack(config)
         _carried_out(grid, orders, name, config, started, audit)
 
@@ -129,6 +129,11 @@ def _carried_out(
     finally:
         directory.close()
     say(f"fedfuse: digest {federation.digest}")
+
+
+def _folders() -> list[Path]:
+    """Below which an order's data may lie, as the server was told."""
+    return [Path(folder) for folder in json.loads(os.environ.get(FOLDERS, "[]"))]
 
 
 def _roster() -> Roster | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedfuse.compat.quiet import QUIET
 from fedfuse.errors import UserError
 
+FOLDERS = "FEDFUSE_SERVER_DATA"  # environment: as JSON, below which folders of the server's an order's data may lie
 ALLOW_CODE = "FEDFUSE_ALLOW_CODE"  # environment: "1" where the server may import what an order names
 KEYED = "FEDFUSE_KEYED"  # environment: "1" where nodes prove a key, which the roster must know
 POST = "FEDFUSE_POST"  # environment: where the server's orders, results and roster lie

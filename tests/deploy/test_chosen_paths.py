@@ -25,6 +25,7 @@ from fedfuse.config.message import as_json, for_sites, from_json
 from fedfuse.core.build import build_strategy
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.shares import REFUSED
+from fedfuse.deploy.orders import carry_out
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.own_data import task_of
 from fedfuse.network.policy import Policy
@@ -175,11 +176,49 @@ def test_a_path_of_the_servers_is_its_operators_and_no_client_is_told_it() -> No
     absolute = put(json.loads(as_json(config)), "strategy.language", "/bait")
     for text, why in ((as_json(config), "no file or folder is named"), (absolute, "only registered names")):
         with pytest.raises(Refused, match=why):
-            from_json(text, at_server=True)
-    assert from_json(as_json(config), code=True, at_server=True).strategy.language == "bait"
+            from_json(text, folders=[Path("/")])
+    assert from_json(as_json(config), code=True, folders=()).strategy.language == "bait"
     assert "bait" not in as_json(for_sites(config))
     assert from_json(as_json(for_sites(config))).strategy.question == "What is it?"
     assert registry.told(config.strategy)["language"] is None
+
+
+def test_an_order_reads_below_the_servers_data_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack: `data.root=/etc data.extra.train=shadow`, and the refusal quoted the file's first line."""
+    for folder in ("data/reference", "data-2", "secret"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "bait.csv").write_text("root:$6$hash\n")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "secret")
+    config, folder = tiny("fedavg"), tmp_path / "data"
+    monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FEDFUSE_SERVER_DATA", json.dumps([str(folder)]))
+    monkeypatch.chdir(folder)
+
+    def tried_at_the_server(root: str) -> str:
+        data = replace(config.data, name="csv", layout="builtin", root=root, extra={"train": "bait.csv"})
+        with pytest.raises(UserError) as error:
+            carry_out(None, {"config": as_json(replace(config, data=data)), "name": "a"})  # type: ignore[arg-type]
+        return str(error.value)
+
+    outside = [str(tmp_path / "secret"), str(folder / "link"), "link", f"{folder}/../secret", str(tmp_path / "data-2")]
+    with watched() as seen:
+        for root in (*outside, "/", "/etc", "~nobody-here", "..", "a\0b"):
+            assert "orders' data lie below the server's --data alone" in tried_at_the_server(root), root
+    assert seen == []
+    for root in (str(folder / "reference"), "reference", "reference/bait.csv"):
+        assert "orders' data lie below" not in tried_at_the_server(root), root
+    monkeypatch.delenv("FEDFUSE_SERVER_DATA")
+    assert "alone (none is given)" in tried_at_the_server("reference")
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////etc/x.db", "file:///tmp/x", "/tmp/x", "mlruns", "databricks", "http:///x"])
+def test_an_orders_tracker_is_no_file_of_the_servers(uri: str) -> None:
+    values = json.loads(as_json(tiny("fedavg")))
+    with pytest.raises(Refused, match=r"tracking\.uri=.* over the wire only http:// and https:// are taken"):
+        from_json(put(values, "tracking.uri", uri), folders=())
+    from_json(put(values, "tracking.uri", "https://mlflow.example:5000/x"), folders=())
+    with pytest.raises(Refused, match="only registered names"):
+        from_json(put(values, "out", "runs/x"), folders=())
 
 
 def test_every_text_of_a_strategy_is_a_choice_or_known_here() -> None:
