@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from fedfuse.compat.superlink_doors import naming_peers
 from fedfuse.config.files import replaced
+from fedfuse.deploy.processes import RUNS
 from fedfuse.errors import UserError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Roster, place_from
@@ -27,6 +29,8 @@ Send = Callable[[Any], Awaitable[None]]
 READY = "fedfuse: the server is ready"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**20  # bytes of a request: objects travel in pieces of 20 MB at most
+ORDER = 2**18  # bytes of a request of our own: an order, or the places of a few keys
+WAITING = 100  # orders of one operator that lie here and were not carried out yet
 ROLES = ("read", "submit", "register")
 READ = frozenset({"list-runs", "list-nodes", "stream-logs", "list-federations", "show-federation", "get-login-details"})
 MAY = {
@@ -60,13 +64,13 @@ class Door:
         elif refusal := self.refusal(scope):
             await answered(send, *refusal)
         else:
-            await self.passed(scope, _capped(receive), send)
+            await self.passed(scope, _capped(receive, _most(scope)), send)
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Why a request is not let through: a status and words; None if it is."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > LARGEST:
-            return 413, f"a request is at most {LARGEST} bytes"
+        if not length.isdigit() or int(length) > _most(scope):
+            return 413, f"a request is at most {_most(scope)} bytes"
         if not scope["path"].startswith(self.prefix) or scope["path"] != scope["path"].replace("..", ""):
             return 404, "not here"
         return None
@@ -75,8 +79,8 @@ class Door:
         """Hand a request on."""
         try:
             await self.app(scope, receive, send)
-        except TooLarge:
-            await answered(send, 413, f"a request is at most {LARGEST} bytes")
+        except TooLarge as error:
+            await answered(send, 413, str(error))
 
 
 class Operators(Door):
@@ -137,13 +141,13 @@ class Operators(Door):
             await super().passed(scope, receive, send)
             return
         try:
-            await self._own(scope["method"], path.removeprefix("/fedfuse/"), receive, send)
-        except TooLarge:
-            await answered(send, 413, f"a request is at most {LARGEST} bytes")
+            await self._own(path.removeprefix("/fedfuse/"), self.operator(scope)[0], receive, send)
+        except TooLarge as error:
+            await answered(send, 413, str(error))
         except (UserError, ValueError) as error:
             await answered(send, 400, one_line(error))
 
-    async def _own(self, method: str, path: str, receive: Receive, send: Send) -> None:
+    async def _own(self, path: str, who: str, receive: Receive, send: Send) -> None:
         what, _, name = path.partition("/")
         if what == "roster":
             others: list[str] = []
@@ -158,31 +162,58 @@ class Operators(Door):
             raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
         file = self.post / what / name
         if what == "orders":
-            content = await whole(receive)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(file, durable=True) as partial:
-                partial.touch(0o600)
-                partial.write_bytes(content)
+            self._take(name, who, await whole(receive))
             await answered(send, 200, "taken")
         elif file.is_file():
             await sent(send, file)
         else:
             await answered(send, 404, "not here")
 
+    def _take(self, name: str, who: str, content: bytes) -> None:
+        """Keep an order and whose it is; run directory and results of a name are those of who used it first."""
+        holder = self._holder(name)
+        if holder not in (None, who):
+            raise UserError(f"name={name}: is a run of {one_line(holder, 60)}'s; choose another")
+        for folder, text in (("owners", who.encode()), ("orders", content)):
+            (self.post / folder).mkdir(parents=True, exist_ok=True)
+            with replaced(self.post / folder / name, durable=True) as partial:
+                partial.touch(0o600)
+                partial.write_bytes(text)
+        lying = [path for path in (self.post / "orders").iterdir() if self._holder(path.name) == who]
+        for old in sorted(lying, key=lambda path: path.stat().st_mtime_ns)[:-WAITING]:
+            old.unlink()
+            if not (Path(os.environ.get(RUNS, "runs")) / old.name).exists() and not self._ended(old.name):
+                (self.post / "owners" / old.name).unlink()
+
+    def _holder(self, name: str) -> str | None:
+        """Who used a name first; None if nobody did."""
+        path = self.post / "owners" / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        return "somebody else" if self._ended(name) else None  # before owners were kept
+
+    def _ended(self, name: str) -> bool:
+        return (self.post / "results" / f"{name}.json").exists()
+
 
 class TooLarge(Exception):
     """A request is larger than it may be."""
 
 
-def _capped(receive: Receive) -> Receive:
+def _most(scope: Scope) -> int:
+    """Bytes of a request."""
+    return ORDER if scope["path"].startswith("/fedfuse/") else LARGEST
+
+
+def _capped(receive: Receive, most: int) -> Receive:
     taken = 0
 
     async def capped() -> Any:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
-        if taken > LARGEST:
-            raise TooLarge
+        if taken > most:
+            raise TooLarge(f"a request is at most {most} bytes")
         return message
 
     return capped

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedfuse.config.compose import compose
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
 from fedfuse.deploy.commands import main as command
-from fedfuse.deploy.doors import LARGEST, Door, Operators
+from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators
 from fedfuse.deploy.link import Link
 from fedfuse.deploy.orders import Outcome, deployed, pack, unpack
 from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
@@ -130,7 +130,22 @@ def test_requests_have_a_size(door: Operators) -> None:
     assert ask(site, FLEET[0], length=LARGEST + 1)[0] == 413
     assert ask(site, FLEET[0], body=bytes(LARGEST + 1))[0] == 413  # whatever it said, or did not say, of its length
     assert ask(site, FLEET[0], body=bytes(2**22))[0] == 200
-    assert ask(door, "/fedfuse/orders/x", body=bytes(LARGEST + 1), who=certificate("ann", "submit"))[0] == 413
+    ann = certificate("ann", "submit")
+    assert ask(door, "/fedfuse/orders/x", body=bytes(ORDER), who=ann)[0] == 200
+    for size, said in ((ORDER + 1, None), (ORDER + 1, ORDER + 1), (60 * 2**20, None)):  # three of 60 MB were taken
+        assert ask(door, "/fedfuse/orders/y", body=bytes(size), who=ann, length=said)[0] == 413
+    assert [path.name for path in (door.post / "orders").iterdir()] == ["x"]
+
+
+def test_orders_that_nobody_carries_out_have_a_number(door: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDFUSE_RUNS", str(door.post / "runs"))
+    (door.post / "runs" / "a1").mkdir(parents=True)  # lost with its server, and about to be resumed
+    ann, bob = certificate("ann", "submit"), certificate("bob", "submit")
+    for who, name in ((bob, "b"), *((ann, f"a{i}") for i in range(WAITING + 3))):
+        assert ask(door, f"/fedfuse/orders/{name}", body=b"{}", who=who)[0] == 200
+    lying = {path.name for path in (door.post / "orders").iterdir()}
+    assert lying == {"b", *(f"a{i}" for i in range(3, WAITING + 3))}
+    assert {path.name for path in (door.post / "owners").iterdir()} == lying | {"a1"}
 
 
 @pytest.mark.parametrize("name", ["../roster.json", "a/b", "", ".x", "x" * 101])
@@ -221,6 +236,35 @@ def test_an_order_nobody_left_is_not_carried_out(tmp_path: Path, monkeypatch: py
     for told in ({"name": "a", "order": "0" * 64}, {"name": "b", "order": hashlib.sha256(b"").hexdigest() + "x"}):
         with pytest.raises(UserError, match="no such order"):
             deployed(None, told)  # type: ignore[arg-type]
+
+
+def test_a_name_is_its_first_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack: an order with the name of another's finished run and overwrite=true took its place."""
+    monkeypatch.setenv("FEDFUSE_POST", str(tmp_path / "post"))
+    monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
+    door = Operators(Inner(), tmp_path / "post", Audit(tmp_path / "post" / "audit.jsonl"))
+    everything = json.dumps({"config": "{", "name": "first", "nonce": "n" * 32}).encode()
+    told: dict[str, Any] = {"name": "first", "order": hashlib.sha256(everything).hexdigest()}
+
+    def left(who: str, name: str = "first") -> tuple[int, bytes]:
+        return ask(door, f"/fedfuse/orders/{name}", body=everything, who=certificate(who, "submit"))
+
+    assert left("ann") == (200, b'{"detail": "taken"}')
+    for _ in range(2):
+        status, said = left("sam")
+        assert (status, b"name=first: is a run of ann's; choose another" in said) == (400, True)
+        kept = tmp_path / "post" / "results" / "first.json"
+        if not kept.exists():
+            with pytest.raises(UserError, match="not JSON"):
+                deployed(None, told)  # type: ignore[arg-type]
+            before = kept.read_bytes()
+    assert not (tmp_path / "post" / "orders" / "first").exists()
+    with pytest.raises(UserError, match="no such order"):  # sam starts it once more: Flower shows its name and hash
+        deployed(None, told)  # type: ignore[arg-type]
+    assert kept.read_bytes() == before
+    assert left("ann")[0] == 200  # to resume it
+    kept.with_name("old.json").write_text("{}")  # of a server that kept no owners
+    assert left("sam", "old")[0] == 400
 
 
 def test_passwords_are_told_to_nobody_and_lie_in_files_of_ones_own(tmp_path: Path) -> None:
