@@ -18,11 +18,26 @@ from fedfuse.deploy.processes import flower, surroundings
 from fedfuse.errors import UserError, WorldError, one_line
 
 PATIENCE = 300  # seconds for a command that streams nothing
+ANSWER = 2**20  # bytes of an answer that is no file
+
+
+class Lost(WorldError):
+    """The server cannot be reached."""
 
 
 def no_ca(path: Path | None) -> str:
     """What to say where the CA's certificate is not there."""
     return f"{'--ca' if path is None else f'--ca {path}: no such file; it'} is needed unless --insecure is given"
+
+
+def _taken(got: Any, most: int) -> Iterator[bytes]:
+    """An answer, piece by piece, until it is longer than it may be."""
+    taken = 0
+    for part in got.iter_raw():
+        taken += len(part)
+        if taken > most:
+            raise WorldError(f"the server's answer has more than {most} bytes; no more of it was read")
+        yield part
 
 
 @dataclass(frozen=True)
@@ -69,15 +84,21 @@ class Link:
             )
         return self.ca, self.operator, secret(self.operator.with_suffix(".key"), "--operator")
 
-    def request(self, method: str, path: str, content: bytes = b"", into: Path | None = None) -> bytes | None:
+    def request(
+        self, method: str, path: str, content: bytes = b"", into: Path | None = None, most: int = ANSWER
+    ) -> bytes | None:
         """Ask the operators' door; what it answers, or None if it is not there. With `into`, to a file.
+
+        Bytes are taken as they come: what is compressed on the wire would grow here.
 
         Raises
         ------
         UserError
             If the server refuses.
-        WorldError
+        Lost
             If it cannot be reached.
+        WorldError
+            If it answers with more than `most` bytes.
         """
         import httpx
 
@@ -86,19 +107,24 @@ class Link:
         verify: Any = False if self.insecure else certified(*map(str, self._files()))
         url = f"http{'' if self.insecure else 's'}://{self.address}/fedfuse/{path}"
         try:
-            with httpx.Client(verify=verify, timeout=60) as client, client.stream(method, url, content=content) as got:
+            plain = {"accept-encoding": "identity"}
+            with (
+                httpx.Client(verify=verify, timeout=60, headers=plain) as client,
+                client.stream(method, url, content=content) as got,
+            ):
                 if got.status_code == httpx.codes.NOT_FOUND:
                     return None
                 if got.status_code != httpx.codes.OK:
-                    raise UserError(f"the server refuses: {one_line(got.read().decode(errors='replace'))}")
+                    raise UserError(
+                        f"the server refuses: {one_line(b''.join(_taken(got, ANSWER)).decode(errors='replace'))}"
+                    )
                 if into is None:
-                    return got.read()
+                    return b"".join(_taken(got, most))
                 with open(into, "wb") as file:
-                    for part in got.iter_bytes():
-                        file.write(part)
+                    file.writelines(_taken(got, most))
                 return b""
         except (httpx.HTTPError, ssl.SSLError) as error:
-            raise WorldError(f"the server at {self.address} cannot be asked: {one_line(error)}") from error
+            raise Lost(f"the server at {self.address} cannot be asked: {one_line(error)}") from error
 
     @contextmanager
     def home(self) -> Iterator[Path]:

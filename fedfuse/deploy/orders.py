@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import tarfile
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,6 +34,7 @@ from fedfuse.runs.remote import serve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**30  # bytes of a run directory that travels home
+FILES = 100_000  # of it
 
 
 def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
@@ -212,7 +215,8 @@ class Outcome:
         with replaced(archive, durable=True) as partial:
             pack(path, partial)
         with open(archive, "rb") as file:
-            self._tell({"outcome": "done", "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+            found = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": archive.stat().st_size}
+        self._tell({"outcome": "done", **found})
 
     def ended(self, how: str, error: BaseException) -> None:
         """The run is over without a result."""
@@ -233,26 +237,50 @@ def pack(path: Path, archive: Path) -> None:
                 content.add(file, arcname=str(inside), recursive=False)
 
 
+class _Sparing(gzip.GzipFile):
+    """Reads little at once: tarfile takes the longest header, which compresses to nothing, into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= 2**20:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
 def unpack(archive: Path, path: Path) -> None:
     """Write what `pack` packed; only plain files inside `path` are taken.
 
     Raises
     ------
     UserError
-        If it would write elsewhere, or more than `LARGEST` bytes.
+        If it would write elsewhere, or more than `FILES` files, `LARGEST` bytes or what the disk has room for.
+    WorldError
+        If it cannot be read or written: the disk's fault, or of names that no directory can have.
     """
     if path.is_symlink():
         raise UserError(f"out={path}: is a link; links are not followed here")
-    path.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, mode="r:gz") as content:
-        members = content.getmembers()
-        if sum(member.size for member in members) > LARGEST or not all(member.isreg() for member in members):
-            raise UserError(f"{archive.name}: is not the archive of a run directory")
-        inside = path.resolve()
-        if not all(inside in (inside / member.name).resolve().parents for member in members):
-            raise UserError(f"{archive.name}: would write outside {path}")
-        for member in members:  # tarfile's own filter of names came with Python 3.11.4
-            file = inside / member.name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "wb") as out:
-                shutil.copyfileobj(cast(Any, content.extractfile(member)), out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with _Sparing(archive) as plain, tarfile.open(fileobj=plain, mode="r:") as content:
+            _unpack(content, archive.name, path)
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        raise WorldError(f"{archive.name}: cannot be unpacked into {path} ({one_line(error)})") from error
+
+
+def _unpack(content: tarfile.TarFile, name: str, path: Path) -> None:
+    members: list[tarfile.TarInfo] = []
+    total, most = 0, min(LARGEST, shutil.disk_usage(path).free)
+    for member in content:
+        members.append(member)
+        total += member.size
+        if len(members) > FILES or total > most or not member.isreg():
+            raise UserError(f"{name}: is not the archive of a run directory")
+    inside = path.resolve()
+    places = [(inside / member.name).resolve() for member in members]
+    if not all(inside in place.parents for place in places):
+        raise UserError(f"{name}: would write outside {path}")
+    if inside / "order.json" in places:  # the operator's own, which a resume believes
+        raise UserError(f"{name}: is not the archive of a run directory")
+    for member, file in zip(members, places, strict=True):  # tarfile's own filter of names came with Python 3.11.4
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "wb") as out:
+            shutil.copyfileobj(cast(Any, content.extractfile(member)), out)

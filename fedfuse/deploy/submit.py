@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -19,8 +20,8 @@ from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
-from fedfuse.deploy.link import Link
-from fedfuse.deploy.orders import unpack, write_patience
+from fedfuse.deploy.link import Link, Lost
+from fedfuse.deploy.orders import LARGEST, unpack, write_patience
 from fedfuse.deploy.processes import surroundings
 from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line
 from fedfuse.network.exchange import Patience
@@ -156,21 +157,40 @@ def fetched(link: Link, name: str, nonce: str, out: Path) -> dict[str, Any] | No
     """
     try:
         answer = link.request("GET", f"results/{name}.json")
-    except WorldError:
-        return None  # the server was lost
-    said = json.loads(answer) if answer is not None else {}
+    except Lost:
+        return None
+    said = _read(answer, name) if answer is not None else {}
     if said.get("nonce") != nonce or said.get("name") != name:
         return None  # of another order, or of an earlier attempt
-    if said["outcome"] == "refused":
-        raise UserError(one_line(said["reason"], 2000))
-    if said["outcome"] != "done":
-        raise WorldError(one_line(said["reason"], 2000))
+    if said.get("outcome") == "refused":
+        raise UserError(one_line(said.get("reason"), 2000))
+    if said.get("outcome") != "done":
+        raise WorldError(one_line(said.get("reason"), 2000))
+    size, room = said.get("bytes"), shutil.disk_usage(tempfile.gettempdir()).free
+    if type(size) is not int or not 0 <= size <= min(room, LARGEST):
+        raise WorldError(f"{name}: the archive has {one_line(size, 30)} bytes; there is room for {min(room, LARGEST)}")
     with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
         archive = Path(folder) / f"{name}.tar.gz"
-        link.request("GET", f"results/{name}.tar.gz", into=archive)
+        link.request("GET", f"results/{name}.tar.gz", into=archive, most=size)
         with open(archive, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != said.get("sha256"):
                 raise WorldError(f"{name}: what came is not the run directory that the server told of")
         unpack(archive, out)
-    summary: dict[str, Any] = json.loads(read_text(out / "summary.json"))
-    return summary
+    return _read(read_text(out / "summary.json") if (out / "summary.json").is_file() else "", name)
+
+
+def _read(text: str | bytes, name: str) -> dict[str, Any]:
+    """An object that the server wrote.
+
+    Raises
+    ------
+    WorldError
+        If it is none.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WorldError(f"{name}: the server's answer is not JSON ({one_line(error)})") from error
+    if not isinstance(found, dict):
+        raise WorldError(f"{name}: the server's answer is no JSON object")
+    return found

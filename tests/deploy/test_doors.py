@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import hashlib
+import io
 import json
 import os
 import stat
 import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
@@ -161,7 +168,9 @@ def test_no_name_leaves_the_post(name: str, door: Operators) -> None:
 class Post(Link):
     """A link straight to a folder, as the operators' door reads it."""
 
-    def request(self, method: str, path: str, content: bytes = b"", into: Path | None = None) -> bytes | None:
+    def request(
+        self, method: str, path: str, content: bytes = b"", into: Path | None = None, most: int = 0
+    ) -> bytes | None:
         file = Path(self.address) / path
         if not file.exists():
             return None
@@ -206,9 +215,6 @@ def test_an_outcome_says_why(tmp_path: Path) -> None:
 
 
 def test_an_archive_writes_nothing_elsewhere(tmp_path: Path) -> None:
-    import io
-    import tarfile
-
     for member in ("../evil", "/evil", "link"):
         with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as content:
             info = tarfile.TarInfo(member)
@@ -227,6 +233,87 @@ def test_an_archive_writes_nothing_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a link"):
         unpack(tmp_path / "good.tar.gz", tmp_path / "linked")
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+class Bad(BaseHTTPRequestHandler):
+    """A server that has turned against its operators."""
+
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        status, headers, content = self.answers[self.path.rpartition(".")[2]]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for part in content:
+                self.wfile.write(part)
+
+
+@pytest.fixture
+def bad() -> Iterator[Link]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bad) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Link(f"127.0.0.1:{server.server_port}", insecure=True)
+        server.shutdown()
+
+
+def test_a_server_fills_neither_memory_nor_disk_of_an_operator(bad: Link, tmp_path: Path) -> None:
+    """The attack: 1 MB of gzip on the wire, 1 GB in the operator's memory and /tmp."""
+    said = {"nonce": "n", "name": "r", "outcome": "done", "sha256": "0", "bytes": 3 * 2**20}
+    packing, large = {"content-encoding": "gzip"}, [bytes(2**20)] * 4
+    zeros = [gzip.compress(bytes(2**24))] * 4
+    for json_answer, archive, why in (
+        ((200, {}, large), None, "more than 1048576 bytes"),
+        ((403, {}, large), None, "more than 1048576 bytes"),
+        ((200, packing, zeros), None, "is not JSON"),
+        ((200, {}, [b"{"]), None, "is not JSON"),
+        ((200, {}, [b"[" * 100_000]), None, "is not JSON"),
+        ((200, {}, [b"[1]"]), None, "is no JSON object"),
+        ((200, {}, [json.dumps({**said, "bytes": 2**60}).encode()]), None, f"has {2**60} bytes; there is room for"),
+        ((200, {}, [json.dumps({**said, "bytes": "x"}).encode()]), None, "has x bytes; there is room for"),
+        ((200, {}, [json.dumps(said).encode()]), (200, {}, large), "more than 3145728 bytes"),
+        ((200, {}, [json.dumps(said).encode()]), (200, packing, zeros), "is not the run directory that the server"),
+    ):
+        Bad.answers = {"json": json_answer, "gz": archive}
+        with pytest.raises(WorldError, match=why) as error:
+            fetched(bad, "r", "n", tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_no_directory_can_hold_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def archive(*members: tuple[str, bytes]) -> Path:
+        with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as content:
+            for name, text in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(text)
+                content.addfile(info, io.BytesIO(text))
+        return tmp_path / "a.tar.gz"
+
+    for members in (
+        (("a", b"x"), ("a/b", b"x")),
+        (("a/b", b"x"), ("a", b"x")),
+        (("n" * 300, b"x"),),
+        (("n" * 2**21, b""),),
+    ):
+        with pytest.raises(WorldError, match=r"\Aa\.tar\.gz: cannot be unpacked into [^\n]*\Z"):
+            unpack(archive(*members), tmp_path / "out")
+    for text in (b"", b"\x1f\x8b", archive(("a", bytes(2**20))).read_bytes()[:200]):
+        (tmp_path / "a.tar.gz").write_bytes(text)
+        with pytest.raises(WorldError, match="cannot be unpacked"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "torn")
+    monkeypatch.setattr("fedfuse.deploy.orders.FILES", 2)
+    for members in ((("order.json", b"{}"),), (("x/../order.json", b"{}"),), tuple((str(i), b"") for i in range(3))):
+        with pytest.raises(UserError, match="is not the archive of a run directory"):
+            unpack(archive(*members), tmp_path / "other")
+    unpack(archive(("a", b"x" * 2**21)), tmp_path / "other")
+    assert (tmp_path / "other" / "a").stat().st_size == 2**21
 
 
 def test_an_order_nobody_left_is_not_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
