@@ -37,6 +37,8 @@ class Policy:
         may ask for, counted as they are made, whatever a strategy calls them.
     max_runs : int or None
         Runs whose folders this site keeps at once; a new one is refused until some are deleted.
+    max_disk : int or None
+        MB that this site keeps for all runs together, its audit log included; then nothing more is answered.
     min_examples : int
         Least number of training examples this site joins with.
     max_held_out : float or None
@@ -63,6 +65,7 @@ class Policy:
     max_epochs: int | None = None
     max_steps: int | None = None
     max_runs: int | None = 1000
+    max_disk: int | None = 20480
     min_examples: int = 1
     max_held_out: float | None = None
     require_dp: bool = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +35,14 @@ from fedfuse.network.site_memory import SiteMemory
 from fedfuse.network.site_secrets import PREFIX, STEPS, SiteSecrets, fingerprint, refuse_bare
 from fedfuse.train.allowance import Allowance, limited
 from fedfuse.train.ledger import Ledger
-from fedfuse.wire.client_store import ClientStore
+from fedfuse.wire.client_store import ClientStore, room
 from fedfuse.wire.knowledge import Stale
 from fedfuse.wire.packing import packed, unpacked
 from fedfuse.wire.records import InvalidArrays
 
 RUN = re.compile(r"[0-9a-f]{32}")
 AT_HOME = "this site's data does not fit what the run asks of it; why, the site's own log says"
+REFUSALS = 100  # a day that a site's log tells one by one
 FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/'\",;:()]+/)+")  # that lead to a file or folder of this site's
 
 
@@ -74,9 +78,9 @@ class Site:
 
     def _refused(self, message: Message, reason: str) -> None:
         """Note a refusal, where the site has a folder already: strangers' messages make none."""
-        if self.seat.state.exists():
+        if self.seat.state.exists() and self.seat.store is None:  # Flower's simulator is no deployment
             setting: Any = message.content.config_records.get("setting", {}) if message.has_content() else {}
-            self._note("refused", message, one_line(setting.get("run", ""), 40), None, None, reason=one_line(reason))
+            self._note_failure("refused", message, one_line(setting.get("run", ""), 40), None, None, reason)
 
     def _error(self, code: int, reason: str, message: Message, at_home: bool = False) -> Message:
         reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log
@@ -97,7 +101,7 @@ class Site:
         run = str(setting.get("run", ""))
         if not RUN.fullmatch(run):
             raise Refused(f"run id {run[:40]!r} is not 32 hexadecimal digits")
-        self._room(run)  # nothing is read, and nothing kept in the cache, for one run too many
+        space = self._room(run)  # nothing is read, and nothing kept in the cache, for one run too many
         config, scenario = self._scenario(str(setting.get("config", "")), str(setting.get("task", "")))
         # nothing is written here for a run that the site does not take part in
         self._not_orphaned(self.seat.state / run, setting)
@@ -141,12 +145,12 @@ class Site:
             kind = "trainings" if training else "evaluations"
             phases = 1 + sum(name.startswith("fuse_") for name in dir(registry.entry(config.strategy.name).server))
             policy.check_answers(counted(folder / kind), phases if training else 1, kind)
-        with limited(Allowance(policy.max_epochs, policy.max_steps)):
+        with limited(Allowance(policy.max_epochs, policy.max_steps)), room(space):
             reply = memory.handle(message)
         if reply.has_error():
             reason = one_line(reply.error.reason)
             print(f"fedfuse: client {client}: {reason}", flush=True)
-            self._note("not done", message, run, config, round, reason=reason)
+            self._note_failure("not done", message, run, config, round, reason)
             return Message(Error(reply.error.code, self._outside(reason)), reply_to=message)
         if secret:
             reply = Message(held.hide(reply.content, config, about), reply_to=message)
@@ -156,6 +160,22 @@ class Site:
         self._note("answered", message, run, config, round, **left(content, reply.content))
         return Message(content, reply_to=message)
 
+    def _note_failure(
+        self, event: str, message: Message, run: str, config: Config | None, round: Any, reason: str
+    ) -> None:
+        """Note what was asked and not answered: so many a day, then their number alone, which the next day begins with.
+
+        A server can ask without end for what is refused, and the log may not be shortened.
+        """
+        path, today = self.seat.state / "refusals", int(time.time() // 86400)
+        day, count = map(int, path.read_text().split()) if path.exists() else (today, 0)
+        more = {"not_noted_before": count - REFUSALS} if day != today and count > REFUSALS else {}
+        count = count + 1 if day == today else 1
+        with replaced(path, durable=True) as partial:
+            partial.write_text(f"{today} {count}")
+        if count <= REFUSALS:
+            self._note(event, message, run, config, round, reason=one_line(reason), **more)
+
     def _note(self, event: str, message: Message, run: str, config: Config | None, round: Any, **what: Any) -> None:
         """Enter what was asked, and what left, into this site's log."""
         if self.seat.store is not None:  # Flower's simulator is no deployment
@@ -163,8 +183,11 @@ class Site:
         asked = one_line(message.metadata.message_type, 60)
         strategy = config.strategy.name if config is not None else None
         policy = hashlib.sha256(self.seat.policy.as_json().encode()).hexdigest()[:16]
-        log = Audit(self.seat.state.parent / NAME if self.seat.state.name == "runs" else self.seat.state / NAME)
-        log.add(event, run=run, asked=asked, strategy=strategy, round=round, policy=policy, **what)
+        Audit(self._log).add(event, run=run, asked=asked, strategy=strategy, round=round, policy=policy, **what)
+
+    @property
+    def _log(self) -> Path:
+        return self.seat.state.parent / NAME if self.seat.state.name == "runs" else self.seat.state / NAME
 
     def _node(self, config: Config, scenario: Scenario, folder: Path) -> Node:
         store = ClientStore(self.seat.store or folder, durable=self.seat.store is None)
@@ -179,13 +202,20 @@ class Site:
         whose = f"{self.seat.data}|{client if self.seat.clients is not None else ''}"
         return self.seat.state / "privacy" / f"{hashlib.sha256(whose.encode()).hexdigest()[:16]}.jsonl"
 
-    def _room(self, run: str) -> None:
-        """Refuse one more run than this site keeps folders of."""
+    def _room(self, run: str) -> int | None:
+        """Bytes that may be kept yet; refuse one run too many, and everything where the share of the disk is full."""
         state, most = self.seat.state, self.seat.policy.max_runs
         if most is not None and not (state / run).exists() and state.exists():
             there = sum(RUN.fullmatch(folder.name) is not None for folder in state.iterdir())
             if there >= most:
                 raise Refused(f"site policy: {there} runs are kept here; allowed: at most {most}")
+        share = self.seat.policy.max_disk
+        if share is None or self.seat.store is not None:  # Flower's simulator is no deployment
+            return None
+        space = share * 2**20 - kept_below(state) - (kept_below(self._log) if self._log.parent != state else 0)
+        if space <= 0:
+            raise Refused(f"site policy: no room for more than is kept here; allowed: at most {share} MB (max_disk)")
+        return space
 
     def _not_orphaned(self, folder: Path, setting: Mapping[str, Any]) -> None:
         """A server that was started again counts up; what an older one still sends is refused."""
@@ -240,6 +270,15 @@ class Site:
 
 class _AtHome(Refused):
     """What is wrong with the site's data: it names columns, classes and values, of which a server could ask for all."""
+
+
+def kept_below(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder; runs may be deleted meanwhile."""
+    total = 0
+    for file in [path] if path.is_file() else [Path(at, name) for at, _, names in os.walk(path) for name in names]:
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_size
+    return total
 
 
 def counted(path: Path) -> int:

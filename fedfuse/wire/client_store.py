@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedfuse.config.files import replaced
+from fedfuse.errors import Refused
 from fedfuse.wire.knowledge import Stale
 from fedfuse.wire.records import Arrays, flatten, plain_record, sha, unflatten
 
@@ -19,6 +22,19 @@ INITIAL = "0"  # the tag of a client that has committed nothing yet
 
 class Torn(Exception):
     """A file does not hold what was written: its disk lost a part of it."""
+
+
+_left: ContextVar[list[int] | None] = ContextVar("left", default=None)
+
+
+@contextmanager
+def room(left: int | None) -> Iterator[None]:
+    """Let no more bytes of tensors be written while this lasts; None is no limit."""
+    token = _left.set(None if left is None else [left])
+    try:
+        yield
+    finally:
+        _left.reset(token)
 
 
 def write_tree(path: Path, tree: dict[str, Any], durable: bool = False, **notes: str) -> None:
@@ -41,7 +57,13 @@ def write_arrays(path: Path, arrays: Arrays, durable: bool = False, notes: Mappi
     ------
     OSError
         If the disk is full or not writable.
+    Refused
+        If there is no `room`.
     """
+    if (left := _left.get()) is not None:
+        left[0] -= sum(value.nbytes for value in arrays.values())
+        if left[0] < 0:
+            raise Refused("site policy: what this run would keep here is more than max_disk leaves room for")
     with replaced(path, durable) as partial:
         save_file(
             {k: v.detach().cpu().contiguous().clone() for k, v in arrays.items()}, partial, metadata=dict(notes or {})

@@ -6,6 +6,7 @@ import json
 import uuid
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.errors import Refused, UserError, WorldError
+from fedfuse.network.audit import NAME, Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from, read_policy
-from fedfuse.network.site import Site, SiteConfig
+from fedfuse.network.site import REFUSALS, Site, SiteConfig, kept_below
 from fedfuse.train.allowance import Allowance, limited, passes
 from fedfuse.train.ledger import Ledger, Limits, entered
 from tests.deploy.network import Network, run, seats, tiny
@@ -267,6 +269,43 @@ def test_a_refused_run_leaves_no_folder_and_runs_have_a_quota(tmp_path: Path) ->
         run(tiny("fedavg", "seed=1"), network, tmp_path / "two", Patience(join=0.2))
 
 
+@pytest.mark.parametrize("strategy", ["local", "fedavg"])
+def test_a_server_fills_no_more_than_a_sites_share_of_its_disk(strategy: str, tmp_path: Path) -> None:
+    """The attack: few runs within `max_runs`, each of a model as large as the server likes."""
+    words = (strategy, "model=mlp_wide", "model.width=4", "clients=1", "rounds=1", "train.max_steps=1")
+    seat = replace(seats(tmp_path, 1)[0], policy=Policy(max_disk=20))
+    network, said, most = Network([seat]), list[str](), 0
+    for i in range(6):
+        try:
+            run(tiny(*words, f"seed={i}"), network, tmp_path / f"run-{i}", Patience(join=0.2))
+        except WorldError as error:
+            said.append(str(error))
+        most = max(most, kept_below(seat.state))
+    assert len(said) >= 3
+    assert all("max_disk" in line for line in said), said
+    assert 2**20 < most < 21 * 2**20
+    (seat.state / "of-another-run").write_bytes(bytes(21 * 2**20))
+    before = kept_below(seat.state)
+    with pytest.raises(WorldError, match="no room for more than is kept here; allowed: at most 20 MB"):
+        run(tiny(*words, "seed=9"), network, tmp_path / "run-9", Patience(join=0.2))
+    assert kept_below(seat.state) < before + 5000
+
+
+def test_refusals_do_not_fill_a_sites_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server asks without end for what is refused: a hundred a day are told, then how many there were."""
+    seat, days = seats(tmp_path, 1)[0], 20_000
+    seat.state.mkdir()
+    monkeypatch.setattr("fedfuse.network.site.time", SimpleNamespace(time=lambda: days * 86400.0))
+    for _ in range(REFUSALS + 50):
+        setting = ConfigRecord({"config": "{", "run": "ab" * 16, "attempt": 1, "task": ""})
+        assert Site(seat).handle(Message(RecordDict({"setting": setting}), 100, "query.hello")).has_error()
+    assert len(Audit(seat.state / NAME).verify()[0]) == REFUSALS
+    days += 1
+    Site(seat).handle(Message(RecordDict(), 100, "query.hello"))
+    last = Audit(seat.state / NAME).verify()[0][-1]
+    assert (last["event"], last["not_noted_before"]) == ("refused", 50)
+
+
 def test_a_policy_file_with_limits_is_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(
@@ -327,8 +366,9 @@ def test_rounds_answers_and_examples_to_the_last_one() -> None:
 def test_a_site_that_says_nothing_runs_no_code_and_joins_everything_else() -> None:
     plain = Policy()
     assert plain == Policy(
-        None, None, None, None, None, max_runs=1000, min_examples=1, max_held_out=None, require_dp=False,
-        require_secure=False, max_epsilon=None, max_delta=None, min_noise=None, select=None, allow_code=False,
+        None, None, None, None, None, max_runs=1000, max_disk=20480, min_examples=1, max_held_out=None,
+        require_dp=False, require_secure=False, max_epsilon=None, max_delta=None, min_noise=None, select=None,
+        allow_code=False,
     )  # fmt: skip
     plain.check(compose(["strategy=fedavg"]))
     plain.check_round(10**9)
@@ -357,6 +397,7 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
         ("data", [None, ["npz"]], ["npz", [1, "npz"]]),
         ("max_rounds", [None, 0, 3], [-1, 1.0, True, "3"]),
         ("max_runs", [None, 0], [False, -2]),
+        ("max_disk", [None, 5], [False, -2, 0.5]),
         ("max_epsilon", [None, 8, 0.5], [0, -1, float("inf"), True, "8"]),
         ("max_held_out", [None, 0.3], [0, -0.1, True, "0.3"]),
         ("require_dp", [True, False], [None, 1, "true"]),
