@@ -56,7 +56,7 @@ def _become(command: str, words: list[str], entry: Callable[[], None]) -> int:
         if node and end.code:
             print(
                 "fedfuse: the server did not take this node; its key must be registered there and not revoked "
-                "(fedfuse deploy register KEY.pub)",
+                "(fedfuse deploy register NAME.request), nor in use by another node that is running",
                 flush=True,
             )
         return int(end.code or 0) if isinstance(end.code, int | None) else 1

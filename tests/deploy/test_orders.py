@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,43 @@ def test_a_run_directory_travels_as_an_archive(tmp_path: Path) -> None:
     found = sorted(str(p.relative_to(tmp_path / "back")) for p in (tmp_path / "back").rglob("*") if p.is_file())
     assert found == ["final/model", "summary.json"]
     assert (tmp_path / "back/final/model").read_bytes() == bytes(range(256)) * 100
+
+
+def test_a_node_that_is_turned_away_is_told_that_its_key_may_be_in_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flower says the same of a key that is not registered and of one that another node has."""
+    from fedfuse.deploy.launch import _become
+
+    def turned_away() -> None:
+        raise SystemExit(305)
+
+    monkeypatch.setattr("fedfuse.deploy.launch.in_one_line", lambda: None)
+    monkeypatch.setattr("sys.argv", [])
+    assert _become("flower-supernode", ["--superlink", "x:1"], turned_away) == 305
+    said = capsys.readouterr().out
+    assert "must be registered there and not revoked" in said
+    assert "nor in use by another node" in said
+
+
+def test_an_executor_ends_with_its_parent_though_nobody_waits_for_that() -> None:
+    """As in a container whose first process waits for none: to Flower's monitor the parent is there for ever."""
+    ours = """
+import os, signal
+from fedfuse.deploy.executor import end_with
+signal.alarm(120)  # this test fails then
+print("ready", flush=True)
+end_with(os.getppid(), lambda: print("over", flush=True), 0)
+"""
+    words = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {ours!r}]); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.stdin.close()
+        assert parent.stdout.read() == "over\n"
 
 
 def test_a_node_tries_on_when_a_connection_ends_within_tls(monkeypatch: pytest.MonkeyPatch) -> None:
