@@ -88,6 +88,8 @@ def _rules(config: Config) -> list[Rule]:
         config.distil,
         ", ".join(WORDS["train.optimizer"]),
     )
+    least = 1e-3 if privacy.by_example else 0.0  # far above the 1e-6 by which norms are lengthened, and what rounds off
+    short = "more than 0 (privacy.level=example: at least 0.001)"
     rules: list[Rule] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
@@ -112,7 +114,7 @@ def _rules(config: Config) -> list[Rule]:
         ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),
         ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "between 0 and 1"),
         ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
-        ("privacy.clip", privacy.clip, 0 < privacy.clip < float("inf"), "more than 0"),
+        ("privacy.clip", privacy.clip, least <= privacy.clip < float("inf") and privacy.clip > 0, short),
     ]
     exact = train.precision == "float32" or not privacy.by_example
     clip, needed = config.secure.clipping_range, config.secure.reconstruction_threshold

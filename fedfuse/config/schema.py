@@ -370,7 +370,7 @@ class PrivacyConfig:
     )
     clipping: str = key(
         "ghost",
-        "ghost (norms first, a second pass) | plain (a gradient for each example)",
+        "ghost (norms first, a second pass) | plain (a gradient for each example; so at sites that require privacy)",
         only="privacy.epsilon with privacy.level=example or privacy.noise with privacy.level=example",
     )
     noise: float | None = key(None, "σ, noise's deviation over C; null: the least that `epsilon` allows")
@@ -381,7 +381,7 @@ class PrivacyConfig:
     )
     chunk: int | None = key(
         None,
-        "examples whose gradients are held at once; null: the whole batch",
+        "examples whose gradients are held at once; null: the whole batch, and with plain clipping what 1 GiB holds",
         only="privacy.epsilon with privacy.level=example or privacy.noise with privacy.level=example",
     )
 

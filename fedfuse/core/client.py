@@ -417,6 +417,8 @@ class FusionClient:
                 self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
                 seed_parts=moment, rate_of=rate_of, **options,
             )  # fmt: skip
+            if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+                raise UserError(f"client {self.client}: what it trained privately is not finite, and stays with it")
             return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
 
     def _keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

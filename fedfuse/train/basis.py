@@ -9,6 +9,7 @@ matrix is there at a time, and none where thin factors say the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -148,6 +149,8 @@ def gradients(
         for batch in rows.split(batch_size):
             found = torch.autograd.grad(loss(batch) * len(batch), weights, allow_unused=True)
             norm = torch.stack([g.double().norm() for g in found if g is not None]).norm().item() if clip else 0.0
+            if clip and not math.isfinite(norm):
+                continue  # 0 times infinity is none, and a sum that is none would tell of one example
             factor = min(1.0, clip / norm) if clip and norm > 0 else 1.0
             for kept, grad in zip(total, found, strict=True):
                 if grad is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedfuse.compat.opacus_clipping import HELD, ghost_sum, hooks_on, plain_sum
 from fedfuse.compat.opacus_noise import noised_by
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
@@ -79,7 +80,8 @@ def private_notes(start: str, deployed: bool, tokens: bool = False, spent: Seque
     """
     most = [f"dp: epsilon {max(spent):.4g} at most, of the client who spent most, at its delta"] if spent else []
     unit = ["dp: an example is one row of tokens; a text that was cut into windows is several, and protected less"]
-    noise = "from each site's own entropy" if deployed else "seeded, so that whoever knows the seed can take it off"
+    own = "from each site's own entropy; sites that require privacy clip plain, whatever privacy.clipping says"
+    noise = own if deployed else "seeded, so that whoever knows the seed can take it off"
     return [
         f"dp: noise is {noise}",
         f"dp: the start is {start}",
@@ -247,8 +249,7 @@ def train(
     UserError
         If Opacus cannot give gradients by example of this model.
     """
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping  # takes sums that are clipped already
 
     noise, rate, steps = release
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
@@ -258,7 +259,7 @@ def train(
             group["lr"] = lr
     ghost = privacy.clipping == "ghost"
     passes(steps * rate)
-    kind: type[Any] = DPOptimizerFastGradientClipping if ghost else DPOptimizer
+    kind: type[Any] = DPOptimizerFastGradientClipping
     drawn_here = isinstance(noising, Keystream) or x.is_cuda  # a generator of the CPU's draws for no other device
     if drawn_here:
         kind = noised_by(kind, lambda like, deviation: gaussian(like, deviation, noising))
@@ -269,6 +270,11 @@ def train(
         expected_batch_size=rate * len(x),  # type: ignore[arg-type]
         generator=None if drawn_here else noising,
     )
+    held = privacy.chunk or (len(x) if ghost else max(1, HELD // sum(p.numel() for p in chosen)))
+
+    def losses(inputs: Tensor, labels: Tensor) -> Tensor:
+        return task_losses(model(inputs), labels)
+
     training.training_mode(model)
     passed = 0
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens, and data, need no gradient
@@ -280,18 +286,18 @@ def train(
                 put(step, steps)
                 rows = drawn(len(x), rate, sampling).to(x.device)
                 passed += len(rows)
-                chunks = rows.split(privacy.chunk or max(1, len(rows))) if len(rows) else (rows,)
+                chunks = rows.split(held) if len(rows) else (rows,)
                 for i, part in enumerate(chunks):
                     wrapped.zero_grad()
                     if len(part):
                         labels, texts = trimmed(y[part], x[part])
-                        losses = task_losses(model(texts), labels)
-                        value: Any = DPTensorFastGradientClipping(hooks, wrapped, losses) if ghost else losses.mean()
-                        value.backward()
+                        if ghost:
+                            ghost_sum(losses, hooks, chosen, texts, labels, privacy.clip)
+                        else:
+                            plain_sum(losses, chosen, texts, labels, privacy.clip)
                     else:  # nobody was drawn: the step is noise alone
                         for p in chosen:
                             p.grad = torch.zeros_like(p)
-                            p.grad_sample = p.new_zeros(0, *p.shape)  # type: ignore[attr-defined]
                     wrapped.signal_skip_step(i + 1 < len(chunks))
                     wrapped.pre_step()
                 if after_backward is not None:
@@ -308,11 +314,7 @@ def train(
 @contextlib.contextmanager
 def _by_example(model: nn.Module, privacy: PrivacyConfig) -> Iterator[Any]:
     """Opacus's hooks on a model, which find gradients by example; nothing of them is left behind."""
-    from opacus.grad_sample.utils import get_hooks_class
-
-    ghost = privacy.clipping == "ghost"
-    more = {"max_grad_norm": privacy.clip} if ghost else {}
-    hooks = get_hooks_class("ghost" if ghost else "hooks")(model, **more)
+    hooks = hooks_on(model, privacy.clipping == "ghost")
     try:
         yield hooks
     finally:

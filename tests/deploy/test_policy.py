@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedfuse.compat import opacus_clipping
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
@@ -21,6 +22,7 @@ from fedfuse.network.audit import NAME, Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from, read_policy
 from fedfuse.network.site import REFUSALS, Site, SiteConfig, kept_below
+from fedfuse.train import privacy
 from fedfuse.train.allowance import Allowance, limited, passes
 from fedfuse.train.ledger import Ledger, Limits, entered
 from tests.deploy.network import Network, run, seats, tiny
@@ -97,6 +99,25 @@ def test_columns_are_the_sites_choice_where_privacy_is_required(key: str) -> Non
         Policy(require_dp=True).check(config)
     Policy().check(config)
     Policy(require_dp=True, select={"name": "csv"}).check(config)
+
+
+def test_a_site_that_requires_privacy_clips_plain_and_not_as_short_as_a_server_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def plain_sum(*given: Any) -> None:
+        seen.append("plain")
+        opacus_clipping.plain_sum(*given)
+
+    monkeypatch.setattr(privacy, "plain_sum", plain_sum)
+    run(tiny("fedavg", *DP), under(Policy(require_dp=True), tmp_path), tmp_path / "run")
+    assert seen
+    text = as_json(tiny("fedavg", *DP)).replace('"clip": 1.0', '"clip": 1e-6')
+    setting = ConfigRecord({"config": text, "run": "0" * 32, "attempt": 1, "task": ""})
+    site = Site(replace(seats(tmp_path, 3)[0], policy=Policy(require_dp=True)))
+    reply = site.handle(Message(RecordDict({"setting": setting}), 100, "query.hello"))
+    assert "privacy.clip=1e-06: allowed is more than 0 (privacy.level=example: at least 0.001)" in reply.error.reason
 
 
 def test_a_ledger_survives_a_loss_of_power(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ The five defects of the released private code (fed_lora.md §1.4) are caught by 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import sys
 
 import numpy as np
@@ -87,6 +89,117 @@ def test_a_step_clips_every_example_over_all_that_is_trained(clipping, chunk, la
         assert torch.equal(net.get_parameter(name), value)
     assert "head.weight" in want
     assert not any(hasattr(p, "grad_sample") for p in net.parameters())
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1)
+
+
+def network(kind: str) -> tuple[nn.Sequential, torch.Tensor]:
+    """A small model and four rows for it."""
+    torch.manual_seed(0)
+    if kind == "tokens":
+        layers = [nn.Embedding(9, 6), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), Mean(), nn.Linear(8, 3)]
+        return nn.Sequential(*layers), torch.randint(0, 9, (4, 5))
+    if kind == "images":
+        layers = [nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3)]
+        return nn.Sequential(*layers), torch.rand(4, 1, 6, 6)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(4, 6)
+
+
+def summed(net: nn.Module, x: torch.Tensor, y: torch.Tensor, clip: float, clipping: str) -> torch.Tensor:
+    """What a step adds up of all rows, next to no noise on it."""
+    seen: list[torch.Tensor] = []
+
+    def look(net: nn.Module) -> None:
+        seen.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]) * len(x))
+
+    train(net, x, y, TrainConfig(lr=0.0, momentum=0.0), PrivacyConfig(noise=1.0, clip=clip, clipping=clipping),
+          (1e-30, 1.0, 1), torch.Generator().manual_seed(0), torch.Generator(), after_backward=look)  # fmt: skip
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", ["features", "tokens", "images"])
+@pytest.mark.parametrize("clipping", ["ghost", "plain"])
+def test_no_weights_make_an_example_add_more_than_it_may(clipping: str, kind: str) -> None:
+    scales = (1e-30, 1e-18, 1.0, 1e18, 1e30)
+    net, x = network(kind)
+    start, y = copy.deepcopy(net.state_dict()), torch.tensor([0, 1, 2, 1])
+    trained = [name for name, module in net.named_children() if list(module.parameters())]
+    worst = 0.0
+    for clip in (1e-3, 1.0):
+        for first, last in itertools.product(scales, scales):
+            for bias in (0.0, 1e18):
+                state = copy.deepcopy(start)
+                for name, value in state.items():
+                    value *= first if name.startswith(trained[0]) else last if name.startswith(trained[-1]) else 1.0
+                for name in trained[:-1]:
+                    if f"{name}.bias" in state:
+                        state[f"{name}.bias"] += bias
+                state[f"{trained[-1]}.bias"][0] += 52.0 if bias else 0.0
+                net.load_state_dict(state)
+                with_it, without = (summed(net, x[i:], y[i:], clip, clipping) for i in (0, 1))
+                worst = max(worst, float((with_it - without).norm()) / clip)
+                assert worst <= 1.001, (clip, first, last, bias)
+    assert worst > 0.9
+
+
+@pytest.mark.parametrize("clipping", ["ghost", "plain"])
+def test_squares_that_vanish_in_float32_hide_no_gradient(clipping: str) -> None:
+    """The attack of an audit: activations of 1e18 and slopes of 1e-23, and an example added a thousandfold."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1000))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        net[0].bias[:], net[1].bias[0] = 8e18, 52.08
+    found = summed(net, torch.ones(1, 2), torch.tensor([0]), 1e-3, clipping).norm()
+    assert 0.9e-3 < found <= 1.001e-3
+
+
+def test_what_cancels_in_one_pass_and_not_in_the_next_is_why_sites_that_require_privacy_clip_plain() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        net[1].weight[:, 0] = torch.tensor([5, -3]) * 2.0**50  # 5 · 3δ - 3 · 5δ is 0 of δ = 1, and of some shares of it
+        net[2].weight[0] = torch.tensor([3.0, 5.0])
+        net[2].bias[0] = 200.0  # δ = 1 and -1
+    x, y, clips = torch.ones(1, 2), torch.tensor([1]), (1.0, 0.9, 0.8, 0.7)
+    added = {c: [float(summed(net, x, y, clip, c).norm()) / clip for clip in clips] for c in ("plain", "ghost")}
+    assert max(added["plain"]) <= 1.001
+    assert max(added["ghost"]) > 1000
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("clipping", ["ghost", "plain"])
+def test_an_example_without_a_finite_gradient_adds_nothing(clipping: str, rows: int) -> None:
+    """The attack of an audit: weights that overflow only beyond a threshold made the noised sum a yes or no."""
+    net, x = network("features")
+    y = torch.tensor([0, 1, 2, 1])
+    with torch.no_grad():
+        net[0].weight[0, 0], net[2].weight[:, 0] = 3e38, 1e30
+    x[:, 0] = 0.0
+    without = summed(net, x[1:], y[1:], 1.0, clipping)
+    x[0, 0] = 2.0  # overflows
+    assert not task_losses(net(x), y)[0].isfinite()
+    found = summed(net, x[:rows], y[:rows], 1.0, clipping)
+    assert torch.allclose(found, without if rows == 4 else torch.zeros_like(found), atol=1e-7)
+
+
+def test_a_basis_takes_no_gradient_that_is_not_finite() -> None:
+    from fedfuse.train.basis import gradients
+
+    net = model()
+    x, y = data()
+    rows = torch.arange(3)
+    x[1] = math.inf
+    found, alone = (
+        gradients(net, lambda i: task_loss(net(x[i]), y[i]), chosen, 1, 0.5) for chosen in (rows, rows[::2])
+    )
+    for name, value in alone.items():
+        assert torch.equal(found[name], value)
+        assert value.any()
 
 
 @pytest.mark.parametrize("clipping", ["ghost", "plain"])
