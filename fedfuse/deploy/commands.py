@@ -223,7 +223,10 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         client, clients = _partition(args.partition)
     elif args.data is None:
         raise UserError("--client-id needs --data, the folder of this site's own data")
-    seat = SiteConfig(client, args.state_dir, clients, args.data, read_policy(args.policy), device=args.device)
+    policy = read_policy(args.policy)
+    if clients is None:
+        _ = policy.classes  # what it lacks is said before anybody asks
+    seat = SiteConfig(client, args.state_dir, clients, args.data, policy, device=args.device)
     return run_node(
         seat,
         server=args.server,

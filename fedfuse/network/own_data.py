@@ -32,7 +32,9 @@ def task_of(scenario: Scenario) -> str:
     )
 
 
-def site_scenario(config: Config, client: int, clients: int, task: str) -> Scenario:
+def site_scenario(
+    config: Config, client: int, clients: int, task: str, stated: Sequence[str] | None = None
+) -> Scenario:
     """A scenario in which only this site's client has examples: all rows of `data.root`, cut as a simulation cuts.
 
     Parameters
@@ -41,6 +43,8 @@ def site_scenario(config: Config, client: int, clients: int, task: str) -> Scena
         With the site's own `data.root`.
     task : str
         What `task_of` wrote at the server.
+    stated : sequence of str, optional
+        Classes that the site says its labels may have; the task is compared with them in place of the rows.
 
     Raises
     ------
@@ -54,8 +58,10 @@ def site_scenario(config: Config, client: int, clients: int, task: str) -> Scena
     own = load(data)
     if own.provided is not None:
         raise Refused(f"data={own.name} comes partitioned into clients; a site is one client")
-    unknown = sorted(set(own.classes) - set(about["classes"]))
-    if unknown:
+    said = own.classes if stated is None or own.next_token else stated  # tokens' classes are a vocabulary, not rows'
+    if foreign := sorted(set(own.classes) - set(said)):
+        raise UserError(f"class {foreign[0]!r} of this site's data is not one of the classes of its [select]")
+    if unknown := sorted(set(said) - set(about["classes"])):
         raise UserError(f"class {unknown[0]!r} of this site's data is not one of the task's {len(about['classes'])}")
     codes = np.array([about["classes"].index(name) for name in own.classes], dtype=np.int64)
     train = dataclasses.replace(own.train, targets=codes[own.train.targets], groups=None)

@@ -14,7 +14,7 @@ from fedfuse.config.schema import Config, DataConfig
 from fedfuse.errors import Refused, UserError, nearest
 from fedfuse.train.ledger import Limits
 
-SELECTED = frozenset({"name", "layout", "inputs", "targets", "groups", "extra"})
+SELECTED = frozenset({"name", "layout", "inputs", "targets", "groups", "extra", "classes"})
 SPARE = 50  # trainings or evaluations of a run that may be asked for again: replies are lost, servers and nodes killed
 
 
@@ -53,7 +53,8 @@ class Policy:
         without one, at a run's own δ and 10⁻⁵ at most; largest δ of a run; least noise multiplier σ.
     select : dict or None
         What of this site's data is used, in place of what a run says: `name`, `layout`, `inputs`, `targets`, `groups`,
-        `extra`.
+        `extra`; and `classes`, the names that its labels may have, whether they occur or not: a run's task has to
+        have them all, so that no task asks for one. Needed with `require_dp` where a site has data of its own.
     allow_code : bool
         Let a run name Python callables or files of this site (`model.build`, `data.load`, `loss.build`,
         `model.checkpoint`). Only for runs of people who may run code here anyway.
@@ -149,7 +150,22 @@ class Policy:
         if self.select is None:
             return data
         plain: dict[str, Any] = dict.fromkeys(("inputs", "targets", "groups"))
-        return replace(data, **{**plain, "layout": "builtin", "extra": {}, **self.select}, load=None, hub=None)
+        chosen = {key: value for key, value in self.select.items() if key != "classes"}
+        return replace(data, **{**plain, "layout": "builtin", "extra": {}, **chosen}, load=None, hub=None)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Classes that the labels of this site's own data may have, as the site says.
+
+        Raises
+        ------
+        UserError
+            If privacy is required and the site says none: a task could ask for what its rows have.
+        """
+        said = (self.select or {}).get("classes")
+        if said is None and self.require_dp:
+            raise UserError("site policy: require_dp needs classes = [...] in [select], all that labels here may be")
+        return None if said is None else tuple(said)
 
     @property
     def limits(self) -> Limits:
@@ -190,6 +206,8 @@ def policy_from(values: dict[str, Any], where: str) -> Policy:
         elif key == "select":
             good = value is None or (isinstance(value, dict) and set(value) <= SELECTED)
             good = good and (value is None or isinstance(value.get("extra", {}), dict))
+            named = value.get("classes") if good and value is not None else None
+            good = good and (named is None or (isinstance(named, list) and all(isinstance(v, str) for v in named)))
             allowed = f"a table of {', '.join(sorted(SELECTED))}"
         elif key in ("max_epsilon", "max_delta", "min_noise", "max_held_out"):
             number = isinstance(value, int | float) and not isinstance(value, bool)

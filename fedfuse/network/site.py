@@ -254,7 +254,9 @@ class Site:
                 raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")
             try:
                 if task:
-                    scenario = site_scenario(config, self.seat.client, config.clients or 0, task)
+                    scenario = site_scenario(
+                        config, self.seat.client, config.clients or 0, task, self.seat.policy.classes
+                    )
                 else:
                     scenario = prepare_scenario(config)
             except UserError as error:

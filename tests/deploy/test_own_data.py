@@ -17,6 +17,7 @@ from fedfuse.config.schema import Config
 from fedfuse.data.read_digits import digits
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.exchange import Patience
+from fedfuse.network.policy import Policy
 from fedfuse.network.site import AT_HOME, Site, SiteConfig
 from tests.deploy import network
 from tests.deploy.network import Network
@@ -95,6 +96,43 @@ def test_no_refusal_quotes_a_sites_data(
     assert reply.error.reason == f"refused: {AT_HOME}"
     said = capsys.readouterr().out
     assert "Alice" in said or "inputs, label, name" in said
+
+
+def test_a_task_is_compared_with_the_classes_that_a_site_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attack of an audit: of two tasks, the one without a label was refused only where a row had it."""
+    config = compose(["data=csv", "clients=2", "rounds=1", "model=mlp_small", "strategy=fedavg", "privacy.epsilon=1"])
+
+    def heard(where: str, labels: list[str], classes: list[str] | None, *task: str) -> str:
+        folder = tmp_path / where
+        folder.mkdir(exist_ok=True)
+        (folder / "all.csv").write_text("\n".join(["a,label", *(f"0.{i},{label}" for i, label in enumerate(labels))]))
+        select = {"name": "csv", "inputs": "a", "targets": "label"} | ({} if classes is None else {"classes": classes})
+        told = json.dumps({"classes": task, "mean": None, "std": None, "transfer": 0, "vocabulary": None})
+        setting = ConfigRecord({"config": as_json(config), "run": "0" * 32, "attempt": 1, "task": told})
+        seat = SiteConfig(0, tmp_path / "site", None, str(folder), Policy(require_dp=True, select=select))
+        reply = Site(seat).handle(Message(RecordDict({"setting": setting}), 100, "query.hello"))
+        return reply.error.reason if reply.has_error() else "taken"
+
+    stated, rare = ["healthy", "flu", "hiv"], [*["healthy", "flu"] * 20, "hiv"]
+    for labels in (rare, rare[:-1]):
+        assert heard("data", labels, stated, "healthy", "flu") == f"refused: {AT_HOME}"
+        assert "class 'hiv' of this site's data is not one of the task's 2" in capsys.readouterr().out
+        assert heard("data", labels, stated, "healthy", "flu", "hiv", "cold") == "taken"
+        assert heard("data", labels, None, "healthy", "flu", "hiv") == f"refused: {AT_HOME}"
+        assert "require_dp needs classes = [...] in [select]" in capsys.readouterr().out
+    assert heard("data", rare, stated[:-1], "healthy", "flu", "hiv") == f"refused: {AT_HOME}"
+    assert "class 'hiv' of this site's data is not one of the classes of its [select]" in capsys.readouterr().out
+
+
+def test_a_node_without_the_classes_that_its_policy_needs_does_not_start(tmp_path: Path) -> None:
+    from fedfuse.deploy.commands import main
+
+    (tmp_path / "policy.toml").write_text('require_dp = true\n[select]\nname = "npz"\n')
+    words = ["node", "--server", "x:1", "--insecure", "--client-id", "0", "--data", str(tmp_path)]
+    with pytest.raises(UserError, match="require_dp needs classes"):
+        main([*words, "--state-dir", str(tmp_path / "s"), "--policy", str(tmp_path / "policy.toml")])
 
 
 HELLOS: dict[str, Any] = {

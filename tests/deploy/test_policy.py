@@ -405,7 +405,7 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
     said = compose(["strategy=fedavg", "data=npz", "+data.extra.train=secret"]).data
     said.inputs, said.targets, said.groups, said.load, said.hub = "a", "b", "c", "m:f", "x/y"
     assert Policy().selected(said) is said
-    found = Policy(select={"name": "csv", "targets": "label"}).selected(said)
+    found = Policy(select={"name": "csv", "targets": "label", "classes": ["a"]}).selected(said)
     assert (found.name, found.layout) == ("csv", "builtin")
     assert (found.inputs, found.targets, found.groups) == (None, "label", None)
     assert (found.extra, found.load, found.hub, found.root) == ({}, None, None, said.root)
@@ -430,9 +430,16 @@ def test_what_a_site_selects_takes_the_place_of_all_that_an_order_says() -> None
                 None,
                 {},
                 {"name": "npz", "extra": {"a": 1}},
-                {**dict.fromkeys(("name", "layout", "inputs", "groups", "targets"), ""), "extra": {}},  # all there are
+                {**dict.fromkeys(("name", "layout", "inputs", "groups", "targets"), ""), "extra": {}, "classes": ["a"]},
             ],
-            [{"root": "/"}, {"name": "npz", "load": "m:f"}, {"extra": "t"}, ["name"]],
+            [
+                {"root": "/"},
+                {"classes": "a"},
+                {"classes": [1]},
+                {"name": "npz", "load": "m:f"},
+                {"extra": "t"},
+                ["name"],
+            ],
         ),
     ],
 )
