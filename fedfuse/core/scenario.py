@@ -12,6 +12,7 @@ from fedfuse.compat.torch_draws import first_of_permutation
 from fedfuse.config.idle import idle
 from fedfuse.config.schema import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
+from fedfuse.data.transfer import cut_transfer
 from fedfuse.seeding import generator
 
 
@@ -115,4 +116,8 @@ def settled(scenario: Scenario) -> Scenario:
         for name in sorted(set(scenario.architectures))
     ):
         return scenario
-    return replace(scenario, data=data.as_features())
+    found = data.as_features()
+    if found.transfer is not None and config.transfer.source == "noise":  # of features it is normal, whatever they are
+        cut = replace(config.transfer, size=len(found.transfer))
+        found = replace(found, transfer=cut_transfer(cut, found.dataset, config.seed)[0])
+    return replace(scenario, data=found)

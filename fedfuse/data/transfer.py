@@ -14,10 +14,17 @@ from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 
 
-def cut_transfer(config: TransferConfig, dataset: Dataset, seed: int) -> tuple[Examples | None, np.ndarray]:
+def cut_transfer(
+    config: TransferConfig, dataset: Dataset, seed: int, vocabulary: int | None = None
+) -> tuple[Examples | None, np.ndarray]:
     """Return the transfer set and the ids of the training rows that remain, ascending.
 
     The draw depends on the run's seed and the data alone, so that every strategy gets the same set.
+
+    Parameters
+    ----------
+    vocabulary : int, optional
+        Whole numbers of noise are below it; by default, as large as those of the data.
 
     Raises
     ------
@@ -42,7 +49,7 @@ def cut_transfer(config: TransferConfig, dataset: Dataset, seed: int) -> tuple[E
         return None, everything
     rng = numpy_generator(seed, "transfer", config.source)
     if config.source == "noise":
-        chosen = _noise(config, dataset, size, rng)
+        chosen = _noise(config, dataset, size, rng, vocabulary or vocabulary_of(dataset))
         rest = everything
     elif config.source == "holdout":
         if size >= count:
@@ -57,13 +64,20 @@ def cut_transfer(config: TransferConfig, dataset: Dataset, seed: int) -> tuple[E
     return dataclasses.replace(chosen, targets=targets, groups=None), rest
 
 
-def _noise(config: TransferConfig, dataset: Dataset, size: int, rng: np.random.Generator) -> Examples:
+def vocabulary_of(dataset: Dataset) -> int | None:
+    """One more than the largest whole number of the training rows; None of what is not tokens."""
+    return int(dataset.train.inputs.max()) + 1 if dataset.kind == "tokens" else None
+
+
+def _noise(
+    config: TransferConfig, dataset: Dataset, size: int, rng: np.random.Generator, vocabulary: int | None
+) -> Examples:
     if config.labelled:
         raise UserError("transfer.labelled=true with transfer.source=noise; noise has no labels, allowed: false")
     shape, dtype = (size, *dataset.shape), dataset.train.inputs.dtype
     inputs: np.ndarray
-    if dataset.kind == "tokens":
-        inputs = rng.integers(0, int(dataset.train.inputs.max()) + 1, shape, dtype=np.int64)
+    if vocabulary is not None and dataset.kind == "tokens":
+        inputs = rng.integers(0, vocabulary, shape, dtype=np.int64)
     elif dtype == np.uint8:
         inputs = rng.integers(0, 256, shape, dtype=np.uint8)
     else:

@@ -16,7 +16,7 @@ from fedfuse.core.scenario import Scenario, settled
 from fedfuse.data.dataset import SPLITS, Dataset
 from fedfuse.data.federated import FederatedData, split_counts
 from fedfuse.data.load import load
-from fedfuse.data.transfer import cut_transfer
+from fedfuse.data.transfer import cut_transfer, vocabulary_of
 from fedfuse.errors import Refused, UserError
 from fedfuse.seeding import numpy_generator
 
@@ -24,12 +24,11 @@ NOTE = "clients are sites with data of their own: partition settings are unused"
 
 
 def task_of(scenario: Scenario) -> str:
-    """What sites cannot know by themselves, from the server's reference data: classes, scaling, transfer size."""
+    """What sites cannot know by themselves, from the server's reference data: classes, scaling, transfer size, tokens."""
     data = scenario.data
     size = 0 if data.transfer is None else len(data.transfer)
-    return json.dumps(
-        {"classes": data.dataset.classes, "mean": data.dataset.mean, "std": data.dataset.std, "transfer": size}
-    )
+    about = {"classes": data.dataset.classes, "mean": data.dataset.mean, "std": data.dataset.std, "transfer": size}
+    return json.dumps({**about, "vocabulary": vocabulary_of(data.dataset)})
 
 
 def site_scenario(
@@ -76,7 +75,8 @@ def site_scenario(
         group_names=None,
     )
     size = 0 if config.transfer.source == "holdout" else about["transfer"]
-    transfer, _ = cut_transfer(replace(config.transfer, size=size), dataset, config.seed)
+    # a hello tells the hash of the noise: drawn as far as the site's own numbers go, it would tell the largest
+    transfer, _ = cut_transfer(replace(config.transfer, size=size), dataset, config.seed, about["vocabulary"] or 1)
     rows = numpy_generator(config.seed, "split", client).permutation(len(train))
     counts = split_counts(np.array([len(train)]), data.validation, data.personal_test)[0]
     offsets = np.zeros((clients, 4), dtype=np.int64)
@@ -122,10 +122,12 @@ def _read(task: str) -> dict[str, Any]:
         about = json.loads(task)
         names, size = about["classes"], about["transfer"]
         scales = [about["mean"], about["std"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        vocabulary = about.setdefault("vocabulary", None)  # of numbers that are not tokens there is none
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused("the task is not what a FedFuse server writes") from error
     good = isinstance(names, list) and 1 < len(names) <= 100_000 and all(isinstance(n, str) for n in names)
     good = good and isinstance(size, int) and 0 <= size < 2**31
+    good = good and (vocabulary is None or (isinstance(vocabulary, int) and 0 < vocabulary < 2**31))
     good = good and all(s is None or (isinstance(s, list) and all(isinstance(v, float) for v in s)) for s in scales)
     if not good or len(set(names)) < len(names):
         raise Refused("the task is not what a FedFuse server writes")

@@ -14,9 +14,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.config.schema import Config
+from fedfuse.core.scenario import prepare_scenario
 from fedfuse.data.read_digits import digits
+from fedfuse.data.transfer import cut_transfer
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.exchange import Patience
+from fedfuse.network.own_data import site_scenario, task_of
 from fedfuse.network.policy import Policy
 from fedfuse.network.site import AT_HOME, Site, SiteConfig
 from tests.deploy import network
@@ -124,6 +127,30 @@ def test_a_task_is_compared_with_the_classes_that_a_site_states(
         assert "require_dp needs classes = [...] in [select]" in capsys.readouterr().out
     assert heard("data", rare, stated[:-1], "healthy", "flu", "hiv") == f"refused: {AT_HOME}"
     assert "class 'hiv' of this site's data is not one of the classes of its [select]" in capsys.readouterr().out
+
+
+def test_noise_tells_nothing_of_the_whole_numbers_of_a_site(tmp_path: Path) -> None:
+    """The attack of an audit: drawn up to the largest private number, whose hash in a hello was then looked for."""
+    made, draw = {}, np.random.default_rng(0)
+    for largest in (9, 400, 437):
+        folder = tmp_path / str(largest)
+        folder.mkdir()
+        rows = draw.integers(0, 9, (40, 12))
+        rows[3, 4] = largest
+        np.savez(folder / "all.npz", x=rows, y=np.arange(40) % 2)
+        words = ["data=npz", f"data.root={folder}", "clients=1", "model=mlp_small", "transfer.source=noise", "seed=0"]
+        made[largest] = prepare_scenario(compose([*words, "transfer.size=20", "strategy=fedmd"]))
+    config, task = made[9].config, task_of(made[9])
+    hashes = {one.data.transfer_hash() for one in made.values()}
+    for one in made.values():
+        found = site_scenario(replace(config, data=one.config.data), 0, 1, task).data
+        hashes.add(found.transfer_hash())
+        assert found.transfer is not None
+        assert found.transfer.inputs.std() > 0.9
+    assert len(hashes) == 1
+    texts = [replace(one.data.dataset, kind="tokens") for one in made.values()]
+    cut = [cut_transfer(config.transfer, one, 0, vocabulary=50)[0] for one in texts]
+    assert all(np.array_equal(one.inputs, cut[0].inputs) and one.inputs.max() < 50 for one in cut)
 
 
 def test_a_node_without_the_classes_that_its_policy_needs_does_not_start(tmp_path: Path) -> None:
