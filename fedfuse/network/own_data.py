@@ -24,7 +24,7 @@ NOTE = "clients are sites with data of their own: partition settings are unused"
 
 
 def task_of(scenario: Scenario) -> str:
-    """What sites cannot know by themselves, from the server's reference data: classes, scaling, transfer size, tokens."""
+    """What sites cannot know by themselves, of the reference data: classes, scaling, transfer size, tokens."""
     data = scenario.data
     size = 0 if data.transfer is None else len(data.transfer)
     about = {"classes": data.dataset.classes, "mean": data.dataset.mean, "std": data.dataset.std, "transfer": size}

@@ -494,6 +494,8 @@ def test_what_is_refused() -> None:
     refused("outside of training", "moon", *NOISY, "rounds=2")
     refused("leave the clients", "fedgkt", *NOISY)
     refused("joins all examples at one client", "centralized", *NOISY)
+    refused(r"what it trained privately is not finite, and stays", "fedavg", *NOISY, "train.lr=3e38", "rounds=1")
+    refused(r"privacy.clip=0.0009: .* at least 0.001", "fedavg", "privacy.noise=4", "privacy.clip=0.0009")
     refused(r"privacy.epsilon=-1", "fedavg", "privacy.epsilon=-1")
     refused(r"privacy.clipping=half", "fedavg", *NOISY, "privacy.clipping=half")
 
