@@ -23,20 +23,32 @@ if TYPE_CHECKING:
 Records = Mapping[str, Arrays]
 
 
-def masked(records: Records) -> tuple[np.ndarray, list[tuple[str, str, tuple[int, ...]]]]:
-    """Records' whole numbers modulo 2³² in one vector, and where each array lies in it: record, array, shape."""
-    places = [(name, key, tuple(records[name][key].shape)) for name in sorted(records) for key in sorted(records[name])]
-    pieces = [records[name][key].reshape(-1).to(torch.int64).numpy() for name, key, _ in places]
+Place = tuple[str, str, tuple[int, ...], int]  # record, array, shape, and where it begins in the vector
+
+
+def masked(records: Records) -> tuple[np.ndarray, list[Place]]:
+    """Records' whole numbers modulo 2³² in one vector, and where each array lies in it, in the records' own order.
+
+    In the vector they lie by name, so that all clients' masks cancel whatever order each has its arrays in.
+    """
+    starts, pieces, start = {}, [], 0  # type: dict[tuple[str, str], int], list[np.ndarray], int
+    for name, key in sorted((name, key) for name, arrays in records.items() for key in arrays):
+        starts[name, key] = start
+        pieces.append(records[name][key].reshape(-1).to(torch.int64).numpy())
+        start += len(pieces[-1])
+    places = [
+        (name, key, tuple(value.shape), starts[name, key])
+        for name, arrays in records.items()
+        for key, value in arrays.items()
+    ]
     return (np.concatenate(pieces) if pieces else np.zeros(0, np.int64)).astype(np.uint32), places
 
 
-def placed(vector: np.ndarray, places: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Arrays]:
+def placed(vector: np.ndarray, places: list[Place]) -> dict[str, Arrays]:
     """Undo `masked`; as signed numbers of 32 bits, which is what they are modulo 2³²."""
-    out, start, signed = {}, 0, torch.from_numpy(vector.view(np.int32))  # type: dict[str, Arrays], int, torch.Tensor
-    for name, key, shape in places:
-        size = int(np.prod(shape, dtype=np.int64))
-        out.setdefault(name, {})[key] = signed[start : start + size].reshape(shape)
-        start += size
+    out, signed = {}, torch.from_numpy(vector.view(np.int32))  # type: dict[str, Arrays], torch.Tensor
+    for name, key, shape, start in places:
+        out.setdefault(name, {})[key] = signed[start : start + int(np.prod(shape, dtype=np.int64))].reshape(shape)
     return out
 
 
@@ -53,7 +65,7 @@ class MaskedSums:
         self.points = points
         self.vector = np.zeros(0, np.uint32)
         self._layouts: dict[str, Layout] = {}
-        self._places: list[Any] = []
+        self._places: list[Place] = []
         self._weights = dict.fromkeys(points, 0.0)
         self._clients = 0
 
@@ -88,7 +100,8 @@ class MaskedSums:
         for name, weight in weights.items():
             self.points[name].check(weight)
         self._layouts = {name: layout_of(arrays) for name, arrays in records.items()}
-        vector, self._places = masked(records)
+        vector, places = masked(records)
+        self._places = self._places or places  # the first client's order, as `Sum` has it
         self.vector = self.vector + vector if self._clients else vector
         self._clients += 1
         for name, weight in weights.items():

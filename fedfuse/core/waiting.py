@@ -115,8 +115,7 @@ def _alike(one: torch.Tensor | None, other: torch.Tensor) -> bool:
 
 def listed(arrays: Arrays) -> dict[str, Any]:
     """Arrays by number, with their names beside: a name may hold a slash."""
-    names = sorted(arrays)
-    return {"names": names, "arrays": {str(i): arrays[name] for i, name in enumerate(names)}}
+    return {"names": list(arrays), "arrays": {str(i): value for i, value in enumerate(arrays.values())}}
 
 
 def unlisted(slot: Mapping[str, Any]) -> Arrays:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -23,10 +24,10 @@ from fedfuse.core.threads import single_thread
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address, Cache, Item, Stale
-from fedfuse.wire.records import flatten, unflatten
+from fedfuse.wire.records import leaves, unflatten
 
 Bare = tuple[int, str, dict[str, Any]]  # a message without its arrays: node, type, config
-Tree = tuple[dict[str, Any], dict[str, Any]]  # a client's state: arrays, and the rest
+Tree = dict[str, Any]  # a client's state: paths to arrays and plain values, in their order
 # a call: what all messages say, groups, knowledge (version, arrays or where they lie), states of clients, and whether
 # members are answered one by one, nothing summed (after a worker died on the group)
 Task = tuple[
@@ -70,13 +71,13 @@ class CarriedStore(ClientStore):
 
 def packed(state: dict[str, Any]) -> Tree:
     """A client's state as arrays and plain values."""
-    flat, rest = flatten(state)
-    return {k: v.detach().cpu().contiguous().numpy().copy() for k, v in flat.items()}, rest
+    whole = {k: v.detach().cpu().contiguous() if isinstance(v, torch.Tensor) else v for k, v in leaves(state).items()}
+    return {k: v.numpy().copy() if isinstance(v, torch.Tensor) else v for k, v in whole.items()}
 
 
 def unpacked(tree: Tree) -> dict[str, Any]:
     """Undo `packed`; the tensors may be written to."""
-    return unflatten({k: torch.from_numpy(v.copy()) for k, v in tree[0].items()}, tree[1])
+    return unflatten({k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in tree.items()})
 
 
 class TimedNode(Node):

@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedfuse.core.node import Node
+from fedfuse.core.waiting import listed, unlisted
 from fedfuse.wire.client_store import read_tree, write_tree
 from fedfuse.wire.knowledge import Cache, Item
 from fedfuse.wire.records import record, tensors
@@ -58,20 +59,18 @@ class SiteMemory:
         if path.exists():
             tree, _ = read_tree(path)
             for slot in tree.values():
-                item = Item(_named(slot), int(slot["version"]))
+                item = Item(unlisted(slot), int(slot["version"]))
                 cache[slot["topic"], slot["to"]] = item
         return cache
 
     def _save_cache(self, cache: Cache) -> None:
         tree = {}
-        for i, ((topic, to), item) in enumerate(sorted(cache.items())):
-            names = sorted(item.arrays)
+        for i, ((topic, to), item) in enumerate(cache.items()):
             tree[str(i)] = {
                 "topic": topic,
                 "to": to,
                 "version": item.version,
-                "names": names,
-                "arrays": {str(j): item.arrays[name] for j, name in enumerate(names)},
+                **listed(item.arrays),
             }
         write_tree(self.directory / "cache", tree)
 
@@ -94,7 +93,7 @@ class SiteMemory:
             return None
         content = RecordDict()
         for slot in tree.get("records", {}).values():
-            content[slot["name"]] = record(_named(slot))
+            content[slot["name"]] = record(unlisted(slot))
         content["metrics"] = MetricRecord(json.loads(tree["metrics"]))
         content["config"] = ConfigRecord(json.loads(tree["config"]))
         return Message(content, reply_to=message)
@@ -102,17 +101,10 @@ class SiteMemory:
     def _keep(self, key: str, reply: Message) -> None:
         records = {}
         for i, (name, value) in enumerate(reply.content.array_records.items()):
-            arrays = tensors(value)
-            names = sorted(arrays)
-            slots = {str(j): arrays[n] for j, n in enumerate(names)}
-            records[str(i)] = {"name": name, "names": names, "arrays": slots}
+            records[str(i)] = {"name": name, **listed(tensors(value))}
         tree = {
             "records": records,
             "metrics": json.dumps(dict(reply.content["metrics"])),
             "config": json.dumps(dict(reply.content["config"])),
         }
         write_tree(self.directory / "reply", tree, durable=True, key=key)
-
-
-def _named(slot: dict) -> dict:
-    return {name: slot["arrays"][str(j)] for j, name in enumerate(slot["names"])}

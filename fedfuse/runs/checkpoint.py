@@ -89,7 +89,7 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
     """Everything that a resumed run needs, as one tree."""
     strategy = federation.strategy
     board = {}
-    for i, ((topic, to), item) in enumerate(sorted(strategy.board.items.items())):
+    for i, ((topic, to), item) in enumerate(strategy.board.items.items()):
         chain = strategy.board.chains.get((topic, to), [])
         board[str(i)] = {
             "about": json.dumps([topic, to, item.version, item.sha]),

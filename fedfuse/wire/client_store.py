@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fedfuse.config.files import replaced
 from fedfuse.errors import Refused
 from fedfuse.wire.knowledge import Stale
-from fedfuse.wire.records import Arrays, flatten, plain_record, sha, unflatten
+from fedfuse.wire.records import Arrays, flatten, leaves, plain_record, sha, unflatten
 
 INITIAL = "0"  # the tag of a client that has committed nothing yet
 
@@ -44,9 +44,9 @@ def write_tree(path: Path, tree: dict[str, Any], durable: bool = False, **notes:
     knows it again.
     """
     flat, rest = flatten(tree)
-    notes["tree"] = json.dumps(rest)
+    notes["tree"], notes["order"] = json.dumps(rest), json.dumps(list(leaves(tree)))  # safetensors sorts the names
     if durable:
-        notes["sha"] = _sha(flat, notes["tree"])
+        notes["sha"] = _sha(flat, notes["tree"] + notes["order"])
     write_arrays(path, {f"/{k}": v for k, v in flat.items()}, durable, notes)  # no name is reserved so
 
 
@@ -75,7 +75,7 @@ def _sha(flat: Arrays, rest: str) -> str:
 
 
 def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read back what `write_tree` wrote, and its notes.
+    """Read back what `write_tree` wrote, in the order it had, and its notes.
 
     Raises
     ------
@@ -87,10 +87,11 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         notes = file.metadata() or {}
         for name in file.keys():  # noqa: SIM118 - not a dict
             flat[name[1:]] = file.get_tensor(name)
-    rest = notes.pop("tree", "{}")
-    if (written := notes.pop("sha", None)) is not None and written != _sha(flat, rest):
+    rest, order = notes.pop("tree", "{}"), notes.pop("order", "")  # "": written before the order was kept
+    if (written := notes.pop("sha", None)) is not None and written != _sha(flat, rest + order):
         raise Torn(f"{path}: does not hold what was written")
-    return unflatten(flat, json.loads(rest)), notes
+    found = {**flat, **json.loads(rest)}
+    return unflatten({path: found[path] for path in json.loads(order)} if order else found), notes
 
 
 def _order(tag: str) -> tuple[int, ...]:

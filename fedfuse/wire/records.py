@@ -301,8 +301,8 @@ def digest_of(server: str, clients: Iterable[str]) -> str:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str, Any]]:
-    """Split nested dicts of tensors and plain values into flat tensors and a JSON-able rest.
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Path and value of every tensor, plain value and empty dict in nested dicts, in their order.
 
     Keys are joined by `/`; one that stands in a key itself is written `~1`, and `~` is written `~0` (RFC 6901).
 
@@ -311,36 +311,35 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[Arrays, dict[str
     TypeError
         For a key that is no text, or a value that cannot be kept.
     """
-    flat: Arrays = {}
-    rest: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str):
             raise TypeError(f"state: key {key!r} below {prefix!r} is a {type(key).__name__}; keys are text")
         path = prefix + key.replace("~", "~0").replace("/", "~1")
-        if isinstance(value, torch.Tensor):
-            flat[path] = value
-        elif isinstance(value, Mapping):
-            inner_flat, inner_rest = flatten(value, path + "/")
-            flat |= inner_flat
-            rest |= inner_rest
-            if not value:
-                rest[path] = {}
-        elif isinstance(value, list):
+        if isinstance(value, Mapping):
+            found |= leaves(value, path + "/") if value else {path: {}}
+            continue
+        if isinstance(value, list):
             if strange := [item for item in value if not isinstance(item, _PLAIN)]:
                 kind = type(strange[0]).__name__
                 raise TypeError(f"state {path!r} is a list holding a {kind}; use a dict of tensors")
-            rest[path] = value
-        elif isinstance(value, _PLAIN):
-            rest[path] = value
-        else:
+        elif not isinstance(value, (torch.Tensor, *_PLAIN)):
             raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
-    return flat, rest
+        found[path] = value
+    return found
 
 
-def unflatten(flat: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`."""
+def flatten(tree: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """Split nested dicts into flat tensors and a JSON-able rest (`leaves`)."""
+    found = leaves(tree)
+    flat = {path: value for path, value in found.items() if isinstance(value, torch.Tensor)}
+    return flat, {path: value for path, value in found.items() if path not in flat}
+
+
+def unflatten(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `leaves`: the dicts have the order that the paths have."""
     tree: dict[str, Any] = {}
-    for path, value in [*flat.items(), *rest.items()]:
+    for path, value in found.items():
         node = tree
         *parents, leaf = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
         for part in parents:

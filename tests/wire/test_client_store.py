@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from fedfuse.config import files
 from fedfuse.config.files import is_full
 from fedfuse.wire import client_store as store_module
-from fedfuse.wire.client_store import INITIAL, ClientStore, read_tree, write_tree
+from fedfuse.wire.client_store import INITIAL, ClientStore, read_tree, write_arrays, write_tree
 from fedfuse.wire.knowledge import Stale
+from fedfuse.wire.records import flatten, plain_record, sha
 from tests.wire.test_records import TREES, equal_trees
 
 NAMES = st.text("aw.0/~_\\é ", max_size=5)
@@ -32,6 +34,20 @@ def test_state_trees_come_back_as_they_went(tmp_path: Path, tree) -> None:
     again, notes = read_tree(tmp_path / "state")
     assert equal_trees(tree, again)
     assert notes == {"key": "note"}
+
+
+def test_the_order_of_a_tree_is_kept_and_a_file_without_it_is_read(tmp_path: Path) -> None:
+    tree = {"z": 1, "b": {str(i): torch.ones(i) for i in range(8, 12)} | {"k": 2}, "a": {}, "y": torch.ones(1)}
+    write_tree(tmp_path / "state", tree, durable=True)
+    again, _ = read_tree(tmp_path / "state")
+    assert (list(again), list(again["b"])) == (["z", "b", "a", "y"], ["8", "9", "10", "11", "k"])
+    flat, rest = flatten(tree)
+    named, text = {f"/{k}": v for k, v in flat.items()}, json.dumps(rest)
+    notes = {"tree": text, "sha": sha({"flat": flat, **plain_record({"rest": text})})}
+    write_arrays(tmp_path / "old", named, notes=notes)  # as it was written before the order was kept
+    old, _ = read_tree(tmp_path / "old")
+    assert old == {key: old[key] for key in tree}
+    assert {k: len(v) for k, v in old["b"].items() if k != "k"} == {"8": 8, "9": 9, "10": 10, "11": 11}
 
 
 def test_views_and_shared_memory_are_kept_as_values(tmp_path: Path) -> None:
