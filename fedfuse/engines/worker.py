@@ -24,7 +24,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address, Cache, Item, Stale
-from fedfuse.wire.records import leaves, unflatten
+from fedfuse.wire.records import NUMBERS, leaves, unflatten
 
 Bare = tuple[int, str, dict[str, Any]]  # a message without its arrays: node, type, config
 Tree = dict[str, Any]  # a client's state: paths to arrays and plain values, in their order
@@ -71,8 +71,12 @@ class CarriedStore(ClientStore):
 
 def packed(state: dict[str, Any]) -> Tree:
     """A client's state as arrays and plain values."""
-    whole = {k: v.detach().cpu().contiguous() if isinstance(v, torch.Tensor) else v for k, v in leaves(state).items()}
-    return {k: v.numpy().copy() if isinstance(v, torch.Tensor) else v for k, v in whole.items()}
+    return {k: _bare(v) if isinstance(v, torch.Tensor) else v for k, v in leaves(state).items()}
+
+
+def _bare(value: torch.Tensor) -> Any:
+    value = value.detach().cpu().contiguous()
+    return value.numpy().copy() if value.dtype in NUMBERS else value.clone()  # NumPy has no bfloat16
 
 
 def unpacked(tree: Tree) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def config_in(content: RecordDict, name: str = "config") -> Mapping[str, Any] | 
     return entries(found) if isinstance(found, ConfigRecord) else None
 
 
-_NUMBERS = frozenset(torch.from_numpy(np.zeros(1, kind)).dtype for kind in ("?", *"bhilq", *"BHIL", *"efd"))
+NUMBERS = frozenset(torch.from_numpy(np.zeros(1, kind)).dtype for kind in ("?", *"bhilq", *"BHIL", *"efd"))
 
 
 def tensors(content: ArrayRecord) -> Arrays:
@@ -70,7 +70,7 @@ def tensors(content: ArrayRecord) -> Arrays:
     for name, array in entries(content).items():
         live = live_tensor(array)
         if live is not None:
-            if live.dtype not in _NUMBERS:
+            if live.dtype not in NUMBERS:
                 raise InvalidArrays(f"array {name!r} has dtype {dtype_name(live.dtype)}; only numbers are taken")
             out[name] = live.contiguous()
             continue
@@ -267,13 +267,23 @@ def sha(records: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
         _feed(digest, record_name.encode())
         _feed(digest, struct.pack("<Q", len(content)))  # else an array could be read as more record names
         for name in sorted(content):
-            value = np.ascontiguousarray(content[name].detach().cpu().numpy())
-            little = value.astype(value.dtype.newbyteorder("<"), copy=False)
+            kind, little = _little(content[name].detach().cpu())
             _feed(digest, name.encode())
-            _feed(digest, little.dtype.str.encode())
+            _feed(digest, kind.encode())
             _feed(digest, np.asarray(content[name].shape, dtype="<i8").tobytes())
             _feed(digest, little.tobytes())
     return digest.hexdigest()
+
+
+def _little(value: torch.Tensor) -> tuple[str, np.ndarray]:
+    """The name of a tensor's dtype, and its numbers as they lie in little-endian memory."""
+    kind = None
+    if value.dtype not in NUMBERS and not value.is_complex():  # bfloat16, float8: NumPy has no such type
+        kind = dtype_name(value.dtype)
+        value = value.contiguous().reshape(-1).view(torch.int16 if value.element_size() == 2 else torch.uint8)
+    plain = np.ascontiguousarray(value.numpy())
+    little = plain.astype(plain.dtype.newbyteorder("<"), copy=False)
+    return kind or little.dtype.str, little
 
 
 def plain_record(values: Mapping[str, Any]) -> dict[str, Arrays]:

@@ -120,3 +120,5 @@ def test_secure_sums_have_the_senders_order(monkeypatch: pytest.MonkeyPatch, tmp
 def test_state_carried_to_a_worker_keeps_its_order() -> None:
     tree = {"y": torch.ones(1), "x": 1, "nested": {**several(), "plain": [1], "more": several(), "none": {}}}
     assert orders(unpacked(pickle.loads(pickle.dumps(packed(tree))))) == orders(tree)
+    short = unpacked(pickle.loads(pickle.dumps(packed({"a": torch.full((2,), 0.5, dtype=torch.bfloat16)}))))["a"]
+    assert (short.dtype, short.tolist()) == (torch.bfloat16, [0.5, 0.5])

@@ -235,6 +235,16 @@ def test_memory_layout_does_not_enter_the_hash() -> None:
     assert sha_arrays({"w": torch.tensor([0.0])}) != sha_arrays({"w": torch.tensor([-0.0])})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_types_that_numpy_lacks_have_a_hash(dtype: torch.dtype) -> None:
+    one = torch.tensor([[1.0, -0.0], [2.0, 0.5]]).to(dtype)
+    raw = one.view(torch.int16 if dtype == torch.bfloat16 else torch.uint8)
+    others = (one[:1], one.t(), (-one.float()).to(dtype), one.float(), raw, one.reshape(4))
+    assert sha_arrays({"a": one}) == sha_arrays({"a": one.t().contiguous().t()})
+    assert len({sha_arrays({"a": value}) for value in (one, *others)}) == 1 + len(others)
+    assert sha_arrays({"a": one[0, 0]}) != sha_arrays({"a": one[1, 0]})
+
+
 def test_clients_enter_the_digest_in_order() -> None:
     assert digest_of("s", ["a", "b"]) != digest_of("s", ["b", "a"])
 
