@@ -432,7 +432,12 @@ class FusionClient:
         optimizer = training.optimizer(params, self.training)
         if "optimizer" in self.state:
             whole = optimizer.state_dict()
-            whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}
+            try:
+                whole["state"] = {int(i): dict(slots) for i, slots in self.state["optimizer"].items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{type(self).__name__}.state['optimizer']: train.optimizer_state=keep keeps the optimiser's there"
+                ) from error
             optimizer.load_state_dict(whole)
         return optimizer
 

@@ -72,8 +72,17 @@ class Awake(NamedTuple):
     trained: Arrays | None = None
 
     def private(self) -> dict[str, Any]:
-        """The client's private state as it stands."""
-        kept = {k: v for k, v in self.client.state.items() if k != "model"}
+        """The client's private state as it stands.
+
+        Raises
+        ------
+        UserError
+            If it has a name that the platform keeps beside it.
+        """
+        kept = dict(self.client.state)
+        if taken := [name for name in ("seen", "spent") if name in kept]:
+            raise UserError(f"{type(self.client).__name__}.state[{taken[0]!r}]: the platform keeps something under "
+                            f"this name (allowed are all but seen and spent)")  # fmt: skip
         if self.client.personal:
             kept["model"] = self.client.weights()
         return kept
@@ -243,7 +252,7 @@ class Node:
         knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
         trained = None
         if phase.kind == "evaluate" and self.digests:
-            trained = state.get("model") or self.workspace.initial(architecture)
+            trained = self.entry.client.personal and state.get("model") or self.workspace.initial(architecture)
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
         key = json.dumps([str(phase.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""

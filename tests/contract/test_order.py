@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from fedfuse import FusionClient, FusionStrategy, Item, Metrics, Records, Shares, Topic
+from fedfuse.config.registry import NoHyper
 from fedfuse.core.loop import Callback
 from fedfuse.engines.worker import packed, unpacked
 from tests.differences import assert_same
@@ -27,11 +27,6 @@ def several() -> dict[str, torch.Tensor]:
 def orders(tree: Mapping[str, Any]) -> list[str]:
     """The keys of nested dicts, in their order."""
     return [f"{k}: {' '.join(orders(v))}" if isinstance(v, Mapping) else k for k, v in tree.items()]
-
-
-@dataclass(frozen=True)
-class NoHyper:
-    """None."""
 
 
 class OrderedClient(FusionClient):

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedfuse import AveragingStrategy, FusionClient, Metrics
 from fedfuse.config import registry
 from fedfuse.core.asked import parcels
 from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node, place, state_sha
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE
 from fedfuse.engines.inline import InlineGrid
+from fedfuse.errors import WorldError
 from fedfuse.network.site_memory import SiteMemory
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Cache, Parcel
 from fedfuse.wire.records import nbytes, record, sha_arrays, tensors
 from fedfuse.wire.sums import Sum
-from tests.federations import TINY, federation, scenario_of
+from tests.federations import TINY, federation, play, scenario_of
 from tests.ledger import Ledger, LedgerClient, enter
 
 
@@ -387,3 +390,34 @@ def test_a_message_of_flowers_own_strategies_is_answered(tmp_path: Path) -> None
     reply = node("fedavg", tmp_path).handle(Message(content, dst_node_id=2, message_type="train"), Cache())
     assert set(reply.content) == {"arrays", "metrics"}
     assert isinstance(reply.content["metrics"], MetricRecord)
+
+
+class Keeping(FusionClient):
+    """Keeps something of its own under a name that it is told."""
+
+    name, found = "model", list[Any]()
+
+    def fit(self) -> Metrics:
+        self.found.append(self.state.get(self.name))
+        self.state[self.name] = {"mine": torch.ones(1)}
+        return self.train()
+
+
+def test_a_client_without_a_model_of_its_own_may_keep_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Keeping, "found", [])
+    enter(monkeypatch, AveragingStrategy, Keeping)
+    states = play("ledger", "clients=1", path=tmp_path / "run").directory.clients
+    assert [found and list(found) for found in Keeping.found] == [None, ["mine"]]
+    assert list(states.load(0, "2.1")) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("seen", r"Keeping.state\['seen'\]"), ("spent", "Keeping.state"), ("optimizer", "train.optimizer_state=keep")],
+)
+def test_names_of_the_platform_are_told(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Keeping, "name", name)
+    monkeypatch.setattr(Keeping, "personal", name == "optimizer")
+    enter(monkeypatch, AveragingStrategy, Keeping)
+    with pytest.raises(WorldError, match=words):
+        play("ledger", "clients=1", f"train.optimizer_state={'keep' if Keeping.personal else 'fresh'}")
