@@ -40,6 +40,7 @@ from fedfuse.wire.records import (
     Scope,
     Spec,
     flatten,
+    leaves,
     model_arrays,
     plain_record,
     record,
@@ -409,6 +410,8 @@ class FusionStrategy(Strategy):
         ------
         WorldError
             If no client succeeded, or the algorithm failed.
+        UserError
+            If its `state` holds what no checkpoint can keep.
         """
         sums = dict(self.summed)
         totals, known = empty_totals(sums, self.outbox.request.said), len(self.inbox.left_out)
@@ -424,6 +427,7 @@ class FusionStrategy(Strategy):
             raise
         except Exception as error:
             raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
+        self._check_state()
         for _ in stream:  # what fuse did not look at is still accepted and counted
             pass
         item = self.board.items.get(("model", ""))
@@ -481,6 +485,14 @@ class FusionStrategy(Strategy):
         if not self.begun:
             self.begun = True
             self.begin()
+            self._check_state()
+
+    def _check_state(self) -> None:
+        """Refuse a state that no checkpoint can keep, before anything is made of it."""
+        try:
+            leaves(self.state)
+        except TypeError as error:
+            raise UserError(f"strategy={self.name}, at the server: {error}") from error
 
     def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
         """Build the messages of this phase, in client order; `extra` reaches the clients' `config`."""

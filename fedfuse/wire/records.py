@@ -143,11 +143,12 @@ Spec = Callable[[Scope], Layout]
 
 
 def dimension(scope: Scope, size: int | str) -> int:
-    """Resolve one size: a number, the name of a scope dimension, or `<=name` (returned negative)."""
+    """Resolve one size: a number, the name of a scope dimension, or `<=` before one of them (returned negative)."""
     if isinstance(size, int):
         return size
     if size.startswith("<="):
-        return -abs(dimension(scope, size[2:]))
+        most = size[2:].strip()
+        return -(int(most) if most.isdecimal() else abs(dimension(scope, most)))
     if size in scope.dims:
         return scope.dims[size]
     if not hasattr(scope.hyper, size):
@@ -334,7 +335,9 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
                 kind = type(strange[0]).__name__
                 raise TypeError(f"state {path!r} is a list holding a {kind}; use a dict of tensors")
         elif not isinstance(value, (torch.Tensor, *_PLAIN)):
-            raise TypeError(f"state {path!r} is a {type(value).__name__}; tensors, numbers, text and dicts are kept")
+            kind = type(value).__name__
+            raise TypeError(f"state {path!r} is a {kind}; allowed: tensors, int, float, bool, text, None, lists of "
+                            f"what is no tensor, dicts")  # fmt: skip
         found[path] = value
     return found
 

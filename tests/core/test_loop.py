@@ -6,7 +6,9 @@ import shutil
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -17,7 +19,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.loop import Callback
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Share
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.errors import WorldError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.network.serial import SerialGrid
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
@@ -609,3 +611,33 @@ def test_what_went_wrong_is_told_apart_and_from_what_flower_says() -> None:
     assert len(ours) == 5
     assert not ours & flowers
     assert flowers
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ((1, 2), "state 'n' is a tuple"),
+        ({1, 2}, "state 'n' is a set"),
+        ({1: torch.ones(1)}, "key 1 below 'n/' is a int; keys are text"),
+        (np.int64(3), "state 'n' is a int64"),
+        (np.ones(3), "state 'n' is a ndarray"),
+        ([torch.ones(1)], "state 'n' is a list holding a Tensor"),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]).state_dict(), "list holding a dict"),
+    ],
+    ids=["tuple", "set", "key", "number", "array", "list", "optimizer"],
+)
+@pytest.mark.parametrize("verb", ["begin", "fuse"])
+def test_server_state_that_cannot_be_kept_is_told(
+    verb: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Keeping(Ledger):
+        """Keeps what no checkpoint can."""
+
+    def keep(self: Ledger, *given: Any) -> None:
+        getattr(Ledger, verb)(self, *given)
+        self.state["n"] = value
+
+    monkeypatch.setattr(Keeping, verb, keep)
+    enter(monkeypatch, Keeping)
+    with pytest.raises(UserError, match=f"strategy=ledger, at the server: .*{words}"):
+        play("ledger", path=tmp_path / "run")
