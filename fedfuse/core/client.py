@@ -46,7 +46,8 @@ class FusionClient:
     hyper
         The strategy's hyper-parameters.
     model : nn.Module
-        The architecture's resident model, holding initial weights overlaid with the client's private state.
+        The architecture's resident model, holding initial weights overlaid with the client's private state; in
+        training mode, as a new PyTorch module is.
     state : dict
         Private state: nested dicts of tensors and plain values; on the device, as is all that `receive` is given.
     client, round, version : int
@@ -79,6 +80,7 @@ class FusionClient:
         pooled: bool = False,
     ) -> None:
         self.hyper, self.model, self.workspace, self.client = hyper, model, workspace, client
+        training.training_mode(model)  # whatever mode the client before left it in
         self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
         self.version = -1
         self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)
@@ -101,7 +103,10 @@ class FusionClient:
             self.load(knowledge["model"].arrays)
 
     def fit(self) -> Metrics:
-        """Train on private data; must return `num-examples`."""
+        """Train on private data, and return metrics: numbers by name.
+
+        `num-examples`, where it is not among them, is the number of the client's training examples.
+        """
         return self.train()
 
     def trainings(self) -> list[int | None]:

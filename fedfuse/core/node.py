@@ -211,7 +211,9 @@ class Node:
             if not (client.lends and name == "model"):
                 records[name] = _detached(arrays, client.model)
         metrics["seconds"] = time.perf_counter() - self.desk.away() - started
-        return Answered(message, who, phase, records, measured(metrics), answer)
+        verb = phase.kind if phase.kind == "evaluate" else "fit" if phase.name == "train" else phase.name
+        whose = f"{verb}() of {type(client).__name__}"
+        return Answered(message, who, phase, records, measured(metrics, whose), answer)
 
     def _admit(self, message: Message, cache: Cache, who: int) -> Asked:
         """Refuse what this node does not do, and bring its knowledge up to date with the message.
@@ -252,7 +254,7 @@ class Node:
         knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
         trained = None
         if phase.kind == "evaluate" and self.digests:
-            trained = self.entry.client.personal and state.get("model") or self.workspace.initial(architecture)
+            trained = (self.entry.client.personal and state.get("model")) or self.workspace.initial(architecture)
         # an evaluation may have taken these lessons in already: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
         key = json.dumps([str(phase.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""

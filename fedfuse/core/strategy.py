@@ -112,7 +112,7 @@ class FusionStrategy(Strategy):
     hyper
         Hyper-parameters (an instance of the registered dataclass).
     state : dict
-        Server-side tensors and plain values; with the board, all that is checkpointed.
+        Server-side nested dicts of tensors and plain values; with the board, all that is checkpointed.
     round : int
         Current round, 0 before the first.
     """

@@ -43,11 +43,31 @@ def resting(arrays: Mapping[str, torch.Tensor]) -> ArrayRecord:
     return trusted(ArrayRecord, {name: LiveArray(value.detach()) for name, value in arrays.items()})
 
 
-def measured(metrics: dict[str, Any]) -> MetricRecord:
-    """A client's metrics as a Flower record; what is no number, Flower refuses in its own words."""
-    if all(type(value) in (int, float) for value in metrics.values()):
-        return trusted(MetricRecord, dict(metrics))
-    return MetricRecord({**metrics})
+def measured(metrics: Mapping[str, Any], whose: str) -> MetricRecord:
+    """A client's metrics as a Flower record; one number of NumPy's or torch's is Python's then, and a bool 0 or 1.
+
+    Raises
+    ------
+    UserError
+        For a name that is no text, or a value that is no number; `whose` says who gave it.
+    """
+    if all(type(value) in (int, float) and type(name) is str for name, value in metrics.items()):
+        return trusted(MetricRecord, dict(metrics))  # as nearly always
+    plain: dict[str, Any] = {}
+    for name, value in metrics.items():
+        found = plain[name] = [_number(one) for one in value] if isinstance(value, list) else _number(value)
+        kinds = {type(one) for one in found} if isinstance(found, list) else {type(found)}
+        if not isinstance(name, str) or kinds not in ({int}, {float}, set()):
+            raise UserError(f"{whose}: metric {name!r} is {value!r:.40}, a {type(value).__name__}; allowed: a text as "
+                            f"its name, and an int, a float, a bool, a NumPy number or 0-d tensor, or a list of ints "
+                            f"or of floats")  # fmt: skip
+    return trusted(MetricRecord, plain)
+
+
+def _number(value: Any) -> Any:
+    single = isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0
+    value = value.item() if single else value
+    return int(value) if isinstance(value, bool) else value
 
 
 def arrays_in(content: RecordDict) -> dict[str, ArrayRecord]:
@@ -336,8 +356,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
                 raise TypeError(f"state {path!r} is a list holding a {kind}; use a dict of tensors")
         elif not isinstance(value, (torch.Tensor, *_PLAIN)):
             kind = type(value).__name__
-            raise TypeError(f"state {path!r} is a {kind}; allowed: tensors, int, float, bool, text, None, lists of "
-                            f"what is no tensor, dicts")  # fmt: skip
+            raise TypeError(f"state {path!r} is a {kind}; allowed: tensors; int, float, bool, text, None and "
+                            f"lists of these; dicts")  # fmt: skip
         found[path] = value
     return found
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -24,7 +25,7 @@ from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Cache, Parcel
 from fedfuse.wire.records import nbytes, record, sha_arrays, tensors
 from fedfuse.wire.sums import Sum
-from tests.federations import TINY, federation, play, scenario_of
+from tests.federations import TINY, federation, intercept, play, scenario_of
 from tests.ledger import Ledger, LedgerClient, enter
 
 
@@ -421,3 +422,52 @@ def test_names_of_the_platform_are_told(name: str, words: str, monkeypatch: pyte
     enter(monkeypatch, AveragingStrategy, Keeping)
     with pytest.raises(WorldError, match=words):
         play("ledger", "clients=1", f"train.optimizer_state={'keep' if Keeping.personal else 'fresh'}")
+
+
+class Measuring(FusionClient):
+    """Returns a metric that it is told, and notes in which mode it was handed its model."""
+
+    value: Any = 0.0
+    modes = list[bool]()
+
+    def fit(self) -> Metrics:
+        self.modes.append(self.model.training)
+        self.model.eval()  # and leaves it so to whoever comes next
+        return {"mine": self.value}
+
+
+@pytest.mark.parametrize("grid", ["inline", "serial"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.tensor(0.5, requires_grad=True), 0.5),
+        (np.float32(0.1), float(np.float32(0.1))),
+        (np.int64(3), 3),
+        (torch.tensor([2])[0], 2),
+        (True, 1),
+        ([np.float32(0.5), 1.0], None),
+    ],
+    ids=str,
+)
+def test_a_number_of_any_library_is_a_metric(value: Any, told: Any, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measuring, "value", value)
+    monkeypatch.setattr(Measuring, "modes", [])
+    enter(monkeypatch, AveragingStrategy, Measuring)
+    got = []
+    play("ledger", "rounds=1", beforehand=lambda built: intercept(
+        built, lambda reply: got.append(dict(reply.content["metrics"])), kind="train"), grid=grid)  # fmt: skip
+    assert [metrics["mine"] for metrics in got] == [[0.5, 1.0] if told is None else told] * 3
+    assert {type(metrics["mine"]) for metrics in got} == {list if told is None else type(told)}
+    assert all(metrics["num-examples"] > 0 for metrics in got)
+    assert Measuring.modes == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("high", "str"), (torch.ones(2), "Tensor"), (None, "NoneType"), ([1, 0.5], "list"), (1j, "complex")],
+)
+def test_a_metric_that_is_no_number_is_named(value: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measuring, "value", value)
+    enter(monkeypatch, AveragingStrategy, Measuring)
+    with pytest.raises(WorldError, match=rf"fit\(\) of Measuring: metric 'mine' is .*, a {kind}; allowed: .*a float"):
+        play("ledger", "rounds=1")

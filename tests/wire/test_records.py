@@ -179,7 +179,9 @@ def test_specs_name_sizes() -> None:
         rank = 4
 
     scope = Scope({"classes": 10, "transfer": 24, "examples": 7, "features": 0}, {}, Hyper())
-    layout = arrays(p=("<=transfer", "classes"), a=("rank", 3), n=("int64",), s=("float64", "<=rank"), m=("<=20",))(scope)
+    layout = arrays(p=("<=transfer", "classes"), a=("rank", 3), n=("int64",), s=("float64", "<=rank"), m=("<=20",))(
+        scope
+    )
     assert layout == {
         "p": ("float32", (-24, 10)),
         "a": ("float32", (4, 3)),
