@@ -33,6 +33,12 @@ from fedfuse.train.task import task_loss, task_step
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 
+# the platform's; one beside them is the strategy's own, and `fit` may look for it
+FIELDS = frozenset((
+    "hyper", "model", "workspace", "client", "state", "round", "phase", "splits", "pooled", "version", "config",
+    "lends", "pools", "_purpose", "_losses", "_false_labels", "_private",
+))  # fmt: skip
+
 
 class FusionClient:
     """One client for the length of one message.
@@ -251,6 +257,11 @@ class FusionClient:
         """Enter a verb: global generators restart, so what came before does not matter (platform use)."""
         self._purpose, self._losses = purpose, []
         seed_everything(self.seed, purpose, self.client, self._moment)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all that was taken in is in state and model, so that it can be kept as a memo (platform use)."""
+        return vars(self).keys() <= FIELDS and self.model is self.workspace.model(self.architecture)
 
     def load(self, arrays: Arrays, strict: bool = True) -> None:
         """Overwrite the model's parameters and buffers in place; if not strict, some of them."""

@@ -255,7 +255,7 @@ class Node:
         trained = None
         if phase.kind == "evaluate" and self.digests:
             trained = (self.entry.client.personal and state.get("model")) or self.workspace.initial(architecture)
-        # an evaluation may have taken these lessons in already: same bits, no second distillation
+        # an evaluation may have taken these lessons in already, and kept all of it: same bits, no second distillation
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
         key = json.dumps([str(phase.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
         staged = self.store.staged(who, key) if staging else None
@@ -288,7 +288,7 @@ class Node:
                 client.begin("receive")
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
-        if staging and staged is None and phase.kind == "evaluate":
+        if staging and staged is None and phase.kind == "evaluate" and client.keeps_all:
             spent = {"spent": [tally.flops, tally.unit, int(tally.trained)]} if tally.flops else {}
             self.store.stage(who, key, {**awake.private(), "seen": awake.seen, **spent})
         return awake

@@ -237,6 +237,60 @@ def test_what_is_distilled_for_an_evaluation_is_not_distilled_again(monkeypatch)
     assert len(taken) == 3 * 3
 
 
+@pytest.mark.parametrize("how", ["attribute", "in place", "model"])
+def test_what_receive_leaves_on_the_client_is_there_after_an_evaluation(how: str, monkeypatch) -> None:
+    """The memo of an evaluation holds state and model: whoever remembers more receives once more."""
+
+    class Remembers(LedgerClient):
+        personal = True
+
+        def __init__(self, **given):
+            super().__init__(**given)
+            if how == "in place":
+                self.notes = {}
+
+        def receive(self, knowledge):
+            if how == "attribute":
+                self.advised = knowledge["advice"].arrays["v"]
+            elif how == "in place":
+                self.notes["v"] = knowledge["advice"].arrays["v"]
+            else:
+                self.model = torch.nn.Linear(1, 1)
+
+        def fit(self):
+            there = {
+                "attribute": "advised" in vars(self),
+                "in place": bool(vars(self).get("notes")),
+                "model": isinstance(self.model, torch.nn.Linear),
+            }
+            self.state["there"] = [*self.state.get("there", []), int(there[how])]
+            self.amount = torch.zeros(1, dtype=torch.float64)
+            return {"num-examples": len(self.x)}
+
+        def weights(self):
+            return {}
+
+        def load(self, arrays, strict=True):
+            pass
+
+    class Advises(Ledger):
+        topics = {"advice": Ledger.topics["advice"]}
+
+        def begin(self):
+            pass
+
+        def fuse(self, shares):
+            for share in shares:
+                self.publish("advice", {"v": torch.zeros(1)}, to=share.client)
+
+    name = enter(monkeypatch, Advises, Remembers)
+    for every in (1, 9):
+        with federation(name, "rounds=3", f"evaluate.every={every}") as (built, directory):
+            built.run()
+            state = directory.clients.load(0, built.strategy.outbox.tags[0])
+        assert state["there"] == [0, 1, 1]
+
+
 def test_waiting_for_others_is_no_time_of_ones_own(tmp_path: Path) -> None:
     here, message = node("local", tmp_path), asked("local")[0]
     waited = iter([50.0, 80.0])  # seconds, before this message and after it
