@@ -13,12 +13,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+Played = TypeVar("Played")
 WORDS = 624  # of MT19937; its position stands there too until the first draw
 SIZE = 4 * (WORDS + 1)
 
@@ -104,6 +105,20 @@ class Turns:
                 generator.manual_seed(seed)
             if generator.get_offset() != offset:
                 generator.set_offset(offset)
+
+
+def aside(played: Iterator[Played]) -> Iterator[Played]:
+    """What somebody else plays between two looks at it; whoever looks finds the global generators as they were."""
+    mine = Turns()
+    while True:
+        mine.leave()
+        try:
+            made = next(played)
+        except StopIteration:
+            return
+        finally:
+            mine.take()
+        yield made
 
 
 def _generators() -> Sequence[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from flwr.app import Message
 
+from fedfuse.compat.turns import aside
 from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node
 from fedfuse.core.threads import single_thread
@@ -34,17 +35,18 @@ class InlineGrid(LocalGrid):
         self.node, self.groups, self.reverse, self.whole = node, Groups(node), reverse, reverse
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
-        """Run groups one after another."""
+        """Run groups one after another; a fuse that draws between two replies has random streams of its own."""
         if self.reverse:
             backwards = [group[::-1] for group in reversed(groups)]
-            yield from reversed(list(self._answers(backwards)))
+            yield from reversed([reply for replies in aside(self._answers(backwards)) for reply in replies])
             return
-        yield from self._answers(groups)
+        for replies in aside(self._answers(groups)):
+            yield from replies
 
-    def _answers(self, groups: list[list[Message]]) -> Iterator[Message]:
+    def _answers(self, groups: list[list[Message]]) -> Iterator[Iterable[Message]]:
         if groups and not self.whole and self.groups.sums(groups[0]):  # nobody needs a copy of what is only summed
-            for replies in self.groups.all(groups, self.cache):
-                yield from replies
+            yield from self.groups.all(groups, self.cache)
             return
         for some in self.groups.portions(groups):
-            yield from self.groups.each([message for group in some for message in group], self.cache)
+            for reply in self.groups.each([message for group in some for message in group], self.cache):
+                yield (reply,)

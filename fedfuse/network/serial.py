@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from fedfuse.compat.turns import aside
 from fedfuse.core.node import Node
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.network.site_memory import SiteMemory
@@ -60,6 +61,9 @@ class SerialGrid(LocalGrid):
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Carry each message there and back as bytes."""
+        return aside(self._carried(groups))
+
+    def _carried(self, groups: list[list[Message]]) -> Iterator[Message]:
         for group in groups:
             for message in group:
                 carried = Message(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
@@ -21,6 +22,7 @@ from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Share
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.serial import SerialGrid
+from fedfuse.seeding import seed_everything
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
 from tests.federations import answer, federation, intercept, play
@@ -427,6 +429,45 @@ def test_replies_in_any_order_give_the_same_bits(name: str) -> None:
         built.run()
         assert built.digest == there.digest
         assert built.strategy.outbox.traffic.summary() == there.totals
+
+
+@pytest.mark.parametrize(
+    ("grid", "words", "summed"),
+    [
+        ("inline", (), False),
+        ("inline", (), True),
+        ("inline", ("runtime.vectorize='off'",), False),
+        ("serial", (), False),
+        ("inline", ("clock=devices",), False),
+        ("inline", ("clock=devices", "schedule=fedbuff", "schedule.buffer=10"), False),
+    ],
+)
+def test_a_fuse_that_draws_between_shares_is_not_disturbed_by_clients(grid, words, summed, monkeypatch) -> None:
+    """Clients may play in its process, and seed the global generators before each verb; elsewhere they do not."""
+
+    def draw() -> list[float]:
+        return [torch.rand(1).item(), random.random(), float(np.random.rand())]
+
+    class Draws(FusionClient):
+        def fit(self):
+            draw()
+            return self.train()
+
+    class Noisy(FusionStrategy):
+        staleness = "updates"
+        sums = {"model": None} if summed else {}
+
+        def fuse(self, shares):
+            drawn[self.round] = [draw() for share in shares]
+            self.publish("model", {name: value.clone() for name, value in self.model.items()})
+
+    drawn: dict[int, list[list[float]]] = {}
+    name = enter(monkeypatch, Noisy, Draws, NoHyper)
+    play(name, "clients=10", *words, grid=grid)
+    assert sorted(drawn) == [1, 2]
+    for round, found in drawn.items():
+        seed_everything(0, "fuse", "train", round)
+        assert found == [draw() for _ in range(10)]
 
 
 def test_knowledge_published_while_replies_stream_is_not_taken_for_sent(monkeypatch, tmp_path: Path) -> None:
