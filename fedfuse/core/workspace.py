@@ -125,7 +125,8 @@ class Workspace:
                     model = self.equip(model, self.build)
             if frozen(model) and self.device.type == "cpu":
                 share(model, frozen(model))  # one copy a machine, however many processes and clients
-            self._models[architecture] = model.to(self.device)
+            self._models[architecture] = model = model.to(self.device)
+            model.__dict__["graded"] = [(p, p.requires_grad) for p in parameters_of(model)]
             self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
 
@@ -160,10 +161,16 @@ class Workspace:
         return model
 
     def unset(self, architecture: str) -> nn.Module:
-        """The resident model without gradients, for whoever overwrites all of it before looking."""
+        """The resident model without gradients, for whoever overwrites all of it before looking.
+
+        Which parameters are trained is as it was built, whatever the client before froze.
+        """
         model = self.model(architecture)
         for parameter in parameters_of(model):
             parameter.grad = None
+        for parameter, graded in model.__dict__["graded"]:
+            if parameter.requires_grad != graded:
+                parameter.requires_grad_(graded)
         return model
 
     def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:

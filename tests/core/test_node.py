@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedfuse import AveragingStrategy, FusionClient, Metrics
 from fedfuse.config import registry
+from fedfuse.config.registry import NoHyper
 from fedfuse.core.asked import parcels
 from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node, place, state_sha
@@ -235,6 +236,29 @@ def test_what_is_distilled_for_an_evaluation_is_not_distilled_again(monkeypatch)
     with federation("knfu", "rounds=3") as (built, _):
         built.run()
     assert len(taken) == 3 * 3
+
+
+@pytest.mark.parametrize("words", [("runtime.vectorize='off'",), ("runtime.vectorize=auto",)])
+def test_what_a_client_freezes_the_next_one_trains(words: tuple[str, ...], monkeypatch) -> None:
+    """On Ray the next client sits elsewhere; a replica made of a model that is partly frozen trains all of it too."""
+
+    found: list[tuple[int, bool, bool]] = []
+
+    class Freezes(FusionClient):
+        def fit(self):
+            first, whole = next(iter(self.model.parameters())), all(p.requires_grad for p in self.model.parameters())
+            before = first.detach().clone()
+            first.requires_grad_(self.client != 0)
+            metrics = self.train()
+            found.append((self.client, whole, not torch.equal(before, first)))
+            return metrics
+
+    with federation(enter(monkeypatch, AveragingStrategy, Freezes, NoHyper), "rounds=3", "clients=4", *words) as (
+        built,
+        _,
+    ):
+        built.run()
+    assert sorted(found) == sorted([(client, True, client != 0) for client in range(4)] * 3)
 
 
 @pytest.mark.parametrize("how", ["attribute", "in place", "model"])
