@@ -12,9 +12,10 @@ from flwr.serverapp import Grid
 from fedfuse.core.buffered import play_version
 from fedfuse.core.evaluation import Row, of_clients, of_server, splits_of
 from fedfuse.core.scenario import Scenario
-from fedfuse.core.shares import STALE
+from fedfuse.core.shares import SPOILT, STALE
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.virtual_clock import Over, VirtualClock
+from fedfuse.errors import WorldError
 from fedfuse.wire.records import digest_of
 
 
@@ -179,6 +180,9 @@ class Federation:
         return list(answers) if isinstance(replies, Sequence) else answers  # ours stream
 
     def _followed(self, reply: Message) -> Message:
+        if reply.has_error() and reply.error.code == SPOILT and self.strategy.inbox.inside:
+            client = self.strategy.outbox.client_of(reply)
+            raise WorldError(f"round {self.strategy.round}, client {client}: {reply.error.reason}")
         if reply.has_error() and reply.error.code == STALE:
             outbox = self.strategy.outbox
             again = [outbox.again(outbox.client_of(reply))]

@@ -17,6 +17,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedfuse.compat.flower_replies import reply_to
+from fedfuse.compat.torch_writes import writes
 from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
@@ -27,7 +28,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
 from fedfuse.core.scenario import Scenario
-from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Records
+from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, SPOILT, STALE, Records
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
@@ -48,6 +49,10 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
+
+
+class Spoilt(Exception):
+    """A client wrote to arrays that others are handed too."""
 
 
 class Answered(NamedTuple):
@@ -162,6 +167,8 @@ class Node:
                 return self.error(STALE, who, str(error), message)
             except Refused as error:
                 return self.error(REFUSED, who, str(error), message)
+            except Spoilt as error:
+                return self.error(SPOILT, who, str(error), message)
             except InvalidArrays as error:
                 return self.error(INVALID, who, f"received {error}", message)
             except (Exception, SystemExit) as error:  # a client's `exit` ends no run
@@ -191,9 +198,13 @@ class Node:
         started = time.perf_counter() - self.desk.away()
         asked = self._admit(message, cache, who)
         config, phase = self.workspace.scenario.config, asked.phase
+        handed: dict[str, tuple[Arrays, int]] = {}
         with counting(config.clock.on) as tally:
-            awake = self._wake(asked, cache, lends, tally)
-            records, metrics, answer = self._play(asked, awake)
+            try:
+                awake = self._wake(asked, cache, lends, tally, handed)
+                records, metrics, answer = self._play(asked, awake)
+            finally:
+                self._look_after(handed, cache)
         if why := self.desk.apart():
             answer["apart"] = why
         if tally.flops:
@@ -238,8 +249,27 @@ class Node:
             cache["model", ""] = Item(tensors(arrays), phase.round)
         return Asked(message, who, config, phase)
 
-    def _wake(self, asked: Asked, cache: Cache, lends: bool, tally: Tally) -> Awake:
-        """Load the client's committed state, and let it receive what is new to it."""
+    def _look_after(self, handed: Mapping[str, tuple[Arrays, int]], cache: Cache) -> None:
+        """Make sure that nobody wrote to what a client was handed; what is spoilt is no longer held here.
+
+        Raises
+        ------
+        Spoilt
+            Naming the topic.
+        """
+        spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays) != before]
+        if spoilt:
+            for address in [address for address in cache if address[0] in spoilt]:
+                del cache[address]
+            raise Spoilt(
+                f"{self.entry.client.__name__} wrote to knowledge[{spoilt[0]!r}] in place, and other clients are "
+                f"handed the same arrays: clone them first"
+            )
+
+    def _wake(
+        self, asked: Asked, cache: Cache, lends: bool, tally: Tally, handed: dict[str, tuple[Arrays, int]]
+    ) -> Awake:
+        """Load the client's committed state, and let it receive what is new to it; note what it is handed."""
         who, topics, phase = asked.who, self.entry.server.topics, asked.phase
         architecture = self.workspace.scenario.architectures[who]
         knowledge = cache.for_client(who, architecture, topics)
@@ -252,6 +282,7 @@ class Node:
         }
         news = [t for t in knowledge if topics[t].kind != "lesson" or t in new]
         knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
+        handed.update({topic: (item.arrays, writes(item.arrays)) for topic, item in knowledge.items()})
         trained = None
         if phase.kind == "evaluate" and self.digests:
             trained = (self.entry.client.personal and state.get("model")) or self.workspace.initial(architecture)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, float | int]
 Records = dict[str, Arrays]
 
-STALE, REFUSED, FAILED, INVALID, FULL = 1001, 1002, 1003, 1004, 1005  # codes of error replies
+STALE, REFUSED, FAILED, INVALID, FULL, SPOILT = range(1001, 1007)  # codes of error replies
 
 
 def nobody(round: int, phase: str, left_out: Sequence[str]) -> WorldError:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fedfuse.compat import torch_draws, torch_lists, torch_norms, torch_optimizers, torch_state
 from fedfuse.compat.torch_draws import first_of_permutation
+from fedfuse.compat.torch_writes import writes
 from fedfuse.models.in_place import overlay, variable
 
 
@@ -23,6 +24,21 @@ def test_contents_are_what_state_dict_says() -> None:
     assert found is not None
     assert list(found) == list(theirs)
     assert all(found[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+
+
+def test_writes_in_place_are_counted_through_views_too() -> None:
+    value = torch.ones(2, 3)
+    arrays = {"a": torch.zeros(1), "v": value}
+    before = writes(arrays)
+    assert writes({**arrays, "n": torch.from_numpy(value.numpy())}) == before
+    _ = value * 2, value.clone().mul_(2), value.detach().sum()
+    assert writes(arrays) == before
+    for write in (lambda: value.mul_(2), lambda: value[0].fill_(1), lambda: value.detach().view(-1).add_(1)):
+        write()
+        assert writes(arrays) > before
+        before = writes(arrays)
+    with torch.inference_mode():
+        assert writes({"i": torch.ones(1)}) == 0
 
 
 @pytest.mark.parametrize("known", [True, False])

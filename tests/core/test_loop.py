@@ -431,6 +431,60 @@ def test_replies_in_any_order_give_the_same_bits(name: str) -> None:
         assert built.strategy.outbox.traffic.summary() == there.totals
 
 
+@pytest.mark.parametrize("verb", ["receive", "fit", "evaluate"])
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ("inline", ("runtime.vectorize='off'",)),
+        ("inline", ("runtime.vectorize=auto",)),
+        ("inline", ("clock=devices",)),
+        ("inline", ("clock=devices", "schedule=fedbuff", "schedule.buffer=3")),
+        ("serial", ()),
+    ],
+)
+def test_who_writes_to_what_all_are_handed_is_named_and_does_no_harm(grid, words, verb, monkeypatch) -> None:
+    class Writes(FusionClient):
+        def receive(self, knowledge):
+            arrays = self.arrays = knowledge["model"].arrays
+            seen.append((self.client, self.phase, float(sum(value.double().sum() for value in arrays.values()))))
+            self.load(arrays)
+            self.write("receive")
+
+        def write(self, where):
+            if where == verb and self.client == 1:
+                for value in self.arrays.values():
+                    value.mul_(0.5)
+                raise ValueError("and then it fails")
+
+        def fit(self):
+            self.write("fit")
+            return self.train()
+
+        def evaluate(self):
+            self.write("evaluate")
+            return super().evaluate()
+
+    class Constant(FusionStrategy):
+        staleness = "updates"
+
+        def fuse(self, shares):
+            self.publish("model", {name: value.clone() for name, value in self.model.items()})
+
+    seen: list[tuple[int, str, float]] = []
+    name, told = enter(monkeypatch, Constant, Writes, NoHyper), "Writes wrote to knowledge['model'] in place"
+    if grid == "serial":
+        played = play(name, grid=grid)
+        assert played.strategy.inbox.failures["replies"] > 0
+        assert all(line.startswith(f"client 1: {told}") for line in played.strategy.inbox.left_out)
+        assert {total for _, _, total in seen} == {seen[0][2]}
+        return
+    with pytest.raises(
+        WorldError, match=r"^round [12], client 1: Writes wrote to knowledge\['model'\] in place, .*first$"
+    ):
+        play(name, *words, grid=grid)
+    assert len([client for client, phase, _ in seen if client == 1]) <= 2  # it is not tried again
+
+
 @pytest.mark.parametrize(
     ("grid", "words", "summed"),
     [
