@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, SupportsIndex
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -259,16 +261,21 @@ class FusionStrategy(Strategy):
         """The published model common to all."""
         return self.board.items["model", ""].arrays
 
-    def publish(self, topic: str, arrays: Arrays, to: int | str | None = None, *, version: int | None = None) -> None:
+    def publish(
+        self, topic: str, arrays: Arrays, to: SupportsIndex | str | None = None, *, version: int | None = None
+    ) -> None:
         """Put knowledge on the board for everyone, one client (int) or one architecture (str).
 
         Its version is the round; what is published several times in a round says one of its own, which must grow.
 
         Raises
         ------
+        UserError
+            If there is no such client or architecture: nobody would ever get it.
         WorldError
             If it is not finite: no client could take it, and the round before is what a run can go on from.
         """
+        to = self._receiver(topic, to)
         try:
             validate(topic, arrays, None)
         except InvalidArrays as error:
@@ -277,9 +284,22 @@ class FusionStrategy(Strategy):
             ) from error
         self.board.publish(topic, arrays, to, self.round if version is None else version)
 
-    def published(self, topic: str, to: int | str | None = None) -> Arrays:
+    def published(self, topic: str, to: SupportsIndex | str | None = None) -> Arrays:
         """The newest value of a topic."""
-        return self.board.items[topic, address_of(to)].arrays
+        return self.board.items[topic, address_of(self._receiver(topic, to))].arrays
+
+    def _receiver(self, topic: str, to: SupportsIndex | str | None) -> int | str | None:
+        """Whom something is for: a client of any integer type as a plain number, which its address is made of."""
+        if to is None or (isinstance(to, str) and to in self.scenario.architectures):
+            return to
+        with contextlib.suppress(TypeError):  # text, or no whole number
+            if 0 <= (client := operator.index(to)) < self.scenario.clients:  # type: ignore[arg-type]
+                return client
+        names = ", ".join(sorted(set(self.scenario.architectures)))
+        raise UserError(
+            f"{self.name} publishes {topic!r} to={to!r:.40}: nobody gets that; allowed are clients 0 to "
+            f"{self.scenario.clients - 1}, architectures ({names}) and None, everybody"
+        )
 
     @property
     def summed(self) -> Mapping[str, str | None]:

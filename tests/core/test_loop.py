@@ -524,6 +524,34 @@ def test_a_fuse_that_draws_between_shares_is_not_disturbed_by_clients(grid, word
         assert found == [draw() for _ in range(10)]
 
 
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, lambda client: np.array(client, dtype=np.int32)])
+def test_a_client_is_published_for_by_any_whole_number(kind, monkeypatch) -> None:
+    class Advises(Ledger):
+        def fuse(self, shares):
+            for share in shares:
+                self.publish("advice", {"v": torch.full((1,), float(share.client))}, to=kind(share.client))
+                assert self.published("advice", kind(share.client)) is self.published("advice", share.client)
+
+    played = play(enter(monkeypatch, Advises), "evaluate.every=9")
+    assert [played.strategy.published("advice", client)["v"].item() for client in range(3)] == [0, 1, 2]
+    assert {address[1] for address in played.strategy.board.items} == {"", "client:0", "client:1", "client:2"}
+
+
+@pytest.mark.parametrize("to", [3, -1, np.int64(3), 0.0, torch.tensor([0, 1]), "client:0", "nosuch", "", [0]])
+def test_who_publishes_for_nobody_is_told_whom_there_is(to, monkeypatch) -> None:
+    class Astray(Ledger):
+        def fuse(self, shares):
+            self.publish("advice", {"v": torch.ones(1)}, to=to)
+
+    with pytest.raises(UserError) as told:
+        play(enter(monkeypatch, Astray))
+    assert str(told.value).startswith("ledger publishes 'advice' to=")
+    assert str(told.value).endswith(
+        "nobody gets that; allowed are clients 0 to 2, architectures (mlp_small) and None, everybody"
+    )
+    assert "\n" not in str(told.value)
+
+
 def test_knowledge_published_while_replies_stream_is_not_taken_for_sent(monkeypatch, tmp_path: Path) -> None:
     """What `fuse` publishes after the first share is not what the second client was sent."""
 
