@@ -93,6 +93,7 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run evaluate.momnt=trained", "did you mean 'evaluate.moment'"),
         ("run privacy.levl=client", "did you mean 'privacy.level'"),
         ("run tracking=wandbb", "did you mean 'wandb'"),
+        ("run model=mine.nets:net", "model=mine.nets:net: code of your own is said as model=custom model.build=mine."),
         ("run secure=yes", "secure=yes: unknown; Allowed: off, on"),
         ("audit nowhere --audit ldia", "nowhere: not a run directory"),
         ("diff nowhere elsewhere", "nowhere: no such directory"),

@@ -124,6 +124,8 @@ def _check_keys(overrides: Sequence[str]) -> None:
         if key in GROUPS:
             allowed = options(key)
             if value not in allowed and not value.startswith(("{", "[", "${")):
+                if key == "model" and ":" in value:  # as in `model.pool`
+                    raise UserError(f"model={value}: code of your own is said as model=custom model.build={value}")
                 raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
             continue
         if key not in every and not key.startswith(OPEN):
