@@ -32,7 +32,7 @@ from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, SPOILT, STALE, R
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.train.ledger import Ledger
-from fedfuse.train.work import Tally, counting
+from fedfuse.train.work import Tally, counting, warm_up
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.fixed_point import beyond
 from fedfuse.wire.knowledge import Cache, Item, Stale, reaches
@@ -130,6 +130,8 @@ class Node:
         self.desk = Abreast()
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
         self._equipped = self.phases.hyper
+        if scenario.config.clock.on:
+            warm_up()
 
     def _equip(self, model: Any, build: Any) -> Any:
         return self.entry.client.equip(model, self.phases.hyper, build)

@@ -8,6 +8,7 @@ unless somebody asks (`counting`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ def counting(on: bool = True) -> Iterator[Tally]:
         yield tally
     finally:
         _tally.reset(token)
+
+
+@functools.cache
+def warm_up() -> None:
+    """Count something once: a process's first count has torch import its compiler, seconds that are no client's."""
+    _counted(nn.Linear(1, 1), torch.zeros(1, 1), True, None)
 
 
 def note(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from torch.utils import flop_counter
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.experiment import run
+from fedfuse.train.work import warm_up
 from tests.federations import TINY, federation, play
 
 ON = ("clients=6", "clock=devices", "rounds=4")
@@ -302,3 +305,19 @@ def test_virtual_time_alone_needs_no_number_of_rounds() -> None:
     assert compose(["clock=devices", "until.seconds=60", "rounds=5"]).rounds == 5
     with pytest.raises(UserError, match=r"until\.seconds=60\.0 does nothing here"):
         compose(["until.seconds=60"])
+
+
+def test_what_the_first_count_of_a_process_takes_is_no_clients_time(monkeypatch, tmp_path: Path) -> None:
+    slow = iter([1.0])
+
+    class Slow(flop_counter.FlopCounterMode):
+        def __enter__(self):
+            time.sleep(next(slow, 0.0))
+            return super().__enter__()
+
+    monkeypatch.setattr(flop_counter, "FlopCounterMode", Slow)
+    warm_up.cache_clear()
+    path = run(compose([*TINY, "strategy=fedavg", *ON, "runtime=inline", f"out={tmp_path / 'run'}"]), quiet=True)
+    assert next(slow, None) is None
+    timing = pl.read_parquet(path / "timing.parquet").filter(pl.col("scope").str.starts_with("client"))
+    assert 0 < timing["seconds"].max() < 1
