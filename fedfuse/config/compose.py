@@ -100,8 +100,13 @@ def compose(overrides: Sequence[str]) -> Config:
     if config.until.seconds is not None and not any(text.lstrip("+~").startswith("rounds=") for text in overrides):
         config.rounds = MANY
     check(config)
-    refuse(config, [re.split("=", text.lstrip("+~"), maxsplit=1)[0] for text in overrides])
+    refuse(config, typed(overrides))
     return config
+
+
+def typed(overrides: Iterable[str]) -> list[str]:
+    """The keys that words set."""
+    return [text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides]
 
 
 def _check_keys(overrides: Sequence[str]) -> None:

@@ -32,21 +32,24 @@ class Idle(UserError):
         self.keys = tuple(keys)
 
 
-def idle(config: Config, sweep: bool = True) -> dict[str, str]:
-    """Keys that differ from their default and do nothing in this run: each with one line that says why.
+def idle(config: Config, sweep: bool = True, typed: Iterable[str] = ()) -> dict[str, str]:
+    """Keys that were set and do nothing in this run: each with one line that says why.
 
     Parameters
     ----------
     config : Config
     sweep : bool
         Whether it may be one of several runs.
+    typed : iterable of str
+        Keys that the user set, which count whatever their value; a group's word counts as its `name`. Others are set
+        where they differ from their default.
     """
-    out = {}
+    out, asked = {}, _full(typed)
     for key in known().values():
         if not key.only:
             continue
         value = valued(config, key.name)
-        if value != key.default and not holds(key.only, config, sweep):
+        if (value != key.default or key.name in asked) and not holds(key.only, config, sweep):
             out[key.name] = f"{_named(key)}={said(value)} does nothing here: it goes with {key.only}"
     return out
 
@@ -66,7 +69,7 @@ def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
     ----------
     config : Config
     typed : iterable of str
-        Keys that the user set; a group's word counts as its `name`.
+        See `idle`.
     sweep : bool
         See `idle`.
 
@@ -75,10 +78,24 @@ def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
     Idle
         One line for each.
     """
-    asked = {f"{name}.name" if f"{name}.name" in known() else name for name in typed}
-    found = {name: why for name, why in idle(config, sweep).items() if name in asked and name.startswith(REFUSED)}
+    asked, every = _full(typed), known()
+    found = {
+        name: why
+        for name, why in idle(config, sweep, asked).items()
+        if name in asked and name.startswith(REFUSED) and not _asks_nothing(every[name], valued(config, name))
+    }
     if found:
         raise Idle(found)
+
+
+def _full(typed: Iterable[str]) -> set[str]:
+    """Typed keys, a group's word as its `name`."""
+    return {f"{name}.name" if f"{name}.name" in known() else name for name in typed}
+
+
+def _asks_nothing(key: Key, value: Any) -> bool:
+    """Whether a default says that something is off, so that without effect it is what was asked for."""
+    return bool(value == key.default and (not value or value in ("off", "none")))
 
 
 def _named(key: Key) -> str:

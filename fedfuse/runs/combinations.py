@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fedfuse.audits.possible import reason
 from fedfuse.config import registry
-from fedfuse.config.compose import compose, expand, strategy_of
+from fedfuse.config.compose import compose, expand, strategy_of, typed
 from fedfuse.config.idle import Idle, idle
 from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy
@@ -93,7 +93,7 @@ def combine(words: Sequence[str]) -> tuple[list[Combination], list[str]]:
         while True:
             try:
                 config, refused = composed(words_kept, known), None
-                said = idle(config)
+                said = idle(config, typed=typed(words_kept))
             except Idle as error:
                 refused = error
                 said = dict(zip(error.keys, str(error).split("; "), strict=False))

@@ -264,6 +264,15 @@ def test_what_else_is_typed_and_does_nothing_is_a_line_of_the_run(words: str, sa
     assert not any("\n" in line for line in lines)
 
 
+def test_what_is_typed_counts_at_its_default_too() -> None:
+    config = compose(["partition=iid"])
+    assert idle(config, sweep=False) == {}
+    assert "does nothing here" in idle(config, sweep=False, typed=["partition.alpha"])["partition.alpha"]
+    with pytest.raises(UserError, match=r"attack.fraction=0.2 does nothing here"):
+        compose(["attack.fraction=0.2"])
+    compose(["strategy=fedavg", "loss=default", "schedule=sync", "clock.dropout=0", "secure=off"])  # which ask for none
+
+
 def test_what_a_preset_sets_and_does_nothing_is_a_note() -> None:
     config = compose(["experiment=smoke", "data.limit=100"])
     config.partition.alpha = 0.1
@@ -430,6 +439,16 @@ def test_a_word_that_does_something_in_some_runs() -> None:
     assert "left out of 2 of 4 runs (it goes with partition=dirichlet|size)" in notes[0]
     with pytest.raises(UserError, match="does nothing in any of these runs"):
         combine([*words, "partition=iid", "partition.min_size=2,3"])
+
+
+def test_a_default_that_does_nothing_does_not_multiply_a_run() -> None:
+    runs, notes = combine(["partition=iid,dirichlet", "partition.alpha=0.1,0.5"])
+    assert [run.varied for run in runs] == [
+        ["partition=iid"],
+        ["partition=dirichlet", "partition.alpha=0.1"],
+        ["partition=dirichlet", "partition.alpha=0.5"],
+    ]
+    assert notes[0].startswith("partition.alpha=0.1,0.5: left out of 2 of 4 runs")
 
 
 def test_an_impossible_combination_is_refused_before_the_first_run(tmp_path: Path) -> None:
