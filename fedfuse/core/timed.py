@@ -115,6 +115,10 @@ def shape(strategy: FusionStrategy, clock: VirtualClock) -> list[str]:
         f"  of which computing: {100 * _middle(computing):.0f} % (median); the rest is the network",
         f"  slowest: {slow}",
     ]
+    if schedule.name == "deadline":
+        late = sum(time > schedule.seconds for time in times)
+        acts = f"stops {late} of {len(times)} clients" if late else "is beyond the slowest client: it stops nobody"
+        lines.append(f"  the deadline {acts}")
     spans = [sum(b - a for a, b in one.spans) / one.period for one in clock.world.intervals if not one.always]
     if spans:
         lines.append(

@@ -14,6 +14,7 @@ from torch.utils import flop_counter
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
 from fedfuse.core.loop import Callback
+from fedfuse.core.timed import shape
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.experiment import run
 from fedfuse.train.work import warm_up
@@ -321,3 +322,12 @@ def test_what_the_first_count_of_a_process_takes_is_no_clients_time(monkeypatch,
     assert next(slow, None) is None
     timing = pl.read_parquet(path / "timing.parquet").filter(pl.col("scope").str.starts_with("client"))
     assert 0 < timing["seconds"].max() < 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(30, "is beyond the slowest client: it stops nobody"), (0.12, "stops 2 of 6 clients")]
+)
+def test_a_dry_run_says_whom_a_deadline_stops(seconds: float, said: str) -> None:
+    words = (*ON, "schedule=deadline", f"schedule.seconds={seconds}")
+    with federation("fedavg", *words) as (built, _):
+        assert f"  the deadline {said}" in shape(built.strategy, built.clock)
