@@ -100,7 +100,7 @@ def scenario_of(overrides: tuple[str, ...]) -> tuple[Config, Scenario]:
     _asked[repr(wanted)] = wanted
     data = _dealt(repr(wanted))
     names = models.architectures(
-        config.model, data.dataset.kind, data.dataset.shape, data.clients, data.dataset.next_token
+        config.model, data.dataset.kind_said, data.dataset.shape, data.clients, data.dataset.next_token
     )
     return config, Scenario(config, data, tuple(names))
 

@@ -132,8 +132,10 @@ def _facts(config: Config, name: str) -> Iterator[set[str]]:
     elif name == "data.layout":
         yield {layout}
     elif name == "model":
+        tokens = data.extra.get("text") == "tokens" or "tokenizer" in data.extra
         for one in config.model.pool or [config.model.name]:
-            yield {"custom" if ":" in one else one.partition("@")[0]}
+            word = "custom" if ":" in one else one.partition("@")[0]
+            yield {"hf" if word == "auto" and tokens else word}
     elif name == "train.optimizer":
         for one in config.train.pool or [config.train.optimizer]:
             yield {one.partition("@")[0]}

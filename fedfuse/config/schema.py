@@ -130,7 +130,8 @@ class ModelConfig:
 
     name: str = key(
         "auto",
-        "architecture: fedfuse list models; auto: mlp for features and 8×8 images, cnn for images",
+        "architecture: fedfuse list models; auto: mlp for features and 8×8 images, cnn for "
+        "images, text_classifier or causal_lm for tokens",
         only="model.pool=null",
     )
     pool: list[str] | None = key(None, "architectures, dealt to clients round-robin; null: all alike")

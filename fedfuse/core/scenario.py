@@ -104,7 +104,7 @@ def prepare_scenario(config: Config, data: FederatedData | None = None) -> Scena
     if unheard := idle(config):  # of a preset, or from before a group's word was changed: what is typed is refused
         data = replace(data, notes=(*data.notes, *unheard.values()))
     dataset = data.dataset
-    names = models.architectures(config.model, dataset.kind, dataset.shape, data.clients, dataset.next_token)
+    names = models.architectures(config.model, dataset.kind_said, dataset.shape, data.clients, dataset.next_token)
     return settled(Scenario(config, data, tuple(names)))
 
 

@@ -158,6 +158,11 @@ class Dataset:
         """Whether `kind` is a guess: whole numbers that nobody called tokens, and which may as well be features."""
         return self.kind == "tokens" and self.pad is None and not self.next_token
 
+    @property
+    def kind_said(self) -> str:
+        """`kind`, for a model to be chosen by; a guess of tokens is features."""
+        return "features" if self.unsaid else self.kind
+
     def preprocessing(self) -> str:
         """Describe canonically how raw inputs become tensors; nodes compare its hash."""
         inputs = self.train.inputs

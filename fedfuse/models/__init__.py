@@ -35,7 +35,7 @@ def architectures(
     config
         One name, or a pool dealt round-robin.
     kind
-        What the data are: `features` always makes `auto` an mlp.
+        What the data are: `features` always makes `auto` an mlp, `tokens` a language model.
     shape
         Shape of one example; `auto` is a cnn for images larger than 8×8.
     clients
@@ -50,8 +50,10 @@ def architectures(
     """
     if config.pool is not None and not config.pool:
         raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
-    named = ["causal_lm" if next_token and n == "hf" else n for n in config.pool or [config.name]]
-    pool = [_resolve("text_classifier" if n == "hf" else n, config, kind, shape) for n in named]
+    language = "causal_lm" if next_token else "text_classifier"
+    of_tokens = ("hf", "auto") if kind == "tokens" else ("hf",)
+    named = [language if n in of_tokens else n for n in config.pool or [config.name]]
+    pool = [_resolve(name, config, kind, shape) for name in named]
     if config.extra and not any(":" in name for name in pool):
         raise UserError(f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}")
     if config.checkpoint and len(set(pool)) > 1:

@@ -97,7 +97,7 @@ def server_scenario(scenario: Scenario, examples: Mapping[int, Sequence[int]]) -
 
 def _scenario(config: Config, data: FederatedData, clients: int) -> Scenario:
     dataset: Dataset = data.dataset
-    names = models.architectures(config.model, dataset.kind, dataset.shape, clients, dataset.next_token)
+    names = models.architectures(config.model, dataset.kind_said, dataset.shape, clients, dataset.next_token)
     return settled(Scenario(config, data, tuple(names)))
 
 

@@ -273,6 +273,11 @@ def test_what_is_typed_counts_at_its_default_too() -> None:
     compose(["strategy=fedavg", "loss=default", "schedule=sync", "clock.dropout=0", "secure=off"])  # which ask for none
 
 
+def test_auto_on_tokens_is_a_language_model() -> None:
+    assert "model.dtype" in idle(compose(["model.dtype=bf16"]), sweep=False)
+    assert idle(compose(["data=trec", "model.dtype=bf16"]), sweep=False) == {}
+
+
 def test_what_a_preset_sets_and_does_nothing_is_a_note() -> None:
     config = compose(["experiment=smoke", "data.limit=100"])
     config.partition.alpha = 0.1

@@ -89,6 +89,11 @@ def test_auto(kind, shape, name):
     assert models.architectures(ModelConfig(), kind, shape, 2) == [name, name]
 
 
+@pytest.mark.parametrize(("next_token", "name"), [(False, "text_classifier"), (True, "causal_lm")])
+def test_auto_reads_tokens(next_token, name):
+    assert models.architectures(ModelConfig(), "tokens", (32,), 2, next_token) == [name, name]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "shape", "line"),
     [
