@@ -44,12 +44,20 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def listed(text: str) -> str:
-    """`audit=a,b` as the list that it is: both in every run, no sweep over them; `data.inputs=[a,b]` as its word."""
+    """`audit=a,b` as the list that it is: both in every run, no sweep over them; `data.inputs=[a,b]` as its word.
+
+    What Hydra's grammar has no letters for (`out=runs/Übung`) is quoted.
+    """
     key, _, value = text.partition("=")
     if key == "data.inputs" and value.startswith("[") and value.endswith("]"):
         names = ",".join(name.strip().strip("'\"") for name in value[1:-1].split(","))
         return f"{key}='{names}'"
+    if not value.isascii() and not {"'", '"', "{", "$"} & set(value):
+        return f"{key}={ITEM.sub(QUOTED, value)}"
     return f"audit=[{value}]" if key == "audit" and not value.startswith(("[", "$")) else text
+
+
+ITEM, QUOTED = re.compile(r"[^\s,\[\]][^,\[\]]*"), r"'\g<0>'"
 
 
 def strategy_of(overrides: Sequence[str]) -> str | None:

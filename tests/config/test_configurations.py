@@ -9,7 +9,7 @@ import pytest
 
 from fedfuse import models
 from fedfuse.config import catalogue, hydra_words, registry
-from fedfuse.config.compose import compose, strategy_of
+from fedfuse.config.compose import compose, expand, strategy_of
 from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, presets
 from fedfuse.train.losses import loss
 
@@ -166,3 +166,10 @@ def test_experiment_presets_run_short(name: str, tmp_path: Path) -> None:
     if name not in ("smoke",):
         config.data.root = str(DATA / config.data.name)
     assert (run(config, quiet=True) / "summary.json").exists()
+
+
+def test_letters_that_hydra_does_not_know_are_taken_in_values() -> None:
+    assert compose(["out=runs/Übung 2"]).out == "runs/Übung 2"
+    assert compose(["data.inputs=[Größe,b]"]).data.inputs == "Größe,b"
+    assert compose(["model.path='../日本'"]).model.path == "../日本"
+    assert [compose(job).out for job in expand(["out=Ü,b"])] == ["Ü", "b"]
