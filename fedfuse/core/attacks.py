@@ -186,7 +186,8 @@ def attack_notes(scenario: Scenario) -> list[str]:
     agree = "; they know what the honest share, and tell one lie" if attack.colludes else ""
     scale = attack.scale if attack.scale is not None else SCALES.get(attack.name)
     strength = f" (scale {scale:g})" if scale is not None else ""
+    honest = "the mean of the others" if len(liars) < scenario.clients else "nobody's, since everybody lies"
     return [
         f"attack: {attack.name}{strength}: {len(liars)} of {scenario.clients} clients lie whenever they take part, "
-        f"{how}: {', '.join(map(str, liars))}{agree}; accuracy/personal_honest is the mean of the others"
+        f"{how}: {', '.join(map(str, liars))}{agree}; accuracy/personal_honest is {honest}"
     ]

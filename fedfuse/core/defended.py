@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
 
 
+FEWEST = 3  # clients of whom one can be outvoted, by whatever rule
 STALE = ("semiasync", "fedbuff", "fedasync")  # schedules
 
 
@@ -234,6 +235,11 @@ def check_defence(strategy: FusionStrategy) -> None:
         raise UserError(
             f"{key}: with defence.fraction={defence.fraction:g} of {scenario.cohort_size} clients a round {f} may lie, "
             f"and the rule needs {needed} clients (clients, participation, defence.fraction)"
+        )
+    if scenario.cohort_size < FEWEST:
+        raise UserError(
+            f"{key}: of {scenario.cohort_size} clients a round nobody can be outvoted; the rule needs {FEWEST} "
+            "(clients, participation)"
         )
 
 

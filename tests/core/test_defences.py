@@ -249,6 +249,7 @@ def test_another_layout_is_excluded() -> None:
         (("strategy=local", "defence=median"), "share nothing"),
         (("strategy=centralized", "defence=median"), "share nothing"),
         (("strategy=fedavg", "defence=krum"), "1 may lie, and the rule needs 5 clients"),
+        (("strategy=fedavg", "defence=median", "clients=2"), "of 2 clients a round nobody can be outvoted"),
         (("strategy=fedavg", "defence=cronus", "defence.fraction=0.45"), "2 may lie, and the rule needs 5"),
         (("strategy=fedavg", "defence=cronus", "defence.fraction=0.5"), "defence.fraction=0.5: allowed is"),
         (("strategy=fedavg", "defence=expguard", "defence.around=krum"), "defence.around=krum"),
@@ -273,3 +274,8 @@ def test_a_key_that_does_nothing_is_refused_and_a_misspelt_rule_named() -> None:
 def test_a_defence_says_so() -> None:
     (told,) = [note for note in play("fedmd", "defence=trimmed_mean").notes if note.startswith("defence")]
     assert told.startswith("defence: trimmed_mean, against 1 liars a round, in the place of the mean of logits")
+
+
+def test_a_run_in_which_everybody_lies_says_so() -> None:
+    (told,) = [note for note in play("fedavg", "attack=noise", "attack.fraction=1").notes if note.startswith("attack")]
+    assert told.endswith("accuracy/personal_honest is nobody's, since everybody lies")
