@@ -190,9 +190,14 @@ def _resume(words: list[str], started: float) -> int:
             raise UserError(f"{word}: a number of rounds is needed")
         rounds = int(value)
     path = Path(rest[0])
-    if (path / "summary.json").exists():
-        from fedfuse.results.run_data import load
+    from fedfuse.results.run_data import load, run_directories
 
+    if (one := next(run_directories(path), path)) != path:
+        raise UserError(
+            f"{path}: holds the runs of a sweep, which the same fedfuse compare command with out={path} resumes; "
+            f"one of them: fedfuse resume {one}"
+        )
+    if (path / "summary.json").exists():
         kept = load(path)
         if rounds is None or rounds == kept.config.get("rounds"):
             print(f"{path}: finished already; fedfuse resume {path} rounds=<more> goes on")
@@ -298,6 +303,12 @@ def _audit(words: list[str], started: float) -> int:
     from fedfuse.runs.audit import audit
 
     names = [name for name in (flags.get("--audit") or "").split(",") if name]
+    if not names:
+        from fedfuse.config.catalogue import AUDITS
+
+        raise UserError(
+            f"fedfuse audit: say which by --audit <name>,…; allowed: {', '.join(AUDITS)} (fedfuse help audit)"
+        )
     print(audit(Path(rest[0]), names, "--allow-code" in words))
     return 0
 

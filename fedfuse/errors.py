@@ -42,9 +42,19 @@ def in_words(error: BaseException) -> str:
     return f"{text} ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Say which of `allowed` was probably meant by `name`, as the tail of an error line."""
+def nearest(name: str, allowed: Iterable[str], all_by: str = "") -> str:
+    """Say which of `allowed` was probably meant by `name`, as the tail of an error line.
+
+    Parameters
+    ----------
+    name : str
+    allowed : iterable of str
+    all_by : str
+        The command that lists them all, told where the line cannot.
+    """
     options = sorted(allowed)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.65)
     listed = ", ".join(options) if len(options) <= 40 else ", ".join(options[:40]) + ", …"
+    if len(options) > 40 and all_by:
+        listed += f" (all: {all_by})"
     return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {listed}"

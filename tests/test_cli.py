@@ -61,7 +61,12 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run strategy=knfu strategy.bta=1", "did you mean 'strategy.beta'"),
         ("run strategy=knfu strategy.beta=-1", "strategy.beta=-1.0: knfu needs at least 0"),
         ("run strategy=knfu strategy.distance=far", "strategy.distance=far: knfu allows kl_nm"),
-        ("run rounds=many", "rounds=many: Value 'many'"),
+        ("run rounds=many", "rounds=many: allowed is a whole number, at least 1"),
+        ("run train.lr=abc", "train.lr=abc: allowed is a number, more than 0"),
+        ("run train.betas=3", "train.betas=3: allowed is a list, two from 0 to 1"),
+        ("run quiet=true", "quiet: no such key; fedfuse help run lists all keys"),
+        ("run strategy=zzz", "(all: fedfuse list strategies)"),
+        ("audit nowhere", "say which by --audit <name>,…; allowed: ldia"),
         ("run clients=0", "clients=0: allowed is at least 1"),
         ("run train.lr=0", "train.lr=0.0: allowed is more than 0"),
         ("run train.optimizer=sdg", "train.optimizer=sdg: did you mean 'sgd'"),
@@ -120,6 +125,16 @@ def test_wrong_words_get_one_line_and_exit_2(words: str, said: str, tmp_path: Pa
     assert len(lines) == 1
     assert said in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_a_sweep_says_what_does(tmp_path: Path, capsys) -> None:
+    from fedfuse.cli import main
+
+    one = tmp_path / "knfu" / "seed=0"
+    one.mkdir(parents=True)
+    (one / "config.yaml").touch()
+    assert main(["resume", str(tmp_path)]) == 2
+    assert f"with out={tmp_path} resumes; one of them: fedfuse resume {one}" in capsys.readouterr().err
 
 
 def test_run_resume_export_and_python(tmp_path: Path) -> None:

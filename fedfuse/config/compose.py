@@ -12,7 +12,7 @@ from fedfuse.config.clock_keys import MANY
 from fedfuse.config.dotted import given
 from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, parsed, presets
 from fedfuse.config.idle import refuse
-from fedfuse.config.rules import check
+from fedfuse.config.rules import allowed, check
 from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError, nearest
 
@@ -135,11 +135,11 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 registry.entry(value)  # says what is wrong
             continue
         if key in GROUPS:
-            allowed = options(key)
-            if value not in allowed and not value.startswith(("{", "[", "${")):
+            words = options(key)
+            if value not in words and not value.startswith(("{", "[", "${")):
                 if key == "model" and ":" in value:  # as in `model.pool`
                     raise UserError(f"model={value}: code of your own is said as model=custom model.build={value}")
-                raise UserError(f"{key}={value}: unknown; {nearest(value, allowed)}")
+                raise UserError(f"{key}={value}: unknown; {nearest(value, words)}")
             continue
         if key not in every and not key.startswith(OPEN):
             raise UserError(f"{key}: no such key; {meant(key, [*every, *GROUPS, 'strategy'])}")
@@ -183,8 +183,14 @@ def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
         return f"{key}: no such key; {nearest(key, own if key.startswith('strategy.') else known())}"
     match = re.search(r"Error merging override (.+)", _first_line(error))
     if match and error.__cause__ is not None:
+        if (key := known().get(match.group(1).partition("=")[0].lstrip("+~"))) is not None:
+            return f"{match.group(1)}: allowed is {', '.join(filter(None, (_a(key.kind), allowed(key.name))))}"
         return f"{match.group(1)}: {_first_line(error.__cause__)}"
     return _first_line(error)
+
+
+def _a(kind: str) -> str:
+    return f"a {kind}" if kind.split()[0] in ("whole", "number", "list", "mapping", "name") else kind
 
 
 def _first_line(error: BaseException) -> str:

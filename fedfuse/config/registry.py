@@ -198,7 +198,9 @@ def entry(name: str) -> Entry:
                 raise UserError(f"strategy={name}: {name}.py cannot be read ({unreadable[f'{name}.py']})")
             broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(unreadable.items()))
             where = f" (the files of packages with an entry point {GROUP})"
-            raise UserError(f"strategy={name}: unknown; {nearest(name, known)}{where}{broken}")
+            raise UserError(
+                f"strategy={name}: unknown; {nearest(name, known, 'fedfuse list strategies')}{where}{broken}"
+            )
         try:
             importlib.import_module(known[name].module)
         except UserError as error:
