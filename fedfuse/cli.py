@@ -20,7 +20,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse compare strategy=a,b seed=0,1 …  a sweep, then the table and the report; out=<dir> holds everything
   fedfuse report DIR… [--out DIR]          tables, plots and report.html from run or sweep directories
   fedfuse diff RUN_DIR RUN_DIR             what first differs between two runs; 0 if nothing, 1 if something
-  fedfuse watch DIR [--port N]             the same page, live on localhost
+  fedfuse watch DIR… [--port N]            the same page, live on localhost; --host ADDRESS: for whoever has the token
   fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if its configuration
                                            names code or an address, and you know it (as of export and audit)
   fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
@@ -135,8 +135,10 @@ def _run(words: list[str], started: float) -> int:
     if len(jobs) > 1:
         raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
     config = compose(overrides)
-    for line in idle(config, False, typed(overrides)).values():
-        print(f"fedfuse: note: {line}", file=sys.stderr)
+    told = idle(config)  # among the notes of the run
+    for name, line in idle(config, False, typed(overrides)).items():
+        if name not in told:
+            print(f"fedfuse: note: {line}", file=sys.stderr)
     if config.search.trials is not None:
         raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     if "--dry-run" in flags:
@@ -264,6 +266,10 @@ def _list(words: list[str], started: float) -> int:
 def _help(words: list[str], started: float) -> int:
     from fedfuse.config import reference
 
+    if words and words[0] in COMMANDS.keys() - {"run", "compare", "help"}:
+        (part,) = re.findall(rf"^  (fedfuse {words[0]}\b.*(?:\n {{20,}}.*)*)", USAGE, re.MULTILINE)
+        print(part)
+        return 0
     if not words or words[0] in COMMANDS:
         print(USAGE, end="")
         if words and words[0] in ("run", "compare"):

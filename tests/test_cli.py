@@ -127,6 +127,29 @@ def test_wrong_words_get_one_line_and_exit_2(words: str, said: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["report", "diff", "watch", "resume", "list", "export", "audit", "deploy", "bench"])
+def test_a_commands_help_is_its_own(name: str, capsys) -> None:
+    from fedfuse.cli import main
+
+    assert main(["help", name]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"fedfuse {name} ")
+    assert told.count("fedfuse ") <= 2
+    assert ("--allow-code" in told) == (name == "resume")
+    assert ("--host" in told) == (name == "watch")
+
+
+def test_a_note_is_not_told_on_both_streams(tmp_path: Path, capsys) -> None:
+    from fedfuse.cli import main
+
+    words = ["data.limit=100", "clients=1", "partition=iid", "partition.alpha=0.1", "--dry-run"]
+    assert main(["run", *words]) == 0
+    told = capsys.readouterr()
+    assert "partition.alpha=0.1 does nothing here" in told.out
+    assert "does nothing here" not in told.err
+    assert ", 1 client, " in told.out
+
+
 def test_resuming_a_sweep_says_what_does(tmp_path: Path, capsys) -> None:
     from fedfuse.cli import main
 
@@ -268,7 +291,7 @@ def test_nobody_with_a_test_of_ones_own_is_said(tmp_path: Path, capsys) -> None:
 
     words = ["strategy=fedavg", *SMALL, "rounds=1", "data.limit=60", "clients=20", "partition=iid"]
     assert main(["run", *words, f"out={tmp_path / 'few'}"]) == 0
-    said = "no client has 2 examples for a personal test: data.personal_test=0.2 of at most 3 is 1"
+    said = "no client has 2 examples for a personal test, the least: data.personal_test=0.2 of at most 3 is 1; fewer"
     assert said in capsys.readouterr().out
 
 

@@ -121,3 +121,8 @@ def settled(scenario: Scenario) -> Scenario:
         cut = replace(config.transfer, size=len(found.transfer))
         found = replace(found, transfer=cut_transfer(cut, found.dataset, config.seed)[0])
     return replace(scenario, data=found)
+
+
+def counted(clients: int) -> str:
+    """A number of clients in words."""
+    return "1 client" if clients == 1 else f"{clients} clients"

@@ -217,7 +217,8 @@ def prepare(
     offsets = np.column_stack([ends[:, 0] - counts[:, 0], ends])
     if data.personal_test and counts[:, 2].max() < SCORED:
         few = f"data.personal_test={data.personal_test:g} of at most {sizes.max()} is {counts[:, 2].max()}"
-        notes = [*notes, f"no client has {SCORED} examples for a personal test: {few}"]
+        cure = "fewer clients, or a larger data.personal_test, scores some"
+        notes = [*notes, f"no client has {SCORED} examples for a personal test, the least: {few}; {cure}"]
     rows = rest[np.concatenate(cut)]
     notes = [*dataset.notes, *gaps(data, dataset, rows, counts), *notes]
     return FederatedData(dataset, rows, offsets, chosen, tuple(notes))

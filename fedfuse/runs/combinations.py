@@ -120,6 +120,8 @@ def combine(words: Sequence[str]) -> tuple[list[Combination], list[str]]:
     notes = [
         f"{word}: left out of {sum(why.values())} of {len(jobs)} runs ({'; '.join(why)})" for word, why in lost.items()
     ]
+    if twice := len(jobs) - len(set(map(tuple, jobs))):
+        notes.append(f"{twice} of {len(jobs)} runs are named twice, and run once")
     return list(out.values()), notes
 
 

@@ -47,8 +47,8 @@ def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path
             if _read(file)[1].get("architecture") == wanted:
                 return file
     if servers:
-        raise UserError(f"{path}: has one model per architecture; say which client's: --client i")
-    raise UserError(f"{path}: the server has no model of its own; say which client's: --client i")
+        raise UserError(f"{path}: has one model per architecture; say which client's: --client i (Python: client=i)")
+    raise UserError(f"{path}: the server has no model of its own; say which client's: --client i (Python: client=i)")
 
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

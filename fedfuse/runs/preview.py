@@ -10,7 +10,7 @@ from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy
 from fedfuse.core.devices import server_device_of
 from fedfuse.core.fit import remarks
-from fedfuse.core.scenario import prepare_scenario
+from fedfuse.core.scenario import counted, prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
 from fedfuse.data.dataset import Dataset
@@ -31,7 +31,7 @@ def preview(config: Config, console: Console | None = None) -> None:
     strategy = build_strategy(entry, scenario, server_device_of(config))
     console.print(as_yaml(config), markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
-    console.print(f"data: {scenario.data.dataset.name}, {scenario.clients} clients, {scenario.classes} classes")
+    console.print(f"data: {scenario.data.dataset.name}, {counted(scenario.clients)}, {scenario.classes} classes")
     console.print(f"  {found(scenario.data.dataset)}", markup=False)
     for i, split in enumerate(("train", "validation", "personal test")):
         column = sizes[:, i]
@@ -47,7 +47,7 @@ def preview(config: Config, console: Console | None = None) -> None:
         total += layout_nbytes(layout)
         console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
     up, down = bytes_a_round(strategy)
-    console.print(f"round: {scenario.cohort_size} clients, up {up:,.0f} bytes, down {down:,.0f} bytes (at most)")
+    console.print(f"round: {counted(scenario.cohort_size)}, up {up:,.0f} bytes, down {down:,.0f} bytes (at most)")
     if (clock := build_clock(strategy)) is not None:
         for line in shape(strategy, clock):
             console.print(line, markup=False)

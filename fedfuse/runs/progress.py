@@ -10,6 +10,7 @@ from fedfuse.clock.draws import SECOND
 from fedfuse.config.clock_keys import MANY
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
+from fedfuse.core.scenario import counted
 from fedfuse.core.silence import unheard
 
 
@@ -24,7 +25,7 @@ class Progress(Callback):
         scenario = federation.scenario
         models = ", ".join(sorted(set(scenario.architectures)))
         self.console.print(
-            f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {scenario.clients} clients, "
+            f"[bold]{federation.strategy.name}[/] on {scenario.data.dataset.name}: {counted(scenario.clients)}, "
             f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
         )
         for note in (*scenario.data.notes, *remarks(federation.strategy)):

@@ -58,6 +58,8 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     runs, notes = combine(words)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if report and len(runs) == 1:
+        console.print("note: one run: there is nothing to compare it with; strategy=a,b or seed=0,1 makes several")
     places = [root / folder(run.config, run.varied) for run in runs]
     _check_root(root)
     if dry:

@@ -446,6 +446,11 @@ def test_a_word_that_does_something_in_some_runs() -> None:
         combine([*words, "partition=iid", "partition.min_size=2,3"])
 
 
+def test_what_is_named_twice_runs_once_and_is_said() -> None:
+    runs, notes = combine(["seed=0,0"])
+    assert (len(runs), notes) == (1, ["1 of 2 runs are named twice, and run once"])
+
+
 def test_a_default_that_does_nothing_does_not_multiply_a_run() -> None:
     runs, notes = combine(["partition=iid,dirichlet", "partition.alpha=0.1,0.5"])
     assert [run.varied for run in runs] == [
@@ -465,6 +470,13 @@ def test_an_impossible_combination_is_refused_before_the_first_run(tmp_path: Pat
         sweep([*words, "strategy=local,fedavg", f"out={out}"])
     assert not out.exists()
     assert possible(combine([*TINY, "strategy=local,fedavg"])[0], lambda strategy: strategy.name) == ["local", "fedavg"]
+
+
+def test_one_run_has_nothing_to_be_compared_with(tmp_path: Path, capsys) -> None:
+    from fedfuse.runs.sweep import sweep
+
+    sweep([*TINY, "strategy=fedavg", f"out={tmp_path / 'one'}"], report=True, dry=True)
+    assert "note: one run: there is nothing to compare it with" in capsys.readouterr().out
 
 
 def test_a_dry_sweep_runs_nothing(tmp_path: Path, capsys) -> None:
