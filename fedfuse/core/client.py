@@ -86,7 +86,6 @@ class FusionClient:
         pooled: bool = False,
     ) -> None:
         self.hyper, self.model, self.workspace, self.client = hyper, model, workspace, client
-        training.training_mode(model)  # whatever mode the client before left it in
         self.state, self.round, self.phase, self.splits, self.pooled = state, round, phase, splits, pooled
         self.version = -1
         self.config: dict[str, Any] = {}  # extra settings the server half sent (Flower strategies' own keys)

@@ -27,6 +27,7 @@ from fedfuse.train.abreast_batches import sent
 from fedfuse.train.abreast_layers import Forward, stacked
 from fedfuse.train.adapters import LoRA, inject
 from fedfuse.train.ledger import Ledger
+from fedfuse.train.training import training_mode
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
@@ -126,7 +127,10 @@ class Workspace:
             if frozen(model) and self.device.type == "cpu":
                 share(model, frozen(model))  # one copy a machine, however many processes and clients
             self._models[architecture] = model = model.to(self.device)
+            training_mode(model)
+            # looked at before every client, so as short lists
             model.__dict__["graded"] = [(p, p.requires_grad) for p in parameters_of(model)]
+            model.__dict__["modes"] = [(m, m.training) for m in model.modules()]
             self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
 
@@ -163,7 +167,7 @@ class Workspace:
     def unset(self, architecture: str) -> nn.Module:
         """The resident model without gradients, for whoever overwrites all of it before looking.
 
-        Which parameters are trained is as it was built, whatever the client before froze.
+        It is in training mode, and what is trained is as it was built, whatever the client before left.
         """
         model = self.model(architecture)
         for parameter in parameters_of(model):
@@ -171,6 +175,9 @@ class Workspace:
         for parameter, graded in model.__dict__["graded"]:
             if parameter.requires_grad != graded:
                 parameter.requires_grad_(graded)
+        for module, training in model.__dict__["modes"]:
+            if module.training != training:
+                module.training = training
         return model
 
     def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:
