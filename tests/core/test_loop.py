@@ -471,7 +471,7 @@ def test_who_writes_to_what_all_are_handed_is_named_and_does_no_harm(grid, words
             self.publish("model", {name: value.clone() for name, value in self.model.items()})
 
     seen: list[tuple[int, str, float]] = []
-    name, told = enter(monkeypatch, Constant, Writes, NoHyper), "Writes wrote to knowledge['model'] in place"
+    name, told = enter(monkeypatch, Constant, Writes, NoHyper, "writes"), "Writes wrote to knowledge['model'] in place"
     if grid == "serial":
         played = play(name, grid=grid)
         assert played.strategy.inbox.failures["replies"] > 0
@@ -516,7 +516,7 @@ def test_a_fuse_that_draws_between_shares_is_not_disturbed_by_clients(grid, word
             self.publish("model", {name: value.clone() for name, value in self.model.items()})
 
     drawn: dict[int, list[list[float]]] = {}
-    name = enter(monkeypatch, Noisy, Draws, NoHyper)
+    name = enter(monkeypatch, Noisy, Draws, NoHyper, "noisy")
     play(name, "clients=10", *words, grid=grid)
     assert sorted(drawn) == [1, 2]
     for round, found in drawn.items():

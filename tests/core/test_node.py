@@ -253,7 +253,9 @@ def test_what_a_client_freezes_the_next_one_trains(words: tuple[str, ...], monke
             found.append((self.client, whole, not torch.equal(before, first)))
             return metrics
 
-    with federation(enter(monkeypatch, AveragingStrategy, Freezes, NoHyper), "rounds=3", "clients=4", *words) as (
+    with federation(
+        enter(monkeypatch, AveragingStrategy, Freezes, NoHyper, "freezes"), "rounds=3", "clients=4", *words
+    ) as (
         built,
         _,
     ):
