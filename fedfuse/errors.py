@@ -54,6 +54,7 @@ def nearest(name: str, allowed: Iterable[str], all_by: str = "") -> str:
     """
     options = sorted(allowed)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.65)
+    close = close or [option for option in options if len(name) > 2 and option.startswith(name)]
     listed = ", ".join(options) if len(options) <= 40 else ", ".join(options[:40]) + ", …"
     if len(options) > 40 and all_by:
         listed += f" (all: {all_by})"
