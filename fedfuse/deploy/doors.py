@@ -190,7 +190,8 @@ class Operators(Door):
         path = self.post / "owners" / name
         if path.is_file():
             return path.read_text(encoding="utf-8")
-        return "somebody else" if self._ended(name) else None  # before owners were kept
+        there = self._ended(name) or (Path(os.environ.get(RUNS, "runs")) / name).exists()
+        return "somebody else" if there else None  # before owners were kept, or the server's own user's
 
     def _ended(self, name: str) -> bool:
         return (self.post / "results" / f"{name}.json").exists()

@@ -247,8 +247,9 @@ class Site:
             self.seat.policy.check(config)
             check_promises(registry.entry(config.strategy.name), config)  # a server may ask for what none begins
             config = replace(config, data=replace(self.seat.policy.selected(config.data), root=self.seat.data))
-            if self.seat.policy.require_dp:  # what ghost clipping adds is not what it measures: weights may be chosen
-                config = replace(config, privacy=replace(config.privacy, clipping="plain"))
+            if self.seat.policy.require_dp:  # weights may be chosen: what ghost clipping adds is not what it measures,
+                # and last bits of a row's gradient depend on how many rows lie beside it
+                config = replace(config, privacy=replace(config.privacy, clipping="plain", chunk=1))
             if (self.seat.clients is None) != bool(task):
                 own, run = ("own data", "a simulation") if self.seat.clients is None else ("a partition", "own data")
                 raise Refused(f"this site acts on {own}, the run is for {run} (fedfuse deploy run --own-data)")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, in_words
 from fedfuse.runs.export import rebuild
 
 if TYPE_CHECKING:
@@ -96,7 +96,11 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if files and not (folder / "tokenizer.json").exists():  # the tokenizer is inside
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(source, gguf_file=files[0].name, local_files_only=True)
+        try:
+            found = AutoTokenizer.from_pretrained(source, gguf_file=files[0].name, local_files_only=True)
+        except Exception as error:  # transformers reads fewer of these than FedFuse does
+            print(f"fedfuse: {files[0]}: transformers cannot read its tokenizer ({in_words(error)}); none was written")
+            return
         found.save_pretrained(folder)
 
 

@@ -210,8 +210,10 @@ class _Plan:
         return [*found, f"search.edges=[{','.join(edges)}]"] if (edges := self.edges()) else found
 
     def edges(self) -> list[str]:
-        """Keys whose best value is the least or the largest that could be chosen."""
-        return [name for name, found in self.distributions.items() if self.study.best_params[name] in _ends(found)]
+        """Keys whose best value is the least or the largest that could be chosen, where another was tried beside it."""
+        tried = {name: {trial.params.get(name) for trial in self.study.trials} for name in self.distributions}
+        best = self.study.best_params
+        return [name for name, kind in self.distributions.items() if best[name] in _ends(kind) and len(tried[name]) > 1]
 
 
 def distribution(name: str, text: str) -> optuna.distributions.BaseDistribution:
@@ -256,10 +258,11 @@ def _end(found: Any) -> Any:
 
 
 def _ends(found: Any) -> set[float]:
-    """The least and the largest number of a space; none of words, or of a single number."""
-    values = getattr(found, "choices", None) or (found.low, found.high)
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return {min(numbers), max(numbers)} if len(numbers) > 1 else set()
+    """The least and the largest number of a space; none of words, or of two choices, which both are ends."""
+    if (choices := getattr(found, "choices", None)) is None:
+        return {found.low, found.high}
+    numbers = [value for value in choices if isinstance(value, int | float) and not isinstance(value, bool)]
+    return {min(numbers), max(numbers)} if len(numbers) > 2 else set()
 
 
 def _words(params: Mapping[str, Any]) -> list[str]:

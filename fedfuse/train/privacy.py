@@ -83,7 +83,7 @@ def private_notes(start: str, deployed: bool, tokens: bool = False, spent: Seque
     own = "from each site's own entropy; sites that require privacy clip plain, whatever privacy.clipping says"
     noise = own if deployed else "seeded, so that whoever knows the seed can take it off"
     return [
-        f"dp: noise is {noise}",
+        f"dp: noise is {noise}; dropout is off",
         f"dp: the start is {start}",
         "dp: epsilon in the metrics is by example, per client, of what it trains on; its validation and test figures, "
         "and how many examples it has, are not covered",
@@ -238,7 +238,7 @@ def train(
     sampling, noising
         What batches and noise are drawn from.
     seed_parts
-        What dropout is drawn from.
+        What layers draw from that draw in evaluation mode too; dropout is off.
     after_backward
         Called between the noised gradient and the step; it may use only what is public or was released.
     rate_of
@@ -276,6 +276,7 @@ def train(
         return task_losses(model(inputs), labels)
 
     training.training_mode(model)
+    _undrawn(model)
     passed = 0
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # tokens, and data, need no gradient
     try:
@@ -309,6 +310,16 @@ def train(
     finally:
         inner.zero_grad()
     work.note(model, x, passed, True)
+
+
+def _undrawn(model: nn.Module) -> None:
+    """Leave dropout out: its masks go by place, so that one example more would change what all after it add.
+
+    Opacus looks at layers in training mode; those have parameters, and dropout has none, nor has attention with its own.
+    """
+    for module in model.modules():
+        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            module.training = False
 
 
 @contextlib.contextmanager

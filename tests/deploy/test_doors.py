@@ -146,10 +146,11 @@ def test_requests_have_a_size(door: Operators) -> None:
 
 def test_orders_that_nobody_carries_out_have_a_number(door: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDFUSE_RUNS", str(door.post / "runs"))
-    (door.post / "runs" / "a1").mkdir(parents=True)  # lost with its server, and about to be resumed
     ann, bob = certificate("ann", "submit"), certificate("bob", "submit")
     for who, name in ((bob, "b"), *((ann, f"a{i}") for i in range(WAITING + 3))):
         assert ask(door, f"/fedfuse/orders/{name}", body=b"{}", who=who)[0] == 200
+        if name == "a1":
+            (door.post / "runs" / "a1").mkdir(parents=True)  # lost with its server, and about to be resumed
     lying = {path.name for path in (door.post / "orders").iterdir()}
     assert lying == {"b", *(f"a{i}" for i in range(3, WAITING + 3))}
     assert {path.name for path in (door.post / "owners").iterdir()} == lying | {"a1"}
@@ -336,6 +337,8 @@ def test_a_name_is_its_first_operators(tmp_path: Path, monkeypatch: pytest.Monke
     def left(who: str, name: str = "first") -> tuple[int, bytes]:
         return ask(door, f"/fedfuse/orders/{name}", body=everything, who=certificate(who, "submit"))
 
+    (tmp_path / "runs" / "older").mkdir(parents=True)  # from before names had owners, or the server's own user's
+    assert left("sam", "older")[0] == 400
     assert left("ann") == (200, b'{"detail": "taken"}')
     for _ in range(2):
         status, said = left("sam")

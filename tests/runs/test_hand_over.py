@@ -111,3 +111,15 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path, capsys) -> None:
         assert main(["export", str(found.dir), flag, str(tmp_path / "x")]) == 2
         assert f"{flag}: Classifier is no Hugging Face model" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_left_out_in_a_line(tmp_path: Path, capsys) -> None:
+    """As of shared/models/stories260K, whose padding token lies beyond its vocabulary."""
+    from fedfuse.runs.hand_over import _copy_tokenizer
+
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "to").mkdir()
+    _copy_tokenizer(tmp_path, tmp_path / "to")
+    said = capsys.readouterr().out
+    assert "a.gguf: transformers cannot read its tokenizer" in said and said.count("\n") == 1
+    assert not any((tmp_path / "to").iterdir())

@@ -275,6 +275,7 @@ def test_trials_say_of_which_setting_they_are(tmp_path: Path, monkeypatch) -> No
         ({0.1: 0.5, 0.01: 0.9, 0.3: 0.7}, "choice(0.1,0.01,0.3)", ["train.lr"]),  # the least, though in the middle
         ({0.1: 0.5, 0.01: 0.4, 0.3: 0.7}, "choice(0.1,0.3,0.01)", ["train.lr"]),
         ({0.1: 0.9, 0.01: 0.4, 0.3: 0.7}, "choice(0.1,0.01,0.3)", []),
+        ({0.1: 0.9, 0.3: 0.7}, "choice(0.1,0.3)", []),  # both are ends
         ({0.1: 0.9}, "choice(0.1)", []),  # nothing to choose from
     ],
 )

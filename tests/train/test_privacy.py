@@ -171,6 +171,23 @@ def test_what_cancels_in_one_pass_and_not_in_the_next_is_why_sites_that_require_
     assert max(added["ghost"]) > 1000
 
 
+class Falling(nn.Module):
+    """Dropout as attention has it: a function's, in a module without parameters."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), Falling()])
+@pytest.mark.parametrize("clipping", ["ghost", "plain"])
+def test_one_example_more_moves_no_other_ones_dropout(clipping: str, layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(layer, nn.Linear(6, 3))
+    x, y = torch.rand(40, 6), torch.arange(40) % 3
+    with_it, without = (summed(net, x[rows], y[rows], 0.5, clipping) for rows in (slice(0, 40), slice(1, 40)))
+    assert (with_it - without).norm() <= 0.5 * 1.001
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("clipping", ["ghost", "plain"])
 def test_an_example_without_a_finite_gradient_adds_nothing(clipping: str, rows: int) -> None:
