@@ -315,7 +315,7 @@ def train(
 def _undrawn(model: nn.Module) -> None:
     """Leave dropout out: its masks go by place, so that one example more would change what all after it add.
 
-    Opacus looks at layers in training mode; those have parameters, and dropout has none, nor has attention with its own.
+    Opacus looks at layers in training mode. Those have parameters; dropout has none, nor has attention that drops out.
     """
     for module in model.modules():
         if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
