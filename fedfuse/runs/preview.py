@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from fedfuse.config import registry
@@ -15,6 +16,7 @@ from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.gaps import listed
+from fedfuse.models.in_place import frozen
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.experiment import workers_of
 from fedfuse.wire.records import layout_nbytes
@@ -40,12 +42,15 @@ def preview(config: Config, console: Console | None = None) -> None:
     console.print(f"  transfer set: {0 if transfer is None else len(transfer)}")
     for note in (*scenario.data.notes, *remarks(strategy)):
         console.print(f"  note: {note}", markup=False)
-    total = 0
+    total = 0  # bytes of a worker's models: what changes and its initial values, and what is frozen
     for name in sorted(set(scenario.architectures)):
-        layout = strategy.workspace.layout(name)
+        layout, model = strategy.workspace.layout(name), strategy.workspace.resident(name)
         count = sum(int(np.prod(shape)) for _, shape in layout.values())
-        total += layout_nbytes(layout)
-        console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes")
+        base = [parameter for key, parameter in model.named_parameters() if key in frozen(model)]
+        size = sum(parameter.nbytes for parameter in base)
+        total += 2 * layout_nbytes(layout) + size
+        over = f", over {sum(map(torch.numel, base)):,} frozen ones, {size:,} bytes" if base else ""
+        console.print(f"model {name}: {count:,} parameters and buffers, {layout_nbytes(layout):,} bytes{over}")
     up, down = bytes_a_round(strategy)
     console.print(f"round: {counted(scenario.cohort_size)}, up {up:,.0f} bytes, down {down:,.0f} bytes (at most)")
     if (clock := build_clock(strategy)) is not None:
@@ -53,9 +58,8 @@ def preview(config: Config, console: Console | None = None) -> None:
             console.print(line, markup=False)
     data = scenario.data.dataset.train.inputs.nbytes
     workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
-    console.print(
-        f"memory: data {data:,} bytes once a machine; {workers} workers with {2 * total:,} bytes of models each"
-    )
+    of = "1 worker" if workers == 1 else f"{workers} workers"
+    console.print(f"memory: data {data:,} bytes once a machine; {of} with {total:,} bytes of models each")
 
 
 def found(dataset: Dataset) -> str:

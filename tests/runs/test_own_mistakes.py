@@ -159,6 +159,17 @@ def test_a_function_may_return_a_torch_data_set_or_arrays(load: str, tmp_path: P
     assert "data: " in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_frozen_base(tmp_path: Path, capsys) -> None:
+    def bytes_of(*words: str) -> int:
+        assert main(["run", *TINY, "data=digits", "model=mlp_small", *words, "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert ("frozen" in out.split("\nmodel ")[1].split("\n")[0]) == bool(words)
+        return int(out.split("workers with ")[-1].split("worker with ")[-1].split(" bytes")[0].replace(",", ""))
+
+    whole, adapted = bytes_of(), bytes_of("model.lora_rank=2")
+    assert whole / 2 < adapted < 2 * whole  # the base once, its adapters twice
+
+
 def whole_numbers(tmp_path: Path) -> str:
     """A directory with an archive of counts, which may be features or tokens."""
     (tmp_path / "data").mkdir()
