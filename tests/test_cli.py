@@ -71,6 +71,7 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run train.lr=0", "train.lr=0.0: allowed is more than 0"),
         ("run train.optimizer=sdg", "train.optimizer=sdg: did you mean 'sgd'"),
         ("run participation=1.5", "participation=1.5: allowed is more than 0 and at most 1"),
+        ("run seed=9223372036854775808", "seed=9223372036854775808: allowed is a whole number of at most 63 bits"),
         ("run rounds", "not of the form key=value"),
         ("run seed=0,1", "2 runs are asked for"),
         ("resume nowhere", "nowhere"),

@@ -92,6 +92,7 @@ def _rules(config: Config) -> list[Rule]:
     short = "more than 0 (privacy.level=example: at least 0.001)"
     rules: list[Rule] = [
         ("participation", part, 0 < part <= 1, "more than 0 and at most 1"),
+        ("seed", config.seed, abs(config.seed) < 2**63, "a whole number of at most 63 bits"),  # as reports read it
         ("train.lr", train.lr, 0 < train.lr < float("inf"), "more than 0"),
         ("train.momentum", train.momentum, 0 <= train.momentum < 1, "at least 0 and below 1"),
         ("model.lora_alpha", model.lora_alpha, model.lora_alpha is None or model.lora_alpha > 0, "more than 0"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.errors import UserError
-from fedfuse.results.run_data import RunRecord
+from fedfuse.results.run_data import LARGEST, RunRecord
 
 if TYPE_CHECKING:
     import polars as pl
@@ -80,15 +80,20 @@ def _gather(run: RunRecord) -> Measures:
     )
     moved = run.traffic.filter(pl.col("message").is_in(CHARGED)).group_by("round").agg(pl.col("bytes").sum())
     spent = run.timing.group_by("round", "scope", "what").agg(pl.col("seconds").sum())
-    headline, last, moved_rows, spent_rows, counts = pl.collect_all(
+    headline, last, moved_rows, spent_rows, counts, *beyond = pl.collect_all(
         [
             server.select("round", "metric", "value"),
             personal.filter(pl.col("round") == pl.col("round").max()).select("client", "value"),
             moved,
             spent,
             run.partition.sort("client", "split", "label"),
+            rows.select(_beyond("value")),
+            run.timing.select(_beyond("seconds")),
         ]
     )
+    for found in beyond:
+        if found.item():
+            raise ValueError(f"a number of column {found.columns[0]!r} is above {LARGEST:g}")
     rounds = np.arange(run.rounds_done + 1)
     curves = {}
     for name in CURVES:
@@ -111,6 +116,14 @@ def _gather(run: RunRecord) -> Measures:
         virtual_seconds=_virtual(run, rounds),
         partition_hash=int(counts.hash_rows().sum()) if counts.height else None,
     )
+
+
+def _beyond(column: str) -> pl.Expr:
+    """Whether a finite number is too large to draw; a loss that diverged is infinite, and is left out there."""
+    import polars as pl
+
+    size = pl.col(column).cast(pl.Float64).abs()
+    return (size.is_finite() & (size > LARGEST)).any()
 
 
 def _virtual(run: RunRecord, rounds: np.ndarray) -> np.ndarray:

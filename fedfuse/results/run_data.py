@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MOST = 10**7  # rounds that a run has done at most
+LARGEST = 1e300  # of finite values; beyond, no axis can be laid out and no mean be taken
 FORMAT = 1  # of run directories that a report reads; another one is refused
 SAMPLES = "samples"  # a folder of what a language model answered, a file a round
 STOPPED = "stopped.json"  # why a run failed; not there while it goes on, nor once it has finished
@@ -205,6 +206,9 @@ def load(directory: str | os.PathLike[str]) -> RunRecord:
     summary = _json(summary_file)
     if summary.get("format") != FORMAT:
         raise UserError(f"{path}: summary.json has format {summary.get('format')!r}; this is for format {FORMAT}")
+    notes = summary.get("notes") or []
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise UserError(f"{path}: corrupt: notes of summary.json is not a list of texts")
     for kind in COLUMNS:
         if kind != "partition" or (path / "partition.parquet").exists():
             _check_parquet(path / f"{kind}.parquet", kind)
@@ -266,20 +270,25 @@ def _config(path: Path) -> dict[str, Any]:
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"{file}: seed is {seed!r}, not a whole number")
-    if _nodes(config, 10_000) > 10_000:  # aliases of YAML can hide billions of entries in a few lines
+    if abs(seed) >= 2**63:  # which Python may refuse to write out
+        raise UserError(f"{file}: seed is a number of {seed.bit_length()} bits; 63 at most are read")
+    entries = _entries(config, 10_000)
+    if len(entries) > 10_000:  # aliases of YAML can hide billions of entries in a few lines
         raise UserError(f"{file}: more than 10000 entries, not a configuration of fedfuse")
+    words = (part for one in entries for part in (one if isinstance(one, dict) else [one]))  # keys, too
+    if any(isinstance(one, int) and abs(one) > LARGEST for one in words):
+        raise UserError(f"{file}: a number above {LARGEST:g}, not a configuration of fedfuse")
     return config
 
 
-def _nodes(value: object, limit: int) -> int:
-    """Count the entries of nested containers, giving up beyond `limit`."""
-    below = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    count = 1
-    for part in below:
-        if count > limit:
+def _entries(value: object, most: int) -> list[object]:
+    """List what nested containers hold, giving up beyond `most`."""
+    found = [value]
+    for one in found:  # grows while it is walked
+        if len(found) > most:
             break
-        count += _nodes(part, limit - count)
-    return count
+        found += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return found
 
 
 def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
@@ -294,7 +303,7 @@ def _unfinished(path: Path, config: dict[str, Any]) -> RunRecord:
         raise UserError(f"{path}: half-written, it has neither summary.json nor checkpoint/round.json")
     state = _json(file)
     done, rounds = _count(path, state, "round", MOST), _count(path, state, "rounds")
-    for kind in ("metrics", "traffic", "timing"):
+    for kind in COLUMNS:
         for round, piece in _pieces(path, kind):
             if round <= done:
                 _check_parquet(piece, kind)
@@ -351,6 +360,8 @@ def _check_parquet(file: Path, kind: str) -> None:
         if name not in schema:
             raise UserError(f"{file}: corrupt: it has no column {name!r}")
         kind_of = schema[name]
+        if kind_of.is_nested():
+            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}")
         if name == "label":  # classes may be numbers or names
             continue
         numeric = name in _INTEGERS | _FLOATS
@@ -366,11 +377,23 @@ def _type(name: str) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(file))
+        value = json.loads(read_text(file), parse_int=_int, parse_float=_float)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: corrupt: not a JSON object")
+    return value
+
+
+def _int(digits: str) -> int:
+    _float(digits)
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if abs(value) > LARGEST:
+        raise ValueError(f"a number above {LARGEST:g}")
     return value
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from synthetic import write_run
 
+from fedfuse.cli import main
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import find, load
 
@@ -132,6 +133,38 @@ def test_broken_directory_is_named_and_skipped(tmp_path, why):
     assert "broken" in skipped[0]
     if why not in ("no summary.json", "could not"):
         assert why in skipped[0]
+
+
+def _column(path, name, **values):
+    file = path / f"{name}.parquet"
+    pl.read_parquet(file).with_columns(**values).write_parquet(file)
+
+
+HOSTILE = {
+    "a number above 1e+300": lambda path: _said(path, final={"accuracy/global": 10**400}),
+    "notes of summary.json is not": lambda path: _said(path, notes=5),
+    "seed is a number of 36000 bits": lambda path: (path / "config.yaml").write_text(
+        f"strategy: fedavg\nseed: 0x{'f' * 9000}"
+    ),
+    "column 'value' is above": lambda path: _column(path, "metrics", value=pl.lit(1e308)),
+    "column 'label' is List": lambda path: _column(path, "partition", label=pl.lit([1, 2])),
+}
+
+
+@pytest.mark.parametrize("why", HOSTILE)
+def test_a_hostile_directory_costs_a_report_itself_alone(tmp_path, capsys, why):
+    HOSTILE[why](write_run(tmp_path / "folder" / "broken"))
+    write_run(tmp_path / "folder" / "good")
+    assert main(["report", str(tmp_path / "folder")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert "broken" in line
+    assert why in line
+    assert "1 run, 1 seed, 1 skipped" in (tmp_path / "folder" / "report.html").read_text()
+    assert main(["report", str(tmp_path / "folder" / "broken")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert why in err
+    assert len(err.splitlines()) == 1
 
 
 def test_find(tmp_path):
