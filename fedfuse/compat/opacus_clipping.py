@@ -53,7 +53,7 @@ def plain_sum(losses: Losses, chosen: Sequence[Any], x: Tensor, y: Tensor, clip:
 def ghost_sum(losses: Losses, hooks: Any, chosen: Sequence[Any], x: Tensor, y: Tensor, clip: float) -> None:
     """The same from norms of one backward pass and a second one over the losses, each by its factor.
 
-    Rows that would add nothing are left out of both, with draws of dropout anew. The second pass rounds anew: with
+    Rows that would add nothing are left out of both. The second pass rounds anew: with
     weights chosen for it, what cancels in the first need not in the second, so this is for weights that are trusted.
     """
     while len(x):

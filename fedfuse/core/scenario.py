@@ -123,6 +123,6 @@ def settled(scenario: Scenario) -> Scenario:
     return replace(scenario, data=found)
 
 
-def counted(clients: int) -> str:
-    """A number of clients in words."""
-    return "1 client" if clients == 1 else f"{clients} clients"
+def counted(number: int, what: str = "client") -> str:
+    """A number of clients, or of something else, in words."""
+    return f"1 {what}" if number == 1 else f"{number} {what}s"

@@ -46,7 +46,8 @@ def preview(config: Config, console: Console | None = None) -> None:
     for name in sorted(set(scenario.architectures)):
         layout, model = strategy.workspace.layout(name), strategy.workspace.resident(name)
         count = sum(int(np.prod(shape)) for _, shape in layout.values())
-        base = [parameter for key, parameter in model.named_parameters() if key in frozen(model)]
+        fixed = frozen(model)
+        base = [parameter for key, parameter in model.named_parameters() if key in fixed]
         size = sum(parameter.nbytes for parameter in base)
         total += 2 * layout_nbytes(layout) + size
         over = f", over {sum(map(torch.numel, base)):,} frozen ones, {size:,} bytes" if base else ""
@@ -58,8 +59,9 @@ def preview(config: Config, console: Console | None = None) -> None:
             console.print(line, markup=False)
     data = scenario.data.dataset.train.inputs.nbytes
     workers = 1 if config.runtime.name == "inline" else workers_of(config, scenario.clients)
-    of = "1 worker" if workers == 1 else f"{workers} workers"
-    console.print(f"memory: data {data:,} bytes once a machine; {of} with {total:,} bytes of models each")
+    console.print(
+        f"memory: data {data:,} bytes once a machine; {counted(workers, 'worker')} with {total:,} bytes of models each"
+    )
 
 
 def found(dataset: Dataset) -> str:
