@@ -68,6 +68,13 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
+def layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Where each module with several layers keeps them by name, in order; nothing if that is elsewhere."""
+    if not known():
+        return []
+    return [own for module in model.modules() if len(own := module.__dict__["_modules"]) > 1]
+
+
 _PLAIN = (nn.Module, nn.BatchNorm2d)  # the second's own way only adds a counter that old files lack
 
 

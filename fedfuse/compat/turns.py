@@ -1,5 +1,7 @@
 """Random numbers of clients that take turns in one process: each finds torch's, Python's and NumPy's as it left them.
 
+Likewise torch's grad mode and default dtype.
+
 Reading and writing NumPy's whole state takes 130 µs a turn, more than a small client's work. Nearly nobody draws from
 it: its state is looked at where it lies, by the address that NumPy's bit generators give for that (`ctypes`, in
 NumPy's documentation; the layout, 624 words and a position, is not), and is copied only where it is not just seeded.
@@ -10,6 +12,7 @@ words, 1 µs in place of the 50 of `getstate` and `setstate`; where another gene
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import random
@@ -78,8 +81,25 @@ def _go_on(state: Any) -> None:
     random._inst.gauss_next = state[1]  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Leave torch's grad mode and default dtype as they were found."""
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        _set(*before)
+
+
+def _set(graded: bool, dtype: torch.dtype) -> None:
+    if torch.is_grad_enabled() != graded:
+        torch.set_grad_enabled(graded)
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+
+
 class Turns:
-    """The global generators of one of several clients."""
+    """The global generators of one of several clients, and its grad mode and default dtype."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, ...] | None = None
@@ -88,12 +108,14 @@ class Turns:
         """Keep the generators' states: it is another's turn."""
         found = _look()
         numpy: Any = int(found[0]) if found is not None and fresh(int(found[0])) else np.random.get_state()
-        self._kept = torch.default_generator.get_state(), _python(), numpy, _devices()
+        modes = torch.is_grad_enabled(), torch.get_default_dtype()
+        self._kept = torch.default_generator.get_state(), _python(), numpy, _devices(), modes
 
     def take(self) -> None:
         """Go on with them; at the first turn there is nothing to go on with."""
         if self._kept is None:
             return
+        _set(*self._kept[4])
         torch.default_generator.set_state(self._kept[0])
         _go_on(self._kept[1])
         if isinstance(self._kept[2], int):

@@ -23,12 +23,13 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from fedfuse.compat.turns import Turns
+from fedfuse.compat.turns import Turns, as_found
 from fedfuse.config.schema import TrainConfig
 from fedfuse.core.abreast_room import Room
 from fedfuse.core.abreast_trial import PART, Trials
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import in_words
+from fedfuse.models.as_built import built_of
 from fedfuse.models.replicas import parameters_of
 from fedfuse.train import abreast, training
 from fedfuse.train.abreast import Apart, Training
@@ -125,10 +126,8 @@ class Abreast:
                 return None
             if self.trials.wants_alone(kind):
                 return self._measured(asked, kind)
-        graded, seat.asked = torch.is_grad_enabled(), asked
-        seat.answer = None
+        seat.asked, seat.answer = asked, None
         self.hub.switch(seat)
-        torch.set_grad_enabled(graded)
         if isinstance(seat.answer, BaseException):
             raise seat.answer
         return seat.answer
@@ -155,7 +154,9 @@ class Abreast:
         assert self.workspace is not None
         if asked.model is not self.replica(self.workspace, seat.architecture) or asked.config.precision == "bf16":
             return False
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled():
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled() or not torch.is_grad_enabled():
+            return False
+        if not built_of(asked.model).intact():  # a stack passes through the layers as they were built, without hooks
             return False
         if asked.loss is task_step:
             return asked.y is not None and asked.y.ndim <= 2
@@ -177,7 +178,7 @@ class Abreast:
         for architecture, count in slots.items():
             self.workspace.replicas(architecture, count)
         out: list[Any] = [None] * len(jobs)
-        mine, graded = Turns(), torch.is_grad_enabled()
+        mine = Turns()
         mine.leave()
         abreast.desk, collecting = self, gc.isenabled()
         gc.disable()  # all are alive at once, and few leave rings behind: looking through them again and again is waste
@@ -199,7 +200,6 @@ class Abreast:
                     seat.green.throw()
             abreast.desk, self.now, self.hub = None, None, None
             self.seats, self._filled = [], {}
-            torch.set_grad_enabled(graded)
             mine.take()
             if collecting:
                 gc.enable()
@@ -214,17 +214,18 @@ class Abreast:
                     seat.alone, seat.off = True, seat.alone
 
     def _turn(self, seat: Seat) -> Any:
-        seat.turns.take()
-        if seat.left:
-            seat.away += time.perf_counter() - seat.left
-        self.now, seat.begun = seat, True
-        try:
-            return seat.green.switch()
-        finally:
-            self.now = None
-            if not seat.green.dead:
-                seat.turns.leave()
-                seat.left = time.perf_counter()
+        with as_found():
+            seat.turns.take()
+            if seat.left:
+                seat.away += time.perf_counter() - seat.left
+            self.now, seat.begun = seat, True
+            try:
+                return seat.green.switch()
+            finally:
+                self.now = None
+                if not seat.green.dead:
+                    seat.turns.leave()
+                    seat.left = time.perf_counter()
 
     def _answered(self, waiting: Sequence[Seat]) -> list[Seat]:
         """Make the largest set of trainings that fit together, and answer those who asked for them."""

@@ -46,6 +46,8 @@ class Inbox:
         Of this round's clients: examples, training loss.
     apart : dict
         Why clients' trainings were begun anew outside of a stack (`runtime.vectorize`), and how many were.
+    wrote : set
+        Attributes of the halves' classes that were written to.
     scored, shas : dict
         Of the last evaluation: a client's metrics, and the hash of its state.
     """
@@ -61,6 +63,7 @@ class Inbox:
         self.timed: list[tuple[str, str, float]] = []
         self.losses: list[tuple[float, float]] = []
         self.apart: Counter[str] = Counter()
+        self.wrote: set[str] = set()
         self.scored: dict[int, Metrics] = {}
         self.shas: dict[int, str] = {}
         self._told = -1  # the round that `left_out` is of
@@ -132,6 +135,8 @@ class Inbox:
         self.failures["retried"] += _count(config.get("retried"))
         if self.inside:
             sizes |= kept_back(config)
+            if self.inside and "wrote" in config:
+                self.wrote.add(str(config["wrote"]))
             if "apart" in config:
                 self.apart[str(config["apart"])] += 1
         for name, size in sizes.items():

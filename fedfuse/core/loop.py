@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedfuse.core.buffered import play_version
+from fedfuse.core.class_attributes import ClassAttributes
 from fedfuse.core.evaluation import Row, of_clients, of_server, splits_of
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import SPOILT, STALE
@@ -82,6 +83,7 @@ class Federation:
         self.digest: str | None = None
         self.digest_missing: list[int] = []
         self.set_up = False
+        self._classwide = ClassAttributes(type(strategy), FusionStrategy)
         strategy.inbox.inside = bool(getattr(grid, "inside", False))
         strategy.inbox.unmask = getattr(grid, "unmask", None)
 
@@ -192,6 +194,8 @@ class Federation:
     def collect(self, round: int) -> None:
         """Take the round's rows from the strategy, and its mean training loss."""
         strategy = self.strategy
+        if name := self._classwide.written():
+            strategy.inbox.wrote.add(name)
         self.rows += [(round, *row) for row in strategy.logged]
         self.timing += [(round, *row) for row in strategy.inbox.timed]
         weight = sum(n for n, _ in strategy.inbox.losses)

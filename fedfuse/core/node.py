@@ -18,12 +18,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.compat.torch_writes import writes
+from fedfuse.compat.turns import as_found
 from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
 from fedfuse.core import attacks, moments
 from fedfuse.core.abreast import Abreast
 from fedfuse.core.asked import TAG, Asked, Phase, Phases, parcels
+from fedfuse.core.class_attributes import ClassAttributes
 from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
@@ -31,6 +33,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, SPOILT, STALE, Records
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
+from fedfuse.models.as_built import built_of
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.work import Tally, counting, warm_up
 from fedfuse.wire.client_store import INITIAL, ClientStore
@@ -125,6 +128,7 @@ class Node:
         self.phases = Phases(entry)
         self._taken: tuple[Any, Any] = None, None  # into which cache, and which parcels: a list of their versions
         self._liars = scenario.liars
+        self._classwide = ClassAttributes(entry.client, FusionClient)
         runtime = scenario.config.runtime
         self.vectorized = runtime.vectorize == "auto" and runtime.client_timeout is None and ledger is None
         self.desk = Abreast()
@@ -201,12 +205,14 @@ class Node:
         asked = self._admit(message, cache, who)
         config, phase = self.workspace.scenario.config, asked.phase
         handed: dict[str, tuple[Arrays, int]] = {}
-        with counting(config.clock.on) as tally:
+        with counting(config.clock.on) as tally, as_found():
             try:
                 awake = self._wake(asked, cache, lends, tally, handed)
                 records, metrics, answer = self._play(asked, awake)
             finally:
-                self._look_after(handed, cache)
+                self._look_after(who, handed, cache)
+        if name := self._classwide.written():
+            answer["wrote"] = name
         if why := self.desk.apart():
             answer["apart"] = why
         if tally.flops:
@@ -251,7 +257,7 @@ class Node:
             cache["model", ""] = Item(tensors(arrays), phase.round)
         return Asked(message, who, config, phase)
 
-    def _look_after(self, handed: Mapping[str, tuple[Arrays, int]], cache: Cache) -> None:
+    def _look_after(self, who: int, handed: Mapping[str, tuple[Arrays, int]], cache: Cache) -> None:
         """Make sure that nobody wrote to what a client was handed; what is spoilt is no longer held here.
 
         Raises
@@ -260,6 +266,13 @@ class Node:
             Naming the topic.
         """
         spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays) != before]
+        model = self.workspace.model(self.workspace.scenario.architectures[who])
+        if moved := {parameter.untyped_storage().data_ptr() for parameter in built_of(model).moved()}:
+            # `parameter.data = array`: training then writes to the array, and torch does not count it
+            spoilt += [
+                topic for topic, (arrays, _) in handed.items()
+                if any(value.untyped_storage().data_ptr() in moved for value in arrays.values())
+            ]  # fmt: skip
         if spoilt:
             for address in [address for address in cache if address[0] in spoilt]:
                 del cache[address]
@@ -348,13 +361,12 @@ class Node:
         if phase.name == "train":
             metrics = client.fit()
             records = client.share()
-            for verb, value in (("fit", metrics), ("share", records)):
-                if not isinstance(value, dict):
-                    raise UserError(f"{verb}() of {type(client).__name__} returned {value!r:.40}; a dict is needed")
+            _dict_of(client, "fit", metrics)
+            _dict_of(client, "share", records)
             if client.partly_labelled:
                 metrics |= {"labelled": len(client.pools.labelled), LEFT: len(client.pools.unlabelled)}
         else:
-            records = getattr(client, phase.name)()
+            records = _dict_of(client, phase.name, getattr(client, phase.name)())
             counted = client.pooled or client.partly_labelled
             metrics = {"num-examples": len(client.x) if counted else self.workspace.scenario.examples(who)}
         kept = {**awake.private(), **({"seen": awake.seen} if awake.seen else {})}
@@ -436,6 +448,12 @@ def state_sha(private: dict[str, Any]) -> str:
     """Hash a client's private state; an empty one hashes the empty record."""
     flat, rest = flatten(private)
     return sha({"state": flat, **plain_record({k: v for k, v in rest.items() if v != {}})})
+
+
+def _dict_of(client: FusionClient, verb: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{verb}() of {type(client).__name__} returned {value!r:.40}; a dict is needed")
+    return value
 
 
 def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Arrays:

@@ -98,6 +98,15 @@ def unheard(strategy: FusionStrategy) -> list[str]:
     ]
 
 
+def shared(strategy: FusionStrategy) -> list[str]:
+    """Say what the halves wrote to their classes."""
+    return [
+        f"{name} was written to: all clients and runs of a process share a class, so that bits may depend on the "
+        f"runtime; what is to last belongs into self.state"
+        for name in sorted(strategy.inbox.wrote)
+    ]
+
+
 def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: int) -> list[str]:
     """Say which figures were no numbers.
 

@@ -17,8 +17,9 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.texts import Texts
 from fedfuse.data.federated import FederatedData
 from fedfuse.errors import UserError
+from fedfuse.models.as_built import AsBuilt, built_of
 from fedfuse.models.in_place import frozen, overlay, variable
-from fedfuse.models.replicas import Replicas, parameters_of
+from fedfuse.models.replicas import Replicas
 from fedfuse.models.shared_memory import share
 from fedfuse.seeding import seed_of
 from fedfuse.train import abreast
@@ -128,9 +129,7 @@ class Workspace:
                 share(model, frozen(model))  # one copy a machine, however many processes and clients
             self._models[architecture] = model = model.to(self.device)
             training_mode(model)
-            # looked at before every client, so as short lists
-            model.__dict__["graded"] = [(p, p.requires_grad) for p in parameters_of(model)]
-            model.__dict__["modes"] = [(m, m.training) for m in model.modules()]
+            AsBuilt(model)
             self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
         return self._models[architecture]
 
@@ -138,7 +137,9 @@ class Workspace:
         """At least so many copies of an architecture's model, whose weights lie side by side."""
         found = self._replicas.get(architecture)
         if found is None or len(found) < count:
-            found = self._replicas[architecture] = Replicas(self.resident(architecture), count)
+            model = self.resident(architecture)
+            built_of(model).restore()  # whatever a client of before left
+            found = self._replicas[architecture] = Replicas(model, count)
         return found
 
     def forward(self, architecture: str) -> Forward | None:
@@ -167,17 +168,10 @@ class Workspace:
     def unset(self, architecture: str) -> nn.Module:
         """The resident model without gradients, for whoever overwrites all of it before looking.
 
-        It is in training mode, and what is trained is as it was built, whatever the client before left.
+        Its layers, hooks, modes and attributes, and what is trained, are as built, whatever the client before left.
         """
         model = self.model(architecture)
-        for parameter in parameters_of(model):
-            parameter.grad = None
-        for parameter, graded in model.__dict__["graded"]:
-            if parameter.requires_grad != graded:
-                parameter.requires_grad_(graded)
-        for module, training in model.__dict__["modes"]:
-            if module.training != training:
-                module.training = training
+        built_of(model).restore()
         return model
 
     def loaded(self, architecture: str, arrays: Arrays) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.compat.torch_state import parameters
+from fedfuse.models.as_built import AsBuilt, built_of
 from fedfuse.models.in_place import frozen, variable
 from fedfuse.wire.records import Arrays
 from fedfuse.wire.rows import Row
@@ -53,8 +54,8 @@ class Replicas:
         self.parameters = [dict(module.named_parameters()) for module in self.modules]
         for slot, (module, named) in enumerate(zip(self.modules, self.parameters, strict=True)):
             row = Row(variable(module), self.stacks, slot)
-            lying = [(named[name], value.data_ptr()) for name, value in row.items() if name in named]
-            module.__dict__.update(row=row, lying=lying, own=tuple(named.values()))
+            module.__dict__.update(row=row, own=tuple(named.values()))
+            AsBuilt(module)
 
     def fill(self, slots: Sequence[int], arrays: Arrays) -> bool:
         """Overwrite all parameters and buffers of copies that lie behind each other; False if they do not fit."""
@@ -80,9 +81,7 @@ def copied(model: nn.Module) -> nn.Module:
 def shared(model: nn.Module) -> Arrays:
     """The model's parameters and buffers but the frozen ones, not copied; of a replica, as the row that they are."""
     row: Row | None = model.__dict__.get("row")
-    if row is None or any(parameter.data_ptr() != place for parameter, place in model.__dict__["lying"]):
-        return variable(model)
-    return row
+    return row if row is not None and built_of(model).intact() else variable(model)
 
 
 def parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:

@@ -17,7 +17,7 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
-from fedfuse.core.silence import UNDEFINED, undefined, unheard
+from fedfuse.core.silence import UNDEFINED, shared, undefined, unheard
 from fedfuse.runs.further import ended_at, told
 from fedfuse.train.privacy import private_notes
 
@@ -80,6 +80,7 @@ def summary(
             *federation.scenario.data.notes,
             *([fallen_back] if fallen_back else ()),
             *unheard(strategy),
+            *shared(strategy),
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),
             *remarks(strategy),

@@ -1,0 +1,289 @@
+"""Clients take turns with one model in one process; what one leaves behind, the next does not find."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedfuse import AveragingStrategy, FusionClient
+from fedfuse.config.registry import NoHyper
+from fedfuse.core import abreast_trial
+from fedfuse.core.class_attributes import ClassAttributes
+from fedfuse.errors import WorldError
+from fedfuse.models.as_built import AsBuilt, built_of
+from fedfuse.models.replicas import Replicas, shared
+from tests.federations import federation, play
+from tests.ledger import enter
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: Any) -> None:
+    """Stacks are made at once, whether they pay or not."""
+    monkeypatch.setattr(abreast_trial, "TRIES", 0)
+
+
+def build(shape: Any = None, classes: int = 10) -> Any:
+    """A network that stacks, with what can be left behind: a layer's setting, a list, a dict in a dict, an order."""
+    layers = {"flat": nn.Flatten(), "body": nn.Linear(64, 6), "bend": nn.ReLU()}
+    model: Any = nn.Sequential(OrderedDict(**layers, out=nn.Linear(6, classes)))
+    model.seen, model.notes = [], {"deep": {}}
+    model.register_buffer("scale", torch.ones(2))
+    return model
+
+
+OWN = ("model=custom", f"model.build={__name__}:build")
+
+
+def _hook(client: Any) -> None:
+    client.model.register_forward_hook(lambda m, x, out: out + 1)
+
+
+def _layer(client: Any) -> None:
+    client.model.out = nn.Linear(6, 10)
+
+
+def _order(client: Any) -> None:
+    body = client.model.body
+    del client.model.body
+    client.model.body = body
+
+
+def _setting(client: Any) -> None:
+    client.model.flat.end_dim = 2
+
+
+def _attribute(client: Any) -> None:
+    client.model.temperature = 3.0
+
+
+def _list(client: Any) -> None:
+    client.model.seen.append(client.client)
+
+
+def _deep(client: Any) -> None:
+    client.model.notes["deep"]["who"] = client.client
+
+
+def _buffer(client: Any) -> None:
+    client.model.scale = torch.tensor([2.0, 1.0])
+
+
+def _memory(client: Any) -> None:
+    client.model.body.weight.data = torch.zeros(6, 64)
+
+
+def _gone(client: Any) -> None:
+    client.model.bend = nn.Identity()
+
+
+def _grad_mode(client: Any) -> None:
+    torch.set_grad_enabled(False)
+
+
+def _dtype(client: Any) -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+LEFT: list[Callable[[Any], None]] = [
+    _hook, _layer, _order, _setting, _attribute, _list, _deep, _buffer, _memory, _gone, _grad_mode, _dtype,
+]  # fmt: skip
+
+
+def looks(model: Any) -> tuple[Any, ...]:
+    """All that a client could find, as plain values."""
+    return (
+        [name for name, _ in model.named_modules()],
+        [id(p) for p in model.parameters()],
+        [p.data_ptr() for p in model.parameters()],
+        model.scale.data_ptr(),
+        len(model._forward_hooks), model.flat.end_dim, hasattr(model, "temperature"), list(model.seen),
+        dict(model.notes["deep"]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["'off'", "auto"])
+@pytest.mark.parametrize("leave", LEFT, ids=lambda one: one.__name__)
+def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, made: Any, monkeypatch: Any) -> None:
+    found: dict[int, set[str]] = {}
+    modes, after = set[tuple[bool, torch.dtype]](), dict[int, torch.dtype]()
+
+    class Leaves(FusionClient):
+        def fit(self):
+            found.setdefault(id(self.model), set()).add(str(looks(self.model)))
+            modes.add((torch.is_grad_enabled(), torch.get_default_dtype()))
+            if leave is _dtype and self.client == 1:  # while it waits for others
+                leave(self)
+            metrics = self.train()
+            after[self.client] = torch.get_default_dtype()
+            leave(self)
+            return metrics
+
+        def share(self):
+            return {"model": {k: v.clone() for k, v in self.workspace.initial(self.architecture).items()}}
+
+    name = enter(monkeypatch, AveragingStrategy, Leaves, NoHyper, "leaves")
+    with federation(name, "rounds=2", "clients=4", f"runtime.vectorize={mode}", *OWN) as (built, _):
+        built.run()
+    assert modes == {(True, torch.float32)} == {(torch.is_grad_enabled(), torch.get_default_dtype())}
+    assert {after[client] for client in (0, 2, 3)} == {torch.float32}
+    assert after[1] == (torch.float64 if leave is _dtype else torch.float32)
+    assert found
+    assert all(len(alike) == 1 for alike in found.values())
+    assert bool(made) == (mode == "auto")
+
+
+@pytest.mark.parametrize("leave", [_hook, _layer, _gone], ids=lambda one: one.__name__)
+def test_a_changed_model_does_not_train_in_a_stack_of_unchanged_ones(leave: Any, made: Any, monkeypatch: Any) -> None:
+    """A stack passes through the layers as they were built: with and without stacks the bits are the same."""
+
+    class Changes(FusionClient):
+        def fit(self):
+            self.train()
+            if self.client % 2:
+                torch.manual_seed(self.client)
+                leave(self)
+            return self.train(purpose="again")
+
+        def share(self):
+            own = dict(self.model.named_parameters())
+            return {"model": {n: own[n].detach().clone() if n in own else v for n, v in self.weights().items()}}
+
+    name, words = enter(monkeypatch, AveragingStrategy, Changes, NoHyper, "changes"), ("clients=5", *OWN)
+    assert play(name, *words, "runtime.vectorize='off'").digest == play(name, *words, "runtime.vectorize=auto").digest
+    assert max(made) == 5
+
+
+def test_replicas_are_made_of_a_model_as_it_was_built() -> None:
+    with federation("fedavg", *OWN) as (built, _):
+        workspace = built.strategy.workspace
+        (name,) = {*built.scenario.architectures}
+        workspace.model(name).flat.end_dim = 2
+        assert [one.flat.end_dim for one in workspace.replicas(name, 2).modules] == [-1, -1]
+
+
+def test_what_a_stack_lends_is_what_the_client_has() -> None:
+    first, second = Replicas(build(), 2).modules
+    assert shared(first) is first.__dict__["row"]
+    second.out = nn.Linear(6, 10)
+    assert torch.equal(shared(second)["out.weight"], second.out.weight)
+    first.body.weight.data = torch.full((6, 64), 2.0)
+    assert float(shared(first)["body.weight"].mean()) == 2
+
+
+def test_a_copy_of_a_model_has_its_own_ways() -> None:
+    import copy
+
+    model = build()
+    AsBuilt(model)
+    other = copy.deepcopy(model)
+    assert other.__dict__["built"] is None
+    other.flat.end_dim = 2
+    assert built_of(model).intact()
+    built_of(model).restore()
+    assert (model.flat.end_dim, other.flat.end_dim) == (-1, 2)
+
+
+@pytest.mark.parametrize("mode", ["'off'", "auto"])
+def test_whoever_makes_the_weights_of_what_all_are_handed_is_named(mode: str, monkeypatch: Any) -> None:
+    class Takes(FusionClient):
+        def receive(self, knowledge):
+            for name, parameter in self.model.named_parameters():
+                parameter.data = knowledge["model"].arrays[name]
+
+    name = enter(monkeypatch, AveragingStrategy, Takes, NoHyper, "takes")
+    with (
+        federation(name, "rounds=1", f"runtime.vectorize={mode}") as (built, _),
+        pytest.raises(WorldError, match=r"Takes .*knowledge\['model'\]"),
+    ):
+        built.run()
+
+
+def _rebind(client: Any) -> None:
+    type(client).counter = client.client
+
+
+def _append(client: Any) -> None:
+    client.memory.append(client.client)
+
+
+def _invent(client: Any) -> None:
+    type(client).invented = 1
+
+
+def _forget(client: Any) -> None:
+    if "scale" in vars(type(client)):
+        del type(client).scale
+
+
+def _nothing(client: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("leave", "told"),
+    [(_rebind, "counter"), (_append, "memory"), (_invent, "invented"), (_forget, "scale"), (_nothing, "")],
+)
+def test_what_is_left_on_the_class_is_named_once(leave: Any, told: str, monkeypatch: Any) -> None:
+    class Remembers(FusionClient):
+        memory: list[int] = []
+        counter, scale = -1, torch.ones(3)
+
+        def fit(self):
+            leave(self)
+            return self.train()
+
+    name = enter(monkeypatch, AveragingStrategy, Remembers, NoHyper, "remembers")
+    notes = [note for note in play(name).notes if "was written to" in note]
+    assert [note.partition(" ")[0] for note in notes] == ([f"Remembers.{told}"] if told else [])
+
+
+def test_what_a_server_leaves_on_its_class_is_named(monkeypatch: Any) -> None:
+    class Counts(AveragingStrategy):
+        rounds_played = 0
+
+        def fuse(self, shares):
+            type(self).rounds_played += 1
+            super().fuse(shares)
+
+    notes = play(enter(monkeypatch, Counts, FusionClient, NoHyper, "counts")).notes
+    assert [note.partition(" ")[0] for note in notes if "was written to" in note] == ["Counts.rounds_played"]
+
+
+def test_what_python_itself_notes_on_a_class_is_no_leak() -> None:
+    class Plain(FusionClient):
+        """Has annotations that nobody asked for yet."""
+
+    kept = ClassAttributes(Plain, FusionClient)
+    assert Plain.__annotations__ == {}
+    Plain.__doc__ = "another"
+    assert kept.written() == ""
+    FusionClient.noted = 1  # type: ignore[attr-defined]
+    try:
+        assert kept.written() == ""
+    finally:
+        del FusionClient.noted  # type: ignore[attr-defined]
+    Plain.noted = 1  # type: ignore[attr-defined]
+    assert [kept.written(), kept.written()] == ["Plain.noted", ""]
+
+
+def test_what_a_phase_of_its_own_returns_is_looked_at(monkeypatch: Any) -> None:
+    class Probed(AveragingStrategy):
+        setup = ("probe",)
+        records_probe: dict[str, Any] = {}
+
+        def fuse_probe(self, shares):
+            pass
+
+    class Probes(FusionClient):
+        def probe(self):
+            return None
+
+    name = enter(monkeypatch, Probed, Probes, NoHyper, "probed")
+    with federation(name, "rounds=1") as (built, _), pytest.raises(WorldError) as error:
+        built.run()
+    assert "probe() of Probes returned None; a dict is needed" in str(error.value)
