@@ -243,11 +243,9 @@ def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more
         If the run failed; it can be resumed.
     """
     from fedfuse.config.compose import compose
-    from fedfuse.config.idle import refuse
     from fedfuse.runs.experiment import run as run_experiment
 
     config = compose(overrides({**(settings or {}), **more}))
-    refuse(config, ["runtime.parallel", "search.trials"], sweep=False)
     return Run(load_kept(run_experiment(config, quiet=quiet)), allow_code=True)
 
 

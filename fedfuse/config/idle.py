@@ -62,15 +62,13 @@ REFUSED = (
 )  # fmt: skip
 
 
-def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
+def refuse(config: Config, typed: Iterable[str]) -> None:
     """Refuse what was typed and would leave another experiment than was asked for; the rest a run notes in a line.
 
     Parameters
     ----------
     config : Config
     typed : iterable of str
-        See `idle`.
-    sweep : bool
         See `idle`.
 
     Raises
@@ -81,7 +79,7 @@ def refuse(config: Config, typed: Iterable[str], sweep: bool = True) -> None:
     asked, every = _full(typed), known()
     found = {
         name: why
-        for name, why in idle(config, sweep, asked).items()
+        for name, why in idle(config, typed=asked).items()
         if name in asked and name.startswith(REFUSED) and not _asks_nothing(every[name], valued(config, name))
     }
     if found:
