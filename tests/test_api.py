@@ -115,6 +115,8 @@ def test_kinds_of_data(value, kind, train, test) -> None:
     [
         ({"data": 5}, "data: got int; expected"),
         ({"data": {"train": (X, Y), "valid": (X, Y)}}, "got a mapping of train, valid"),
+        ({"data": (Pairs(), Pairs())}, "got .Pairs, Pairs., whose x and y are no arrays"),
+        ({"data": ([[1, 2], [3]], [0, 1])}, "list is no array"),
         ({"model": nn.Linear(2, 2)}, "hand over what makes one"),
         ({"strategy": FusionStrategy}, "FusionStrategy: is not registered"),
     ],
@@ -161,6 +163,24 @@ def test_compare_and_load_many(tmp_path) -> None:
     assert fedfuse.load(found[0].dir).digest == found[0].digest
     with pytest.raises(UserError):
         fedfuse.load(tmp_path / "nowhere")
+
+
+def test_other_data_under_the_same_name_are_other_runs(tmp_path) -> None:
+    """What was computed on one's data as they were is no result of what they are now."""
+    settings = {**SHORT, "strategy": "fedavg", "out": tmp_path / "c"}
+    one = fedfuse.compare({**settings, "data": (X, Y)})
+    assert fedfuse.compare({**settings, "data": (X, Y)})[0].digest == one[0].digest  # alike: left alone
+    other = (X, Y[::-1].copy())
+    with pytest.raises(UserError, match="began with other data than data=custom holds now"):
+        fedfuse.compare({**settings, "data": other})
+    again = fedfuse.run({**settings, "data": other, "out": tmp_path / "d"})
+    fedfuse.run({**settings, "data": (X, Y), "out": tmp_path / "e"})
+    with pytest.raises(UserError, match="began with other data"):
+        resume(again.dir, allow_code=True, rounds=2)
+    assert again.summary["rounds_done"] == 1
+    both = fedfuse.load(one[0].dir, again.dir).table()
+    assert both["seeds"].to_list() == [1, 1]  # neither left out as the other's double, nor averaged with it
+    assert both["setting"].n_unique() == 2
 
 
 def test_lists_are_swept_where_the_key_takes_none() -> None:

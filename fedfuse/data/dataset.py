@@ -113,6 +113,8 @@ class Dataset:
         What the user should know of how it was read.
     mean, std : tuple of float, optional
         Per channel, of `inputs / 255`; only for uint8 images.
+    content : str
+        Of one's own data, sha256 over all rows as they were read; empty for sets that are known by name.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Dataset:
     pad: int | None = None
     utf8: bool = False
     notes: tuple[str, ...] = ()
+    content: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -46,6 +46,9 @@ def dataset(value: Any, test_fraction: float = 0.2) -> Dataset:
 
 def _table(value: Any) -> Table:
     if isinstance(value, tuple) and len(value) == 2:
+        if any(hasattr(one, "__getitem__") and not _holds_values(one) for one in value):
+            kinds = ", ".join(type(one).__name__ for one in value)
+            raise UserError(f"data: got ({kinds}), whose x and y are no arrays; {WANTED}")
         return Table(_array(value[0]), _array(value[1]))
     if not (hasattr(value, "__getitem__") and hasattr(value, "__len__")):
         raise UserError(f"data: got {type(value).__name__}; {WANTED}")
@@ -69,8 +72,16 @@ def _table(value: Any) -> Table:
     return Table(np.stack(inputs), np.stack(labels))
 
 
+def _holds_values(value: Any) -> bool:
+    """Whether NumPy makes an array of it, or it is a plain list; a data set of examples is neither."""
+    return hasattr(value, "__array__") or isinstance(value, list | tuple)
+
+
 def _array(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise UserError(f"data: {type(value).__name__} is no array: {in_words(error)}") from error
     return array.astype(np.float32) if array.dtype.kind == "f" else array

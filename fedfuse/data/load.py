@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import json
 
 from fedfuse.config.catalogue import LAYOUTS, SOURCES
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import strata_of, stratified
-from fedfuse.data.dataset import Dataset, Examples, check
+from fedfuse.data.dataset import PARTS, Dataset, Examples, check
 from fedfuse.data.locations import root_of
 from fedfuse.errors import UserError, nearest
 
@@ -40,6 +42,8 @@ def load(config: DataConfig) -> Dataset:
     reader = importlib.import_module(f"fedfuse.data.read_{layout}")
     root = None if layout in ROOTLESS else root_of(config)
     dataset = check(reader.read(config, root))
+    if config.layout != "builtin":  # its place may stay, whatever is in it
+        dataset = dataclasses.replace(dataset, content=content_of(dataset))
     if dataset.provided is not None:
         if config.limit is not None or config.test_limit is not None:
             raise UserError(f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null")
@@ -56,3 +60,17 @@ def limited(examples: Examples, count: int | None, *purpose: object) -> Examples
     if count is None or count >= len(examples):
         return examples
     return examples.take(stratified(strata_of(examples.targets, examples.groups), count, *purpose))
+
+
+def content_of(dataset: Dataset) -> str:
+    """Return sha256 over all rows and the names of classes and groups: equal where a run would see the same."""
+    digest = hashlib.sha256(json.dumps([dataset.classes, dataset.group_names]).encode())
+    for examples in (dataset.train, dataset.test):
+        for part in PARTS if examples is not None else ():
+            array = getattr(examples, part)
+            if array is not None:
+                digest.update(f"{part} {array.dtype.str} {array.shape}\n".encode())
+                digest.update(array.data)
+    if dataset.provided is not None:
+        digest.update(dataset.provided.offsets.data)
+    return digest.hexdigest()

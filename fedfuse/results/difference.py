@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOST = 20  # lines of one kind that are told
 SHOWN = 60  # characters of a value
-ENVIRONMENT = ("python", "machine", "cpu_flags", "cpu_capability", "mkldnn", "threads")
+ENVIRONMENT = ("python", "machine", "cpu_flags", "cpu_capability", "mkldnn", "threads", "data")
 # What a row is named by, and what is compared of it.
 TABLES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("schedule", ("round", "client", "phase", "attempt"),

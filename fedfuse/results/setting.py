@@ -82,6 +82,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _flat(run: RunRecord) -> dict[str, Any]:
+    """A run's configuration, and what the user's own data held: `data.root` and a function's name do not tell."""
+    flat, content = flatten(run.config), ""
+    if flat.get("data.layout", "builtin") != "builtin":
+        content = str(run.environment.get("data", ""))[:12]
+    return flat | ({"data.content": content} if content else {})
+
+
 def group(runs: Iterable[RunRecord]) -> tuple[list[Group], list[str]]:
     """Gather repeats of one configuration.
 
@@ -96,7 +104,7 @@ def group(runs: Iterable[RunRecord]) -> tuple[list[Group], list[str]]:
     by_config: dict[str, dict[int, RunRecord]] = {}
     flats: dict[str, dict[str, Any]] = {}
     for run in runs:
-        flat = {key: value for key, value in flatten(run.config).items() if not _within(key, WITHOUT_EFFECT)}
+        flat = {key: value for key, value in _flat(run).items() if not _within(key, WITHOUT_EFFECT)}
         key = repr(sorted((name, repr(value)) for name, value in flat.items()))
         flats[key] = flat
         seeds = by_config.setdefault(key, {})
@@ -143,7 +151,7 @@ def differences(runs: Sequence[RunRecord]) -> list[str]:
     list of str
         One line per key: its values, with the number of runs that have each.
     """
-    flats = [flatten(run.config) for run in runs]
+    flats = [_flat(run) for run in runs]
     tuned, lines = _tuned(flats), []
     for name in _differing(flats):
         if name in tuned:

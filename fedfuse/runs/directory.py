@@ -78,8 +78,8 @@ class RunDirectory(Callback):
 
     # -- opening -------------------------------------------------------------------------------------------
 
-    def create(self, overwrite: bool) -> None:
-        """Make the directory and take its lock.
+    def create(self, overwrite: bool, content: str = "") -> None:
+        """Make the directory and take its lock; `content` is that of the user's own data.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class RunDirectory(Callback):
             write_text(self.path / "config.yaml", self._text)
             if PASSWORD.search(self._text):  # of a tracker's address: nobody else's to read
                 (self.path / "config.yaml").chmod(0o600)
-            write_text(self.path / "environment.json", json.dumps(environment(self.config), indent=1))
+            write_text(self.path / "environment.json", json.dumps(environment(self.config, content), indent=1))
             if self.state_dir is not None:
                 self._link_state(self.state_dir)
             self.clients = ClientStore((self.checkpoint / "clients").resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from functools import cache
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 
 from fedfuse.compat.mkl import steady
+from fedfuse.config.files import read_text
 from fedfuse.config.schema import Config
 from fedfuse.core.abreast_notes import computed
+from fedfuse.errors import UserError
 
 
 @cache
@@ -22,8 +25,8 @@ def _versions() -> dict[str, str]:
     return {name: found for name in packages if (found := _version(name))}
 
 
-def environment(config: Config) -> dict[str, Any]:
-    """The machine, the versions, how clients are computed there, and the command that was typed."""
+def environment(config: Config, content: str = "") -> dict[str, Any]:
+    """The machine, the versions, how clients are computed there, the data's `content`, and the command as typed."""
     flags = ""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -44,7 +47,28 @@ def environment(config: Config) -> dict[str, Any]:
         "versions": _versions(),
         "command": " ".join(sys.argv),
         **computed(config),
+        **({"data": content} if content else {}),
     }
+
+
+def check_content(path: Path, config: Config, content: str) -> None:
+    """Refuse to go on, or to stand as done, on other data of the user's own than the run began with.
+
+    Raises
+    ------
+    UserError
+        If `environment.json` names another content.
+    """
+    try:
+        began = json.loads(read_text(path / "environment.json"))
+    except (OSError, ValueError, UserError):
+        return  # whoever reads it says what is wrong with it
+    kept = began.get("data") if isinstance(began, dict) else None
+    if kept and content and kept != content:
+        raise UserError(
+            f"out={path}: began with other data than data={config.data.name} holds now (sha256 {str(kept)[:12]}, now "
+            f"{content[:12]}); bring those back, choose another directory, or say overwrite=true"
+        )
 
 
 def _version(package: str) -> str:

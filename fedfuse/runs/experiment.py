@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from fedfuse.audits.possible import check_audits
@@ -27,6 +28,7 @@ from fedfuse.engines.inline import InlineGrid
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.runs.configuration import address_of, known_config
 from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.environment import check_content
 from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.tracking import check as check_tracking
@@ -94,7 +96,7 @@ def run(config: Config, started: float | None = None, quiet: bool = False) -> Pa
         from fedfuse.runs.remote import run_on_flower
 
         return run_on_flower(config, directory)
-    directory.create(config.overwrite)
+    directory.create(config.overwrite, scenario.data.dataset.content)
     return audited(play(entry, strategy, directory, quiet, clock=clock), config, quiet)
 
 
@@ -206,13 +208,17 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
     entry = registry.entry(config.strategy.name)
     directory = RunDirectory(path, config, started)
     directory.reopen()
+    scenario = None
+    if not flower:  # whose data are gone, or others: the run stays as it is
+        scenario = prepare_scenario(replace(config, rounds=rounds))
+        check_content(path, config, scenario.data.dataset.content)
     if rounds != config.rounds:
         config = make_room(path, config, rounds)
         directory.config = config
-    if flower:
+    if scenario is None:
         from fedfuse.runs.remote import run_on_flower
 
         return run_on_flower(config, directory, resumed=True)
-    strategy = build_strategy(entry, prepare_scenario(config), server_device_of(config))
+    strategy = build_strategy(entry, scenario, server_device_of(config))
     played = play(entry, strategy, directory, quiet, resumed=True, clock=build_clock(strategy))
     return audited(played, config, quiet)

@@ -12,6 +12,7 @@ from rich.console import Console
 from fedfuse.config.clock_keys import MANY
 from fedfuse.config.schema import Config
 from fedfuse.core.devices import device_of
+from fedfuse.data.load import load as load_data
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import find, load, run_directories
 from fedfuse.results.table import print_table
@@ -19,6 +20,7 @@ from fedfuse.runs import search, tracking
 from fedfuse.runs.checkpoint import changed
 from fedfuse.runs.combinations import Combination, combine, composed, possible, share_audits, without_seed
 from fedfuse.runs.configuration import as_yaml, load_config
+from fedfuse.runs.environment import check_content
 from fedfuse.runs.experiment import audited, free
 from fedfuse.runs.further import check_further, goes_on
 from fedfuse.runs.parallel import Track, drive, shared_out
@@ -123,7 +125,8 @@ def _check_root(root: Path) -> None:
 
 
 def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
-    """Refuse to write over runs of another configuration."""
+    """Refuse to write over runs of another configuration, or of the user's own data as they were."""
+    contents: dict[str, str] = {}
     for path, config in plans:
         if config.overwrite or not (path / "config.yaml").exists():
             continue
@@ -135,6 +138,10 @@ def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
                 f"out={path}: holds a run of another configuration (this one {different}); "
                 f"choose another or say overwrite=true"
             )
+        if config.data.layout != "builtin":
+            if (key := repr(config.data)) not in contents:
+                contents[key] = load_data(config.data).content
+            check_content(path, config, contents[key])
 
 
 def _told(
