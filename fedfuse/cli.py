@@ -163,7 +163,8 @@ def _show(path: Path) -> int:
 
     console = Console(highlight=False)
     run = load(path)
-    print_table([run], console)
+    progress = sys.modules.get("fedfuse.runs.progress")  # not there where nothing was played
+    print_table([run], console, progress.said if progress else ())
     console.print(f"digest {(run.summary or {}).get('digest')}", markup=False, soft_wrap=True)
     console.print(f"run directory: {path}", markup=False, soft_wrap=True)
     return 0

@@ -14,7 +14,7 @@ from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import Interval, all_pairs, average_ranks, few_seeds_note
-from fedfuse.results.table import BEST, FOOT, METRICS, Row, amount, any_setup, percent, printable, scores
+from fedfuse.results.table import BEST, METRICS, Row, amount, any_setup, foot, percent, printable, scores
 from fedfuse.results.target import reach, targets
 
 
@@ -104,7 +104,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "failed",
     )
     on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
-    note = f"{FOOT} {wording.COMPARISON.format(seeds=on)}"
+    note = f"{foot(rows)} {wording.COMPARISON.format(seeds=on)}"
     return Table("After the last round", heads, tuple(lines), note, "comparison")
 
 

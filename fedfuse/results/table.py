@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -22,14 +22,8 @@ METRICS = {
     "accuracy/personal_worst10": "worst 10 %",
 }
 BEST = ("accuracy/global", "accuracy/personal")
-FOOT = (
-    "Accuracy after the last round, mean ± half-width of the 95 % t interval over n seeds, [n = …] where fewer gave a "
-    "value. global: official test split, class-averaged, by the server's model or, where it has none (†), the mean "
-    "over clients' own; personal: mean over clients on their own test examples; worst 10 %: mean of the lowest ⌈N/10⌉ "
-    "clients; x (low–high): that interval, where it was cut at 0 or 100 %. MB: 10⁶ bytes of payload a run, up and "
-    "down for training; set-up MB: what is sent once, both ways, which up and down leave out. seconds: a run's rounds, "
-    "without its start."
-)
+NARROW = 100  # letters that a table takes where its numbers leave it the choice: settings wrap
+HONEST = "accuracy/personal_honest"  # of a run with clients that lie: the mean over the others
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,8 @@ class Row:
         Runs without a last round; they enter no figure of this row.
     global_of
         Whose models `accuracy/global` scores, `server` or `clients` (then it is a mean); empty where no run says.
+    liars
+        Whether clients lie in its runs.
     """
 
     strategy: str
@@ -72,6 +68,7 @@ class Row:
     cohort_complete: bool
     unfinished: int
     global_of: str = ""
+    liars: bool = False
 
     def share(self, metric: str, decimals: int = 2) -> str:
         """Write the result of a metric.
@@ -120,18 +117,23 @@ def row(one: Group) -> Row:
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
         unfinished=len(one.unfinished),
         global_of=next((str(run.summary.get("global_of", "")) for run in one.runs if run.summary), ""),
+        liars=any(HONEST in run.final for run in one.runs),
     )
 
 
-def notes(runs: Sequence[RunRecord]) -> list[str]:
-    """Return what a reader of the table has to know: differences, doubles, unfinished runs, how few seeds."""
+def notes(runs: Sequence[RunRecord], known: Collection[str] = ()) -> list[str]:
+    """Return what a reader of the table has to know: differences, doubles, unfinished runs, how few seeds.
+
+    What runs say of themselves, and is `known`, is left out.
+    """
     groups, lines = group(runs)
-    lines = [f"Not only strategy and seed differ: {line}" for line in differences(runs)] + tuning(runs) + lines
+    differing = "; ".join(differences(runs))
+    lines = ([f"Not only strategy and seed differ: {differing}"] if differing else []) + tuning(runs) + lines
     for one in groups:
         for run in one.unfinished:
             why = f": {run.failure}" if run.failure else ""
             lines.append(f"{run.dir} left out: {run.status} after round {run.stand}{why}")
-    lines += _moments(groups) + _told(runs)
+    lines += _moments(groups) + _honest(groups) + _told(runs, known)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
@@ -156,17 +158,54 @@ def _moments(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def _told(runs: Sequence[RunRecord], most: int = 20) -> list[str]:
+def _honest(groups: Sequence[Group]) -> list[str]:
+    """Where clients lie: the personal accuracy of the others, which the table's column does not tell."""
+    told = {one.name: [run.final.get(HONEST, math.nan) for run in one.runs] for one in groups}
+    means = {name: mean_interval(values).mean for name, values in told.items() if values}
+    listed = "; ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items() if not math.isnan(mean))
+    return [f"personal accuracy without the clients that lie: {listed}"] if listed else []
+
+
+def _told(runs: Sequence[RunRecord], known: Collection[str], most: int = 20) -> list[str]:
     """What runs say of themselves, each line once, with the runs that say it."""
     found: dict[str, dict[str, None]] = {}  # in order, each once: settings differ, and say the same
     for run in runs:
         for note in (run.summary or {}).get("notes") or ():
+            if note in known:
+                continue
             found.setdefault(str(note), {})[f"{run.strategy}, seed {run.seed}"] = None
     lines = [f"{note} [{'; '.join(list(who)[:4])}{'; …' if len(who) > 4 else ''}]" for note, who in found.items()]
     return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 
-def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> None:
+def foot(rows: Sequence[Row]) -> str:
+    """Explain what stands in the table of `rows`, and nothing else."""
+    shown = [(one, one.final[name]) for one in rows for name in METRICS]
+    accuracy = "Accuracy after the last round"
+    if any(value.half_width is not None for _, value in shown):
+        accuracy += ", mean ± half-width of the 95 % t interval over n seeds"
+    elif any(one.n > 1 for one in rows):
+        accuracy += ", mean over n seeds"
+    if any(0 < value.n < one.n for one, value in shown):
+        accuracy += ", [n = …] where fewer gave a value"
+    own = any(one.global_of == "clients" for one in rows)
+    parts = [
+        "global: official test split, class-averaged, by the server's model"
+        + (" or, where it has none (†), the mean over clients' own" if own else ""),
+        "personal: mean over clients on their own test examples"
+        + (", of those that lie (attack=) too" if any(one.liars for one in rows) else ""),
+        "worst 10 %: mean of the lowest ⌈N/10⌉ clients",
+    ]
+    if any(_cut(value) for _, value in shown):
+        parts.append("x (low–high): that interval, where it was cut at 0 or 100 %")
+    setup = "; set-up MB: what is sent once, both ways, which up and down leave out" if any_setup(rows) else ""
+    return (
+        f"{accuracy}. {'; '.join(parts)}. MB: 10⁶ bytes of payload a run, up and down for training{setup}. "
+        "seconds: a run's rounds, without its start."
+    )
+
+
+def print_table(runs: Sequence[RunRecord], console: Console | None = None, known: Collection[str] = ()) -> None:
     """Print the comparison of `runs` as plain text, the best rounds apart from the result.
 
     Parameters
@@ -175,6 +214,8 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
         Finished or not; unfinished ones are named below the table.
     console
         Where to; standard output by default.
+    known
+        What runs say of themselves and has been printed already.
     """
     from rich.console import Console
     from rich.segment import Segments
@@ -185,22 +226,25 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     rows = compare(runs)
     headers, cells = grid(rows, decimals=1)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    longest = max((len(word) for one in rows for word in one.setting.split()), default=0)
     for name in headers:
         words = name in ("strategy", "setting")
+        least = min(max(9, longest if name == "setting" else 0), 40)
         justify: Literal["left", "right"] = "left" if words else "right"
         table.add_column(
-            Text(name), justify=justify, no_wrap=not words, overflow="fold", min_width=9 if words else None
+            Text(name), justify=justify, no_wrap=not words, overflow="fold", min_width=least if words else None
         )
     for line in cells:
         table.add_row(*(Text(printable(cell)) for cell in line))
-    needed = console.measure(table, options=console.options.update(max_width=200)).maximum
+    measured = console.measure(table, options=console.options.update(max_width=200))
     # wider than the screen, its lines go on below: a column that is cut to nothing would be the strategies' names
-    options = console.options.update(width=max(console.width, needed), max_width=max(console.width, needed))
+    width = max(console.width, min(measured.maximum, NARROW), measured.minimum)
+    options = console.options.update(width=width, max_width=width)
     console.print(Segments(console.render(table, options)), crop=False, soft_wrap=True, end="")
-    console.print(Text(FOOT), style="dim")
+    console.print(Text(foot(rows)), style="dim")
     bests = []
     for one in rows:
-        if one.n:
+        if any(one.best[name].n for name in BEST):
             shares = " / ".join(percent(replace(one.best[name], low=None), 1) for name in BEST)
             bests.append(f"{with_setting(one.strategy, one.setting)} {shares}")
     if bests:
@@ -208,7 +252,7 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
         console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
     for told in against_nothing_sent(runs):
         console.print(Text(printable(told)))
-    for note in notes(runs):
+    for note in notes(runs, known):
         console.print(Text(printable(note)))
 
 
@@ -286,10 +330,16 @@ def percent(value: Interval, decimals: int = 2) -> str:
     if math.isnan(value.mean):
         return "–"
     half = value.half_width
-    if half is not None and abs(value.low + value.high - 2 * value.mean) > 1e-9:  # type: ignore[operator]
+    if _cut(value):
         ends = (f"{100 * float(end):.{decimals}f}" for end in (value.low, value.high))  # type: ignore[arg-type]
         return f"{100 * value.mean:.{decimals}f} ({'–'.join(ends)})"
     return f"{100 * value.mean:.{decimals}f}" + ("" if half is None else f" ± {100 * half:.{decimals}f}")
+
+
+def _cut(value: Interval) -> bool:
+    """Whether an interval was cut at 0 or 100 %, so that its ends are not alike far from the mean."""
+    low, high = value.low, value.high
+    return low is not None and high is not None and abs(low + high - 2 * value.mean) > 1e-9
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -319,7 +369,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     marks = [":--" if name in ("strategy", "setting") else "--:" for name in headers]
     lines = [f"| {' | '.join(line)} |" for line in (headers, marks)]
     lines += [f"| {' | '.join(_markdown(cell) for cell in line)} |" for line in cells]
-    return "\n".join(lines) + f"\n\n{FOOT}\n"
+    return "\n".join(lines) + f"\n\n{foot(rows)}\n"
 
 
 def to_latex(rows: Sequence[Row]) -> str:
@@ -328,7 +378,7 @@ def to_latex(rows: Sequence[Row]) -> str:
     columns = "".join("l" if name in ("strategy", "setting") else "r" for name in headers)
     body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in (headers, *cells)]
     head = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule"]
-    return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}", f"% {FOOT}", ""])
+    return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}", f"% {foot(rows)}", ""])
 
 
 def printable(text: str) -> str:

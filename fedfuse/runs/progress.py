@@ -13,6 +13,8 @@ from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.scenario import counted
 from fedfuse.core.silence import shared, unheard
 
+said: set[str] = set()  # notes that this process has printed, so that a run's table does not say them again
+
 
 class Progress(Callback):
     """Prints a line per round: scores, loss, bytes so far, seconds, and whoever was left out."""
@@ -29,7 +31,7 @@ class Progress(Callback):
             f"{models}, seed {scenario.seed}" + (f", from round {federation.done + 1}" if federation.done else "")
         )
         for note in (*scenario.data.notes, *remarks(federation.strategy)):
-            self.console.print(f"  note: {note}", markup=False)
+            self._note(note)
         self._clock = time.perf_counter()
 
     def round(self, federation: Federation) -> None:
@@ -62,11 +64,15 @@ class Progress(Callback):
         if lost := federation.strategy.inbox.undefined:
             told.append(f"training loss of {lost} clients is not a number")
         for line in told:
-            self.console.print(f"  note: {line}", markup=False)
+            self._note(line)
         for line in federation.strategy.inbox.left_out:  # unwrapped, or a node's words might begin a line
             self.console.print(f"  left out: {line}", markup=False, soft_wrap=True)
 
     def end(self, federation: Federation) -> None:
         """Say what has to be known of the result."""
         for note in federation.strategy.notes():
-            self.console.print(f"  note: {note}", markup=False)
+            self._note(note)
+
+    def _note(self, line: str) -> None:
+        said.add(line)
+        self.console.print(f"  note: {line}", markup=False)

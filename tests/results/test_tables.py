@@ -16,7 +16,7 @@ from fedfuse.results.curves import Series
 from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
-from fedfuse.results.table import against_nothing_sent, compare, notes, print_table, to_csv, to_latex, to_markdown
+from fedfuse.results.table import against_nothing_sent, compare, foot, notes, print_table, to_csv, to_latex, to_markdown
 
 EVIL = 'x</script><img src=x onerror=alert(1)>|$\\write18{id}$"\x1b[31m'
 
@@ -307,3 +307,48 @@ def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
     assert header.split()[-1] == "failed"
     assert first.startswith("a_rather_long_name")
     assert second.startswith("fedavg")
+
+
+def test_the_foot_explains_what_the_table_has(tmp_path):
+    one = foot(compare([load(write_run(tmp_path / "a"))]))
+    assert not any(mark in one for mark in ("±", "n seeds", "[n = …]", "†", "low–high", "set-up MB"))
+    for seed, skill in ((0, 0.99), (1, 0.6)):
+        write_run(tmp_path / f"b{seed}", "fedavg", seed, skill=skill)
+    _bytes(tmp_path / "b1", 10, 5)
+    several = foot(compare([load(tmp_path / f"b{seed}") for seed in (0, 1)]))
+    assert all(mark in several for mark in ("±", "over n seeds", "set-up MB"))
+
+
+def test_what_liars_score_is_told_apart(tmp_path):
+    path = write_run(tmp_path / "a", "fedavg", 0)
+    assert "that lie" not in foot(compare([load(path)]))
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"]["accuracy/personal_honest"] = 0.875
+    (path / "summary.json").write_text(json.dumps(summary))
+    runs = [load(path)]
+    assert "those that lie" in foot(compare(runs))
+    assert [line for line in notes(runs) if "87.5 %" in line]
+
+
+def test_what_was_printed_while_it_ran_is_not_said_again(tmp_path):
+    path = write_run(tmp_path / "a", "fedavg", 0)
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({**summary, "notes": ["one thing", "another"]}))
+    told = notes([load(path)], known={"one thing"})
+    assert not any("one thing" in line for line in told)
+    assert any("another" in line for line in told)
+
+
+def test_long_settings_go_on_below(tmp_path):
+    for name, alpha in (("a", 0.1), ("b", 0.2)):
+        keys = {
+            "partition": {"alpha": alpha},
+            "model": {"name": f"a_long_name_{name}"},
+            "attack": {"name": f"at_{name}"},
+        }
+        write_run(tmp_path / name, "fedavg", 0, config={**keys, "clock": {"name": name * 20}, "rounds": 5})
+    console = Console(file=io.StringIO(), width=80)
+    print_table(find([tmp_path])[0], console)
+    table = console.file.getvalue().split("Accuracy after")[0]
+    assert max(map(len, table.splitlines())) <= 100
+    assert "partition.alpha=0.1" in table  # no word is cut in two
