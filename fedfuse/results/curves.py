@@ -126,7 +126,9 @@ def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
             from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+            low, high = axes.get_xlim()
+            # over more decades 1, 2 and 5 of each would be written into one another, and over very many none at all
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=7))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         if len(front) > 1:

@@ -57,7 +57,8 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
     if not rows:
         return None, []
     most = len(names) if len(names) <= svg.PHASES else svg.PHASES - 1
-    shown, rest = names[:most], names[most:]
+    rest = names[most:]
+    shown = sorted(names[:most], key=lambda name: (name == "other", name))  # a phase has one tone in all of a page
     with svg.figure(height=max(1.4, 0.7 + 0.26 * len(rows))) as drawn:
         axes = drawn.add_subplot()
         for y, (_, runs) in enumerate(rows):

@@ -102,9 +102,8 @@ def _gather(run: RunRecord) -> Measures:
             curves[name] = (curve["round"].to_numpy(), curve["value"].cast(pl.Float64).to_numpy())
     phases, seconds = _time(spent_rows, rounds)
     total = (run.summary or {}).get("seconds")
-    if phases and isinstance(total, dict):  # what no row was written for: starting up, checkpoints
-        startup, whole = (float(total.get(key) or 0.0) for key in ("startup", "rounds"))
-        phases |= {"startup": startup, "other": max(0.0, whole - sum(phases.values()))}
+    if phases and isinstance(total, dict):  # of the rounds, what no row was written for: checkpoints
+        phases |= {"other": max(0.0, float(total.get("rounds") or 0.0) - sum(phases.values()))}
     return Measures(
         run=run,
         curves=curves,

@@ -36,5 +36,5 @@ CLIENTS = (
     "All clients of all seeds. Thin: their range; bar: 10 to 90 %; dark: quartiles; ink: median; tick: "
     "mean over seeds of each seed's lowest tenth."
 )
-TIME = "Mean over runs, on the machines named below."
+TIME = "Of a run's rounds, without its start; mean over runs, on the machines named below."
 SIMILARITY = "Row i, column j: how much client i is given of client j."

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
-from fedfuse.results.curves import Series
-from fedfuse.results.figures import client_spread
+from fedfuse.results.curves import Series, by_bytes
+from fedfuse.results.figures import client_spread, time_breakdown
 from fedfuse.results.measures import gather, label_counts, similarities
 from fedfuse.results.report import report
 from fedfuse.results.rerun import reproduce
@@ -393,3 +393,28 @@ def test_words_and_nulls_are_drawn_in_their_order(tmp_path):
 
 def test_nothing_swept_no_section(page):
     assert "Over a swept key" not in page[1]
+
+
+@pytest.mark.parametrize("span", [1.1, 1.6, 4, 40, 500, 2e4, 1e7, 1e10])
+def test_the_axis_of_bytes_can_be_read(tmp_path, span):
+    """Two ticks or more, and none in another's place, whatever lies between the first bytes and the last."""
+    run = gather(load(write_run(tmp_path / "a")))
+    run.cumulative_bytes[:] = np.geomspace(3.1e6, 3.1e6 * span, len(run.cumulative_bytes))
+    drawn = ElementTree.fromstring(by_bytes([Series(0, "fedavg", (run,))], "accuracy/global", "x"))
+    axis = next(one for one in drawn.iter() if one.get("id", "").endswith("matplotlib.axis_1"))
+    ticks = [one.text for one in axis.iter() if one.tag.endswith("text")]
+    assert 3 <= len(ticks) <= 10  # the axis' name is one of them
+
+
+def test_time_is_that_of_the_rounds_and_a_phase_keeps_its_tone(tmp_path):
+    """Starting up is in no figure of the table either."""
+    named = []
+    for name, tail in (("a", 0.0), ("b", 90.0)):
+        path = write_run(tmp_path / name)
+        summary = json.loads((path / "summary.json").read_text())
+        summary["seconds"] = {"startup": 500.0, "rounds": 100.0 + tail, "total": 600.0 + tail}
+        (path / "summary.json").write_text(json.dumps(summary))
+        run = gather(load(path))
+        assert sum(run.phases.values()) == pytest.approx(100.0 + tail)
+        named.append(time_breakdown([Series(0, "fedavg", (run,))], "x")[1])
+    assert named[0] == named[1]
