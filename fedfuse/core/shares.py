@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fedfuse.core.workspace import Workspace
-from fedfuse.errors import WorldError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.train.classwise import mean_over_holders
 from fedfuse.wire.records import Arrays, InvalidArrays, validate
 from fedfuse.wire.sums import Sum
@@ -55,15 +55,21 @@ class Shares(Iterable[Share]):
 
     def mean(self, record: str) -> Arrays:
         """Weighted mean Σ wᵢ·xᵢ / Σ wᵢ of a record declared in `sums`, summed in float64 in fixed groups."""
-        for _ in self._stream:
-            pass
-        return self._sums[record].mean()
+        return self._sum(record).mean()
 
     def total(self, record: str) -> tuple[Arrays, float]:
         """Σ wᵢ·xᵢ in float64, and Σ wᵢ."""
+        return self._sum(record).total()
+
+    def _sum(self, record: str) -> Sum:
+        if record not in self._sums:
+            raise UserError(
+                f"record {record!r} is no sum: declare sums = {{{record!r}: 'num-examples'}} (or None: all alike) "
+                "in the strategy's class, or take it from each share"
+            )
         for _ in self._stream:
             pass
-        return self._sums[record].total()
+        return self._sums[record]
 
     def averaged(self, record: str, parts: Iterable[tuple[Share, Arrays, float]]) -> Arrays:
         """Weighted mean of arrays made from single shares of a record, in float64, client order and fixed groups."""

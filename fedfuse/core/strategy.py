@@ -276,6 +276,12 @@ class FusionStrategy(Strategy):
             If it is not finite: no client could take it, and the round before is what a run can go on from.
         """
         to = self._receiver(topic, to)
+        for name, value in arrays.items():
+            if not isinstance(value, torch.Tensor):
+                raise UserError(
+                    f"{self.name} publishes {topic!r} with {name!r}, which is {type(value).__name__}; "
+                    "what is published are torch.Tensors"
+                )
         try:
             validate(topic, arrays, None)
         except InvalidArrays as error:

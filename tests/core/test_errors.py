@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from torch import nn
@@ -144,7 +144,16 @@ def test_halves_that_return_nothing_or_name_an_unknown_size_are_told(monkeypatch
 
             return {"model": {"w": torch.zeros(3).numpy()}}
 
+    class Loose(FusionStrategy):
+        def fuse(self, shares: Shares) -> None:
+            self.publish("model", {name: 1 for share in shares for name in share.records["model"]})
+
+    class Undeclared(Mean):
+        sums: ClassVar[dict[str, str | None]] = {}
+
     for name, server, client, said in (
+        ("loose", Loose, FusionClient, "loose publishes 'model' with '.*', which is int; what is published are torch"),
+        ("undeclared", Undeclared, FusionClient, "record 'model' is no sum: declare sums = {'model': 'num-examples'}"),
         ("sums", Sums, FusionClient, "strategy=sums: sums names 'modle', no record; did you mean 'model'"),
         ("foreign", Mean, Foreign, "array 'w' is ndarray; what is shared is a torch.Tensor"),
         ("mute", Mean, Silent, r"share\(\) of Silent returned None; a dict is needed"),
