@@ -15,6 +15,12 @@ from fedfuse.errors import UserError
 INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence")
 TARGETS = ("label", "labels", "targets", "target", "y", "fine_label")
 
+ALL = "*"  # of `data.inputs`
+NO_INPUTS = (
+    "{}: no column of a usual name; set data.inputs=<one of {}>, or data.inputs=* for all columns of numbers but the "
+    "labels'"
+)
+
 
 def column_of(named: str | None, guesses: Sequence[str], present: Sequence[str], key: str, where: object) -> str:
     """Return the column to use: the one the user named, else the first usual name.

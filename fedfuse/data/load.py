@@ -14,6 +14,7 @@ from fedfuse.data.dataset import PARTS, Dataset, Examples, check
 from fedfuse.data.locations import root_of
 from fedfuse.errors import UserError, nearest
 
+LARGE = 100.0  # features beyond it are told: at usual rates a step on them is far too long
 ROOTLESS = ("digits", "custom", "mixed")
 
 
@@ -43,7 +44,8 @@ def load(config: DataConfig) -> Dataset:
     root = None if layout in ROOTLESS else root_of(config)
     dataset = check(reader.read(config, root))
     if config.layout != "builtin":  # its place may stay, whatever is in it
-        dataset = dataclasses.replace(dataset, content=content_of(dataset))
+        notes = (*dataset.notes, *_unscaled(dataset))
+        dataset = dataclasses.replace(dataset, content=content_of(dataset), notes=notes)
     if dataset.provided is not None:
         if config.limit is not None or config.test_limit is not None:
             raise UserError(f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null")
@@ -60,6 +62,19 @@ def limited(examples: Examples, count: int | None, *purpose: object) -> Examples
     if count is None or count >= len(examples):
         return examples
     return examples.take(stratified(strata_of(examples.targets, examples.groups), count, *purpose))
+
+
+def _unscaled(dataset: Dataset) -> list[str]:
+    inputs = dataset.train.inputs
+    if dataset.kind != "features" or not inputs.size:
+        return []
+    low, high = float(inputs.min()), float(inputs.max())
+    if max(-low, high) <= LARGE:
+        return []
+    return [
+        f"inputs reach from {low:g} to {high:g} and are taken as they are: bring each column to a scale of about 1, or "
+        "training may learn nothing, or end in what is no number"
+    ]
 
 
 def content_of(dataset: Dataset) -> str:

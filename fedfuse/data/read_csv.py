@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.schema import DataConfig
-from fedfuse.data.columns import INPUTS, TARGETS, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import gunzipped
 from fedfuse.data.read_jsonl import read_rows
 from fedfuse.errors import UserError
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-ALL = "*"
 
 
 def read(config: DataConfig, root: Path) -> Dataset:
@@ -29,34 +27,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     UserError
         Where a file, a row or a column is missing or damaged.
     """
-    return read_rows(config, root, SUFFIXES, lambda path: _with_all(config, path, rows(path)))
-
-
-def _with_all(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with a column `*` or `a,b`, where it is asked for; where no input can be guessed, say so."""
-    names, asked = list(found[0]), config.inputs
-    if asked is None and not set(INPUTS) & set(names):
-        raise UserError(
-            f"{path}: no column of a usual name; set data.inputs=<one of {', '.join(names)}>, "
-            f"or data.inputs=* for all columns of numbers but the labels'"
-        )
-    if asked is None or asked in names or (asked != ALL and "," not in asked):
-        return found
-    if config.groups:  # before there is a column that no file has
-        column_of(config.groups, (), names, "groups", path)
-    if asked == ALL:
-        label = column_of(config.targets, TARGETS, names, "targets", path)
-        taken = [name for name in names if name not in (label, config.groups)]
-    else:
-        taken = [column_of(name, (), names, "inputs", path) for name in asked.split(",")]
-    for name in taken:
-        if not all(isinstance(row[name], int | float) for row in found):
-            place, row = next((i, row) for i, row in enumerate(found, 1) if not _numeric(row[name]))
-            raise UserError(
-                f"{path}: data.inputs={asked}: example {place}, column {name!r}: "
-                f"{str(row[name] or '')[:40]!r} is no number; fill it in, or drop the row or the column"
-            )
-    return [{**row, asked: [float(row[name]) for name in taken]} for row in found]
+    return read_rows(config, root, SUFFIXES, rows)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -89,14 +60,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is empty; expected a header and one example per line")
     columns = [_typed(column) for column in zip(*found, strict=True)]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _numeric(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _typed(column: tuple[str, ...]) -> list[Any]:

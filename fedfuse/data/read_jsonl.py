@@ -12,7 +12,17 @@ from typing import Any
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, labels_of, pad_of
+from fedfuse.data.columns import (
+    ALL,
+    INPUTS,
+    NO_INPUTS,
+    TARGETS,
+    TEXT_OPTIONS,
+    column_inputs,
+    column_of,
+    labels_of,
+    pad_of,
+)
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import gunzipped, room
 from fedfuse.data.locations import reason_of, split_files
@@ -21,6 +31,8 @@ from fedfuse.errors import UserError
 
 def read(config: DataConfig, root: Path) -> Dataset:
     """Return the data set of `*.jsonl` or `*.jsonl.gz`; text becomes hashed word counts (`data.extra.text`).
+
+    `data.inputs=*` and `data.inputs=[a,b]` are as in CSV.
 
     Raises
     ------
@@ -81,6 +93,47 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _with_several(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a column `*` or `a,b`, where it is asked for; where no input can be guessed, say so."""
+    names, asked = list(found[0]), config.inputs
+    if asked is None and not set(INPUTS) & set(names):
+        raise UserError(NO_INPUTS.format(path, ", ".join(names)))
+    if asked is None or asked in names or (asked != ALL and "," not in asked):
+        return found
+    if config.groups:  # before there is a column that no file has
+        column_of(config.groups, (), names, "groups", path)
+    if asked == ALL:
+        label = column_of(config.targets, TARGETS, names, "targets", path)
+        taken = [name for name in names if name not in (label, config.groups)]
+    else:
+        taken = [column_of(name, (), names, "inputs", path) for name in asked.split(",")]
+    unfit = {name: i for name in taken if (i := _no_number(found, name)) is not None}
+    if unfit:
+        name, i = next(iter(unfit.items()))
+        fit = [other for other in taken if other not in unfit]
+        rest = f", or take the others: data.inputs=[{','.join(fit)}]" if fit and len(fit) <= 8 else ""
+        raise UserError(
+            f"{path}: data.inputs={asked}: example {i + 1}, column {name!r}: {str(found[i].get(name) or '')[:40]!r} "
+            f"is no number; fill it in, or drop the row or the column{rest}"
+        )
+    return [{**row, asked: [float(row[name]) for name in taken]} for row in found]
+
+
+def _no_number(found: list[dict[str, Any]], name: str) -> int | None:
+    """The first row whose value is no number; a text that would be one is, where another made its column text."""
+    if all(isinstance(row.get(name), int | float) for row in found):
+        return None
+    return next((i for i, row in enumerate(found) if not _numeric(row.get(name))), 0)
+
+
+def _numeric(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _table(
     config: DataConfig, paths: list[Path], extra: dict[str, Any], read: Callable[[Path], list[dict[str, Any]]]
 ) -> Table:
@@ -88,7 +141,7 @@ def _table(
     labels: list[Any] = []
     groups: list[Any] = []
     for path in paths:
-        rows = read(path)
+        rows = _with_several(config, path, read(path))
         present = list(rows[0])
         names = {
             "inputs": column_of(config.inputs, INPUTS, present, "inputs", path),

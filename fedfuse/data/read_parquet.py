@@ -11,7 +11,17 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
-from fedfuse.data.columns import INPUTS, TARGETS, TEXT_OPTIONS, column_inputs, column_of, labels_of, pad_of
+from fedfuse.data.columns import (
+    ALL,
+    INPUTS,
+    NO_INPUTS,
+    TARGETS,
+    TEXT_OPTIONS,
+    column_inputs,
+    column_of,
+    labels_of,
+    pad_of,
+)
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import room
 from fedfuse.data.locations import split_files
@@ -65,7 +75,11 @@ def _table(
         present = list(about.names)
         target = column_of(config.targets, TARGETS, present, "targets", path)
         several = [name.strip() for name in (config.inputs or "").split(",")] if "," in (config.inputs or "") else []
+        if config.inputs == ALL and ALL not in present:
+            several = [name for name in present if name not in (target, config.groups)]
         names = [column_of(name, (), present, "inputs", path) for name in several]
+        if config.inputs is None and not set(INPUTS) & set(present):
+            raise UserError(NO_INPUTS.format(path, ", ".join(present)))
         names = names or [column_of(config.inputs, INPUTS, present, "inputs", path)]
         group = [column_of(config.groups, (), present, "groups", path)] if config.groups else []
         found = columns(path, [*names, target, *group])

@@ -247,6 +247,36 @@ def test_a_csv_of_numbers_is_taken_whole_if_one_says_so(tmp_path):
         load(config("csv", tmp_path, inputs="*", test_fraction=0.0))
 
 
+def test_json_lines_and_parquet_take_several_columns_as_csv_does(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"site": ["u", "v"] * 4, "a": [float(i) for i in range(8)], "b": [1.0] * 8, "label": [0, 1] * 4}
+    for folder in ("jsonl", "parquet", "dated"):
+        (tmp_path / folder).mkdir()
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    (tmp_path / "jsonl/all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.table(columns), tmp_path / "parquet/all.parquet")
+    for layout in ("jsonl", "parquet"):
+        for asked in ("*", "a,b"):
+            found = load(config(layout, tmp_path / layout, inputs=asked, groups="site", test_fraction=0.0))
+            assert found.train.inputs.tolist() == [[float(i), 1.0] for i in range(8)]
+        with pytest.raises(UserError, match=r"data\.inputs=<one of site, a, b, label>, or data\.inputs=\*"):
+            load(config(layout, tmp_path / layout))
+    (tmp_path / "jsonl/all.jsonl").write_text('{"a": 1, "day": "2024-01-02", "label": 0}\n' * 3)
+    with pytest.raises(UserError, match=r"column 'day': '2024-01-02' is no number.*take the others: data.inputs=\[a\]"):
+        load(config("jsonl", tmp_path / "jsonl", inputs="*"))
+    pq.write_table(pa.table({**columns, "site": [1, 2] * 4, "day": ["x"] * 8}), tmp_path / "dated/a.parquet")
+    with pytest.raises(UserError, match="column 'day' holds no numbers"):
+        load(config("parquet", tmp_path / "dated", inputs="*"))
+
+
+def test_columns_of_another_scale_are_told(tmp_path):
+    (tmp_path / "a.csv").write_text("age,income,label\n" + "".join(f"{20 + i},{9000 * i},{i % 2}\n" for i in range(9)))
+    assert [note for note in load(config("csv", tmp_path, inputs="*")).notes if "63000" in note or "72000" in note]
+    assert not load(config("csv", tmp_path, inputs="age")).notes
+
+
 def test_some_columns_of_a_csv(tmp_path):
     (tmp_path / "cells.csv").write_text("id,width,height,label\np0,2,0.5,0\np1,4,1.5,1\np2,6,2.5,0\np3,8,3.5,1\n")
     for typed in ("data.inputs=[width,height]", "data.inputs=[width, 'height']"):
