@@ -88,14 +88,16 @@ def test_the_page_on_notebooks_does_what_it_shows(tmp_path) -> None:
 def test_what_the_pages_show_can_be_built(page: str) -> None:
     from fedfuse.runs.experiment import prepare_scenario
 
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     space: dict = {"__name__": page}
-    exec(block, space)
+    for block in blocks:
+        exec(block, space)
     if page == "own_models":
         import torch
 
         built = space["Parted"]((1, 8, 8), 10)
         assert built(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+        assert 0 < space["Cubed"]()(torch.eye(3), torch.ones(3, 3)).item() < 1
     else:
         from fedfuse.config.compose import compose
         from fedfuse.config.dotted import give

@@ -70,7 +70,7 @@ class DataConfig:
         "`data=custom`: dotted path pkg.mod:fn returning a fedfuse.data.Dataset, a torch Dataset or arrays",
         only="data.layout=custom",
     )
-    extra: dict[str, Any] = key({}, "what only one layout knows: see data.md")
+    extra: dict[str, Any] = key({}, "what only one layout knows: see own_data.md")
 
 
 @dataclass

@@ -229,7 +229,13 @@ class Outside(Loss):
         if not isinstance(self.module, nn.Module):
             raise UserError(f"loss.build={path} gives {type(self.module).__name__}, not a torch.nn.Module")
         self.module.requires_grad_(False)
-        names = list(inspect.signature(self.module.forward).parameters)
+        taken = inspect.signature(self.module.forward).parameters
+        names = list(taken)
+        if len(names) < 2 and not any(one.kind is one.VAR_POSITIONAL for one in taken.values()):
+            raise UserError(
+                f"loss.build={path}: its forward takes ({', '.join(names)}); (student, teacher) or (student, teacher, "
+                "labels) are needed, both of logits"
+            )
         self._dictionaries = names[:1] == ["student_io_dict"]
         self._labels = len(names) > 2
 
@@ -240,7 +246,10 @@ class Outside(Loss):
             for i, who in enumerate(("student", "teacher")):
                 path = getattr(self.module, f"{who}_module_path", ".")
                 inputs[i] = {path: {getattr(self.module, f"{who}_module_io", "output"): inputs[i]}}
-        return self.module(*inputs, labels) if self._labels else self.module(*inputs)
+        found: Tensor = self.module(*inputs, labels) if self._labels else self.module(*inputs)
+        if found.numel() != 1:
+            raise UserError(f"loss.build: {type(self.module).__name__} gives shape {tuple(found.shape)}; take its mean")
+        return found
 
 
 def log_softened(logits: Tensor, temperature: float) -> Tensor:

@@ -417,12 +417,25 @@ def test_modules_that_take_labels_or_dictionaries():
             return (student_io_dict["head"]["output"] - teacher_io_dict["."]["output"]).sum()
 
     module = types.ModuleType("users_losses")
-    module.Labelled, module.Dictionaries = Labelled, Dictionaries
+
+    class Alone(nn.Module):
+        def forward(self, s):
+            return s.mean()
+
+    class Rows(nn.Module):
+        def forward(self, s, teacher):
+            return (s - teacher).square().mean(1)
+
+    module.Labelled, module.Dictionaries, module.Alone, module.Rows = Labelled, Dictionaries, Alone, Rows
     sys.modules["users_losses"] = module
     try:
         labelled = loss("users_losses:Labelled")(t(S), t(T), torch.tensor(Y)).item()
         assert labelled == pytest.approx((S - T)[range(3), Y].sum())
         assert loss("users_losses:Dictionaries")(t(S), t(T)).item() == pytest.approx((S - T).sum())
+        with pytest.raises(UserError, match=r"users_losses:Alone: its forward takes \(s\); \(student, teacher\)"):
+            loss("users_losses:Alone")  # before anything is trained
+        with pytest.raises(UserError, match=r"Rows gives shape \(3,\); take its mean"):
+            loss("users_losses:Rows")(t(S), t(T))
     finally:
         del sys.modules["users_losses"]
 
