@@ -70,10 +70,10 @@ def columns(*names: str) -> tuple[Column, ...]:
 def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Series]) -> Table:
     """Return the main table: accuracy after the last round, spread over clients, ranks, cost, failures."""
     ranks = {metric: average_ranks(scores([one for one in groups if one.runs], metric)) for metric in BEST}
-    lines, setup = [], any_setup(rows)
+    lines, setup, ranked = [], any_setup(rows), len(rows) > 1
     for row, one in zip(rows, series, strict=True):
         spreads = [float(np.nanstd(list(run.clients.values()))) for run in one.finished if run.clients]
-        rank = [ranks[metric][0].get(row.strategy, math.nan) for metric in BEST]
+        rank = [ranks[metric][0].get(row.strategy, math.nan) for metric in BEST if ranked]
         lines.append(
             (
                 word(row.strategy, one.index),
@@ -95,8 +95,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "n",
         *names,
         spread,
-        "rank global",
-        "rank personal",
+        *(["rank global", "rank personal"] if ranked else []),
         "up MB",
         "down MB",
         *(["set-up MB"] if setup else []),
@@ -104,7 +103,7 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "failed",
     )
     on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
-    note = f"{foot(rows)} {wording.COMPARISON.format(seeds=on)}"
+    note = " ".join([foot(rows), wording.SPREAD, *([wording.RANK.format(seeds=on)] if ranked else []), wording.FAILED])
     return Table("After the last round", heads, tuple(lines), note, "comparison")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-COMPARISON = (
-    "Spread: standard deviation over clients of personal accuracy, in points, mean over seeds. Rank: 1 "
-    "is highest, averaged over the {seeds} that every strategy has. Failed: replies that raised, timed "
-    "out or were refused; * marks runs where a client was left out of a round."
-)
+SPREAD = "Spread: standard deviation over clients of personal accuracy, in points, mean over seeds."
+RANK = "Rank: 1 is highest, averaged over the {seeds} that every strategy has."
+FAILED = "Failed: replies that raised, timed out or were refused; * marks runs where a client was left out of a round."
 INTERVALS = (
     "95 % intervals of the mean over seeds, in per cent. t: Student, n − 1 degrees of freedom; what ± "
     "means elsewhere. Bootstrap: percentiles of 9,999 resampled means; with few seeds it is too narrow,"

@@ -352,3 +352,18 @@ def test_long_settings_go_on_below(tmp_path):
     table = console.file.getvalue().split("Accuracy after")[0]
     assert max(map(len, table.splitlines())) <= 100
     assert "partition.alpha=0.1" in table  # no word is cut in two
+
+
+def test_one_strategy_has_no_rank(tmp_path):
+    def heads(*names):
+        runs = [load(write_run(tmp_path / name, name)) for name in names]
+        groups = group(runs)[0]
+        table = sections.comparison(
+            compare(runs), groups, [Series(i, one.label, (), ()) for i, one in enumerate(groups)]
+        )
+        return [column.name for column in table.columns], table.note
+
+    for names, there in ((["fedavg"], False), (["local", "knfu"], True)):
+        columns, note = heads(*names)
+        assert ("rank global" in columns) is there
+        assert ("Rank:" in note) is there
