@@ -205,7 +205,10 @@ def _of_gguf(path: Path) -> tuple[Any, dict[str, str], Any]:
     """The tokenizer inside a .gguf file, as transformers reads it."""
     from transformers import AutoTokenizer
 
-    found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    # False, not left out: transformers would ask whoever sits there whether code of the directory may run
+    found = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
     special = {role: getattr(found, role) for role in ("bos_token", "eos_token", "pad_token")}
     chat = None if found.chat_template is None else _chat(found, found.chat_template)
     return found.backend_tokenizer, {role: str(token) for role, token in special.items() if token is not None}, chat

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedfuse.config.allowed import leaves
 from fedfuse.errors import UserError
 from fedfuse.models.parts import HEADS
 
@@ -52,6 +53,7 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
             raise UserError(f"model.path={path}: expected config.json with weights, or one .gguf file")
         options["gguf_file"] = files[0].name
     try:
+        _leads_nowhere(path)
         if name == "causal_lm":
             model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
         elif (path / "1_Pooling").is_dir():  # a sentence encoder: its pooler was never trained
@@ -63,6 +65,28 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path} cannot be loaded as {name}: {line}") from error
+
+
+def _leads_nowhere(path: Path) -> None:
+    """Refuse a directory whose files lead to weights or code elsewhere: `transformers` follows all three.
+
+    Links are followed: in the cache of a hub every file is one.
+
+    Raises
+    ------
+    ValueError
+        Naming the file.
+    """
+    if (path / "adapter_config.json").exists():
+        raise ValueError("its adapter_config.json names a base of its own; merge the adapter into a base")
+    for index in sorted(path.glob("*.index.json")):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if strange := sorted(shard for shard in shards if Path(shard).name != shard):
+            raise ValueError(f"{index.name} names {strange[0]!r}, which is no file of this directory")
+    if (path / "config.json").exists():
+        for key, value in leaves(json.loads((path / "config.json").read_text(encoding="utf-8"))):
+            if key.endswith("attn_implementation") and "/" in str(value):
+                raise ValueError(f"{key} of its config.json is {value!r}: code of a hub, which is not run")
 
 
 def quantized(transformers: Any, config: ModelConfig) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(source, gguf_file=files[0].name, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(
+                source, gguf_file=files[0].name, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # transformers reads fewer of these than FedFuse does
             print(f"fedfuse: {files[0]}: transformers cannot read its tokenizer ({in_words(error)}); none was written")
             return

@@ -82,6 +82,52 @@ def test_a_saved_model_comes_back_and_has_bounds(tmp_path: Path) -> None:
         build("causal_lm", (8,), 21, ModelConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("file", "key", "value", "said"), [
+    ("model.safetensors.index.json", "weight_map", {"lm_head.weight": "../other.safetensors"}, "no file of this"),
+    ("adapter_config.json", "base_model_name_or_path", "/other", "a base of its own"),
+    ("config.json", "attn_implementation", "somebody/code", "code of a hub"),
+    ("config.json", "text_config", {"_attn_implementation": "somebody/code"}, "code of a hub"),
+])  # fmt: skip
+def test_a_model_directory_leads_to_nothing_elsewhere(
+    file: str, key: str, value: object, said: str, tmp_path: Path
+) -> None:
+    build("causal_lm", (8,), 20, ModelConfig()).model.save_pretrained(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), key: value}))
+    with pytest.raises(UserError, match=said):
+        build("causal_lm", (8,), 20, ModelConfig(path=str(tmp_path)))
+
+
+def test_nobody_is_asked_whether_code_beside_a_tokenizer_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedfuse.runs.hand_over import _copy_tokenizer
+
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_token_scores([0.0] * 4)
+    writer.add_token_types([2, 3, 3, 1])
+    for add in (writer.add_block_count, writer.add_context_length, writer.add_embedding_length, writer.add_head_count):
+        add(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    names = {"auto_map": {"AutoTokenizer": ["own.T", "own.T"]}, "tokenizer_class": "T"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as T\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # who sits there is tired
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokenizer(str(tmp_path))
+    (tmp_path / "to").mkdir()
+    _copy_tokenizer(tmp_path, tmp_path / "to")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_rotary_halves() -> None:
     weight = torch.arange(8.0)[:, None]  # two heads of four rows, pairs (0, 1), (2, 3)
     assert halves(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
