@@ -118,9 +118,11 @@ class MaskedSums:
         """
         for name, arrays in placed(vector, self._places).items():
             parts = {key.partition(":")[2]: value.to(torch.float64) for key, value in arrays.items()}
-            most = self._clients * (self.points[name].levels // 2 + 1)
+            # no more than this is a sum of numbers that were clipped and weighted, each rounded: a mean within ±c
+            point = self.points[name]
+            most = self._weights[name] / point.heaviest * point.levels / 2 + self._clients
             if any(bool((value.abs() > most).any()) for value in parts.values()):
-                raise WorldError(f"{name}: the masks of {self._clients} clients do not cancel")
+                raise WorldError(f"{name}: the masks of {self._clients} clients do not cancel, or one sent too much")
             dtypes = {key.partition(":")[2]: key.partition(":")[0] for key in arrays}
             totals[name].add_group(0, parts, self._weights[name], dtypes)
 

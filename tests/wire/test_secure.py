@@ -183,22 +183,22 @@ def whole(*numbers: int) -> torch.Tensor:
 
 
 def summed() -> MaskedSums:
-    """Two clients' numbers; a client's are at most 8 // 2 + 1 steps."""
+    """Two clients' numbers, as large as 7 quarters of 8 // 2 steps and two roundings allow: one sends too much."""
     found = MaskedSums({"model": FixedPoint(clip=2.0, levels=8, heaviest=4.0)})
     sums = {"model": "num-examples"}
     said = {"int64:n": whole(1), "float32:w": whole(3, -2, 0).reshape(3, 1)}
     assert found.add(0, {"model": said}, {"num-examples": 4}, sums) == {"model": 16}
-    said = {"int64:n": whole(4), "float32:w": whole(7, -8, 1).reshape(3, 1)}
+    said = {"int64:n": whole(4), "float32:w": whole(6, -7, 1).reshape(3, 1)}
     assert found.add(1, {"model": said}, {"num-examples": 3}, sums) == {"model": 16}
     return found
 
 
 def test_masked_numbers_are_summed_modulo_the_word_and_come_back_signed() -> None:
     found, totals = summed(), {"model": Sum(FixedPoint(2.0, 8, 4.0))}
-    assert found.vector.tolist() == [10, 2**32 - 10, 1, 5]  # arrays in the order of their names
+    assert found.vector.tolist() == [9, 2**32 - 9, 1, 5]  # arrays in the order of their names
     found.hand_over(found.vector, totals)
     total, weight = totals["model"].total()
-    assert total["w"].tolist() == [[20.0], [-20.0], [2.0]]  # a step is 2·2·4/8 = 2
+    assert total["w"].tolist() == [[18.0], [-18.0], [2.0]]  # a step is 2·2·4/8 = 2
     assert total["n"].tolist() == [5 * 2.0**20]
     assert weight == 7.0
     with pytest.raises(InvalidArrays, match="weight 5"):
@@ -208,8 +208,8 @@ def test_masked_numbers_are_summed_modulo_the_word_and_come_back_signed() -> Non
 @pytest.mark.parametrize("place", range(4))
 def test_a_sum_that_no_clients_numbers_add_up_to_is_told(place: int) -> None:
     found = summed()
-    vector = np.array([10, 2**32 - 10, 1, 5], np.uint32)
-    vector[place] = 2**32 - 11
+    vector = np.array([9, 2**32 - 9, 1, 5], np.uint32)
+    vector[place] = 2**32 - 10  # with the largest weights it could be
     with pytest.raises(WorldError, match="model: the masks of 2 clients do not cancel"):
         found.hand_over(vector, {"model": Sum(FixedPoint(2.0, 8, 4.0))})
 
