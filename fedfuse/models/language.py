@@ -35,6 +35,15 @@ def attended(x: Tensor, pad: int) -> Tensor:
     return mask
 
 
+def embedded(model: Any, x: Tensor) -> Tensor:
+    """Tokens as a model can look them up: what it has no embedding for is its last one.
+
+    A lookup that fails depends on what a row holds, and a site's failure tells its server so. Where a run begins, such
+    tokens are refused (`core.fit`).
+    """
+    return x.clamp(0, model.get_input_embeddings().num_embeddings - 1)
+
+
 class CausalLM(nn.Module):
     """Logits of the next token at every place, (B, T, V), from tokens (B, T).
 
@@ -54,8 +63,10 @@ class CausalLM(nn.Module):
         if not len(x):
             return torch.zeros(*x.shape, self.model.config.vocab_size, device=x.device)
         if x.ndim == 3:  # positions that begin anew are how transformers is told of several texts in a row
-            return self.model(input_ids=x[:, 0], position_ids=x[:, 1], use_cache=False).logits.float()
-        return self.model(input_ids=x, use_cache=False).logits.float()
+            return self.model(
+                input_ids=embedded(self.model, x[:, 0]), position_ids=x[:, 1], use_cache=False
+            ).logits.float()
+        return self.model(input_ids=embedded(self.model, x), use_cache=False).logits.float()
 
 
 class TextClassifier(nn.Module):
@@ -74,7 +85,7 @@ class TextClassifier(nn.Module):
         """Return logits of shape (B, C); padding is not attended to."""
         if not len(x):  # transformers' attention cannot be asked about no text at all
             return torch.zeros(0, self.model.config.num_labels, device=x.device)
-        mask = attended(x, self.pad)
+        mask, x = attended(x, self.pad), embedded(self.model, x)
         if not self.decoder:
             return self.model(input_ids=x, attention_mask=mask.long()).logits.float()
         states = self.model.base_model(input_ids=x, use_cache=False).last_hidden_state
@@ -95,7 +106,7 @@ class PooledClassifier(nn.Module):
         """Return features of shape (B, feature_dim)."""
         if not len(x):
             return torch.zeros(0, self.feature_dim, device=x.device)
-        mask = attended(x, self.pad)
+        mask, x = attended(x, self.pad), embedded(self.model, x)
         states = self.model(input_ids=x, attention_mask=mask.long()).last_hidden_state
         states, weights = states.float(), mask[:, :, None].float()
         return (states * weights).sum(1) / weights.sum(1)

@@ -84,6 +84,21 @@ def site_scenario(
     return _scenario(config, FederatedData(dataset, rows, offsets, transfer, (NOTE,)), clients)
 
 
+def no_guessed_tokens(scenario: Scenario) -> None:
+    """Refuse a model of tokens on numbers that nobody called tokens: a hello would say whether one is negative.
+
+    Raises
+    ------
+    Refused
+        Whatever the numbers are.
+    """
+    data, config = scenario.data.dataset, scenario.config
+    for name in sorted(set(scenario.architectures)):
+        said = data.next_token or data.pad is not None
+        if not said and models.reads_tokens(name, data.shape, scenario.classes, config.model):
+            raise Refused(f"site policy: model={name} reads tokens; allowed: with require_dp, on texts alone")
+
+
 def server_scenario(scenario: Scenario, examples: Mapping[int, Sequence[int]]) -> Scenario:
     """The server's scenario once every site has said how many examples it has; it holds none of them."""
     sizes = np.array([list(examples[client]) for client in range(scenario.clients)], dtype=np.int64)

@@ -29,7 +29,7 @@ from fedfuse.data.cache import few
 from fedfuse.errors import Refused, UserError, one_line
 from fedfuse.network.audit import NAME, Audit, left
 from fedfuse.network.handshake import identity
-from fedfuse.network.own_data import site_scenario
+from fedfuse.network.own_data import no_guessed_tokens, site_scenario
 from fedfuse.network.site_config import SiteConfig
 from fedfuse.network.site_memory import SiteMemory
 from fedfuse.network.site_secrets import PREFIX, STEPS, SiteSecrets, fingerprint, refuse_bare
@@ -264,6 +264,8 @@ class Site:
                 if self.seat.store is not None:  # Flower's simulator is no deployment
                     raise
                 raise _AtHome(str(error)) from error
+            if task and self.seat.policy.require_dp:
+                no_guessed_tokens(scenario)
             mine = self.seat.acts_as(scenario.clients)
             if not mine or mine[-1] >= scenario.clients or mine[0] < 0:
                 raise Refused(f"the run has {scenario.clients} clients, this site is client {self.seat.client}")

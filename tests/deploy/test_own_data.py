@@ -153,6 +153,39 @@ def test_noise_tells_nothing_of_the_whole_numbers_of_a_site(tmp_path: Path) -> N
     assert all(np.array_equal(one.inputs, cut[0].inputs) and one.inputs.max() < 50 for one in cut)
 
 
+@pytest.mark.parametrize("require_dp", [False, True])
+def test_whole_numbers_of_a_site_are_told_apart_by_no_failure(require_dp: bool, tmp_path: Path) -> None:
+    """Of an embedding's lookup: whether a number has none; with privacy, of a hello: whether one is negative."""
+    pytest.importorskip("transformers", reason="the extra `lm` is not installed")
+    words = ["data=npz", "clients=1", "rounds=1", "model=text_classifier", "strategy=fedavg", "evaluate.every=1"]
+    config = compose([*words, *(["privacy.epsilon=5"] if require_dp else [])])
+    select = {"name": "npz", "classes": ["0", "1"]} if require_dp else None
+    heard = set()
+    for number in (0, 40_000, *([-1] if require_dp else [])):
+        rows = np.zeros((40, 12), np.int64)
+        rows[:, ::2], rows[:, 1] = 7, number
+        for where in ("site", "reference"):
+            (tmp_path / f"{number}" / where).mkdir(parents=True)
+            values = rows if where == "site" else rows.clip(0, 9)
+            np.savez(tmp_path / f"{number}" / where / "all.npz", x=values, y=np.arange(40) % 2)
+        seat = SiteConfig(
+            0, tmp_path / f"{number}-state", None, str(tmp_path / f"{number}" / "site"),
+            Policy(require_dp=require_dp, select=select),
+        )  # fmt: skip
+        config.data.root = str(tmp_path / f"{number}" / "reference")
+        grid, said = Network([seat]), list[str]()
+        grid.reply = lambda message, reply, said=said: (
+            said.append(str(reply.has_error() and reply.error.reason)) or reply
+        )
+        try:
+            network.run(config, grid, tmp_path / f"{number}-run", Patience(join=0.1), own=True)
+        except WorldError as error:
+            said.append(str(error))
+        heard.add(tuple(said))
+    assert len(heard) == 1
+    assert ("reads tokens" in str(heard)) == require_dp
+
+
 def test_a_node_without_the_classes_that_its_policy_needs_does_not_start(tmp_path: Path) -> None:
     from fedfuse.deploy.commands import main
 
