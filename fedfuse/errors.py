@@ -35,6 +35,11 @@ def one_line(text: object, most: int = 500) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """Replace control characters (terminal escapes among them) by the replacement character."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def in_words(error: BaseException) -> str:
     """Say an exception and where it was raised in one line."""
     text = one_line(f"{type(error).__name__}: {error}")

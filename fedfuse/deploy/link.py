@@ -15,7 +15,7 @@ from typing import Any
 
 from fedfuse.deploy.certs import secret
 from fedfuse.deploy.processes import flower, surroundings
-from fedfuse.errors import UserError, WorldError, one_line
+from fedfuse.errors import UserError, WorldError, one_line, printable
 
 PATIENCE = 300  # seconds for a command that streams nothing
 ANSWER = 2**20  # bytes of an answer that is no file
@@ -163,4 +163,4 @@ class Link:
         if done.returncode:
             said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise WorldError(f"flwr {' '.join(words[:2])}: {' '.join(said[-3:]) or f'exit code {done.returncode}'}")
-        return done.stdout
+        return "\n".join(map(printable, done.stdout.split("\n")))

@@ -105,6 +105,8 @@ def _deployed(grid: Grid, orders: Mapping[str, Any], audit: Audit | None) -> Non
     with code(allowed):
         config = from_json(str(orders.get("config", "")), allowed, _folders())
         no_attack(config)
+        if not allowed:
+            _own_tracker(config)
         _carried_out(grid, orders, name, config, started, audit)
 
 
@@ -133,6 +135,21 @@ def _carried_out(
     finally:
         directory.close()
     say(f"fedfuse: digest {federation.digest}")
+
+
+def _own_tracker(config: Config) -> None:
+    """Refuse a tracker of the order's choice where the server has one of its own, whose password MLflow would send it.
+
+    Raises
+    ------
+    Refused
+    """
+    held = any(name.startswith("MLFLOW_TRACKING_") for name in os.environ) or Path("~/.mlflow").expanduser().exists()
+    if held and config.tracking.uri not in (None, os.environ.get("MLFLOW_TRACKING_URI")):
+        raise Refused(
+            f"tracking.uri={config.tracking.uri[:80]!r}: this server has a tracker of its own, "
+            "and MLflow would tell its password to another; leave tracking.uri out"
+        )
 
 
 def _folders() -> list[Path]:

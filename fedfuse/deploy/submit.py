@@ -23,7 +23,7 @@ from fedfuse.deploy.bundle import write_bundle
 from fedfuse.deploy.link import Link, Lost
 from fedfuse.deploy.orders import LARGEST, unpack, write_patience
 from fedfuse.deploy.processes import surroundings
-from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line
+from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line, printable
 from fedfuse.network.exchange import Patience
 
 ENDED = ("fedfuse: failed: ", "fedfuse: refused: ")  # lines of ours that a run ends with
@@ -129,7 +129,7 @@ def submit(
             over = False
             try:
                 for raw in stream.stdout:
-                    line = raw.rstrip()
+                    line = printable(raw.rstrip())  # the server's words, on the operator's terminal
                     if line and not line.lstrip().startswith(NOISE) and not over:
                         say(line)
                     # what follows is the same once more, in Flower's words and with a traceback

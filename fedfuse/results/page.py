@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.clock_keys import MANY
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, printable
 from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures, gather, label_counts, similarities
 from fedfuse.results.rerun import reproduce
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import Row, against_nothing_sent, notes, printable, row
+from fedfuse.results.table import Row, against_nothing_sent, notes, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fedfuse.errors import printable
 from fedfuse.results import wording
 from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import Interval, all_pairs, average_ranks, few_seeds_note
-from fedfuse.results.table import BEST, METRICS, Row, amount, any_setup, foot, percent, printable, scores
+from fedfuse.results.table import BEST, METRICS, Row, amount, any_setup, foot, percent, scores
 from fedfuse.results.target import reach, targets
 
 

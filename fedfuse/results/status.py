@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fedfuse.errors import printable
 from fedfuse.results.run_data import RunRecord
-from fedfuse.results.table import amount, printable
+from fedfuse.results.table import amount
 
 MOST_CLIENTS = 100  # shown per run
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from fedfuse.errors import printable
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, differences, group, tuning, with_setting
 from fedfuse.results.statistics import Interval, all_pairs, few_seeds_note, mean_interval, paired
@@ -379,11 +380,6 @@ def to_latex(rows: Sequence[Row]) -> str:
     body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in (headers, *cells)]
     head = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule"]
     return "\n".join([*head, *body[1:], r"\bottomrule", r"\end{tabular}", f"% {foot(rows)}", ""])
-
-
-def printable(text: str) -> str:
-    """Replace control characters (terminal escapes among them) by the replacement character."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def _number(run: RunRecord, part: str, key: str) -> float:

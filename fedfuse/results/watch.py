@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, printable
 from fedfuse.results.page import build, run_names
 from fedfuse.results.report import document, fragment, render
 from fedfuse.results.run_data import RunRecord, find
 from fedfuse.results.status import line
-from fedfuse.results.table import printable
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -24,18 +25,20 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedfuse.config.compose import compose
+from fedfuse.config.message import as_json
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
 from fedfuse.deploy.commands import main as command
 from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators
 from fedfuse.deploy.link import Link
-from fedfuse.deploy.orders import Outcome, deployed, pack, unpack
+from fedfuse.deploy.orders import Outcome, carry_out, deployed, pack, unpack
 from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
 from fedfuse.deploy.registration import read_request, write_request
-from fedfuse.deploy.submit import fetched, order_of
+from fedfuse.deploy.submit import Order, fetched, order_of, submit
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Place, Roster, fingerprint
+from tests.deploy.network import tiny
 
 
 class Inner:
@@ -208,6 +211,49 @@ def test_a_result_is_taken_only_for_its_own_order(tmp_path: Path) -> None:
         archive.write_bytes(content)
 
 
+class Foul(Post):
+    """A server whose log is for a terminal."""
+
+    @property
+    def words(self) -> list[str]:
+        return [sys.executable, "-c", r"print('round 1 \x1b[2J\u202e\a done')", "--"]
+
+
+def test_nothing_of_a_servers_steers_an_operators_terminal(tmp_path: Path) -> None:
+    said = list[str]()
+    link = Foul(str(tmp_path), insecure=True)
+    assert submit(link, Order(tiny("fedavg"), "x", Patience()), tmp_path / "out", say=said.append) is None
+    assert said == ["round 1 \ufffd[2J\ufffd\ufffd done"]
+    assert link.flwr("list") == "round 1 \ufffd[2J\ufffd\ufffd done\n"
+
+
+def test_an_orders_tracker_is_not_sent_the_password_of_the_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow sends MLFLOW_TRACKING_PASSWORD to whatever address it is told."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("fedfuse.deploy.orders.serve", lambda *_, **__: SimpleNamespace(digest="none"))
+
+    def order(name: str, uri: str | None) -> None:
+        config = tiny("fedavg", "tracking=mlflow")
+        config.tracking.uri = uri
+        carry_out(None, {"config": as_json(config), "name": name})  # type: ignore[arg-type]
+
+    order("a", "http://127.0.0.1:1")  # there is no password to tell
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    with pytest.raises(UserError, match=r"tracking.uri='http://127.0.0.1:1': this server has a tracker of its own"):
+        order("b", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracker.example")
+    order("c", "https://tracker.example")
+    order("d", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    (tmp_path / ".mlflow").mkdir()  # holds credentials
+    with pytest.raises(UserError, match="tracker of its own"):
+        order("e", "http://127.0.0.1:1")
+
+
 def test_an_outcome_says_why(tmp_path: Path) -> None:
     for how, kind in (("refused", UserError), ("failed", WorldError)):
         Outcome(tmp_path / "results", "x", "n").ended(how, kind("because\nfedfuse: \x1b[2J"))
@@ -358,7 +404,7 @@ def test_a_name_is_its_first_operators(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_passwords_are_told_to_nobody_and_lie_in_files_of_ones_own(tmp_path: Path) -> None:
-    from fedfuse.config.message import as_json, for_sites
+    from fedfuse.config.message import for_sites
     from fedfuse.deploy.bundle import PYPROJECT
 
     uri = "https://me:hunter2@mlflow.example"
