@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedfuse.wire.records import InvalidArrays, plain_numpy, record
 
 PACKED = "safetensors"  # the one array of a packed record
+MOST = 50_000  # arrays of a message: each costs its receiver 50 µs and more, and an empty one its sender 50 bytes
 
 
 def packed(content: RecordDict) -> RecordDict:
@@ -30,12 +31,22 @@ def unpacked(content: RecordDict) -> RecordDict:
     Raises
     ------
     InvalidArrays
-        If a packed record cannot be read.
+        If a packed record cannot be read, or all together have more than `MOST` arrays.
     """
-    out = RecordDict()
+    out, left = RecordDict(), MOST
     for name, value in content.items():
-        is_packed = isinstance(value, ArrayRecord) and set(value) == {PACKED}
-        out[name] = _unpacked(name, value[PACKED]) if is_packed else value  # type: ignore[arg-type]
+        if not (isinstance(value, ArrayRecord) and set(value) == {PACKED}):
+            out[name] = value
+            continue
+        whole = plain_numpy(name, value[PACKED])
+        if whole.dtype != np.uint8 or whole.ndim != 1:
+            raise InvalidArrays(f"{name}: is no safetensors ({whole.dtype} of {whole.ndim} dimensions)")
+        inside = whole.tobytes()
+        # a header is a brace and one more for each array: counted before anything is made of it
+        left -= max(1, inside.count(b"{", 8, 8 + int.from_bytes(inside[:8], "little")) - 1)
+        if left < 0:
+            raise InvalidArrays(f"{name}: more arrays than a message may have; allowed are {MOST}")
+        out[name] = _unpacked(name, inside)
     return out
 
 
@@ -45,12 +56,9 @@ def _packed(arrays: ArrayRecord) -> ArrayRecord:
     return ArrayRecord({PACKED: Array(np.frombuffer(safetensors.numpy.save(named), np.uint8))})
 
 
-def _unpacked(name: str, array: Array) -> ArrayRecord:
-    whole = plain_numpy(name, array)
-    if whole.dtype != np.uint8 or whole.ndim != 1:
-        raise InvalidArrays(f"{name}: is no safetensors ({whole.dtype} of {whole.ndim} dimensions)")
+def _unpacked(name: str, content: bytes) -> ArrayRecord:
     try:
-        found = safetensors.torch.load(whole.tobytes())
+        found = safetensors.torch.load(content)
         order = sorted(found, key=lambda numbered: int(numbered.partition("/")[0]))
     except Exception as error:
         raise InvalidArrays(f"{name}: is no safetensors ({' '.join(str(error).split())[:100]})") from error

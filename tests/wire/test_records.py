@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfuse.wire.packing import packed, unpacked
+from fedfuse.wire.packing import PACKED, packed, unpacked
 from fedfuse.wire.records import (
     InvalidArrays,
     LiveArray,
@@ -293,3 +295,22 @@ def test_two_trees_never_flatten_alike() -> None:
 def test_what_cannot_be_kept_is_refused(tree, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         flatten(tree)
+
+
+@pytest.mark.parametrize("records", [1, 2])
+def test_a_record_of_empty_arrays_is_counted_before_it_is_read(records: int, monkeypatch) -> None:
+    """The attack: 300,000 arrays of nothing, in 21 MB, kept their receiver busy for 14 seconds."""
+    import safetensors.torch
+
+    def sent(count: int) -> RecordDict:
+        head = json.dumps({f"{i}/a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)})
+        content = np.frombuffer(len(head).to_bytes(8, "little") + head.encode(), np.uint8)
+        return RecordDict({f"r{i}": ArrayRecord({PACKED: Array(content)}) for i in range(records)})
+
+    monkeypatch.setattr("fedfuse.wire.packing.MOST", 100)
+    assert len(unpacked(sent(100 // records))["r0"]) == 1  # they have one name
+    read, load = list[int](), safetensors.torch.load
+    monkeypatch.setattr("safetensors.torch.load", lambda content: read.append(len(content)) or load(content))
+    with pytest.raises(InvalidArrays, match="more arrays than a message may have; allowed are 100"):
+        unpacked(sent(102 // records))
+    assert len(read) < records
