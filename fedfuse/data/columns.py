@@ -122,10 +122,22 @@ def _with_text(values: Sequence[Any] | np.ndarray) -> bool:
 
 
 def labels_of(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Labels, or groups, as an array: of objects where some are texts, of which the longest may be very long."""
+    """Labels, or groups, as an array: of objects where some are texts, of which the longest may be very long.
+
+    Raises
+    ------
+    UserError
+        Where they are lists.
+    """
     if not isinstance(values, np.ndarray) and any(isinstance(value, str | bytes) for value in values):
         return np.array(values, dtype=object)
-    return np.asarray(values)
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        found = np.empty((0, 0))
+    if found.ndim != 1:
+        raise UserError("labels, or groups, are lists; expected one text or number per example")
+    return found
 
 
 def pad_of(extra: Mapping[str, Any]) -> int:

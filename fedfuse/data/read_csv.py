@@ -10,7 +10,7 @@ from typing import Any
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.inflate import gunzipped
+from fedfuse.data.inflate import check_room, gunzipped, room
 from fedfuse.data.read_jsonl import read_rows
 from fedfuse.errors import UserError
 
@@ -42,8 +42,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
                 raise UserError(
                     f"{path}: the header holds {held!r}; save the file with commas (or tabs, as .tsv), no ';'"
                 )
-            found = []
+            found, taken, most = [], 0, room(path) if path.suffix == ".gz" else 2**63
             for cells in reader:
+                taken += 64 + 16 * len(cells)  # a list, a place for each cell in it and in its column
+                check_room(path, taken, most)
                 if not cells:
                     continue
                 if len(cells) != len(header):

@@ -24,7 +24,7 @@ from fedfuse.data.columns import (
     pad_of,
 )
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.inflate import gunzipped, room
+from fedfuse.data.inflate import check_room, gunzipped, room
 from fedfuse.data.locations import reason_of, split_files
 from fedfuse.errors import UserError
 
@@ -74,10 +74,13 @@ def read_rows(
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """Read one object per line; empty lines are skipped."""
-    rows = []
+    rows, taken, most = [], 0, room(path) if path.suffix == ".gz" else 2**63
     try:
         with io.TextIOWrapper(gunzipped(path) if path.suffix == ".gz" else path.open("rb"), encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
+                # of two letters Python makes an object of 64 bytes, and a place of 8 for it
+                taken += len(line) + 8 * line.count(",") + 64 * (line.count("[") + line.count("{"))
+                check_room(path, taken, most)
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):

@@ -11,8 +11,11 @@ import numpy as np
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import kind_of, options
 from fedfuse.data.dataset import Dataset, Examples, Provided
+from fedfuse.data.inflate import check_room, room
 from fedfuse.data.unpickle import read_client
 from fedfuse.errors import UserError
+
+CLASSES = 1_000_000  # a label of a billion takes ten bytes of a file, and a name for each below it
 
 
 def read(config: DataConfig, root: Path) -> Dataset:
@@ -28,11 +31,14 @@ def read(config: DataConfig, root: Path) -> Dataset:
     names = sorted((path.stem for path in files), key=lambda name: (len(name), name))
     if not names:
         raise UserError(f"data={config.name}: no client under {root / 'train'}; expected train/0.npz, test/0.npz, …")
-    splits = []
-    for name in names:
-        train = _pair(root / "train" / f"{name}.npz")
-        test_path = root / "test" / f"{name}.npz"
+    paths = [(root / "train" / f"{name}.npz", root / "test" / f"{name}.npz") for name in names]
+    splits, taken = [], 0
+    most = room(*(path for pair in paths for path in pair if path.is_file()))  # each file has room of its own, too
+    for train_path, test_path in paths:
+        train = _pair(train_path)
         splits.append((train, _pair(test_path) if test_path.is_file() else (train[0][:0], train[1][:0])))
+        taken += sum(array.nbytes for pair in splits[-1] for array in pair)
+        check_room(root, taken, most)
     count = _class_count(root / "config.json")
     return provided_dataset(config, names, splits, count)
 
@@ -50,7 +56,7 @@ def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _class_count(path: Path) -> int:
     try:
         return int(json.loads(path.read_text())["num_classes"]) if path.is_file() else 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 
 
@@ -73,10 +79,12 @@ def provided_dataset(
     if config.limit is not None or config.test_limit is not None:
         raise UserError(f"data.limit: data={config.name} comes partitioned and is never cut again; allowed: null")
     pieces: list[Any] = [piece for pair in splits for piece in pair]
+    filled = [inputs for inputs, _ in pieces if len(inputs)]
+    if not filled:
+        raise UserError(f"data={config.name}: no client has an example")
     sizes = np.array([[len(train[1]), 0, len(personal[1])] for train, personal in splits])
     ends = np.cumsum(sizes.ravel()).reshape(sizes.shape)
     offsets = np.column_stack([ends[:, 0] - sizes[:, 0], ends]).astype(np.int64)
-    filled = [inputs for inputs, _ in pieces if len(inputs)]
     if len({inputs.shape[1:] for inputs in filled}) != 1:
         raise UserError(f"data={config.name}: clients' inputs have several shapes; expected one")
     try:
@@ -87,11 +95,13 @@ def provided_dataset(
     except ValueError as error:
         raise UserError(f"data={config.name}: {error}") from None
     top = int(max(labels.max(), -1 if held is None else held.targets.max(initial=-1)))
+    if (classes := max(count, top + 1)) > CLASSES:
+        raise UserError(f"data={config.name}: {classes} classes; allowed are {CLASSES}")
     return Dataset(
         name=config.name,
         train=Examples(inputs, labels),
         test=held,
-        classes=tuple(str(label) for label in range(max(count, top + 1))),
+        classes=tuple(str(label) for label in range(classes)),
         kind=kind,
         provided=Provided(offsets, tuple(names)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -94,3 +95,65 @@ def test_no_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
     with pytest.raises(UserError, match=r"0\.png cannot be decoded \(cannot identify image file"):
         load(DataConfig(name="images", layout="images", root=str(tmp_path)))
+
+
+def test_clients_files_together_have_the_room_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack: any file may take 64 MiB, and a folder had 800 of 60 kB."""
+    (tmp_path / "train").mkdir()
+    np.savez_compressed(tmp_path / "train" / "0.npz", x=np.zeros((2000, 100)), y=np.arange(2000) % 2)
+    for i in range(1, 9):
+        (tmp_path / "train" / f"{i}.npz").write_bytes((tmp_path / "train" / "0.npz").read_bytes())
+    monkeypatch.setattr("fedfuse.data.inflate.SMALL", 2**21)  # 1.6 MB each
+    config = DataConfig(name="pfllib", layout="pfllib", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"would inflate to \d+ bytes or more; allowed are"):
+        load(config)
+    for i in range(1, 9):
+        (tmp_path / "train" / f"{i}.npz").unlink()
+    assert len(load(config).train) == 2000
+
+
+@pytest.mark.parametrize("layout", ["pfllib", "leaf"])
+def test_a_large_label_makes_no_billion_classes(layout: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    config = DataConfig(name=layout, layout=layout, root=str(tmp_path))
+    if layout == "pfllib":
+        np.savez(tmp_path / "train" / "0.npz", x=np.zeros((2, 3)), y=np.array([0, 10**9]))
+    else:
+        held = {"users": ["a"], "user_data": {"a": {"x": [[1.0], [2.0]], "y": [0, 10**9]}}}
+        for split in ("train", "test"):
+            (tmp_path / split / "0.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="1000000001 classes; allowed are 1000000"):
+        load(config)
+    if layout == "leaf":
+        for split in ("train", "test"):
+            (tmp_path / split / "0.json").write_text('{"users": [], "user_data": {}}')
+        with pytest.raises(UserError, match="no client has an example"):
+            load(config)
+    else:
+        np.savez(tmp_path / "train" / "0.npz", x=np.zeros((2, 3)), y=np.arange(2))
+        (tmp_path / "config.json").write_text('{"num_classes": 1e999}')
+        assert len(load(config).classes) == 2
+
+
+@pytest.mark.parametrize("labels", [[[1], [2, 3]], [{"a": 1}, [1]], [[1, 2], [3, 4]]])
+def test_labels_that_are_lists_are_told(labels: list[object], tmp_path: Path) -> None:
+    rows = [json.dumps({"x": [1.5, 2], "y": label}) for label in labels]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="are lists; expected one text or number"):
+        load(DataConfig(name="jsonl", layout="jsonl", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("train.csv.gz", b"x,y\n" + b"1,0\n" * 300_000), ("train.jsonl.gz", b'{"x":1,"y":0}\n' * 200_000),
+    ("train.jsonl.gz", b'{"x":1,"y":0}\n{"x":[' + b"{}," * 300_000 + b'{}],"y":0}\n'),
+])  # fmt: skip
+def test_rows_take_more_than_their_letters(
+    name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: 58 kB of `1,0` filled 4.6 GB, for each file inflated to no more than 64 MiB of letters."""
+    monkeypatch.setattr("fedfuse.data.inflate.SMALL", 2**23)
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    layout = name.split(".")[1]
+    with pytest.raises(UserError, match=r"would inflate to \d+ bytes or more; allowed are"):
+        load(DataConfig(name=layout, layout=layout, root=str(tmp_path)))
