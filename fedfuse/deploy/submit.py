@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line, printable
 from fedfuse.network.exchange import Patience
 
 ENDED = ("fedfuse: failed: ", "fedfuse: refused: ")  # lines of ours that a run ends with
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Flower's own lines have some
 NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
 
 
@@ -129,7 +131,7 @@ def submit(
             over = False
             try:
                 for raw in stream.stdout:
-                    line = printable(raw.rstrip())  # the server's words, on the operator's terminal
+                    line = printable(COLOUR.sub("", raw.rstrip()))  # the server's words, on the operator's terminal
                     if line and not line.lstrip().startswith(NOISE) and not over:
                         say(line)
                     # what follows is the same once more, in Flower's words and with a traceback

@@ -152,7 +152,11 @@ def check(config: TrackingConfig) -> None:
         raise UserError(
             f"tracking={config.name}: needs {', '.join(missing)}, not installed; pip install 'fedfuse[{extra}]'"
         )
-    if config.uri is not None and urlsplit(config.uri).password is not None:
+    try:
+        password = urlsplit(config.uri or "").password
+    except ValueError as error:
+        raise UserError(f"tracking.uri={config.uri}: is no address ({error})") from error
+    if password is not None:
         raise UserError(
             "tracking.uri: holds a password, and the report shows the configuration; "
             "set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, instead"

@@ -216,7 +216,7 @@ class Foul(Post):
 
     @property
     def words(self) -> list[str]:
-        return [sys.executable, "-c", r"print('round 1 \x1b[2J\u202e\a done')", "--"]
+        return [sys.executable, "-c", r"print('\x1b[92mround\x1b[0m 1 \x1b[2J\u202e\a done')", "--"]
 
 
 def test_nothing_of_a_servers_steers_an_operators_terminal(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_nothing_of_a_servers_steers_an_operators_terminal(tmp_path: Path) -> No
     link = Foul(str(tmp_path), insecure=True)
     assert submit(link, Order(tiny("fedavg"), "x", Patience()), tmp_path / "out", say=said.append) is None
     assert said == ["round 1 \ufffd[2J\ufffd\ufffd done"]
-    assert link.flwr("list") == "round 1 \ufffd[2J\ufffd\ufffd done\n"
+    assert link.flwr("list") == "\ufffd[92mround\ufffd[0m 1 \ufffd[2J\ufffd\ufffd done\n"
 
 
 def test_an_orders_tracker_is_not_sent_the_password_of_the_servers(

@@ -116,6 +116,12 @@ def test_what_is_not_installed_is_refused(name: str, extra: str, tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_an_address_that_is_none_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda package: True)
+    with pytest.raises(UserError, match=r"tracking.uri=http://\[x: is no address"):
+        play(tmp_path / "run", "tracking=mlflow", "tracking.uri='http://[x'")
+
+
 def test_a_password_is_not_written_down(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda package: True)
     with pytest.raises(UserError, match="holds a password") as caught:
