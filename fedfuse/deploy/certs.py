@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -17,6 +18,8 @@ from fedfuse.config.files import replaced
 from fedfuse.errors import UserError
 
 ROLES = ("read", "submit", "register")  # of operators
+LONGEST = 36_500  # days of the server's certificate; the CA's has ten times as many
+MINUTE = "%Y-%m-%d %H:%M"
 PEM, PRIVATE = serialization.Encoding.PEM, serialization.PrivateFormat
 PLAIN = serialization.NoEncryption()
 
@@ -50,8 +53,10 @@ def write_certificates(
     UserError
         If the directory cannot be written, or the server's certificate is there without the CA's key.
     """
-    if days < 1:
-        raise UserError(f"--days {days}: at least 1")
+    if not 1 <= days <= LONGEST:
+        raise UserError(f"--days {days}: allowed are 1 to {LONGEST}")
+    if not all(names):
+        raise UserError("--name '': a DNS name or an IP address is needed")
     for name in nodes:
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in ("ca", "server"):
             raise UserError(f"--node {name}: letters, digits, '-', '_' and '.' are allowed, not 'ca' or 'server'")
@@ -64,6 +69,12 @@ def write_certificates(
             if not (directory / "ca.key").exists():
                 raise UserError(f"{directory}: has ca.crt and no ca.key: nothing can be signed with it")
             written += _server(directory, names, days)
+        elif lacking := [name for name in names if str(_general(name).value) not in _names(directory / "server.pem")]:
+            there = ", ".join(_names(directory / "server.pem"))
+            raise UserError(
+                f"--name {lacking[0]}: {directory / 'server.pem'} is for {there} and is kept; delete it and "
+                "server.key to have both made anew"
+            )
         for name in nodes:
             if not (directory / f"{name}.key").exists():
                 written += node_keys(directory, name)
@@ -176,7 +187,13 @@ def _operator(directory: Path, told: str, days: int) -> list[Path]:
     roles = words.split(",") if words else list(ROLES)
     if not name.replace("-", "").isalnum() or set(roles) - set(ROLES):
         raise UserError(f"--operator {told}: NAME or NAME=ROLE,… is needed; roles are {', '.join(ROLES)}")
-    if (directory / f"operator-{name}.pem").exists():
+    if (kept := directory / f"operator-{name}.pem").exists():
+        has = [str(one.value) for one in _read(kept).subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
+        if words and set(has) != set(roles):
+            raise UserError(
+                f"--operator {told}: {kept} says {', '.join(has)} and is kept; delete it to have another made "
+                "(the old one is good until its name is revoked)"
+            )
         return []
     signer, ca = _signer(directory)
     key = ec.generate_private_key(ec.SECP384R1())
@@ -197,6 +214,59 @@ def _operator(directory: Path, told: str, days: int) -> list[Path]:
         _write(directory / f"operator-{name}.key", key.private_bytes(PEM, PRIVATE.PKCS8, PLAIN), secret=True),
         _write(directory / f"operator-{name}.pem", signed.public_bytes(PEM), secret=False),
     ]
+
+
+def _read(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: is no certificate in PEM") from error
+
+
+def _names(path: Path) -> list[str]:
+    """Whom a certificate is for."""
+    try:
+        found = _read(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in found]
+
+
+def check_server(ca: Path, pem: Path, key: Path) -> None:
+    """Look whether anybody who trusts the CA would take the server for what it says it is, today.
+
+    Raises
+    ------
+    UserError
+        If its certificate is not of that CA or of another key, or one of them has expired or does not hold yet.
+    """
+    certificate, now = _read(pem), datetime.datetime.now(datetime.UTC)
+    try:
+        chain = x509.load_pem_x509_certificates(pem.read_bytes())
+        signers = x509.load_pem_x509_certificates(ca.read_bytes())
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--certs: {ca} or {key} is not in PEM, or under a passphrase") from error
+    if private.public_key() != certificate.public_key():
+        raise UserError(f"--certs: {key} is not the key of {pem}")
+    signer = next((one for one in signers if _signed_by(one, chain[-1])), None)
+    if signer is None:
+        raise UserError(f"--certs: {pem} is not signed by {ca}")
+    for path, one in ((pem, certificate), (ca, signer)):
+        if not one.not_valid_before_utc <= now <= one.not_valid_after_utc:
+            since, until = one.not_valid_before_utc, one.not_valid_after_utc
+            raise UserError(
+                f"--certs: {path} holds from {since:{MINUTE}} to {until:{MINUTE}} UTC, and here it is {now:{MINUTE}}; "
+                "'Rotate certificates' in docs/deployment.md says what to do"
+            )
+
+
+def _signed_by(signer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(signer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _general(name: str) -> x509.GeneralName:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedfuse.deploy.processes import QUOTA
@@ -223,6 +225,8 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         client, clients = _partition(args.partition)
     elif args.data is None:
         raise UserError("--client-id needs --data, the folder of this site's own data")
+    if args.data is not None and not Path(args.data).is_dir():
+        raise UserError(f"--data {args.data}: no such folder")
     policy = read_policy(args.policy)
     if clients is None:
         _ = policy.classes  # what it lacks is said before anybody asks
@@ -325,13 +329,25 @@ def _run(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.submit import submit
 
     order, out = _order(args, keys)
-    return _told(submit(_link(args), order, out), out)
+    with _leaving(out):
+        return _told(submit(_link(args), order, out), out)
 
 
 def _resume(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.submit import Order, submit
 
-    return _told(submit(_link(args), Order.read(args.directory), args.directory, resume=True), args.directory)
+    with _leaving(args.directory):
+        return _told(submit(_link(args), Order.read(args.directory), args.directory, resume=True), args.directory)
+
+
+@contextmanager
+def _leaving(out: Path) -> Iterator[None]:
+    """Who stops watching is told that the run does not stop, and how to get at it."""
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        told = f"a run that has begun goes on at the server; once it has ended: fedfuse deploy resume {out}"
+        raise KeyboardInterrupt(told) from end
 
 
 def _told(summary: dict | None, out: Path) -> int:  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -20,8 +22,9 @@ from pathlib import Path
 
 from fedfuse.compat import flower_processes, superlink_doors
 from fedfuse.compat.flower_log import in_one_line
+from fedfuse.config.files import opened as opened_file
 from fedfuse.deploy.certs import _write as write_private
-from fedfuse.deploy.certs import secret
+from fedfuse.deploy.certs import check_server, secret
 from fedfuse.deploy.doors import serve
 from fedfuse.deploy.passphrase import opened
 from fedfuse.deploy.processes import ALLOW_CODE, FOLDERS, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
@@ -33,13 +36,28 @@ SKEW = 240  # seconds between clocks; Flower refuses signatures that are 300 s o
 LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
 
 
-def _home(state: Path, **more: str) -> None:
-    """Prepare this process to become one of Flower's."""
+@contextmanager
+def _writing(state: Path) -> Iterator[None]:
+    """Say in a line what a disk does not let this process begin with."""
     try:
-        (state / "flwr").mkdir(parents=True, exist_ok=True)
-        state.chmod(0o700)
+        yield
     except OSError as error:
         raise UserError(f"--state-dir {state}: cannot be written ({error.strerror or error})") from error
+
+
+def _home(state: Path, **more: str) -> None:
+    """Prepare this process to become one of Flower's, and hold the folder against a second one."""
+    with _writing(state):
+        (state / "flwr").mkdir(parents=True, exist_ok=True)
+        state.chmod(0o700)
+        lock = opened_file(
+            state / "lock", os.O_RDWR | os.O_CREAT
+        )  # never closed: the kernel lets go of it on any death
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"--state-dir {state}: another server or node is running on it") from error
     for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     os.environ.update({"FLWR_HOME": str(state.resolve() / "flwr"), **more})
@@ -89,7 +107,27 @@ def follow(parent: int | None) -> None:
 
 def _secret(state: Path) -> Path:
     """A new secret shared by a Flower process and our executor beside it: no one else on the machine gets tasks."""
-    return write_private(state / "executor.secret", secrets.token_bytes(32), secret=True)
+    with _writing(state):
+        return write_private(state / "executor.secret", secrets.token_bytes(32), secret=True)
+
+
+def unused(flag: str, host: str, port: int) -> None:
+    """Look whether a port can be listened at, before anything is written or anybody signed off.
+
+    Raises
+    ------
+    UserError
+        If it cannot.
+    """
+    if not 0 < port < 2**16:
+        raise UserError(f"{flag} {port}: allowed are 1 to {2**16 - 1}")
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does: a port just left is free
+            probe.bind(place)
+    except OSError as error:
+        raise UserError(f"{flag} {port}: cannot be listened at on {host} ({error.strerror or error})") from error
 
 
 def _there(path: Path | None, flag: str) -> Path:
@@ -118,7 +156,7 @@ def run_server(
     Raises
     ------
     UserError
-        If certificates are missing or a directory cannot be written.
+        If certificates are missing or no good, a port is in use, or a directory cannot be written or is in use.
     """
     if insecure:
         tls, executor_tls = ["--insecure"], ["--insecure"]
@@ -130,13 +168,20 @@ def run_server(
         tls.append("--enable-supernode-auth")
         executor_tls = ["--root-certificates", str(ca)]
         secret(key, "--certs")
+        check_server(ca, pem, key)
+    operators = control or (host, port + 1)
+    unused("--port", host, port)
+    if not insecure:
+        if operators[1] == port:
+            raise UserError(f"--control-port {port}: is --port too; sites and operators need one each")
+        unused("--control-port", *operators)
     post = state.resolve() / "post"
     told = {POST: str(post), KEYED: str(int(not insecure)), RUNS: str(runs.resolve())}
     told[FOLDERS] = json.dumps([str(folder.expanduser().resolve()) for folder in data])
     _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
-    post.mkdir(mode=0o700, exist_ok=True)
+    with _writing(state):
+        post.mkdir(mode=0o700, exist_ok=True)
     near, shared = free_port(), _secret(state)
-    operators = control or (host, port + 1)
     sites = partial(sites_door, quota=quota)
     doors = partial(serve, control=operators, near=near, ca=None if insecure else ca, post=post, sites=sites)
     superlink_doors.open_doors(doors)
@@ -213,7 +258,7 @@ def run_node(
     Raises
     ------
     UserError
-        If certificates are missing or a directory cannot be written.
+        If certificates are missing, the port is in use, or a directory cannot be written or is in use.
     """
     if not greet(server, None if insecure else _there(ca, "--ca")):
         print(f"fedfuse: nobody answers at {server} yet; trying on", flush=True)
@@ -232,12 +277,14 @@ def run_node(
             words += ["--auth-supernode-private-key", str(key)]
         elif not no_key:
             raise UserError("--key FILE is needed (fedfuse deploy certs DIR --node NAME makes it)")
+    unused("--port", "127.0.0.1", port)
     state = seat.state
     _home(state, **{"FEDFUSE_SEAT": str(state.resolve() / "seat.json"), MEMORY: str(memory or "")})
     if seat.data is not None:
         seat = replace(seat, data=str(Path(seat.data).resolve()))
     seat = replace(seat, state=state.resolve() / "runs")
-    write_private(state / "seat.json", seat.as_json().encode(), secret=True)
+    with _writing(state):
+        write_private(state / "seat.json", seat.as_json().encode(), secret=True)
     known = key if not insecure else None
     if known is not None:
         from fedfuse.deploy.successor import succeed

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import socket
 import ssl
 import stat
+import subprocess
+import sys
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -16,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedfuse.deploy import launch
 from fedfuse.deploy.certs import write_certificates
 from fedfuse.deploy.commands import main as command
+from fedfuse.deploy.processes import free_port
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import SiteConfig
 
@@ -61,6 +67,103 @@ def test_the_server_certificate_names_the_server_and_verifies(tmp_path: Path) ->
     assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
     ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
     certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes()))
+    before = (tmp_path / "server.pem").read_bytes()
+    command(["certs", str(tmp_path), "--name", "10.0.0.7"])
+    with pytest.raises(UserError, match=r"--name other.example: .* is for server.example, 10.0.0.7, localhost, "):
+        command(["certs", str(tmp_path), "--name", "other.example"])
+    assert (tmp_path / "server.pem").read_bytes() == before
+
+
+def test_a_server_whose_certificate_nobody_would_take_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starts(*replaced: str) -> None:
+        for name in ("ca.crt", "server.pem", "server.key"):
+            content = (tmp_path / ("b" if name in replaced else "a") / name).read_bytes()
+            (tmp_path / name).write_bytes(content)
+            (tmp_path / name).chmod(0o600)
+        command(["server", "--certs", str(tmp_path), "--state-dir", str(tmp_path / "s"), "--port", "0"])
+
+    for name in ("a", "b"):
+        write_certificates(tmp_path / name, [], [], days=2)
+    for replaced, why in (
+        ((), r"--port 0: "),  # the next question
+        (("ca.crt",), r"server.pem is not signed by .*ca.crt\Z"),
+        (("server.key",), r"server.key is not the key of .*server.pem\Z"),
+        (("server.pem", "server.key"), "is not signed by"),
+    ):
+        with pytest.raises(UserError, match=why):
+            starts(*replaced)
+    both = (tmp_path / "b" / "ca.crt").read_bytes() + (tmp_path / "a" / "ca.crt").read_bytes()
+    (tmp_path / "a" / "ca.crt").write_bytes(both)  # while a CA is changed for another
+    with pytest.raises(UserError, match="--port 0"):
+        starts()
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=3)
+
+    monkeypatch.setattr("fedfuse.deploy.certs.datetime", SimpleNamespace(datetime=Later, UTC=datetime.UTC))
+    with pytest.raises(UserError, match=r"server.pem holds from .* to .* UTC, and here it is [^\n]*\Z"):
+        starts()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_port_in_use_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second node on the first one's port ended in a traceback, after it had taken the first one's place."""
+    monkeypatch.setattr("fedfuse.deploy.launch.greet", lambda server, ca: True)
+    state = ["--state-dir", str(tmp_path / "s")]
+    write_certificates(tmp_path, [], [])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, free = str(taken.getsockname()[1]), str(free_port())
+        server = ["server", "--certs", str(tmp_path), "--host", "127.0.0.1", *state]
+        for words, why in (
+            (
+                ["node", "--insecure", "--partition", "0/1", "--port", port, *state],
+                f"--port {port}: cannot be listened",
+            ),
+            ([*server, "--port", port], f"--port {port}: cannot be listened"),
+            ([*server, "--port", free, "--control-port", port], f"--control-port {port}: cannot be listened"),
+            ([*server, "--port", free, "--control-port", free], f"--control-port {free}: is --port too"),
+            ([*server, "--port", "70000"], "--port 70000: allowed are 1 to 65535"),
+        ):
+            with pytest.raises(UserError, match=why):
+                command(words)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_is_one_processes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.deploy.launch.greet", lambda server, ca: True)
+    holder = (
+        "import sys; from pathlib import Path; from fedfuse.deploy.launch import _home\n"
+        "_home(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", holder, str(tmp_path / "s")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
+        node = [
+            "node",
+            "--insecure",
+            "--partition",
+            "0/1",
+            "--state-dir",
+            str(tmp_path / "s"),
+            "--port",
+            str(free_port()),
+        ]
+        with pytest.raises(UserError, match="another server or node is running on it"):
+            command(node)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")} == before
+        first.kill()
+    monkeypatch.setattr("fedfuse.deploy.launch._become", lambda *_: 0)
+    monkeypatch.setattr("fedfuse.deploy.launch._executor", lambda *_: None)
+    monkeypatch.setattr("fedfuse.compat.flower_processes.be_patient", lambda *_: None)
+    assert command(node) == 0  # the kernel has let go of a killed one's folder
 
 
 @pytest.mark.parametrize(
@@ -68,11 +171,14 @@ def test_the_server_certificate_names_the_server_and_verifies(tmp_path: Path) ->
     [
         (["certs", "{}", "--node", "../x"], "--node"),
         (["certs", "{}", "--days", "0"], "--days"),
+        (["certs", "{}", "--days", "99999999"], "--days"),
+        (["certs", "{}", "--name", ""], "--name"),
         (["server", "--state-dir", "{}"], "--certs"),
         (["server", "--state-dir", "{}", "--certs", "{}"], "ca.crt: no such file"),
         (["node", "--state-dir", "{}"], "one of --client-id"),
         (["node", "--state-dir", "{}", "--partition", "3/3"], "0/3"),
         (["node", "--state-dir", "{}", "--client-id", "0"], "--data"),
+        (["node", "--state-dir", "{}", "--client-id", "0", "--data", "{}"], "no such folder"),
         (["node", "--state-dir", "{}", "--partition", "0/3"], "--ca is needed"),
         (["run", "rounds=2"], "--ca is needed unless --insecure is given"),
         (["run", "--ca", "{}", "nothing=2"], "nothing"),
