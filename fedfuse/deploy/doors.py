@@ -135,8 +135,12 @@ class Operators(Door):
     async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Note who did what, and do it."""
         path = scope["path"]
-        if path.removeprefix("/v1/control/") not in READ and scope["method"] != "GET":
-            await asyncio.to_thread(self.audit.add, "operator", who=self.operator(scope)[0], asked=path[:200])
+        try:
+            if path.removeprefix("/v1/control/") not in READ and scope["method"] != "GET":
+                await asyncio.to_thread(self.audit.add, "operator", who=self.operator(scope)[0], asked=path[:200])
+        except OSError as error:  # what cannot be noted is not done
+            await answered(send, 507, f"its disk: {one_line(error.strerror or error)}")
+            return
         if path.startswith("/v1/control/"):
             await super().passed(scope, receive, send)
             return
@@ -146,6 +150,8 @@ class Operators(Door):
             await answered(send, 413, str(error))
         except (UserError, ValueError) as error:
             await answered(send, 400, one_line(error))
+        except OSError as error:
+            await answered(send, 507, f"its disk: {one_line(error.strerror or error)}")
 
     async def _own(self, path: str, who: str, receive: Receive, send: Send) -> None:
         what, _, name = path.partition("/")

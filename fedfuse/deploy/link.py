@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from fedfuse.errors import UserError, WorldError, one_line, printable
 
 PATIENCE = 300  # seconds for a command that streams nothing
 ANSWER = 2**20  # bytes of an answer that is no file
+WIDE = "400"  # columns of what Flower's commands write: a table is not cut, an error stays in one line
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+FRAME = "╭╮╰╯│─ "  # of the boxes that Flower puts errors in
 
 
 class Lost(WorldError):
@@ -30,6 +34,14 @@ def no_ca(path: Path | None) -> str:
     return f"{'--ca' if path is None else f'--ca {path}: no such file; it'} is needed unless --insecure is given"
 
 
+def plain(line: str) -> str:
+    """A line of Flower's commands without colours, and without the box around an error."""
+    bare = COLOUR.sub("", line).rstrip()
+    if bare.startswith(("╭", "╰")):
+        return ""
+    return bare.strip(FRAME) if bare.startswith("│") and bare.count("│") == 2 else bare
+
+
 def _taken(got: Any, most: int) -> Iterator[bytes]:
     """An answer, piece by piece, until it is longer than it may be."""
     taken = 0
@@ -38,6 +50,14 @@ def _taken(got: Any, most: int) -> Iterator[bytes]:
         if taken > most:
             raise WorldError(f"the server's answer has more than {most} bytes; no more of it was read")
         yield part
+
+
+def _detail(answer: bytes) -> str:
+    """Why a server does not do what it was asked for, in its own words."""
+    try:
+        return one_line(json.loads(answer)["detail"])
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError):
+        return one_line(answer.decode(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class Link:
         Lost
             If it cannot be reached.
         WorldError
-            If it answers with more than `most` bytes.
+            If it fails, or answers with more than `most` bytes.
         """
         import httpx
 
@@ -115,16 +135,36 @@ class Link:
                 if got.status_code == httpx.codes.NOT_FOUND:
                     return None
                 if got.status_code != httpx.codes.OK:
-                    raise UserError(
-                        f"the server refuses: {one_line(b''.join(_taken(got, ANSWER)).decode(errors='replace'))}"
-                    )
+                    why = _detail(b"".join(_taken(got, ANSWER)))
+                    if got.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                        raise WorldError(f"the server at {self.address} failed: {why}")
+                    raise UserError(f"the server refuses: {why}")
                 if into is None:
                     return b"".join(_taken(got, most))
                 with open(into, "wb") as file:
                     file.writelines(_taken(got, most))
                 return b""
         except (httpx.HTTPError, ssl.SSLError) as error:
-            raise Lost(f"the server at {self.address} cannot be asked: {one_line(error)}") from error
+            turned = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and not self.insecure
+            why = f" (is --operator {self.operator} of its CA, and valid today?)" if turned else ""
+            raise Lost(f"the server at {self.address} cannot be asked: {one_line(error)}{why}") from error
+
+    def leave(self, path: str, content: bytes) -> bytes:
+        """Leave something at the operators' door; what it answers.
+
+        Raises
+        ------
+        UserError
+            If the server refuses, or has no such door there.
+        WorldError
+            If it cannot be asked, or fails.
+        """
+        answer = self.request("POST", path, content)
+        if answer is None:
+            raise UserError(
+                f"--server {self.address}: is no operators' port of a FedFuse server (--control-port there)"
+            )
+        return answer
 
     @contextmanager
     def home(self) -> Iterator[Path]:
@@ -154,13 +194,14 @@ class Link:
         with self.home() as home:
             done = subprocess.run(
                 [*self.words, *words],
-                env=surroundings(home),
+                env=surroundings(home, COLUMNS=WIDE),
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
                 timeout=PATIENCE,
             )
         if done.returncode:
-            said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            said = [line for line in map(plain, (done.stderr or done.stdout).splitlines()) if line]
             raise WorldError(f"flwr {' '.join(words[:2])}: {' '.join(said[-3:]) or f'exit code {done.returncode}'}")
-        return "\n".join(map(printable, done.stdout.split("\n")))
+        lines = [printable(line.rstrip()) for line in done.stdout.split("\n")]
+        return "\n".join(line for line in lines if not line.startswith("Using SuperLink"))

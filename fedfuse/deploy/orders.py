@@ -29,12 +29,13 @@ from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Roster
 from fedfuse.runs.configuration import as_yaml
-from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.directory import Held, RunDirectory
 from fedfuse.runs.remote import serve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**30  # bytes of a run directory that travels home
 FILES = 100_000  # of it
+ENDING = 60  # looks, half a second apart, whether a server app that is being ended has let go of its run
 
 
 def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
@@ -119,11 +120,13 @@ def _carried_out(
     directory.deployed = True
     resumed = bool(orders.get("resume", False))
     if resumed and (path / "config.yaml").exists():
-        if (path / "summary.json").exists():
-            raise UserError(f"{name}: has ended; nothing is left to resume")
         if (path / "config.yaml").read_text(encoding="utf-8") != as_yaml(config):
             raise UserError(f"{name}: was started with another configuration")
-        _patiently(directory)
+        _patiently(directory, name)
+        if (path / "summary.json").exists():  # looked for under the lock: it may have ended while we waited
+            directory.close()
+            say(f"fedfuse: {name}: has ended; its directory is sent once more")
+            return
     else:
         resumed = False
         directory.create(config.overwrite)
@@ -162,16 +165,15 @@ def _roster() -> Roster | None:
     return Roster(Path(os.environ[POST]) / "roster.json") if os.environ.get(KEYED) == "1" else None
 
 
-def _patiently(directory: RunDirectory) -> None:
+def _patiently(directory: RunDirectory, name: str) -> None:
     """Take the run's lock, waiting for a server app that is just being ended."""
-    for attempt in range(60):
+    for _ in range(ENDING):
         try:
             directory.reopen()
             return
-        except UserError:
-            if attempt == 59:
-                raise
+        except Held:
             time.sleep(0.5)
+    raise UserError(f"{name}: still goes on here; resume it once it has ended, or end it (fedfuse deploy stop RUN_ID)")
 
 
 def say(line: str) -> None:
@@ -269,9 +271,10 @@ def unpack(archive: Path, path: Path) -> None:
     Raises
     ------
     UserError
-        If it would write elsewhere, or more than `FILES` files, `LARGEST` bytes or what the disk has room for.
+        If it would write elsewhere, or more than `FILES` files or `LARGEST` bytes.
     WorldError
-        If it cannot be read or written: the disk's fault, or of names that no directory can have.
+        If the disk has no room for it, or it cannot be read or written: the disk's fault, or of names that no directory
+        can have.
     """
     if path.is_symlink():
         raise UserError(f"out={path}: is a link; links are not followed here")
@@ -285,12 +288,16 @@ def unpack(archive: Path, path: Path) -> None:
 
 def _unpack(content: tarfile.TarFile, name: str, path: Path) -> None:
     members: list[tarfile.TarInfo] = []
-    total, most = 0, min(LARGEST, shutil.disk_usage(path).free)
+    total, room = 0, shutil.disk_usage(path).free
     for member in content:
         members.append(member)
         total += member.size
-        if len(members) > FILES or total > most or not member.isreg():
+        if len(members) > FILES or total > LARGEST or not member.isreg():
             raise UserError(f"{name}: is not the archive of a run directory")
+        if total > room:
+            raise WorldError(
+                f"{path}: the disk has room for {room} bytes, the run directory has more; it can be resumed"
+            )
     inside = path.resolve()
     places = [(inside / member.name).resolve() for member in members]
     if not all(inside in place.parents for place in places):

@@ -97,8 +97,8 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
     if "client" in place:
         asked.pop("every", None)
     known: Place = _complete({**asked, **place}, path)
-    answer = link.request("POST", "roster", json.dumps({fingerprint(public): asdict(known)}).encode())
-    also = one_line(json.loads(answer or b'{"detail": ""}')["detail"]).removeprefix("entered")
+    answer = link.leave("roster", json.dumps({fingerprint(public): asdict(known)}).encode())
+    also = one_line(json.loads(answer)["detail"]).removeprefix("entered")
     with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
         file = Path(folder) / "site.pub"
         file.write_bytes(public)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -21,15 +20,17 @@ from fedfuse.config.files import read_text, replaced
 from fedfuse.config.message import as_json, from_json
 from fedfuse.config.schema import Config
 from fedfuse.deploy.bundle import write_bundle
-from fedfuse.deploy.link import Link, Lost
+from fedfuse.deploy.link import WIDE, Link, Lost, plain
 from fedfuse.deploy.orders import LARGEST, unpack, write_patience
 from fedfuse.deploy.processes import surroundings
 from fedfuse.errors import TRACEBACK, UserError, WorldError, one_line, printable
 from fedfuse.network.exchange import Patience
 
 ENDED = ("fedfuse: failed: ", "fedfuse: refused: ")  # lines of ours that a run ends with
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Flower's own lines have some
-NOISE = ("INFO :", "WARNING :", "🎊", "Successfully started", "View SuperLink", "DEBUG :")
+NOISE = (
+    "INFO :", "WARNING :", "DEBUG :", "🎊", "Using SuperLink", "Successfully started", "Successfully installed",
+    "View SuperLink",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,10 @@ def submit(
     UserError
         If the server refused the order.
     """
-    order.write(out)
     nonce = secrets.token_hex(16)
     content = json.dumps({**order.values, "resume": resume, "nonce": nonce}).encode()
-    link.request("POST", f"orders/{order.name}", content)
+    link.leave(f"orders/{order.name}", content)
+    order.write(out)  # not before it was taken: of an order that nobody has, nothing is to be resumed
     with link.home() as home:
         toml = home / "orders.toml"
         told = {"name": order.name, "order": hashlib.sha256(content).hexdigest()}  # nodes are shown this
@@ -121,7 +122,7 @@ def submit(
         words = [*link.words, "run", str(write_bundle(home / "fedfuse-thin")), "fedfuse", "-c", str(toml), "--stream"]
         with subprocess.Popen(
             words,
-            env=surroundings(home),
+            env=surroundings(home, COLUMNS=WIDE),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -131,7 +132,7 @@ def submit(
             over = False
             try:
                 for raw in stream.stdout:
-                    line = printable(COLOUR.sub("", raw.rstrip()))  # the server's words, on the operator's terminal
+                    line = printable(plain(raw))  # the server's words, on the operator's terminal
                     if line and not line.lstrip().startswith(NOISE) and not over:
                         say(line)
                     # what follows is the same once more, in Flower's words and with a traceback

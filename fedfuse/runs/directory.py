@@ -34,6 +34,10 @@ PASSWORD = re.compile(r"://[^\s/@]*@")
 OWNED = "fedfuse-client-state"  # a file in a folder of `runtime.state_dir` that a run made for itself
 
 
+class Held(UserError):
+    """Another process is writing the run."""
+
+
 class RunDirectory(Callback):
     """Keeps a run: rows and checkpoint every round, summary and final models at the end.
 
@@ -185,7 +189,7 @@ class RunDirectory(Callback):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
-            raise UserError(f"out={self.path}: another process is writing this run") from error
+            raise Held(f"out={self.path}: another process is writing this run") from error
         self._lock = lock
 
     def close(self) -> None:

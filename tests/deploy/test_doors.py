@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -29,15 +30,17 @@ from fedfuse.config.message import as_json
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
 from fedfuse.deploy.commands import main as command
 from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators
-from fedfuse.deploy.link import Link
+from fedfuse.deploy.link import Link, Lost, plain
 from fedfuse.deploy.orders import Outcome, carry_out, deployed, pack, unpack
 from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
+from fedfuse.deploy.processes import free_port
 from fedfuse.deploy.registration import read_request, write_request
 from fedfuse.deploy.submit import Order, fetched, order_of, submit
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Place, Roster, fingerprint
+from fedfuse.runs.directory import RunDirectory
 from tests.deploy.network import tiny
 
 
@@ -212,7 +215,10 @@ def test_a_result_is_taken_only_for_its_own_order(tmp_path: Path) -> None:
 
 
 class Foul(Post):
-    """A server whose log is for a terminal."""
+    """A server that takes any order, and whose log is for a terminal."""
+
+    def leave(self, path: str, content: bytes) -> bytes:
+        return b""
 
     @property
     def words(self) -> list[str]:
@@ -289,6 +295,11 @@ class Bad(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None: ...
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answers = {self.path.rpartition(".")[2]: self.answers[self.path.rpartition("/")[2]]}  # type: ignore[misc]
+        self.do_GET()
+
     def do_GET(self) -> None:
         status, headers, content = self.answers[self.path.rpartition(".")[2]]
         self.send_response(status)
@@ -359,6 +370,12 @@ def test_an_archive_that_no_directory_can_hold_is_told_in_a_line(
     for members in ((("order.json", b"{}"),), (("x/../order.json", b"{}"),), tuple((str(i), b"") for i in range(3))):
         with pytest.raises(UserError, match="is not the archive of a run directory"):
             unpack(archive(*members), tmp_path / "other")
+    room = SimpleNamespace(free=2**20)
+    large = archive(("a", b"x" * 2**21))
+    with monkeypatch.context() as small:
+        small.setattr("shutil.disk_usage", lambda _: room)
+        with pytest.raises(WorldError, match="has room for 1048576 bytes"):
+            unpack(large, tmp_path / "full")
     unpack(archive(("a", b"x" * 2**21)), tmp_path / "other")
     assert (tmp_path / "other" / "a").stat().st_size == 2**21
 
@@ -370,6 +387,96 @@ def test_an_order_nobody_left_is_not_carried_out(tmp_path: Path, monkeypatch: py
     for told in ({"name": "a", "order": "0" * 64}, {"name": "b", "order": hashlib.sha256(b"").hexdigest() + "x"}):
         with pytest.raises(UserError, match="no such order"):
             deployed(None, told)  # type: ignore[arg-type]
+
+
+def test_who_resumes_a_run_that_has_ended_gets_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who had stopped watching, or had no room on the disk, was told that nothing was left to resume."""
+    monkeypatch.setenv("FEDFUSE_POST", str(tmp_path / "post"))
+    monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("fedfuse.deploy.orders.ENDING", 2)
+    order = order_of(compose(["strategy=fedavg", "data=digits"]), Patience())
+    directory = RunDirectory(tmp_path / "runs" / order.name, order.config, 0.0)
+    directory.create(False)  # and holds it, as the run that goes on does
+
+    def resumed(nonce: str, **other: Any) -> dict[str, Any] | None:
+        content = json.dumps({**order.values, **other, "resume": True, "nonce": nonce}).encode()
+        (tmp_path / "post" / "orders").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "post" / "orders" / order.name).write_bytes(content)
+        deployed(None, {"name": order.name, "order": hashlib.sha256(content).hexdigest()})  # type: ignore[arg-type]
+        return fetched(Post(str(tmp_path / "post")), order.name, nonce, tmp_path / "out")
+
+    with pytest.raises(UserError, match=rf"\A{order.name}: still goes on here"):
+        resumed("1" * 32)
+    (directory.path / "summary.json").write_text('{"digest": "abc"}')
+    monkeypatch.setattr("time.sleep", lambda _: directory.close())  # it ends while who resumes it waits for that
+    assert resumed("2" * 32) == resumed("3" * 32) == {"digest": "abc"}
+    assert (tmp_path / "out" / "config.yaml").exists()
+    other = as_json(compose(["strategy=fedavg", "data=digits", "rounds=11"]))
+    with pytest.raises(UserError, match="was started with another configuration"):
+        resumed("4" * 32, config=other)
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_an_operator_who_stops_watching_is_told_how_to_get_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedfuse.deploy.submit.submit", stopped)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match=rf"fedfuse deploy resume {out}\Z"):
+        command(["run", "--insecure", "strategy=fedavg", "data=digits", f"out={out}"])
+
+
+def test_an_order_that_was_not_taken_leaves_nothing(bad: Link, tmp_path: Path) -> None:
+    order = order_of(compose(["strategy=fedavg", "data=digits"]), Patience())
+    for answer, kind, why in (
+        ((404, {}, [b"{}"]), UserError, "is no operators' port"),
+        ((403, {}, [b'{"detail": "bob may read"}']), UserError, r"refuses: bob may read\Z"),
+        ((507, {}, [b'{"detail": "its disk: full"}']), WorldError, r"failed: its disk: full\Z"),
+        ((500, {}, [b"[" * 99_999]), WorldError, "failed: "),
+    ):
+        Bad.answers = {order.name: answer}
+        with pytest.raises(kind, match=why):
+            submit(bad, order, tmp_path / "runs" / "out")
+    with pytest.raises(Lost):
+        submit(Link(f"127.0.0.1:{free_port()}", insecure=True), order, tmp_path / "runs" / "out")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_of_the_servers_is_told_as_one(door: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    who = certificate("ann", "submit")
+    (door.post / "orders").mkdir()
+    monkeypatch.setattr(door, "_take", full)
+    assert ask(door, "/fedfuse/orders/x", body=b"{}", who=who) == (
+        507,
+        b'{"detail": "its disk: No space left on device"}',
+    )
+    monkeypatch.setattr(door.audit, "add", full)
+    for path in ("/fedfuse/orders/x", "/v1/control/start-run"):
+        assert ask(door, path, body=b"{}", who=who)[0] == 507
+    assert door.app.paths == []  # what cannot be noted is not done
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("\x1b[92mINFO \x1b[0m:      Start\n", "INFO :      Start"),
+        ("╭─ Error ─────╮", ""),
+        ("│ No way there. │", "No way there."),
+        ("╰─────────────╯", ""),
+        ("│ 7 │ online │", "│ 7 │ online │"),
+        ("round   1/3  global", "round   1/3  global"),
+    ],
+)
+def test_flowers_colours_and_boxes_are_left_out(line: str, left: str) -> None:
+    assert plain(line) == left
 
 
 def test_a_name_is_its_first_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,6 +649,11 @@ def test_an_operators_certificate_says_its_roles(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / f"operator-{name}.key").stat().st_mode) == 0o600
         context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
         context.load_cert_chain(tmp_path / f"operator-{name}.pem", tmp_path / f"operator-{name}.key")
+    before = (tmp_path / "operator-bob.pem").read_bytes()
+    write_certificates(tmp_path, [], [], operators=["bob", "bob=read"])
+    with pytest.raises(UserError, match=r"--operator bob=submit: .* says read and is kept"):
+        write_certificates(tmp_path, [], [], operators=["bob=submit"])
+    assert (tmp_path / "operator-bob.pem").read_bytes() == before
     for told in ("x=root", "../x", "=read", "x=read,"):
         with pytest.raises(UserError, match="--operator"):
             write_certificates(tmp_path, [], [], operators=[told])
