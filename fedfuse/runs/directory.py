@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ import torch
 from fedfuse.config.files import opened, replaced, synced, write_text
 from fedfuse.config.schema import Config
 from fedfuse.core.loop import Callback, Federation
-from fedfuse.errors import UserError, one_line
+from fedfuse.errors import UserError, WorldError, in_words, one_line
 from fedfuse.results.run_data import SAMPLES, STOPPED
 from fedfuse.runs.checkpoint import BEFORE, NEWEST, commit, recover
 from fedfuse.runs.configuration import as_yaml
@@ -198,10 +199,29 @@ class RunDirectory(Callback):
             self._lock.close()
             self._lock = None
 
-    def failed(self, why: object) -> None:
-        """Keep why the run stopped, for whoever reads the results: a comparison without it would favour survivors."""
-        with contextlib.suppress(OSError):  # the disk may be why
-            write_text(self.path / STOPPED, json.dumps({"why": one_line(why)}))
+    @contextlib.contextmanager
+    def keeping_why(self, onwards: str) -> Iterator[None]:
+        """Keep why a run stops, for whoever reads the results: a comparison without it would favour survivors.
+
+        Parameters
+        ----------
+        onwards : str
+            How the run goes on, for whoever has to make room on the disk.
+
+        Raises
+        ------
+        WorldError
+            What stopped it; a failing disk in words.
+        """
+        try:
+            yield
+        except (OSError, WorldError) as error:
+            why = in_words(error) if isinstance(error, OSError) else str(error)
+            with contextlib.suppress(OSError):  # the disk may be why
+                write_text(self.path / STOPPED, json.dumps({"why": one_line(why)}))
+            if isinstance(error, OSError):
+                raise WorldError(f"{self.path}: {why}; {onwards}") from error
+            raise
 
     # -- the loop's hooks ----------------------------------------------------------------------------------
 

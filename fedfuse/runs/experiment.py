@@ -25,7 +25,7 @@ from fedfuse.core.timed import build_clock
 from fedfuse.core.virtual_clock import VirtualClock
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
-from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.errors import UserError
 from fedfuse.runs.configuration import address_of, known_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.environment import check_content
@@ -129,29 +129,23 @@ def play(
     WorldError
         If the world failed, a full disk included; the run can be resumed.
     """
-    scenario = strategy.scenario
+    scenario, onwards = strategy.scenario, f"fedfuse resume {directory.path} goes on"
     grid: LocalGrid | None = None
     try:
-        grid = build_grid(entry, scenario, directory)
-        listeners = callbacks(scenario.config, directory, quiet)
-        federation = Federation(strategy, grid, scenario.config.rounds, listeners, clock)
-        if resumed:
-            directory.restore(federation)
-            grid.cache.update(strategy.board.items)
-        federation.run()
+        with directory.keeping_why(onwards):
+            grid = build_grid(entry, scenario, directory)
+            listeners = callbacks(scenario.config, directory, quiet)
+            federation = Federation(strategy, grid, scenario.config.rounds, listeners, clock)
+            if resumed:
+                directory.restore(federation)
+                grid.cache.update(strategy.board.items)
+            federation.run()
     except UserError:
         if not resumed:
             directory.discard()
         raise
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"fedfuse resume {directory.path} goes on") from error
-    except OSError as error:
-        path = directory.path
-        directory.failed(in_words(error))
-        raise WorldError(f"{path}: {in_words(error)}; fedfuse resume {path} goes on") from error
-    except WorldError as error:
-        directory.failed(error)
-        raise
+        raise KeyboardInterrupt(onwards) from error
     finally:
         if grid is not None:
             grid.close()

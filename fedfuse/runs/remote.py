@@ -26,7 +26,7 @@ from fedfuse.core.loop import Federation
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.threads import single_thread
 from fedfuse.data.dataset import SPLITS
-from fedfuse.errors import UserError, WorldError, in_words
+from fedfuse.errors import UserError, WorldError
 from fedfuse.network.app import SiteApp
 from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
@@ -78,14 +78,9 @@ def serve(
         If not all clients join, in a phase too few succeed, or the server's disk fails.
     """
     try:
-        adapter = RemoteGrid(grid, {}, patience, say, over, roster)
-        return _serve(adapter, config, directory, resumed, quiet, own, audit)
-    except OSError as error:
-        directory.failed(in_words(error))
-        raise WorldError(f"{directory.path}: {in_words(error)}; the run can be resumed") from error
-    except WorldError as error:
-        directory.failed(error)
-        raise
+        with directory.keeping_why("the run can be resumed"):
+            adapter = RemoteGrid(grid, {}, patience, say, over, roster)
+            return _serve(adapter, config, directory, resumed, quiet, own, audit)
     finally:
         limit_arrays(UNKNOWN)
 
