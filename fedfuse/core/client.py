@@ -17,6 +17,7 @@ from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import Metrics, Records
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
+from fedfuse.models.as_built import built_of
 from fedfuse.models.in_place import overlay, variable
 from fedfuse.models.replicas import shared
 from fedfuse.seeding import generator, seed_everything
@@ -260,7 +261,8 @@ class FusionClient:
     @property
     def keeps_all(self) -> bool:
         """Whether all that was taken in is in state and model, so that it can be kept as a memo (platform use)."""
-        return vars(self).keys() <= FIELDS and self.model is self.workspace.model(self.architecture)
+        resident = self.workspace.model(self.architecture)
+        return vars(self).keys() <= FIELDS and self.model is resident and built_of(resident).untouched()
 
     def load(self, arrays: Arrays, strict: bool = True) -> None:
         """Overwrite the model's parameters and buffers in place; if not strict, some of them."""

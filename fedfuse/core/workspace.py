@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedfuse import models
+from fedfuse.compat.torch_state import hooked, parameters
 from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.texts import Texts
@@ -146,7 +147,8 @@ class Workspace:
         """A forward pass of many replicas at once; None where there is none."""
         if architecture not in self._forwards:
             model = self.resident(architecture)
-            self._forwards[architecture] = stacked(model) or common_base(model)
+            alone = hooked(parameters(model))  # which a gradient of many replicas at once would not meet
+            self._forwards[architecture] = None if alone else stacked(model) or common_base(model)
         return self._forwards[architecture]
 
     def initial(self, architecture: str) -> Arrays:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedfuse.compat.torch_state import parameters
+from fedfuse.compat.torch_state import carry, parameters
 from fedfuse.models.as_built import AsBuilt, built_of
 from fedfuse.models.in_place import frozen, variable
 from fedfuse.wire.records import Arrays
@@ -51,11 +51,12 @@ class Replicas:
                             setattr(module.get_submodule(path), leaf, row)
         for module in self.modules:
             module.__dict__["twin"] = model
+        built: AsBuilt | None = None
         self.parameters = [dict(module.named_parameters()) for module in self.modules]
         for slot, (module, named) in enumerate(zip(self.modules, self.parameters, strict=True)):
             row = Row(variable(module), self.stacks, slot)
             module.__dict__.update(row=row, own=tuple(named.values()))
-            AsBuilt(module)
+            built = AsBuilt(module, built)
 
     def fill(self, slots: Sequence[int], arrays: Arrays) -> bool:
         """Overwrite all parameters and buffers of copies that lie behind each other; False if they do not fit."""
@@ -75,7 +76,10 @@ def copied(model: nn.Module) -> nn.Module:
     """A copy of a model, which shares with it what is frozen."""
     fixed = frozen(model)
     named = (*model.named_parameters(), *model.named_buffers())
-    return copy.deepcopy(model, {id(value): value for name, value in named if name in fixed})
+    made = copy.deepcopy(model, {id(value): value for name, value in named if name in fixed})
+    for old, new in zip(parameters(model), parameters(made), strict=True):
+        carry(old, new)
+    return made
 
 
 def shared(model: nn.Module) -> Arrays:

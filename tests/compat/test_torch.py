@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,24 @@ class Scaled(nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[f"{prefix}double"] = 2 * self.weight.detach()
+
+
+def test_hooks_on_gradients_are_found_emptied_and_carried_to_a_copy() -> None:
+    bare, parameter, called = (nn.Parameter(torch.ones(2)) for _ in range(2)), nn.Parameter(torch.ones(2)), list[str]()
+    assert torch_state.hooked(bare) == []
+    parameter.register_hook(lambda gradient: 3 * gradient)
+    parameter.register_post_accumulate_grad_hook(lambda one: called.append("after"))
+    parameter.rate = 0.5  # type: ignore[attr-defined]
+    made = copy.deepcopy(parameter)
+    torch_state.carry(parameter, made)
+    for found in torch_state.hooked([parameter]):
+        found.clear()
+    for one, gradient in ((parameter, 1.0), (made, 3.0)):
+        one.sum().backward()
+        assert one.grad is not None
+        assert one.grad.tolist() == [gradient, gradient]
+    assert (called, made.rate) == (["after"], 0.5)  # type: ignore[attr-defined]
+    assert torch_state.hooked([parameter]) == []
 
 
 def test_a_module_with_a_hook_or_a_way_of_its_own_is_left_to_torch() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from fedfuse import AveragingStrategy, FusionClient
+from fedfuse import AveragingStrategy, FusionClient, FusionStrategy, Topic, arrays
 from fedfuse.config.registry import NoHyper
 from fedfuse.core import abreast_trial
 from fedfuse.core.class_attributes import ClassAttributes
@@ -33,6 +34,9 @@ def build(shape: Any = None, classes: int = 10) -> Any:
     model: Any = nn.Sequential(OrderedDict(**layers, out=nn.Linear(6, classes)))
     model.seen, model.notes = [], {"deep": {}}
     model.register_buffer("scale", torch.ones(2))
+    model.register_buffer("mean", torch.zeros(2), persistent=False)
+    model.register_parameter("heat", nn.Parameter(torch.ones(1)))
+    model.plain = torch.zeros(2)
     return model
 
 
@@ -81,6 +85,51 @@ def _gone(client: Any) -> None:
     client.model.bend = nn.Identity()
 
 
+def _parametrized(client: Any) -> None:
+    parametrize.register_parametrization(client.model.body, "weight", nn.Identity())
+
+
+def _pruned(client: Any) -> None:
+    prune.l1_unstructured(client.model.body, "weight", 0.5)
+    prune.remove(client.model.body, "weight")
+
+
+def _class(client: Any) -> None:
+    client.model.bend.__class__ = nn.Tanh
+
+
+def _gradient_hook(client: Any) -> None:
+    client.model.body.weight.register_hook(lambda gradient: 0 * gradient)
+
+
+def _after_gradients(client: Any) -> None:
+    client.model.body.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+def _of_parameter(client: Any) -> None:
+    client.model.body.weight.rate = 0.5
+
+
+def _part(client: Any) -> None:
+    client.model.body.weight.data = client.model.body.weight.data[:5]
+
+
+def _turned(client: Any) -> None:
+    client.model.out.weight.data = client.model.out.weight.data.t()
+
+
+def _number(client: Any) -> None:
+    client.model.heat = nn.Parameter(client.model.heat.detach().clone(), requires_grad=False)
+
+
+def _unsaved(client: Any) -> None:
+    client.model.mean.add_(1)
+
+
+def _plain(client: Any) -> None:
+    client.model.plain.add_(1)
+
+
 def _grad_mode(client: Any) -> None:
     torch.set_grad_enabled(False)
 
@@ -91,6 +140,8 @@ def _dtype(client: Any) -> None:
 
 LEFT: list[Callable[[Any], None]] = [
     _hook, _layer, _order, _setting, _attribute, _list, _deep, _buffer, _memory, _gone, _grad_mode, _dtype,
+    _parametrized, _pruned, _class, _gradient_hook, _after_gradients, _of_parameter, _part, _turned, _number,
+    _unsaved, _plain,
 ]  # fmt: skip
 
 
@@ -99,7 +150,9 @@ def looks(model: Any) -> tuple[Any, ...]:
     return (
         [name for name, _ in model.named_modules()],
         [id(p) for p in model.parameters()],
-        [p.data_ptr() for p in model.parameters()],
+        [(p.data_ptr(), p.shape, p.requires_grad, "rate" in vars(p)) for p in model.parameters()],
+        [[bool(of) for of in (p._backward_hooks, p._post_accumulate_grad_hooks)] for p in model.parameters()],
+        [type(module) for module in model.modules()], model.mean.tolist(), model.plain.tolist(),
         model.scale.data_ptr(),
         len(model._forward_hooks), model.flat.end_dim, hasattr(model, "temperature"), list(model.seen),
         dict(model.notes["deep"]),
@@ -137,7 +190,7 @@ def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, ma
     assert bool(made) == (mode == "auto")
 
 
-@pytest.mark.parametrize("leave", [_hook, _layer, _gone], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("leave", [_hook, _layer, _gone, _gradient_hook], ids=lambda one: one.__name__)
 def test_a_changed_model_does_not_train_in_a_stack_of_unchanged_ones(leave: Any, made: Any, monkeypatch: Any) -> None:
     """A stack passes through the layers as they were built: with and without stacks the bits are the same."""
 
@@ -186,6 +239,81 @@ def test_a_copy_of_a_model_has_its_own_ways() -> None:
     assert built_of(model).intact()
     built_of(model).restore()
     assert (model.flat.end_dim, other.flat.end_dim) == (-1, 2)
+
+
+def test_a_parametrization_that_the_model_was_built_with_comes_back() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))
+    AsBuilt(model)
+    before, x = [*model.state_dict()], torch.ones(1, 4)
+    expected = model(x)
+    parametrize.remove_parametrizations(model[0], "weight")
+    built_of(model).restore()
+    assert [*model.state_dict()] == before
+    assert torch.equal(model(x), expected)
+
+
+class Masked(FusionClient):
+    """Half of the first layer is never trained: a hook on its gradient, which `equip` registers, sees to that."""
+
+    @staticmethod
+    def equip(model: Any, hyper: Any, build: Any) -> Any:
+        model.body.weight.register_hook(lambda gradient: gradient * (torch.arange(64) % 2))
+        model.body.weight.rate = 0.5
+        return model
+
+    def fit(self):
+        assert self.model.body.weight.rate == 0.5
+        return self.train()
+
+
+def test_hooks_and_attributes_that_parameters_were_built_with_hold_for_clients_abreast(monkeypatch: Any) -> None:
+    name, words = enter(monkeypatch, AveragingStrategy, Masked, NoHyper, "masked"), ("clients=5", *OWN)
+    assert play(name, *words, "runtime.vectorize='off'").digest == play(name, *words, "runtime.vectorize=auto").digest
+    with federation(name, *OWN) as (built, _):
+        workspace = built.strategy.workspace
+        (copied,) = workspace.replicas(built.strategy.architecture, 1).modules
+        copied.body.weight.sum().backward()
+        assert copied.body.weight.grad[:, 0].tolist() == [0.0] * 6
+        assert copied.body.weight.grad[:, 1].tolist() == [1.0] * 6
+
+
+def _freezes(client: Any) -> None:
+    client.model.body.requires_grad_(False)
+
+
+def _leaves_gradients(client: Any) -> None:
+    client.model(client.transfer).sum().backward()
+
+
+@pytest.mark.parametrize("leave", [_freezes, _leaves_gradients, _hook, _gradient_hook, _unsaved])
+def test_what_receive_leaves_beside_state_and_weights_is_there_however_often_clients_are_scored(
+    leave: Any, monkeypatch: Any
+) -> None:
+    class Receives(FusionClient):
+        personal = True
+
+        def receive(self, knowledge):
+            leave(self)
+
+        def fit(self):
+            model = self.model
+            self.state["found"] = str([(p.grad is None, p.requires_grad) for p in model.parameters()])
+            self.state["more"] = model(self.x).sum().item() + model.mean.sum().item()
+            return self.train()
+
+        def share(self):
+            return {"lesson": {"n": torch.ones(1)}}
+
+    class Gives(FusionStrategy):
+        topics = {"lesson": Topic("lesson", arrays(n=(1,)))}
+        records = {"lesson": arrays(n=(1,))}
+        transfer = "clients"
+
+        def fuse(self, shares):
+            self.publish("lesson", next(iter(shares)).records["lesson"])
+
+    words = (enter(monkeypatch, Gives, Receives, NoHyper, "gives"), "rounds=3", *OWN)
+    assert play(*words, "evaluate.every=1").digest == play(*words, "evaluate.every=3").digest
 
 
 @pytest.mark.parametrize("mode", ["'off'", "auto"])
