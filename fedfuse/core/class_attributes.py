@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from fedfuse.compat.torch_writes import writes
 from fedfuse.models.as_built import copy_of, inside
 
 
@@ -22,6 +25,10 @@ class ClassAttributes:
         self._then = [(one, dict(vars(one))) for one in kind.__mro__ if one not in base.__mro__]
         held = [(name, one) for _, then in self._then for name, value in then.items() for one in inside(value)]
         self._inside = [(name, now, copy_of(now)) for name, now in held]
+        self._tensors = {
+            name: value for _, then in self._then for name, value in then.items() if isinstance(value, Tensor)
+        }
+        self._writes = {name: writes({name: value}) for name, value in self._tensors.items()}
 
     def written(self) -> str:
         """The class and an attribute that has been written to since, told once; empty if there is none."""
@@ -30,9 +37,10 @@ class ClassAttributes:
             if not _equal(vars(kind), then):
                 found = found or _differing(vars(kind), then)
         found = found or next((name for name, now, then in self._inside if not _equal(now, then)), "")
+        found = found or next((n for n, tensor in self._tensors.items() if writes({n: tensor}) != self._writes[n]), "")
         if not found:
             return ""
-        self._then, self._inside = [], []
+        self._then, self._inside, self._tensors = [], [], {}
         return f"{self._kind.__name__}.{found}"
 
 

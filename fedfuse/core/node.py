@@ -227,7 +227,7 @@ class Node:
             metrics["clipped"] = beyond(records, phase.points)
         client = awake.client
         for name, arrays in records.items():
-            if not (client.lends and name == "model"):
+            if not (client.lends and name == "model" and all(isinstance(v, torch.Tensor) for v in arrays.values())):
                 records[name] = _detached(arrays, client.model)
         metrics["seconds"] = time.perf_counter() - self.desk.away() - started
         verb = phase.kind if phase.kind == "evaluate" else "fit" if phase.name == "train" else phase.name
@@ -258,12 +258,12 @@ class Node:
         return Asked(message, who, config, phase)
 
     def _look_after(self, who: int, handed: Mapping[str, tuple[Arrays, int]], cache: Cache) -> None:
-        """Make sure that nobody wrote to what a client was handed; what is spoilt is no longer held here.
+        """Make sure that nobody wrote to what a client was handed; knowledge that is spoilt is no longer held here.
 
         Raises
         ------
         Spoilt
-            Naming the topic.
+            Naming the topic, or the examples.
         """
         spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays) != before]
         model = self.workspace.model(self.workspace.scenario.architectures[who])
@@ -273,6 +273,11 @@ class Node:
                 topic for topic, (arrays, _) in handed.items()
                 if any(value.untyped_storage().data_ptr() in moved for value in arrays.values())
             ]  # fmt: skip
+        if written := self.workspace.written(who):
+            raise Spoilt(
+                f"{self.entry.client.__name__} wrote to {written} in place (or asked for their gradients), and they "
+                f"are kept for other rounds: clone them first"
+            )
         if spoilt:
             for address in [address for address in cache if address[0] in spoilt]:
                 del cache[address]

@@ -453,6 +453,11 @@ class FusionStrategy(Strategy):
             raise
         except Exception as error:
             raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
+        if written := self.workspace.written():
+            raise UserError(
+                f"strategy={self.name}: {verb} wrote to {written} in place (or asked for their gradients), and they "
+                f"are kept for other rounds: clone them first"
+            )
         self._check_state()
         for _ in stream:  # what fuse did not look at is still accepted and counted
             pass

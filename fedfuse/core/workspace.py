@@ -13,6 +13,7 @@ from torch import nn
 
 from fedfuse import models
 from fedfuse.compat.torch_state import hooked, parameters
+from fedfuse.compat.torch_writes import writes
 from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.texts import Texts
@@ -73,6 +74,7 @@ class Workspace:
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
+        self._handed: dict[tuple[Any, ...], tuple[Any, int]] = {}  # examples given out, and writes to them before
         self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
         self._sent: deque[tuple[Arrays, Arrays]] = deque(
             maxlen=SENT
@@ -125,7 +127,7 @@ class Workspace:
                 torch.default_generator.manual_seed(seed_of(self.scenario.seed, "equip", architecture))
                 model = self._adapted(model)
                 if self.equip is not None:
-                    model = self.equip(model, self.build)
+                    model = _whole(self.equip(model, self.build))
             if frozen(model) and self.device.type == "cpu":
                 share(model, frozen(model))  # one copy a machine, however many processes and clients
             self._models[architecture] = model = model.to(self.device)
@@ -147,6 +149,7 @@ class Workspace:
         """A forward pass of many replicas at once; None where there is none."""
         if architecture not in self._forwards:
             model = self.resident(architecture)
+            built_of(model).restore()
             alone = hooked(parameters(model))  # which a gradient of many replicas at once would not meet
             self._forwards[architecture] = None if alone else stacked(model) or common_base(model)
         return self._forwards[architecture]
@@ -293,21 +296,58 @@ class Workspace:
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Tensors made once, on this process's device, and kept while there is room; the oldest go first."""
-        if key in self._tensors:
+        value = self._tensors.get(key)
+        if value is not None:
             self._tensors.move_to_end(key)
-            return self._tensors[key]
-        value = make()
-        value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
-        self._tensors[key] = value
-        self._cached += _size(value)
-        while self._cached > self._room and len(self._tensors) > 1:
-            self._cached -= _size(self._tensors.popitem(last=False)[1])
+        else:
+            value = make()
+            value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
+            self._tensors[key] = value
+            self._cached += _size(value)
+            while self._cached > self._room and len(self._tensors) > 1:
+                gone, freed = self._tensors.popitem(last=False)
+                self._handed.pop(gone, None)
+                self._cached -= _size(freed)
+        if value is not None and (key not in self._handed or self._handed[key][0] is not value):
+            self._handed[key] = value, _writes(value)
         return value
+
+    def written(self, who: int | None = None) -> str:
+        """Examples that were written to since they were given out, of a client or of all; empty if none were."""
+        for key in [key for key in self._handed if not isinstance(key[0], int) or key[0] == who]:
+            value, before = self._handed[key]
+            if key[0] == who:
+                del self._handed[key]  # another turn counts anew
+            if _writes(value) != before:
+                if self._tensors.pop(key, None) is not None:  # a site goes on without this client's reply
+                    self._cached -= _size(value)
+                self._handed.pop(key, None)
+                return f"the {key[1] if key[0] == who else key[0]} examples"
+        return ""
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on this process's device; a large one is pinned on the way, so that its copy stops no loop."""
         return tensor.to(self.device) if tensor.is_cuda else sent(tensor, self.device)
 
 
+def _whole(model: Any) -> nn.Module:
+    """What `equip` returned, if it is a model that has all its weights."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"equip() of the strategy's client half returned {model!r:.40}; an nn.Module is needed")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise UserError(
+                f"equip() of the strategy's client half leaves {name!r} without a shape (a lazy layer): call the layer "
+                f"once on an example there"
+            )
+    return model
+
+
 def _size(value: Any) -> int:
     return 0 if value is None else sum(0 if t is None else t.numel() * t.element_size() for t in value)
+
+
+def _writes(value: tuple[torch.Tensor | None, ...]) -> int:
+    """Writes in place so far, and whether gradients are asked for, which would be added up from round to round."""
+    held = {str(place): tensor for place, tensor in enumerate(value) if tensor is not None}
+    return writes(held) + sum(tensor.requires_grad for tensor in held.values())

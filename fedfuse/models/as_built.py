@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from fedfuse.compat.torch_state import hooked, named, parameters
 from fedfuse.compat.torch_writes import writes
 
-PLAIN = (dict, OrderedDict, list, set)
+PLAIN = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 
 class AsBuilt:
@@ -129,7 +130,7 @@ def built_of(model: nn.Module) -> AsBuilt:
 
 
 def inside(one: Any) -> list[Any]:
-    """A plain dict, list or set, and those in it."""
+    """A dict, list, deque or set of Python's own, and those in it."""
     found, rest = dict[int, Any](), [one]
     while rest:
         one = rest.pop()
@@ -140,15 +141,15 @@ def inside(one: Any) -> list[Any]:
 
 
 def copy_of(one: Any) -> Any:
-    """A plain copy of a dict, list or set; what is in it is not copied."""
-    return dict(one) if isinstance(one, dict) else list(one) if isinstance(one, list) else set(one)
+    """A copy of a dict, list, deque or set; what is in it is not copied."""
+    return dict(one) if isinstance(one, dict) else copy.copy(one)
 
 
 def put_back(now: Any, then: Any) -> None:
-    """Fill a dict, list or set with what was in it."""
+    """Fill a dict, list, deque or set with what was in it."""
     if not isinstance(now, dict):
         now.clear()
-        now.extend(then) if isinstance(now, list) else now.update(then)
+        now.update(then) if isinstance(now, set) else now.extend(then)
         return
     for name in now.keys() - then.keys():
         del now[name]

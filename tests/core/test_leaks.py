@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedfuse import AveragingStrategy, FusionClient, FusionStrategy, Topic, arra
 from fedfuse.config.registry import NoHyper
 from fedfuse.core import abreast_trial
 from fedfuse.core.class_attributes import ClassAttributes
-from fedfuse.errors import WorldError
+from fedfuse.errors import UserError, WorldError
 from fedfuse.models.as_built import AsBuilt, built_of
 from fedfuse.models.replicas import Replicas, shared
 from tests.federations import federation, play
@@ -331,12 +331,113 @@ def test_whoever_makes_the_weights_of_what_all_are_handed_is_named(mode: str, mo
         built.run()
 
 
+def _inputs(client: Any) -> None:
+    client.x.add_(0.1)
+
+
+def _labels(client: Any) -> None:
+    client.y[:2] = 0
+
+
+def _common(client: Any) -> None:
+    client.transfer.clamp_(-1, 1)
+
+
+def _slopes(client: Any) -> None:
+    client.x.requires_grad_(True)
+
+
+@pytest.mark.parametrize("mode", ["'off'", "auto"])
+@pytest.mark.parametrize(
+    ("write", "told"), [(_inputs, "train"), (_labels, "train"), (_common, "transfer"), (_slopes, "train")]
+)
+def test_whoever_writes_to_the_examples_that_are_kept_is_named(
+    write: Any, told: str, mode: str, monkeypatch: Any
+) -> None:
+    class Writes(FusionClient):
+        def fit(self):
+            if self.client == 1:
+                write(self)
+            return self.train()
+
+    class Lends(AveragingStrategy):
+        transfer = "clients"
+
+    words = enter(monkeypatch, Lends, Writes, NoHyper, "writes"), f"runtime.vectorize={mode}", *OWN
+    with federation(*words) as (built, _):
+        with pytest.raises(WorldError, match=f"Writes wrote to the {told} examples in place"):
+            built.run()
+        workspace = built.grid.node.workspace
+        assert not workspace.tensors(1, "train")[0].requires_grad  # read anew
+        assert workspace.written(1) == ""
+
+
+def test_a_fuse_that_writes_to_the_transfer_set_is_named(monkeypatch: Any) -> None:
+    class Noisy(AveragingStrategy):
+        transfer = "server"
+
+        def fuse(self, shares):
+            super().fuse(shares)
+            self.workspace.tensors("transfer")[0].add_(0.1)
+
+    name = enter(monkeypatch, Noisy, FusionClient, NoHyper, "noisy")
+    with federation(name) as (built, _), pytest.raises(UserError, match="fuse wrote to the transfer examples in place"):
+        built.run()
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [(lambda model: None, "returned None"), (lambda model: nn.LazyLinear(3), "'weight' without")],
+)
+def test_what_equip_returns_is_looked_at(made: Any, told: str, monkeypatch: Any) -> None:
+    class Equips(FusionClient):
+        @staticmethod
+        def equip(model: Any, hyper: Any, build: Any) -> Any:
+            return made(model)
+
+    name = enter(monkeypatch, AveragingStrategy, Equips, NoHyper, "equips")
+    with pytest.raises(UserError, match=told), federation(name) as (built, _):
+        built.run()
+
+
+def test_a_model_that_is_lent_is_of_tensors(monkeypatch: Any) -> None:
+    class Numbers(FusionClient):
+        def share(self):
+            return {"model": {name: value.numpy() for name, value in self.weights().items()}}
+
+    name = enter(monkeypatch, AveragingStrategy, Numbers, NoHyper, "numbers")
+    with (
+        federation(name) as (built, _),
+        pytest.raises(WorldError, match=r"is ndarray; what is shared is a torch"),
+    ):
+        built.run()
+
+
+def test_a_stack_passes_through_a_model_as_it_was_built() -> None:
+    with federation("fedavg", *OWN) as (built, _):
+        workspace = built.strategy.workspace
+        workspace.model(built.strategy.architecture).register_forward_hook(lambda m, x, out: None)
+        assert workspace.forward(built.strategy.architecture) is not None
+
+
 def _rebind(client: Any) -> None:
     type(client).counter = client.client
 
 
 def _append(client: Any) -> None:
     client.memory.append(client.client)
+
+
+def _remember(client: Any) -> None:
+    client.bank["rows"].append(client.client)
+
+
+def _queue(client: Any) -> None:
+    client.newest.append(client.client)
+
+
+def _scale(client: Any) -> None:
+    client.scale.mul_(2)
 
 
 def _invent(client: Any) -> None:
@@ -354,12 +455,22 @@ def _nothing(client: Any) -> None:
 
 @pytest.mark.parametrize(
     ("leave", "told"),
-    [(_rebind, "counter"), (_append, "memory"), (_invent, "invented"), (_forget, "scale"), (_nothing, "")],
+    [
+        (_rebind, "counter"),
+        (_append, "memory"),
+        (_invent, "invented"),
+        (_forget, "scale"),
+        (_nothing, ""),
+        (_remember, "bank"),
+        (_queue, "newest"),
+        (_scale, "scale"),
+    ],
 )
 def test_what_is_left_on_the_class_is_named_once(leave: Any, told: str, monkeypatch: Any) -> None:
     class Remembers(FusionClient):
         memory: list[int] = []
         counter, scale = -1, torch.ones(3)
+        bank, newest = defaultdict(list), deque(maxlen=3)  # type: ignore[var-annotated]
 
         def fit(self):
             leave(self)
