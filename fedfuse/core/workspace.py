@@ -296,9 +296,9 @@ class Workspace:
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Tensors made once, on this process's device, and kept while there is room; the oldest go first."""
-        value = self._tensors.get(key)
-        if value is not None:
+        if key in self._tensors:
             self._tensors.move_to_end(key)
+            value = self._tensors[key]
         else:
             value = make()
             value = tuple(None if t is None else self._moved(t) for t in value) if value is not None else None
