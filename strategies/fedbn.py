@@ -42,3 +42,14 @@ class FedBN(PartStrategy):
     staleness = "updates"
 
     part = NORMS
+
+    def notes(self) -> list[str]:
+        """That there is nothing to keep."""
+        model, word = self.workspace.model(self.architecture), self.hyper.norms
+        if self.part.names(model, self.hyper):
+            return []
+        more = word == "batch" and parts.norms(model, every=True)
+        advice = "strategy.norms=all keeps its GroupNorm and LayerNorm" if more else "model=resnet8_bn has some"
+        return [
+            f"fedbn: model={self.architecture} has no layer that strategy.norms={word} keeps: this is FedAvg; {advice}"
+        ]

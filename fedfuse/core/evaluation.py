@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from fedfuse.core.moments import BESIDE, MOMENTS
-from fedfuse.core.silence import UNDEFINED
+from fedfuse.core.silence import CONSTANT, UNDEFINED
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.train.scores import scored
 from fedfuse.wire.records import Arrays
@@ -87,8 +87,9 @@ def of_server(
         weights += count
         for key in ("accuracy_macro", "accuracy", *(key for key in OF_TEXTS if key in found)):
             total[key] = total.get(key, 0.0) + count * found[key]
-        if UNDEFINED in found:
-            rows.append((round, "server", -1, "global", f"{name}/{UNDEFINED}", found[UNDEFINED]))
+        for said in (UNDEFINED, CONSTANT):
+            if said in found:
+                rows.append((round, "server", -1, "global", f"{name}/{said}", found[said]))
         if "perplexity" in found:
             for key in ("loss", "perplexity"):
                 rows.append((round, "server", -1, "global", f"{key}/global", found[key]))

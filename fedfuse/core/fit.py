@@ -248,6 +248,17 @@ def remarks(strategy: FusionStrategy) -> list[str]:
         said.append("MKL was at work before fedfuse was imported: bits may depend on where arrays lie; import it first")
     if scenario.config.train.epochs == 0 and scenario.config.train.max_steps is None:
         said.append("train.epochs=0: nobody trains on own examples")
+    config = scenario.config
+    if registry.entry(config.strategy.name).client.partly_labelled and config.labels.initial < 1:
+        said.append(
+            f"strategy={strategy.name} trains on labels.initial={config.labels.initial:g} of a client's examples and "
+            f"on what it asks for: other strategies have all the labels"
+        )
+    if untaught := sorted(name for name in set(scenario.architectures) if _guessed(name, strategy)):
+        said.append(
+            f"model={','.join(untaught)}: weights that nobody trains are random, and what is trained builds on them: "
+            f"model.checkpoint or model.path starts from a pretrained model"
+        )
     if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:
         rows = strategy.rows_distilled
         if rows < FEW * scenario.classes:
@@ -256,6 +267,15 @@ def remarks(strategy: FusionStrategy) -> list[str]:
                 f"transfer.size and transfer.subset say how many there are, distil.steps how often they are used"
             )
     return said
+
+
+def _guessed(architecture: str, strategy: FusionStrategy) -> bool:
+    """Whether a part of an architecture is frozen at weights that are drawn."""
+    model, word = strategy.scenario.config.model, architecture.partition("@")[2]
+    given = model.checkpoint or architecture in model.checkpoints or (model.paths.get(word) if word else model.path)
+    if given or architecture == "custom" or ":" in architecture:  # a builder may load its own
+        return False
+    return any(not p.requires_grad for p in strategy.workspace.model(architecture).parameters())
 
 
 FEW = 10  # rows a class

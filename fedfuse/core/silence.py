@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TRANSFER = ("none", "server", "clients", "both")
 UNDEFINED = "undefined"  # a metric: of a client's training loss, or the share of a test set
+CONSTANT = "constant"  # a metric: all examples of a test set get one answer
 
 
 def check_declared(kind: type[Any], known: Iterable[str]) -> None:
@@ -131,6 +132,37 @@ def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: in
         of = "" if who == {-1} else f" of {len(who)} of {clients} clients"
         out.append(f"not a number: {where}{of}, first in round {first} (is train.lr too large?)")
     return out
+
+
+def constant(
+    rows: Iterable[tuple[int, str, int, str, str, float]], clients: int, last: int, distils: bool = False
+) -> list[str]:
+    """Say whose answer to the whole global test is one class after the last round: dead units, or a collapse.
+
+    Parameters
+    ----------
+    rows : iterable
+        As `metrics.parquet` has them.
+    clients : int
+        How many there are.
+    last : int
+        The last round.
+    distils : bool
+        Whether there is a distillation, which `distil.*` sets.
+    """
+    advice = "a smaller train.lr, or distil.optimizer=adam," if distils else "a smaller train.lr"
+    found = [
+        (scope, metric.rpartition("/")[0])
+        for round, scope, _, split, metric, value in rows
+        if (round, split) == (last, "global") and metric.endswith(CONSTANT) and value
+    ]
+    who = [f"the server's {name}" for scope, name in found if scope == "server"]
+    if count := sum(scope == "client" for scope, _ in found):
+        who.append(f"{count} of {clients} clients' models")
+    return [
+        f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice} may help"
+        for one in who
+    ]
 
 
 def is_undefined(metrics: Mapping[str, Any], examples: float) -> bool:

@@ -17,7 +17,7 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
-from fedfuse.core.silence import UNDEFINED, shared, undefined, unheard
+from fedfuse.core.silence import CONSTANT, UNDEFINED, constant, shared, undefined, unheard
 from fedfuse.runs.further import ended_at, told
 from fedfuse.train.privacy import private_notes
 
@@ -82,6 +82,7 @@ def summary(
             *unheard(strategy),
             *shared(strategy),
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
+            *constant(_figures(path, CONSTANT), federation.scenario.clients, federation.done, strategy.distils),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),
             *remarks(strategy),
             *vectorized_notes(config, strategy.inbox.apart),

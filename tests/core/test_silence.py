@@ -18,7 +18,7 @@ from fedfuse.config.keys import Key
 from fedfuse.config.schema import Config, known
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import prepare_scenario
-from fedfuse.core.silence import unheard
+from fedfuse.core.silence import constant, unheard
 from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.errors import UserError, WorldError
 from fedfuse.runs.combinations import combine, possible
@@ -407,6 +407,39 @@ def test_a_prediction_that_is_no_number_is_never_right() -> None:
     assert found["accuracy"] == 0.25
     assert found["undefined"] == 0.5
     assert "undefined" not in scores(logits[[0, 2]], torch.tensor([0, 1]), 2)
+
+
+def test_one_answer_for_everything_is_said_and_a_single_class_is_no_collapse() -> None:
+    import torch
+
+    logits = torch.tensor([[2.0, 1.0], [3.0, 1.0], [5.0, 0.0]])
+    assert scores(logits, torch.tensor([0, 1, 1]), 2)["constant"] == 1
+    assert "constant" not in scores(logits, torch.tensor([0, 0, 0]), 2)
+    assert "constant" not in scores(logits.flip(1) * torch.tensor([[1.0], [1.0], [-1.0]]), torch.tensor([0, 1, 1]), 2)
+    one = (2, "client", 4, "global", "constant", 1.0)
+    rows = [one, (2, "server", -1, "global", "model/constant", 1.0), (2, "client", 1, "personal", "constant", 1.0)]
+    said = constant(rows, clients=5, last=2)
+    assert [line.partition(",")[0].rpartition(": ")[2] for line in said] == [
+        "the server's model",
+        "1 of 5 clients' models",
+    ]
+    assert constant(rows, clients=5, last=3) == []  # it got over it
+
+
+def test_a_run_whose_models_name_one_class_says_so(made, tmp_path: Path) -> None:
+    class Blank(FusionStrategy):
+        def fuse(self, shares: Shares) -> None:
+            list(shares)
+            self.publish("model", {name: 0 * value for name, value in self.model.items()})
+
+    class Scored(Blank):
+        def server_models(self) -> dict[str, Any]:
+            return {"model": (self.architecture, self.model)}
+
+    for kind, who in ((Scored, "the server's model"), (Blank, "3 of 3 clients' models")):
+        play(made(kind), path=tmp_path / kind.__name__)
+        notes = json.loads((tmp_path / kind.__name__ / "summary.json").read_text())["notes"]
+        assert f"one answer for all of the global test: {who}, no better there" in " ".join(notes)
 
 
 # --- sweeps ------------------------------------------------------------------------------------------------

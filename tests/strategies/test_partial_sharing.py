@@ -49,6 +49,14 @@ def test_fedbn_without_batchnorm_is_fedavg() -> None:
     assert set(theirs) == set(ours.published("layers"))
 
 
+def test_fedbn_says_that_it_is_fedavg_where_it_keeps_nothing() -> None:
+    assert "this is FedAvg; model=resnet8_bn" in server("fedbn").notes()[0]
+    group = ("model=resnet8", "model.width=0.25")
+    assert "this is FedAvg; strategy.norms=all" in server("fedbn", *group).notes()[0]
+    assert server("fedbn", *group, "strategy.norms=all").notes() == []
+    assert server("fedbn", *BN).notes() == []
+
+
 def test_fedbn_can_keep_group_norms() -> None:
     built = server("fedbn", "model=resnet8", "model.width=0.25", "strategy.norms=all")
     model = built.workspace.model("resnet8")

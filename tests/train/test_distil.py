@@ -1,6 +1,7 @@
 """`distil.*`: the user's word goes before a strategy's own, at clients and server; notes where it cannot do much."""
 
 import pytest
+import torch
 
 from fedfuse.config.schema import DistilConfig, TrainConfig
 from fedfuse.core.client import transfer_rows
@@ -116,4 +117,23 @@ def test_what_cannot_do_much_is_said():
     with federation("fedavg", "train.epochs=0") as (built, _):
         assert remarks(built.strategy) == ["train.epochs=0: nobody trains on own examples"]
     with federation("fedavg", "train.epochs=0", "train.max_steps=1") as (built, _):
+        assert remarks(built.strategy) == []
+
+
+def test_what_stands_on_drawn_weights_is_said(tmp_path):
+    said = "model=mlp_small: weights that nobody trains are random"
+    with federation("fedit") as (built, _):
+        assert said in remarks(built.strategy)[0]
+        torch.save(dict(built.strategy.workspace.build("mlp_small").state_dict()), tmp_path / "base.pt")
+    with federation("fedavg", "model.lora_rank=2") as (built, _):
+        assert said in remarks(built.strategy)[0]
+    for words in (("fedit", f"model.checkpoint={tmp_path / 'base.pt'}"), ("fedavg",), ("ties",)):
+        with federation(*words) as (built, _):
+            assert remarks(built.strategy) == []
+
+
+def test_that_few_labels_are_known_is_said():
+    with federation("kafal") as (built, _):
+        assert "trains on labels.initial=0.1 of a client's examples" in remarks(built.strategy)[0]
+    with federation("kafal", "labels.initial=1.0") as (built, _):
         assert remarks(built.strategy) == []
