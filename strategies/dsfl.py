@@ -13,13 +13,15 @@ and ERA takes a second softmax of numbers in [0, 1], so the largest ratio in q i
 ports) raw logits are averaged and ERA's is the only one, an unbounded sharpener. `aggregation=sa` is plain averaging.
 Choices: q of round t is distilled at the start of a client's next round, on the rows of round t; an absent client
 distils the newest only; BatchNorm statistics move while distilling, as in training. Architectures may differ; the
-server's model has the first client's.
+server's model has the first client's. Distillation has Adam at 10⁻³ unless `distil.*` says otherwise (ours): with the
+clients' SGD at 0.05 and momentum, convolutions die within a few rounds of skew (docs/distillation.md has the figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +39,8 @@ from fedfuse import (
     strategy,
     transfer_rows,
 )
+
+ADAM: Any = {"optimizer": "adam", "lr": 1e-3}  # of the distillation, at both ends
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class DSFLClient(FusionClient):
         h, item = self.hyper, knowledge["labels"]
         x, y = self.workspace.transfer(self.subset(h.subset, item.version))
         distil = self.loss("soft_ce").towards(item.arrays["p"].to(self.workspace.device))
-        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, **ADAM)
 
     def share(self) -> Records:
         """Outputs on this round's rows, in ascending row order."""
@@ -116,4 +120,5 @@ class DSFL(StudentStrategy):
         q = aggregate(total["p"] / clients, self.hyper).float()
         self.publish("labels", {"p": q})
         if self.hyper.server_model:
-            self.teach(self.loss("soft_ce"), q, transfer_rows(self.scenario, self.hyper.subset, self.round))
+            rows = transfer_rows(self.scenario, self.hyper.subset, self.round)
+            self.teach(self.loss("soft_ce"), q, rows, **ADAM)

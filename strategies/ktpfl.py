@@ -16,7 +16,9 @@ until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at
 `distance=mse` and `rows=softmax` (c ← softmax(5·c), once a round, which pulls to uniform) are theirs too; their KL
 without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0
 freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
-`evaluate.moment=trained`; the default scores it after. Architectures may differ.
+`evaluate.moment=trained`; the default scores it after. Architectures may differ. Distillation has Adam at 10⁻³ unless
+`distil.*` says otherwise (ours; code: SGD 0.02): with the clients' SGD at 0.05 and momentum, convolutions die within a
+few rounds of skew (docs/distillation.md has the figures).
 
 `neighbours=classroom` puts another rule in the place of c: mentors, ranked on the transfer set's labels
 (`fedfuse.families.neighbours`).
@@ -149,7 +151,9 @@ class KTpFLClient(FusionClient):
         else:
             x, y = self.workspace.transfer(rows)
             step = self.loss("kl", temperature=T).towards(item.arrays["p"].to(self.workspace.device), softened=T)
-        self.distil(step, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20)
+        self.distil(
+            step, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, steps=20, optimizer="adam", lr=1e-3
+        )
 
     def share(self) -> Records:
         """s_n = softmax(f_n/T) on this round's rows, in ascending row order."""

@@ -25,12 +25,22 @@ class StudentStrategy(FusionStrategy):
         if self.taught:
             self.state["model"] = self.workspace.initial(self.architecture)
 
-    def teach(self, loss: Loss, p: Tensor, rows: Tensor) -> nn.Module:
-        """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it."""
+    def teach(
+        self, loss: Loss, p: Tensor, rows: Tensor, *, optimizer: str | None = None, lr: float | None = None
+    ) -> nn.Module:
+        """Distil soft labels p (n × C) of those rows of the transfer set into the student, and return it.
+
+        Parameters
+        ----------
+        loss, p, rows
+            The objective, the soft labels, and the rows that they are of.
+        optimizer, lr
+            The strategy's own; None: as in local training. The user's `distil.*` goes before them.
+        """
         model, (x, y) = self.workspace.loaded(self.architecture, self.state["model"]), self.workspace.transfer(rows)
         self.state["model"] = self.distil(
             model, x, y, loss.towards(p.to(self.workspace.device)), purpose="distil",
-            epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch,
+            epochs=self.hyper.distill_epochs, batch_size=self.hyper.distill_batch, optimizer=optimizer, lr=lr,
         )  # fmt: skip
         return model
 

@@ -84,12 +84,13 @@ def test_several_server_models_count_by_their_clients() -> None:
     }
     assert rows == [
         (7, "server", -1, "global", "accuracy/global/one", 1.0),
+        (7, "server", -1, "global", "two/constant", 1.0),
         (7, "server", -1, "global", "accuracy/global/two", pytest.approx(1 / 3)),
     ]
     line, _ = judged("two", one=("a", knows), two=("b", zero))
     assert line["accuracy/global"] == pytest.approx(1 / 3)
     line, rows = judged(only=("another", zero))  # of no client's architecture
-    assert (line["accuracy/global_plain"], rows) == (0.5, [])
+    assert (line["accuracy/global_plain"], rows) == (0.5, [(7, "server", -1, "global", "only/constant", 1.0)])
 
 
 def test_what_is_no_number_is_told_of_a_server_model() -> None:

@@ -106,7 +106,8 @@ def test_taid_at_its_far_end_is_kl(name: str) -> None:
 
 
 def test_taid_at_its_near_end_teaches_nothing() -> None:
-    ends = models("dsfl", "loss=taid", "+loss.options.tau_start=0", "+loss.options.tau_end=0")
+    sgd = "distil.optimizer=sgd"  # Adam makes whole steps of what rounding leaves of no gradient
+    ends = models("dsfl", sgd, "loss=taid", "+loss.options.tau_start=0", "+loss.options.tau_end=0")
     for one, other in zip(ends, models("dsfl", "strategy.distill_epochs=0"), strict=True):
         for key, value in other.items():
             torch.testing.assert_close(one[key], value, rtol=1e-5, atol=1e-6)

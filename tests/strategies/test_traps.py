@@ -17,7 +17,7 @@ from fedfuse.wire.label_code import quantise, unpack
 from tests.federations import play
 from tests.halves import client, random_labels, server, shares, take
 
-FROZEN = ("train.lr=1e-30", "train.momentum=0", "loss=kl", "transfer.subset=20")
+FROZEN = ("train.lr=1e-30", "distil.lr=1e-30", "train.momentum=0", "loss=kl", "transfer.subset=20")
 TOPICS = {
     "cfd": ("labels", "code"), "dsfl": ("labels", "p"), "fedmd": ("consensus", "logits"), "knfu": ("soft_labels", "p"),
     "ktpfl": ("target", "p"), "scarlet": ("cache", "p"), "selectivefd": ("ensemble", "p"),
@@ -94,7 +94,7 @@ def test_fedmds_digest_is_the_mean_absolute_error_of_logits():
 
 def test_kt_pfl_distils_with_t_squared_and_means_over_rows_alone():
     """The port divides by rows and classes and leaves T² out: 10 · 100 times less at T = 10."""
-    half = client("ktpfl", "train.lr=1e-30", "strategy.distill_batch=100")
+    half = client("ktpfl", "distil.lr=1e-30", "strategy.distill_batch=100")
     target, values = random_labels(24, 10), watched(half)
     take(half, "target", p=target.float())
     q = (half.predict(half.transfer).double() / 10).log_softmax(1)

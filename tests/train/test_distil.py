@@ -10,7 +10,7 @@ from fedfuse.errors import UserError
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, chosen, happens, plan
 from tests.federations import federation, play
-from tests.halves import client
+from tests.halves import client, random_labels, server, shares, take
 
 TRAIN = TrainConfig(lr=0.3, optimizer="sgd")
 
@@ -137,3 +137,24 @@ def test_that_few_labels_are_known_is_said():
         assert "trains on labels.initial=0.1 of a client's examples" in remarks(built.strategy)[0]
     with federation("kafal", "labels.initial=1.0") as (built, _):
         assert remarks(built.strategy) == []
+
+
+@pytest.mark.parametrize(("name", "topic"), [("dsfl", "labels"), ("ktpfl", "target")])
+def test_a_lesson_is_learned_by_adam_whatever_local_training_has(name, topic):
+    """Adam's first step moves a weight by its rate, however steep the loss; SGD's does not."""
+    p, moved = random_labels(24, 10).float(), []
+    for words in ((), ("distil.optimizer=sgd", "distil.lr=0.05")):
+        half = client(name, "strategy.distill_epochs=1", "train.lr=0.05", *words)
+        before = half.weights()
+        take(half, topic, p=p)
+        moved.append(max(float((value - before[k]).abs().max()) for k, value in half.weights().items()))
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2)
+    assert abs(moved[1] - 1e-3) > 1e-4
+
+
+def test_the_student_of_dsfl_learns_by_adam_too():
+    built = server("dsfl", "strategy.distill_epochs=1", "train.lr=0.05")
+    before = built.state["model"]
+    built.fuse(shares(built, {"labels": {"p": random_labels(24, 10).float()}}))
+    moved = max(float((value - before[k]).abs().max()) for k, value in built.state["model"].items())
+    assert moved == pytest.approx(1e-3, rel=1e-2)
