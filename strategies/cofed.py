@@ -199,9 +199,15 @@ class CoFED(FusionStrategy):
         return "" if self.hyper.vote_round else "the vote is held in the middle of the rounds"
 
     def notes(self) -> list[str]:
-        """That nobody learns from a vote after the only round."""
+        """That nobody learns from a vote after the only round, or from one that accepted nothing."""
         if self.scenario.config.rounds > 1:
-            return []
+            voted = self.board.items.get(("pseudo_labels", ""))
+            if voted is None or len(voted.arrays["rows"]):
+                return []
+            return [
+                "cofed: the vote accepted no row, so that nobody learned from another: a lower strategy.margin or "
+                "strategy.threshold, or a later strategy.vote_round, lets some in"
+            ]
         return ["cofed: rounds=1 has no round after the vote, so that nobody learns from it: this is local training"]
 
     @classmethod

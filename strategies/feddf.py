@@ -49,7 +49,13 @@ from fedfuse import (
 
 @dataclass(frozen=True)
 class FedDFHyper:
-    """Hyper-parameters of FedDF."""
+    """Hyper-parameters of FedDF.
+
+    Raises
+    ------
+    UserError
+        If a validation share is named and nothing reads one.
+    """
 
     distill_epochs: int = hyper(10, "passes over D_t each round; 0: FedAvg (paper: up to 10⁴ steps)", low=0)
     distill_batch: int = hyper(128, "batch size of distillation", low=1)
@@ -63,6 +69,13 @@ class FedDFHyper:
     drop_worst: bool = hyper(False, "leave out models that are near chance on validation: below 1.2/C (code)")
     clip: float | None = hyper(5.0, "largest norm of a distillation step's gradient (code: 5); null: off", above=0)
     validation: float = hyper(0.1, "share of a labelled D_t that the two read; not distilled then", above=0, high=0.9)
+
+    def __post_init__(self) -> None:
+        if not (self.patience or self.drop_worst) and self.validation != FedDFHyper.validation:
+            raise UserError(
+                f"strategy.validation={self.validation} does nothing without strategy.patience or "
+                f"strategy.drop_worst=true, which read it; allowed there: {FedDFHyper.validation}"
+            )
 
 
 NEAR_CHANCE = 1.2  # of the released code, times 1/C

@@ -62,7 +62,13 @@ from fedfuse import (
 
 @dataclass(frozen=True)
 class FedMKTHyper:
-    """Hyper-parameters of FedMKT."""
+    """Hyper-parameters of FedMKT.
+
+    Raises
+    ------
+    UserError
+        If there is a temperature of a mixture, and no mixture.
+    """
 
     subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set", low=1)
     k: int = hyper(16, "k, likeliest tokens of a place that travel (paper: 128)", low=1)
@@ -78,6 +84,13 @@ class FedMKTHyper:
     server: str | None = hyper(None, "architecture of the server's own model; null: it passes clients' knowledge on")
     epochs: int = hyper(1, "passes over D_t each round", low=0)
     batch: int = hyper(16, "rows a step on D_t", low=1)
+
+    def __post_init__(self) -> None:
+        if self.select != "weighted_mean" and self.tau != FedMKTHyper.tau:
+            raise UserError(
+                f"strategy.tau={self.tau} does nothing with strategy.select={self.select}, which takes one row; "
+                f"allowed there: {FedMKTHyper.tau}"
+            )
 
 
 def lesson(h: FedMKTHyper, places: Any, taught: Arrays, rows: Tensor, pieces: Any, loss: Any) -> Callable[..., Tensor]:

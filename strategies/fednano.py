@@ -271,3 +271,13 @@ class FedNano(SteppedStrategy):
         image, text = (content[name].to(self.workspace.device) for name in ("image", "text"))
         z = self.questions.scores(image, text, y, self.scenario.config.evaluate.batch_size).cpu()
         return {**scores(z, y, self.classes), **self.questions.accuracies(z, y)}
+
+    def notes(self) -> list[str]:
+        """That a random language model is a trial, and what costs the bytes."""
+        said = ["fednano: activations and their gradients travel at each step, whatever the adapters' size"]
+        if self.hyper.language is None:
+            said.append(
+                "fednano: without strategy.language the language model has random weights: its figures are a trial of "
+                "the machinery, not the method's"
+            )
+        return said

@@ -179,3 +179,12 @@ class GaussianHeads(FusionStrategy):
         if ("head", "") in self.board.items:
             arrays |= {f"head.{name}": value for name, value in self.published("head").items()}
         return {"model": (self.architecture, arrays)}
+
+    def notes(self) -> list[str]:
+        """That features of random weights are no pretrained encoder's."""
+        if not self.workspace.drawn(self.architecture):
+            return []
+        return [
+            "gaussian_heads: nothing is trained but the head, and the encoder's weights are random: model.checkpoint "
+            "or model.path starts from a pretrained one"
+        ]

@@ -46,7 +46,13 @@ from fedfuse import (
 
 @dataclass(frozen=True)
 class ProxyTuningHyper:
-    """Hyper-parameters of proxy-tuning."""
+    """Hyper-parameters of proxy-tuning.
+
+    Raises
+    ------
+    UserError
+        If there is a temperature of perplexity, and nobody is weighed by it.
+    """
 
     large: str | None = hyper(None, "architecture of the server's model; null: mlp_wide, or cnn_large for images")
     alpha: float | None = hyper(1.0, "α, weight of what was learned; null: by a search at each place", low=0)
@@ -56,6 +62,13 @@ class ProxyTuningHyper:
     experts: str = hyper("mean", "the common model, or every client's newest", choices=("mean", "each"))
     weights: str = hyper("uniform", "of `each`: equal, or by perplexity", choices=("uniform", "perplexity"))
     tau: float = hyper(1.0, "τ of perplexity, in nats per token", above=0)
+
+    def __post_init__(self) -> None:
+        if self.weights != "perplexity" and self.tau != ProxyTuningHyper.tau:
+            raise UserError(
+                f"strategy.tau={self.tau} does nothing with strategy.weights={self.weights}, where all count alike; "
+                f"allowed there: {ProxyTuningHyper.tau}"
+            )
 
 
 GRID = torch.arange(21, dtype=torch.float64) / 10  # the α that are tried

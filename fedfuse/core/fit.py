@@ -254,9 +254,16 @@ def remarks(strategy: FusionStrategy) -> list[str]:
             f"strategy={strategy.name} trains on labels.initial={config.labels.initial:g} of a client's examples and "
             f"on what it asks for: other strategies have all the labels"
         )
-    if untaught := sorted(name for name in set(scenario.architectures) if _guessed(name, strategy)):
+        if config.rounds <= config.labels.rounds:
+            said.append(
+                f"strategy={strategy.name} learns from no label that it asks for: rounds={config.rounds} has no round "
+                f"after the first labels.rounds={config.labels.rounds}"
+            )
+    drawn = [name for name in sorted(set(scenario.architectures)) if strategy.workspace.drawn(name)]
+    frozen = [n for n in drawn if not all(p.requires_grad for p in strategy.workspace.model(n).parameters())]
+    if frozen:
         said.append(
-            f"model={','.join(untaught)}: weights that nobody trains are random, and what is trained builds on them: "
+            f"model={','.join(frozen)}: weights that nobody trains are random, and what is trained builds on them: "
             f"model.checkpoint or model.path starts from a pretrained model"
         )
     if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:
@@ -267,15 +274,6 @@ def remarks(strategy: FusionStrategy) -> list[str]:
                 f"transfer.size and transfer.subset say how many there are, distil.steps how often they are used"
             )
     return said
-
-
-def _guessed(architecture: str, strategy: FusionStrategy) -> bool:
-    """Whether a part of an architecture is frozen at weights that are drawn."""
-    model, word = strategy.scenario.config.model, architecture.partition("@")[2]
-    given = model.checkpoint or architecture in model.checkpoints or (model.paths.get(word) if word else model.path)
-    if given or architecture == "custom" or ":" in architecture:  # a builder may load its own
-        return False
-    return any(not p.requires_grad for p in strategy.workspace.model(architecture).parameters())
 
 
 FEW = 10  # rows a class

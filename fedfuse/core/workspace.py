@@ -159,6 +159,12 @@ class Workspace:
         self.resident(architecture)
         return self._initial[architecture]
 
+    def drawn(self, architecture: str) -> bool:
+        """Whether an architecture starts from random weights: no checkpoint, no directory, no builder of one's own."""
+        model, (kind, _, word) = self.scenario.config.model, architecture.partition("@")
+        given = model.checkpoint or architecture in model.checkpoints or (model.paths.get(word) if word else model.path)
+        return not (given or kind == "custom" or ":" in kind)
+
     def fresh(self, architecture: str) -> nn.Module:
         """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
         model, initial = self.unset(architecture), self._initial[architecture]

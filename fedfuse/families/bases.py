@@ -47,6 +47,14 @@ class BasisHyper(RankedHyper):
     r0: str = hyper("zero", "R at the start", choices=("zero", "singular"))
     refresh: int | None = hyper(None, "rounds between merging B R A and taking a new basis; null: never", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r0 != "singular" and self.rate != BasisHyper.rate:
+            raise UserError(
+                f"strategy.rate={self.rate} does nothing with strategy.r0={self.r0}, where R starts at 0; "
+                f"allowed there: {BasisHyper.rate}"
+            )
+
     @property
     def needs_gradient(self) -> bool:
         """Whether the basis is made of a gradient."""

@@ -103,7 +103,6 @@ SILENT: dict[tuple[str, ...], str] = {
         for key in (
             "large",
             "alpha",
-            "tau",
         )
     },
     ("fed_sb", "svd", "exact"): "small layers are exact by themselves (auto): test_svd.py",
@@ -123,6 +122,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fednano", "language"): "/nowhere is not a directory",
     ("proxy_tuning", "weights"): "weighs several experts of texts",
     ("proxy_tuning", "search"): "is of several experts",
+    ("proxy_tuning", "tau"): "does nothing with strategy.weights=uniform",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},
@@ -182,3 +182,11 @@ def test_the_lists_name_what_there_is() -> None:
     assert {entry[:2] for entry in SILENT} <= known
     assert set(BESIDE) <= known
     assert all(SILENT.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("fed_sb", "rate"), ("feddf", "validation"), ("fedmkt", "tau"), ("proxy_tuning", "tau")]
+)
+def test_a_key_that_goes_with_another_is_refused_without_it(name: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"strategy.{key}=.* does nothing with"):
+        play(name, f"strategy.{key}=0.3", base=BASE)

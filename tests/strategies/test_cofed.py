@@ -69,6 +69,14 @@ def test_an_empty_vote_is_local_training_with_balanced_classes():
     assert server("cofed").notes() == []
 
 
+def test_a_vote_that_accepted_nothing_is_told() -> None:
+    (said,) = play("cofed", "strategy.margin=1", "strategy.vote_round=1").strategy.notes()
+    assert "the vote accepted no row, so that nobody learned from another" in said
+    some = play("cofed", "strategy.margin=0", "strategy.threshold=0", "strategy.vote_round=1").strategy
+    assert len(some.published("pseudo_labels")["rows"])
+    assert some.notes() == []
+
+
 def test_a_vote_that_nobody_learns_from_is_refused_or_told() -> None:
     for rounds, asked in ((3, 3), (3, 9), (1, 1)):
         with pytest.raises(UserError, match=rf"strategy.vote_round={asked}: no round of rounds={rounds} comes after"):

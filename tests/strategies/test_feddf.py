@@ -145,7 +145,7 @@ def test_validation_rows_are_fixed_and_not_distilled():
         assert torch.equal(first, later)
     assert torch.equal(torch.cat(one).sort().values, torch.arange(24))
     assert [len(rows) for rows in one] == [12, 12]
-    assert [len(rows) for rows in server("feddf", *LABELLED).rows] == [24, 0]  # nothing reads them
+    assert [len(rows) for rows in server("feddf", "transfer.labelled=true").rows] == [24, 0]  # nothing reads them
 
 
 @pytest.mark.parametrize(("share", "total", "kept"), [(0.1, 5, 1), (0.3, 7, 2), (0.5, 3, 1)])

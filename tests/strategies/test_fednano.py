@@ -324,3 +324,9 @@ def test_two_questions_may_have_the_same_answers_and_one_may_not() -> None:
     assert torch.equal(asks.answers[0], asks.answers[2])
     with pytest.raises(UserError, match="the same tokens"):
         questions.Questions(one, ("Is it? yes", "Is it? no", "Is it? yes"), None, 32)
+
+
+def test_a_trial_of_the_machinery_says_so() -> None:
+    notes = " ".join(server("fednano").notes())
+    assert "travel at each step" in notes
+    assert "without strategy.language the language model has random weights" in notes

@@ -147,3 +147,10 @@ def bent(shape: tuple[int, ...], classes: int) -> nn.Module:
 def test_a_head_that_is_not_linear_is_refused() -> None:
     with pytest.raises(UserError, match="sets a linear head with a bias, and its is Sequential"):
         server("gaussian_heads", "model=custom", f"model.build={__name__}:bent")
+
+
+def test_a_random_encoder_is_told(tmp_path) -> None:
+    built = server("gaussian_heads")
+    assert "the encoder's weights are random" in built.notes()[0]
+    torch.save(dict(built.workspace.build("mlp_small").state_dict()), tmp_path / "encoder.pt")
+    assert server("gaussian_heads", f"model.checkpoint={tmp_path / 'encoder.pt'}").notes() == []

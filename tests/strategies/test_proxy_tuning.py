@@ -94,7 +94,8 @@ def test_weights_by_perplexity_of_what_was_read() -> None:
 @pytest.mark.parametrize("weights", ["uniform", "perplexity"])
 def test_experts_of_texts_weigh_alike_or_by_perplexity(weights: str) -> None:
     strategy = server("proxy_tuning", "strategy.alpha=0.7")
-    strategy.hyper = replace(strategy.hyper, experts="each", weights=weights, tau=0.5)
+    tau = {"tau": 0.5} if weights == "perplexity" else {}
+    strategy.hyper = replace(strategy.hyper, experts="each", weights=weights, **tau)
     (large, base), experts, tokens = logits(2, 2, 3, 5), logits(3, 2, 3, 5), torch.tensor([[2, 0, 3], [1, 1, 4]])
     w = by_perplexity(experts, tokens, 0.5) if weights == "perplexity" else torch.full((3, 2, 3), 1 / 3)
     want = large + 0.7 * sum(w[k][..., None] * (experts[k] - base) for k in range(3))

@@ -134,7 +134,11 @@ def test_what_stands_on_drawn_weights_is_said(tmp_path):
 
 def test_that_few_labels_are_known_is_said():
     with federation("kafal") as (built, _):
-        assert "trains on labels.initial=0.1 of a client's examples" in remarks(built.strategy)[0]
+        few, unasked = remarks(built.strategy)
+        assert "trains on labels.initial=0.1 of a client's examples" in few
+        assert "learns from no label that it asks for: rounds=2" in unasked
+    with federation("kafal", "labels.rounds=1") as (built, _):
+        assert len(remarks(built.strategy)) == 1
     with federation("kafal", "labels.initial=1.0") as (built, _):
         assert remarks(built.strategy) == []
 
