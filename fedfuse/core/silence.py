@@ -119,7 +119,7 @@ def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: in
         How many there are.
     """
     found: dict[str, tuple[set[int], int]] = {}
-    for round, scope, client, split, metric, value in rows:
+    for round, scope, client, split, metric, value, *_ in rows:  # a clock adds a column
         if not metric.endswith(UNDEFINED) or not value:
             continue
         where = f"the server's model on the {split} test" if scope == "server" else (
@@ -153,7 +153,7 @@ def constant(
     advice = "a smaller train.lr, or distil.optimizer=adam," if distils else "a smaller train.lr"
     found = [
         (scope, metric.rpartition("/")[0])
-        for round, scope, _, split, metric, value in rows
+        for round, scope, _, split, metric, value, *_ in rows  # a clock adds a column
         if (round, split) == (last, "global") and metric.endswith(CONSTANT) and value
     ]
     who = [f"the server's {name}" for scope, name in found if scope == "server"]

@@ -409,6 +409,12 @@ def test_a_prediction_that_is_no_number_is_never_right() -> None:
     assert "undefined" not in scores(logits[[0, 2]], torch.tensor([0, 1]), 2)
 
 
+def test_what_is_not_a_number_is_named_under_a_clock(tmp_path: Path) -> None:
+    clocked = ("clock=devices", "clients=3", "rounds=1", "runtime=inline", "data.limit=240")
+    run(compose(["strategy=local", "train.lr=1e9", *clocked, f"out={tmp_path / 'run'}"]))
+    assert "not a number: " in " ".join(json.loads((tmp_path / "run/summary.json").read_text())["notes"])
+
+
 def test_one_answer_for_everything_is_said_and_a_single_class_is_no_collapse() -> None:
     import torch
 
@@ -423,6 +429,7 @@ def test_one_answer_for_everything_is_said_and_a_single_class_is_no_collapse() -
         "the server's model",
         "1 of 5 clients' models",
     ]
+    assert constant([(*row, 3.5) for row in rows], clients=5, last=2) == said  # a clock adds a column
     assert constant(rows, clients=5, last=3) == []  # it got over it
 
 
