@@ -7,16 +7,16 @@ told of such a write. Guard: `tests/compat/test_torch.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor
 
 
-def writes(arrays: Mapping[str, Tensor]) -> int:
+def writes(tensors: Iterable[Tensor]) -> int:
     """Writes in place to any of these so far; 0 where torch does not count them."""
     found = 0
     try:
-        for value in arrays.values():  # a plain loop: every client of every round passes here twice
+        for value in tensors:  # a plain loop: every client of every round passes here twice
             found += value._version
         return found
     except (AttributeError, RuntimeError):  # a tensor of inference mode, which may be written to by nobody else

@@ -12,7 +12,6 @@ words, 1 µs in place of the 50 of `getstate` and `setstate`; where another gene
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import random
@@ -81,21 +80,16 @@ def _go_on(state: Any) -> None:
     random._inst.gauss_next = state[1]  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def as_found() -> Iterator[None]:
-    """Leave torch's grad mode and default dtype as they were found."""
-    before = torch.is_grad_enabled(), torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        _set(*before)
+def modes() -> tuple[bool, torch.dtype]:
+    """Torch's grad mode and default dtype."""
+    return torch.is_grad_enabled(), torch.get_default_dtype()
 
 
-def _set(graded: bool, dtype: torch.dtype) -> None:
-    if torch.is_grad_enabled() != graded:
-        torch.set_grad_enabled(graded)
-    if torch.get_default_dtype() != dtype:
-        torch.set_default_dtype(dtype)
+def set_modes(found: tuple[bool, torch.dtype]) -> None:
+    """Set torch's grad mode and default dtype to what they were found to be."""
+    if modes() != found:
+        torch.set_grad_enabled(found[0])
+        torch.set_default_dtype(found[1])
 
 
 class Turns:
@@ -108,14 +102,13 @@ class Turns:
         """Keep the generators' states: it is another's turn."""
         found = _look()
         numpy: Any = int(found[0]) if found is not None and fresh(int(found[0])) else np.random.get_state()
-        modes = torch.is_grad_enabled(), torch.get_default_dtype()
-        self._kept = torch.default_generator.get_state(), _python(), numpy, _devices(), modes
+        self._kept = torch.default_generator.get_state(), _python(), numpy, _devices(), modes()
 
     def take(self) -> None:
         """Go on with them; at the first turn there is nothing to go on with."""
         if self._kept is None:
             return
-        _set(*self._kept[4])
+        set_modes(self._kept[4])
         torch.default_generator.set_state(self._kept[0])
         _go_on(self._kept[1])
         if isinstance(self._kept[2], int):

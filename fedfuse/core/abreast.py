@@ -23,7 +23,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from fedfuse.compat.turns import Turns, as_found
+from fedfuse.compat.turns import Turns, modes, set_modes
 from fedfuse.config.schema import TrainConfig
 from fedfuse.core.abreast_room import Room
 from fedfuse.core.abreast_trial import PART, Trials
@@ -214,18 +214,19 @@ class Abreast:
                     seat.alone, seat.off = True, seat.alone
 
     def _turn(self, seat: Seat) -> Any:
-        with as_found():
-            seat.turns.take()
-            if seat.left:
-                seat.away += time.perf_counter() - seat.left
-            self.now, seat.begun = seat, True
-            try:
-                return seat.green.switch()
-            finally:
-                self.now = None
-                if not seat.green.dead:
-                    seat.turns.leave()
-                    seat.left = time.perf_counter()
+        found = modes()
+        seat.turns.take()
+        if seat.left:
+            seat.away += time.perf_counter() - seat.left
+        self.now, seat.begun = seat, True
+        try:
+            return seat.green.switch()
+        finally:
+            self.now = None
+            if not seat.green.dead:
+                seat.turns.leave()
+                seat.left = time.perf_counter()
+            set_modes(found)
 
     def _answered(self, waiting: Sequence[Seat]) -> list[Seat]:
         """Make the largest set of trainings that fit together, and answer those who asked for them."""

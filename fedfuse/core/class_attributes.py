@@ -28,7 +28,7 @@ class ClassAttributes:
         self._tensors = {
             name: value for _, then in self._then for name, value in then.items() if isinstance(value, Tensor)
         }
-        self._writes = {name: writes({name: value}) for name, value in self._tensors.items()}
+        self._writes = {name: writes([value]) for name, value in self._tensors.items()}
 
     def written(self) -> str:
         """The class and an attribute that has been written to since, told once; empty if there is none."""
@@ -37,7 +37,7 @@ class ClassAttributes:
             if not _equal(vars(kind), then):
                 found = found or _differing(vars(kind), then)
         found = found or next((name for name, now, then in self._inside if not _equal(now, then)), "")
-        found = found or next((n for n, tensor in self._tensors.items() if writes({n: tensor}) != self._writes[n]), "")
+        found = found or next((n for n, tensor in self._tensors.items() if writes([tensor]) != self._writes[n]), "")
         if not found:
             return ""
         self._then, self._inside, self._tensors = [], [], {}

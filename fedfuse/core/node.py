@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 
 from fedfuse.compat.flower_replies import reply_to
 from fedfuse.compat.torch_writes import writes
-from fedfuse.compat.turns import as_found
+from fedfuse.compat.turns import modes, set_modes
 from fedfuse.config.files import is_full
 from fedfuse.config.idle import digests
 from fedfuse.config.registry import Entry
@@ -205,13 +205,15 @@ class Node:
         asked = self._admit(message, cache, who)
         config, phase = self.workspace.scenario.config, asked.phase
         handed: dict[str, tuple[Arrays, int]] = {}
-        with counting(config.clock.on) as tally, as_found():
+        found = modes()
+        with counting(config.clock.on) as tally:
             try:
                 awake = self._wake(asked, cache, lends, tally, handed)
                 records, metrics, answer = self._play(asked, awake)
             finally:
+                set_modes(found)
                 self._look_after(who, handed, cache)
-        if name := self._classwide.written():
+        if phase.kind == "evaluate" and (name := self._classwide.written()):  # which ends every run
             answer["wrote"] = name
         if why := self.desk.apart():
             answer["apart"] = why
@@ -265,7 +267,7 @@ class Node:
         Spoilt
             Naming the topic, or the examples.
         """
-        spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays) != before]
+        spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays.values()) != before]
         model = self.workspace.model(self.workspace.scenario.architectures[who])
         if moved := {parameter.untyped_storage().data_ptr() for parameter in built_of(model).moved()}:
             # `parameter.data = array`: training then writes to the array, and torch does not count it
@@ -302,7 +304,7 @@ class Node:
         }
         news = [t for t in knowledge if topics[t].kind != "lesson" or t in new]
         knowledge = {topic: self.workspace.here(knowledge[topic]) for topic in news}
-        handed.update({topic: (item.arrays, writes(item.arrays)) for topic, item in knowledge.items()})
+        handed.update({topic: (item.arrays, writes(item.arrays.values())) for topic, item in knowledge.items()})
         trained = None
         if phase.kind == "evaluate" and self.digests:
             trained = (self.entry.client.personal and state.get("model")) or self.workspace.initial(architecture)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -74,7 +74,8 @@ class Workspace:
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
-        self._handed: dict[tuple[Any, ...], tuple[Any, int]] = {}  # examples given out, and writes to them before
+        # by client (all: None), examples given out, and writes to them before
+        self._handed: defaultdict[int | None, dict[tuple[Any, ...], tuple[Any, int]]] = defaultdict(dict)
         self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
         self._sent: deque[tuple[Arrays, Arrays]] = deque(
             maxlen=SENT
@@ -312,23 +313,25 @@ class Workspace:
             self._cached += _size(value)
             while self._cached > self._room and len(self._tensors) > 1:
                 gone, freed = self._tensors.popitem(last=False)
-                self._handed.pop(gone, None)
+                self._handed[_owner(gone)].pop(gone, None)
                 self._cached -= _size(freed)
-        if value is not None and (key not in self._handed or self._handed[key][0] is not value):
-            self._handed[key] = value, _writes(value)
+        if value is not None:
+            handed = self._handed[_owner(key)]
+            if key not in handed or handed[key][0] is not value:
+                handed[key] = value, _writes(value)
         return value
 
     def written(self, who: int | None = None) -> str:
         """Examples that were written to since they were given out, of a client or of all; empty if none were."""
-        for key in [key for key in self._handed if not isinstance(key[0], int) or key[0] == who]:
-            value, before = self._handed[key]
-            if key[0] == who:
-                del self._handed[key]  # another turn counts anew
-            if _writes(value) != before:
+        own = {} if who is None else self._handed.pop(who, {})  # another turn counts anew
+        for handed in (own, self._handed[None]):
+            for key, (value, before) in handed.items():
+                if _writes(value) == before:
+                    continue
                 if self._tensors.pop(key, None) is not None:  # a site goes on without this client's reply
                     self._cached -= _size(value)
-                self._handed.pop(key, None)
-                return f"the {key[1] if key[0] == who else key[0]} examples"
+                del handed[key]
+                return f"the {key[0] if handed is not own else key[1]} examples"
         return ""
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -355,5 +358,9 @@ def _size(value: Any) -> int:
 
 def _writes(value: tuple[torch.Tensor | None, ...]) -> int:
     """Writes in place so far, and whether gradients are asked for, which would be added up from round to round."""
-    held = {str(place): tensor for place, tensor in enumerate(value) if tensor is not None}
-    return writes(held) + sum(tensor.requires_grad for tensor in held.values())
+    held = [tensor for tensor in value if tensor is not None]
+    return writes(held) + sum([tensor.requires_grad for tensor in held])
+
+
+def _owner(key: tuple[Any, ...]) -> int | None:
+    return key[0] if isinstance(key[0], int) else None

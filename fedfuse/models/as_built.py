@@ -51,9 +51,9 @@ class AsBuilt:
         # any other tensor in their place does not compare, but of single numbers two may be equal
         self._numbers = [(one, name, value) for one, name, value in tensors if value.numel() == 1]
         saved = {id(value) for value in model.state_dict(keep_vars=True).values()} | set(map(id, self.own))
-        self._loose = {str(id(value)): value for _, _, value in tensors if id(value) not in saved}
+        self._loose = list({id(value): value for _, _, value in tensors if id(value) not in saved}.values())
         self.copies: list[torch.Tensor]
-        self.copies = [v.detach().clone() for v in self._loose.values()] if like is None else like.copies
+        self.copies = [v.detach().clone() for v in self._loose] if like is None else like.copies
         self._writes = writes(self._loose)
         # dicts are equal whatever their order; that of layers and parameters is the order of sums over them
         self._named = named(model)
@@ -97,7 +97,7 @@ class AsBuilt:
                 put_back(now, held)
         if writes(self._loose) != self._writes:
             with torch.no_grad():
-                for tensor, value in zip(self._loose.values(), self.copies, strict=True):
+                for tensor, value in zip(self._loose, self.copies, strict=True):
                     tensor.copy_(value)
             self._writes = writes(self._loose)
 
@@ -112,7 +112,7 @@ class AsBuilt:
             return (
                 list(map(type, self._modules)) == self._kinds
                 and self._now == self._then
-                and all(one.get(name) is value for one, name, value in self._numbers)
+                and (not self._numbers or all(one.get(name) is value for one, name, value in self._numbers))
                 and list(map(list, self._named)) == self._order
             )
         except Exception:  # tensors that were put in place of others do not compare
