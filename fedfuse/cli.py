@@ -160,12 +160,13 @@ def _show(path: Path) -> int:
 
     from fedfuse.results.run_data import load
     from fedfuse.results.table import print_table
+    from fedfuse.results.wording import digest_line
 
     console = Console(highlight=False)
     run = load(path)
     progress = sys.modules.get("fedfuse.runs.progress")  # not there where nothing was played
     print_table([run], console, progress.said if progress else ())
-    console.print(f"digest {(run.summary or {}).get('digest')}", markup=False, soft_wrap=True)
+    console.print(digest_line(run.summary or {}), markup=False, soft_wrap=True)
     console.print(f"run directory: {path}", markup=False, soft_wrap=True)
     return 0
 

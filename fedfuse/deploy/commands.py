@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedfuse.deploy.processes import QUOTA
-from fedfuse.errors import UserError, WorldError, one_line
+from fedfuse.errors import UserError, WorldError
+from fedfuse.results.wording import digest_line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -354,7 +355,7 @@ def _told(summary: dict | None, out: Path) -> int:  # type: ignore[type-arg]
     if summary is None:
         print(f"fedfuse: the log ended before the run did; go on with: fedfuse deploy resume {out}")
         return 1
-    print(f"digest {one_line(summary.get('digest'), 100)}\nrun directory: {out}")
+    print(f"{digest_line(summary)}\nrun directory: {out}")
     return 0
 
 

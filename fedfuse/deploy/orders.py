@@ -28,6 +28,7 @@ from fedfuse.errors import Refused, UserError, WorldError, one_line
 from fedfuse.network.audit import Audit
 from fedfuse.network.exchange import Patience
 from fedfuse.network.roster import Roster
+from fedfuse.results.wording import digest_line
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import Held, RunDirectory
 from fedfuse.runs.remote import serve
@@ -137,7 +138,7 @@ def _carried_out(
         )  # fmt: skip
     finally:
         directory.close()
-    say(f"fedfuse: digest {federation.digest}")
+    say(f"fedfuse: {digest_line({'digest': federation.digest, 'digest_missing': federation.digest_missing})}")
 
 
 def _own_tracker(config: Config) -> None:

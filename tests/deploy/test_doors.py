@@ -239,7 +239,9 @@ def test_an_orders_tracker_is_not_sent_the_password_of_the_servers(
     """MLflow sends MLFLOW_TRACKING_PASSWORD to whatever address it is told."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr("fedfuse.deploy.orders.serve", lambda *_, **__: SimpleNamespace(digest="none"))
+    monkeypatch.setattr(
+        "fedfuse.deploy.orders.serve", lambda *_, **__: SimpleNamespace(digest="none", digest_missing=[])
+    )
 
     def order(name: str, uri: str | None) -> None:
         config = tiny("fedavg", "tracking=mlflow")

@@ -17,6 +17,7 @@ from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
 from fedfuse.results.table import against_nothing_sent, compare, foot, notes, print_table, to_csv, to_latex, to_markdown
+from fedfuse.results.wording import digest_line
 
 EVIL = 'x</script><img src=x onerror=alert(1)>|$\\write18{id}$"\x1b[31m'
 
@@ -367,3 +368,11 @@ def test_one_strategy_has_no_rank(tmp_path):
         columns, note = heads(*names)
         assert ("rank global" in columns) is there
         assert ("Rank:" in note) is there
+
+
+def test_a_digest_that_is_not_there_says_why() -> None:
+    assert digest_line({"digest": "ab12", "digest_missing": []}) == "digest ab12"
+    assert digest_line({"digest": None, "digest_missing": [2, 5]}).endswith("no answer of client 2, 5")
+    assert digest_line({"digest": None, "digest_missing": list(range(11))}).endswith("8, 9, …")
+    assert "\x1b" not in digest_line({"digest": None, "digest_missing": ["\x1b[2J"]})
+    assert digest_line({}) == "digest None"
