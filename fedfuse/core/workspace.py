@@ -313,7 +313,8 @@ class Workspace:
             self._cached += _size(value)
             while self._cached > self._room and len(self._tensors) > 1:
                 gone, freed = self._tensors.popitem(last=False)
-                self._handed[_owner(gone)].pop(gone, None)
+                if (handed := self._handed.get(_owner(gone))) is not None:  # no entry for each client that ever was
+                    handed.pop(gone, None)
                 self._cached -= _size(freed)
         if value is not None:
             handed = self._handed[_owner(key)]
