@@ -30,7 +30,6 @@ from fedfuse.core.abreast_trial import PART, Trials
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import in_words
 from fedfuse.models.as_built import built_of
-from fedfuse.models.replicas import parameters_of
 from fedfuse.train import abreast, training
 from fedfuse.train.abreast import Apart, Training
 from fedfuse.train.abreast_steps import together
@@ -263,7 +262,7 @@ class Abreast:
         return crew
 
     def _kind(self, seat: Seat, asked: Training) -> Any:
-        trained = tuple(p.requires_grad for p in parameters_of(asked.model))
+        trained = tuple(p.requires_grad for p in built_of(asked.model).own)
         y = None if asked.y is None else (asked.y.dtype, asked.y.shape[1:])
         own = asked.loss is not task_step
         shape = asked.x.dtype, asked.x.shape[1:]

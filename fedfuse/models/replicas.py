@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ class Replicas:
             module.__dict__["twin"] = model
         built: AsBuilt | None = None
         self.parameters = [dict(module.named_parameters()) for module in self.modules]
-        for slot, (module, named) in enumerate(zip(self.modules, self.parameters, strict=True)):
+        for slot, module in enumerate(self.modules):
             row = Row(variable(module), self.stacks, slot)
-            module.__dict__.update(row=row, own=tuple(named.values()))
+            module.__dict__["row"] = row
             built = AsBuilt(module, built)
 
     def fill(self, slots: Sequence[int], arrays: Arrays) -> bool:
@@ -86,11 +86,6 @@ def shared(model: nn.Module) -> Arrays:
     """The model's parameters and buffers but the frozen ones, not copied; of a replica, as the row that they are."""
     row: Row | None = model.__dict__.get("row")
     return row if row is not None and built_of(model).intact() else variable(model)
-
-
-def parameters_of(model: nn.Module) -> Iterable[nn.Parameter]:
-    """A model's parameters; a replica's need not be looked for."""
-    return model.__dict__.get("own") or parameters(model)
 
 
 def nbytes(model: nn.Module) -> int:
