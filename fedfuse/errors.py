@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 TRACEBACK = "FEDFUSE_TRACEBACK"  # set, every failure is told with its whole story
@@ -60,7 +60,12 @@ def nearest(name: str, allowed: Iterable[str], all_by: str = "") -> str:
     options = sorted(allowed)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.65)
     close = close or [option for option in options if len(name) > 2 and option.startswith(name)]
-    listed = ", ".join(options) if len(options) <= 40 else ", ".join(options[:40]) + ", …"
+    some = listed(options, 40)
     if len(options) > 40 and all_by:
-        listed += f" (all: {all_by})"
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {listed}"
+        some += f" (all: {all_by})"
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {some}"
+
+
+def listed(values: Sequence[object], most: int = 10) -> str:
+    """The first few of some values in words."""
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")

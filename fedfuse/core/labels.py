@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedfuse.config.schema import LabelsConfig
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, listed
 from fedfuse.seeding import generator
 
 ANNOTATED = "annotated"  # the rows asked for so far, in a client's state
@@ -113,7 +113,7 @@ def exhausted(rows: Iterable[tuple[int, str, int, str, str, float]], clients: in
             first[client] = min(round, first.get(client, round))
     if not first:
         return []
-    who = ", ".join(map(str, sorted(first)[:10])) + (", …" if len(first) > 10 else "")
+    who = listed(sorted(first))
     return [
         f"labels: nothing is left to label at {len(first)} of {clients} clients ({who}), first in round "
         f"{min(first.values())}; they train on, and ask for no more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedfuse.errors import one_line
+from fedfuse.errors import listed, one_line
 
 SPREAD = "Spread: standard deviation over clients of personal accuracy, in points, mean over seeds."
 RANK = "Rank: 1 is highest, averaged over the {seeds} that every strategy has."
@@ -46,9 +46,6 @@ SIMILARITY = "Row i, column j: how much client i is given of client j."
 def digest_line(summary: Mapping[str, Any]) -> str:
     """Say a run's digest, or whose part of it is missing."""
     digest, missing = summary.get("digest"), summary.get("digest_missing")
-    if digest is not None or not missing:
+    if digest is not None or not isinstance(missing, list) or not missing:
         return f"digest {one_line(digest, 100)}"
-    listed = (
-        ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "") if isinstance(missing, list) else ""
-    )
-    return f"digest none: the last evaluation had no answer of client {one_line(listed, 200)}"
+    return f"digest none: the last evaluation had no answer of client {one_line(listed(missing), 200)}"
