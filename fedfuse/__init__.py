@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the table below; a test keeps them equal
     from fedfuse import models
     from fedfuse.api import Run, Runs, compare, load, run
-    from fedfuse.config.registry import hyper, strategy
+    from fedfuse.config.registry import hyper, strategy, without_effect
     from fedfuse.core.client import FusionClient, transfer_rows
     from fedfuse.core.scenario import Scenario
     from fedfuse.core.shares import Metrics, Records, Share, Shares
@@ -64,7 +64,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 _HOMES = {
     "api": "Run Runs compare load run",
-    "config.registry": "hyper strategy",
+    "config.registry": "hyper strategy without_effect",
     "core.client": "FusionClient transfer_rows",
     "core.scenario": "Scenario",
     "core.workspace": "Workspace",

@@ -35,13 +35,13 @@ from fedfuse import (
     Scope,
     Shares,
     Topic,
-    UserError,
     arrays,
     distributions,
     hyper,
     seed_of,
     strategy,
     training,
+    without_effect,
 )
 
 
@@ -64,11 +64,8 @@ class CometHyper:
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
 
     def __post_init__(self) -> None:
-        if self.distill == "joint" and self.distill_epochs != CometHyper.distill_epochs:
-            raise UserError(
-                f"strategy.distill_epochs={self.distill_epochs} does nothing with strategy.distill=joint, which goes "
-                f"beside private training; allowed there: {CometHyper.distill_epochs}"
-            )
+        if self.distill == "joint":
+            without_effect(self, "distill_epochs", "with strategy.distill=joint, which goes beside private training")
 
 
 def cluster(points: Tensor, clusters: int, seed: int) -> Tensor:

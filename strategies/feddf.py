@@ -44,6 +44,7 @@ from fedfuse import (
     strategy,
     training,
     variable,
+    without_effect,
 )
 
 
@@ -71,11 +72,8 @@ class FedDFHyper:
     validation: float = hyper(0.1, "share of a labelled D_t that the two read; not distilled then", above=0, high=0.9)
 
     def __post_init__(self) -> None:
-        if not (self.patience or self.drop_worst) and self.validation != FedDFHyper.validation:
-            raise UserError(
-                f"strategy.validation={self.validation} does nothing without strategy.patience or "
-                f"strategy.drop_worst=true, which read it; allowed there: {FedDFHyper.validation}"
-            )
+        if not (self.patience or self.drop_worst):
+            without_effect(self, "validation", "without strategy.patience or strategy.drop_worst=true, which read it")
 
 
 NEAR_CHANCE = 1.2  # of the released code, times 1/C

@@ -57,6 +57,7 @@ from fedfuse import (
     public_text,
     strategy,
     transfer_rows,
+    without_effect,
 )
 
 
@@ -86,11 +87,8 @@ class FedMKTHyper:
     batch: int = hyper(16, "rows a step on D_t", low=1)
 
     def __post_init__(self) -> None:
-        if self.select != "weighted_mean" and self.tau != FedMKTHyper.tau:
-            raise UserError(
-                f"strategy.tau={self.tau} does nothing with strategy.select={self.select}, which takes one row; "
-                f"allowed there: {FedMKTHyper.tau}"
-            )
+        if self.select != "weighted_mean":
+            without_effect(self, "tau", f"with strategy.select={self.select}, which takes one row")
 
 
 def lesson(h: FedMKTHyper, places: Any, taught: Arrays, rows: Tensor, pieces: Any, loss: Any) -> Callable[..., Tensor]:

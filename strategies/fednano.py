@@ -52,7 +52,6 @@ from fedfuse import (
     SteppedClient,
     SteppedStrategy,
     Topic,
-    UserError,
     Workspace,
     arrays,
     hyper,
@@ -62,6 +61,7 @@ from fedfuse import (
     scores,
     soft_prompt,
     strategy,
+    without_effect,
 )
 
 
@@ -83,11 +83,8 @@ class FedNanoHyper:
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "floor"):
-            value, default = getattr(self, name), getattr(FedNanoHyper, name)
-            if self.merge != "fisher" and value != default:
-                does = f"strategy.{name}={value} does nothing with strategy.merge={self.merge}"
-                raise UserError(f"{does}, which takes no F_k; allowed there: {default}")
+        for name in ("samples", "floor") if self.merge != "fisher" else ():
+            without_effect(self, name, f"with strategy.merge={self.merge}, which takes no F_k")
 
 
 class FedNanoClient(SteppedClient):

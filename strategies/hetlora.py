@@ -22,7 +22,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse import Metrics, RankedClient, RankedHyper, RankedStrategy, Share, Shares, UserError, hyper, lora, strategy
+from fedfuse import (
+    Metrics,
+    RankedClient,
+    RankedHyper,
+    RankedStrategy,
+    Share,
+    Shares,
+    hyper,
+    lora,
+    strategy,
+    without_effect,
+)
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,10 @@ class HetLoRAHyper(RankedHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prune and self.gamma != HetLoRAHyper.gamma:
-            raise UserError(
-                f"strategy.gamma={self.gamma} does nothing with strategy.prune=0, which keeps every rank; "
-                f"allowed there: {HetLoRAHyper.gamma}"
-            )
-        if self.sparsity and self.weighting != HetLoRAHyper.weighting:
-            raise UserError(
-                f"strategy.weighting={self.weighting} does nothing with strategy.sparsity=true, where norms weigh; "
-                f"allowed there: {HetLoRAHyper.weighting}"
-            )
+        if not self.prune:
+            without_effect(self, "gamma", "with strategy.prune=0, which keeps every rank")
+        if self.sparsity:
+            without_effect(self, "weighting", "with strategy.sparsity=true, where norms weigh")
 
 
 def norm(arrays: Mapping[str, Tensor]) -> float:

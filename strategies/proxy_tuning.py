@@ -41,6 +41,7 @@ from fedfuse import (
     next_token,
     strategy,
     training,
+    without_effect,
 )
 
 
@@ -64,11 +65,8 @@ class ProxyTuningHyper:
     tau: float = hyper(1.0, "τ of perplexity, in nats per token", above=0)
 
     def __post_init__(self) -> None:
-        if self.weights != "perplexity" and self.tau != ProxyTuningHyper.tau:
-            raise UserError(
-                f"strategy.tau={self.tau} does nothing with strategy.weights={self.weights}, where all count alike; "
-                f"allowed there: {ProxyTuningHyper.tau}"
-            )
+        if self.weights != "perplexity":
+            without_effect(self, "tau", f"with strategy.weights={self.weights}, where all count alike")
 
 
 GRID = torch.arange(21, dtype=torch.float64) / 10  # the α that are tried

@@ -299,6 +299,30 @@ def told(hyper: Any) -> dict[str, Any]:
     return {f.name: None if f.metadata.get("path") else getattr(hyper, f.name) for f in kinds if f.name != "name"}
 
 
+def without_effect(hyper: Any, name: str, why: str) -> None:
+    """Refuse a hyper-parameter that is not at its default where nothing reads it.
+
+    Parameters
+    ----------
+    hyper
+        The hyper-parameters.
+    name : str
+        Which of them nothing reads, as they are.
+    why : str
+        With what, in words: ``"with strategy.weights=uniform, where all count alike"``.
+
+    Raises
+    ------
+    UserError
+        Naming it, its value and its default.
+    """
+    value = getattr(hyper, name)
+    (default,) = (field.default for field in dataclasses.fields(hyper) if field.name == name)
+    if value != default:
+        allowed = "null" if default is None else default
+        raise UserError(f"strategy.{name}={value} does nothing {why}; allowed there: {allowed}")
+
+
 def hypers(name: str) -> list[Key]:
     """The hyper-parameters of a strategy, with what their fields allow.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedfuse.config.registry import hyper
+from fedfuse.config.registry import hyper, without_effect
 from fedfuse.core.shares import Records, Shares
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError
@@ -49,11 +49,8 @@ class BasisHyper(RankedHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r0 != "singular" and self.rate != BasisHyper.rate:
-            raise UserError(
-                f"strategy.rate={self.rate} does nothing with strategy.r0={self.r0}, where R starts at 0; "
-                f"allowed there: {BasisHyper.rate}"
-            )
+        if self.r0 != "singular":
+            without_effect(self, "rate", f"with strategy.r0={self.r0}, where R starts at 0")
 
     @property
     def needs_gradient(self) -> bool:

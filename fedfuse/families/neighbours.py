@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedfuse.config.registry import without_effect
 from fedfuse.core.client import FusionClient
 from fedfuse.core.shares import Share
 from fedfuse.core.strategy import FusionStrategy
@@ -168,15 +169,11 @@ class Classroom:
 
     def check(self, server: FusionStrategy, *idle: str) -> None:
         """Labels are there to rank by, at the server too."""
-        h, plain = server.hyper, type(server.hyper)()
+        h = server.hyper
         if not server.scenario.config.transfer.labelled:
             raise UserError(f"strategy.neighbours={h.neighbours} ranks by labels: set transfer.labelled=true")
         for name in idle:
-            if (value := getattr(h, name)) != (default := getattr(plain, name)):
-                raise UserError(
-                    f"strategy.{name}={value} does nothing with strategy.neighbours={h.neighbours}; "
-                    f"allowed there: {'null' if default is None else default}"
-                )
+            without_effect(h, name, f"with strategy.neighbours={h.neighbours}")
         server.transfer, server.workspace.transfer_declared = "both", True  # type: ignore[misc]
 
     def taught(self, scope: Scope) -> Layout:
