@@ -31,6 +31,7 @@ from fedfuse.network.roster import Roster
 from fedfuse.results.wording import digest_line
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.directory import Held, RunDirectory
+from fedfuse.runs.own_code import go_on_with
 from fedfuse.runs.remote import serve
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -128,6 +129,7 @@ def _carried_out(
             directory.close()
             say(f"fedfuse: {name}: has ended; its directory is sent once more")
             return
+        go_on_with(path, config)
     else:
         resumed = False
         directory.create(config.overwrite)

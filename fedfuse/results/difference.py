@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedfuse.config.files import checked
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import RunRecord, load
-from fedfuse.results.setting import WITHOUT_EFFECT, flatten
+from fedfuse.results.setting import WITHOUT_EFFECT, code_of, flatten
 
 if TYPE_CHECKING:
     import polars as pl
@@ -107,7 +107,7 @@ def difference(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> Di
     digests = tuple((run.summary or {}).get("digest") for run in runs)
     found = Difference((digests[0], digests[1]), (runs[0].rounds_done, runs[1].rounds_done))
     _settings(found, *(flatten(run.config) for run in runs))
-    _environment(found, *(run.environment for run in runs))
+    _environment(found, *runs)
     try:
         found.partition = _partition(*runs)
         found.first = _rows(*runs)
@@ -133,11 +133,14 @@ def _said(values: dict[str, Any], key: str) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
-def _environment(found: Difference, one: dict[str, Any], other: dict[str, Any]) -> None:
+def _environment(found: Difference, *runs: RunRecord) -> None:
+    known = [run.environment for run in runs]
+    one_strategy = len({flatten(run.config).get("strategy.name") for run in runs}) == 1
     flat = [
         {k: v for k, v in env.items() if k in ENVIRONMENT}
         | {f"{name} (version)": v for name, v in dict(env.get("versions") or {}).items()}
-        for env in (one, other)
+        | {f"code of the {name}": v for name, v in code_of(env).items() if name != "strategy" or one_strategy}
+        for env in known
     ]
     for key in dict.fromkeys((*flat[0], *flat[1])):
         if key == "cpu_flags" and flat[0].get(key) != flat[1].get(key):

@@ -262,6 +262,7 @@ def _environment(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     flats = [flatten(run.environment) for run in runs]
     for flat in flats:
         flat.pop("command", None)  # what was typed for a whole sweep; each run's own command stands below
+        flat.pop("code.strategy", None)  # one for each strategy; runs of one strategy by other code are told apart
     keys = dict.fromkeys(key for flat in flats for key in flat)
     found = []
     for key in keys:

@@ -83,11 +83,17 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _flat(run: RunRecord) -> dict[str, Any]:
-    """A run's configuration, and what the user's own data held: `data.root` and a function's name do not tell."""
-    flat, content = flatten(run.config), ""
-    if flat.get("data.layout", "builtin") != "builtin":
-        content = str(run.environment.get("data", ""))[:12]
-    return flat | ({"data.content": content} if content else {})
+    """A run's configuration, what the user's own data held, and what its code was: names of neither tell."""
+    flat = flatten(run.config)
+    if flat.get("data.layout", "builtin") != "builtin" and (content := str(run.environment.get("data", ""))[:12]):
+        flat["data.content"] = content
+    return flat | {f"{name}.code": value for name, value in code_of(run.environment).items()}
+
+
+def code_of(environment: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of a run's code, by what it is for; nothing where none is kept."""
+    code = environment.get("code")
+    return {str(name): str(value) for name, value in code.items()} if isinstance(code, Mapping) else {}
 
 
 def group(runs: Iterable[RunRecord]) -> tuple[list[Group], list[str]]:

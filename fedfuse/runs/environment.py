@@ -17,6 +17,7 @@ from fedfuse.config.files import read_text
 from fedfuse.config.schema import Config
 from fedfuse.core.abreast_notes import computed
 from fedfuse.errors import UserError
+from fedfuse.runs.own_code import code_of
 
 
 @cache
@@ -26,7 +27,7 @@ def _versions() -> dict[str, str]:
 
 
 def environment(config: Config, content: str = "") -> dict[str, Any]:
-    """The machine, the versions, how clients are computed there, the data's `content`, and the command as typed."""
+    """The machine, the versions, how clients are computed there, the data's `content`, the code, the command typed."""
     flags = ""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -48,6 +49,7 @@ def environment(config: Config, content: str = "") -> dict[str, Any]:
         "command": " ".join(sys.argv),
         **computed(config),
         **({"data": content} if content else {}),
+        "code": code_of(config),
     }
 
 

@@ -31,6 +31,7 @@ from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.environment import check_content
 from fedfuse.runs.further import make_room
 from fedfuse.runs.listeners import callbacks
+from fedfuse.runs.own_code import go_on_with
 from fedfuse.runs.tracking import check as check_tracking
 
 
@@ -206,6 +207,7 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
     if not flower:  # whose data are gone, or others: the run stays as it is
         scenario = prepare_scenario(replace(config, rounds=rounds))
         check_content(path, config, scenario.data.dataset.content)
+    go_on_with(path, config)
     if rounds != config.rounds:
         config = make_room(path, config, rounds)
         directory.config = config

@@ -19,6 +19,7 @@ from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import CONSTANT, UNDEFINED, constant, shared, undefined, unheard
 from fedfuse.runs.further import ended_at, told
+from fedfuse.runs.own_code import code_notes
 from fedfuse.train.privacy import private_notes
 
 FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
@@ -88,6 +89,7 @@ def summary(
             *vectorized_notes(config, strategy.inbox.apart),
             *strategy.notes(),
             *told(strategy, ended_at(path / "checkpoint")),
+            *code_notes(path),
             *(f"{strategy.name}: {what} of private examples leave the clients" for what in strategy.discloses),
             *(private_notes(strategy.made_from, deployed, tokens, spent) if config.privacy.by_example else ()),
             *(client_level.notes(strategy) if config.privacy.by_client else ()),

@@ -23,6 +23,7 @@ from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.runs.environment import check_content
 from fedfuse.runs.experiment import audited, free
 from fedfuse.runs.further import check_further, goes_on
+from fedfuse.runs.own_code import check_code
 from fedfuse.runs.parallel import Track, drive, shared_out
 from fedfuse.runs.preview import bytes_a_round
 
@@ -125,7 +126,7 @@ def _check_root(root: Path) -> None:
 
 
 def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
-    """Refuse to write over runs of another configuration, or of the user's own data as they were."""
+    """Refuse to write over runs of another configuration, or of data or code of the user's own as they were."""
     contents: dict[str, str] = {}
     for path, config in plans:
         if config.overwrite or not (path / "config.yaml").exists():
@@ -138,6 +139,8 @@ def _check_places(plans: Sequence[tuple[Path, Config]]) -> None:
                 f"out={path}: holds a run of another configuration (this one {different}); "
                 f"choose another or say overwrite=true"
             )
+        elif (path / "summary.json").exists():
+            check_code(path, config)
         if config.data.layout != "builtin":
             if (key := repr(config.data)) not in contents:
                 contents[key] = load_data(config.data).content
