@@ -1,6 +1,6 @@
 """Random numbers of clients that take turns in one process: each finds torch's, Python's and NumPy's as it left them.
 
-Likewise torch's grad mode and default dtype.
+Likewise torch's modes: gradients, default dtype, threads, deterministic algorithms.
 
 Reading and writing NumPy's whole state takes 130 µs a turn, more than a small client's work. Nearly nobody draws from
 it: its state is looked at where it lies, by the address that NumPy's bit generators give for that (`ctypes`, in
@@ -80,20 +80,30 @@ def _go_on(state: Any) -> None:
     random._inst.gauss_next = state[1]  # type: ignore[attr-defined]
 
 
-def modes() -> tuple[bool, torch.dtype]:
-    """Torch's grad mode and default dtype."""
-    return torch.is_grad_enabled(), torch.get_default_dtype()
+Modes = tuple[bool, torch.dtype, int, int]
 
 
-def set_modes(found: tuple[bool, torch.dtype]) -> None:
-    """Set torch's grad mode and default dtype to what they were found to be."""
+def modes() -> Modes:
+    """Torch's grad mode, default dtype, threads, and what it does of algorithms that are not deterministic."""
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.get_deterministic_debug_mode(),
+    )
+
+
+def set_modes(found: Modes) -> None:
+    """Set torch's modes to what they were found to be."""
     if modes() != found:
         torch.set_grad_enabled(found[0])
         torch.set_default_dtype(found[1])
+        torch.set_num_threads(found[2])
+        torch.set_deterministic_debug_mode(found[3])
 
 
 class Turns:
-    """The global generators of one of several clients, and its grad mode and default dtype."""
+    """The global generators of one of several clients, and its modes."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, ...] | None = None

@@ -31,6 +31,7 @@ from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, SPOILT, STALE, Records
+from fedfuse.core.threads import single_thread
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.models.as_built import built_of
@@ -122,6 +123,7 @@ class Node:
         retries: int = 0,
         ledger: Ledger | None = None,
     ) -> None:
+        single_thread()  # once more: a strategy's file may have said otherwise as it was imported
         self.entry, self.store, self.retries = entry, store, retries
         self._transfer = entry.server.transfer in ("clients", "both")
         self.digests = digests(entry)  # whether evaluations let clients learn before they are scored

@@ -9,7 +9,6 @@ from flwr.app import Message
 from fedfuse.compat.turns import aside
 from fedfuse.core.groups import Groups
 from fedfuse.core.node import Node
-from fedfuse.core.threads import single_thread
 from fedfuse.engines.grid import LocalGrid
 
 
@@ -31,7 +30,6 @@ class InlineGrid(LocalGrid):
 
     def __init__(self, node: Node, reverse: bool = False) -> None:
         super().__init__(node.workspace.scenario.clients)
-        single_thread()
         self.node, self.groups, self.reverse, self.whole = node, Groups(node), reverse, reverse
 
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fedfuse import AveragingStrategy, FusionClient, FusionStrategy, Topic, arrays
+from fedfuse.compat.turns import Modes, modes
 from fedfuse.config.registry import NoHyper
 from fedfuse.core import abreast_trial
 from fedfuse.core.class_attributes import ClassAttributes
@@ -138,8 +139,17 @@ def _dtype(client: Any) -> None:
     torch.set_default_dtype(torch.float64)
 
 
+def _threads(client: Any) -> None:
+    torch.set_num_threads(2)
+
+
+def _deterministic(client: Any) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 LEFT: list[Callable[[Any], None]] = [
     _hook, _layer, _order, _setting, _attribute, _list, _deep, _buffer, _memory, _gone, _grad_mode, _dtype,
+    _threads, _deterministic,
     _parametrized, _pruned, _class, _gradient_hook, _after_gradients, _of_parameter, _part, _turned, _number,
     _unsaved, _plain,
 ]  # fmt: skip
@@ -163,12 +173,13 @@ def looks(model: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("leave", LEFT, ids=lambda one: one.__name__)
 def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, made: Any, monkeypatch: Any) -> None:
     found: dict[int, set[str]] = {}
-    modes, after = set[tuple[bool, torch.dtype]](), dict[int, torch.dtype]()
+    plain, after = (True, torch.float32, 1, 0), dict[int, torch.dtype]()
+    met = set[Modes]()
 
     class Leaves(FusionClient):
         def fit(self):
             found.setdefault(id(self.model), set()).add(str(looks(self.model)))
-            modes.add((torch.is_grad_enabled(), torch.get_default_dtype()))
+            met.add(modes())
             if leave is _dtype and self.client == 1:  # while it waits for others
                 leave(self)
             metrics = self.train()
@@ -180,9 +191,10 @@ def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, ma
             return {"model": {k: v.clone() for k, v in self.workspace.initial(self.architecture).items()}}
 
     name = enter(monkeypatch, AveragingStrategy, Leaves, NoHyper, "leaves")
+    torch.set_num_threads(2)  # as the strategy's file may do when it is imported
     with federation(name, "rounds=2", "clients=4", f"runtime.vectorize={mode}", *OWN) as (built, _):
         built.run()
-    assert modes == {(True, torch.float32)} == {(torch.is_grad_enabled(), torch.get_default_dtype())}
+    assert met == {plain} == {modes()}
     assert {after[client] for client in (0, 2, 3)} == {torch.float32}
     assert after[1] == (torch.float64 if leave is _dtype else torch.float32)
     assert found
