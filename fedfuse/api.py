@@ -15,7 +15,7 @@ import polars as pl
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import RunRecord, find
 from fedfuse.results.run_data import load as load_kept
-from fedfuse.runs.from_python import overrides
+from fedfuse.runs.from_python import merged, overrides
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -227,9 +227,9 @@ def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more
     ----------
     settings : mapping
         Keys as on the command line, dotted or nested: ``{"strategy": "knfu", "strategy.beta": 5, "rounds": 3}``.
-        `strategy` may be a class that `@strategy` registered, `model` a callable that returns an `nn.Module`, `data`
-        arrays `(x, y)`, a torch `Dataset`, or `{"train": …, "test": …}` of these. Such runs go on only from the
-        program that has these things.
+        `strategy` may be a class that `@strategy` registered, `model` a callable that returns an `nn.Module`, `loss` a
+        class of `nn.Module`, `data` arrays `(x, y)`, a torch `Dataset`, or `{"train": …, "test": …}` of these. Such
+        runs go on only from the program that has these things.
     quiet : bool
         Print no progress.
     **more
@@ -245,7 +245,7 @@ def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more
     from fedfuse.config.compose import compose
     from fedfuse.runs.experiment import run as run_experiment
 
-    config = compose(overrides({**(settings or {}), **more}))
+    config = compose(overrides(merged(settings, more)))
     return Run(load_kept(run_experiment(config, quiet=quiet)), allow_code=True)
 
 
@@ -273,7 +273,7 @@ def compare(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **
 
     from fedfuse.runs.sweep import sweep
 
-    words = overrides({**(settings or {}), **more}, swept=True)
+    words = overrides(merged(settings, more), swept=True)
     root = sweep(words, report=True, console=Console(highlight=False, quiet=quiet))
     kept, skipped = find([root])
     return Runs(kept, skipped, root / "report.html", allow_code=True)

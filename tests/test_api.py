@@ -165,6 +165,38 @@ def test_compare_and_load_many(tmp_path) -> None:
         fedfuse.load(tmp_path / "nowhere")
 
 
+class Squares(nn.Module):
+    """A loss of one's own."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student, teacher):
+        return self.scale * (student - teacher).square().mean()
+
+
+@pytest.mark.parametrize("runtime", ["inline", "ray"])
+def test_a_loss_of_ones_own_is_handed_over(runtime, tmp_path) -> None:
+    settings = {**OWN, "strategy": "fedmd", "loss": Squares, "runtime": runtime, "rounds": 2}
+    one = fedfuse.run({**settings, "out": tmp_path / "a"})
+    other = fedfuse.run({**settings, "loss.options": {"scale": 3.0}, "out": tmp_path / "b"})
+    known = fedfuse.run({**settings, "loss": "mse", "out": tmp_path / "c"})
+    assert one.digest == known.digest != other.digest  # which computes the same
+    assert one.config["loss"]["build"] == "python:Squares"
+
+
+def test_a_loss_that_is_made_already_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^loss: is a Squares; hand over the class"):
+        overrides({"loss": Squares()})
+
+
+@pytest.mark.parametrize("call", [fedfuse.run, fedfuse.compare])
+def test_words_of_a_command_line_are_told_apart(call) -> None:
+    with pytest.raises(UserError, match=r"^'strategy=knfu': allowed are keywords"):
+        call("strategy=knfu")
+
+
 def test_other_data_under_the_same_name_are_other_runs(tmp_path) -> None:
     """What was computed on one's data as they were is no result of what they are now."""
     settings = {**SHORT, "strategy": "fedavg", "out": tmp_path / "c"}

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from fedfuse.config import catalogue, registry
 from fedfuse.config.clock_keys import MANY
-from fedfuse.config.dotted import given
+from fedfuse.config.dotted import hand_on
 from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, parsed, presets
 from fedfuse.config.idle import refuse
 from fedfuse.config.rules import allowed, check
@@ -99,7 +99,7 @@ def compose(overrides: Sequence[str]) -> Config:
         raise
     except Exception as error:
         raise UserError(_explain(error, overrides, chosen)) from error
-    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
+    hand_on(config)
     if config.model.path and catalogue.layout_of(config.data.name, config.data.layout) in ("text", "instruct", "roles"):
         config.data.extra = {
             "tokenizer": config.model.path,

@@ -79,7 +79,14 @@ def given(text: str | None) -> str | None:
     return None if text is None else handed_over.get(text, text)
 
 
+def hand_on(config: Any) -> None:
+    """Let a configuration's texts bring along what a program of this process has handed over for them."""
+    for group, key in KEYS:
+        setattr(getattr(config, group), key, given(getattr(getattr(config, group), key)))
+
+
 PYTHON = "python"
+KEYS = (("model", "build"), ("loss", "build"), ("data", "load"))  # that name code
 
 
 def resolve(path: str, key: str) -> Callable[..., Any]:

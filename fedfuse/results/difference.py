@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedfuse.config.files import checked
 from fedfuse.errors import UserError
 from fedfuse.results.run_data import RunRecord, load
-from fedfuse.results.setting import WITHOUT_EFFECT, code_of, flatten
+from fedfuse.results.setting import WITHOUT_EFFECT, flatten, hashes_in
 
 if TYPE_CHECKING:
     import polars as pl
@@ -139,7 +139,7 @@ def _environment(found: Difference, *runs: RunRecord) -> None:
     flat = [
         {k: v for k, v in env.items() if k in ENVIRONMENT}
         | {f"{name} (version)": v for name, v in dict(env.get("versions") or {}).items()}
-        | {f"code of the {name}": v for name, v in code_of(env).items() if name != "strategy" or one_strategy}
+        | {f"code of the {name}": v for name, v in hashes_in(env).items() if name != "strategy" or one_strategy}
         for env in known
     ]
     for key in dict.fromkeys((*flat[0], *flat[1])):

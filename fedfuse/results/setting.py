@@ -87,10 +87,10 @@ def _flat(run: RunRecord) -> dict[str, Any]:
     flat = flatten(run.config)
     if flat.get("data.layout", "builtin") != "builtin" and (content := str(run.environment.get("data", ""))[:12]):
         flat["data.content"] = content
-    return flat | {f"{name}.code": value for name, value in code_of(run.environment).items()}
+    return flat | {f"{name}.code": value for name, value in hashes_in(run.environment).items()}
 
 
-def code_of(environment: Mapping[str, Any]) -> dict[str, str]:
+def hashes_in(environment: Mapping[str, Any]) -> dict[str, str]:
     """The sha256 of a run's code, by what it is for; nothing where none is kept."""
     code = environment.get("code")
     return {str(name): str(value) for name, value in code.items()} if isinstance(code, Mapping) else {}

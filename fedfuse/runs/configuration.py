@@ -9,7 +9,7 @@ import yaml
 
 from fedfuse.config import registry
 from fedfuse.config.allowed import leaves
-from fedfuse.config.dotted import given
+from fedfuse.config.dotted import KEYS, hand_on
 from fedfuse.config.files import DUMPER, LOADER, read_text
 from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, without_gone
@@ -24,7 +24,7 @@ COLONS = frozenset(
 def as_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
     values = asdict(config)
-    for group, key in (("model", "build"), ("data", "load")):  # plain text, whatever it carries
+    for group, key in KEYS:  # plain text, whatever it carries
         if values[group][key] is not None:
             values[group][key] = str.__str__(values[group][key])
     return str(yaml.dump(values, Dumper=DUMPER, sort_keys=False))
@@ -58,7 +58,7 @@ def load_config(path: Path) -> Config:
         raise
     except Exception as error:
         raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
-    config.model.build, config.data.load = given(config.model.build), given(config.data.load)
+    hand_on(config)
     check(config)
     return config
 

@@ -17,7 +17,7 @@ from fedfuse.config.files import read_text
 from fedfuse.config.schema import Config
 from fedfuse.core.abreast_notes import computed
 from fedfuse.errors import UserError
-from fedfuse.runs.own_code import code_of
+from fedfuse.runs.own_code import hashes_of
 
 
 @cache
@@ -49,7 +49,7 @@ def environment(config: Config, content: str = "") -> dict[str, Any]:
         "command": " ".join(sys.argv),
         **computed(config),
         **({"data": content} if content else {}),
-        "code": code_of(config),
+        "code": hashes_of(config),
     }
 
 

@@ -14,6 +14,19 @@ from fedfuse.errors import UserError
 LISTS = ("data.inputs", "model.pool", "train.pool", "search.keys", "search.edges", "data.extra.sources")
 
 
+def merged(settings: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call's mapping and its keyword arguments say together.
+
+    Raises
+    ------
+    UserError
+        If the first is no mapping.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(f"{settings!r:.60}: allowed are keywords (strategy='knfu', rounds=3) and a mapping of keys")
+    return {**(settings or {}), **more}
+
+
 def overrides(settings: Mapping[str, Any], prefix: str = "", swept: bool = False) -> list[str]:
     """Write a mapping as command-line words; `name` inside a group's mapping chooses the group.
 
@@ -59,7 +72,7 @@ def _is_handed_over(key: str, value: Any) -> bool:
         return False
     if key == "strategy":
         return callable(value)
-    if key == "model":
+    if key in ("model", "loss"):
         return callable(value)
     words = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return not words and not (isinstance(value, Mapping) and "train" not in value)
@@ -81,6 +94,12 @@ def _model(value: Any) -> list[str]:
     return ["model=custom", f"model.build={_quoted(give(value))}"]
 
 
+def _loss(value: Any) -> list[str]:
+    if not isinstance(value, type):
+        raise UserError(f"loss: is a {type(value).__name__}; hand over the class, of which each client makes one")
+    return ["loss=custom", f"loss.build={_quoted(give(value))}"]
+
+
 def _data(value: Any) -> list[str]:
     from fedfuse.data.from_python import dataset
 
@@ -98,7 +117,9 @@ class Held:
         return self.made
 
 
-HANDED_OVER: dict[str, Callable[[Any], list[str]]] = {"strategy": _strategy, "model": _model, "data": _data}
+HANDED_OVER: dict[str, Callable[[Any], list[str]]] = {
+    "strategy": _strategy, "model": _model, "loss": _loss, "data": _data,
+}  # fmt: skip
 
 
 def _quoted(text: str) -> str:

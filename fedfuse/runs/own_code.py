@@ -15,30 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config import registry
-from fedfuse.config.dotted import PYTHON, resolve
+from fedfuse.config.dotted import KEYS, PYTHON, resolve
 from fedfuse.config.files import read_text, write_text
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError
-from fedfuse.results.setting import code_of as kept_code
+from fedfuse.results.setting import hashes_in
 
 THEN = "+"  # between the code that a run began with and the code that it went on with
 SHOWN = 12  # digits of a hash
 
 
-def code_of(config: Config) -> dict[str, str]:
+def hashes_of(config: Config) -> dict[str, str]:
     """The first digits of the sha256 of a run's code, by what it is for; what has no source is left out."""
     entry = registry.entry(config.strategy.name)
     kinds = {
         kind for half in (entry.server, entry.client, entry.hyper) for kind in half.__mro__ if _of_strategies(kind)
     }
     found = {"strategy": _hash(sorted({text for kind in kinds if (text := _source(kind))}))}
-    for name, key, path in (
-        ("model", "model.build", config.model.build),
-        ("loss", "loss.build", config.loss.build),
-        ("data", "data.load", config.data.load),
-    ):
-        if path and (text := _source(resolve(path, key), alone=path.startswith(f"{PYTHON}:"))):
-            found[name] = _hash([text])
+    for group, key in KEYS:
+        path = getattr(getattr(config, group), key)
+        if path and (text := _source(resolve(path, f"{group}.{key}"), alone=path.startswith(f"{PYTHON}:"))):
+            found[group] = _hash([text])
     return {name: value for name, value in found.items() if value}
 
 
@@ -50,7 +47,7 @@ def check_code(path: Path, config: Config) -> None:
     UserError
         Naming what has changed.
     """
-    began, now = _kept(path), code_of(config)
+    began, now = _kept(path), hashes_of(config)
     for name, value in now.items():
         if began.get(name, value) != value:
             raise UserError(
@@ -61,7 +58,7 @@ def check_code(path: Path, config: Config) -> None:
 
 def go_on_with(path: Path, config: Config) -> None:
     """Keep with a run that goes on by which code it does, where that has changed since it began."""
-    began, now = _kept(path), code_of(config)
+    began, now = _kept(path), hashes_of(config)
     changed = {name: value for name, value in now.items() if began.get(name, value).split(THEN)[-1] != value}
     if changed:
         told = json.loads(read_text(path / "environment.json"))
@@ -82,7 +79,7 @@ def _kept(path: Path) -> dict[str, str]:
         told = json.loads(read_text(path / "environment.json"))
     except (OSError, ValueError, UserError):
         return {}
-    return kept_code(told) if isinstance(told, dict) else {}
+    return hashes_in(told) if isinstance(told, dict) else {}
 
 
 def _of_strategies(kind: type) -> bool:

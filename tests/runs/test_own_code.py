@@ -16,7 +16,7 @@ from fedfuse.errors import UserError
 from fedfuse.results.difference import difference
 from fedfuse.results.setting import differences, group
 from fedfuse.runs.experiment import resume
-from fedfuse.runs.own_code import code_of
+from fedfuse.runs.own_code import hashes_of
 from tests.federations import TINY
 
 STRATEGY = '''"""Mine."""
@@ -115,7 +115,7 @@ def again(path: Path, rounds: int) -> dict:
 def test_what_is_handed_over_is_looked_at_alone(written, tmp_path: Path) -> None:
     """A program's other lines are no part of the function that it hands over."""
     words = [f"{key}={value}" for key, value in WORDS.items() if not key.startswith("model") and key != "strategy"]
-    plain = [code_of(compose([*words, f"strategy={name}"])) for name in ("fedavg", "fedavg", "fedprox")]
+    plain = [hashes_of(compose([*words, f"strategy={name}"])) for name in ("fedavg", "fedavg", "fedprox")]
     assert plain[0].keys() == {"strategy"}
     assert plain[0] == plain[1] != plain[2]
     found = []
@@ -127,6 +127,8 @@ def test_what_is_handed_over_is_looked_at_alone(written, tmp_path: Path) -> None
         importlib.invalidate_caches()
         build = importlib.import_module("mine_model").build
         for path in (give(build), "mine_model:build"):
-            found.append(code_of(compose([*words, "strategy=fedavg", "model=custom", f"model.build={path}"]))["model"])
+            found.append(
+                hashes_of(compose([*words, "strategy=fedavg", "model=custom", f"model.build={path}"]))["model"]
+            )
     assert found[0] == found[2]
     assert found[1] != found[3]
