@@ -94,6 +94,9 @@ class LocalGrid(FusionGrid):
         """Run groups of messages and yield the replies in order."""
         raise NotImplementedError
 
+    def await_workers(self) -> None:
+        """Return once those who compute have begun, so that the first round's time is its own."""
+
     def close(self) -> None:
         """End everything this grid started."""
 

@@ -45,6 +45,7 @@ LARGE = 2**20  # bytes of one group's replies above which groups are not batched
 LEVEL = 16  # groups a worker: the longest is then a small part of what each does
 MOST = 512  # clients in one call
 SHORT = 0.2  # seconds of work that one call shall last at least, so that calls cost little
+PATIENCE = 60.0  # seconds that workers may take to begin before the rounds go on without them
 
 
 class RayGrid(LocalGrid):
@@ -125,6 +126,10 @@ class RayGrid(LocalGrid):
         spread = "SPREAD" if joined else "DEFAULT"
         options = {"num_cpus": cores, "num_gpus": self._share, "scheduling_strategy": spread}
         return ray.remote(Worker).options(**options).remote()
+
+    def await_workers(self) -> None:
+        """Wait for workers to begin; who has died, or for whom a cluster has no room yet, is met with in the rounds."""
+        ray.wait([member.ready for member in self.crew], num_returns=len(self.crew), timeout=PATIENCE)
 
     def pids(self) -> list[int]:
         """Process ids of the actors."""

@@ -140,6 +140,7 @@ def play(
             if resumed:
                 directory.restore(federation)
                 grid.cache.update(strategy.board.items)
+            grid.await_workers()
             federation.run()
     except UserError:
         if not resumed:

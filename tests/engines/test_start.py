@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+
+from fedfuse.config.compose import compose
+from fedfuse.core.loop import Federation
+from fedfuse.runs.directory import RunDirectory
+from fedfuse.runs.experiment import run
+from tests.federations import TINY
 
 START = """
 import os, sys, time
@@ -37,3 +44,21 @@ def test_a_start_leaves_out_what_serves_nobody(names: str, agents: str) -> None:
     done = subprocess.run([sys.executable, "-c", START, names], capture_output=True, text=True, timeout=300, cwd=here)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["1", agents, "0"]
+
+
+def test_the_first_round_waits_for_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told as a run's rounds is theirs alone: workers that have to start first are the start's."""
+    found: list[tuple[int, float]] = []
+    began = RunDirectory.start
+
+    def start(self: RunDirectory, federation: Federation) -> None:
+        ready = [member.ready for member in federation.grid.crew]
+        found.append((len(ray.wait(ready, num_returns=len(ready), timeout=0)[0]), self.seconds["startup"]))
+        began(self, federation)
+
+    monkeypatch.setattr(RunDirectory, "start", start)
+    run(
+        compose([*TINY, "strategy=fedavg", "rounds=1", "runtime=ray", "runtime.workers=2", f"out={tmp_path / 'a'}"]),
+        quiet=True,
+    )
+    assert found == [(2, 0.0)]
