@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedfuse.config.schema import DataConfig
 from fedfuse.data.inflate import check_room
 from fedfuse.errors import UserError
 
@@ -16,10 +17,6 @@ INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence
 TARGETS = ("label", "labels", "targets", "target", "y", "fine_label")
 
 ALL = "*"  # of `data.inputs`
-NO_INPUTS = (
-    "{}: no column of a usual name; set data.inputs=<one of {}>, or data.inputs=* for all columns of numbers but the "
-    "labels'"
-)
 
 
 def column_of(named: str | None, guesses: Sequence[str], present: Sequence[str], key: str, where: object) -> str:
@@ -35,6 +32,28 @@ def column_of(named: str | None, guesses: Sequence[str], present: Sequence[str],
         wanted = f"no column {named!r}" if named else "no column of a usual name"
         raise UserError(f"{where}: {wanted}; set data.{key}=<one of {', '.join(present)}>")
     return candidates[0]
+
+
+def several(config: DataConfig, present: Sequence[str], where: object) -> list[str]:
+    """The columns that together are an example's input, where `data.inputs` is `*` or names several; else none.
+
+    Raises
+    ------
+    UserError
+        Where one of them is not there, and where nothing is asked for and no column has a usual name.
+    """
+    asked = config.inputs
+    if asked is None and not set(INPUTS) & set(present):
+        raise UserError(
+            f"{where}: no column of a usual name; set data.inputs=<one of {', '.join(present)}>, or data.inputs=* "
+            "for all columns of numbers but the labels'"
+        )
+    if asked is None or asked in present or (asked != ALL and "," not in asked):
+        return []
+    if asked != ALL:
+        return [column_of(name.strip(), (), present, "inputs", where) for name in asked.split(",")]
+    label = column_of(config.targets, TARGETS, present, "targets", where)
+    return [name for name in present if name not in (label, config.groups)]
 
 
 WORD = re.compile(r"\w+|[^\w\s]")

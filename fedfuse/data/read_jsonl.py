@@ -13,15 +13,14 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import (
-    ALL,
     INPUTS,
-    NO_INPUTS,
     TARGETS,
     TEXT_OPTIONS,
     column_inputs,
     column_of,
     labels_of,
     pad_of,
+    several,
 )
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import check_room, gunzipped, room
@@ -98,18 +97,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def _with_several(config: DataConfig, path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with a column `*` or `a,b`, where it is asked for; where no input can be guessed, say so."""
-    names, asked = list(found[0]), config.inputs
-    if asked is None and not set(INPUTS) & set(names):
-        raise UserError(NO_INPUTS.format(path, ", ".join(names)))
-    if asked is None or asked in names or (asked != ALL and "," not in asked):
+    names, asked = list(found[0]), str(config.inputs)
+    taken = several(config, names, path)
+    if not taken:
         return found
     if config.groups:  # before there is a column that no file has
         column_of(config.groups, (), names, "groups", path)
-    if asked == ALL:
-        label = column_of(config.targets, TARGETS, names, "targets", path)
-        taken = [name for name in names if name not in (label, config.groups)]
-    else:
-        taken = [column_of(name, (), names, "inputs", path) for name in asked.split(",")]
     unfit = {name: i for name in taken if (i := _no_number(found, name)) is not None}
     if unfit:
         name, i = next(iter(unfit.items()))

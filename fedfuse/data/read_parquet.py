@@ -12,15 +12,14 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stored_dataset
 from fedfuse.data.columns import (
-    ALL,
     INPUTS,
-    NO_INPUTS,
     TARGETS,
     TEXT_OPTIONS,
     column_inputs,
     column_of,
     labels_of,
     pad_of,
+    several,
 )
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import room
@@ -74,17 +73,12 @@ def _table(
         about = schema(path)
         present = list(about.names)
         target = column_of(config.targets, TARGETS, present, "targets", path)
-        several = [name.strip() for name in (config.inputs or "").split(",")] if "," in (config.inputs or "") else []
-        if config.inputs == ALL and ALL not in present:
-            several = [name for name in present if name not in (target, config.groups)]
-        names = [column_of(name, (), present, "inputs", path) for name in several]
-        if config.inputs is None and not set(INPUTS) & set(present):
-            raise UserError(NO_INPUTS.format(path, ", ".join(present)))
-        names = names or [column_of(config.inputs, INPUTS, present, "inputs", path)]
+        together = several(config, present, path)
+        names = together or [column_of(config.inputs, INPUTS, present, "inputs", path)]
         group = [column_of(config.groups, (), present, "groups", path)] if config.groups else []
         found = columns(path, [*names, target, *group])
         rows: Any = found[names[0]]
-        if several:
+        if together:
             rows = np.stack([_number(found[name], name, path) for name in names], axis=1)
         elif isinstance(rows[0], dict) and rows[0].get("bytes") is not None:
             rows, encoded = [row["bytes"] for row in rows], True
