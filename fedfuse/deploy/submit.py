@@ -138,9 +138,18 @@ def submit(
                     # what follows is the same once more, in Flower's words and with a traceback
                     over = over or (line.startswith(ENDED) and not os.environ.get(TRACEBACK))
             except BaseException:
-                stream.terminate()
+                ended(stream)  # Flower's command hears nothing before the server's next line
                 raise
     return fetched(link, order.name, nonce, out)
+
+
+def ended(process: subprocess.Popen[Any], seconds: float = 1.0) -> None:
+    """End a process of ours, one that does not listen too."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def fetched(link: Link, name: str, nonce: str, out: Path) -> dict[str, Any] | None:

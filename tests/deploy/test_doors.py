@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -231,6 +232,25 @@ def test_nothing_of_a_servers_steers_an_operators_terminal(tmp_path: Path) -> No
     assert submit(link, Order(tiny("fedavg"), "x", Patience()), tmp_path / "out", say=said.append) is None
     assert said == ["round 1 \ufffd[2J\ufffd\ufffd done"]
     assert link.flwr("list") == "\ufffd[92mround\ufffd[0m 1 \ufffd[2J\ufffd\ufffd done\n"
+
+
+class Silent(Foul):
+    """A server that says one line and then none for long, to a command that does not hear that it shall end."""
+
+    @property
+    def words(self) -> list[str]:
+        code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+        return [sys.executable, "-c", code, "--"]
+
+
+def test_an_operator_who_leaves_waits_for_no_further_line(tmp_path: Path) -> None:
+    def leave(line: str) -> None:
+        raise KeyboardInterrupt
+
+    began, link = time.monotonic(), Silent(str(tmp_path), insecure=True)
+    with pytest.raises(KeyboardInterrupt):
+        submit(link, Order(tiny("fedavg"), "x", Patience()), tmp_path / "out", say=leave)
+    assert time.monotonic() - began < 50  # it would have slept for 60
 
 
 def test_an_orders_tracker_is_not_sent_the_password_of_the_servers(
