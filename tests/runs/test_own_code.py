@@ -31,7 +31,7 @@ class MineClient(FusionClient):
 
 @strategy("mine", client=MineClient)
 class Mine(AveragingStrategy):
-    """It averages."""
+    """It averages: {comment}."""
     factor = {factor}  # {comment}
 '''
 MODEL = """import torch
