@@ -16,7 +16,7 @@ from fedfuse.core.silence import UNDEFINED, is_undefined
 from fedfuse.errors import WorldError, one_line
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.group_sums import CARRIED, MASKED, Sums, add_up, fixed_points, handed_over, kept_back
-from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, nbytes, tensors, validate
+from fedfuse.wire.records import InvalidArrays, arrays_in, config_in, entries, listed_nbytes, nbytes, tensors, validate
 from fedfuse.wire.sums import Sum
 
 if TYPE_CHECKING:
@@ -135,10 +135,11 @@ class Inbox:
         self.failures["retried"] += _count(config.get("retried"))
         if self.inside:
             sizes |= kept_back(config)
-            if self.inside and "wrote" in config:
+            if "wrote" in config:
                 self.wrote.add(str(config["wrote"]))
             if "apart" in config:
                 self.apart[str(config["apart"])] += 1
+        sizes["metrics"] = listed_nbytes(share.metrics)
         for name, size in sizes.items():
             outbox.traffic.up(request.label, request.round, client, name, size)
         outbox.arrived(client)

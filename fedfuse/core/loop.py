@@ -86,6 +86,7 @@ class Federation:
         self._classwide = ClassAttributes(type(strategy), FusionStrategy)
         strategy.inbox.inside = bool(getattr(grid, "inside", False))
         strategy.inbox.unmask = getattr(grid, "unmask", None)
+        strategy.outbox.reaches = getattr(grid, "reaches", strategy.outbox.reaches)
 
     @property
     def scenario(self) -> Scenario:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +77,8 @@ class Outbox:
         The state that a client's reply made, where it is not the request's.
     repeated : set of int
         Clients whose share was taken in an earlier phase and is only looked at again.
+    reaches : callable
+        Whether a client's messages are sent at all, so that they are charged; the grid says so.
     """
 
     def __init__(self, scenario: Scenario, board: Board) -> None:
@@ -88,6 +90,7 @@ class Outbox:
         self.weights: dict[int, float] = {}
         self.made: dict[int, str] = {}
         self.repeated: set[int] = set()
+        self.reaches: Callable[[int], bool] = lambda client: True
         self._sent: dict[int, dict[Address, int]] = {}  # versions a node holds once it has answered
         self._parcels: dict[int, list[Parcel]] = {}  # of messages that are not charged yet
 
@@ -98,7 +101,7 @@ class Outbox:
         self._deliveries: dict[Any, Delivery] = {}
         self._first: Message | None = None
         messages = [self._message(client) for client in sorted(self.awaited)]
-        for client in sorted(self.awaited) if charge else ():
+        for client in filter(self.reaches, sorted(self.awaited)) if charge else ():
             self.charge(client)
         return messages
 

@@ -24,7 +24,7 @@ from fedfuse.core.waiting import Waiting
 from fedfuse.errors import WorldError
 from fedfuse.wire.group_sums import kept_back
 from fedfuse.wire.knowledge import Address
-from fedfuse.wire.records import arrays_in, config_in, nbytes, tensors
+from fedfuse.wire.records import arrays_in, config_in, entries, listed_nbytes, nbytes, tensors
 
 if TYPE_CHECKING:
     from fedfuse.core.loop import Federation
@@ -285,7 +285,8 @@ def worked(reply: Message) -> Work:
     size = sum(
         nbytes(tensors(value)) for name, value in arrays_in(reply.content).items() if not name.startswith("sum:")
     )
-    return Work(int(config.get("flops", 0)), int(config.get("unit", 1)), size + sum(kept_back(config).values()))
+    size += listed_nbytes(entries(reply.content["metrics"])) + sum(kept_back(config).values())
+    return Work(int(config.get("flops", 0)), int(config.get("unit", 1)), size)
 
 
 def _lost(message: Message, flight: Flight) -> Message:

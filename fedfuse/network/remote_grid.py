@@ -88,6 +88,10 @@ class RemoteGrid(FusionGrid):
         """Clients as nodes, in client order."""
         return [client + 1 for client in sorted(self.nodes)]
 
+    def reaches(self, client: int) -> bool:
+        """Whether a node acts as a client; nothing is sent to one that none acts as."""
+        return client in self.nodes
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages without waiting."""
         return self.grid.push_messages([self._dressed(m, self.nodes[m.metadata.dst_node_id - 1]) for m in messages])

@@ -145,6 +145,11 @@ def nbytes(arrays: Mapping[str, Any]) -> int:
     return total
 
 
+def listed_nbytes(metrics: Mapping[str, Any]) -> int:
+    """Payload of the lists among metrics in bytes, eight a number: a list is an array under another name."""
+    return 8 * sum(len(value) for value in metrics.values() if isinstance(value, list))
+
+
 # --- what arrays must look like ---------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Counted bytes: what training needed, apart from set-up, evaluation and re-sending.
 
 Rules: array payload, logical per client, each (client, topic, version) once. A version that an evaluation happened to
-deliver first is charged to training when training needs it, so that `evaluate.every` changes no training figure; all
-rows add up to what was really put into messages.
+deliver first is charged to training when training needs it, at what it costs without evaluations, so that
+`evaluate.every` changes no training figure. All rows add up to what was really put into messages, or to more:
+evaluations bring a value that grows in increments, which may be smaller together than the snapshot that is charged.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ class Traffic:
             path = board.path(address, have)
             earlier = self.pending.pop(key, [])
             carried = sent.get(address, 0) + sum(size for _, size in earlier)
-            charged = min(carried, sum(step.nbytes for step in path))
+            charged = sum(step.nbytes for step in path)  # more than was carried, where evaluations found a shorter way
             self._row(round, client, "down", label, address[0], charged)
-            rest = carried - charged
+            rest = max(0, carried - charged)
             for when, size in earlier:  # what evaluation carried beyond training's need stays evaluation's
                 self._row(when, client, "down", "evaluate", address[0], min(size, rest))
                 rest -= min(size, rest)

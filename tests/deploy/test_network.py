@@ -18,6 +18,7 @@ from fedfuse.network.site import Site
 from fedfuse.results.run_data import load
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.experiment import resume
+from fedfuse.wire.records import nbytes
 from tests.deploy.network import Network, lost, run, seats, tiny
 from tests.federations import play
 
@@ -53,6 +54,16 @@ def test_a_node_may_act_as_several_clients(tmp_path: Path) -> None:
     built, said = run(config, Network(seats(tmp_path, 3)), tmp_path / "run")
     assert built.digest == play("knfu", "clients=4").digest
     assert any("acts as client 0, 3" in line for line in said)
+
+
+def test_who_no_node_acts_as_is_sent_nothing_and_charged_nothing(tmp_path: Path) -> None:
+    network = Network(seats(tmp_path, 3))
+    network.away.add(102)
+    built, _ = run(tiny("fedavg"), network, tmp_path / "run", Patience(join=0.2, clients=2))
+    size, totals = nbytes(built.strategy.model), built.strategy.outbox.traffic.summary()
+    assert totals["up_bytes"] == totals["down_bytes"] == totals["down_unique_bytes"] * 2 == 2 * 2 * size
+    assert totals["evaluate_down_bytes"] == 2 * size
+    assert load(tmp_path / "run").traffic.collect()["client"].unique().sort().to_list() == [0, 1]
 
 
 def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse import Metrics
 from fedfuse.wire.knowledge import Board, Topic
 from fedfuse.wire.records import nbytes
 from fedfuse.wire.traffic import Traffic
 from tests.federations import federation, play
-from tests.ledger import enter, grown, losing
+from tests.ledger import LedgerClient, enter, grown, losing
 
 
 def rows_of(path: Path) -> pl.DataFrame:
@@ -54,6 +55,35 @@ def test_evaluation_moves_no_training_byte() -> None:
             assert often[key] == seldom[key], (name, key)
         if name == "fedavg":  # each evaluation has to bring the model to everyone; a lesson travels once anyway
             assert often["evaluate_down_bytes"] > seldom["evaluate_down_bytes"]
+
+
+def test_a_cache_that_grows_costs_training_the_same_however_often_it_is_evaluated() -> None:
+    """Evaluations bring SCARLET's cache in increments, smaller together than the snapshot a late client would get."""
+    words = ("clients=6", "rounds=6", "participation=0.34", "transfer.redraw=true")
+    often, seldom = (play("scarlet", *words, f"evaluate.every={n}").totals for n in (1, 6))
+    for key in ("up_bytes", "down_bytes", "down_unique_bytes", "resent_bytes"):
+        assert often[key] == seldom[key], key
+
+
+class Told(LedgerClient):
+    """Sends its amount as a list among its metrics, too."""
+
+    def fit(self) -> Metrics:
+        return {**super().fit(), "again": [float(self.amount)] * 100, "alone": 1.0}
+
+
+@pytest.mark.parametrize("words", [(), ("clock=devices",)], ids=["plain", "clock"])
+def test_numbers_in_a_list_are_no_cheaper_than_in_an_array(words: tuple[str, ...], monkeypatch, tmp_path: Path) -> None:
+    name = enter(monkeypatch, client=Told)
+    with federation(name, "rounds=2", "clients=3", *words, path=tmp_path / "run") as (built, _):
+        built.run()
+        totals = built.strategy.outbox.traffic.summary()
+    assert totals["up_bytes"] == 2 * 3 * (8 + 100 * 8)
+    listed = rows_of(tmp_path / "run").filter(pl.col("record") == "metrics")
+    assert listed.select("direction", "message", "bytes").unique().rows() == [("up", "train", 800)]
+    if words:
+        flights = pl.read_parquet(tmp_path / "run" / "schedule.parquet")
+        assert flights["up_bytes"].unique().to_list() == [808]
 
 
 @pytest.mark.parametrize("subset", [None, 10])
