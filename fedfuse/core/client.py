@@ -224,7 +224,16 @@ class FusionClient:
         return self.workspace.tensors("transfer")[1]
 
     def examples(self, split: str) -> Any:
-        """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set."""
+        """Inputs and labels of "train", "validation", "personal" or "global"; None where there is no such set.
+
+        Raises
+        ------
+        UserError
+            If test examples are asked for outside of `evaluate`.
+        """
+        if split in ("personal", "global") and self._purpose != "evaluate":
+            raise UserError(f"examples({split!r}) outside of evaluate(): test examples are for scores alone; allowed "
+                            f"here are 'train' and 'validation'")  # fmt: skip
         if split == "global":
             return self.workspace.texts.read(self.architecture, "test")
         if split == "train" and self.scenario.config.privacy.by_example and not self._private:

@@ -104,6 +104,8 @@ def test_labels_are_flipped_in_training_alone() -> None:
     lying = client("fedavg", "attack=label_flip", "attack.clients=[0]")
     assert torch.equal(lying.y, 9 - honest.y)
     assert torch.equal(lying.x, honest.x)
+    for half in (lying, honest):
+        half.begin("evaluate")
     assert torch.equal(lying.examples("personal")[1], honest.examples("personal")[1])
     assert torch.equal(client("fedavg", "attack=label_flip", "attack.clients=[1]").y, honest.y)
     assert lying.y is lying.y  # flipped once a message, not at each look

@@ -8,7 +8,21 @@ import torch
 from torch import nn
 
 from fedfuse.core.evaluation import of_clients, of_server, splits_of
+from fedfuse.errors import UserError
 from tests.federations import federation
+from tests.halves import client
+
+
+def test_test_examples_are_for_scores_alone():
+    half = client("fedavg")
+    for verb in ("receive", "train"):
+        half.begin(verb)
+        for split in ("personal", "global"):
+            with pytest.raises(UserError, match=rf"examples\('{split}'\) outside of evaluate\(\)"):
+                half.examples(split)
+        assert len(half.examples("validation")[0])
+    half.begin("evaluate")
+    assert all(len(half.examples(split)[0]) for split in ("personal", "global"))
 
 
 def test_the_worst_tenth_is_the_mean_of_the_lowest():

@@ -58,6 +58,7 @@ def test_a_client_sees_what_is_labelled_and_reveals_the_rows_it_names() -> None:
     assert torch.equal(half.y, whole_y[now])
     assert torch.equal(half.unlabelled, whole_x[[row for row in range(n) if row not in set(now.tolist())]])
     assert half.allowance == share(0.1, n) - 3
+    half.begin("evaluate")
     assert torch.equal(half.examples("personal")[1], half.workspace.tensors(0, "personal")[1])
 
 

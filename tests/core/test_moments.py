@@ -63,6 +63,7 @@ def test_a_lesson_that_moves_one_layer_is_told_too():
     half = client("fedmd", "partition=dirichlet", "data.personal_test=0.4")
     trained = half.weights()
     last = list(trained)[-1]
+    half.begin("evaluate")
     x, y = half.examples("personal")
     most = y.mode().values
     received = {**trained, last: trained[last].index_fill(0, most[None], 100.0)}  # everything is its class then

@@ -109,6 +109,7 @@ def test_answers_are_those_of_the_trained_tail_in_evaluation_mode():
 def test_judge_scores_with_both_halves():
     strategy, half = server("fedgkt"), client("fedgkt")
     half.splits = strategy.splits = ("personal", "global")
+    half.begin("evaluate")
     records, metrics = half.evaluate()
     assert metrics == {}
     assert set(records["global"]) == {"features"}
@@ -125,6 +126,7 @@ def test_judge_scores_with_both_halves():
 def test_hostile_evaluation_is_left_out(spoil):
     strategy, half = server("fedgkt"), client("fedgkt")
     strategy.splits = half.splits
+    half.begin("evaluate")
     records, _ = half.evaluate()
     content = records["personal"]
     if spoil == "shape":
