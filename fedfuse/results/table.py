@@ -134,7 +134,7 @@ def notes(runs: Sequence[RunRecord], known: Collection[str] = ()) -> list[str]:
         for run in one.unfinished:
             why = f": {run.failure}" if run.failure else ""
             lines.append(f"{run.dir} left out: {run.status} after round {run.stand}{why}")
-    lines += _moments(groups) + _honest(groups) + _told(runs, known)
+    lines += _moments(groups) + _honest(groups) + _without_spread(groups) + _told(runs, known)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
@@ -165,6 +165,18 @@ def _honest(groups: Sequence[Group]) -> list[str]:
     means = {name: mean_interval(values).mean for name, values in told.items() if values}
     listed = "; ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items() if not math.isnan(mean))
     return [f"personal accuracy without the clients that lie: {listed}"] if listed else []
+
+
+def _without_spread(groups: Sequence[Group]) -> list[str]:
+    """Which intervals have no length: ± 0.0 looks like the surest of all figures and rests on a tie."""
+    told = []
+    for one in groups:
+        for name, head in METRICS.items():
+            found = mean_interval([run.final.get(name, math.nan) for run in one.runs])
+            if found.half_width == 0:
+                told.append(f"{one.name}, {head.removesuffix(' %')}")
+    why = "the same value in every seed, so an interval without length, which says nothing of other seeds"
+    return [f"{why}: {'; '.join(told)}"] if told else []
 
 
 def _told(runs: Sequence[RunRecord], known: Collection[str], most: int = 20) -> list[str]:

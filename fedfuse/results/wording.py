@@ -12,8 +12,10 @@ RANK = "Rank: 1 is highest, averaged over the {seeds} that every strategy has."
 FAILED = "Failed: replies that raised, timed out or were refused; * marks runs where a client was left out of a round."
 INTERVALS = (
     "95 % intervals of the mean over seeds, in per cent. t: Student, n − 1 degrees of freedom; what ± "
-    "means elsewhere. Bootstrap: percentiles of 9,999 resampled means; with few seeds it is too narrow,"
-    " since it cannot reach beyond the lowest and the highest seed."
+    "means elsewhere; too narrow where values over seeds are far from normal, as where one seed in five "
+    "collapses. Bootstrap: percentiles of 9,999 resampled means; with few seeds it is too narrow,"
+    " since it cannot reach beyond the lowest and the highest seed. Both are of what a seed changes, on this data"
+    " set: all seeds share the official test split, and how another one would come out is not in them."
 )
 BEST = "The largest value over evaluated rounds, chosen by looking at test data: not the result."
 TARGETS = (

@@ -202,6 +202,13 @@ def _scored(root, **values):
     return find([root])[0]
 
 
+def test_an_interval_without_length_is_named(tmp_path):
+    runs = _scored(tmp_path, fedavg=(0.9, 0.9, 0.9), fedprox=(0.4, 0.7, 0.5), local=(0.3,))
+    (line,) = [line for line in notes(runs) if "interval without length" in line]
+    assert line.partition(": ")[2] == "fedavg, global; fedavg, personal"
+    assert not any("without length" in line for line in notes(_scored(tmp_path / "b", fedavg=(0.9, 0.8))))
+
+
 def test_p_values_of_a_sentence_are_those_of_the_table(tmp_path):
     """One family: p = 0.017 stays below 0.05 times two comparisons with local, not times the three of all pairs."""
     runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.66), fedprox=(0.4, 0.7, 0.5))
