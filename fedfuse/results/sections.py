@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +231,11 @@ def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
             lines.append(f"{kind.capitalize()} test accuracy: not compared, since {printable('; '.join(lost))}.")
             continue
         top = first.final[metric]
+        tied = [row.strategy for row in ranked if math.isclose(row.final[metric].mean, top.mean, abs_tol=1e-12)]
+        if len(tied) > 1:
+            shared, mean = printable(", ".join(tied)), percent(replace(top, low=None))
+            lines.append(f"{kind.capitalize()} test accuracy: {shared} share the highest mean, {mean} %.")
+            continue
         text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
         pairs = all_pairs(scores([one for one in groups if one.runs], metric))
         pair = next(one for both, one in pairs.items() if set(both) == {first.strategy, second.strategy})

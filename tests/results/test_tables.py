@@ -248,6 +248,12 @@ def test_the_lead_is_that_of_shared_seeds_or_there_is_none(tmp_path):
     assert verdict.endswith("; not tested (one seed: no test); without a value: fedmd.")
 
 
+def test_nobody_is_highest_in_a_tie(tmp_path):
+    runs = _scored(tmp_path, local=(0.5, 0.5), fedavg=(0.8, 0.7), fedprox=(0.7, 0.8))
+    (verdict, _) = sections.verdicts(compare(runs), group(runs)[0])
+    assert verdict == "Global test accuracy: fedavg, fedprox share the highest mean, 75.00 %."
+
+
 def test_settings_are_named_where_there_are_several(tmp_path):
     """In the sentences beside the table as in it: no setting stands for another."""
     for k, alpha in enumerate((0.1, 1.0)):
