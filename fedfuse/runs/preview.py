@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -12,6 +14,7 @@ from fedfuse.core.build import build_strategy
 from fedfuse.core.devices import server_device_of
 from fedfuse.core.fit import remarks
 from fedfuse.core.scenario import counted, prepare_scenario
+from fedfuse.core.shares import declared
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
 from fedfuse.data.dataset import Dataset
@@ -78,14 +81,21 @@ def found(dataset: Dataset) -> str:
 
 
 def bytes_a_round(strategy: FusionStrategy) -> tuple[float, float]:
-    """Bytes that a round sends up and down; upper bounds where a strategy's records have an open size."""
+    """Bytes that a round sends up and down at most: all phases of the longest round, and records at their largest.
+
+    Each phase may bring what the one before it has published.
+    """
     scenario = strategy.scenario
+    rounds = {strategy.phases(round) for round in range(1, min(scenario.config.rounds, 1_000) + 1)}
+    phases = max(rounds, key=len)
     up = down = 0
     for client in range(scenario.clients):
         scope = strategy.workspace.scope(client, scenario.config.strategy)
-        up += sum(layout_nbytes(spec(scope)) for spec in type(strategy).records.values() if spec is not None)
+        for phase, times in Counter(phases).items():
+            specs = declared(strategy, phase).values()
+            up += times * sum(layout_nbytes(spec(scope)) for spec in specs if spec is not None)
         for topic in type(strategy).topics.values():
             spec = topic.increment or topic.arrays
             down += layout_nbytes(spec(scope)) if spec is not None and not topic.once else 0
     share = scenario.cohort_size / scenario.clients
-    return up * share, down * share
+    return up * share, down * share * len(phases)

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from fedfuse.config import registry
 from fedfuse.core.loop import Callback
 from fedfuse.errors import UserError
+from fedfuse.runs.preview import bytes_a_round
 from fedfuse.wire.records import record, tensors
 from tests.differences import assert_same
 from tests.federations import UNDISTURBED, Undisturbed, answer, federation, intercept, play
@@ -91,8 +92,11 @@ def test_workers_equal_inline(name: str, undisturbed, ray_session) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_true(name: str, undisturbed) -> None:
-    """The rows of traffic.parquet add up to the arrays really put into messages."""
-    totals = undisturbed(name).totals
+    """The rows of traffic.parquet add up to the arrays put into messages, and no round to more than a dry run says."""
+    played = undisturbed(name)
+    totals, most = played.totals, bytes_a_round(played.strategy)
+    for way, bound in zip(("up", "down"), most, strict=True):
+        assert totals[f"{way}_bytes"] <= played.federation.done * bound, way
     names = ("down_bytes", "up_bytes", "setup_bytes", "evaluate_up_bytes", "evaluate_down_bytes", "resent_bytes")
     assert sum(totals[key] for key in names) == undisturbed.carried[name] > 0 or name in SILENT
     assert totals["resent_bytes"] == 0
