@@ -34,6 +34,8 @@ class Inbox:
         `unmask(clients, sum) -> sum`, where nodes mask what is only summed; the grid says so.
     failures : dict
         Clients that raised or timed out (`replies`), invalid replies (`rejected`), second tries (`retried`).
+    trained : dict
+        Examples that passed forward and backward in training so far, at `clients` (as they say) and the `server`.
     left_out : list of str
         This round's failures, in words.
     undefined : int
@@ -57,6 +59,7 @@ class Inbox:
         self.unmask: Callable[[list[int], Any], Any] | None = None
         self._masked: MaskedSums | None = None
         self.failures = {"replies": 0, "rejected": 0, "retried": 0}
+        self.trained = {"clients": 0, "server": 0}
         self.left_out: list[str] = []
         self.undefined = 0
         self.ever_left_out = False
@@ -132,7 +135,9 @@ class Inbox:
         """Count a valid reply's bytes, and move its client's state on."""
         client, outbox = share.client, self.outbox
         config: Any = config_in(reply.content)
-        self.failures["retried"] += _count(config.get("retried"))
+        self.failures["retried"] += _count(config.get("retried"), 100)
+        if request.kind != "evaluate":
+            self.trained["clients"] += _count(config.get("trained"), 2**40)
         if self.inside:
             sizes |= kept_back(config)
             if "wrote" in config:
@@ -219,6 +224,6 @@ class Inbox:
         self.left_out.append(one_line(reason))
 
 
-def _count(value: Any) -> int:
-    """How often a client says it was tried again, if that makes sense."""
-    return value if isinstance(value, int) and 0 < value < 100 else 0
+def _count(value: Any, most: int) -> int:
+    """A count that a client says, if that makes sense."""
+    return value if isinstance(value, int) and 0 < value < most else 0

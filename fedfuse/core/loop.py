@@ -17,6 +17,7 @@ from fedfuse.core.shares import SPOILT, STALE
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.virtual_clock import Over, VirtualClock
 from fedfuse.errors import WorldError
+from fedfuse.train.work import counting
 from fedfuse.wire.records import digest_of
 
 
@@ -146,19 +147,23 @@ class Federation:
         """Play one phase, the round's `place`-th from 0 on: messages out, replies in, fused."""
         strategy, started = self.strategy, time.perf_counter()
         strategy.phase, strategy.place = phase, place
-        if self.clock is not None:
-            if self.clock.outlives and phase not in strategy.setup:
+        with counting(in_flops=False) as tally:  # clients count for themselves
+            if self.clock is None:
+                self._play(round)
+            elif self.clock.outlives and phase not in strategy.setup:
                 play_version(self.clock, self, round)
             else:
                 self.clock.play(self, round, phase)
-            self._time(round, phase, started)
-            return
+        strategy.inbox.trained["server"] += tally.examples
+        self._time(round, phase, started)
+
+    def _play(self, round: int) -> None:
+        strategy = self.strategy
         messages = strategy.configure_train(round, ArrayRecord(), ConfigRecord(), self.grid)
         try:
             strategy.aggregate_train(round, self.exchange(messages))
         finally:
             self._count(round)
-        self._time(round, phase, started)
 
     def _count(self, round: int) -> None:
         """Count the bytes of a phase's secure sums beside the arrays: keys, shares of secrets."""

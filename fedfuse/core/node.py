@@ -219,6 +219,8 @@ class Node:
             answer["wrote"] = name
         if why := self.desk.apart():
             answer["apart"] = why
+        if tally.examples:
+            answer["trained"] = tally.examples
         if tally.flops:
             answer["flops"], answer["unit"] = tally.flops, tally.unit
         if phase.kind == "train":
@@ -317,7 +319,8 @@ class Node:
         if staged is not None:
             state, knowledge = self.workspace.woken(staged), {}
             state.pop("seen", None)
-            tally.flops, tally.unit, learned = state.pop("spent", (0, 0, 0))  # as if done now
+            # as if done now
+            tally.flops, tally.unit, learned, tally.examples = (*state.pop("spent", ()), 0, 0, 0, 0)[:4]
             tally.trained = bool(learned)
 
         whole = self._replaces_all(knowledge, architecture)
@@ -344,8 +347,8 @@ class Node:
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
         if staging and staged is None and phase.kind == "evaluate" and client.keeps_all:
-            spent = {"spent": [tally.flops, tally.unit, int(tally.trained)]} if tally.flops else {}
-            self.store.stage(who, key, {**awake.private(), "seen": awake.seen, **spent})
+            spent = [tally.flops, tally.unit, int(tally.trained), tally.examples]
+            self.store.stage(who, key, {**awake.private(), "seen": awake.seen, "spent": spent})
         return awake
 
     def _replaces_all(self, knowledge: Mapping[str, Item], architecture: str) -> bool:

@@ -45,6 +45,8 @@ class Row:
         Mean payload per run of set-up phases and one-off topics, both ways; in neither of the two.
     seconds
         Mean wall-clock time per run.
+    trained, trained_at_server
+        Mean number of examples a run, each as often as it passed forward and backward, at clients and at the server.
     failures
         Replies that failed or were rejected, over all seeds.
     unfinished
@@ -65,6 +67,8 @@ class Row:
     down_mb: float
     setup_mb: float
     seconds: float
+    trained: float
+    trained_at_server: float
     failures: int
     cohort_complete: bool
     unfinished: int
@@ -114,6 +118,8 @@ def row(one: Group) -> Row:
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
         setup_mb=_mean(one.runs, "traffic", "setup_bytes") / 1e6,
         seconds=_mean(one.runs, "seconds", "rounds"),
+        trained=_examples(one.runs, "clients"),
+        trained_at_server=_examples(one.runs, "server"),
         failures=sum((run.failures or {}).get(what, 0) for run in one.runs for what in ("replies", "rejected")),
         cohort_complete=all((run.summary or {}).get("cohort_complete", True) for run in one.runs),
         unfinished=len(one.unfinished),
@@ -134,12 +140,25 @@ def notes(runs: Sequence[RunRecord], known: Collection[str] = ()) -> list[str]:
         for run in one.unfinished:
             why = f": {run.failure}" if run.failure else ""
             lines.append(f"{run.dir} left out: {run.status} after round {run.stand}{why}")
-    lines += _moments(groups) + _honest(groups) + _without_spread(groups) + _told(runs, known)
+    lines += _trained(groups) + _moments(groups) + _honest(groups) + _without_spread(groups) + _told(runs, known)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
     few = few_seeds_note(max(counts)) if counts else ""
     return [*lines, few] if few else lines
+
+
+def _trained(groups: Sequence[Group]) -> list[str]:
+    """How much each strategy computed, where they differ by more than a hundredth: rounds and epochs do not tell."""
+    lines = []
+    for where in ("clients", "server"):
+        told = {one.name: _examples(one.runs, where) / 1e3 for one in groups}
+        told = {name: value for name, value in told.items() if not math.isnan(value)}
+        if len(told) > 1 and max(told.values()) > 1.01 * min(told.values()):
+            listed = "; ".join(f"{name} {amount(value)}" for name, value in told.items() if value or where == "clients")
+            lines.append(f"not the same amount of training: thousands of examples a run, each as often as it passed "
+                         f"forward and backward, at the {where}: {listed}")  # fmt: skip
+    return lines
 
 
 WHEN = {"received": "after they took in the newest lesson", "trained": "as training left them"}
@@ -362,6 +381,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     names = [f"{name}{part}" for name in METRICS for part in ("", "/n", "/t_low", "/t_high", "/boot_low", "/boot_high")]
     best = [f"best:{name}" for name in BEST]
     ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished", "global_of"]
+    ends += ["trained", "trained_at_server"]
     writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
     for one in rows:
         values: list[object] = []
@@ -371,6 +391,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.setup_mb]
         values += [one.seconds, one.failures, one.cohort_complete, one.unfinished, _no_formula(one.global_of)]
+        values += [one.trained, one.trained_at_server]
         seeds = " ".join(map(str, one.seeds))
         writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()
@@ -402,6 +423,12 @@ def _number(run: RunRecord, part: str, key: str) -> float:
 
 def _mean(runs: Sequence[RunRecord], part: str, key: str) -> float:
     return sum(_number(run, part, key) for run in runs) / len(runs) if runs else math.nan
+
+
+def _examples(runs: Sequence[RunRecord], where: str) -> float:
+    """Mean number of examples trained on; NaN where a run was not counted, as by an older version."""
+    counted = all("trained" in (run.summary or {}) for run in runs)
+    return _mean(runs, "trained", where) if counted else math.nan
 
 
 def amount(value: float) -> str:

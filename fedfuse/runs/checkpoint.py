@@ -115,6 +115,7 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         "held": {str(c): [[t, to, v] for (t, to), v in held.items()] for c, held in strategy.outbox.held.items()},
         "traffic": strategy.outbox.traffic.saved(),
         "failures": strategy.inbox.failures,
+        "trained": strategy.inbox.trained,
         "left_out": strategy.inbox.ever_left_out,
         "seconds": seconds,
     }
@@ -158,6 +159,7 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
     strategy.outbox.held = {int(c): {(t, to): v for t, to, v in held} for c, held in plain["held"].items()}
     strategy.outbox.traffic = Traffic.restored(plain["traffic"])
     strategy.inbox.failures, strategy.inbox.ever_left_out = plain["failures"], plain["left_out"]
+    strategy.inbox.trained |= plain.get("trained", {})
     strategy.round = plain["done"]
     if federation.clock is not None:
         federation.clock.restore(tree["clock"])

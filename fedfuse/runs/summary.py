@@ -70,6 +70,7 @@ def summary(
         "global_of": "server" if strategy.server_models() else "clients",  # whose models `accuracy/global` scores
         "traffic": strategy.outbox.traffic.summary(),
         "failures": dict(strategy.inbox.failures),
+        "trained": dict(strategy.inbox.trained),
         "cohort_complete": not strategy.inbox.ever_left_out,
         "seconds": {"startup": seconds["startup"], "rounds": seconds["rounds"], "total": total},
         "digest": federation.digest,

@@ -1,8 +1,8 @@
 """Work is counted, not measured: examples that passed through a network, times the FLOPs of one of them.
 
 FLOPs of one example are torch's own count (`FlopCounterMode`) of one pass forward, or forward and backward, made once
-for each network in a process; they depend on the network alone, so every process counts alike. Nothing is counted
-unless somebody asks (`counting`).
+for each network in a process; they depend on the network alone, so every process counts alike. Examples that were
+trained on are counted always, FLOPs where somebody asks (`counting`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ class Tally:
 
     Attributes
     ----------
+    examples : int
+        That passed forward and backward, each as often as it did.
     flops : int
     unit : int
         FLOPs of one example forward and backward through the network that was trained first; without any training,
         of one example forward.
     """
 
+    in_flops: bool
+    examples: int = 0
     flops: int = 0
     unit: int = 0
     trained: bool = False
@@ -43,10 +47,10 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def counting(on: bool = True) -> Iterator[Tally]:
-    """Count what is trained and predicted inside."""
-    tally = Tally()
-    token = _tally.set(tally if on else None)
+def counting(in_flops: bool = True) -> Iterator[Tally]:
+    """Count what is trained inside, and in FLOPs what is trained and predicted."""
+    tally = Tally(in_flops)
+    token = _tally.set(tally)
     try:
         yield tally
     finally:
@@ -68,6 +72,10 @@ def note(
     """
     tally = _tally.get()
     if tally is None or not rows:
+        return
+    if backward:
+        tally.examples += rows
+    if not tally.in_flops:
         return
     own = forward if getattr(forward, "__self__", None) is model else None
     one = flops(model, x[:1], backward, own)

@@ -29,6 +29,7 @@ def write_run(
     hyper: dict[str, Any] | None = None,
     skill: float | None = None,
     environment: dict[str, Any] | None = None,
+    trained: dict[str, int] | None = None,
 ) -> Path:
     """Write one run; with `done` below `rounds` it is left as an interrupted run leaves it."""
     random = np.random.default_rng([seed, len(strategy), sum(map(ord, strategy))])
@@ -107,6 +108,7 @@ def write_run(
         "traffic": {"up_bytes": up, "down_bytes": down, "down_unique_bytes": down // clients},
         "failures": {"replies": 0, "rejected": 0, "retried": 0},
         "cohort_complete": True,
+        **({} if trained is None else {"trained": trained}),
         "seconds": {"startup": 1.0, "rounds": float(last), "total": float(last + 1)},
         "digest": "0" * 64,
         "digest_missing": [],

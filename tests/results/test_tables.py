@@ -389,3 +389,25 @@ def test_a_digest_that_is_not_there_says_why() -> None:
     assert digest_line({"digest": None, "digest_missing": list(range(11))}).endswith("8, 9, …")
     assert "\x1b" not in digest_line({"digest": None, "digest_missing": ["\x1b[2J"]})
     assert digest_line({}) == "digest None"
+
+
+def test_how_much_was_trained_is_told_where_it_differs(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", "fedavg", seed, trained={"clients": 2000, "server": 0})
+        write_run(tmp_path / f"b{seed}", "fedprox", seed, trained={"clients": 2010, "server": 0})
+    alike = find([tmp_path])[0]
+    assert not any("amount of training" in line for line in notes(alike))
+    write_run(tmp_path / "c0", "feddf", 0, trained={"clients": 2000, "server": 300})
+    write_run(tmp_path / "d0", "local", 0)  # of a version that did not count
+    kept = find([tmp_path])[0]
+    assert [line for line in notes(kept) if "amount of training" in line] == [
+        "not the same amount of training: thousands of examples a run, each as often as it passed forward and "
+        "backward, at the server: feddf 0.3"
+    ]
+    write_run(tmp_path / "e0", "knfu", 0, trained={"clients": 23456, "server": 0})
+    kept = find([tmp_path])[0]
+    assert any("at the clients: fedavg 2.0; feddf 2.0; fedprox 2.0; knfu 23.5" in line for line in notes(kept))
+    rows = list(csv.DictReader(io.StringIO(to_csv(compare(kept)))))
+    told = {row["strategy"]: (row["trained"], row["trained_at_server"]) for row in rows}
+    assert told["feddf"] == ("2000.0", "300.0")
+    assert told["local"] == ("", "")
