@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 
-WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int}
+WORDS: dict[str, type] = {"client": int, "phase": str, "tag": str, "sha": str, "retried": int, "trained": int}
 FORMS = {  # of these texts, which the server keeps: a method's name, a state's, a hash
     "phase": re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII),
     "tag": re.compile(r"(\d{1,12}(\.\d{1,6})?)?", re.ASCII),
@@ -59,6 +59,8 @@ def _config_fault(config: Any, client: int) -> str | None:
         return f"says it is client {config['client']}, client {client} was asked"
     if not 0 <= int(config.get("retried", 0)) <= 100:
         return f"retried is {config['retried']}"
+    if not 0 <= int(config.get("trained", 0)) < 2**40:
+        return f"trained is {config['trained']}"
     return None
 
 

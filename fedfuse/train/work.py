@@ -64,18 +64,24 @@ def warm_up() -> None:
 
 
 def note(
-    model: nn.Module, x: Tensor, rows: int, backward: bool, forward: Callable[[Tensor], Any] | None = None
+    model: nn.Module,
+    x: Tensor,
+    rows: int,
+    backward: bool,
+    forward: Callable[[Tensor], Any] | None = None,
+    examples: int | None = None,
 ) -> None:
     """Count `rows` examples like those of `x` that passed through a network, if anybody counts.
 
-    A `forward` that is a method of the network is counted in its place; any other may look at what it likes.
+    A `forward` that is a method of the network is counted in its place; any other may look at what it likes. `examples`
+    is told in the place of `rows` where that was drawn and stays here.
     """
     tally = _tally.get()
-    if tally is None or not rows:
+    if tally is None:
         return
     if backward:
-        tally.examples += rows
-    if not tally.in_flops:
+        tally.examples += rows if examples is None else examples
+    if not rows or not tally.in_flops:
         return
     own = forward if getattr(forward, "__self__", None) is model else None
     one = flops(model, x[:1], backward, own)

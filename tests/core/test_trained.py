@@ -44,6 +44,15 @@ def test_a_run_that_goes_on_counts_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["trained"] == whole
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whom_a_private_training_drew_is_not_told(seed: int) -> None:
+    """Of Poisson's draws the number that was to be expected is, which depends on no draw."""
+    words = ("privacy.epsilon=8", "rounds=2", "train.epochs=2", "partition.validation=0", f"seed={seed}")
+    played = play("fedavg", *words[:3], words[4])
+    own = [played.strategy.scenario.examples(client) for client in range(CLIENTS)]
+    assert played.strategy.inbox.trained["clients"] == 2 * 2 * sum(own)
+
+
 @pytest.mark.parametrize("said", [-5, 2**40, "7", 1.5, None, [3]])
 def test_a_count_that_makes_no_sense_is_none(said: object) -> None:
     assert _count(said, 2**40) == 0

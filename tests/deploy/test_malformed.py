@@ -205,14 +205,14 @@ def wrong_words(parts: dict[str, Any], draw: Any) -> dict[str, Any]:
         st.floats(),
         st.lists(st.integers(0, 9), max_size=3),
     )
-    key = draw(st.sampled_from(["client", "client", "retried", "phase", "tag", "word", "long", "number"]))
+    key = draw(st.sampled_from(["client", "client", "retried", "trained", "phase", "tag", "word", "long", "number"]))
     if key == "word":
         parts["config"][draw(st.text(min_size=1, max_size=30)) + "~"] = draw(odd)
     elif key == "long":
         parts["config"]["tag"] = "x" * draw(st.integers(513, 5000))
     elif key == "number":
         parts["config"]["client"] = draw(st.integers(-(2**63), 2**63 - 1).filter(lambda n: n != 2))
-    elif key in ("client", "retried"):
+    elif key in ("client", "retried", "trained"):
         parts["config"][key] = draw(odd)
     else:
         parts["config"][key] = draw(odd.filter(lambda v: not isinstance(v, str)))

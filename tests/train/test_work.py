@@ -25,8 +25,10 @@ def test_counting_adds_up_and_only_where_it_is_asked_for() -> None:
         work.note(model, x, 0, True)
     with work.counting(False) as nothing:
         work.note(model, x, 10, False)
+        work.note(model, x, 4, True)
+        work.note(model, x, 4, True, examples=6)
     assert (tally.flops, tally.unit) == (10 * 64 + 3 * 128, 128)
-    assert nothing.flops == 0
+    assert (tally.examples, nothing.examples, nothing.flops) == (3, 4 + 6, 0)
 
 
 def test_counting_leaves_buffers_gradients_random_numbers_and_hooks_alone() -> None:
