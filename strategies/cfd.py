@@ -127,6 +127,7 @@ class CFD(StudentStrategy):
 
     topics = {"labels": Topic("fold", coded, fold, coded)}
     records = {"labels": coded}
+    of_classes = True
     transfer = "both"
     distils = whole = True
 

@@ -177,6 +177,7 @@ class CoFED(FusionStrategy):
     topics = {"pseudo_labels": Topic("state", accepted_arrays)}
     records = {}
     records_vote = {"votes": arrays(labels=("int16", "subset"), owned=("bool", "classes"))}
+    of_classes = True
     transfer = "clients"
     discloses = ("label sets",)
 

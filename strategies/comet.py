@@ -166,6 +166,7 @@ class Comet(FusionStrategy):
 
     topics = {"means": Topic("state", arrays(p=("<=clusters", "subset", "classes")))}
     records = {"soft": arrays(p=("subset", "classes"))}
+    of_classes = True
     transfer = "clients"
 
     @property

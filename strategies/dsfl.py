@@ -103,6 +103,7 @@ class DSFL(StudentStrategy):
     topics = {"labels": Topic("lesson", arrays(p=("subset", "classes")))}
     records = {"labels": arrays(p=("subset", "classes"))}
     sums = {"labels": None}
+    of_classes = True
     transfer = "both"
     distils = whole = True
 

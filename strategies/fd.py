@@ -137,6 +137,7 @@ class FD(FusionStrategy):
     """Per-label mean outputs, to each client those of the others (leave-one-out)."""
 
     topics = {"labels": Topic("state", arrays(p=("classes", "classes"), held=("uint8", "classes")))}
+    of_classes = True
     records = {"labels": arrays(p=("classes", "classes"), held=("uint8", "classes"))}
     discloses = ("label sets",)
 

@@ -82,6 +82,7 @@ class FedMD(FusionStrategy):
     topics = {"consensus": Topic("lesson", arrays(logits=("subset", "classes")))}
     records = {"logits": arrays(logits=("subset", "classes"))}
     sums = {"logits": None}
+    of_classes = True
     transfer = "clients"
     distils = whole = True
     staleness = "newest"

@@ -173,6 +173,7 @@ class KTpFL(FusionStrategy):
 
     topics = {"target": Topic("lesson", targets)}
     records = {"soft": arrays(p=("subset", "classes"))}
+    of_classes = True
     transfer = "clients"
     distils = whole = True
 

@@ -149,6 +149,7 @@ class Scarlet(StudentStrategy):
         )
     }
     records = {"labels": arrays(p=("<=transfer", "classes"))}
+    of_classes = True
     transfer = "both"
     distils = whole = True
 

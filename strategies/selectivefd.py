@@ -177,6 +177,7 @@ class SelectiveFD(FusionStrategy):
 
     topics = {"ensemble": Topic("lesson", arrays(rows=("int32", "<=subset"), p=("<=subset", "classes")))}
     records = {"soft": arrays(rows=("int32", "<=subset"), p=("<=subset", "classes"))}
+    of_classes = True
     transfer = "clients"
     distils = whole = True
 

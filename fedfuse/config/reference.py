@@ -68,6 +68,8 @@ def asks(name: str) -> list[str]:
     out.append(f"Transfer set: {transfer}. Architectures: {'any pool' if kind.heterogeneous else 'one for all'}.")
     if kind.needs_features is True:
         out.append("Models need features(x), head(z) and feature_dim.")
+    if kind.of_classes is True:
+        out.append("Data are of a class an example: next tokens are refused.")
     if entry.client.personal:
         out.append("Each client keeps a model of its own.")
     if entry.client.partly_labelled:

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedfuse import models
 from fedfuse.compat.mkl import steady
 from fedfuse.compat.torch_norms import BATCH_NORMS
 from fedfuse.config import registry
-from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.config.idle import adapts
 from fedfuse.config.registry import Entry
 from fedfuse.config.schema import Config
@@ -43,6 +41,11 @@ def check_fit(strategy: FusionStrategy, entry: Entry) -> None:
     if client.partly_labelled and scenario.data.dataset.next_token:
         raise UserError(
             f"strategy={strategy.name} asks for labels, and data={scenario.data.dataset.name} has none to ask for"
+        )
+    if strategy.of_classes and scenario.data.dataset.next_token:
+        raise UserError(
+            f"strategy={strategy.name} computes with a class an example, and the labels of "
+            f"data={scenario.data.dataset.name} are next tokens; allowed: data of classes"
         )
     if not strategy.heterogeneous and len(pool) > 1:
         raise UserError(
@@ -146,7 +149,6 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
     """Refuse architectures that cannot be built, or lack what the strategy or the loss asks of them."""
     scenario = strategy.scenario
     for name in pool:  # refuses one that cannot be built, instead of leaving out its clients
-        _check_takes(name, scenario)
         try:
             model = strategy.workspace.model(name)
         except AttributeError:  # what the strategy adds asks for parts that are not there
@@ -173,23 +175,6 @@ def _check_models(strategy: FusionStrategy, objective: Loss, pool: list[str]) ->
                 f"strategy={strategy.name} compares features across clients, which must be of one size; {told}: "
                 f"set model.feature_dim={min(sizes.values())}"
             )
-
-
-def _check_takes(architecture: str, scenario: Scenario) -> None:
-    """Refuse a language model on anything but tokens, and tokens to what computes with numbers."""
-    dataset = scenario.data.dataset
-    if dataset.kind == "tokens" and not models.reads_tokens(
-        architecture, dataset.shape, scenario.classes, scenario.config.model
-    ):
-        raise UserError(
-            f"model={architecture} takes numbers, and data={dataset.name} gives tokens: choose "
-            f"{' or '.join(LANGUAGE)}, or a model of your own that embeds int64 (model.build)"
-        )
-    if architecture.partition("@")[0] in LANGUAGE and dataset.kind != "tokens":
-        raise UserError(
-            f"model={architecture} reads tokens, and data={dataset.name} gives {dataset.kind}: "
-            f"set data.extra.tokenizer=<directory of the model>, or data.extra.text=tokens, or choose another model"
-        )
 
 
 def _check_vocabulary(architecture: str, model: nn.Module, scenario: Scenario) -> None:

@@ -92,10 +92,13 @@ def unheard(strategy: FusionStrategy) -> list[str]:
     if all(item.version < 1 for item in items.values()):
         return [f"{strategy.name}: fuse published nothing, so that no client learned from another"]
     there = {topic for topic, _ in items}
+    scope = strategy.workspace.scope(0, strategy.hyper)
     return [
         f"{strategy.name}: declares the topic {name!r}, and nobody ever got any of it"
         for name, topic in strategy.topics.items()
-        if name not in there and not topic.sometimes
+        if name not in there
+        and not topic.sometimes
+        and (topic.arrays is None or topic.arrays(scope))  # a head that the model has not is nothing to say
     ]
 
 

@@ -90,6 +90,8 @@ class FusionStrategy(Strategy):
         The clients' training data is joined at client 0: an upper bound, not a federation.
     needs_features : bool
         Whether models must have `features(x)`, `head(z)` and `feature_dim`.
+    of_classes : bool
+        Whether it computes with a class an example: data whose labels are the next tokens are refused.
     same_features : bool
         Whether `feature_dim` must be the same in all architectures.
     aligns : bool
@@ -127,6 +129,7 @@ class FusionStrategy(Strategy):
     heterogeneous: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    of_classes: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
     aligns: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()

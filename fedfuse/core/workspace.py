@@ -14,6 +14,7 @@ from torch import nn
 from fedfuse import models
 from fedfuse.compat.torch_state import hooked, parameters
 from fedfuse.compat.torch_writes import writes
+from fedfuse.config.catalogue import LANGUAGE
 from fedfuse.config.idle import adapts
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.texts import Texts
@@ -86,8 +87,16 @@ class Workspace:
         self._room = min(512, 512 if budget is None else budget // 32) * 2**20
 
     def build(self, architecture: str) -> nn.Module:
-        """Build a fresh model of an architecture with its initial weights, without what a strategy adds."""
+        """Build a fresh model of an architecture with its initial weights, without what a strategy adds.
+
+        Raises
+        ------
+        UserError
+            If it cannot be built, or does not read what the data are.
+        """
         dataset, config = self.scenario.data.dataset, self.scenario.config
+        architecture = models.language_of(architecture, dataset.kind_said, dataset.next_token)
+        check_reads(architecture, self.scenario)
         if config.model.quantize != "none" and self.device.type != "cuda":
             raise UserError(
                 f"model.quantize={config.model.quantize} needs a GPU, and here is {self.device.type}: set "
@@ -365,3 +374,26 @@ def _writes(value: tuple[torch.Tensor | None, ...]) -> int:
 
 def _owner(key: tuple[Any, ...]) -> int | None:
     return key[0] if isinstance(key[0], int) else None
+
+
+def check_reads(architecture: str, scenario: Scenario) -> None:
+    """Refuse a language model on anything but tokens, and tokens to what computes with numbers.
+
+    Raises
+    ------
+    UserError
+        Naming the architecture and the data.
+    """
+    dataset = scenario.data.dataset
+    if dataset.kind == "tokens" and not models.reads_tokens(
+        architecture, dataset.shape, scenario.classes, scenario.config.model
+    ):
+        raise UserError(
+            f"model={architecture} takes numbers, and data={dataset.name} gives tokens: choose "
+            f"{' or '.join(LANGUAGE)}, or a model of your own that embeds int64 (model.build)"
+        )
+    if architecture.partition("@")[0] in LANGUAGE and dataset.kind != "tokens":
+        raise UserError(
+            f"model={architecture} reads tokens, and data={dataset.name} gives {dataset.kind}: "
+            f"set data.extra.tokenizer=<directory of the model>, or data.extra.text=tokens, or choose another model"
+        )

@@ -50,9 +50,7 @@ def architectures(
     """
     if config.pool is not None and not config.pool:
         raise UserError("model.pool=[] is empty: name at least one architecture, or leave it out")
-    language = "causal_lm" if next_token else "text_classifier"
-    of_tokens = ("hf", "auto") if kind == "tokens" else ("hf",)
-    named = [language if n in of_tokens else n for n in config.pool or [config.name]]
+    named = [language_of(name, kind, next_token) for name in config.pool or [config.name]]
     pool = [_resolve(name, config, kind, shape) for name in named]
     if config.extra and not any(":" in name for name in pool):
         raise UserError(f"model.extra={dict(config.extra)} is for models by dotted path, not for {','.join(pool)}")
@@ -67,6 +65,13 @@ def architectures(
         if name not in pool:
             raise UserError(f"model.checkpoints names {name!r}, which no client has. {nearest(name, set(pool))}")
     return [pool[i % len(pool)] for i in range(clients)]
+
+
+def language_of(name: str, kind: str, next_token: bool) -> str:
+    """The language model that `hf`, and `auto` of tokens, stand for; other names as they are."""
+    if name == "hf" or (name == "auto" and kind == "tokens"):
+        return "causal_lm" if next_token else "text_classifier"
+    return name
 
 
 def build(

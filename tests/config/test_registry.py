@@ -201,7 +201,9 @@ def test_a_dataclass_need_not_be_frozen(shelf: dict) -> None:
 
 def test_what_nobody_declares_is_not_asked_for() -> None:
     """A strategy without a word of its own takes any pool, keeps nothing private and needs nothing of its models."""
-    of_server = ("pooled", "distils", "whole", "needs_features", "same_features", "aligns", "bare", "deployed")
+    of_server = (
+        "pooled", "distils", "whole", "needs_features", "of_classes", "same_features", "aligns", "bare", "deployed",
+    )  # fmt: skip
     assert not any(getattr(FusionStrategy, word) for word in of_server)
     assert FusionStrategy.heterogeneous
     assert not FusionClient.personal

@@ -9,9 +9,10 @@ import pytest
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
+from fedfuse.core.silence import unheard
 from fedfuse.errors import UserError
 from tests.contract.test_matrix import Crash
-from tests.federations import federation, play
+from tests.federations import QUICK, federation, play
 
 pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
@@ -60,6 +61,29 @@ def test_adapters_on_texts_give_the_same_bits_over_a_wire(name: str, kind: str, 
     assert last[key] == last[key]
     arrays = [key for item in found.strategy.board.items.values() for key in item.arrays]
     assert not any(key.endswith("base.weight") for key in arrays)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(registry.listed()) if name not in ADAPTERS])
+def test_a_strategy_learns_next_tokens_or_refuses_them_before_a_round(name: str, folder: Path) -> None:
+    """Ten once failed at the clients, in the terms of arrays."""
+    words = [word for word in QUICK.get(name, ()) if "labelled" not in word]
+    try:
+        done = play(name, "rounds=1", *words, base=base(folder, "causal"))
+    except UserError:
+        return
+    assert done.digest  # and every client answered
+
+
+@pytest.mark.parametrize("name", ["flora", "rolora"])
+def test_a_head_that_the_model_has_not_is_not_missed(name: str, folder: Path) -> None:
+    assert unheard(play(name, RANK, base=base(folder, "causal")).strategy) == []
+
+
+def test_a_companion_reads_what_the_data_are(folder: Path) -> None:
+    companion = play("fml", "rounds=1", base=base(folder, "classifier")).strategy.server_models()["meme"][1]
+    assert any("embedding" in key for key in companion)
+    with pytest.raises(UserError, match="model=mlp takes numbers, and data=jsonl gives tokens"):
+        play("fml", "strategy.meme=mlp", base=base(folder, "classifier"))
 
 
 def test_a_text_run_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
