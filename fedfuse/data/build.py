@@ -14,6 +14,8 @@ from fedfuse.data.dataset import Dataset, Examples, check_finite
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 
+SPLITTED = ("train", "test")
+
 
 @dataclass
 class Table:
@@ -27,12 +29,15 @@ class Table:
         Integers or strings.
     pad : int or None
         Of tokens: what fills the end of short rows.
+    notes : tuple of str
+        What is lost of it.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None = None
     pad: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def options(config: DataConfig, allowed: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def assemble(
         Where inputs or labels cannot be used.
     """
     tables = [train] if test is None else [train, test]
-    for split, table in zip(("train", "test"), tables, strict=False):
+    for split, table in zip(SPLITTED, tables, strict=False):
         check_finite(table.inputs, f"data={config.name}: {split}")
         if not len(table.inputs) or len(table.inputs) != len(table.labels):
             raise UserError(
@@ -220,6 +225,9 @@ def assemble(
         std=std,
         group_names=None if group_names is None else tuple(group_names),
         pad=train.pad if kind == "tokens" else None,
+        notes=tuple(
+            f"{split} split: {note}" for split, table in zip(SPLITTED, tables, strict=False) for note in table.notes
+        ),
     )
 
 

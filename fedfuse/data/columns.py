@@ -11,6 +11,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.inflate import check_room
+from fedfuse.data.tokenize import Tokenizer, encoded
 from fedfuse.errors import UserError
 
 INPUTS = ("img", "image", "images", "inputs", "features", "x", "text", "sentence")
@@ -59,8 +60,12 @@ def several(config: DataConfig, present: Sequence[str], where: object) -> list[s
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def text_inputs(texts: Sequence[str], form: str, size: int, length: int, where: str, most: int) -> np.ndarray:
+def text_inputs(
+    texts: Sequence[str], form: str, size: int, length: int, where: str, most: int
+) -> tuple[np.ndarray, int]:
     """Turn texts into numbers without a vocabulary file: words are hashed (CRC-32), so any machine agrees.
+
+    The second value is how many texts lose their end.
 
     Parameters
     ----------
@@ -83,23 +88,26 @@ def text_inputs(texts: Sequence[str], form: str, size: int, length: int, where: 
     if form not in ("counts", "tokens"):
         raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
     check_room(where, len(texts) * (8 * length if form == "tokens" else 4 * size), most)
+    encoded(texts)
     hashed = [[1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts]
     if form == "tokens":
         tokens = np.zeros((len(hashed), length), dtype=np.int64)
         for row, words in enumerate(hashed):
             tokens[row, : min(length, len(words))] = words[:length]
-        return tokens
+        return tokens, sum(len(words) > length for words in hashed)
     counts = np.zeros((len(hashed), size), dtype=np.float32)
     for row, words in enumerate(hashed):
         np.add.at(counts[row], words, 1.0)
     counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
-    return counts
+    return counts, 0
 
 
 TEXT_OPTIONS = {"text": "counts", "buckets": 1024, "length": 64, "tokenizer": None}
 
 
-def column_inputs(values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], where: str, most: int) -> np.ndarray:
+def column_inputs(
+    values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], where: str, most: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Turn a column of numbers, lists of numbers or texts into an array of inputs.
 
     Parameters
@@ -107,18 +115,28 @@ def column_inputs(values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], 
     most : int
         Bytes that texts may take as numbers.
 
+    Returns
+    -------
+    inputs : ndarray
+    notes : tuple of str
+        What is lost of texts.
+
     Raises
     ------
     UserError
         Where rows differ in length or are neither numbers nor text, or texts take more than there is room for.
     """
     if not isinstance(values, np.ndarray) and len(values) and all(isinstance(value, str) for value in values):
+        length = int(extra["length"])
         if extra.get("tokenizer"):
-            from fedfuse.data.tokenize import Tokenizer
-
-            check_room(where, 8 * len(values) * int(extra["length"]), most)
-            return Tokenizer(str(extra["tokenizer"])).padded(values, int(extra["length"]))
-        return text_inputs(values, str(extra["text"]), int(extra["buckets"]), int(extra["length"]), where, most)
+            check_room(where, 8 * len(values) * length, most)
+            inputs, cut = Tokenizer(str(extra["tokenizer"])).padded(values, length)
+        else:
+            inputs, cut = text_inputs(values, str(extra["text"]), int(extra["buckets"]), length, where, most)
+        notes = [f"data.extra.length={length}: {cut} of {len(values)} texts are longer and lose their end"] * bool(cut)
+        if empty := sum(not value.strip() for value in values):
+            notes.append(f"{empty} of {len(values)} texts are empty")
+        return inputs, tuple(notes)
     try:
         # an array of texts would give each the room of the longest
         array = np.empty(0, dtype=object) if _with_text(values) else np.asarray(values)
@@ -126,7 +144,7 @@ def column_inputs(values: Sequence[Any] | np.ndarray, extra: Mapping[str, Any], 
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "iufb" or array.ndim < 1:
         raise UserError(f"{where}: expected text, numbers or lists of numbers of one length")
-    return array[:, None].astype(np.float32) if array.ndim == 1 else array
+    return (array[:, None].astype(np.float32) if array.ndim == 1 else array), ()
 
 
 def _with_text(values: Sequence[Any] | np.ndarray) -> bool:
@@ -140,14 +158,18 @@ def _with_text(values: Sequence[Any] | np.ndarray) -> bool:
     return False
 
 
-def labels_of(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+def labels_of(values: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
     """Labels, or groups, as an array: of objects where some are texts, of which the longest may be very long.
 
     Raises
     ------
     UserError
-        Where they are lists.
+        Where they are lists, or one is missing: none, the text "", or a NaN among texts.
     """
+    if not isinstance(values, np.ndarray) or values.dtype == object:
+        lost = (i for i, v in enumerate(values, 1) if v is None or v == "" or (isinstance(v, float) and v != v))
+        if first := next(lost, None):
+            raise UserError(f"{where}: example {first} has no label, or no group; fill it in, or drop the row")
     if not isinstance(values, np.ndarray) and any(isinstance(value, str | bytes) for value in values):
         return np.array(values, dtype=object)
     try:
@@ -155,14 +177,12 @@ def labels_of(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     except ValueError:  # lists of several lengths
         found = np.empty((0, 0))
     if found.ndim != 1:
-        raise UserError("labels, or groups, are lists; expected one text or number per example")
+        raise UserError(f"{where}: labels, or groups, are lists; expected one text or number per example")
     return found
 
 
 def pad_of(extra: Mapping[str, Any]) -> int:
     """The token that fills the end of short texts, as `column_inputs` makes them tokens."""
     if extra.get("tokenizer"):
-        from fedfuse.data.tokenize import Tokenizer
-
         return Tokenizer(str(extra["tokenizer"])).pad
     return 0

@@ -151,6 +151,7 @@ def _table(
                 if row.get(name) is None:
                     raise UserError(f"{path}: example {number} has no {name!r}")
                 columns[role].append(row[name])
-    inputs = column_inputs(values, extra, f"data={config.name}", room(*paths))
+    where = f"data={config.name}"
+    inputs, notes = column_inputs(values, extra, where, room(*paths))
     pad = pad_of(extra) if isinstance(values[0], str) else None
-    return Table(inputs, labels_of(labels), labels_of(groups) if groups else None, pad)
+    return Table(inputs, labels_of(labels, where), labels_of(groups, where) if groups else None, pad, notes)

@@ -85,19 +85,20 @@ def _table(
         elif isinstance(rows[0], bytes):
             encoded = True
         parts.append(rows)
-        labels.append(labels_of(found[target]))
+        labels.append(labels_of(found[target], path))
         classes = classes or _class_names(about, target)
         if group:
-            groups.append(labels_of(found[group[0]]))
+            groups.append(labels_of(found[group[0]], path))
         elif domains:
             groups.append(np.full(len(rows), domains.index(path), dtype=np.int64))
     values, most = joined(parts, where), room(*paths)
+    notes: tuple[str, ...] = ()
     if encoded:
         inputs = decode(list(values), extra["size"], where, most)
     else:
-        inputs = column_inputs(values, extra, where, most)
+        inputs, notes = column_inputs(values, extra, where, most)
     pad = pad_of(extra) if isinstance(values[0], str) else None
-    return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad), classes
+    return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad, notes), classes
 
 
 def _number(found: Any, name: str, path: Path) -> np.ndarray:

@@ -91,8 +91,11 @@ def tokenized(
         raise UserError(f"data.extra.length={length}: a next token needs at least 2")
     tokenizer = tokenizer_of(str(extra["tokenizer"]))
     made = {split: rows(part, tokenizer, length) for split, part in found.items()}
-    if not made["train"]:
-        raise UserError(f"data={config.name}: no text has a token to predict")
+    for split, part in made.items():
+        if found[split] and not part:  # a test set that is not there must not be cut from the training texts
+            raise UserError(
+                f"data={config.name} data.extra.length={length}: no {split} text has a token to predict within it"
+            )
     taken, most = 9 * length * sum(map(len, made.values())), room(*_files(root))  # a number, and whether it is wanted
     check_room(f"data={config.name} data.extra.length={length}", taken, most)
     topics = _codes(config, found, made, lambda document: document.topic, len(tokenizer.names))

@@ -109,16 +109,37 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Token ids of each text."""
+        """Token ids of each text.
+
+        Raises
+        ------
+        UserError
+            For text that is not Unicode.
+        """
+        encoded(texts)
         return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=special)]
 
-    def padded(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """Token ids, int64 (n, length), cut at `length` and filled with `pad`."""
+    def padded(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, int]:
+        """Token ids, int64 (n, length), filled with `pad`; and how many texts lose their end.
+
+        What the tokenizer puts after a text ([SEP]) stands after a shorter one, too.
+
+        Raises
+        ------
+        UserError
+            For text that is not Unicode.
+        """
+        encoded(texts)
+        self._tokenizer.enable_truncation(length)
+        try:
+            rows = self._tokenizer.encode_batch(list(texts))
+        finally:
+            self._tokenizer.no_truncation()
         out = np.full((len(texts), length), self.pad, dtype=np.int64)
-        for row, found in zip(out, self.ids(texts), strict=True):
-            kept = found[:length]
+        for row, found in zip(out, rows, strict=True):
+            kept = found.ids[:length]
             row[: len(kept)] = kept
-        return out
+        return out, sum(bool(found.overflowing) or len(found.ids) > length for found in rows)
 
     def windows(self, texts: Iterable[str], length: int) -> np.ndarray:
         """Consecutive windows of the joined texts, int64 (n, length); what is left over at the end is dropped."""

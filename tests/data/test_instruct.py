@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_left_out_or_cut_and_both_are_said(tmp_path: Path) 
         ({"messages": "a"}, "'messages' is no list of messages"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "data.extra.tokenizer=bytes has no chat template"),
-        ({"prompt": "a" * 99, "completion": "b"}, "no text has a token to predict"),
+        ({"prompt": "a" * 99, "completion": "b"}, "no train text has a token to predict"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(row: dict, said: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
 from fedfuse.data.load import load
 from fedfuse.data.token_rows import rows_of
-from fedfuse.data.tokenize import Bytes, tokenizer_of
+from fedfuse.data.tokenize import Bytes, Tokenizer, tokenizer_of
 from fedfuse.errors import UserError
 from fedfuse.train.scores import scored
 from fedfuse.train.task import IGNORED, trimmed
@@ -142,6 +143,67 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "\\ud800"}')
     with pytest.raises(UserError, match="not Unicode"):
         load(text(tmp_path))
+
+
+@pytest.mark.parametrize(("label", "group"), [("", "a"), (None, "a"), (float("nan"), "a"), ("x", "")])
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_an_example_without_a_label_is_no_class_of_its_own(layout, label, group, tmp_path: Path) -> None:
+    rows = [{"text": f"w {i}", "label": "xy"[i % 2], "site": "ab"[i % 2]} for i in range(20)]
+    rows[7] |= {"label": label, "site": group}
+    if layout == "jsonl":
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        if label is not None and not isinstance(label, str):
+            pytest.skip("a column of texts has no NaN")
+        pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="example 8 has no "):
+        load(DataConfig(name=layout, root=str(tmp_path), groups="site"))
+
+
+def test_what_is_lost_of_texts_to_classify_is_told(tmp_path: Path) -> None:
+    """Of texts that differ past `data.extra.length` alone, all are the same example."""
+    rows = [{"text": "same " * 64 + str(i % 2), "label": i % 2} for i in range(9)] + [{"text": " ", "label": 1}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    said = load(DataConfig(name="jsonl", root=str(tmp_path), extra={"text": "tokens"})).notes
+    assert said == (
+        "train split: data.extra.length=64: 9 of 10 texts are longer and lose their end",
+        "train split: 1 of 10 texts are empty",
+    )
+    whole = load(DataConfig(name="jsonl", root=str(tmp_path), extra={"text": "tokens", "length": 65}))
+    assert whole.notes == said[1:]
+    assert load(DataConfig(name="jsonl", root=str(tmp_path))).notes == said[1:]  # counts have no length
+
+
+def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c"]
+    plain = Plain(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    plain.save(str(tmp_path / "tokenizer.json"))
+    rows, cut = Tokenizer(str(tmp_path)).padded(["a b c", "a", ""], 4)
+    assert rows.tolist() == [[2, 4, 5, 3], [2, 4, 3, 0], [2, 3, 0, 0]]
+    assert cut == 1
+
+
+def test_half_a_surrogate_pair_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "bad \\ud800", "label": 1}\n{"text": "b", "label": 0}')
+    for extra in ({}, {"text": "tokens"}):
+        with pytest.raises(UserError, match="a text is not Unicode"):
+            load(DataConfig(name="jsonl", root=str(tmp_path), extra=extra))
+
+
+def test_a_test_set_that_does_not_fit_is_not_cut_from_the_training_texts(tmp_path: Path) -> None:
+    for split, prompt in (("train", "a"), ("test", "a" * 99)):
+        row = json.dumps({"prompt": prompt, "completion": "b"})
+        (tmp_path / f"{split}.jsonl").write_text("\n".join([row] * 8))
+    config = DataConfig(name="instruct", root=str(tmp_path), extra={"tokenizer": "bytes", "length": 20})
+    with pytest.raises(UserError, match="no test text has a token to predict"):
+        load(config)
 
 
 def test_bits_per_byte_are_of_bytes_not_of_tokens() -> None:
