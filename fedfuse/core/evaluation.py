@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -101,6 +102,34 @@ def of_server(
         **{f"{key}/global": total[key] / weights for key in OF_TEXTS if key in total},
     }
     return headline, rows
+
+
+def fallen(strategy: FusionStrategy, losses: Iterable[Sequence[Any]], last: int) -> list[str]:
+    """Say whether a pretrained model predicts the global test's texts worse than before anybody trained it.
+
+    Parameters
+    ----------
+    losses : iterable
+        Rows of `loss/global` as `metrics.parquet` has them.
+    last : int
+        The last round.
+    """
+    config, models = strategy.scenario.config.model, strategy.server_models()
+    now = [value for round, _, _, split, _, value, *_ in losses if (round, split) == (last, "global")]
+    fuses = type(strategy).predict is not FusionStrategy.predict  # what predicts is more than a network
+    if len(now) != 1 or len(models) != 1 or fuses or not (config.path or config.checkpoint):
+        return []
+    ((architecture, _),) = models.values()
+    start = strategy.workspace.initial(architecture)
+    model = (strategy.workspace.bare if strategy.bare else strategy.workspace.loaded)(architecture, start)
+    x, y = strategy.workspace.texts.read(architecture, "test")
+    before = scored(partial(_predict, strategy, model), x, y, strategy.classes)["loss"]
+    if not now[0] > before:
+        return []
+    return [
+        f"the server's model predicts the global test worse than the one it started from: a loss of {now[0]:.2f}, and "
+        f"of {before:.2f} before training: a smaller train.lr, or step of the server, may help"
+    ]
 
 
 def _predict(strategy: FusionStrategy, model: nn.Module, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from fedfuse.core import client_level
 from fedfuse.core.abreast_notes import vectorized_notes
 from fedfuse.core.attacks import attack_notes
 from fedfuse.core.defended import defence_notes
+from fedfuse.core.evaluation import fallen
 from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
@@ -85,6 +86,7 @@ def summary(
             *shared(strategy),
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
             *constant(_figures(path, CONSTANT), federation.scenario.clients, federation.done, strategy.distils),
+            *fallen(strategy, _figures(path, "loss/global"), federation.done),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),
             *remarks(strategy),
             *vectorized_notes(config, strategy.inbox.apart),

@@ -86,6 +86,21 @@ def test_a_companion_reads_what_the_data_are(folder: Path) -> None:
         play("fml", "strategy.meme=mlp", base=base(folder, "classifier"))
 
 
+def test_a_pretrained_model_that_forgets_is_told(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **size)).save_pretrained(tmp_path)
+    words = ("fedavg", f"model.path={tmp_path}", "rounds=1", "train.optimizer=sgd")
+
+    def told(rate: float) -> bool:
+        done = play(*words, f"train.lr={rate}", base=base(folder, "causal"))
+        return any("worse than the one it started from" in note for note in done.notes)
+
+    assert not told(0.05)
+    assert told(50)
+
+
 def test_a_text_run_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
     words = ("strategy.rank=4", "train.max_steps=2", "train.schedule=cosine", "train.micro_batch=3")
     crashed = federation("fedit", *words, base=base(folder, "causal"), path=tmp_path / "run", callbacks=(Crash(1),))
