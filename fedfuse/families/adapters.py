@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fedfuse.config.registry import hyper
 from fedfuse.core.client import FusionClient
 from fedfuse.core.shares import Metrics, Records, Share
+from fedfuse.core.workspace import Workspace
+from fedfuse.errors import UserError
 from fedfuse.families import lora
 from fedfuse.families.averaging import AveragingStrategy
 from fedfuse.wire.knowledge import Item, Topic
@@ -125,6 +127,14 @@ class AdapterStrategy(AveragingStrategy):
     folded: ClassVar[str | None] = None
     topics = {"adapter": Topic("state", lora.part("lora_A", "lora_B"))}
     records = {"adapter": lora.part("lora_A", "lora_B")}
+
+    def __init__(self, hyper: Any, workspace: Workspace) -> None:
+        super().__init__(hyper, workspace)
+        usual = type(hyper).head
+        if hyper.head != usual and not any(map(lora.is_head, workspace.initial(self.architecture))):
+            raise UserError(
+                f"strategy.head={hyper.head}: model={self.architecture} has no classification head; allowed: {usual}"
+            )
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

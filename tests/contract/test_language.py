@@ -79,6 +79,13 @@ def test_a_head_that_the_model_has_not_is_not_missed(name: str, folder: Path) ->
     assert unheard(play(name, RANK, base=base(folder, "causal")).strategy) == []
 
 
+@pytest.mark.parametrize("name", ["fedit", "fed_sb", "flora", "hetlora"])
+def test_what_becomes_of_a_head_is_not_asked_where_there_is_none(name: str, folder: Path) -> None:
+    for head in ("frozen", "personal"):
+        with pytest.raises(UserError, match=rf"strategy\.head={head}: model=causal_lm has no classification head"):
+            play(name, RANK, f"strategy.head={head}", base=base(folder, "causal"))
+
+
 def test_a_companion_reads_what_the_data_are(folder: Path) -> None:
     companion = play("fml", "rounds=1", base=base(folder, "classifier")).strategy.server_models()["meme"][1]
     assert any("embedding" in key for key in companion)
