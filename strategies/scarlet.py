@@ -14,12 +14,16 @@ away gets the increments it missed or the whole, whichever is smaller. Choices: 
 and replaced in the same round (the released code drops it and caches again one request later, and at age D exactly
 asks for a row whose answer it then does not send); the round's rows follow from the seed, so requests need no bytes.
 β = 1 leaves the mean as it is; D = 0 with all rows is DS-FL with that sharpener. Architectures may differ.
+Distillation has Adam at 10⁻³ unless `distil.*` says otherwise (ours; code: SGD 0.1 without momentum, on rounds of 1,000
+rows): of a tenth of a small transfer set SGD taught the server's student nothing at such a rate, and at the clients'
+0.05 with momentum convolutions died (docs/distillation.md has the figures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +44,8 @@ from fedfuse import (
     strategy,
     transfer_rows,
 )
+
+ADAM: Any = {"optimizer": "adam", "lr": 1e-3}  # of the distillation, at both ends
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class ScarletClient(FusionClient):
         served, at = lookup(self.cache, rows, item.version, h.duration)
         x, y = self.workspace.transfer(rows[served])
         distil = self.loss("kl").towards(self.cache["p"][at].to(self.workspace.device))
-        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch)
+        self.distil(distil, x, y, epochs=h.distill_epochs, batch_size=h.distill_batch, **ADAM)
 
     def share(self) -> Records:
         """Probabilities of the requested rows, in ascending order."""
@@ -190,4 +196,4 @@ class Scarlet(StudentStrategy):
         self.log("cache/requested", len(wanted))
         if h.server_model:
             served, at = lookup(self.published("cache"), rows, self.round, h.duration)
-            self.teach(self.loss("kl"), self.published("cache")["p"][at], rows[served])
+            self.teach(self.loss("kl"), self.published("cache")["p"][at], rows[served], **ADAM)

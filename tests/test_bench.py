@@ -24,7 +24,8 @@ def test_both_sides_take_the_same_steps(name: str, monkeypatch) -> None:
     workload, steps = WORKLOADS[name], []
 
     def counted(optimizer, args, options):
-        steps.append(optimizer.param_groups[0]["params"][0].shape)
+        group = optimizer.param_groups[0]
+        steps.append((group["params"][0].shape, type(optimizer).__name__, group["lr"]))
 
     hook = register_optimizer_step_post_hook(counted)
     found = []

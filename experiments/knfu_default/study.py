@@ -25,11 +25,12 @@ COMMON = (
     "seed=0,1,2",
 )  # fmt: skip
 EFFORT = "5,20"  # epochs over the transfer set a round, alike for all that distil; FedMD also 1
+SGD = "distil.optimizer=sgd"  # as KnFu distils; both have Adam of their own since
 MIXED = ["strategy.fuse_space=prob,logit", f"strategy.finetune_epochs={EFFORT}"]
 BLOCKS = {
     "local": ["strategy=local"],
-    "fedmd": ["strategy=fedmd", "strategy.digest_epochs=1,5,20", "strategy.digest_batch=64"],
-    "dsfl": ["strategy=dsfl", f"strategy.distill_epochs={EFFORT}", "strategy.distill_batch=64"],
+    "fedmd": ["strategy=fedmd", "strategy.digest_epochs=1,5,20", "strategy.digest_batch=64", SGD],
+    "dsfl": ["strategy=dsfl", f"strategy.distill_epochs={EFFORT}", "strategy.distill_batch=64", SGD],
     "js": ["strategy=knfu", "strategy.distance=js", "strategy.beta=1,10,30", *MIXED],
     "kl": ["strategy=knfu", "strategy.distance=kl_nm", "strategy.beta=1,10", *MIXED],
 }

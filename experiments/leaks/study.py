@@ -31,8 +31,9 @@ SIZE = [
     "strategy.fed_sb.init=random_orthonormal", "strategy.fed_sb.rank=32", "seed=0,1,2",
 ]  # fmt: skip
 LEAKS = [*SIZE, "partition.examples=200", "data.personal_test=0.4", "train.epochs=5", "distil.epochs=10",
-         "audit=ldia,coop_lira,fedmia"]  # fmt: skip
-LIARS = [*SIZE, "data=mnist", "partition.examples=100", "train.epochs=3", "distil.epochs=5"]
+         "distil.optimizer=sgd", "audit=ldia,coop_lira,fedmia"]  # fmt: skip
+LIARS = [*SIZE, "data=mnist", "partition.examples=100", "train.epochs=3", "distil.epochs=5",
+         "distil.optimizer=sgd"]  # fmt: skip
 RULES = {
     0.0: "off,median,geometric_median,trimmed_mean,multi_krum,cronus,expguard",
     0.1: "off,median,cronus",

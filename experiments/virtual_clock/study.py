@@ -38,7 +38,7 @@ WORLD = (
 WHOLE = (
     "data=mnist", "data.limit=6000", "data.test_limit=500", "partition=dirichlet", "partition.alpha=0.3",
     "partition.min_size=10", "clients=100", "participation=0.3", "model=mlp", "transfer.size=100", "train.epochs=2",
-    "distil.epochs=3", "distil.batch_size=25",
+    "distil.epochs=3", "distil.batch_size=25", "distil.optimizer=sgd",
 )  # fmt: skip
 SMALL = (
     "data=digits", "partition=dirichlet", "partition.alpha=0.5", "partition.min_size=5", "clients=20",

@@ -24,7 +24,7 @@ FUSING = ("fedavg", "fedmd", "dsfl", "fedproto", "knfu")
 RUNS = Path("runs/when_to_fuse")
 COMMON = [
     "clients=10", "rounds=6", "evaluate.every=3", "data.test_limit=2000", "transfer.size=200", "train.epochs=5",
-    "train.batch_size=16", "train.lr=0.02", "distil.epochs=20",
+    "train.batch_size=16", "train.lr=0.02", "distil.epochs=20", "distil.optimizer=sgd",
 ]  # fmt: skip
 BLOCKS = {
     "mnist-prior": [

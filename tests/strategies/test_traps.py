@@ -85,7 +85,7 @@ def test_rows_of_a_subset_are_distinct_ordered_redrawn_and_may_be_kept():
 
 
 def test_fedmds_digest_is_the_mean_absolute_error_of_logits():
-    half = client("fedmd", "train.lr=1e-30", "strategy.digest_batch=100")
+    half = client("fedmd", "distil.lr=1e-30", "strategy.digest_batch=100")
     logits, values = torch.randn(24, 10), watched(half)
     take(half, "consensus", logits=logits)
     expected = (half.predict(half.transfer).double() - logits.double()).abs().mean()

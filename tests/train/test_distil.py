@@ -143,21 +143,42 @@ def test_that_few_labels_are_known_is_said():
         assert remarks(built.strategy) == []
 
 
-@pytest.mark.parametrize(("name", "topic"), [("dsfl", "labels"), ("ktpfl", "target")])
-def test_a_lesson_is_learned_by_adam_whatever_local_training_has(name, topic):
+P = random_labels(24, 10).float()
+ALL = torch.arange(24, dtype=torch.int32)
+LESSONS = {
+    "dsfl": ("labels", {"p": P}), "ktpfl": ("target", {"p": P}), "fedmd": ("consensus", {"logits": 3 * P}),
+    "scarlet": ("cache", {"index": ALL, "p": P, "stamp": torch.ones_like(ALL)}),
+    "selectivefd": ("ensemble", {"rows": ALL, "p": P}),
+}  # fmt: skip
+
+
+def moved_by_a_lesson(name, *words):
+    """How far one step on the same soft labels moves the weight that it moves most."""
+    own = ("strategy.subset=24",) if name == "scarlet" else ()
+    half = client(name, "distil.steps=1", "distil.batch_size=24", *own, *words)
+    before = half.weights()
+    topic, arrays = LESSONS[name]
+    take(half, topic, **arrays)
+    return max(float((value - before[k]).abs().max()) for k, value in half.weights().items())
+
+
+@pytest.mark.parametrize("name", ["dsfl", "ktpfl", "fedmd", "scarlet"])
+def test_a_lesson_is_learned_by_adam_whatever_local_training_has(name):
     """Adam's first step moves a weight by its rate, however steep the loss; SGD's does not."""
-    p, moved = random_labels(24, 10).float(), []
-    for words in ((), ("distil.optimizer=sgd", "distil.lr=0.05")):
-        half = client(name, "strategy.distill_epochs=1", "train.lr=0.05", *words)
-        before = half.weights()
-        take(half, topic, p=p)
-        moved.append(max(float((value - before[k]).abs().max()) for k, value in half.weights().items()))
-    assert moved[0] == pytest.approx(1e-3, rel=1e-2)
-    assert abs(moved[1] - 1e-3) > 1e-4
+    assert moved_by_a_lesson(name, "train.lr=0.05") == pytest.approx(1e-3, rel=1e-2)
+    assert abs(moved_by_a_lesson(name, "train.lr=0.05", "distil.optimizer=sgd") - 1e-3) > 1e-4
 
 
-def test_the_student_of_dsfl_learns_by_adam_too():
-    built = server("dsfl", "strategy.distill_epochs=1", "train.lr=0.05")
+def test_selective_fd_distils_at_a_rate_of_its_own():
+    moved = moved_by_a_lesson("selectivefd", "train.lr=0.05")
+    assert moved_by_a_lesson("selectivefd", "train.lr=0.3") == moved
+    assert moved_by_a_lesson("selectivefd", "distil.lr=0.05") == pytest.approx(5 * moved, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["dsfl", "scarlet"])
+def test_a_student_at_the_server_learns_by_adam_too(name):
+    own = ("strategy.subset=24",) if name == "scarlet" else ()
+    built = server(name, "strategy.distill_epochs=1", "train.lr=0.05", *own)
     before = built.state["model"]
     built.fuse(shares(built, {"labels": {"p": random_labels(24, 10).float()}}))
     moved = max(float((value - before[k]).abs().max()) for k, value in built.state["model"].items())
