@@ -153,7 +153,8 @@ def constant(
     distils : bool
         Whether there is a distillation, which `distil.*` sets.
     """
-    advice = "a smaller train.lr, or distil.optimizer=adam," if distils else "a smaller train.lr"
+    smaller = "a smaller train.lr"  # what a strategy distils with unless told is its own: Adam, often
+    advice = f"{smaller} or distil.lr, or distil.optimizer=adam where that is sgd," if distils else smaller
     found = [
         (scope, metric.rpartition("/")[0])
         for round, scope, _, split, metric, value, *_ in rows  # a clock adds a column
