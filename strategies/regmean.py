@@ -16,6 +16,11 @@ which a < 1 leaves singular: they get a mean. Without it such a layer is refused
 layer whose weight travels; a pattern may name 2-d convolutions too, as matrices over their patches. With `rank=r` it
 is the head alone, and A and B are averaged: least squares fit one matrix, and as two factors of one product A and B
 diverge together within ten rounds on digits (`layers=lora_A`, or `lora_B`, merges one of them so).
+
+The paper merges once, fine-tuned from one pretrained network, whose features move little. Least squares in a layer
+whose inputs differ by client goes far: on USPS with 3 classes a client and `cnn`, where what makes those inputs is
+averaged, the first round moves `body.7` by 107 % of its norm (FedAvg: 12 %) and within eight rounds nothing is left
+(10.0 % global; 65.4 with FedAvg; 33.6 with `a=0`, 57.2 with `layers=head`; an `mlp` has 71.8, 65.2 with FedAvg).
 """
 
 from __future__ import annotations

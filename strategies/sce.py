@@ -7,11 +7,16 @@ for each array by itself, δ_k = θ_k − θ₀ with θ₀ the broadcast:
     server:    select:     δ̂_k keeps the fraction τ of entries whose variance over the clients is greatest, else 0
                calculate:  w_k = mean(δ̂_k²) / Σ_j mean(δ̂_j²)
                erase:      m_k = 1 where δ̂_k has the sign of Σ_j δ̂_j, else 0
-               θ ← θ₀ + Σ_k w_k m_k δ̂_k / Σ_k w_k m_k
+               θ ← θ₀ + λ Σ_k w_k m_k δ̂_k / Σ_k w_k m_k
 
 Travels: P·B_f bytes each way, a client and round; with `rank=r` LoRA's A and B and the head instead of the network.
 Readings: one client alone varies with nobody, and its δ is taken as it is; entries of equal variance are selected in
 order; where all erase themselves nothing moves.
+
+The paper merges once, with λ = 1. What cancels in a mean is erased here instead: on USPS with 3 classes a client the
+first step is 1.2 to 5.2 times as long as the mean's, layer by layer, and round after round that kills convolutions
+(12.0 and 32.6 % global, seeds 0 and 1, where FedAvg has 65.4 and 45.2). So λ is 0.3 by default (ours): 57.8 and 72.6
+there, and on digits and MNIST (sanity, three seeds) 85.6 and 77.0 for 83.9 and 51.8. For one merge say `lam=1`.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ class SCEHyper(MergingHyper):
     """Hyper-parameters of SCE."""
 
     keep: float = hyper(0.1, "τ, fraction of an array's entries that is selected", above=0, high=1)
+    lam: float = hyper(0.3, "λ, factor on the merged δ (ours; paper: 1, of one merge)", above=0)
 
 
 def selected(deltas: Tensor, keep: float) -> Tensor:
@@ -53,6 +59,7 @@ class SCE(MergingStrategy):
     """Select by variance, calculate weights by energy, erase minority signs."""
 
     def merge(self, vectors: Sequence[Arrays]) -> Arrays:
-        """The merged δ of each array."""
+        """λ times the merged δ of each array."""
         stacks = {name: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
-        return {name: merged(selected(stack, self.hyper.keep)) for name, stack in stacks.items()}
+        h = self.hyper
+        return {name: h.lam * merged(selected(stack, h.keep)) for name, stack in stacks.items()}

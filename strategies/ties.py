@@ -9,8 +9,13 @@ algorithm 1). In round t, θ₀ the broadcast:
                merge:  τ = mean of the τ̂_k of sign γ, weight by weight;   θ ← θ₀ + λ τ
 
 Travels: P·B_f bytes each way, a client and round; with `rank=r` LoRA's A and B and the head instead of the network.
-Election looks at all task vectors, so it is not a sum. `keep=1` and one client is FedAvg. Exactly round(k·P) weights
-are kept: the authors' code keeps one more, and fails at k = 100 %. Clients count alike, as in the paper.
+Election looks at all task vectors, so it is not a sum. `keep=1 lam=1` and one client is FedAvg. Exactly round(k·P)
+weights are kept: the authors' code keeps one more, and fails at k = 100 %. Clients count alike, as in the paper.
+
+The paper merges once, with λ about 1. A mean of those who agree does not cancel as the mean of all does: on USPS with 3
+classes a client its first step is 1.8 to 5.8 times as long, layer by layer, and round after round that kills
+convolutions (10.0 % global, seeds 0 and 1; FedAvg: 65.4 and 45.2). So λ is 0.3 by default (ours): 71.0 and 76.2, and on
+digits and MNIST (sanity, three seeds) 91.4 and 79.0 for 88.6 and 59.0. For one merge say `lam=1`.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ class TIESHyper(MergingHyper):
     """Hyper-parameters of TIES."""
 
     keep: float = hyper(0.2, "k, fraction of a task vector that is kept (paper: 20 %)", above=0, high=1)
-    lam: float = hyper(1.0, "λ, factor on the merged task vector (paper: about 1)", above=0)
+    lam: float = hyper(0.3, "λ, factor on the merged task vector (ours; paper: about 1, of one merge)", above=0)
 
 
 def trimmed(vectors: Tensor, keep: float) -> Tensor:

@@ -100,7 +100,7 @@ def test_equal_scores_are_kept_in_order_and_at_least_one() -> None:
 
 
 def test_ties_of_one_client_that_keeps_all_is_fedavg_bit_for_bit() -> None:
-    words = ("clients=1", "strategy.keep=1")
+    words = ("clients=1", "strategy.keep=1", "strategy.lam=1")
     assert play("ties", *words).digest == play("fedavg", "clients=1").digest
 
 
@@ -135,7 +135,7 @@ def test_sce_of_one_client_is_its_own_and_nothing_moves_nothing() -> None:
     assert torch.equal(sce.selected(alone, 0.1), alone)
     assert torch.equal(sce.merged(alone), alone[0])
     assert torch.equal(sce.merged(torch.zeros(2, 3)), torch.zeros(3))
-    assert play("sce", "clients=1").digest == play("fedavg", "clients=1").digest
+    assert play("sce", "clients=1", "strategy.lam=1").digest == play("fedavg", "clients=1").digest
 
 
 def test_sce_erases_what_cancels_out() -> None:
@@ -144,7 +144,7 @@ def test_sce_erases_what_cancels_out() -> None:
 
 
 def test_sce_goes_array_by_array() -> None:
-    strategy, start, models = double("sce", "strategy.keep=0.25")
+    strategy, start, models = double("sce", "strategy.keep=0.25", "strategy.lam=1")
     for name, value in fused(strategy, models).items():
         stack = torch.stack([m[name] - start[name] for m in models])
         moved = value - start[name]
@@ -262,6 +262,17 @@ def test_twin_merging_has_task_arithmetics_server() -> None:
 
 
 # --- all of them --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ties", "sce"])
+def test_where_merging_is_repeated_a_step_is_shorter_than_the_papers(name: str) -> None:
+    """At λ = 1 nothing cancels, so the model goes several times as far as the mean, in every round anew."""
+    steps = []
+    for words in ((), ("strategy.lam=1",)):
+        strategy, start, models = double(name, *words)
+        steps.append({k: v - start[k] for k, v in fused(strategy, models).items()})
+    for key, step in steps[0].items():
+        torch.testing.assert_close(step, 0.3 * steps[1][key], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ties", "sce"])
