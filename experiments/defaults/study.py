@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "task_arithmetic": {"lam": "0.05,0.1,null,0.2,0.3"},
     "twin_merging": {"keep": "0,0.1,0.2,0.5,1"},
 }
+BESIDE = {"regmean": ("strategy.lam=1",)}  # its default when the study ran
 FIELDS = ("strategy", "key", "value", "alpha", "seed", "validation", "personal", "global")
 METRICS = FIELDS[5:]
 
@@ -42,7 +43,7 @@ def parts(words: Sequence[str]) -> list[Part]:
     return [
         Part(
             "compare",
-            (f"strategy={name}", *([f"strategy.{key}={values}"] if key else []), *COMMON),
+            (f"strategy={name}", *([f"strategy.{key}={values}"] if key else []), *BESIDE.get(name, ()), *COMMON),
             RUNS / f"{name}-{key}",
         )
         for name in words or SETTINGS

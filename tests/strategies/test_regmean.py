@@ -119,9 +119,11 @@ def test_what_a_client_sends_is_its_layers_grams_and_weights() -> None:
     assert not client.model.get_submodule("head")._forward_hooks
 
 
-def test_a_round_of_the_server_against_its_formula() -> None:
-    strategy = server("regmean")
-    strategy.publish("model", {k: v.double() for k, v in strategy.model.items()})
+@pytest.mark.parametrize(("words", "lam"), [((), 0.3), (("strategy.lam=1",), 1.0)])
+def test_a_round_of_the_server_against_its_formula(words: tuple[str, ...], lam: float) -> None:
+    strategy = server("regmean", *words)
+    start = {k: v.double() for k, v in strategy.model.items()}
+    strategy.publish("model", start)
     strategy.round = 2
     draw, told = torch.Generator().manual_seed(3), []
     for n in ROWS:
@@ -138,7 +140,7 @@ def test_a_round_of_the_server_against_its_formula() -> None:
     for name in ("body.1.weight", "head.weight"):
         g = sum(regmean.unpacked(one["gram"][name]) for one in told)
         want = torch.linalg.solve(g, sum(one["product"][name] for one in told).T).T
-        torch.testing.assert_close(strategy.model[name], want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(strategy.model[name], (1 - lam) * start[name] + lam * want, rtol=0, atol=1e-10)
     want = sum(n * one["rest"]["head.bias"] for n, one in zip((3, 7, 5), told, strict=True)) / 15
     torch.testing.assert_close(strategy.model["head.bias"], want, rtol=0, atol=1e-12)
 
