@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow the tabl
     from fedfuse.families.companion import CompanionClient, CompanionStrategy
     from fedfuse.families.flower_rules import FlowerClient, FlowerHyper, FlowerStrategy
     from fedfuse.families.inversion import InversionHyper, InversionStrategy
-    from fedfuse.families.merging import MergingClient, MergingHyper, MergingStrategy
+    from fedfuse.families.merging import MergingClient, MergingHyper, MergingStrategy, StepHyper
     from fedfuse.families.one_shot import Ensemble, OneShotStrategy
     from fedfuse.families.personal import Part, PartClient, PartStrategy
     from fedfuse.families.ranks import RankedClient, RankedHyper, RankedStrategy
@@ -78,7 +78,7 @@ _HOMES = {
     "families.companion": "CompanionClient CompanionStrategy",
     "families.flower_rules": "FlowerClient FlowerHyper FlowerStrategy",
     "families.inversion": "InversionHyper InversionStrategy",
-    "families.merging": "MergingClient MergingHyper MergingStrategy",
+    "families.merging": "MergingClient MergingHyper MergingStrategy StepHyper",
     "families.one_shot": "Ensemble OneShotStrategy",
     "families.personal": "Part PartClient PartStrategy",
     "families.ranks": "RankedClient RankedHyper RankedStrategy",

@@ -20,8 +20,9 @@ diverge together within ten rounds on digits (`layers=lora_A`, or `lora_B`, merg
 The paper merges once, fine-tuned from one pretrained network, whose features move little, so λ = 1. Least squares in a
 layer whose inputs differ by client goes far: on USPS with 3 classes a client and `cnn`, where what makes the inputs is
 averaged, the first round moved `body.7` by 107 % of its norm (FedAvg: 12 %); within eight rounds one seed had 10.0 %
-global and another no finite numbers (FedAvg: 65.4 and 45.2). So λ is 0.3 by default (ours): 36.6 and 46.2 there, and on
-digits and MNIST (sanity, three seeds) 93.0 and 78.4 for 93.9 and 71.6. For one merge say `lam=1`.
+global and another no finite numbers (FedAvg: 65.4 and 45.2). So λ is 0.3 where rounds repeat it (ours): 36.6
+and 46.2 there, and on digits and MNIST (sanity, three seeds) 93.0 and 78.4 for 93.9 and 71.6. In a run of one round λ
+is 1.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from fedfuse import (
     InvalidArrays,
     Layout,
     MergingClient,
-    MergingHyper,
     MergingStrategy,
     Records,
     Scope,
     Shares,
+    StepHyper,
     UserError,
     Workspace,
     WorldError,
@@ -55,12 +56,11 @@ packed, unpacked = curvature.packed, curvature.unpacked
 
 
 @dataclass(frozen=True)
-class RegMeanHyper(MergingHyper):
+class RegMeanHyper(StepHyper):
     """Hyper-parameters of RegMean."""
 
     a: float = hyper(0.9, "a, share of G's off-diagonal that counts (code: 0.9; T5, DeBERTa 0.1)", low=0, high=1)
     ridge: float = hyper(0.01, "ρ, added to G's diagonal as a share of its mean (ours)", low=0)
-    lam: float = hyper(0.3, "λ, how far towards the least-squares solution (ours; paper: 1, of one merge)", above=0)
     gram: str = hyper("full", "what of G travels: its triangle, or its diagonal (a = 0)", choices=("full", "diag"))
     layers: str = hyper("auto", "merged so, patterns of dotted names; auto: every linear layer whose weight travels")
     weighting: str = hyper("examples", "G summed over rows, or their mean", choices=("examples", "uniform"))
@@ -188,7 +188,7 @@ class RegMean(MergingStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """W ← (1 − λ)·W + λ·(ΣG̃)⁻¹ ΣG̃W layer by layer; the mean of the rest."""
-        lam = self.hyper.lam
+        lam = self.lam
         (grams, _), (products, _) = shares.total("gram"), shares.total("product")
         rest = shares.mean("rest") if len(products) < len(self.model) else {}
         merged = {}

@@ -14,8 +14,8 @@ weights are kept: the authors' code keeps one more, and fails at k = 100 %. Clie
 
 The paper merges once, with λ about 1. A mean of those who agree does not cancel as the mean of all does: on USPS with 3
 classes a client its first step is 1.8 to 5.8 times as long, layer by layer, and round after round that kills
-convolutions (10.0 % global, seeds 0 and 1; FedAvg: 65.4 and 45.2). So λ is 0.3 by default (ours): 71.0 and 76.2, and on
-digits and MNIST (sanity, three seeds) 91.4 and 79.0 for 88.6 and 59.0. For one merge say `lam=1`.
+convolutions (10.0 % global, seeds 0 and 1; FedAvg: 65.4 and 45.2). So λ is 0.3 where rounds repeat it (ours): 71.0
+and 76.2, and on digits and MNIST (sanity, three seeds) 91.4 and 79.0 for 88.6 and 59.0. In a run of one round λ is 1.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedfuse import Arrays, MergingClient, MergingHyper, MergingStrategy, hyper, merging, strategy
+from fedfuse import Arrays, MergingClient, MergingStrategy, StepHyper, hyper, merging, strategy
 
 
 @dataclass(frozen=True)
-class TIESHyper(MergingHyper):
+class TIESHyper(StepHyper):
     """Hyper-parameters of TIES."""
 
     keep: float = hyper(0.2, "k, fraction of a task vector that is kept (paper: 20 %)", above=0, high=1)
-    lam: float = hyper(0.3, "λ, factor on the merged task vector (ours; paper: about 1, of one merge)", above=0)
 
 
 def trimmed(vectors: Tensor, keep: float) -> Tensor:
@@ -63,4 +62,4 @@ class TIES(MergingStrategy):
         trim = trimmed(merging.flat(vectors), self.hyper.keep)
         sign = elected(trim)
         self.log("agreement", float((trim.sign() == sign)[trim != 0].double().mean()))
-        return merging.shaped(self.hyper.lam * agreed(trim, sign), vectors[0])
+        return merging.shaped(self.lam * agreed(trim, sign), vectors[0])

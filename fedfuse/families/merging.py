@@ -23,6 +23,7 @@ from fedfuse.wire.sums import Sum
 
 # λ·K where merging is repeated: 1 is the mean; the papers' 2 to 3, of one merge, diverges after some rounds on digits
 REPEATED = 1.2
+SHORTER = 0.3  # λ where a whole step of the papers' would be repeated in every round
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class MergingHyper:
             raise UserError(f"strategy.targets={self.targets} goes with adapters: set strategy.rank")
 
 
+@dataclass(frozen=True)
+class StepHyper(MergingHyper):
+    """Hyper-parameters of a strategy whose paper merges once, and whose merge is repeated here."""
+
+    lam: float | None = hyper(
+        None, "λ, factor on the step to what is merged; null: 1 in a run of one round (paper), else 0.3 (ours)", above=0
+    )
+
+
 class MergingClient(AnchoredClient):
     """Client half: trains what it was sent, on a network or on adapters, and sends it back."""
 
@@ -75,6 +85,19 @@ class MergingStrategy(AveragingStrategy):
     def merged(self) -> list[str]:
         """Names of the arrays that are merged: parameters that travel, without buffers."""
         return parameters(self.workspace.model(self.architecture), self.workspace.initial(self.architecture))
+
+    @property
+    def lam(self) -> float:
+        """λ of `StepHyper`: as said, else the papers' 1 of one merge, and less where rounds repeat it."""
+        said: float | None = self.hyper.lam
+        if said is not None:
+            return said
+        return 1.0 if self.scenario.config.rounds == 1 else SHORTER
+
+    def planned(self) -> str:
+        """λ, where it is null."""
+        follows = isinstance(self.hyper, StepHyper) and self.hyper.lam is None
+        return f"strategy.lam=null is 1 in a run of one round, {SHORTER} in one of several" if follows else ""
 
     def vectors(self, shares: Iterable[Share]) -> tuple[list[Arrays], Arrays]:
         """Task vectors τ_k in float64, of clients with examples, and the mean of the buffers."""

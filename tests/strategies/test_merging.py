@@ -264,6 +264,16 @@ def test_twin_merging_has_task_arithmetics_server() -> None:
 # --- all of them --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["ties", "sce", "regmean"])
+def test_a_run_of_one_round_merges_as_the_papers_do(name: str) -> None:
+    once = play(name, "rounds=1")
+    assert once.digest == play(name, "rounds=1", "strategy.lam=1").digest
+    assert once.digest != play(name, "rounds=1", "strategy.lam=0.3").digest
+    assert play(name, "rounds=2").digest == play(name, "rounds=2", "strategy.lam=0.3").digest
+    assert "strategy.lam=null is 1 in a run of one round" in once.strategy.planned()
+    assert play(name, "rounds=1", "strategy.lam=1").strategy.planned() == ""
+
+
 @pytest.mark.parametrize("name", ["ties", "sce"])
 def test_where_merging_is_repeated_a_step_is_shorter_than_the_papers(name: str) -> None:
     """At λ = 1 nothing cancels, so the model goes several times as far as the mean, in every round anew."""
