@@ -150,15 +150,15 @@ def notes(runs: Sequence[RunRecord], known: Collection[str] = ()) -> list[str]:
 
 def _trained(groups: Sequence[Group]) -> list[str]:
     """How much each strategy computed, where they differ by more than a hundredth: rounds and epochs do not tell."""
-    lines = []
+    parts = []
     for where in ("clients", "server"):
         told = {one.name: _examples(one.runs, where) / 1e3 for one in groups}
         told = {name: value for name, value in told.items() if not math.isnan(value)}
         if len(told) > 1 and max(told.values()) > 1.01 * min(told.values()):
-            listed = "; ".join(f"{name} {amount(value)}" for name, value in told.items() if value or where == "clients")
-            lines.append(f"not the same amount of training: thousands of examples a run, each as often as it passed "
-                         f"forward and backward, at the {where}: {listed}")  # fmt: skip
-    return lines
+            shown = (f"{name} {amount(value)}" for name, value in told.items() if value or where == "clients")
+            parts.append(f"at the {where} {', '.join(shown)}")
+    return [f"Not the same amount of training, in thousands of examples a run, each as often as it was trained on: "
+            f"{'; '.join(parts)}"] if parts else []  # fmt: skip
 
 
 WHEN = {"received": "after they took in the newest lesson", "trained": "as training left them"}

@@ -401,12 +401,15 @@ def test_how_much_was_trained_is_told_where_it_differs(tmp_path):
     write_run(tmp_path / "d0", "local", 0)  # of a version that did not count
     kept = find([tmp_path])[0]
     assert [line for line in notes(kept) if "amount of training" in line] == [
-        "not the same amount of training: thousands of examples a run, each as often as it passed forward and "
-        "backward, at the server: feddf 0.3"
+        "Not the same amount of training, in thousands of examples a run, each as often as it was trained on: at the "
+        "server feddf 0.3"
     ]
     write_run(tmp_path / "e0", "knfu", 0, trained={"clients": 23456, "server": 0})
     kept = find([tmp_path])[0]
-    assert any("at the clients: fedavg 2.0; feddf 2.0; fedprox 2.0; knfu 23.5" in line for line in notes(kept))
+    assert any(
+        "at the clients fedavg 2.0, feddf 2.0, fedprox 2.0, knfu 23.5; at the server feddf 0.3" in line
+        for line in notes(kept)
+    )
     rows = list(csv.DictReader(io.StringIO(to_csv(compare(kept)))))
     told = {row["strategy"]: (row["trained"], row["trained_at_server"]) for row in rows}
     assert told["feddf"] == ("2000.0", "300.0")
