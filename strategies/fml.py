@@ -8,9 +8,9 @@ Box (Shen et al., "Federated Mutual Learning", 2020, arXiv 2006.16765). In round
     sends its meme;       server:  meme_{t+1} ← Σ n_k meme_k / Σ n_k
 
 Travels: P_meme·B_f bytes each way. Each takes the other's predictions on the batch as given. Own models may be of any
-architecture, `strategy.meme` is common; where both are of one architecture the meme starts from other weights. Clients
-predict with their own model; the figure on the global set is the meme's. α = β = 1 is local training
-beside FedAvg of the meme.
+architecture, `strategy.meme` is common; where both are of one architecture the meme starts from other weights, but for
+what a directory or a checkpoint gives both. Clients predict with their own model; the figure on the global set is the
+meme's. α = β = 1 is local training beside FedAvg of the meme.
 """
 
 from __future__ import annotations

@@ -86,8 +86,14 @@ class Workspace:
         self._predicts = transfer and scenario.data.transfer is not None
         self._room = min(512, 512 if budget is None else budget // 32) * 2**20
 
-    def build(self, architecture: str) -> nn.Module:
+    def build(self, architecture: str, draw: int = 0) -> nn.Module:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds.
+
+        Parameters
+        ----------
+        architecture
+        draw
+            Another number draws other weights, where they are drawn and not loaded.
 
         Raises
         ------
@@ -107,7 +113,7 @@ class Workspace:
             shape=dataset.shape,
             classes=self.scenario.classes,
             config=config.model,
-            seed=config.seed,
+            seed=seed_of(config.seed, "draw", draw) if draw else config.seed,
             pad=dataset.pad,
         )
 

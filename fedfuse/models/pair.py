@@ -73,11 +73,12 @@ class FeaturePair(Pair):
         return own.head(z), shared.head(seen), z, self.bridge(seen)
 
 
-def paired(own: nn.Module, name: str, build: Callable[[str], nn.Module], bridge: bool = False) -> Pair:
+def paired(own: nn.Module, name: str, build: Callable[..., nn.Module], bridge: bool = False) -> Pair:
     """Give a client's model a shared companion.
 
     Two networks of one architecture would start equal, and twins that see the same batches have nothing to teach
-    each other: the companion then gets weights of its own.
+    each other: of the companion, layers that are drawn are then drawn anew. What comes from a directory, a checkpoint
+    or a builder of one's own, whatever the seed, stays.
 
     Parameters
     ----------
@@ -94,12 +95,18 @@ def paired(own: nn.Module, name: str, build: Callable[[str], nn.Module], bridge:
     mine, other = own.state_dict(), shared.state_dict()
     with seeded_by(own, "companion"):
         if mine.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in mine.items()):
-            for layer in shared.modules():
-                if hasattr(layer, "reset_parameters"):
+            another = build(name, draw=1)
+            for layer, other_layer in zip(shared.modules(), another.modules(), strict=True):
+                if hasattr(layer, "reset_parameters") and not _alike(layer, other_layer):
                     cast(Any, layer).reset_parameters()
         if hasattr(own, "features") and hasattr(shared, "features"):
             return FeaturePair(own, shared, bridge)
         return Pair(own, shared)
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers have the same weights, those of layers in them left out."""
+    return all(map(torch.equal, one.parameters(recurse=False), other.parameters(recurse=False)))
 
 
 def shared_part(weights: Arrays) -> Arrays:

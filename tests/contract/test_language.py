@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
@@ -91,6 +92,18 @@ def test_a_companion_reads_what_the_data_are(folder: Path) -> None:
     assert any("embedding" in key for key in companion)
     with pytest.raises(UserError, match="model=mlp takes numbers, and data=jsonl gives tokens"):
         play("fml", "strategy.meme=mlp", base=base(folder, "classifier"))
+
+
+def test_a_companion_starts_from_the_pretrained_weights_too(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    saved = transformers.BertModel(transformers.BertConfig(vocab_size=256, **size), add_pooling_layer=False)
+    saved.save_pretrained(tmp_path)
+    with federation("fml", f"model.path={tmp_path}", base=base(folder, "classifier")) as (built, _):
+        built.strategy.ensure_begun()
+        meme = built.strategy.published("meme")
+    assert all(torch.equal(meme[f"model.bert.{name}"], value) for name, value in saved.named_parameters())
 
 
 def test_a_pretrained_model_that_forgets_is_told(folder: Path, tmp_path: Path) -> None:

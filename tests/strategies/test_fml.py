@@ -66,6 +66,16 @@ def test_twins_start_from_different_weights() -> None:
     assert not torch.equal(own["own.head.weight"], meme["head.weight"])
 
 
+def test_twins_keep_what_they_were_given(tmp_path: Path) -> None:
+    """The meme's weights of a checkpoint were wiped, and those of a pretrained language model."""
+    torch.save(wake(server("fedavg", "seed=7", "model=mlp")).model.state_dict(), tmp_path / "a.pt")
+    words = ("model=mlp", f"model.checkpoint={tmp_path / 'a.pt'}", "model.checkpoint_head=false")
+    weights = wake(server("fml", *words)).weights()
+    own, meme = private_part(weights), shared_part(weights)
+    same = {name for name, value in meme.items() if torch.equal(value, own[f"own.{name}"])}
+    assert meme.keys() - same == {"head.weight", "head.bias"}  # which were drawn
+
+
 def test_the_meme_is_what_the_server_scores_on_the_global_set() -> None:
     """On its own, as built, without a client's network beside it; before, the clients' networks were scored there."""
     played = play("fml", "strategy.meme=mlp")
