@@ -19,7 +19,7 @@ import numpy as np
 
 from fedfuse.data.dataset import PARTS, Dataset, Examples
 
-FORMAT = 3  # part of every key: old entries are never misread
+FORMAT = 4  # part of every key: old entries are never misread
 LAST = 32  # arrays of a kind (partitions, noise: small ones) that are kept at a site
 
 _few: ContextVar[bool] = ContextVar("few", default=False)

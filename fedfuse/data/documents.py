@@ -64,7 +64,7 @@ def documents(config: DataConfig, root: Path, extra: dict[str, Any], whole: bool
     found = {}
     for split, paths in (("train", files["train"] or files["other"]), ("test", files["test"])):
         found[split] = [document for path in paths for document in _of_file(config, path, root, whole)]
-    if not found["train"]:
+    if not any(document.text for document in found["train"]):
         raise UserError(f"data={config.name}: no text under {root}")
     return found
 
@@ -105,12 +105,11 @@ def _plain(config: DataConfig, path: Path, name: str) -> Iterator[Document]:
         raise UserError(f"data.targets={config.targets}: {path} is plain text and has no fields; allowed: null")
     try:
         raw = gunzipped(path).read() if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
     if config.groups in (None, "file"):
-        if text.strip():
-            yield Document(text, name, None, str(path))
+        yield Document(text if text.strip() else "", name, None, str(path))
         return
     if config.groups != "role":
         raise UserError(f"data.groups={config.groups}: {path} is plain text; allowed: file, role")

@@ -75,7 +75,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """Read one object per line; empty lines are skipped."""
     rows, taken, most = [], 0, room(path) if path.suffix == ".gz" else 2**63
     try:
-        with io.TextIOWrapper(gunzipped(path) if path.suffix == ".gz" else path.open("rb"), encoding="utf-8") as file:
+        content = gunzipped(path) if path.suffix == ".gz" else path.open("rb")
+        with io.TextIOWrapper(content, encoding="utf-8-sig") as file:  # Windows' editors put a mark before a file
             for number, line in enumerate(file, start=1):
                 # of two letters Python makes an object of 64 bytes, and a place of 8 for it
                 taken += len(line) + 8 * line.count(",") + 64 * (line.count("[") + line.count("{"))

@@ -73,7 +73,7 @@ def _users(folder: Path) -> Rows:
     users: Rows = {}
     for path in files:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             for name in content["users"]:
                 held = content["user_data"][name]
                 users[str(name)] = (list(held["x"]), list(held["y"]))

@@ -38,11 +38,18 @@ def read(config: DataConfig, root: Path) -> Dataset:
     if extra["long"] not in ("windows", "cut"):
         raise UserError(f"data.extra.long={extra['long']}; allowed: windows, cut")
     windows = extra["long"] == "windows"
+    notes = list[str]()
 
     def rows(found: Sequence[Document], tokenizer: Any, length: int) -> list[Row]:
-        return list(rows_of([document.text for document in found], tokenizer, length, windows))
+        made = list(rows_of([document.text for document in found], tokenizer, length, windows))
+        if left := len(found) - len({row.text for row in made}):
+            notes.append(f"{left} of {len(found)} texts are left out: empty, or without a token to predict")
+        return made
 
-    return kept(config, root, extra, lambda: tokenized(config, root, extra, documents(config, root, extra), rows))
+    def build() -> Dataset:
+        return tokenized(config, root, extra, documents(config, root, extra), rows, notes)
+
+    return kept(config, root, extra, build)
 
 
 def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[[], Dataset]) -> Dataset:
@@ -77,6 +84,8 @@ def tokenized(
     ----------
     rows : callable
         `rows(documents, tokenizer, length)`; a row's `text` is the number of its document.
+    notes
+        What is said of the data once the rows are made.
 
     Raises
     ------

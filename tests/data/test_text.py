@@ -174,6 +174,26 @@ def test_what_is_lost_of_texts_to_classify_is_told(tmp_path: Path) -> None:
     assert load(DataConfig(name="jsonl", root=str(tmp_path))).notes == said[1:]  # counts have no length
 
 
+def test_texts_that_are_left_out_are_told(tmp_path: Path) -> None:
+    (folder(tmp_path) / "c.txt").write_text(" \n")
+    assert load(text(tmp_path)).notes == ("1 of 3 texts are left out: empty, or without a token to predict",)
+    (tmp_path / "test.txt").write_text("")  # the test set was cut from the training texts instead
+    with pytest.raises(UserError, match="no test text has a token to predict"):
+        load(text(tmp_path))
+
+
+def test_a_mark_before_a_file_is_no_part_of_it(tmp_path: Path) -> None:
+    """As Windows' editors write it: in JSON lines it was an error in Python's words, in plain text a token."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfxyz")
+    assert load(text(tmp_path, test_fraction=0.0)).train.inputs.tolist() == [[0, *b"xyz", 0, 0, 0, 0]]
+    for i, suffix in enumerate(("jsonl", "csv")):
+        (tmp_path / str(i)).mkdir()
+        lines = {"jsonl": '{"x": 1, "y": "a"}\n{"x": 2, "y": "b"}', "csv": "x,y\n1,a\n2,b"}[suffix]
+        (tmp_path / str(i) / f"train.{suffix}").write_text(lines, encoding="utf-8-sig")
+        found = load(DataConfig(name=suffix, root=str(tmp_path / str(i)), test_fraction=0.0))
+        assert found.classes == ("a", "b")
+
+
 def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Plain
     from tokenizers import models, pre_tokenizers, processors
