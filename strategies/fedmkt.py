@@ -21,7 +21,7 @@ same byte, and compares what both say of the next byte: a token's probability go
 tells a coarse tokeniser to prefer the single letters that a fine one must; bytes do not. Between equal tokenisers both
 are plain distillation of the k likeliest. `mapping=groups` joins tokens until both sides close at the same byte, and
 compares the last ones in two vocabularies by `loss=gold` (its default), `uld` or `xtoken`; what the k likeliest leave
-is spread evenly over the teacher's other tokens.
+is spread evenly over the teacher's other tokens. `byte` and `unmatched` are refused where all have one tokeniser.
 
 Travels, a client and round and each way: T_s·(P·k·(4 + B_id) + 4) bytes, P places a row in the client's own tokens,
 B_id 2 up to 32,768 tokens, else 4; with groups 4·T_s·P more up, and down T_s·(P·(8k + 4) + 6). Step (c) of a round
@@ -162,6 +162,9 @@ class FedMKT(FusionStrategy):
             raise UserError("strategy=fedmkt chooses whom to learn from by labels: set transfer.labelled=true")
         if hyper.server is not None:
             self.workspace.initial(hyper.server)  # refuses one that cannot be built
+        if hyper.mapping != "groups" and len({*map(workspace.texts.pieces, known(self.scenario, hyper))}) == 1:
+            for key in ("mapping", "unmatched"):
+                without_effect(hyper, key, "where all models have one tokeniser")
         if hyper.mapping == "groups":
             name = self.scenario.config.loss.name
             if name is not None and name not in ACROSS:

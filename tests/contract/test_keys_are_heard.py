@@ -49,6 +49,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("fednano", "tokens"): 3,
     ("fedmkt", "alpha"): 0.5,
     ("fedmkt", "server"): "mlp",
+    ("fedmkt", "mapping"): "byte",
 }
 
 FLOWER = [name.removeprefix("flwr_") for name in registry.listed() if name.startswith("flwr_")]
@@ -94,8 +95,6 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
     ("fednano", "letters"): "bounds the question's length: test_fednano.py",
-    ("fedmkt", "mapping"): "one tokeniser: test_fedmkt.py",
-    ("fedmkt", "unmatched"): "one tokeniser: test_fedmkt.py",
     ("knfu", "k"): "of texts: test_knfu.py",
     ("knfu", "distance", "perplexity"): "of texts, and else refused: test_knfu.py",
     **{
@@ -123,6 +122,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("proxy_tuning", "weights"): "weighs several experts of texts",
     ("proxy_tuning", "search"): "is of several experts",
     ("proxy_tuning", "tau"): "does nothing with strategy.weights=uniform",
+    ("fedmkt", "mapping"): "mapping=byte does nothing where all models have one tokeniser; allowed there: edit",
+    ("fedmkt", "unmatched"): "unmatched=nothing does nothing where all models have one tokeniser",
     ("feddf", "patience"): "patience=1 needs labels",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},

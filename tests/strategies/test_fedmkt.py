@@ -374,8 +374,8 @@ def test_a_lying_record_is_rejected_and_counted(words) -> None:
 def test_refusals(words) -> None:
     with pytest.raises(UserError, match=r"chooses whom to learn from by labels: set transfer\.labelled=true"):
         play("fedmkt", "transfer.labelled=false")
-    with pytest.raises(UserError, match=r"strategy=fedmd compares outputs token by token, and causal_lm@own has a tok"):
-        play("fedmd", base=words)
+    with pytest.raises(UserError, match=r"strategy=feddf compares outputs token by token, and causal_lm@own has a tok"):
+        play("feddf", base=words)
     with pytest.raises(UserError, match=r"model='causal_lm@other': model.paths has no 'other'"):
         play("fedmkt", "model.pool=[causal_lm@other]", base=words)
     with pytest.raises(UserError, match=r"model.paths names 'own', which nobody has"):
