@@ -115,6 +115,7 @@ class Workspace:
             config=config.model,
             seed=seed_of(config.seed, "draw", draw) if draw else config.seed,
             pad=dataset.pad,
+            vocabulary=dataset.vocabulary,
         )
 
     def _adapted(self, model: nn.Module) -> nn.Module:

@@ -29,6 +29,8 @@ class Table:
         Integers or strings.
     pad : int or None
         Of tokens: what fills the end of short rows.
+    vocabulary : int or None
+        Of tokens: how many there are.
     notes : tuple of str
         What is lost of it.
     """
@@ -37,6 +39,7 @@ class Table:
     labels: np.ndarray
     groups: np.ndarray | None = None
     pad: int | None = None
+    vocabulary: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -225,6 +228,7 @@ def assemble(
         std=std,
         group_names=None if group_names is None else tuple(group_names),
         pad=train.pad if kind == "tokens" else None,
+        vocabulary=train.vocabulary if kind == "tokens" else None,
         notes=tuple(
             f"{split} split: {note}" for split, table in zip(SPLITTED, tables, strict=False) for note in table.notes
         ),

@@ -112,6 +112,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "group_names": dataset.group_names,
         "next_token": dataset.next_token,
         "pad": dataset.pad,
+        "vocabulary": dataset.vocabulary,
         "utf8": dataset.utf8,
         "notes": dataset.notes,
     }
@@ -146,6 +147,7 @@ def _open(folder: Path) -> Dataset:
         group_names=values("group_names"),
         next_token=bool(meta.get("next_token", False)),
         pad=meta.get("pad"),
+        vocabulary=meta.get("vocabulary"),
         utf8=bool(meta.get("utf8", False)),
         notes=tuple(meta.get("notes", ())),
     )

@@ -181,8 +181,9 @@ def labels_of(values: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
     return found
 
 
-def pad_of(extra: Mapping[str, Any]) -> int:
-    """The token that fills the end of short texts, as `column_inputs` makes them tokens."""
+def tokens_of(extra: Mapping[str, Any]) -> tuple[int, int]:
+    """What fills short texts, as `column_inputs` makes them tokens, and how many tokens there are."""
     if extra.get("tokenizer"):
-        return Tokenizer(str(extra["tokenizer"])).pad
-    return 0
+        tokenizer = Tokenizer(str(extra["tokenizer"]))
+        return tokenizer.pad, len(tokenizer.names)
+    return 0, int(extra["buckets"])

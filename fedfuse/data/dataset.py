@@ -107,6 +107,8 @@ class Dataset:
         are dealt by, a topic, or 0.
     pad : int or None
         The token that fills the end of short rows; None: what the model names, or there is none.
+    vocabulary : int or None
+        Of texts to classify: how many tokens there are, whichever of them rows hold; None: nobody says.
     utf8 : bool
         The tokens are a text's UTF-8 bytes, which each architecture may read by a tokenizer of its own.
     notes : tuple of str
@@ -128,6 +130,7 @@ class Dataset:
     provided: Provided | None = None
     next_token: bool = False
     pad: int | None = None
+    vocabulary: int | None = None
     utf8: bool = False
     notes: tuple[str, ...] = ()
     content: str = ""

@@ -19,8 +19,8 @@ from fedfuse.data.columns import (
     column_inputs,
     column_of,
     labels_of,
-    pad_of,
     several,
+    tokens_of,
 )
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import check_room, gunzipped, room
@@ -154,5 +154,5 @@ def _table(
                 columns[role].append(row[name])
     where = f"data={config.name}"
     inputs, notes = column_inputs(values, extra, where, room(*paths))
-    pad = pad_of(extra) if isinstance(values[0], str) else None
-    return Table(inputs, labels_of(labels, where), labels_of(groups, where) if groups else None, pad, notes)
+    pad, vocabulary = tokens_of(extra) if isinstance(values[0], str) else (None, None)
+    return Table(inputs, labels_of(labels, where), labels_of(groups, where) if groups else None, pad, vocabulary, notes)

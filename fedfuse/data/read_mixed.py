@@ -76,5 +76,6 @@ def read(config: DataConfig, root: Path | None) -> Dataset:
     assert train is not None
     mean, std = channel_statistics(train.inputs) if first.kind == "image" else (None, None)
     return Dataset(
-        config.name, train, joined("test"), first.classes, first.kind, mean, std, tuple(sources), pad=first.pad
-    )
+        config.name, train, joined("test"), first.classes, first.kind, mean, std, tuple(sources), pad=first.pad,
+        vocabulary=first.vocabulary,
+    )  # fmt: skip

@@ -18,8 +18,8 @@ from fedfuse.data.columns import (
     column_inputs,
     column_of,
     labels_of,
-    pad_of,
     several,
+    tokens_of,
 )
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import room
@@ -97,8 +97,9 @@ def _table(
         inputs = decode(list(values), extra["size"], where, most)
     else:
         inputs, notes = column_inputs(values, extra, where, most)
-    pad = pad_of(extra) if isinstance(values[0], str) else None
-    return Table(inputs, np.concatenate(labels), np.concatenate(groups) if groups else None, pad, notes), classes
+    pad, vocabulary = tokens_of(extra) if isinstance(values[0], str) else (None, None)
+    whose = np.concatenate(groups) if groups else None
+    return Table(inputs, np.concatenate(labels), whose, pad, vocabulary, notes), classes
 
 
 def _number(found: Any, name: str, path: Path) -> np.ndarray:

@@ -82,6 +82,7 @@ def build(
     config: ModelConfig | None = None,
     seed: int,
     pad: int | None = None,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """Build a model on the CPU, in float32 but for `model.dtype`; equal (seed, name) give equal weights.
 
@@ -99,6 +100,8 @@ def build(
         The run's seed. The global generators are left as they were.
     pad
         The token that fills short texts, for language models; None: their own.
+    vocabulary
+        Tokens of texts to classify, which a language model without a directory has as many embeddings for.
 
     Raises
     ------
@@ -126,7 +129,7 @@ def build(
             from fedfuse.models import language
 
             config = replace(config, path=path_of(name, config))
-            model = language.build(name.partition("@")[0], shape, classes, config, pad)
+            model = language.build(name.partition("@")[0], shape, classes, config, pad, vocabulary)
         else:
             base, width = _split(name)
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}

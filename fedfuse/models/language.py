@@ -116,7 +116,14 @@ class PooledClassifier(nn.Module):
         return self.head(self.features(x))
 
 
-def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig, pad: int | None = None) -> nn.Module:
+def build(
+    name: str,
+    shape: tuple[int, ...],
+    classes: int,
+    config: ModelConfig,
+    pad: int | None = None,
+    vocabulary: int | None = None,
+) -> nn.Module:
     """Build a language model for texts of `shape` = (T,).
 
     Parameters
@@ -125,6 +132,8 @@ def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig, 
         Size of the vocabulary for `causal_lm`, else number of classes.
     pad
         What fills short texts of the data; it becomes the model's padding token. None: the model's own.
+    vocabulary
+        Embeddings of a small `text_classifier`; None: more than data are likely to have tokens.
 
     Raises
     ------
@@ -144,22 +153,20 @@ def build(name: str, shape: tuple[int, ...], classes: int, config: ModelConfig, 
     model = (
         load(transformers, name, Path(config.path).expanduser(), classes, more)
         if config.path
-        else _small(transformers, name, length, classes)
+        else _small(transformers, name, length, classes, vocabulary)
     )
     context = getattr(model.config, "max_position_embeddings", None) or length
     if length > context:
         raise UserError(
             f"model={name}: texts of {length} tokens exceed the model's context of {context}; set data.extra.length"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if causal and classes > vocabulary:
-        raise UserError(
-            f"model={name}: the data have {classes} tokens, the model knows {vocabulary}: use its tokenizer"
-        )
+    known = model.get_input_embeddings().num_embeddings
+    if causal and classes > known:
+        raise UserError(f"model={name}: the data have {classes} tokens, the model knows {known}: use its tokenizer")
     own = model.config.pad_token_id
     pad = int(pad) if pad is not None else PAD if own is None else int(own)
-    if not 0 <= pad < vocabulary:
-        raise UserError(f"model={name}: the data are padded by token {pad}, the model knows {vocabulary}")
+    if not 0 <= pad < known:
+        raise UserError(f"model={name}: the data are padded by token {pad}, the model knows {known}")
     model.config.pad_token_id = pad
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype!r} is not known: {nearest(config.dtype, DTYPES)}")
@@ -181,7 +188,7 @@ def _single(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(one.float() if isinstance(one, Tensor) else one for one in given)
 
 
-def _small(transformers: Any, name: str, length: int, classes: int) -> Any:
+def _small(transformers: Any, name: str, length: int, classes: int, vocabulary: int | None) -> Any:
     if name == "causal_lm":
         config = transformers.LlamaConfig(
             vocab_size=classes, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -189,8 +196,8 @@ def _small(transformers: Any, name: str, length: int, classes: int) -> Any:
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config)
     config = transformers.BertConfig(
-        vocab_size=32768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=max(length, 64), num_labels=classes,
+        vocab_size=vocabulary or 32768, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=max(length, 64), num_labels=classes,
         # BERT's 0.02 is for a width of 768: here it would leave nothing of a text but its first token
         initializer_range=32**-0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip

@@ -87,6 +87,12 @@ def test_what_becomes_of_a_head_is_not_asked_where_there_is_none(name: str, fold
             play(name, RANK, f"strategy.head={head}", base=base(folder, "causal"))
 
 
+def test_a_small_classifier_has_as_many_embeddings_as_there_are_tokens(folder: Path) -> None:
+    """It had 32,768, which travelled both ways in every round."""
+    model = play("fedavg", "rounds=1", base=base(folder, "classifier")).strategy.model
+    assert [len(value) for key, value in model.items() if "word_embeddings" in key] == [64]
+
+
 def test_a_companion_reads_what_the_data_are(folder: Path) -> None:
     companion = play("fml", "rounds=1", base=base(folder, "classifier")).strategy.server_models()["meme"][1]
     assert any("embedding" in key for key in companion)

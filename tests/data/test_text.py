@@ -19,6 +19,7 @@ from fedfuse.data.tokenize import Bytes, Tokenizer, tokenizer_of
 from fedfuse.errors import UserError
 from fedfuse.train.scores import scored
 from fedfuse.train.task import IGNORED, trimmed
+from tests.data.test_alignment import byte_level
 
 SAID = "Ära: naïve 日本 👍 end"
 
@@ -192,6 +193,25 @@ def test_a_mark_before_a_file_is_no_part_of_it(tmp_path: Path) -> None:
         (tmp_path / str(i) / f"train.{suffix}").write_text(lines, encoding="utf-8-sig")
         found = load(DataConfig(name=suffix, root=str(tmp_path / str(i)), test_fraction=0.0))
         assert found.classes == ("a", "b")
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_how_many_tokens_there_are_is_known(layout: str, tmp_path: Path) -> None:
+    rows = [{"text": f"some {i}", "label": i % 2} for i in range(9)]
+    if layout == "jsonl":
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
+    (tmp_path / "own").mkdir()
+    byte_level().save(str(tmp_path / "own" / "tokenizer.json"))
+    own = Tokenizer(str(tmp_path / "own"))
+    for extra, known in (
+        ({"text": "tokens", "buckets": 64}, 64),
+        ({"tokenizer": str(own.path)}, len(own.names)),
+        ({"tokenizer": str(own.path)}, len(own.names)),  # from the cache
+        ({"text": "counts"}, None),
+    ):
+        assert load(DataConfig(name=layout, root=str(tmp_path), extra=extra)).vocabulary == known
 
 
 def test_a_long_text_keeps_the_token_that_ends_it(tmp_path: Path) -> None:
