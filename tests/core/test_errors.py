@@ -83,7 +83,7 @@ class Headless(nn.Module):
             "reads tokens, and data=jsonl gives features",
         ),
         (
-            "data=jsonl data.root=WHERE model=text_classifier data.extra.text=tokens data.extra.buckets=40000",
+            "data=jsonl data.root=WHERE model=text_classifier data.inputs=ids",
             "model=text_classifier: the data have a token",
         ),
     ],
@@ -91,7 +91,8 @@ class Headless(nn.Module):
 def test_one_line_names_cause_and_cure(words: str, said: str, tmp_path: Path) -> None:
     if "classifier" in words:
         pytest.importorskip("transformers")
-    lines = [json.dumps({"text": f"word{i} and word{i * 7}", "label": i % 2}) for i in range(60)]
+    rows = [{"text": f"word{i} and word{i * 7}", "ids": [i, 40000 + i], "label": i % 2} for i in range(60)]
+    lines = map(json.dumps, rows)
     (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     errors, out = io.StringIO(), tmp_path / "run"
     typed = [word.replace("WHERE", str(tmp_path)) for word in words.split()]
