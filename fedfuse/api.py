@@ -36,7 +36,7 @@ class Run:
 
     @property
     def metrics(self) -> pl.DataFrame:
-        """Rows (round, scope, client, split, metric, value)."""
+        """Rows (round, scope, client, split, metric, value), and virtual_s where the run has a clock."""
         return self._kept.metrics.collect()
 
     @property
@@ -158,7 +158,8 @@ class Runs:
             for one in self.runs
             if one.summary
         ]
-        return pl.concat(frames) if frames else pl.DataFrame()
+        # a clock adds a column, null where a run has none
+        return pl.concat(frames, how="diagonal") if frames else pl.DataFrame()
 
     def table(self) -> pl.DataFrame:
         """A row per strategy and setting: seeds, mean accuracies in per cent with the ends of their intervals, MB."""

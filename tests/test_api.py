@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import nn
@@ -189,6 +190,19 @@ def test_a_loss_of_ones_own_is_handed_over(runtime, tmp_path) -> None:
 def test_a_loss_that_is_made_already_is_refused() -> None:
     with pytest.raises(UserError, match=r"^loss: is a Squares; hand over the class"):
         overrides({"loss": Squares()})
+
+
+def test_runs_with_and_without_a_clock_are_one_frame(tmp_path) -> None:
+    for name, clock in (("a", "off"), ("b", "devices")):
+        fedfuse.run({**SHORT, "strategy": "fedavg", "data": (X, Y), "clock": clock, "out": tmp_path / name})
+    both = fedfuse.load(tmp_path)
+    assert both.metrics.height == sum(one.metrics.height for one in both)
+    assert both.metrics.group_by("run").agg(pl.col("virtual_s").is_null().all())["virtual_s"].sort().to_list() == [
+        False,
+        True,
+    ]
+    with pytest.raises(UserError, match="client=-1: the run has clients 0 to 2"):
+        both[0].model(client=-1)
 
 
 @pytest.mark.parametrize("call", [fedfuse.run, fedfuse.compare])

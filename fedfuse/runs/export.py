@@ -30,7 +30,7 @@ def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path
         if own.exists():
             return own
         clients = json.loads((path / "summary.json").read_text())["clients"]
-        if client >= clients:
+        if not 0 <= client < clients:
             raise UserError(f"client={client}: the run has clients 0 to {clients - 1}")
         # a client without a model of its own uses the server's
     servers = sorted(final.glob("server-*.safetensors"))
