@@ -46,13 +46,17 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 def listed(text: str) -> str:
     """`audit=a,b` as the list that it is: both in every run, no sweep over them; `data.inputs=[a,b]` as its word.
 
-    What Hydra's grammar has no letters for (`out=runs/Übung`) is quoted.
+    What Hydra's grammar has no letters for (`out=runs/Übung`) is quoted, and so is a directory of a sweep
+    (`out=runs/knfu/seed=2`), which it takes for another key.
     """
     key, _, value = text.partition("=")
     if key == "data.inputs" and value.startswith("[") and value.endswith("]"):
         names = ",".join(name.strip().strip("'\"") for name in value[1:-1].split(","))
         return f"{key}='{names}'"
-    if not value.isascii() and not {"'", '"', "{", "$"} & set(value):
+    plain = not {"'", '"', "{", "$"} & set(value)
+    if key == "out" and "=" in value and plain:
+        return f"{key}='{value}'"  # with its commas: seed=0,train.lr=0.1 is one name
+    if not value.isascii() and plain:
         return f"{key}={ITEM.sub(QUOTED, value)}"
     return f"audit=[{value}]" if key == "audit" and not value.startswith(("[", "$")) else text
 

@@ -173,3 +173,9 @@ def test_letters_that_hydra_does_not_know_are_taken_in_values() -> None:
     assert compose(["data.inputs=[Größe,b]"]).data.inputs == "Größe,b"
     assert compose(["model.path='../日本'"]).model.path == "../日本"
     assert [compose(job).out for job in expand(["out=Ü,b"])] == ["Ü", "b"]
+
+
+@pytest.mark.parametrize("name", ["runs/mine/knfu/seed=2", "runs/fedavg/partition=iid,seed=0"])
+def test_a_directory_that_a_sweep_made_can_be_said(name: str) -> None:
+    assert [compose(job).out for job in expand([f"out={name}"])] == [name]
+    assert compose([f"out='{name}'"]).out == name
