@@ -116,7 +116,8 @@ def availability(config: ClockConfig, clients: int, seed: int) -> list[Intervals
     else:
         return [ALWAYS] * clients
     if not any(one.spans for one in found):
-        raise UserError(f"clock.intervals={config.intervals}: nobody is ever on")
+        asked = "availability" if config.intervals is None else "intervals"
+        raise UserError(f"clock.{asked}={getattr(config, asked)}: nobody is ever on")
     return found
 
 

@@ -221,7 +221,8 @@ class _Passing:
                 return True
             self._dispatch_at_once()
         elif kind == DEADLINE:
-            if self.arrived or self._hopeless():
+            # where somebody's end is unknown it may lie before this window: a day of empty ones would tell no more
+            if self.arrived or self.unknown or self._hopeless():
                 return True
             self._expect(self.now + (self.window or 1), DEADLINE)
         elif kind == AVAILABILITY:

@@ -233,7 +233,7 @@ def test_joined_intervals_are_cut_and_nothing_is_left_of_nothing() -> None:
 
 def test_nobody_ever_on_is_refused() -> None:
     never = ClockConfig(name="devices", availability="markov", on_s=1e-9, off_s=1e9, period_s=10)
-    with pytest.raises(UserError, match="nobody is ever on"):
+    with pytest.raises(UserError, match=r"clock\.availability=markov: nobody is ever on"):
         availability(never, 2, 0)
 
 

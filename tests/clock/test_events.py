@@ -256,6 +256,11 @@ def test_a_window_takes_what_it_brought_and_is_prolonged_if_it_brought_nothing()
     assert passing(sky, 1, window=3 * S) == ([(0, 1, 7)], 9)
 
 
+def test_work_that_is_unknown_is_asked_for_before_a_day_of_empty_windows_is_over() -> None:
+    asked = Sky(world(1.0, 3.0), 2).collect(1, none, {}, window=S // 10)
+    assert (len(asked.unknown), asked.now) == (2, S // 10)
+
+
 def test_an_arrival_at_the_end_of_a_window_is_in_it() -> None:
     assert passing(Sky(world(1.0), 1), 1, window=2 * S) == ([(0, 1, 2)], 2)
 
