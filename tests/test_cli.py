@@ -63,7 +63,7 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run strategy=knfu strategy.distance=far", "strategy.distance=far: knfu allows kl_nm"),
         ("run rounds=many", "rounds=many: allowed is a whole number, at least 1"),
         ("run train.lr=abc", "train.lr=abc: allowed is a number, more than 0"),
-        ("run train.betas=3", "train.betas=3: allowed is a list, two from 0 to 1"),
+        ("run train.betas=3", "train.betas=3: allowed is a list, two, each at least 0 and below 1"),
         ("run quiet=true", "quiet: no such key; fedfuse help run lists all keys"),
         ("run strategy=zzz", "(all: fedfuse list strategies)"),
         ("audit nowhere", "say which by --audit <name>,…; allowed: ldia"),

@@ -88,6 +88,7 @@ def _rules(config: Config) -> list[Rule]:
         config.distil,
         ", ".join(WORDS["train.optimizer"]),
     )
+    epsilon, noise, betas = privacy.epsilon, privacy.noise, train.betas
     least = 1e-3 if privacy.by_example else 0.0  # far above the 1e-6 by which norms are lengthened, and what rounds off
     short = "more than 0 (privacy.level=example: at least 0.001)"
     rules: list[Rule] = [
@@ -100,7 +101,7 @@ def _rules(config: Config) -> list[Rule]:
         ("train.warmup", train.warmup, 0 <= train.warmup < 1, "at least 0 and below 1"),
         ("train.lr_floor", train.lr_floor, 0 <= train.lr_floor <= 1, "0 to 1"),
         ("train.clip", train.clip, train.clip is None or 0 < train.clip < float("inf"), "more than 0"),
-        ("train.betas", train.betas, len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), "two from 0 to 1"),
+        ("train.betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two, each at least 0 and below 1"),
         ("labels.initial", labels.initial, 0 < labels.initial <= 1, "more than 0 and at most 1"),
         ("labels.budget", labels.budget, 0 <= labels.budget <= 1, "0 to 1"),
         ("distil.lr", distil.lr, distil.lr is None or 0 < distil.lr < float("inf"), "more than 0"),
@@ -112,9 +113,9 @@ def _rules(config: Config) -> list[Rule]:
         ),
         ("distil.steps", distil.steps, None in (distil.steps, distil.epochs), "null beside distil.epochs"),
         ("loss.temperature", temperature, temperature is None or temperature > 0, "more than 0"),
-        ("privacy.epsilon", privacy.epsilon, privacy.epsilon is None or 0 < privacy.epsilon < 1000, "0 to 1000"),
-        ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "between 0 and 1"),
-        ("privacy.noise", privacy.noise, privacy.noise is None or 0 < privacy.noise < 1e4, "0 to 10,000"),
+        ("privacy.epsilon", epsilon, epsilon is None or 0 < epsilon < 1000, "more than 0 and below 1000"),
+        ("privacy.delta", privacy.delta, privacy.delta is None or 0 < privacy.delta < 1, "more than 0 and below 1"),
+        ("privacy.noise", noise, noise is None or 0 < noise < 1e4, "more than 0 and below 10,000"),
         ("privacy.clip", privacy.clip, least <= privacy.clip < float("inf") and privacy.clip > 0, short),
     ]
     exact = train.precision == "float32" or not privacy.by_example

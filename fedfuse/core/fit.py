@@ -271,7 +271,8 @@ def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:
     scenario, delta = strategy.scenario, strategy.scenario.config.privacy.delta
     most = max(range(scenario.clients), key=scenario.examples)
     if delta is not None and delta * scenario.examples(most) > 1:
-        raise UserError(f"privacy.delta={delta}: client {most} has {scenario.examples(most)} examples; allowed is 1/N")
+        examples = scenario.examples(most)
+        raise UserError(f"privacy.delta={delta}: client {most} has {examples} examples; allowed is at most 1/N")
     texts = scenario.data.dataset.train.texts
     if texts is not None and len(np.unique(texts)) < len(texts):
         raise UserError(

@@ -90,10 +90,10 @@ def deal_by_prior(
         raise UserError(f"partition.groups={groups} with clients={clients}; allowed: 1 ≤ groups ≤ clients")
     # Half by default: dealing everything would leave the last clients whatever their prior did not ask for.
     each = max(len(targets) // (2 * clients), 1) if examples is None else examples
-    if each < 1 or each * clients > len(targets):
+    if not 1 <= each <= len(targets) // clients:
         raise UserError(
-            f"partition.examples={examples} for clients={clients} needs {max(each, 1) * clients} examples; "
-            f"there are {len(targets)}"
+            f"partition.examples={examples} for clients={clients}: there are {len(targets)} examples; allowed is 1 to "
+            f"{len(targets) // clients}"
         )
     priors = priors_for(name, alpha, clients, groups, targets, rng)
     rows, shortage = draw_by_prior(targets, priors, each, rng)

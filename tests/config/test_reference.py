@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fedfuse.cli import main
@@ -10,6 +12,7 @@ from fedfuse.config.compose import ELSEWHERE, meant
 from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.idle import CONDITIONS, holds
 from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
+from fedfuse.config.rules import allowed, check
 from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError
 
@@ -24,6 +27,37 @@ def test_every_key_means_something_and_its_condition_can_be_read() -> None:
         assert key.name in all_rows()
     named = " ".join(key.only for key in known().values())
     assert all(condition in named for condition in CONDITIONS)
+
+
+BOUND = re.compile(r"(more than|at least|below|at most) (-?[\d.,]*\d)|^(-?\d[\d.]*) to (\d[\d.]*)")
+
+
+def _ends(text: str):
+    """Ends of the range that a text tells, each with whether it is allowed."""
+    for word, end, low, high in BOUND.findall(text.partition(";")[0].partition("(")[0]):
+        if word:
+            yield float(end.replace(",", "")), word in ("at least", "at most")
+        else:
+            yield from ((float(low), True), (float(high), True))
+
+
+def test_the_range_that_is_told_is_the_one_that_is_enforced() -> None:
+    tried = 0
+    for key in known().values():
+        if key.kind.split()[0] not in ("whole", "number") or " bits" in allowed(key.name):
+            continue
+        for end, good in _ends(allowed(key.name)):
+            config = Config()
+            group, _, leaf = key.name.rpartition(".")
+            setattr(getattr(config, group) if group else config, leaf, type(key.default or 0.0)(end))
+            try:
+                check(config)
+                said = ""
+            except UserError as error:
+                said = str(error)
+            assert said.startswith(f"{key.name}=") is not good, (key.name, end, allowed(key.name), said)
+            tried += 1
+    assert tried > 60
 
 
 @pytest.mark.parametrize("name", sorted(registry.listed()))

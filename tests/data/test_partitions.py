@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
-from fedfuse.data.draw import draw_by_prior
+from fedfuse.data.draw import deal_by_prior, draw_by_prior
 from fedfuse.data.federated import split_counts
 from fedfuse.data.partition import largest_remainder, partition_rows
 from fedfuse.errors import UserError
@@ -130,6 +130,15 @@ def test_prior_deals_exact_counts(name):
     parts, _ = dealt(name, targets, 10, 1, alpha=1.0, examples=30)
     assert [len(part) for part in parts] == [30] * 10
     assert_disjoint(parts, 1000, False)
+
+
+@pytest.mark.parametrize("examples", [0, 34])
+def test_prior_says_how_many_examples_a_client_may_have(examples):
+    targets, rng = np.arange(100) % 4, np.random.default_rng(0)
+    with pytest.raises(UserError, match=rf"partition\.examples={examples} .*100 examples; allowed is 1 to 33$"):
+        deal_by_prior("prior", 1.0, 1, examples, targets, 3, rng)
+    for allowed in (1, 33):
+        assert [len(rows) for rows in deal_by_prior("prior", 1.0, 1, allowed, targets, 3, rng)[0]] == [allowed] * 3
 
 
 def test_prior_tops_up_in_proportion_and_says_so():
