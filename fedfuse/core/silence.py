@@ -153,8 +153,9 @@ def constant(
     distils : bool
         Whether there is a distillation, which `distil.*` sets.
     """
-    smaller = "a smaller train.lr"  # what a strategy distils with unless told is its own: Adam, often
-    advice = f"{smaller} or distil.lr, or distil.optimizer=adam where that is sgd," if distils else smaller
+    # few steps leave one answer as much as too large ones do; what distils has an optimiser of its own: Adam, often
+    smaller = "more training (train.epochs, rounds), or a smaller train.lr"
+    advice = f"{smaller} or distil.lr, or distil.optimizer=adam where that is sgd" if distils else smaller
     found = [
         (scope, metric.rpartition("/")[0])
         for round, scope, _, split, metric, value, *_ in rows  # a clock adds a column
@@ -164,7 +165,7 @@ def constant(
     if count := sum(scope == "client" for scope, _ in found):
         who.append(f"{count} of {clients} clients' models")
     return [
-        f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice} may help"
+        f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice}, may help"
         for one in who
     ]
 

@@ -433,6 +433,17 @@ def test_one_answer_for_everything_is_said_and_a_single_class_is_no_collapse() -
     assert constant(rows, clients=5, last=3) == []  # it got over it
 
 
+def test_what_is_advised_where_a_model_names_one_class_helps(tmp_path: Path) -> None:
+    """Too few steps leave one answer too, and smaller steps leave it so."""
+    words = ["strategy=regmean", "model=cnn", "clients=4", "rounds=1", "runtime=inline"]
+    for epochs in (1, 5):
+        run(compose([*words, f"train.epochs={epochs}", f"out={tmp_path / str(epochs)}"]), quiet=True)
+    few, more = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("1", "5"))
+    assert any("one answer" in note and "train.epochs" in note for note in few["notes"])
+    assert not any("one answer" in note for note in more["notes"])
+    assert more["final"]["accuracy/global"] > 0.3 + few["final"]["accuracy/global"]
+
+
 def test_a_run_whose_models_name_one_class_says_so(made, tmp_path: Path) -> None:
     class Blank(FusionStrategy):
         def fuse(self, shares: Shares) -> None:
