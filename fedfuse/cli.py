@@ -135,12 +135,12 @@ def _run(words: list[str], started: float) -> int:
     if len(jobs) > 1:
         raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
     config = compose(overrides)
+    if config.search.trials is not None:
+        raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     told = idle(config)  # among the notes of the run
     for name, line in idle(config, False, typed(overrides)).items():
         if name not in told:
             print(f"fedfuse: note: {line}", file=sys.stderr)
-    if config.search.trials is not None:
-        raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
     if "--dry-run" in flags:
         from fedfuse.runs.preview import preview
 

@@ -30,18 +30,17 @@ def timed(config: Config) -> list[Rule]:
         "stop.seconds": config.stop.seconds,
     }
     not_negative = {
-        "clock.spread": clock.spread,
-        "clock.link_spread": clock.link_spread,
         "clock.latency_ms": clock.latency_ms,
-        "clock.jitter": clock.jitter,
         "clock.watts": clock.watts,
         "clock.joules_per_mb": clock.joules_per_mb,
         "schedule.a": schedule.a,
         "schedule.b": schedule.b,
     }
+    sigmas = {"clock.spread": clock.spread, "clock.link_spread": clock.link_spread, "clock.jitter": clock.jitter}
     at_least_one = {"schedule.buffer": schedule.buffer, "schedule.concurrency": schedule.concurrency}
     rules: list[Rule] = [(k, v, v is None or 0 < v < math.inf, "more than 0") for k, v in positive.items()]
     rules += [(k, v, v is None or 0 <= v < math.inf, "at least 0") for k, v in not_negative.items()]
+    rules += [(k, v, 0 <= v <= 5, "at least 0 and at most 5") for k, v in sigmas.items()]  # of 10, e⁴⁰: no time at all
     rules += [(k, v, v is None or v >= 1, "at least 1") for k, v in at_least_one.items()]
     rules += [
         ("clock.dropout", clock.dropout, 0 <= clock.dropout < 1, "at least 0 and below 1"),

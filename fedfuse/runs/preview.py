@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from fedfuse.audits.possible import check_audits
 from fedfuse.config import registry
 from fedfuse.config.schema import Config
 from fedfuse.core.build import build_strategy
@@ -34,6 +35,7 @@ def preview(config: Config, console: Console | None = None) -> None:
     scenario = prepare_scenario(config)
     entry = registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario, server_device_of(config))
+    check_audits(strategy, config.audit)
     console.print(as_yaml(config), markup=False)
     sizes = np.diff(scenario.data.offsets, axis=1)
     console.print(f"data: {scenario.data.dataset.name}, {counted(scenario.clients)}, {scenario.classes} classes")
