@@ -337,7 +337,7 @@ def test_nobody_is_given_up_while_the_work_of_one_is_unknown_nor_before_a_period
     by_waking = ended.collect(1, slow, work, count=1)
     assert (by_waking.unknown, by_waking.now) == ([1], 10 * S)
     by_window = ended.collect(1, slow, work, window=5 * S)
-    assert (by_window.unknown, by_window.now) == ([1], 10 * S)
+    assert (by_window.unknown, by_window.now) == ([1], 5 * S)
 
 
 def test_a_period_without_anybody_counts_from_the_last_arrival() -> None:
