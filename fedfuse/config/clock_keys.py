@@ -33,7 +33,7 @@ class ClockConfig:
     )
     gflops: float = key(10.0, "median speed of a device, 10⁹ floating-point operations a second", only=DRAWN)
     spread: float = key(
-        1.0, "σ of the logarithm of speeds; 1.5 spans two orders of magnitude over 100 clients", only=DRAWN
+        1.0, "σ of the logarithm of speeds; 1 spans two orders of magnitude over 100 clients, 1.5 three", only=DRAWN
     )
     down_kbps: float = key(20000.0, "median bandwidth to a device, 1,000 bits a second", only=DRAWN)
     up_kbps: float = key(5000.0, "median bandwidth from a device, 1,000 bits a second", only=DRAWN)

@@ -208,7 +208,7 @@ class TrainConfig:
         None, "largest norm of a step's gradient", only="no privacy of examples (there: privacy.clip)"
     )
     weight_decay: float = key(0.0, "weight decay of the optimiser")
-    optimizer_state: str = key("fresh", "fresh | keep (only for strategies with private state)")
+    optimizer_state: str = key("fresh", "fresh | keep (only where the whole model is each client's own)")
     precision: str = key("float32", "float32 | bf16: forward and backward by torch.autocast, weights stay float32")
     pool: list[str] | None = key(None, "the clients' optimisers, round-robin: [sgd@0.05, adam@0.001]; null: all alike")
 
@@ -221,17 +221,19 @@ class LabelsConfig:
         0.1, "share of a client's training examples that is labelled at first", only="a strategy that asks for labels"
     )
     budget: float = key(
-        0.05, "share of them that the annotator labels each cycle", only="a strategy that asks for labels"
+        0.05,
+        "share of a client's training examples that the annotator labels each cycle",
+        only="a strategy that asks for labels",
     )
     rounds: int = key(5, "rounds of a cycle; at its end labels are asked for", only="a strategy that asks for labels")
 
 
 @dataclass
 class EvaluateConfig:
-    """When clients and server models are scored. It never changes a result."""
+    """When clients and server models are scored. It never changes a result, but for the last bits by `batch_size`."""
 
     every: int = key(1, "rounds between evaluations; the last is always evaluated")
-    batch_size: int = key(512, "examples scored at once")
+    batch_size: int = key(512, "examples scored, or predicted for what a client shares, at once")
     moment: str = key(
         "received",
         "clients that digest a round's lesson in their next are scored after it, or as training left them (trained)",
@@ -331,7 +333,7 @@ class DistilConfig:
 class StopConfig:
     """Early stop on the clients' validation split (never on test)."""
 
-    patience: int | None = key(None, "rounds without improvement; null: off")
+    patience: int | None = key(None, "evaluations (every `evaluate.every` rounds) without improvement; null: off")
     seconds: float | None = key(None, "virtual seconds without improvement; null: off", only=ON)
 
     @property
