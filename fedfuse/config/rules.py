@@ -135,6 +135,9 @@ def _rules(config: Config) -> list[Rule]:
     rules.append(("runtime.gpu_fraction", share, 0 < share <= 1, "more than 0 and at most 1"))
     rules.append(("runtime.client_timeout", limit, limit is None or 0 < limit < float("inf"), "more than 0 (seconds)"))
     rules += timed(config)
+    held = config.data.validation > 0  # what an early stop looks at
+    for name, value in (("stop.patience", config.stop.patience), ("stop.seconds", config.stop.seconds)):
+        rules.append((name, value, value is None or held, "null with data.validation=0"))
     for word in config.train.pool or ():
         name, at, rate = word.partition("@")
         good = name in WORDS["train.optimizer"] and (not at or _positive(rate))

@@ -45,8 +45,10 @@ def several(config: DataConfig, present: Sequence[str], where: object) -> list[s
     """
     asked = config.inputs
     if asked is None and not set(INPUTS) & set(present):
+        label = config.targets or next((name for name in TARGETS if name in present), None)
+        offered = ", ".join(name for name in present if name != label)
         raise UserError(
-            f"{where}: no column of a usual name; set data.inputs=<one of {', '.join(present)}>, or data.inputs=* "
+            f"{where}: no column of a usual name; set data.inputs=<one of {offered}>, or data.inputs=* "
             "for all columns of numbers but the labels'"
         )
     if asked is None or asked in present or (asked != ALL and "," not in asked):
@@ -55,6 +57,18 @@ def several(config: DataConfig, present: Sequence[str], where: object) -> list[s
         return [column_of(name.strip(), (), present, "inputs", where) for name in asked.split(",")]
     label = column_of(config.targets, TARGETS, present, "targets", where)
     return [name for name in present if name not in (label, config.groups)]
+
+
+def check_apart(config: DataConfig, target: str, where: object) -> None:
+    """Refuse labels among the inputs, which a model would read off.
+
+    Raises
+    ------
+    UserError
+    """
+    asked = config.inputs or ""
+    if target in (asked, *(name.strip() for name in asked.split(","))):
+        raise UserError(f"{where}: data.inputs={asked}: {target!r} holds the labels; allowed are others")
 
 
 WORD = re.compile(r"\w+|[^\w\s]")

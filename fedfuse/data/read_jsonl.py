@@ -16,6 +16,7 @@ from fedfuse.data.columns import (
     INPUTS,
     TARGETS,
     TEXT_OPTIONS,
+    check_apart,
     column_inputs,
     column_of,
     labels_of,
@@ -144,6 +145,7 @@ def _table(
             "inputs": column_of(config.inputs, INPUTS, present, "inputs", path),
             "targets": column_of(config.targets, TARGETS, present, "targets", path),
         }
+        check_apart(config, names["targets"], path)
         if config.groups:
             names["groups"] = column_of(config.groups, (), present, "groups", path)
         columns = {"inputs": values, "targets": labels, "groups": groups}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, one_a_row, options
-from fedfuse.data.columns import TARGETS, column_of
+from fedfuse.data.columns import TARGETS, check_apart, column_of
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import archive
 from fedfuse.data.locations import reason_of, split_files
@@ -91,7 +91,9 @@ def _labels(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
 def _table(config: DataConfig, arrays: dict[str, np.ndarray], path: Path) -> Table:
     present = list(arrays)
     inputs = arrays[column_of(config.inputs, INPUTS, present, "inputs", path)]
-    labels = _labels(arrays, column_of(config.targets, TARGETS, present, "targets", path), path)
+    target = column_of(config.targets, TARGETS, present, "targets", path)
+    check_apart(config, target, path)
+    labels = _labels(arrays, target, path)
     groups = None
     if config.groups:
         groups = arrays[column_of(config.groups, (), present, "groups", path)].reshape(-1)

@@ -15,6 +15,7 @@ from fedfuse.data.columns import (
     INPUTS,
     TARGETS,
     TEXT_OPTIONS,
+    check_apart,
     column_inputs,
     column_of,
     labels_of,
@@ -73,6 +74,7 @@ def _table(
         about = schema(path)
         present = list(about.names)
         target = column_of(config.targets, TARGETS, present, "targets", path)
+        check_apart(config, target, path)
         together = several(config, present, path)
         names = together or [column_of(config.inputs, INPUTS, present, "inputs", path)]
         group = [column_of(config.groups, (), present, "groups", path)] if config.groups else []

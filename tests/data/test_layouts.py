@@ -6,6 +6,7 @@ import json
 import struct
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -240,7 +241,7 @@ def test_a_csv_of_numbers_is_taken_whole_if_one_says_so(tmp_path):
     whole = load(config("csv", tmp_path, inputs="*", groups="site", test_fraction=0.0))
     assert whole.train.inputs.tolist() == [[2, 0.5], [4, 1.5], [6, 2.5], [8, 3.5]]
     assert load(config("csv", tmp_path, inputs="*", test_fraction=0.0)).train.inputs.shape == (4, 3)
-    with pytest.raises(UserError, match=r"data\.inputs=<one of site, width, height, label>, or data\.inputs=\*"):
+    with pytest.raises(UserError, match=r"data\.inputs=<one of site, width, height>, or data\.inputs=\*"):
         load(config("csv", tmp_path, test_fraction=0.0))
     (tmp_path / "cells.csv").write_text("name,width,label\na,2,0\nb,4,1\n")
     with pytest.raises(UserError, match=r"example 1, column 'name': 'a' is no number; fill it in"):
@@ -261,7 +262,7 @@ def test_json_lines_and_parquet_take_several_columns_as_csv_does(tmp_path):
         for asked in ("*", "a,b"):
             found = load(config(layout, tmp_path / layout, inputs=asked, groups="site", test_fraction=0.0))
             assert found.train.inputs.tolist() == [[float(i), 1.0] for i in range(8)]
-        with pytest.raises(UserError, match=r"data\.inputs=<one of site, a, b, label>, or data\.inputs=\*"):
+        with pytest.raises(UserError, match=r"data\.inputs=<one of site, a, b>, or data\.inputs=\*"):
             load(config(layout, tmp_path / layout))
     (tmp_path / "jsonl/all.jsonl").write_text('{"a": 1, "day": "2024-01-02", "label": 0}\n' * 3)
     with pytest.raises(UserError, match=r"column 'day': '2024-01-02' is no number.*take the others: data.inputs=\[a\]"):
@@ -275,6 +276,20 @@ def test_columns_of_another_scale_are_told(tmp_path):
     (tmp_path / "a.csv").write_text("age,income,label\n" + "".join(f"{20 + i},{9000 * i},{i % 2}\n" for i in range(9)))
     assert [note for note in load(config("csv", tmp_path, inputs="*")).notes if "63000" in note or "72000" in note]
     assert not load(config("csv", tmp_path, inputs="age")).notes
+
+
+@pytest.mark.parametrize("layout", ["csv", "jsonl", "parquet", "npz"])
+def test_labels_are_no_inputs(layout, tmp_path):
+    table = pl.DataFrame({"a": [1.0, 2.0, 3.0], "label": [0, 1, 0]})
+    if layout == "npz":
+        np.savez(tmp_path / "all.npz", a=table["a"].to_numpy()[:, None], label=table["label"].to_numpy())
+    else:
+        write = {"csv": table.write_csv, "jsonl": table.write_ndjson, "parquet": table.write_parquet}[layout]
+        write(tmp_path / f"all.{layout}")
+    for inputs in ("label", *(() if layout == "npz" else ("a,label",))):
+        with pytest.raises(UserError, match=f"data.inputs={inputs}: 'label' holds the labels"):
+            load(config(layout, tmp_path, inputs=inputs))
+    assert load(config(layout, tmp_path, inputs="a")).train.inputs.shape[0] > 0
 
 
 def test_some_columns_of_a_csv(tmp_path):
@@ -318,7 +333,7 @@ def test_csv(tmp_path):
         ("a;b;label\n1;2;0\n", "the header holds 'a;b;label'; save the file with commas"),
         ("text,label\n", "is empty; expected a header"),
         ("text,label\na,1\n,0\n", "example 2 has no 'text'"),
-        ("what,label\na,1\n", "no column of a usual name; set data.inputs=<one of what, label>"),
+        ("what,label\na,1\n", "no column of a usual name; set data.inputs=<one of what>, or"),
     ],
 )
 def test_a_damaged_csv_is_told(text, said, tmp_path):
