@@ -10,6 +10,7 @@ from fedfuse.errors import UserError
 
 Rule = tuple[str, Any, bool, str]  # key, value, whether it is good, what is allowed
 
+SECONDS = ("_s", ".seconds")
 TIERS = ("workstation", "laptop", "phone", "board")
 
 
@@ -39,6 +40,9 @@ def timed(config: Config) -> list[Rule]:
     sigmas = {"clock.spread": clock.spread, "clock.link_spread": clock.link_spread, "clock.jitter": clock.jitter}
     at_least_one = {"schedule.buffer": schedule.buffer, "schedule.concurrency": schedule.concurrency}
     rules: list[Rule] = [(k, v, v is None or 0 < v < math.inf, "more than 0") for k, v in positive.items()]
+    # nanoseconds are counted in 64 bits
+    most = [(k, v, v is None or v <= 9e9, "at most 9,000,000,000") for k, v in positive.items() if k.endswith(SECONDS)]
+    rules += most
     rules += [(k, v, v is None or 0 <= v < math.inf, "at least 0") for k, v in not_negative.items()]
     rules += [(k, v, 0 <= v <= 5, "at least 0 and at most 5") for k, v in sigmas.items()]  # of 10, e⁴⁰: no time at all
     rules += [(k, v, v is None or v >= 1, "at least 1") for k, v in at_least_one.items()]
