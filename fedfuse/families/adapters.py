@@ -131,7 +131,7 @@ class AdapterStrategy(AveragingStrategy):
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         usual = type(hyper).head
-        if hyper.head != usual and not any(map(lora.is_head, workspace.initial(self.architecture))):
+        if hyper.head != usual and not any(map(lora.is_head, workspace.model(self.architecture).state_dict())):
             raise UserError(
                 f"strategy.head={hyper.head}: model={self.architecture} has no classification head; allowed: {usual}"
             )

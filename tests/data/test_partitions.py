@@ -193,7 +193,7 @@ REFUSED = [
     ({"name": "natural"}, None, "natural ids"),
     ({"name": "shards", "shards_per_client": 0}, 5, "shards_per_client=0"),
     ({"name": "pathological", "classes_per_client": 11}, 5, "1 to 10"),
-    ({"name": "prior", "examples": 1000}, 5, "needs 5000 examples"),
+    ({"name": "prior", "examples": 1000}, 5, "allowed is 1 to 259"),
     ({"name": "clustered", "groups": 9}, 5, "groups=9"),
     ({"name": "size", "sizes": "square"}, 5, "sizes=square"),
     ({"name": "size", "min_size": -1}, 5, "min_size=-1"),
