@@ -2,7 +2,7 @@
 
     python experiments/virtual_clock/study.py OUT [--small] [--only-results]
 
-100 clients whose devices span two orders of magnitude and who are away half of the time. Every strategy runs under
+100 clients whose devices span three orders of magnitude and who are away half of the time. Every strategy runs under
 `sync` and under `fedbuff` with 10 and with 40 clients at work: more at work, more versions go by while one of them
 works, and nothing else changes. FedBuff itself is `fedavg` there. What is finished is not run again, what was
 interrupted goes on, and seeds come one after the other, so that a part of it is three arms of some seeds.
