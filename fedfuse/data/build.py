@@ -14,7 +14,7 @@ from fedfuse.data.dataset import Dataset, Examples, check_finite
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 
-SPLITTED = ("train", "test")
+SPLITS = ("train", "test")
 
 
 @dataclass
@@ -184,7 +184,7 @@ def assemble(
         Where inputs or labels cannot be used.
     """
     tables = [train] if test is None else [train, test]
-    for split, table in zip(SPLITTED, tables, strict=False):
+    for split, table in zip(SPLITS, tables, strict=False):
         check_finite(table.inputs, f"data={config.name}: {split}")
         if not len(table.inputs) or len(table.inputs) != len(table.labels):
             raise UserError(
@@ -230,7 +230,7 @@ def assemble(
         pad=train.pad if kind == "tokens" else None,
         vocabulary=train.vocabulary if kind == "tokens" else None,
         notes=tuple(
-            f"{split} split: {note}" for split, table in zip(SPLITTED, tables, strict=False) for note in table.notes
+            f"{split} split: {note}" for split, table in zip(SPLITS, tables, strict=False) for note in table.notes
         ),
     )
 

@@ -129,7 +129,7 @@ def _carried_out(
             directory.close()
             say(f"fedfuse: {name}: has ended; its directory is sent once more")
             return
-        go_on_with(path, config)
+        go_on_with(path, config, directory.clients)
     else:
         resumed = False
         directory.create(config.overwrite)

@@ -208,7 +208,7 @@ def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: in
     if not flower:  # whose data are gone, or others: the run stays as it is
         scenario = prepare_scenario(replace(config, rounds=rounds))
         check_content(path, config, scenario.data.dataset.content)
-    go_on_with(path, config)
+    go_on_with(path, config, directory.clients)
     if rounds != config.rounds:
         config = make_room(path, config, rounds)
         directory.config = config

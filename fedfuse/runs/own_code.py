@@ -20,6 +20,7 @@ from fedfuse.config.files import read_text, write_text
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError
 from fedfuse.results.setting import hashes_in
+from fedfuse.wire.client_store import ClientStore
 
 THEN = "+"  # between the code that a run began with and the code that it went on with
 SHOWN = 12  # digits of a hash
@@ -56,10 +57,12 @@ def check_code(path: Path, config: Config) -> None:
             )
 
 
-def go_on_with(path: Path, config: Config) -> None:
-    """Keep with a run that goes on by which code it does, where that has changed since it began."""
+def go_on_with(path: Path, config: Config, clients: ClientStore) -> None:
+    """Keep with a run that goes on by which code it does, where that has changed since it began, or nobody knows."""
     began, now = _kept(path), hashes_of(config)
     changed = {name: value for name, value in now.items() if began.get(name, value).split(THEN)[-1] != value}
+    if changed or not began:
+        clients.forget_staged()
     if changed:
         told = json.loads(read_text(path / "environment.json"))
         told["code"] = {**began, **{name: f"{began[name]}{THEN}{value}" for name, value in changed.items()}}

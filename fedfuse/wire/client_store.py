@@ -178,6 +178,11 @@ class ClientStore:
                 return None
         return read_tree(path)[0]
 
+    def forget_staged(self) -> None:
+        """Drop what evaluations computed ahead, of all clients: other code may compute it otherwise."""
+        for path in self.directory.glob("*/*/staged"):
+            path.unlink()
+
     def settle(self, client: int, tag: str) -> None:
         """Drop what only an unfinished run needs: all but the state under a tag."""
         for path in self._folder(client).glob("*"):

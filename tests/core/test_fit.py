@@ -103,5 +103,5 @@ def test_delta_is_at_most_one_over_the_examples_of_the_largest_client() -> None:
     largest = built.scenario.examples(most)
     assert largest > max(built.scenario.examples(c) for c in range(3) if c != most)
     server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={0.99 / largest}")
-    with pytest.raises(UserError, match=rf"client {most} has {largest} examples; allowed is 1/N"):
+    with pytest.raises(UserError, match=rf"client {most} has {largest} examples; allowed is at most 1/N"):
         server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={1.01 / largest}")

@@ -15,8 +15,10 @@ from fedfuse.config.dotted import give
 from fedfuse.errors import UserError
 from fedfuse.results.difference import difference
 from fedfuse.results.setting import differences, group
+from fedfuse.runs.configuration import load_config
 from fedfuse.runs.experiment import resume
-from fedfuse.runs.own_code import hashes_of
+from fedfuse.runs.own_code import go_on_with, hashes_of
+from fedfuse.wire.client_store import ClientStore
 from tests.federations import TINY
 
 STRATEGY = '''"""Mine."""
@@ -105,6 +107,20 @@ def test_a_run_goes_on_by_changed_code_and_says_so(written, tmp_path: Path) -> N
     assert any("the code of the strategy changed while" in note for note in again(run.dir, 4)["notes"])
     kept = json.loads((run.dir / "environment.json").read_text())["code"]["strategy"]
     assert kept.count("+") == 1
+
+
+def test_what_evaluations_computed_ahead_is_not_taken_from_other_code(written, tmp_path: Path) -> None:
+    written()
+    run = fedfuse.run({**WORDS, "out": tmp_path / "a"})
+    config, clients = load_config(run.dir), ClientStore(run.dir / "checkpoint/clients")
+    for factor, left in ((1, True), (2, False), (2, True)):
+        clients.stage(0, "key", {"kept": 1})
+        written(factor=factor)
+        go_on_with(run.dir, config, clients)
+        assert (clients.staged(0, "key") is not None) == left
+    (run.dir / "environment.json").write_text("{}")  # of a version that kept no hash
+    go_on_with(run.dir, config, clients)
+    assert clients.staged(0, "key") is None
 
 
 def again(path: Path, rounds: int) -> dict:
