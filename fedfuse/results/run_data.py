@@ -107,11 +107,7 @@ class RunRecord:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """`environment.json`; empty where there is none that can be read."""
-        try:
-            value = json.loads(read_text(self.dir / "environment.json"))
-        except (OSError, ValueError, UserError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        return environment_in(self.dir)
 
     @cached_property
     def failures(self) -> dict[str, int] | None:
@@ -214,6 +210,15 @@ def load(directory: str | os.PathLike[str]) -> RunRecord:
             _check_parquet(path / f"{kind}.parquet", kind)
     done, rounds = _count(path, summary, "rounds_done", MOST), _count(path, summary, "rounds")
     return RunRecord(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
+
+
+def environment_in(path: Path) -> dict[str, Any]:
+    """A run directory's `environment.json`; empty where there is none that can be read."""
+    try:
+        value = json.loads(read_text(path / "environment.json"))
+    except (OSError, ValueError, UserError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from functools import cache
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 
 from fedfuse.compat.mkl import steady
-from fedfuse.config.files import read_text
 from fedfuse.config.schema import Config
 from fedfuse.core.abreast_notes import computed
 from fedfuse.errors import UserError
+from fedfuse.results.run_data import environment_in
 from fedfuse.runs.own_code import hashes_of
 
 
@@ -61,11 +60,7 @@ def check_content(path: Path, config: Config, content: str) -> None:
     UserError
         If `environment.json` names another content.
     """
-    try:
-        began = json.loads(read_text(path / "environment.json"))
-    except (OSError, ValueError, UserError):
-        return  # whoever reads it says what is wrong with it
-    kept = began.get("data") if isinstance(began, dict) else None
+    kept = environment_in(path).get("data")
     if kept and content and kept != content:
         raise UserError(
             f"out={path}: began with other data than data={config.data.name} holds now (sha256 {str(kept)[:12]}, now "

@@ -6,6 +6,7 @@ Comments, docstrings and the way of writing do not count. What those files impor
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -16,9 +17,10 @@ from typing import Any
 
 from fedfuse.config import registry
 from fedfuse.config.dotted import KEYS, PYTHON, resolve
-from fedfuse.config.files import read_text, write_text
+from fedfuse.config.files import write_text
 from fedfuse.config.schema import Config
 from fedfuse.errors import UserError
+from fedfuse.results.run_data import environment_in
 from fedfuse.results.setting import hashes_in
 from fedfuse.wire.client_store import ClientStore
 
@@ -48,7 +50,7 @@ def check_code(path: Path, config: Config) -> None:
     UserError
         Naming what has changed.
     """
-    began, now = _kept(path), hashes_of(config)
+    began, now = hashes_in(environment_in(path)), hashes_of(config)
     for name, value in now.items():
         if began.get(name, value) != value:
             raise UserError(
@@ -59,30 +61,20 @@ def check_code(path: Path, config: Config) -> None:
 
 def go_on_with(path: Path, config: Config, clients: ClientStore) -> None:
     """Keep with a run that goes on by which code it does, where that has changed since it began, or nobody knows."""
-    began, now = _kept(path), hashes_of(config)
+    began, now = hashes_in(environment_in(path)), hashes_of(config)
     changed = {name: value for name, value in now.items() if began.get(name, value).split(THEN)[-1] != value}
     if changed or not began:
         clients.forget_staged()
     if changed:
-        told = json.loads(read_text(path / "environment.json"))
-        told["code"] = {**began, **{name: f"{began[name]}{THEN}{value}" for name, value in changed.items()}}
-        write_text(path / "environment.json", json.dumps(told, indent=1))
+        code = {**began, **{name: f"{began[name]}{THEN}{value}" for name, value in changed.items()}}
+        write_text(path / "environment.json", json.dumps(environment_in(path) | {"code": code}, indent=1))
 
 
 def code_notes(path: Path) -> list[str]:
     """What whoever reads the result of a run has to know whose code changed on the way."""
-    changed = [name for name, value in _kept(path).items() if THEN in value]
+    changed = [name for name, value in hashes_in(environment_in(path)).items() if THEN in value]
     return [f"the code of the {' and the '.join(changed)} changed while this run was interrupted: no code gives its "
             f"digest from the start"] if changed else []  # fmt: skip
-
-
-def _kept(path: Path) -> dict[str, str]:
-    """The hashes in a run's `environment.json`; none of a run that has none, or where it cannot be read."""
-    try:
-        told = json.loads(read_text(path / "environment.json"))
-    except (OSError, ValueError, UserError):
-        return {}
-    return hashes_in(told) if isinstance(told, dict) else {}
 
 
 def _of_strategies(kind: type) -> bool:
@@ -108,6 +100,7 @@ def _hash(sources: list[str]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:SHOWN] if told else ""
 
 
+@functools.lru_cache(64)  # a sweep asks for each of its runs
 def _plain(source: str) -> str:
     """The code without comments and docstrings, written one way."""
     try:
