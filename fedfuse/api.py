@@ -243,10 +243,10 @@ def run(settings: Mapping[str, Any] | None = None, *, quiet: bool = True, **more
     WorldError
         If the run failed; it can be resumed.
     """
-    from fedfuse.config.compose import compose
+    from fedfuse.config.compose import compose_one
     from fedfuse.runs.experiment import run as run_experiment
 
-    config = compose(overrides(merged(settings, more)))
+    config = compose_one(overrides(merged(settings, more)))
     return Run(load_kept(run_experiment(config, quiet=quiet)), allow_code=True)
 
 

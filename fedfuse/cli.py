@@ -128,15 +128,13 @@ def _run(words: list[str], started: float) -> int:
 
         run_sweep(overrides, dry="--dry-run" in flags)
         return 0
-    from fedfuse.config.compose import compose, expand, typed
+    from fedfuse.config.compose import compose_one, expand, typed
     from fedfuse.config.idle import idle
 
     jobs = expand(overrides)
     if len(jobs) > 1:
         raise UserError(f"{len(jobs)} runs are asked for: say `fedfuse run -m …` for a sweep, or `fedfuse compare …`")
-    config = compose(overrides)
-    if config.search.trials is not None:
-        raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
+    config = compose_one(overrides)
     told = idle(config)  # among the notes of the run
     for name, line in idle(config, False, typed(overrides)).items():
         if name not in told:

@@ -143,6 +143,8 @@ def test_runs_of_one_second_and_wrong_inputs(tmp_path, monkeypatch) -> None:
         runs[0].model(client=9)
     with pytest.raises(UserError, match=r"seed=.0,1.: a run has one seed; fedfuse.compare"):
         fedfuse.run({**few, "seed": [0, 1]})
+    with pytest.raises(UserError, match=r"search.trials=3: one run tunes nothing"):
+        fedfuse.run({**few, "search.trials": 3})
     with pytest.raises(UserError, match="strategy=<lambda>: is no class"):
         fedfuse.run({**few, "strategy": lambda: 0})
 

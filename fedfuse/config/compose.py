@@ -116,6 +116,20 @@ def compose(overrides: Sequence[str]) -> Config:
     return config
 
 
+def compose_one(overrides: Sequence[str]) -> Config:
+    """`compose` for a run that stands alone, not in a sweep: one that tunes nothing.
+
+    Raises
+    ------
+    UserError
+        As `compose`, and if trials of a search are asked for.
+    """
+    config = compose(overrides)
+    if config.search.trials is not None:
+        raise UserError(f"search.trials={config.search.trials}: one run tunes nothing; use fedfuse compare")
+    return config
+
+
 def typed(overrides: Iterable[str]) -> list[str]:
     """The keys that words set."""
     return [text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides]

@@ -133,7 +133,13 @@ def build(
         else:
             base, width = _split(name)
             builders = {**feedforward.ARCHITECTURES, **residual.ARCHITECTURES}
-            model = builders[base](shape, classes, width * config.width, feature_dim)
+            try:
+                model = builders[base](shape, classes, width * config.width, feature_dim)
+            except (MemoryError, OverflowError, RuntimeError, TypeError):  # torch refuses sizes in all four ways
+                raise UserError(
+                    f"model={name} with model.width={config.width:g} and model.feature_dim={feature_dim or 'null'} "
+                    "does not fit this machine's memory"
+                ) from None
     if config.dtype == "float32" or name.partition("@")[0] not in LANGUAGE:
         model.float()
     object.__setattr__(model, "input_shape", shape)  # for what follows an example through it (`parts.layers`)
