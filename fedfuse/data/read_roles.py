@@ -37,18 +37,19 @@ def read(config: DataConfig, root: Path) -> Dataset:
     if not path.is_file():
         raise UserError(f"data={config.name}: no roles.jsonl.gz under {root}")
     tokenizer = Tokenizer(str(extra["tokenizer"]))
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for number, row in enumerate(lines(path), start=1):
         if not isinstance(row.get("role"), str) or not isinstance(row.get("lines"), list):
             raise UserError(f"{path}: line {number} has no role with lines")
         windows = tokenizer.windows((str(line) for line in row["lines"]), length)
-        if len(windows) >= least:
+        if len(windows[0]) >= least:
             found[row["role"]] = windows
     if not found:
         raise UserError(f"data={config.name}: no role has {least} windows of {length} tokens; lower data.extra.least")
-    names = sorted(found, key=lambda name: (-len(found[name]), name))[: extra["roles"]]
-    groups = np.concatenate([np.full(len(found[name]), i) for i, name in enumerate(names)])
-    whole = Examples(np.concatenate([found[name] for name in names]), np.zeros(len(groups), dtype=np.int64), groups)
+    names = sorted(found, key=lambda name: (-len(found[name][0]), name))[: extra["roles"]]
+    inputs, byte_counts = (np.concatenate([found[name][part] for name in names]) for part in (0, 1))
+    groups = np.concatenate([np.full(len(found[name][0]), i) for i, name in enumerate(names)])
+    whole = Examples(inputs, np.zeros(len(groups), dtype=np.int64), groups, byte_counts=byte_counts)
     train, test = cut_test(config, whole) if config.test_fraction > 0 else (whole, None)
     return Dataset(
         name=config.name,

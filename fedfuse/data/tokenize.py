@@ -141,11 +141,23 @@ class Tokenizer:
             row[: len(kept)] = kept
         return out, sum(bool(found.overflowing) or len(found.ids) > length for found in rows)
 
-    def windows(self, texts: Iterable[str], length: int) -> np.ndarray:
-        """Consecutive windows of the joined texts, int64 (n, length); what is left over at the end is dropped."""
-        joined = [i for found in self.ids(list(texts), special=False) for i in found]
+    def windows(self, texts: Iterable[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Consecutive windows of the joined texts; what is left over at the end is dropped.
+
+        Returns
+        -------
+        windows : ndarray of int64, shape (n, length)
+        byte_counts : ndarray of int64, shape (n,)
+            UTF-8 bytes that a window's tokens stand for, all but its first, which nothing predicts.
+        """
+        found = self.spans(list(texts))
+        joined = [i for ids, _ in found for i in ids]
+        sizes = [size for _, ends in found for size in np.diff(ends, prepend=0)]
         count = len(joined) // length
-        return np.array(joined[: count * length], dtype=np.int64).reshape(count, length)
+        windows, held = (
+            np.array(values[: count * length], dtype=np.int64).reshape(count, length) for values in (joined, sizes)
+        )
+        return windows, held[:, 1:].sum(1)
 
 
 class Bytes:

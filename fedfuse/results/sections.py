@@ -104,7 +104,9 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
         "failed",
     )
     on = " and ".join(sorted({f"{ranks[metric][1]} seed{'s' * (ranks[metric][1] != 1)}" for metric in BEST}))
-    note = " ".join([foot(rows), wording.SPREAD, *([wording.RANK.format(seeds=on)] if ranked else []), wording.FAILED])
+    note = " ".join(
+        [foot(rows, texts=False), wording.SPREAD, *([wording.RANK.format(seeds=on)] if ranked else []), wording.FAILED]
+    )
     return Table("After the last round", heads, tuple(lines), note, "comparison")
 
 

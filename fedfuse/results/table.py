@@ -22,6 +22,7 @@ METRICS = {
     "accuracy/personal": "personal %",
     "accuracy/personal_worst10": "worst 10 %",
 }
+TEXTS = {"bits_per_byte/global": "bits/byte global", "bits_per_byte/personal": "bits/byte personal"}  # where texts are
 BEST = ("accuracy/global", "accuracy/personal")
 NARROW = 100  # letters that a table takes where its numbers leave it the choice: settings wrap
 HONEST = "accuracy/personal_honest"  # of a run with clients that lie: the mean over the others
@@ -106,13 +107,14 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
 
 def row(one: Group) -> Row:
     """Summarise the repeats of one configuration."""
-    final = {name: [run.final.get(name, math.nan) for run in one.runs] for name in METRICS}
+    values = {name: [run.final.get(name, math.nan) for run in one.runs] for name in (*METRICS, *TEXTS)}
+    final = {name: mean_interval(found) for name, found in values.items()}
     return Row(
         strategy=one.label,
         setting=one.setting,
         seeds=one.seeds,
-        final={name: mean_interval(values).within(0, 1) for name, values in final.items()},
-        bootstrap={name: mean_interval(values, "bootstrap") for name, values in final.items()},
+        final={name: found.within(0, 1) if name in METRICS else found for name, found in final.items()},
+        bootstrap={name: mean_interval(found, "bootstrap") for name, found in values.items()},
         best={name: mean_interval([run.best.get(name, math.nan) for run in one.runs]).within(0, 1) for name in BEST},
         up_mb=_mean(one.runs, "traffic", "up_bytes") / 1e6,
         down_mb=_mean(one.runs, "traffic", "down_bytes") / 1e6,
@@ -210,8 +212,8 @@ def _told(runs: Sequence[RunRecord], known: Collection[str], most: int = 20) -> 
     return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 
-def foot(rows: Sequence[Row]) -> str:
-    """Explain what stands in the table of `rows`, and nothing else."""
+def foot(rows: Sequence[Row], texts: bool = True) -> str:
+    """Explain what stands in the table of `rows`, and nothing else; without `texts`, bits per byte stand elsewhere."""
     shown = [(one, one.final[name]) for one in rows for name in METRICS]
     accuracy = "Accuracy after the last round"
     if any(value.half_width is not None for _, value in shown):
@@ -228,6 +230,8 @@ def foot(rows: Sequence[Row]) -> str:
         + (", of those that lie (attack=) too" if any(one.liars for one in rows) else ""),
         "worst 10 %: mean of the lowest ⌈N/10⌉ clients",
     ]
+    if texts and any_texts(rows):
+        parts.append("bits/byte: the loss of the tokens predicted over the UTF-8 bytes they stand for, less is better")
     if any(_cut(value) for _, value in shown):
         parts.append("x (low–high): that interval, where it was cut at 0 or 100 %")
     setup = "; set-up MB: what is sent once, both ways, which up and down leave out" if any_setup(rows) else ""
@@ -259,18 +263,19 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None, known
     headers, cells = grid(rows, decimals=1)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     longest = max((len(word) for one in rows for word in one.setting.split()), default=0)
-    for name in headers:
+    needed = 0  # letters, where words wrap as far as they may
+    for i, name in enumerate(headers):
         words = name in ("strategy", "setting")
         least = min(max(9, longest if name == "setting" else 0), 40)
+        head = Text(name.replace("bits/byte ", "bits/byte\n"))
         justify: Literal["left", "right"] = "left" if words else "right"
-        table.add_column(
-            Text(name), justify=justify, no_wrap=not words, overflow="fold", min_width=least if words else None
-        )
+        table.add_column(head, justify=justify, no_wrap=not words, overflow="fold", min_width=least if words else None)
+        needed += 1 + (least if words else max(map(len, [*str(head).splitlines(), *(line[i] for line in cells)])))
     for line in cells:
         table.add_row(*(Text(printable(cell)) for cell in line))
     measured = console.measure(table, options=console.options.update(max_width=200))
     # wider than the screen, its lines go on below: a column that is cut to nothing would be the strategies' names
-    width = max(console.width, min(measured.maximum, NARROW), measured.minimum)
+    width = max(console.width, min(measured.maximum, NARROW), needed)
     options = console.options.update(width=width, max_width=width)
     console.print(Segments(console.render(table, options)), crop=False, soft_wrap=True, end="")
     console.print(Text(foot(rows)), style="dim")
@@ -336,13 +341,13 @@ def _points(value: Interval) -> str:
 
 def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[str]]]:
     """Return headers and cells of the comparison, as text; columns of setting and set-up only where there are any."""
-    settings, setup = any(row.setting for row in rows), any_setup(rows)
-    headers = ["strategy", *(["setting"] if settings else []), "n", *METRICS.values()]
+    settings, setup, texts = any(row.setting for row in rows), any_setup(rows), TEXTS if any_texts(rows) else {}
+    headers = ["strategy", *(["setting"] if settings else []), "n", *METRICS.values(), *texts.values()]
     headers += ["up MB", "down MB", *(["set-up MB"] if setup else []), "seconds", "failed"]
     cells = []
     for one in rows:
         line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
-        line += [one.share(name, decimals) for name in METRICS]
+        line += [*(one.share(name, decimals) for name in METRICS), *(number(one.final[name]) for name in texts)]
         line += [amount(one.up_mb), amount(one.down_mb), *([amount(one.setup_mb)] if setup else [])]
         line += [amount(one.seconds)]
         cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
@@ -352,6 +357,18 @@ def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[s
 def any_setup(rows: Sequence[Row]) -> bool:
     """Whether set-up cost bytes anywhere, so that the table needs a column for them."""
     return any(one.setup_mb > 0 for one in rows)
+
+
+def any_texts(rows: Sequence[Row]) -> bool:
+    """Whether texts were predicted anywhere, of which the table says bits per byte."""
+    return any(one.final[name].n for one in rows for name in TEXTS)
+
+
+def number(value: Interval) -> str:
+    """Write a mean with its half-width; the mean alone where there is no interval, a dash where there is no value."""
+    if math.isnan(value.mean):
+        return "–"
+    return f"{value.mean:.3f}" + ("" if value.half_width is None else f" ± {value.half_width:.3f}")
 
 
 def percent(value: Interval, decimals: int = 2) -> str:
@@ -378,23 +395,28 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Write full precision, one line per strategy, both intervals."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [f"{name}{part}" for name in METRICS for part in ("", "/n", "/t_low", "/t_high", "/boot_low", "/boot_high")]
+    parts = ("", "/n", "/t_low", "/t_high", "/boot_low", "/boot_high")
+    names, texts = ([f"{name}{part}" for name in group for part in parts] for group in (METRICS, TEXTS))
     best = [f"best:{name}" for name in BEST]
     ends = ["up_mb", "down_mb", "setup_mb", "seconds", "failures", "cohort_complete", "unfinished", "global_of"]
     ends += ["trained", "trained_at_server"]
-    writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends])
+    writer.writerow(["strategy", "setting", "n", "seeds", *names, *best, *ends, *texts])
     for one in rows:
         values: list[object] = []
-        for name in METRICS:
-            t, boot = one.final[name], one.bootstrap[name]
-            values += [t.mean, t.n, t.low, t.high, boot.low, boot.high]
+        values += _intervals(one, METRICS)
         values += [one.best[name].mean for name in BEST]
         values += [one.up_mb, one.down_mb, one.setup_mb]
         values += [one.seconds, one.failures, one.cohort_complete, one.unfinished, _no_formula(one.global_of)]
-        values += [one.trained, one.trained_at_server]
+        values += [one.trained, one.trained_at_server, *_intervals(one, TEXTS)]
         seeds = " ".join(map(str, one.seeds))
         writer.writerow([_no_formula(one.strategy), _no_formula(one.setting), one.n, seeds, *map(_plain, values)])
     return out.getvalue()
+
+
+def _intervals(one: Row, names: Collection[str]) -> list[object]:
+    """Mean, number of values and both intervals of each metric."""
+    both = [(one.final[name], one.bootstrap[name]) for name in names]
+    return [value for t, boot in both for value in (t.mean, t.n, t.low, t.high, boot.low, boot.high)]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:

@@ -12,10 +12,11 @@ from fedfuse.results.run_data import SAMPLES, RunRecord
 from fedfuse.results.sections import Table, columns, number, word
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import mean_interval
+from fedfuse.results.table import TEXTS
+from fedfuse.results.table import number as plain
 
 FIGURES = {
-    "bits_per_byte/global": "bits/byte global",
-    "bits_per_byte/personal": "bits/byte personal",
+    **TEXTS,
     "exact_match/global": "exact match % global",
     "exact_match/personal": "exact match % personal",
 }
@@ -32,10 +33,9 @@ def scores(groups: Sequence[Group]) -> Table | None:
     for one in groups:
         cells = [word(one.label), number(len(one.runs), str(len(one.runs)))]
         for name in shown:
-            found = mean_interval([run.final.get(name, math.nan) for run in one.runs])
             scale = 100 if name.startswith("exact") else 1
-            half = "" if found.half_width is None else f" ± {scale * found.half_width:.3f}"
-            cells.append(number(found.mean, None if math.isnan(found.mean) else f"{scale * found.mean:.3f}{half}"))
+            found = mean_interval([scale * run.final.get(name, math.nan) for run in one.runs])
+            cells.append(number(found.mean, plain(found)))
         lines.append(tuple(cells))
     note = (
         "Bits per byte: the loss of all predicted tokens over the UTF-8 bytes that they stand for, which no tokenizer "

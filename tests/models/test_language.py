@@ -184,6 +184,22 @@ def lm(folder: Path, *more: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def test_windows_of_roles_count_the_bytes_they_predict(tmp_path: Path) -> None:
+    made = Tokenizer(str(tokenizer(tmp_path)))
+    texts = ["the cat", "dög the", "a bird the dog"]
+    windows, counts = made.windows(texts, 3)
+    joined = [token for ids in made.ids(texts, special=False) for token in ids]
+    assert windows.ravel().tolist() == joined[: len(joined) // 3 * 3]
+    sizes = [after - before for _, ends in made.spans(texts) for before, after in zip([0, *ends], ends, strict=False)]
+    assert sum(sizes) == sum(len(text.encode()) for text in texts)  # ö has two
+    assert counts.tolist() == [sizes[i + 1] + sizes[i + 2] for i in range(0, len(joined) // 3 * 3, 3)]
+    from tests.federations import federation
+
+    with federation("fedavg", base=lm(tmp_path)) as (built, _):
+        data = built.scenario.data
+    assert data.byte_count("train", 0) > 7 * len(data.dataset.train.inputs) / 3
+
+
 @pytest.mark.parametrize("name", ["fed_sb", "fedex_lora", "fedavg"])
 def test_federated_language_modelling_on_a_small_model(name: str, tmp_path: Path) -> None:
     from tests.federations import play

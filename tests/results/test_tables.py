@@ -323,6 +323,31 @@ def test_no_column_is_lost_on_a_narrow_screen(tmp_path, terminal):
     assert second.startswith("fedavg")
 
 
+def test_texts_have_their_bits_per_byte_and_a_wide_table_keeps_its_names(tmp_path):
+    for strategy, bits in (("fedavg", (2.0, 2.5)), ("fed_sb", (1.5, None))):
+        for seed, found in enumerate(bits):
+            path = write_run(tmp_path / f"{strategy}{seed}", strategy, seed, skill=(0.99, 0.6)[seed])
+            _bytes(path, 10, 5)
+            summary = json.loads((path / "summary.json").read_text())
+            summary["final"] |= {} if found is None else {"bits_per_byte/global": found, "bits_per_byte/personal": 2.25}
+            (path / "summary.json").write_text(json.dumps(summary))
+    runs = find([tmp_path])[0]
+    console = Console(file=io.StringIO(), width=60)
+    print_table(runs, console)
+    text = console.file.getvalue()
+    lines = text.splitlines()
+    assert lines[1].split()[0] == "strategy"
+    assert [line.split()[0] for line in lines[2:4]] == ["fed_sb", "fedavg"]
+    half = 12.706204736 * 0.25  # of two seeds, t(0.975, 1) · s/√2, s/√2 = |2.5 − 2|/2
+    assert f"2.250 ± {half:.3f}" in lines[3]
+    assert " 1.500 " in lines[2]
+    assert "less is better" in " ".join(text.split())
+    first = list(csv.DictReader(io.StringIO(to_csv(compare(runs)))))[1]
+    assert [first[f"bits_per_byte/{split}"] for split in ("global", "personal")] == ["2.25", "2.25"]
+    assert float(first["bits_per_byte/global/t_high"]) == pytest.approx(2.25 + half)  # bits know no upper end
+    assert "bits" not in foot(compare([load(write_run(tmp_path / "classes"))]))
+
+
 def test_the_foot_explains_what_the_table_has(tmp_path):
     one = foot(compare([load(write_run(tmp_path / "a"))]))
     assert not any(mark in one for mark in ("±", "n seeds", "[n = …]", "†", "low–high", "set-up MB"))
