@@ -1,10 +1,11 @@
-"""What a node's push to Flower's SuperLink says, and whether what it pushed is still there.
+"""What a node's push to Flower's SuperLink says, whether what it pushed is still there, and which nodes there are.
 
 Internal names of Flower 1.41, read and not changed: `PushMessagesRequest` and `PushObjectRequest` of `flwr.proto`,
 `authenticate_node` of `flwr.superlink.routers.fleet.node_auth` with the header `flwr-public-key`, `get_linkstate` of
-`flwr.superlink.dependencies.linkstate`, and the application's `state.superlink_lifespan.objectstore_factory`. They buy
-a quota a node. If they are gone, the server does not start, or every push is refused by name. Guard:
-`tests/deploy/test_quota.py`.
+`flwr.superlink.dependencies.linkstate`, and the application's `state.superlink_lifespan.objectstore_factory` and
+`state.linkstate_factory`. They buy a quota a node, and sites by name in `fedfuse deploy status`: Flower's command line
+shows no node's key. If they are gone, the server does not start, every push is refused by name, or `status` fails.
+Guards: `tests/deploy/test_quota.py`, `tests/deploy/test_doors.py`.
 """
 
 from __future__ import annotations
@@ -106,3 +107,12 @@ def holds(app: Any) -> Callable[[str], bool]:
     except AttributeError as error:
         raise WorldError("this Flower's SuperLink shows no store of objects, so nodes have no quota") from error
     return lambda key: key in factory.store()
+
+
+def nodes(app: Any) -> list[tuple[bytes, int, str, str]]:
+    """The nodes that were let in and not revoked: public key, id, Flower's word for how they are, and since when."""
+    found = app.state.linkstate_factory.state().get_node_info(statuses=["registered", "online", "offline"])
+    since = {"online": "last_activated_at", "offline": "last_deactivated_at"}
+    return [
+        (one.public_key, one.node_id, one.status, getattr(one, since.get(one.status, "registered_at"))) for one in found
+    ]

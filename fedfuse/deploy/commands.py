@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (("register", "let a site join: which clients its key may be"), ("unregister", "revoke a node")):
         sub = commands.add_parser(name, help=what)
         _reach(sub, operator=True)
-        sub.add_argument("which", nargs="+", metavar="NAME.request" if name == "register" else "NODE_ID")
+        sub.add_argument("which", nargs="+", metavar="NAME.request" if name == "register" else "NAME|NODE_ID")
         if name == "register":
             sub.add_argument("--client-id", type=int, help="which client it may be, in place of what a request says")
             sub.add_argument("--partition", metavar="I/N", help="the same, for simulated clients")
@@ -284,8 +284,11 @@ def _register(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _unregister(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.registration import node_of
+
+    link = _link(args)
     for which in args.which:
-        print(_link(args).flwr("supernode", "unregister", which, "fedfuse").strip())
+        print(link.flwr("supernode", "unregister", node_of(link, which), "fedfuse").strip())
     return 0
 
 
@@ -360,9 +363,15 @@ def _told(summary: dict | None, out: Path) -> int:  # type: ignore[type-arg]
 
 
 def _status(args: argparse.Namespace, keys: list[str]) -> int:
+    from fedfuse.deploy.registration import sites
+
     link = _link(args)
     print(link.flwr("list", "fedfuse").strip())
-    print(link.flwr("supernode", "list", "fedfuse").strip())
+    names = ("site", "clients", "node", "status", "since")
+    lines = [names, *(tuple(one[name] or "–" for name in names) for one in sites(link))]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:  # an id is for copying, so nothing is cut at the screen's edge
+        print("  ".join(word.ljust(width) for word, width in zip(line, wide, strict=True)).rstrip())
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.compat.superlink_doors import naming_peers
+from fedfuse.compat.superlink_objects import nodes
 from fedfuse.config.files import replaced
 from fedfuse.deploy.processes import RUNS
 from fedfuse.errors import UserError, one_line
@@ -38,7 +39,12 @@ MAY = {
     **dict.fromkeys(("start-run", "stop-run"), ("submit",)),
     **dict.fromkeys(("register-node", "unregister-node"), ("register",)),
 }
-OURS = {("POST", "orders"): ("submit",), ("GET", "results"): ("submit", "read"), ("POST", "roster"): ("register",)}
+OURS = {
+    ("POST", "orders"): ("submit",),
+    ("GET", "results"): ("submit", "read"),
+    ("POST", "roster"): ("register",),
+    ("GET", "sites"): ROLES,
+}
 
 
 class Door:
@@ -164,6 +170,9 @@ class Operators(Door):
             also = f"; also the place of {', '.join(one_line(name, 60) for name in others)}, with another key"
             await answered(send, 200, f"entered{also if others else ''}")
             return
+        if what == "sites":
+            await answered(send, 200, json.dumps(await asyncio.to_thread(self.sites)))
+            return
         if not NAME.fullmatch(name):
             raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
         file = self.post / what / name
@@ -174,6 +183,15 @@ class Operators(Door):
             await sent(send, file)
         else:
             await answered(send, 404, "not here")
+
+    def sites(self) -> list[dict[str, Any]]:
+        """Who was let in and not revoked: name and clients by the roster (empty for a key it does not know), node."""
+        found, roster = [], Roster(self.post / "roster.json")
+        for key, node, status, since in nodes(self.app):
+            place = roster.place(key)
+            name, clients = ("", "") if place is None else (place.name, place.said)
+            found.append({"site": name, "clients": clients, "node": str(node), "status": status, "since": since[:19]})
+        return sorted(found, key=lambda one: (one["site"], one["since"], one["node"]))
 
     def _take(self, name: str, who: str, content: bytes) -> None:
         """Keep an order and whose it is; run directory and results of a name are those of who used it first."""

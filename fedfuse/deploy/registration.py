@@ -26,6 +26,7 @@ from fedfuse.errors import UserError, WorldError, one_line
 from fedfuse.network.roster import Place, fingerprint, place_from
 
 SIGNED = ec.ECDSA(hashes.SHA384())
+MANY = 2**24  # bytes that a server may say of its sites
 
 
 def write_request(
@@ -109,6 +110,42 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
                 raise
             said = "registered already; its place was entered anew"
     return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}{also}"
+
+
+def sites(link: Link) -> list[dict[str, str]]:
+    """The sites that a server lets in, each with `site`, `clients`, `node`, `status` and `since`.
+
+    Raises
+    ------
+    UserError
+        If the server refuses.
+    WorldError
+        If it cannot be asked.
+    """
+    answer = link.request("GET", "sites", most=MANY)
+    if answer is None:
+        raise UserError(f"--server {link.address}: is no operators' port of a FedFuse server (--control-port there)")
+    found = json.loads(json.loads(answer)["detail"])
+    return [{name: one_line(value, 100) for name, value in one.items()} for one in found]
+
+
+def node_of(link: Link, which: str) -> str:
+    """The node id of a site by its name; what is no name here may be an id already.
+
+    Raises
+    ------
+    UserError
+        If no site has this name, or several have.
+    """
+    found = sites(link)
+    ids = [one["node"] for one in found if one["site"] == which]
+    if len(ids) == 1:
+        return ids[0]
+    if not ids and which.isdecimal():
+        return which
+    if ids:
+        raise UserError(f"{which}: is the name of {len(ids)} sites; say which by its id: {', '.join(ids)}")
+    raise UserError(f"{which}: is no site here; allowed: {', '.join(one['site'] or one['node'] for one in found)}")
 
 
 def _complete(values: dict[str, Any], path: Path) -> Place:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedfuse.compat.flower_fleet import public_key_to_bytes
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
@@ -46,10 +47,16 @@ from tests.deploy.network import tiny
 
 
 class Inner:
-    """Flower's application: notes what reaches it, and reads the body."""
+    """Flower's application: notes what reaches it, and reads the body; its nodes are in Flower's own database."""
 
     def __init__(self) -> None:
+        from flwr.server.superlink.linkstate import LinkStateFactory
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.superlink.federation import NoOpFederationManager
+
         self.paths: list[str] = []
+        known = LinkStateFactory(":flwr-in-memory:", NoOpFederationManager(), ObjectStoreFactory())
+        self.state = SimpleNamespace(linkstate_factory=known)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.paths.append(scope["path"])
@@ -111,12 +118,24 @@ def test_a_stranger_reaches_nothing_of_the_operators(door: Operators) -> None:
 @pytest.mark.parametrize(
     ("roles", "allowed"),
     [
-        (("read",), {"list-runs", "list-nodes", "stream-logs", "GET results"}),
+        (("read",), {"list-runs", "list-nodes", "stream-logs", "GET results", "GET sites"}),
         (
             ("submit",),
-            {"list-runs", "list-nodes", "stream-logs", "start-run", "stop-run", "POST orders", "GET results"},
+            {
+                "list-runs",
+                "list-nodes",
+                "stream-logs",
+                "start-run",
+                "stop-run",
+                "POST orders",
+                "GET results",
+                "GET sites",
+            },
         ),
-        (("register",), {"list-runs", "list-nodes", "stream-logs", "register-node", "unregister-node", "POST roster"}),
+        (
+            ("register",),
+            {"list-runs", "list-nodes", "stream-logs", "register-node", "unregister-node", "POST roster", "GET sites"},
+        ),
     ],
 )
 def test_roles(roles: tuple[str, ...], allowed: set[str], door: Operators) -> None:
@@ -125,7 +144,13 @@ def test_roles(roles: tuple[str, ...], allowed: set[str], door: Operators) -> No
     for name in (*names, "create-federation", "add-app", "begin-connector-oauth", "pull-artifacts"):
         if ask(door, f"/v1/control/{name}", who=who)[0] == 200:
             got.add(name)
-    for method, path in (("POST", "orders/x"), ("GET", "results/x"), ("POST", "roster"), ("GET", "orders/x")):
+    for method, path in (
+        ("POST", "orders/x"),
+        ("GET", "results/x"),
+        ("POST", "roster"),
+        ("GET", "orders/x"),
+        ("GET", "sites"),
+    ):
         if ask(door, f"/fedfuse/{path}", method, b"{}", who)[0] in (200, 404):
             got.add(f"{method} {path.split('/')[0]}")
     assert got == allowed
@@ -499,6 +524,54 @@ def test_a_full_disk_of_the_servers_is_told_as_one(door: Operators, monkeypatch:
 )
 def test_flowers_colours_and_boxes_are_left_out(line: str, left: str) -> None:
     assert plain(line) == left
+
+
+def test_sites_are_shown_and_turned_out_by_their_names(
+    tmp_path: Path, door: Operators, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody but Flower's database knows a node's id and key, nobody but the roster a key's name."""
+    roster, flowers = Roster(tmp_path / "roster.json"), door.app.state.linkstate_factory.state()
+    keys = []
+    for name in ("north", "south", "twin", "twin2", "gone", "stranger"):
+        node_keys(tmp_path, name)
+        keys.append(public_key_to_bytes(load_ssh_public_key((tmp_path / f"{name}.pub").read_bytes())))
+    ids = [flowers.create_node("ann", "ann", key, 30) for key in keys]
+    for i, name in enumerate(("north", "7", "twin", "twin", "gone")):
+        roster.add(fingerprint(keys[i]), Place(name, i, 9 if i == 1 else None))
+    flowers.activate_node(ids[1], 30)
+    flowers.delete_node("ann", ids[4])
+
+    class Near(Link):
+        said: ClassVar[list[tuple[str, ...]]] = []
+
+        def request(self, method: str, path: str, *more: Any, **options: Any) -> bytes:
+            status, body = ask(door, f"/fedfuse/{path}", method, who=certificate("ann", "register"))
+            assert status == 200
+            return bytes(body)
+
+        def flwr(self, *words: str) -> str:
+            self.said.append(words)
+            return ""
+
+    monkeypatch.setattr("fedfuse.deploy.link.Link", Near)
+    assert command(["status", "--server", "x:1"]) == 0
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert head == ["site", "clients", "node", "status", "since"]
+    shown = {line[-3]: (line[0], line[-2]) for line in lines}
+    assert shown == {
+        str(ids[0]): ("north", "registered"), str(ids[1]): ("7", "online"), str(ids[2]): ("twin", "registered"),
+        str(ids[3]): ("twin", "registered"), str(ids[5]): ("–", "registered"),
+    }  # fmt: skip
+    assert next(line for line in lines if line[0] == "7")[1:3] == ["partition", "1/9"]
+    Near.said.clear()
+    assert command(["unregister", "--server", "x:1", "7", str(ids[0])]) == 0
+    assert [words[2] for words in Near.said] == [str(ids[1]), str(ids[0])]
+    for name, said in (
+        ("twin", f"is the name of 2 sites; say which by its id: .*{ids[3]}"),
+        ("gone", "is no site here"),
+    ):
+        with pytest.raises(UserError, match=f"^{name}: {said}"):
+            command(["unregister", "--server", "x:1", name])
 
 
 def test_a_name_is_its_first_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
