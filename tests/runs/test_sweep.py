@@ -171,6 +171,11 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
     words = [*SMALL, "strategy=local,fedprox", "seed=1", *SPACE, "search.trials=2"]
     straight = sweep([*words, f"out={tmp_path / 'straight'}"])
 
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "hashes_of", lambda config: {"strategy": "0" * 12})
+        with pytest.raises(UserError, match="holds a search by other code of the strategy"):
+            sweep([*words, f"out={tmp_path / 'straight'}"])
+
     begin, calls = parallel.begin, []
 
     def stops(config, started=None, quiet=False):
