@@ -75,6 +75,7 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("run stop.patience=2 data.validation=0", "stop.patience=2: allowed is null with data.validation=0"),
         ("run clock=devices until.seconds=1e300", "until.seconds=1e+300: allowed is at most 9,000,000,000"),
         ("run search.trials=3", "one run tunes nothing; use fedfuse compare"),
+        ("run hydra.run.dir=here", "hydra.run.dir: no such key; did you mean 'out'?"),
         ("run --dry-run strategy=local audit=ldia", "strategy=local has clients send nothing"),
         ("run --dry-run clock=devices clock.spread=1e9", "clock.spread=1000000000.0: allowed is"),
         ("run rounds", "not of the form key=value"),

@@ -142,7 +142,7 @@ def _check_keys(overrides: Sequence[str]) -> None:
         key, value = re.split("=", text.lstrip("+~"), maxsplit=1)
         value = value.strip("'\"")
         key = key.split("@")[0]
-        if key.startswith(("hydra.", "strategy.")) or key == "hydra":
+        if key.startswith("strategy."):
             continue
         if key == "experiment":
             if value not in presets():

@@ -145,7 +145,7 @@ def _is_plain(one: Override) -> bool:
         return False
     word = one.value()
     of_group = isinstance(word, str) and "$" not in word and not one.is_force_add()
-    return of_group if _is_word(one) else not one.key_or_group.startswith("hydra")
+    return of_group or not _is_word(one)
 
 
 @functools.lru_cache(maxsize=64)
