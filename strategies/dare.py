@@ -73,7 +73,9 @@ class DAREClient(MergingClient):
         names = merging.parameters(self.model, end)
         tau = torch.cat([(end[n].double() - self.start[n].double()).flatten() for n in names])
         kept = mask(len(tau), p, self.seed, self.client, self.round).to(tau.device)
-        return {"update": {"entries": (tau[kept] / (1 - p)).float(), **parts.without(end, names)}}
+        return {
+            "update": {"entries": (tau[kept] / (1 - p)).float(), **parts.without(end, parts.parameters(self.model))}
+        }
 
 
 @strategy("dare", client=DAREClient, hyper=DAREHyper, paper="Yu et al. 2024, arXiv 2311.03099")

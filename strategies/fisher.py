@@ -80,11 +80,15 @@ class FisherClient(MergingClient):
             x, y = x[rows], y[rows]
         end = self.weights()
         found = curvature.fisher(self.model, x, y, expected=h.labels == "expected")
-        found = {n: found[n] for n in merging.parameters(self.model, end)}
+        found = {n: found[n] for n in merging.parameters(self.model, end) if n in found}  # a frozen one has none
         if h.scale == "alike":
             found = scaled(found)
-        f = {n: value.clamp_min(h.floor).to(end[n].dtype) for n, value in found.items()}
-        return {"fisher": f, "scaled": {n: f[n] * end[n] for n in f}, "rest": parts.without(end, f)}
+        f = {
+            n: found.get(n, torch.zeros_like(end[n])).clamp_min(h.floor).to(end[n].dtype)
+            for n in merging.parameters(self.model, end)
+        }
+        rest = parts.without(end, parts.parameters(self.model))
+        return {"fisher": f, "scaled": {n: f[n] * end[n] for n in f}, "rest": rest}
 
 
 @strategy("fisher", client=FisherClient, hyper=FisherHyper, paper="Matena and Raffel 2022, arXiv 2111.09832")
@@ -117,6 +121,7 @@ class Fisher(MergingStrategy):
         (f, weight), (scaled, _) = shares.total("fisher"), shares.total("scaled")
         if not weight:  # nobody has an example: what is published stays
             return
-        rest = shares.mean("rest") if len(f) < len(self.model) else {}  # a model without buffers has none
         merged = {name: (scaled[name] / f[name]).to(self.model[name].dtype) for name in f}
+        merged = parts.with_tied(self.workspace.model(self.architecture), merged)
+        rest = shares.mean("rest") if len(merged) < len(self.model) else {}  # a model without buffers has none
         self.publish("model", {**merged, **rest})

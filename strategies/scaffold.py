@@ -146,7 +146,7 @@ class Scaffold(AveragingStrategy):
     def begin(self) -> None:
         """Publish the initial model and c = 0."""
         super().begin()
-        names = parts.parameters(self.workspace.model(self.architecture))
+        names = {name for name, _ in self.workspace.model(self.architecture).named_parameters()}
         self.publish("control", {name: torch.zeros_like(v) for name, v in self.model.items() if name in names})
 
     def fuse(self, shares: Shares) -> None:
@@ -154,7 +154,8 @@ class Scaffold(AveragingStrategy):
         mean, old, common = shares.mean("model"), self.model, self.published("control")
         rate = self.hyper.server_lr
         if rate != 1:
-            mean |= {name: torch.lerp(old[name], mean[name], rate) for name in common}
+            names = parts.parameters(self.workspace.model(self.architecture))
+            mean |= {name: torch.lerp(old[name], mean[name], rate) for name in names if name in mean}
         change, _ = shares.total("control")
         n = self.scenario.clients
         self.publish("model", mean)

@@ -30,6 +30,7 @@ from fedfuse import (
     Shares,
     hyper,
     merging,
+    parts,
     strategy,
 )
 
@@ -62,7 +63,7 @@ class TwinMergingClient(MergingClient):
         if own := self.state.get("own"):
             apart = exclusive(own, self.start, self.hyper.keep)
             both = {name: (self.start[name].double() + v).to(self.start[name].dtype) for name, v in apart.items()}
-            self.load({**self.start, **both})
+            self.load({**self.start, **parts.with_tied(self.model, both)})
 
     def fit(self) -> Metrics:
         """E epochs from θ*; keeps θ_k."""

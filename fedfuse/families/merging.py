@@ -18,6 +18,7 @@ from fedfuse.core.shares import Share, Shares
 from fedfuse.errors import UserError
 from fedfuse.families import lora
 from fedfuse.families.averaging import AnchoredClient, AveragingStrategy
+from fedfuse.models import parts
 from fedfuse.wire.records import Arrays, Layout, Scope
 from fedfuse.wire.sums import Sum
 
@@ -102,12 +103,13 @@ class MergingStrategy(AveragingStrategy):
     def vectors(self, shares: Iterable[Share]) -> tuple[list[Arrays], Arrays]:
         """Task vectors τ_k in float64, of clients with examples, and the mean of the buffers."""
         start, names, taught, rest = self.model, self.merged, list[Arrays](), Sum()
+        parameters = parts.parameters(self.workspace.model(self.architecture))
         for share in shares:
             if not share.examples:
                 continue
             end = share.records["model"]
             taught.append({name: end[name].double() - start[name].double() for name in names})
-            rest.add(share.group, {name: value for name, value in end.items() if name not in names}, share.examples)
+            rest.add(share.group, parts.without(end, parameters), share.examples)
         return taught, rest.mean() if taught else {}
 
     def merge(self, vectors: Sequence[Arrays]) -> Arrays:
@@ -130,13 +132,14 @@ class MergingStrategy(AveragingStrategy):
     def moved(self, by: Arrays) -> Arrays:
         """θ₀ plus a vector, in the dtype that travels."""
         start = self.model
-        return {name: (start[name].double() + value).to(start[name].dtype) for name, value in by.items()}
+        out = {name: (start[name].double() + value).to(start[name].dtype) for name, value in by.items()}
+        return parts.with_tied(self.workspace.model(self.architecture), out)
 
 
 def parameters(module: nn.Module, there: Iterable[str]) -> list[str]:
-    """Names of a model's parameters among those that travel, a tied one under each of its names."""
+    """Names of a model's parameters among those that travel, a tied one once: it moves once."""
     known = set(there)
-    return [name for name, _ in module.named_parameters(remove_duplicate=False) if name in known]
+    return [name for name, _ in module.named_parameters() if name in known]
 
 
 def parameter_arrays(scope: Scope) -> Layout:
@@ -146,7 +149,7 @@ def parameter_arrays(scope: Scope) -> Layout:
 
 def rest_arrays(scope: Scope) -> Layout:
     """Spec: the arrays that are not merged, a model's buffers."""
-    merged = parameter_arrays(scope)
+    merged = set(parts.parameters(scope.module))
     return {name: layout for name, layout in scope.model.items() if name not in merged}
 
 

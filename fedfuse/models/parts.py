@@ -23,8 +23,18 @@ HEADS = ("head", "classifier", "score", "fc")  # names of classification heads: 
 
 
 def parameters(module: nn.Module) -> list[str]:
-    """Return the names of the parameters, buffers excluded, in the module's order."""
-    return [name for name, _ in module.named_parameters()]
+    """Return the names of the parameters, buffers excluded, in the module's order; a tied one under each of its names."""
+    return [name for name, _ in module.named_parameters(remove_duplicate=False)]
+
+
+def with_tied(module: nn.Module, arrays: Arrays) -> Arrays:
+    """Return the arrays, those of tied parameters under their further names too."""
+    first: dict[int, str] = {}
+    out = dict(arrays)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name and first[id(parameter)] in arrays:
+            out[name] = arrays[first[id(parameter)]]
+    return out
 
 
 def norms(module: nn.Module, every: bool = False) -> list[str]:
@@ -66,8 +76,8 @@ def classes_of(model: Any) -> int:
 
 
 def parameter_arrays(scope: Scope) -> Layout:
-    """Spec: the parameters alone (control variates, updates)."""
-    return {name: scope.model[name] for name in parameters(scope.module) if name in scope.model}
+    """Spec: the parameters alone (control variates), a tied one once."""
+    return {name: scope.model[name] for name, _ in scope.module.named_parameters() if name in scope.model}
 
 
 def layers(model: Any) -> dict[str, int]:

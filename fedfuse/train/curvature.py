@@ -34,7 +34,7 @@ def fisher(model: nn.Module, x: Tensor, y: Tensor, *, expected: bool = True) -> 
     dict
         Zeros where there is no example.
     """
-    named = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
 
     def answer(values: Arrays, one: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
