@@ -4,12 +4,14 @@ Every `flwr_*` strategy builds the class of `flwr.serverapp.strategy` that it is
 a grid (`fraction_train=1`: the platform has sampled already), sends the keys it adds to the training configuration
 (`proximal-mu`), and gives it the shares as Flower replies (see `fedfuse.families.flower_rules`).
 
-Travels: the model both ways, P·B_f bytes a client and round. Server learning rates are Flower's defaults; the
-clients' rate is `train.lr`. Readings of ours: integer buffers (BatchNorm's counters) never reach Flower's rules,
-which would turn them into floats or, in Krum, into distance; their mean is rounded. A client without examples has
-no say. Where Flower skips an aggregation (Bulyan with too few replies) the model stays, and `skipped` is logged. A
-cohort below the rule's minimum is refused before the run; Flower would wait for ever. The published model has the
-model's own dtypes: FedAdam computes in float64 and is rounded once a round.
+Travels: the model both ways, P·B_f bytes a client and round. Server learning rates are Flower's defaults; the clients'
+rate is `train.lr`. Readings of ours: integer buffers (BatchNorm's counters) never reach Flower's rules, which would
+turn them into floats or, in Krum, into distance; their mean is rounded. Nor do BatchNorm's running statistics reach the
+rules that step beyond the mean or short of it (FedAvgM, FedAdagrad, FedAdam, FedYogi, QFedAvg): these are averaged, as
+under FedAvgM's momentum a variance becomes negative. A client without examples has no say. Where Flower skips an
+aggregation (Bulyan with too few replies) the model stays, and `skipped` is logged. A cohort below the rule's minimum is
+refused before the run; Flower would wait for ever. The published model has the model's own dtypes: FedAdam computes in
+float64 and is rounded once a round.
 """
 
 from __future__ import annotations
@@ -64,12 +66,13 @@ class FlowerFedAvgM(FlowerStrategy):
     """Flower's FedAvgM: FedAvg with server momentum."""
 
     rule = "FedAvgM"
+    steps = True
     kept = ("current_arrays", "momentum_vector")
 
     def revive(self, name: str, kept: Mapping[str, torch.Tensor]) -> Any:
         """`current_arrays` is a record, `momentum_vector` a list in the model's order."""
         if name == "current_arrays":
-            return record(self.floating(dict(kept)))
+            return record(self.ruled(dict(kept)))
         return [kept[str(i)].numpy().copy() for i in range(len(kept))]
 
 
@@ -86,6 +89,7 @@ class FlowerFedAdagrad(FlowerStrategy):
     """Flower's FedAdagrad: Adagrad on the mean update."""
 
     rule = "FedAdagrad"
+    steps = True
     kept = ("m_t", "v_t")
 
 
@@ -102,6 +106,7 @@ class FlowerFedAdam(FlowerStrategy):
     """Flower's FedAdam: Adam on the mean update."""
 
     rule = "FedAdam"
+    steps = True
     kept = ("m_t", "v_t")
 
 
@@ -117,6 +122,7 @@ class FlowerFedYogi(FlowerStrategy):
     """Flower's FedYogi: Yogi on the mean update."""
 
     rule = "FedYogi"
+    steps = True
     kept = ("m_t", "v_t")
 
 
@@ -212,6 +218,7 @@ class FlowerQFedAvg(FlowerStrategy):
     """Flower's QFedAvg: clients with a higher loss weigh more."""
 
     rule = "QFedAvg"
+    steps = True
     metrics = {"train_loss": (0, 1e30)}
 
     def options(self) -> dict[str, Any]:

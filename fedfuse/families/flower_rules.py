@@ -26,6 +26,7 @@ from fedfuse.core.workspace import Workspace
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.errors import UserError
 from fedfuse.families.averaging import AnchoredClient
+from fedfuse.models import parts
 from fedfuse.seeding import seed_everything
 from fedfuse.wire.records import Arrays, LiveArray, record, tensors
 
@@ -75,6 +76,9 @@ class FlowerStrategy(FusionStrategy):
         What the rule is told of a client beside `num-examples`; it takes no replies of which one says more.
     kept : tuple of str
         Its attributes that must survive a round. FedOpt's `current_arrays` is set from the board each round.
+    steps : bool
+        Whether the rule makes a step of its own of what the mean moved. It is given the parameters alone then, and
+        buffers are averaged: a step beyond the mean makes a running variance negative.
 
     Raises
     ------
@@ -84,6 +88,7 @@ class FlowerStrategy(FusionStrategy):
 
     rule: ClassVar[str] = "FedAvg"
     kept: ClassVar[tuple[str, ...]] = ()
+    steps: ClassVar[bool] = False
     heterogeneous = False
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
@@ -121,7 +126,7 @@ class FlowerStrategy(FusionStrategy):
             for name in self.kept:
                 if name in self.state:
                     setattr(self.inner, name, self.revive(name, self.state[name]))
-            model = record(self.floating(self.model))
+            model = record(self.ruled(self.model))
             asked = list(self.inner.configure_train(server_round, model, keys, Cohort(nodes)))
         clients = dict(zip(nodes, cohort, strict=True))
         self.asked = {clients[message.metadata.dst_node_id]: message for message in asked}
@@ -140,9 +145,10 @@ class FlowerStrategy(FusionStrategy):
         new = {name: value.reshape(old[name].shape).to(old[name].dtype) for name, value in new.items()}
         weight = sum(share.examples for share in everyone)
         for name, value in old.items():
-            if not value.is_floating_point():  # a counter
-                total = sum(share.records["model"][name].double() * share.examples for share in everyone)
-                new[name] = torch.as_tensor(total / weight).round().to(value.dtype)
+            if name not in new:  # a counter, or another buffer
+                total = torch.as_tensor(sum(s.records["model"][name].double() * s.examples for s in everyone))
+                mean = total / weight
+                new[name] = (mean if value.is_floating_point() else mean.round()).to(value.dtype)
         self.publish("model", {name: new[name] for name in old})
         for name in self.kept:
             value = getattr(self.inner, name)
@@ -152,19 +158,20 @@ class FlowerStrategy(FusionStrategy):
     def reply(self, share: Share) -> Message:
         """A share as the reply that Flower's rule expects; arrays are copies: some rules write into them."""
         arrays = ArrayRecord()
-        for name, value in self.floating(share.records["model"]).items():
+        for name, value in self.ruled(share.records["model"]).items():
             arrays[name] = LiveArray(value.numpy().copy())
         numbers = {name: share.metrics[name] for name in ("num-examples", *self.metrics)}
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
         return Message(content, reply_to=self.asked[share.client])
 
-    def floating(self, arrays: Arrays) -> Arrays:
-        """Return the floating-point arrays, in the architecture's own order.
+    def ruled(self, arrays: Arrays) -> Arrays:
+        """Return what the rule is given: floating-point arrays, in the architecture's own order.
 
         FedAvgM and QFedAvg pair arrays by position, and a checkpoint or a wire may bring them in another order.
         """
         order = self.workspace.initial(self.architecture)
-        return {name: arrays[name] for name, value in order.items() if value.is_floating_point()}
+        names = parts.parameters(self.workspace.model(self.architecture)) if self.steps else order
+        return {name: arrays[name] for name, v in order.items() if v.is_floating_point() and name in names}
 
     def revive(self, name: str, kept: Mapping[str, torch.Tensor]) -> Any:
         """An attribute of the rule from what `state` holds."""

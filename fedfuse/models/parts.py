@@ -23,7 +23,7 @@ HEADS = ("head", "classifier", "score", "fc")  # names of classification heads: 
 
 
 def parameters(module: nn.Module) -> list[str]:
-    """Return the names of the parameters, buffers excluded, in the module's order; a tied one under each of its names."""
+    """Return the names of the parameters, not of buffers, in the module's order; a tied one under each of its names."""
     return [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
