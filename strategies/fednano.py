@@ -83,6 +83,8 @@ class FedNanoHyper:
     floor: float = hyper(1e-6, "least entry of F_k", above=0)
 
     def __post_init__(self) -> None:
+        if self.optimizer is None:
+            without_effect(self, "lr", "with strategy.optimizer=null, where train.lr says it")
         for name in ("samples", "floor") if self.merge != "fisher" else ():
             without_effect(self, name, f"with strategy.merge={self.merge}, which takes no F_k")
 

@@ -114,6 +114,6 @@ class HetLoRA(RankedStrategy):
         """Σ p_i pad(·), the mean over examples if nobody's product is different from zero."""
         everyone = list(shares)
         by_count = {s.client: super(HetLoRA, self).weight_of(s) for s in everyone}
-        by_norm = {s.client: norm(s.records["adapter"]) for s in everyone}
+        by_norm = {s.client: norm(s.records["adapter"]) if s.examples else 0.0 for s in everyone}
         self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
         self.publish_whole(self.mean((share, self.padded(share)) for share in everyone))

@@ -18,7 +18,8 @@ many α_k meet it equally well, so that this is not what tells experts apart (bo
 
 Travels: P_small·B_f bytes each way, a client and round, and nothing of the large model, whatever its size. Both must
 have one vocabulary. Training is federated averaging and does not depend on how the server predicts, so `alpha`,
-`search`, `experts`, `weights` and `tau` change its scores and no digest. Clients predict with the common small model.
+`search`, `weights` and `tau` change its scores and no digest, nor does `experts` change the common model; what *each*
+keeps at the server, every client's newest, is in the digest. Clients predict with the common small model.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ from fedfuse import (
     hyper,
     parts,
     strategy,
+    without_effect,
 )
 
 packed, unpacked = curvature.packed, curvature.unpacked
@@ -59,11 +60,18 @@ packed, unpacked = curvature.packed, curvature.unpacked
 class RegMeanHyper(StepHyper):
     """Hyper-parameters of RegMean."""
 
-    a: float = hyper(0.9, "a, share of G's off-diagonal that counts (code: 0.9; T5, DeBERTa 0.1)", low=0, high=1)
+    a: float = hyper(
+        0.9, "a, share of G's off-diagonal that counts, with gram=full (code: 0.9; T5, DeBERTa 0.1)", low=0, high=1
+    )
     ridge: float = hyper(0.01, "ρ, added to G's diagonal as a share of its mean (ours)", low=0)
     gram: str = hyper("full", "what of G travels: its triangle, or its diagonal (a = 0)", choices=("full", "diag"))
     layers: str = hyper("auto", "merged so, patterns of dotted names; auto: every linear layer whose weight travels")
     weighting: str = hyper("examples", "G summed over rows, or their mean", choices=("examples", "uniform"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gram == "diag":
+            without_effect(self, "a", "with strategy.gram=diag, which has nothing beside the diagonal")
 
 
 def layers(module: nn.Module, pattern: str, there: Mapping[str, object]) -> list[str]:

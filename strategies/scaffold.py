@@ -46,6 +46,7 @@ from fedfuse import (
     model_topic,
     parts,
     strategy,
+    without_effect,
 )
 
 
@@ -124,6 +125,8 @@ class Scaffold(AveragingStrategy):
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         trains = [stepping(hyper, self.scenario.training(i)) for i in range(self.scenario.clients)]
+        if all(t.optimizer != "sgd" for t in trains):
+            without_effect(hyper, "local_momentum", f"with train.optimizer={trains[0].optimizer}, which is no SGD")
         self.uncommon = train = next((t for t in trains if t.optimizer != "sgd" or t.momentum), None)
         if hyper.variate == "difference" and train is not None:
             raise UserError(

@@ -153,8 +153,8 @@ class AdapterStrategy(AveragingStrategy):
         return lora.part(*cls.kinds)
 
     def weight_of(self, share: Share) -> float:
-        """p_i before normalisation."""
-        return float(share.examples) if self.weight else 1.0
+        """p_i before normalisation; one who has no examples has nothing to say."""
+        return float(share.examples) if self.weight else float(share.examples > 0)
 
     def parts(self, *kinds: str, head: bool = True) -> Arrays:
         """What `lora.part` says, of the initial model."""

@@ -51,6 +51,13 @@ class BasisHyper(RankedHyper):
         super().__post_init__()
         if self.r0 != "singular":
             without_effect(self, "rate", f"with strategy.r0={self.r0}, where R starts at 0")
+        if not self.needs_gradient:
+            for name in ("init_from", "init_rows", "oversample"):
+                without_effect(self, name, f"with strategy.init={self.init}, which takes no gradient")
+        elif self.init_from != "sketch":
+            without_effect(self, "oversample", f"with strategy.init_from={self.init_from}, which sends no sketch")
+        if self.init == "random_orthonormal":
+            without_effect(self, "svd", "with strategy.init=random_orthonormal, which decomposes nothing")
 
     @property
     def needs_gradient(self) -> bool:

@@ -130,6 +130,24 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 
 
+# what is refused beside another word, which leaves nothing to read it
+IDLE: dict[tuple[str, str], str] = {
+    ("fed_sb", "strategy.init=weight_svd strategy.init_rows=8"): "which takes no gradient",
+    ("fed_sb", "strategy.init=random_orthonormal strategy.init_from=clients"): "which takes no gradient",
+    ("fed_sb", "strategy.init=random_orthonormal strategy.svd=exact"): "which decomposes nothing",
+    ("fed_sb", "strategy.init_from=clients strategy.oversample=1"): "which sends no sketch",
+    ("regmean", "strategy.gram=diag strategy.a=0.3"): "nothing beside the diagonal",
+    ("fednano", "strategy.optimizer=null strategy.lr=0.1"): "where train.lr says it",
+    ("scaffold", "train.optimizer=adam strategy.local_momentum=0.5"): "which is no SGD",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), IDLE)
+def test_a_key_that_nothing_reads_beside_another_is_refused(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=IDLE[name, words]):
+        play(name, *words.split(), base=BASE)
+
+
 def values(name: str, field: Any) -> list[Any]:
     """What a key is set to in its turn: each other choice, or one other number."""
     default = None if field.default is MISSING else field.default

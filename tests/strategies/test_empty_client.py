@@ -67,3 +67,45 @@ def test_what_a_client_without_examples_says_enters_no_mean(name, monkeypatch):
     assert before
     for to, arrays in before.items():
         assert all(torch.equal(value, after[to][key]) for key, value in arrays.items()), to
+
+
+ADAPTERS = {
+    "fedit": (),
+    "fedex_lora": (),
+    "hetlora": ("strategy.sparsity=false",),
+    "rolora": (),
+    "flexlora": ("strategy.split=left",),
+    "fed_sb": ("strategy.init=random_orthonormal",),
+}
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "hetlora by norm"])
+def test_adapters_that_nobody_trained_enter_no_mean(name, monkeypatch):
+    """With equal weights, or by the norm of what was sent, the mean is of those who have examples."""
+    from fedfuse.families.adapters import AdapterClient
+
+    words = ("strategy.weighting=uniform", *ADAPTERS[name]) if name in ADAPTERS else ()
+    name = name.split()[0]
+    whole, count = FusionClient.examples, Scenario.examples
+
+    def examples(self, split):
+        found = whole(self, split)
+        return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
+
+    monkeypatch.setattr(FusionClient, "examples", examples)
+    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
+    parts = AdapterClient.parts
+
+    def published():
+        played = play(name, "rounds=2", *words)
+        assert played.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
+        return {topic: item.arrays for (topic, _), item in played.strategy.board.items.items()}
+
+    before = published()
+    monkeypatch.setattr(
+        AdapterClient, "parts",
+        lambda self, *k, **o: {n: v + (self.client == 1) for n, v in parts(self, *k, **o).items()},
+    )  # fmt: skip
+    after = published()
+    for topic, arrays in before.items():
+        assert all(torch.equal(value, after[topic][key]) for key, value in arrays.items()), topic
