@@ -21,8 +21,8 @@ basis has another hash refuses to take part. The released code pools the clients
 gradient, which no federation can do; it sends A and B as well, and averages the R of all rounds so far: three
 things not done here. The default is the paper's sign of the gradient, by sketch. Clients of smaller rank (`ranks`)
 train the leading r_i × r_i block; each entry is averaged over the clients that hold it, and stays as it is where none
-took part. Choices of ours: R = 0 at the start, because S_r is as small as η; and `refresh`, after every so many rounds
-(Δ = 0 before):
+took part. The head takes the same server step as R. Choices of ours: R = 0 at the start, because S_r is as small as η;
+and `refresh`, after every so many rounds (Δ = 0 before):
 
     Δ ← Δ + s·B R A,  R ← 0,  m ← 0,  B and A anew, over W₀ + Δ, as `init` says
 
