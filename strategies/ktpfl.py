@@ -12,7 +12,8 @@ Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. Lef
 D is the divergence of the distillation itself, KL(mixture ‖ s_n); c_n is kept a distribution by projecting each step
 onto the simplex (else a target is none); η_c. Participants share the weight their rows give to participants: absent
 columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code, and the default: one step a round, rescaled by row
-until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N), and a penalty that is a mean.
+until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N; what counts is the slope without
+its row's mean, which the projection undoes), and a penalty that is a mean.
 `distance=mse` and `rows=softmax` (c ← softmax(5·c), once a round, which pulls to uniform) are theirs too; their KL
 without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0
 freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
@@ -113,9 +114,11 @@ def rates(slope: Tensor) -> Tensor:
     Parameters
     ----------
     slope : Tensor
-        ∇_c (N × N); a row's step is Σ_m |η_c ∇_nm| / N.
+        ∇_c (N × N). Both ways of keeping a row a distribution undo what is alike in all its entries, which of KL's is
+        nearly all at T = 10: a row's step is Σ_m |η_c (∇_nm − mean_j ∇_nj)| / N.
     """
-    mean, rate = slope.abs().sum(1, keepdim=True) / len(slope), torch.ones(len(slope), 1, dtype=slope.dtype)
+    felt = slope - slope.mean(1, keepdim=True)
+    mean, rate = felt.abs().sum(1, keepdim=True) / len(slope), torch.ones(len(slope), 1, dtype=slope.dtype)
     for _ in range(5):
         rate = torch.where(mean * rate > 0.01, rate / 5, rate)
         rate = torch.where(mean * rate < 0.01, rate * 5, rate)

@@ -63,8 +63,7 @@ def test_the_projection_is_the_nearest_distribution():
 @pytest.mark.parametrize("rows", ["simplex", "softmax"])
 def test_frozen_or_pulled_hard_the_matrix_stays_uniform(rows):
     uniform = torch.full((4, 4), 0.25, dtype=torch.float64)
-    frozen = learn(uniform, soft(), KTpFLHyper(coefficient_lr=0.0, rows=rows))
-    assert torch.equal(frozen, uniform)
+    assert torch.equal(learn(uniform, soft(), KTpFLHyper(coefficient_lr=0.0)), uniform)
     alike = soft()[:1].expand(4, -1, -1)  # nobody differs: nothing to learn
     torch.testing.assert_close(learn(uniform, alike, KTpFLHyper(rows=rows)), uniform, rtol=1e-12, atol=0)
 
@@ -155,6 +154,21 @@ def test_coefficients_move_at_the_defaults():
         free = free - rates(slope) * slope
     torch.testing.assert_close(once, (5 * free).softmax(1))  # once, not after each step
     assert bool((same >= 0).all())
+
+
+@pytest.mark.parametrize("rows", ["simplex", "softmax"])
+def test_a_step_is_felt_at_the_default_temperature(rows):
+    """At T = 10 all predictions are nearly uniform, and of KL's slope nearly everything is alike in a row's entries."""
+    h = KTpFLHyper(rows=rows)
+    a, b = soft(1, seed=1)[0], soft(1, seed=2)[0]
+    s = torch.stack([a, a, b, b]) ** (1 / h.temperature)
+    s = s / s.sum(-1, keepdim=True)
+    slope = gradient(torch.full((4, 4), 0.25, dtype=torch.float64), s, h.rho, h.distance)
+    assert (slope - 1).abs().max().item() < 0.05  # the 1 moves no row whose sum is 1
+    assert torch.equal(rates(slope), rates(slope + 3))
+    c = learn(torch.full((4, 4), 0.25, dtype=torch.float64), s, h)
+    assert (c[:2, :2].min() - c[:2, 2:].max()).item() > 0.01
+    assert (c[2:, 2:].min() - c[2:, :2].max()).item() > 0.01
 
 
 CLASSROOM = ("strategy.neighbours=classroom", "transfer.labelled=true")
