@@ -13,12 +13,12 @@ here, in round t, D_t unlabelled and known to the server only:
                w_p ← mean of the w_k of architecture p, with that layer; sent
 
 Reconstructed, and so ours: which layer is common and its place. Every network, the server's too, is equipped with
-encoder → linear to `representation` units → common layer (representation × representation) → output layer. Client
-models and layers are averaged by examples. How long the larger model is taught and with which optimiser: five passes of
-the clients' own SGD over 100 unlabelled examples are ten steps, after which it did not even repeat ŷ of those rows, and
-answered one class for all (10.0 %); so 20 passes of Adam. Travels: P_small·B_f bytes each way. The third-party code
-(noise as proxy, performance-weighted logits) is not followed. Clients predict with their small model, the figures on
-the global set are the large model's.
+encoder → linear to `representation` units → common layer (representation × representation) → output layer, the first
+two of these drawn as He et al. (2015) do for rectified units. Client models and layers are averaged by examples. How
+long the larger model is taught and with which optimiser: five passes of the clients' own SGD over 100 unlabelled
+examples are ten steps, after which it did not even repeat ŷ of those rows, and answered one class for all (10.0 %); so
+20 passes of Adam. Travels: P_small·B_f bytes each way. The third-party code (noise as proxy, performance-weighted
+logits) is not followed. Clients predict with their small model, the figures on the global set are the large model's.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class Layered(nn.Module):
         self.common, self.head = nn.Linear(width, width), nn.Linear(width, classes)
         self.encoder, self.feature_dim = encoder, width
         encoder.head = nn.Identity()  # its place is taken
+        for added in (self.neck, self.common):  # at PyTorch's third of this, ten short rounds stay at chance
+            nn.init.kaiming_normal_(added.weight, nonlinearity="relu")
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the common layer makes of the encoder's features."""

@@ -55,6 +55,16 @@ def test_the_large_models_common_layer_goes_to_every_architecture() -> None:
     assert not torch.equal(start["common.weight"], large["common.weight"])
 
 
+def test_the_layers_put_in_pass_on_what_the_encoder_says() -> None:
+    """Rows differ behind them about as much as before: what is a sixth of that, networks do not learn from in time."""
+    strategy = server("fedet", "model=mlp")
+    model = strategy.workspace.loaded("mlp", strategy.workspace.initial("mlp"))
+    x = strategy.workspace.tensors("transfer")[0]
+    with torch.no_grad():
+        before, after = model.encoder.features(x), model.features(x)
+    assert (after.var(0).sum() > 0.3 * before.var(0).sum()).item()
+
+
 def test_without_distillation_models_are_fedavgs_within_an_architecture() -> None:
     """The common layer is then the mean of all: with one architecture everything is its mean."""
     strategy = play("fedet", "strategy.distill_epochs=0", "rounds=1").strategy
