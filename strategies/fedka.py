@@ -21,11 +21,11 @@ Of the code, not reproduced: `=+` for `+=`, by which only the last of each eight
 gradients of the matching in w_t, which is fixed here; labels of one domain shifted by one (`data=mixed` refuses other
 classes, `data.target` a domain without a class); the target's train split as test; the best round as the result. Ours:
 clients pass over all their examples, optimisers are `train.*` and start afresh (code: Adam 3e-4); gradients are
-clipped, without which the reversed ones grow at SGD 0.05 until every feature is alike; a client without examples has no
-vote; a target row teaches if more than `majority` of the votes agree on it, and a(p) scales the voting's rate and not
-its loss: the same under SGD, but Adam does not heed a loss's scale. With all rows (`majority=0`: tied votes go to the
-larger summed probability) and the scaled loss, two clients of other digits voted MNIST into one class within ten rounds
-of Adam, and training did not leave it (experiments/domains).
+clipped, without which the reversed ones grow at SGD 0.05 until every feature is alike; a client without examples is in
+no mean and has no vote; a target row teaches if more than `majority` of the votes agree on it, and a(p) scales the
+voting's rate and not its loss: the same under SGD, but Adam does not heed a loss's scale. With all rows (`majority=0`:
+tied votes go to the larger summed probability) and the scaled loss, two clients of other digits voted MNIST into one
+class within ten rounds of Adam, and training did not leave it (experiments/domains).
 """
 
 from __future__ import annotations
@@ -233,11 +233,14 @@ class FedKA(AveragingStrategy):
         target, _ = self.workspace.transfer(rows)
         total, said, batch = Sum(), [], self.scenario.config.evaluate.batch_size
         for share in shares:
+            if not share.examples:  # w_t as it was sent: that is neither a vote nor an update
+                continue
             sent = share.records["model"]
             total.add(share.group, sent, float(share.examples) if h.weighting == "examples" else 1.0)
-            if share.examples:
-                model = self.workspace.loaded(self.architecture, sent)
-                said.append(training.predict(model, target, batch).softmax(1))
+            model = self.workspace.loaded(self.architecture, sent)
+            said.append(training.predict(model, target, batch).softmax(1))
+        if not said:
+            return None
         mean = total.mean()
         labels, agreed = vote(said, self.classes)
         self.log("votes/agreement", agreed.mean().item())

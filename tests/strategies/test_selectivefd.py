@@ -8,7 +8,7 @@ from fedfuse.config import registry
 from fedfuse.strategies.selectivefd import ensemble, kernel, kulsif, ratio
 from fedfuse.wire.records import InvalidArrays, Scope
 from tests.federations import federation, play, uploads
-from tests.halves import client
+from tests.halves import client, random_labels, server, shares
 
 
 def test_kulsif_minimises_its_objective():
@@ -75,6 +75,18 @@ def test_without_selectors_it_is_plain_averaging():
         got, mean = built.strategy.published("ensemble"), torch.stack([one["p"].double() for one in sent]).mean(0)
         assert got["rows"].tolist() == list(range(24))
         torch.testing.assert_close(got["p"], mean.float(), rtol=2e-7, atol=0)
+
+
+def test_a_client_without_examples_knows_no_row_even_without_a_selector():
+    built = server("selectivefd", "strategy.client_quantile=null", "strategy.server_threshold=null")
+    rows, p = torch.arange(24, dtype=torch.int32), [random_labels(24, 10, seed).float() for seed in range(3)]
+    everyone = [{"soft": {"rows": rows, "p": one}} for one in p]
+    built.fuse(shares(built, *everyone, examples=(10, 0, 30)))
+    got = built.published("ensemble")
+    torch.testing.assert_close(got["p"], (p[0] + p[2]) / 2)
+    built.round = 2
+    built.fuse(shares(built, *everyone, examples=0))
+    assert built.board.items["ensemble", ""].version == 1
 
 
 def test_selection_cuts_the_bytes_and_says_so():
