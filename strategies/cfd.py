@@ -50,12 +50,19 @@ from fedfuse import (
     label_code,
     strategy,
     transfer_rows,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class CFDHyper:
-    """Hyper-parameters of CFD."""
+    """Hyper-parameters of CFD.
+
+    Raises
+    ------
+    UserError
+        If it is said how rows that did not change are coded, and nothing is coded.
+    """
 
     bits_up: int = hyper(1, "b of the clients' labels", choices=label_code.BITS)
     bits_down: int = hyper(1, "b of the server's labels", choices=label_code.BITS)
@@ -67,6 +74,10 @@ class CFDHyper:
         20, "epochs of distillation, at clients and server (ours; paper: few over up to 80,000 images)", low=0
     )
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
+
+    def __post_init__(self) -> None:
+        if self.bits_up == self.bits_down == 32:
+            without_effect(self, "delta", "with 32 bits both ways, which are floats sent whole")
 
 
 def fold(value: Arrays, increment: Arrays) -> Arrays:

@@ -38,6 +38,7 @@ from fedfuse import (
     hyper,
     strategy,
     transfer_rows,
+    without_effect,
 )
 
 ADAM: Any = {"optimizer": "adam", "lr": 1e-3}  # of the distillation, at both ends
@@ -45,7 +46,13 @@ ADAM: Any = {"optimizer": "adam", "lr": 1e-3}  # of the distillation, at both en
 
 @dataclass(frozen=True)
 class DSFLHyper:
-    """Hyper-parameters of DS-FL."""
+    """Hyper-parameters of DS-FL.
+
+    Raises
+    ------
+    UserError
+        If there is a temperature, and nothing is sharpened.
+    """
 
     temperature: float = hyper(0.1, "T of ERA; below 1 it sharpens (paper: 0.1)", above=0)
     softmax: str = hyper(
@@ -56,6 +63,10 @@ class DSFLHyper:
     distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (a known port: 5)", low=0)
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
     server_model: bool = hyper(True, "the server keeps a model of its own and distils it too")
+
+    def __post_init__(self) -> None:
+        if self.aggregation == "sa":
+            without_effect(self, "temperature", "with strategy.aggregation=sa, which sharpens nothing")
 
 
 def era(mean: Tensor, temperature: float) -> Tensor:

@@ -50,12 +50,19 @@ from fedfuse import (
     strategy,
     training,
     transfer_rows,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class FedKAHyper:
-    """Hyper-parameters of FedKA."""
+    """Hyper-parameters of FedKA.
+
+    Raises
+    ------
+    UserError
+        If a block has settings, and is left out.
+    """
 
     adversarial: bool = hyper(True, "the feature disentangler: a domain head behind reversed gradients")
     matching: bool = hyper(True, "the embedding matching: MK-MMD to the global model's target features")
@@ -72,6 +79,20 @@ class FedKAHyper:
     vote_lr: float | None = hyper(0.001, "rate of that (at 0.05 wrong votes collapse it); null: train.lr", above=0)
     clip: float | None = hyper(1.0, "largest gradient norm of a step, against collapse (ours); null: none", above=0)
     weighting: str = hyper("uniform", "all alike (code), or weights n_k", choices=("uniform", "examples"))
+
+    def __post_init__(self) -> None:
+        for block, names in BLOCKS.items():
+            for name in () if getattr(self, block) else names:
+                without_effect(self, name, f"with strategy.{block}=false")
+        if not any(getattr(self, block) for block in BLOCKS):
+            without_effect(self, "gamma", "without one of its blocks")
+
+
+BLOCKS = {
+    "adversarial": ("hidden",),
+    "matching": ("kernels", "accumulate"),
+    "voting": ("majority", "vote_epochs", "vote_batch", "vote_lr"),
+}
 
 
 def schedule(p: float, gamma: float) -> float:

@@ -37,12 +37,19 @@ from fedfuse import (
     classwise,
     hyper,
     strategy,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class FedProtoHyper:
-    """Hyper-parameters of FedProto."""
+    """Hyper-parameters of FedProto.
+
+    Raises
+    ------
+    UserError
+        If it is said which prototypes to choose from, and the head chooses.
+    """
 
     lam: float = hyper(1.0, "λ, weight of the pull towards prototypes (paper: 1 on MNIST, 0.1 on CIFAR-10)", low=0)
     weighting: str = hyper("count", "mean by |D_kc|, or plain over holders (code)", choices=("count", "holders"))
@@ -52,6 +59,10 @@ class FedProtoHyper:
         "prototypes to choose from: of classes the client has examples of (code), or all",
         choices=("own", "held"),
     )
+
+    def __post_init__(self) -> None:
+        if self.inference == "head":
+            without_effect(self, "among", "with strategy.inference=head, which looks at no prototype")
 
 
 def nearness(z: Tensor, prototypes: Tensor, held: Tensor) -> Tensor:

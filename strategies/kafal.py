@@ -46,17 +46,28 @@ from fedfuse import (
     hyper,
     strategy,
     training,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class KAFALHyper:
-    """Hyper-parameters of KAFAL."""
+    """Hyper-parameters of KAFAL.
+
+    Raises
+    ------
+    UserError
+        If L_comp has a weight, and clients train without it.
+    """
 
     acquisition: str = hyper("ksas", "which labels are asked for", choices=("ksas", "random", "entropy", "coreset"))
     update: str = hyper("kcfu", "L_bal + L_comp, or plain cross-entropy", choices=("kcfu", "fedavg"))
     compensation: float = hyper(1.0, "weight of L_comp (paper: 1); nothing in a round of one step", low=0)
     restart: bool = hyper(True, "begin each cycle from the initial weights; false: go on with the global model")
+
+    def __post_init__(self) -> None:
+        if self.update == "fedavg":
+            without_effect(self, "compensation", "with strategy.update=fedavg, which has no L_comp")
 
 
 def ksas(local: Tensor, common: Tensor, counts: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ from fedfuse import (
     public_text,
     strategy,
     transfer_rows,
+    without_effect,
 )
 
 
@@ -180,6 +181,8 @@ class KnFu(FusionStrategy):
             rule.check(self, *(MIXING if hyper.neighbours == "classroom" else ()))
         if hyper.finetune_loss == "kl+ce_hard" and not self.scenario.config.transfer.labelled and not texts:
             raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
+        if not texts:
+            without_effect(hyper, "k", "where data are no texts: whole class distributions travel")
         if texts and hyper.distance != "perplexity":
             raise UserError(f"strategy.distance={hyper.distance}: of texts only perplexity says anything")
         for name, needed in (("fuse_space", "prob"), ("epd_source", "mean_soft")):

@@ -49,12 +49,19 @@ from fedfuse import (
     neighbours,
     strategy,
     transfer_rows,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class KTpFLHyper:
-    """Hyper-parameters of KT-pFL."""
+    """Hyper-parameters of KT-pFL.
+
+    Raises
+    ------
+    UserError
+        If a step on the coefficients has settings, and none is made.
+    """
 
     temperature: float = hyper(10.0, "T of the soft predictions and of the distillation (code: 10)", above=0)
     rho: float = hyper(0.5, "ρ, pull of the coefficients towards uniform (code: 0.1 to 3)", low=0)
@@ -76,6 +83,11 @@ class KTpFLHyper:
         None, "epochs of the distillation; null: as many as make the code's 20 steps, which are one of 5000 rows", low=0
     )
     distill_batch: int = hyper(256, "batch size of the distillation (code: 256)", low=1)
+
+    def __post_init__(self) -> None:
+        for frozen, other in (("coefficient_lr", "coefficient_steps"), ("coefficient_steps", "coefficient_lr")):
+            for name in () if getattr(self, frozen) != 0 else ("rho", "distance", "rows", other):
+                without_effect(self, name, f"with strategy.{frozen}=0, which freezes the coefficients")
 
 
 def gradient(c: Tensor, s: Tensor, rho: float, distance: str) -> Tensor:

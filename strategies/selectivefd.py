@@ -46,12 +46,19 @@ from fedfuse import (
     generator,
     hyper,
     strategy,
+    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class SelectiveFDHyper:
-    """Hyper-parameters of Selective-FD."""
+    """Hyper-parameters of Selective-FD.
+
+    Raises
+    ------
+    UserError
+        If the density ratio has settings, and no client selects by it.
+    """
 
     client_quantile: float | None = hyper(
         0.25, "τ_k as a quantile of r_k on private data; null: no selection", low=0, high=1
@@ -67,6 +74,11 @@ class SelectiveFDHyper:
         None, "epochs of the distillation; null: as many as make the demonstration's 10 steps a round", low=0
     )
     distill_batch: int = hyper(512, "batch size of the distillation (paper: 512)", low=1)
+
+    def __post_init__(self) -> None:
+        if self.client_quantile is None:
+            for name in ("width", "auxiliary", "fit_share"):
+                without_effect(self, name, "with strategy.client_quantile=null, where no ratio is estimated")
 
 
 def kernel(a: Tensor, b: Tensor, width: float) -> Tensor:

@@ -95,7 +95,6 @@ BESIDE: dict[tuple[str, str], tuple[str, ...]] = {
 SILENT: dict[tuple[str, ...], str] = {
     ("flwr_multikrum", "num_malicious_nodes"): "few clients, none of whom lies: the same two are chosen",
     ("fednano", "letters"): "bounds the question's length: test_fednano.py",
-    ("knfu", "k"): "of texts: test_knfu.py",
     ("knfu", "distance", "perplexity"): "of texts, and else refused: test_knfu.py",
     **{
         ("proxy_tuning", key): "how the server predicts, not what is learned: test_proxy_tuning.py"
@@ -125,6 +124,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("fedmkt", "mapping"): "mapping=byte does nothing where all models have one tokeniser; allowed there: edit",
     ("fedmkt", "unmatched"): "unmatched=nothing does nothing where all models have one tokeniser",
     ("feddf", "patience"): "patience=1 needs labels",
+    ("knfu", "k"): "k=32 does nothing where data are no texts",
     ("feddf", "drop_worst"): "drop_worst=true needs labels",
     **{(f"flwr_{rule}", "min_train_nodes"): "at least 4 clients" for rule in FLOWER},
 }
@@ -201,6 +201,30 @@ def test_the_lists_name_what_there_is() -> None:
     assert {entry[:2] for entry in SILENT} <= known
     assert set(BESIDE) <= known
     assert all(SILENT.values())
+
+
+# a strategy, what silences keys of it, and those keys
+SILENCED = [
+    ("cfd", "strategy.bits_up=32 strategy.bits_down=32", ("delta=false",)),
+    ("coboosting", "strategy.weight_step=0", ("weight_decay=0.5",)),
+    ("dsfl", "strategy.aggregation=sa", ("temperature=0.5",)),
+    ("fedka", "strategy.adversarial=false", ("hidden=7",)),
+    ("fedka", "strategy.matching=false", ("kernels=3", "accumulate=2")),
+    ("fedka", "strategy.voting=false", ("majority=0", "vote_epochs=2", "vote_batch=8", "vote_lr=0.1")),
+    ("fedka", "strategy.adversarial=false strategy.matching=false strategy.voting=false", ("gamma=2",)),
+    ("fedov", "strategy.adversarial_steps=0", ("adversarial_step=0.1",)),
+    ("fedproto", "strategy.inference=head", ("among=held",)),
+    ("kafal", "strategy.update=fedavg", ("compensation=2",)),
+    ("ktpfl", "strategy.coefficient_lr=0", ("rho=2", "distance=mse", "rows=softmax", "coefficient_steps=2")),
+    ("ktpfl", "strategy.coefficient_steps=0", ("rho=2", "distance=mse", "rows=softmax", "coefficient_lr=0.5")),
+    ("selectivefd", "strategy.client_quantile=null", ("width=2", "auxiliary=20", "fit_share=0.5")),
+]
+
+
+@pytest.mark.parametrize(("name", "beside", "key"), [(n, words, key) for n, words, keys in SILENCED for key in keys])
+def test_a_key_that_another_silences_is_refused_beside_it(name: str, beside: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"strategy.{key.split('=')[0]}=.* does nothing with"):
+        play(name, *beside.split(), f"strategy.{key}", base=BASE)
 
 
 @pytest.mark.parametrize(
