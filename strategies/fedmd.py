@@ -10,11 +10,12 @@ redrawn each round:
 
 Travels: |D_t|·C·B_f bytes each way, a client and round. What the paper leaves open, and the reading here: the consensus
 of round t is digested at the start of the client's next round (the same order of steps, shifted by half a round), and
-stands on its own round's rows; an absent client digests only the newest consensus. The authors score a party after its
-revisit, before the next digest: that is `evaluate.moment=trained`; the default scores what has digested. Architectures
-may differ. The digest has Adam at 10⁻³, as in the authors' code, unless `distil.*` says otherwise; their 25 epochs of
-private training before round 1 are not made. With the clients' SGD at 0.05 and momentum, a consensus of networks that
-know little yet takes the convolutions' features to nothing (docs/distillation.md has the figures).
+stands on its own round's rows; an absent client digests only the newest consensus; one that comes late trains on the
+public data before its first digest. The authors score a party after its revisit, before the next digest: that is
+`evaluate.moment=trained`; the default scores what has digested. Architectures may differ. The digest has Adam at 10⁻³,
+as in the authors' code, unless `distil.*` says otherwise; their 25 epochs of private training before round 1 are not
+made. With the clients' SGD at 0.05 and momentum, a consensus of networks that know little yet takes the convolutions'
+features to nothing (docs/distillation.md has the figures).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class FedMDClient(FusionClient):
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Digest: min over own weights of mean |f_k(x) − f̃(x)|, x ∈ the consensus' own rows."""
         h, item = self.hyper, knowledge["consensus"]
+        self.learn_public()
         x, y = self.workspace.transfer(self.subset(h.subset, item.version))
         digest = self.loss("mae").towards_logits(item.arrays["logits"].to(self.workspace.device))
         self.distil(
@@ -68,11 +70,15 @@ class FedMDClient(FusionClient):
 
     def fit(self) -> Metrics:
         """Revisit: cross-entropy on private data."""
+        self.learn_public()
+        return self.train()
+
+    def learn_public(self) -> None:
+        """Train on the labelled transfer set, once and before all else."""
         labels = self.transfer_labels
         if self.hyper.public_epochs and labels is not None and "public" not in self.state:
             self.state["public"] = True
             self.train(x=self.transfer, y=labels, purpose="public", epochs=self.hyper.public_epochs)
-        return self.train()
 
     def share(self) -> Records:
         """Logits on this round's rows, in ascending row order."""

@@ -5,6 +5,7 @@ import torch
 
 from fedfuse.errors import UserError
 from tests.federations import federation, play, uploads
+from tests.halves import client, take
 
 
 def test_the_consensus_is_the_plain_mean_however_many_examples_a_client_has():
@@ -43,6 +44,18 @@ def test_by_default_as_many_digest_steps_as_in_the_paper(monkeypatch):
     monkeypatch.setattr(training, "train", counted)
     play("fedmd", "rounds=2")  # 24 rows: one step an epoch
     assert set(found) == {40}
+
+
+def test_a_client_that_comes_late_learns_the_public_set_before_its_first_digest():
+    half = client("fedmd", "strategy.public_epochs=2", "transfer.labelled=true", round=4)
+    trained, train = [], half.train
+    half.train = lambda *given, **told: trained.append(told.get("purpose")) or train(*given, **told)
+    logits = torch.zeros(24, 10)
+    take(half, "consensus", 3, logits=logits)
+    half.fit()
+    assert trained == ["public", None, None]  # then the digest, then its own examples
+    take(half, "consensus", 4, logits=logits)
+    assert trained[3:] == [None]  # once
 
 
 def test_public_epochs_need_labels():
