@@ -12,8 +12,8 @@ Travels: T_s·C·B_f bytes each way, a client and round; down it is unicast. Lef
 D is the divergence of the distillation itself, KL(mixture ‖ s_n); c_n is kept a distribution by projecting each step
 onto the simplex (else a target is none); η_c. Participants share the weight their rows give to participants: absent
 columns stay as they are, ρ pulls to 1/|S_t|. Of the authors' code, and the default: one step a round, rescaled by row
-until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N; what counts is the slope without
-its row's mean, which the projection undoes), and a penalty that is a mean.
+until it is felt (at KL's or MSE's own scale it is not: all coefficients stay at 1/N), and a penalty that is a mean.
+Ours: a step's size is that of the slope without its row's mean, which the projection undoes; theirs counts it.
 `distance=mse` and `rows=softmax` (c ← softmax(5·c), once a round, which pulls to uniform) are theirs too; their KL
 without T² divided by batch and classes, and alignment rows drawn with replacement, are not reproduced. η_c = 0
 freezes c: at 1/N that is FedMD-style averaging. The authors score a client before it distils, which is
