@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fedfuse.config.files import LOADER, checked, synced
@@ -108,7 +109,6 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         "set_up": federation.set_up,
         "stop": federation.stop,
         "headline": federation.headline,
-        "history": federation.history,
         "digest": federation.digest,
         "digest_missing": federation.digest_missing,
         "tags": {str(c): tag for c, tag in strategy.outbox.tags.items()},
@@ -119,7 +119,12 @@ def snapshot(federation: Federation, config: str, seconds: dict[str, float]) -> 
         "left_out": strategy.inbox.ever_left_out,
         "seconds": seconds,
     }
-    tree = {"board": board, "state": strategy.state, "plain": json.dumps(plain)}
+    tree = {
+        "board": board,
+        "state": strategy.state,
+        "history": _columns(federation.history),
+        "plain": json.dumps(plain),
+    }
     return tree if federation.clock is None else {**tree, "clock": federation.clock.saved()}
 
 
@@ -163,9 +168,35 @@ def restore(federation: Federation, path: Path, config: str, free: tuple[str, ..
     strategy.round = plain["done"]
     if federation.clock is not None:
         federation.clock.restore(tree["clock"])
-    for name in ("done", "evaluated", "set_up", "stop", "headline", "history", "digest", "digest_missing"):
+    for name in ("done", "evaluated", "set_up", "stop", "headline", "digest", "digest_missing"):
         setattr(federation, name, plain[name])
+    # among the plain values: written before evaluations had columns
+    federation.history = plain["history"] if "history" in plain else _entries(tree.get("history", {}))
     return plain["seconds"]
+
+
+def _columns(history: list[dict[str, float]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Evaluations as columns of numbers: every commit holds them all, and thousands as text would outweigh a round."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for place, entry in enumerate(history):
+        for key, value in entry.items():
+            places, values = found.setdefault(key, ([], []))
+            places.append(place)
+            values.append(value)
+    return {
+        key: {"at": torch.tensor(places, dtype=torch.int32), "value": torch.tensor(values, dtype=torch.float64)}
+        for key, (places, values) in found.items()
+    }
+
+
+def _entries(columns: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Undo `_columns`."""
+    pairs = [(key, column["at"].tolist(), column["value"].tolist()) for key, column in columns.items()]
+    entries: list[dict[str, float]] = [{} for _ in range(max((at[-1] + 1 for _, at, _ in pairs), default=0))]
+    for key, places, values in pairs:
+        for place, value in zip(places, values, strict=True):
+            entries[place][key] = value
+    return entries
 
 
 def changed(begun: str, now: str, also: tuple[str, ...] = ()) -> str:

@@ -314,7 +314,10 @@ def _little(value: torch.Tensor) -> tuple[str, np.ndarray]:
 
 def plain_record(values: Mapping[str, Any]) -> dict[str, Arrays]:
     """Write plain values as a record to be hashed, none if there are none."""
-    texts = {name: torch.tensor(list(json.dumps(v).encode()), dtype=torch.uint8) for name, v in values.items()}
+    texts = {
+        name: torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        for name, value in values.items()
+    }
     return {"plain": texts} if texts else {}
 
 

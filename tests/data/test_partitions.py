@@ -13,6 +13,7 @@ from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import prepare
 from fedfuse.data.draw import deal_by_prior, draw_by_prior
 from fedfuse.data.federated import split_counts
+from fedfuse.data.flwr_partitions import fewest_short
 from fedfuse.data.partition import largest_remainder, partition_rows
 from fedfuse.errors import UserError
 
@@ -92,6 +93,47 @@ def test_least_size_is_kept_or_refused():
         dealt("dirichlet", targets, 10, 0, alpha=0.001, min_size=50)
     with pytest.raises(UserError, match="needs 2000 examples"):
         dealt("dirichlet", targets, 10, 0, alpha=1.0, min_size=200)
+
+
+def of_flower(targets, clients, seed, **asked):
+    import datasets
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    partitioner = DirichletPartitioner(clients, "label", self_balancing=False, seed=seed, **asked)
+    partitioner.dataset = datasets.Dataset.from_dict({"label": targets.tolist(), "row": list(range(len(targets)))})
+    return [partitioner.load_partition(client)["row"][:] for client in range(clients)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_alone_tell_which_of_flowers_draws_fit():
+    targets = np.random.default_rng(0).integers(0, 7, 1500)
+    told, drawn = [], []
+    for seed in range(6):
+        told.append(fewest_short(0.5, targets, 45, 10, seed) == 0)
+        try:
+            drawn.append(bool(of_flower(targets, 45, seed, alpha=0.5, min_partition_size=10)))
+        except ValueError:
+            drawn.append(False)
+    assert told == drawn
+    assert set(told) == {True, False}
+
+
+def test_thousands_of_clients_are_dealt_in_seconds(monkeypatch, tmp_path):
+    """Rows come without a data set for each client; what no draw can satisfy is refused before any row is drawn."""
+    import datasets
+    from flwr_datasets import partitioner
+
+    monkeypatch.setenv("FEDFUSE_CACHE", str(tmp_path))
+    built, select = [], datasets.Dataset.select
+    monkeypatch.setattr(datasets.Dataset, "select", lambda *given, **more: built.append(1) or select(*given, **more))
+    targets = np.arange(20000) % 10
+    for name in ("shards", "pathological"):
+        parts, _ = dealt(name, targets, 2000, 0)
+        assert_disjoint(parts, 20000, name in COVERING)
+    assert len(built) < 20
+    monkeypatch.setattr(partitioner, "DirichletPartitioner", None)
+    with pytest.raises(UserError, match=r"no draw out of 1 fits clients=2000 and 20000 examples"):
+        dealt("dirichlet", targets, 2000, 0, alpha=0.5, min_size=8)
 
 
 def test_cached_indices_need_no_flwr_datasets(tmp_path):

@@ -21,6 +21,7 @@ from fedfuse.core.loop import Callback, Federation
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
 from fedfuse.results.table import notes
+from fedfuse.runs.checkpoint import NEWEST, commit, recover
 from fedfuse.runs.configuration import as_yaml, load_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.experiment import resume, run
@@ -230,6 +231,25 @@ def test_resume_by_command_equals_undisturbed(monkeypatch, tmp_path: Path) -> No
     assert summary_of(where)["digest"] == summary_of(undisturbed)["digest"]
     whole(where)
     same_rows(where, undisturbed)
+
+
+def test_a_commit_of_a_long_run_stays_cheap_and_whole(tmp_path: Path) -> None:
+    """A round commits all evaluations so far: as text they took longer than the round (0.2 s after 2,500)."""
+    with federation("fedavg", path=tmp_path / "run", callbacks=(Ends(1, KeyboardInterrupt()),)) as (built, directory):
+        with pytest.raises(KeyboardInterrupt):
+            built.run()
+        newest, text = directory.checkpoint / NEWEST, as_yaml(directory.config)
+        short = newest.stat().st_size
+        keys = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10", "accuracy/validation")
+        many = [{"round": float(i), **dict.fromkeys(keys, i / 7)} for i in range(3000)]
+        many[5] |= {"accuracy/global": math.nan}
+        del many[6]["accuracy/validation"]
+        built.history = list(many)
+        commit(built, directory.checkpoint, text, directory.seconds)
+        built.history = []
+        recover(built, directory.checkpoint, text)
+        assert repr(built.history) == repr(many)
+        assert newest.stat().st_size - short < len(many) * (len(keys) + 1) * 13
 
 
 # --- what resume refuses ----------------------------------------------------------------------------------
