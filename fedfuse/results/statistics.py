@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import combinations
 from typing import Literal
 
 LEVEL = 0.95
 RESAMPLES = 9_999
+MOST_TESTS = 1 << 14  # that are remembered
 
 Method = Literal["t", "bootstrap"]
 
@@ -101,13 +103,13 @@ def mean_interval(values: Sequence[float], method: Method = "t", level: float = 
         return Interval(mean, None, None, n, method)
     if np.ptp(finite) == 0:  # both methods are degenerate there, and both mean this
         return Interval(float(finite[0]), float(finite[0]), float(finite[0]), n, method)
-    from scipy import stats
-
     if method == "t":
-        half = float(stats.t.ppf((1 + level) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
+        half = float(_quantile((1 + level) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
         return Interval(mean, mean - half, mean + half, n, method)
     if method != "bootstrap":
         raise ValueError(f"method {method!r}: allowed are 't', 'bootstrap'")
+    from scipy import stats
+
     found = stats.bootstrap(
         (finite,),
         np.mean,
@@ -139,14 +141,35 @@ def paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) ->
         return Paired(interval, n, unpaired, math.nan, math.nan, "identical in every seed: difference 0")
     if n == 1:
         return Paired(interval, n, unpaired, math.nan, math.nan, "one seed: no test")
-    from scipy import stats
-
-    left, right = ([side[seed] for seed in shared] for side in (first, second))
-    signed_rank = float(stats.wilcoxon(left, right).pvalue)
+    left, right = (tuple(side[seed] for seed in shared) for side in (first, second))
     spread = max(differences) - min(differences)
     if spread <= 1e-12 * max(map(abs, differences)):  # no variance: t is infinite and means nothing
-        return Paired(interval, n, unpaired, math.nan, signed_rank, "the same difference in every seed: no t-test")
-    return Paired(interval, n, unpaired, float(stats.ttest_rel(left, right).pvalue), signed_rank)
+        rank = _signed_rank(left, right)
+        return Paired(interval, n, unpaired, math.nan, rank, "the same difference in every seed: no t-test")
+    return Paired(interval, n, unpaired, _paired_t(left, right), _signed_rank(left, right))
+
+
+# SciPy takes milliseconds for a pair, forty strategies have 780, and a page asks for them in sentences and in tables.
+@lru_cache(MOST_TESTS)
+def _signed_rank(left: tuple[float, ...], right: tuple[float, ...]) -> float:
+    from scipy import stats
+
+    return float(stats.wilcoxon(left, right).pvalue)
+
+
+@lru_cache(MOST_TESTS)
+def _paired_t(left: tuple[float, ...], right: tuple[float, ...]) -> float:
+    from scipy import stats
+
+    return float(stats.ttest_rel(left, right).pvalue)
+
+
+@cache
+def _quantile(probability: float, freedom: int) -> float:
+    """Of Student's t."""
+    from scipy import stats
+
+    return float(stats.t.ppf(probability, freedom))
 
 
 def all_pairs(values: Mapping[str, Mapping[Hashable, float]]) -> dict[tuple[str, str], Paired]:

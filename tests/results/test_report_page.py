@@ -252,6 +252,23 @@ def test_seeds_that_left_nothing_or_no_value_are_named(tmp_path):
     assert f"Personal test accuracy: not compared, since {why}." in words
 
 
+def test_forty_strategies_are_told_apart(tmp_path):
+    """Each has a mark of its own, as its curve has; the line per run, of hundreds, is folded away."""
+    for i in range(40):
+        for seed in (0, 1):
+            write_run(tmp_path / "runs" / f"s{i}-{seed}", f"s{i}", seed, rounds=2, clients=2)
+    text = report([tmp_path / "runs"], tmp_path / "out").path.read_text(encoding="utf-8")
+    legend = text[text.index('<ul class="legend">') :]
+    legend = legend[: legend.index("</ul>")]
+    marks = re.findall(r'<span class="(swatch[^"]*)" style="([^"]*)"', legend)
+    assert len(set(marks)) == 40
+    looks = dict(re.findall(r"(\.dash\d) \{ background: ([^}]+)\}", text))
+    assert len(set(looks.values())) == 3  # the fourth is the plain one
+    opened = text[: text.index('<table id="runs">')].rpartition("<details")[2]
+    assert "Each with its figures (80)" in opened
+    assert not opened.startswith(" open")
+
+
 def test_missing_metrics_are_dashes(tmp_path):
     path = write_run(tmp_path / "a")
     rows = pl.read_parquet(path / "metrics.parquet").filter(~pl.col("metric").str.starts_with("accuracy"))
