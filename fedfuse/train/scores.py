@@ -13,6 +13,7 @@ from fedfuse.data.dataset import SCORED
 from fedfuse.train.task import IGNORED, trimmed
 
 CHUNK = 64  # texts whose logits are held at once
+NUMBERS = 1 << 22  # that are scored at once: in float64 a thousand classes take five times their logits
 
 
 @torch.no_grad()
@@ -37,12 +38,17 @@ def scores(logits: Tensor, y: Tensor, classes: int) -> dict[str, float]:
     """
     if len(y) < SCORED:
         return dict.fromkeys(("accuracy", "accuracy_macro", "loss"), float("nan"))
-    defined = logits.isfinite().all(1)
+    rows = max(1, NUMBERS // classes)
+    defined = torch.cat([part.isfinite().all(1) for part in logits.split(rows)])
     answers = logits.argmax(1)
     right = (answers == y) & defined
     count = torch.bincount(y, minlength=classes)
     hits = torch.bincount(y[right], minlength=classes)
     present = count > 0
+    loss = sum(
+        F.cross_entropy(part.double(), wanted, reduction="sum").item()
+        for part, wanted in zip(logits.split(rows), y.split(rows), strict=True)
+    )
     lost = {} if defined.all() else {"undefined": 1 - defined.double().mean().item()}
     if not lost and int(present.sum()) > 1 and bool((answers == answers[0]).all()):
         lost = {"constant": 1.0}
@@ -50,7 +56,7 @@ def scores(logits: Tensor, y: Tensor, classes: int) -> dict[str, float]:
         **lost,
         "accuracy": right.double().mean().item(),
         "accuracy_macro": (hits[present].double() / count[present]).mean().item(),
-        "loss": F.cross_entropy(logits.double(), y).item(),
+        "loss": loss / len(y),
     }
 
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fedfuse import models
 from fedfuse.config.schema import ModelConfig, TrainConfig
 from fedfuse.errors import UserError
 from fedfuse.seeding import generator
+from fedfuse.train import scores as scored_by
 from fedfuse.train.scores import scores
 from fedfuse.train.training import batches, optimizer, predict, train
 
@@ -346,3 +348,25 @@ def test_bf16_trains_float32_weights_to_nearly_the_same():
     for a, b in zip(mixed.parameters(), full.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=0.03, rtol=0.1)
     assert math.isfinite(told["loss"])
+
+
+def test_many_predictions_are_scored_piece_by_piece(monkeypatch):
+    """Of 200,000 examples of a thousand classes the float64 copies took 3 GB beside the predictions' 0.8."""
+    generator = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(300, 7, generator=generator), torch.randint(0, 7, (300,), generator=generator)
+    logits[5, 2] = float("inf")
+    undefined = scores(logits, y, 7)
+    whole = scores(logits[6:], y[6:], 7)
+    largest = []
+
+    def entropy(part, *more, **named):
+        largest.append(part.numel())
+        return F.cross_entropy(part, *more, **named)
+
+    monkeypatch.setattr(scored_by, "NUMBERS", 100)
+    monkeypatch.setattr(scored_by, "F", SimpleNamespace(cross_entropy=entropy))
+    pieces = scores(logits[6:], y[6:], 7)
+    assert pieces == pytest.approx(whole, rel=1e-12)
+    assert pieces["accuracy"] == whole["accuracy"]
+    assert max(largest) <= 100
+    assert scores(logits, y, 7)["undefined"] == undefined["undefined"] == pytest.approx(1 / 300)
