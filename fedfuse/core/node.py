@@ -35,6 +35,7 @@ from fedfuse.core.threads import single_thread
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import TRACEBACK, Refused, UserError, in_words
 from fedfuse.models.as_built import built_of
+from fedfuse.models.shared_memory import give_back
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.work import Tally, counting, warm_up
 from fedfuse.wire.client_store import INITIAL, ClientStore
@@ -53,6 +54,8 @@ from fedfuse.wire.records import (
     trusted,
     validate,
 )
+
+TRIMMED = 128  # answers after which freed memory goes back to the system: kept examples hole it
 
 
 class Spoilt(Exception):
@@ -128,6 +131,7 @@ class Node:
         self._transfer = entry.server.transfer in ("clients", "both")
         self.digests = digests(entry)  # whether evaluations let clients learn before they are scored
         self.phases = Phases(entry)
+        self._answered = 0
         self._taken: tuple[Any, Any] = None, None  # into which cache, and which parcels: a list of their versions
         self._liars = scenario.liars
         self._classwide = ClassAttributes(entry.client, FusionClient)
@@ -165,6 +169,9 @@ class Node:
         If the caller is done with the model's arrays before the next message, they may be lent, not copied.
         """
         who = self.client_of(message)
+        self._answered += 1
+        if not self._answered % TRIMMED:
+            give_back()
         for attempt in range(self.retries + 1):
             try:
                 answered = self._answer(message, cache, who, lends)

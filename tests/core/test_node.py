@@ -551,3 +551,12 @@ def test_a_metric_that_is_no_number_is_named(value: Any, kind: str, monkeypatch:
     enter(monkeypatch, AveragingStrategy, Measuring)
     with pytest.raises(WorldError, match=rf"fit\(\) of Measuring: metric 'mine' is .*, a {kind}; allowed: .*a float"):
         play("ledger", "rounds=1")
+
+
+def test_freed_memory_goes_back_between_many_clients(monkeypatch):
+    """3,000 clients' evaluations left 600 MB of holes; giving them back changes no bit."""
+    given, undisturbed = [], play("fedavg").digest
+    monkeypatch.setattr("fedfuse.core.node.TRIMMED", 3)
+    monkeypatch.setattr("fedfuse.core.node.give_back", lambda: given.append(1))
+    assert play("fedavg").digest == undisturbed
+    assert len(given) == 4  # three clients train and are scored twice
