@@ -22,6 +22,7 @@ from fedfuse.deploy.submit import Link, Order, submit
 from fedfuse.errors import UserError, WorldError
 
 RESTARTS = 5  # of any one process
+MANY = 8  # nodes, whose start takes long enough to be told
 
 
 class Federation:
@@ -102,9 +103,11 @@ class Federation:
         )  # fmt: skip
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
+        if self.count >= MANY:
+            self.say(f"fedfuse: {self.count} nodes are registered, one after another, and started then")
         for i, name in enumerate(names):
-            place = {"client": i, "every": self.count}
-            register(self.link, write_request(self.work / name, name, place)[-1], {})
+            register(self.link, write_request(self.work / name, name, {"client": i, "every": self.count})[-1], {})
+        for i, name in enumerate(names):  # not before: a node that starts takes a core from the next registration
             self.node(name, str(self.work / name / f"{name}.key"), i)
         self._watcher.start()
 
