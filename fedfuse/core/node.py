@@ -55,7 +55,7 @@ from fedfuse.wire.records import (
     validate,
 )
 
-TRIMMED = 128  # answers after which freed memory goes back to the system: kept examples hole it
+TRIMMED = 512  # answers after which freed memory goes back to the system: kept examples hole it
 
 
 class Spoilt(Exception):
