@@ -22,6 +22,7 @@ from fedfuse.core.build import build_strategy
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.network.remote_grid import RemoteGrid
+from fedfuse.network.replies import MOST, fault_of
 from fedfuse.wire.packing import packed
 from tests.deploy.network import Network, tiny
 
@@ -282,3 +283,26 @@ def test_a_good_reply_is_averaged_in(table: Table) -> None:
     for value in strategy.model.values():
         assert torch.equal(value, torch.full_like(value, 1.0))
     assert strategy.inbox.left_out == []
+
+
+def reply_of(metrics: dict[str, Any], records: int = 0) -> Any:
+    parts: dict[str, Any] = {f"r{i}": ArrayRecord() for i in range(records)}
+    return SimpleNamespace(content=content({**parts, "metrics": metrics, "config": {"client": 4}}))
+
+
+@pytest.mark.parametrize("share", ["accuracy", "accuracy_macro", "exact_match", "digits/accuracy"])
+def test_a_share_may_be_all_and_nothing_and_no_more(share: str) -> None:
+    for value in (0, 0.0, 1, 1.0, 0.25, [0.0, 1.0]):
+        if not isinstance(value, list) or "/" not in share:
+            assert fault_of(reply_of({share: value}), 4) is None, value
+    for value in (-1e-9, 1 + 1e-9, -1, 2, [0.5, 1.5]):
+        assert fault_of(reply_of({share: value}), 4) is not None, value
+
+
+def test_a_reply_has_so_many_records_and_metrics_and_counts_no_more_examples_than_it_said() -> None:
+    assert fault_of(reply_of({f"m{i}": 0.0 for i in range(MOST)}, records=MOST - 2), 4) is None
+    assert fault_of(reply_of({f"m{i}": 0.0 for i in range(MOST + 1)}), 4) is not None
+    assert fault_of(reply_of({}, records=MOST - 1), 4) is not None
+    assert fault_of(reply_of({"num-examples": 7}), 4, 7) is None
+    assert fault_of(reply_of({"num-examples": 8}), 4, 7) is not None
+    assert fault_of(reply_of({}), 5) is not None

@@ -196,6 +196,23 @@ def test_a_server_that_was_lost_goes_on_with_the_same_digest(tmp_path: Path) -> 
     assert built.digest == play("knfu").digest
 
 
+def test_a_site_knows_a_state_that_its_disk_lost_a_part_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it answered for is kept through a loss of power, or not taken for what it was."""
+    network = Network(seats(tmp_path, 3))
+
+    def tears(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            for path in (tmp_path / "site-1").rglob("*.state"):
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+        return reply
+
+    network.reply = tears
+    run(tiny("scaffold", "train.max_steps=1"), network, tmp_path / "run")
+    assert "client 1: state 1.1 is here and torn" in capsys.readouterr().out
+
+
 def test_what_a_replaced_server_sends_is_refused(tmp_path: Path) -> None:
     network, old = Network(seats(tmp_path, 3)), list[Message]()
 

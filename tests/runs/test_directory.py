@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -548,8 +549,13 @@ def test_a_run_that_went_on_and_was_killed_is_no_failure(monkeypatch, tmp_path: 
 def test_a_run_that_goes_on_is_the_run_of_more_rounds(name: str, words: tuple[str, ...], tmp_path: Path) -> None:
     """Bits, bytes and rows; only the evaluation at the first end is there besides."""
     whole_run = run(configured(name, tmp_path / "whole", "rounds=5", *words), quiet=True)
+    begun = time.time()
     out = run(configured(name, tmp_path / "more", "rounds=3", *words), quiet=True)
+    first = summary_of(out)["seconds"]
     resume(out, quiet=True, rounds=5)
+    seconds = summary_of(out)["seconds"]
+    assert 0 < first["rounds"] < seconds["rounds"] < seconds["total"] < time.time() - begun
+    assert 0 < first["startup"] < seconds["startup"]
     whole(out) if not words else None
     one, two = summary_of(whole_run), summary_of(out)
     assert "went on after round 3" in two["notes"]

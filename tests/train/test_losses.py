@@ -15,6 +15,7 @@ from fedfuse.config.compose import compose, options
 from fedfuse.config.schema import LossConfig
 from fedfuse.errors import UserError
 from fedfuse.train.losses import Loss, loss, names
+from fedfuse.train.objective import followed
 
 S = np.array([[1.0, -0.5, 2.0, 0.3], [0.0, 3.0, -1.0, 0.5], [0.2, 0.1, -0.4, 1.5]])
 T = np.array([[0.5, 1.5, -1.0, 0.0], [2.0, 2.5, -2.0, 0.1], [-0.3, 3.9, 0.8, 0.7]])
@@ -158,6 +159,17 @@ def test_taid_state_goes_on_where_it_stopped():
             second.after_step(*step)
         assert second.state_dict() == whole.state_dict()
     assert loss("kl").state_dict() == {}
+
+
+def test_a_training_tells_its_objectives_how_much_of_the_run_is_done_after_every_step_that_had_something_to_distil():
+    made, plain, values, told = loss("taid"), loss("kl"), [], []
+    made.after_step = lambda value, progress: told.append((value.item(), progress))
+    with followed([plain, made], {}, "receive", (0.5, 0.75)) as options:
+        for done in range(1, 5):
+            if done != 2:
+                values.append(made(t(S), t(T) * done).item())
+            options["after_step"](done, 4)
+    assert told == list(zip(values, (0.5625, 0.6875, 0.75), strict=True))
 
 
 def test_sinkhorn_by_hand_and_without_log_space():
@@ -368,6 +380,10 @@ def test_broadcasting_is_refused():
     for _, made, labels in every():
         with pytest.raises(ValueError, match="shape"):
             made(t(S), t(T[:1]), labels)
+        if made.same_width:
+            with pytest.raises(ValueError, match="shape"):
+                made(t(S), t(T[:, :1]), labels)
+    assert loss("kl").same_width
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
 
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
 from fedfuse.errors import UserError, WorldError
+from fedfuse.train import privacy
 from fedfuse.train.adapters import LoRA, LoRASB, inject
 from fedfuse.train.ledger import Ledger
 from fedfuse.train.privacy import Budget, check, drawn, epsilon, joined, noise_for, own_entropy, train
 from fedfuse.train.task import IGNORED, task_loss, task_losses
+from fedfuse.train.work import counting
 from tests.federations import federation, play
 from tests.halves import server
 
@@ -229,6 +231,26 @@ def test_noise_has_the_deviation_it_should_have_and_an_empty_draw_is_noise_alone
     train(net, x, y, config, privacy, (2.0, 1e-9, 1), torch.Generator(), torch.Generator().manual_seed(0))
     moved = torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), start.parameters(), strict=True)])
     assert abs(moved.std() * 1e-9 * len(x) - 1.0) < 0.05  # σ·C = 1, divided by q·N
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_examples_it_tells_of_are_those_to_be_expected(seed) -> None:
+    x, y = data()
+    draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    with counting() as tally:
+        train(model(None), x, y, TrainConfig(), PrivacyConfig(noise=1.0), (1.0, 0.3, 5), *draws)
+    assert tally.examples == 18  # 5 times 0.3 of 12
+
+
+def test_plain_gradients_are_held_a_few_at_a_time(monkeypatch) -> None:
+    net, (x, y) = model(None), data()
+    held = []
+    real = privacy.plain_sum
+    monkeypatch.setattr(privacy, "plain_sum", lambda *given: held.append(len(given[2])) or real(*given))
+    monkeypatch.setattr(privacy, "HELD", 5 * sum(p.numel() for p in net.parameters()))
+    settings = PrivacyConfig(noise=0.0, clipping="plain")
+    train(net, x, y, TrainConfig(), settings, (0.0, 1.0, 1), torch.Generator(), torch.Generator())
+    assert held == [5, 5, 2]
 
 
 def test_losses_by_example_have_the_mean_of_the_task() -> None:

@@ -31,6 +31,32 @@ def test_counting_adds_up_and_only_where_it_is_asked_for() -> None:
     assert (tally.examples, nothing.examples, nothing.flops) == (3, 4 + 6, 0)
 
 
+class Branches(nn.Module):
+    """A small branch that is called, and a large one beside it; of a third nothing comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large, self.idle = nn.Linear(8, 2), nn.Linear(8, 32), nn.Linear(8, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.small(x)
+
+    def both(self, x: torch.Tensor) -> tuple:
+        return self.small(x), None, self.large(x)
+
+
+def test_a_method_of_the_network_is_counted_in_its_place_and_nothing_else_is() -> None:
+    model, x = Branches(), torch.zeros(5, 8)
+    assert work.flops(model, x[:1], True) == 2 * 2 * 8 * 2  # forward, and the gradient of what the output needs
+    for forward, one in ((None, 2), (model.both, 2 + 32), (lambda x: model.large(x), 2)):
+        with work.counting() as tally:
+            work.note(model, x, 5, True, forward)
+        assert tally.flops == 5 * 2 * 2 * 8 * one
+    with work.counting() as predicted:
+        work.note(model, x, 5, False)
+    assert predicted.unit == 2 * 8 * 2
+
+
 def test_counting_leaves_buffers_gradients_random_numbers_and_hooks_alone() -> None:
     model, woken = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout()), []
     model[0].register_forward_hook(lambda *_: woken.append(1))
