@@ -203,6 +203,8 @@ class Exchange:
             return f"its node was away for more than {self.patience.absence:g} s"
         if self._restarted(item, online):
             return f"its node was started again, after the message was sent {item.tries} times"
+        if not item.ids and not item.due:  # nothing is under way that could be answered
+            return f"Flower took no message for its node, {item.tries} times"
         return None
 
     def _push(self, due: list[Sent], online: Mapping[int, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,35 @@ def test_a_straggler_is_left_out_and_counted(tmp_path: Path) -> None:
     assert built.strategy.inbox.failures["replies"] == 2
     assert built.strategy.inbox.ever_left_out
     assert any("client 2: no reply within 0.5 s" in line for line in said)
+
+
+class Refusing(Network):
+    """Does not take so many messages for a node that is online all the while, as Flower does of a node it deletes."""
+
+    refusals = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        keys = []
+        for message in messages:
+            refused = self.refusals > 0 and (message.metadata.message_type, message.metadata.dst_node_id) == (
+                "train",
+                102,
+            )
+            self.refusals -= refused
+            keys += [""] if refused else super().push_messages([message])
+        return keys
+
+
+@pytest.mark.parametrize(("refusals", "failures"), [(2, 0), (3, 1)])
+def test_what_flower_does_not_take_is_sent_again_and_then_not_waited_for(
+    refusals: int, failures: int, tmp_path: Path
+) -> None:
+    network = Refusing(seats(tmp_path, 3))
+    network.refusals = refusals
+    built, said = run(tiny("fedavg"), network, tmp_path / "run", Patience(retries=2, deadline=3.0))
+    assert built.strategy.inbox.failures["replies"] == failures
+    assert (built.digest == play("fedavg").digest) == (not failures)
+    assert not any("no reply within" in line for line in said)
 
 
 def test_too_few_replies_are_asked_again_then_the_run_stops(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedfuse.data.read_digits import digits
 from fedfuse.data.transfer import cut_transfer
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.exchange import Patience
-from fedfuse.network.own_data import site_scenario, task_of
+from fedfuse.network.own_data import counts_of, site_scenario, task_of
 from fedfuse.network.policy import Policy
 from fedfuse.network.site import AT_HOME, Site, SiteConfig
 from tests.deploy import network
@@ -237,3 +237,37 @@ def test_a_holdout_nobody_shares_is_refused(sites: tuple[Config, Network], tmp_p
     config.transfer.source = "holdout"
     with pytest.raises(UserError, match=r"transfer.source=holdout"):
         network.run(config, grid, tmp_path / "run", own=True)
+
+
+def test_one_example_to_train_on_is_enough() -> None:
+    assert counts_of({"examples": [1, 0, 0]}) == [1, 0, 0]
+    for found in ([0, 1, 1], [1, 0], [1, 0, 2**40], [1, 0, -1]):
+        with pytest.raises(UserError, match="examples="):
+            counts_of({"examples": found})
+
+
+TASK: dict[str, Any] = {"classes": ["0", "1"], "mean": None, "std": [0.5], "transfer": 0, "vocabulary": None}
+BAD: dict[str, list[Any]] = {
+    "classes": [["0"], ["0", "0"], ["0", 1], "01", None], "mean": [[1], ["a"], "a", 0.5], "std": [[0.5, None], 0.5],
+    "transfer": [-1, 2**31, 0.5, None], "vocabulary": [0, -1, 2**31, 1.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", list(TASK))
+def test_a_task_with_one_thing_amiss_is_refused(key: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "all.csv").write_text("\n".join(["a,label", *(f"0.{i},{i % 2}" for i in range(8))]))
+    config = as_json(
+        compose(["data=csv", "data.inputs=a", "clients=2", "rounds=1", "model=mlp_small", "strategy=fedavg"])
+    )
+    site = Site(SiteConfig(0, tmp_path / "site", None, str(folder)))
+
+    def heard(task: dict[str, Any]) -> str:
+        setting = ConfigRecord({"config": config, "run": "0" * 32, "attempt": 1, "task": json.dumps(task)})
+        reply = site.handle(Message(RecordDict({"setting": setting}), 100, "query.hello"))
+        return reply.error.reason if reply.has_error() else "taken"
+
+    for value in BAD[key]:
+        assert heard({**TASK, key: value}) == "refused: the task is not what a FedFuse server writes", value
+    assert heard(TASK) == "taken"
