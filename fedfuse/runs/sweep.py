@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -75,7 +76,8 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
         for line in share_audits(runs):
             console.print(f"note: {line}", markup=False, soft_wrap=True)
     if space:
-        tuned = search.tune([run.words for run in runs], space, root, console)
+        with _interruptible(root):
+            tuned = search.tune([run.words for run in runs], space, root, console)
         known: dict[tuple[str, ...], Config] = {}
         for run in runs:
             run.config = composed([*run.words, *tuned[without_seed(run.words)]], known)
@@ -90,15 +92,13 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
     if (runtime.parallel or 1) > 1:
         console.print(f"{len(plans)} runs, {runtime.parallel} at once")
     tally = Tally(len(plans))
-    try:
+    with _interruptible(root):
         drive(
             [_once(path, config, console, failed, tally) for path, config in plans],
             runtime,
             runtime.gpu_fraction if device_of(plans[0][1]) == "cuda" else 0.0,
             console.quiet,
         )
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"the same command with out={root} goes on") from error
     kept, skipped = find([root])
     print_table(kept, console)
     for line in skipped:
@@ -113,6 +113,15 @@ def sweep(overrides: Sequence[str], report: bool = False, dry: bool = False, con
             f"{len(failed)} of {len(plans)} runs failed: {', '.join(failed)}; the same command resumes them"
         )
     return root
+
+
+@contextlib.contextmanager
+def _interruptible(root: Path) -> Iterator[None]:
+    """Say of an interrupt how all of it goes on, not the one run or trial that it met."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"the same command with out={root} goes on") from error
 
 
 def _check_root(root: Path) -> None:

@@ -186,7 +186,7 @@ def test_search_is_fair_resumable_and_blind_to_tests(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "begin", stops)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"the same command with out=.*broken goes on"):
             sweep([*words, f"out={tmp_path / 'broken'}"])
     done = mtimes(tmp_path / "broken")
     assert len(done) == 1
