@@ -53,7 +53,7 @@ class CarriedStore(ClientStore):
             return {}
         tree = self.given.get((client, tag))
         if tree is None:
-            raise Stale(f"client {client}: state {tag} is not here")
+            raise Stale(f"state {tag} is not here")
         return unpacked(tree)
 
     def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:

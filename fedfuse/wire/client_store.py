@@ -138,11 +138,11 @@ class ClientStore:
             return {}
         path = self.path(client, tag)
         if not path.exists():
-            raise Stale(f"client {client}: state {tag} is not here")
+            raise Stale(f"state {tag} is not here")
         try:
             return read_tree(path)[0]
         except (Torn, SafetensorError) as error:
-            raise Stale(f"client {client}: state {tag} is here and torn") from error
+            raise Stale(f"state {tag} is here and torn") from error
 
     def save(self, client: int, tag: str, state: dict[str, Any], previous: str) -> None:
         """Write a new version beside the one it started from, then drop all others but what a crash may need.

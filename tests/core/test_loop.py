@@ -143,7 +143,7 @@ def test_a_node_that_lost_its_state_is_refused_by_name(ledger: str, tmp_path: Pa
         directory,
     ):
         built.run()
-        assert any("client 1: state 2.1 is not here" in why for why in built.strategy.inbox.left_out)
+        assert any(why == "client 1: state 2.1 is not here" for why in built.strategy.inbox.left_out)
         assert built.strategy.inbox.failures["replies"] == 3  # rounds 3 and 4, and the evaluation
         assert (built.digest, built.digest_missing) == (None, [1])
         assert directory.summary(built)["cohort_complete"] is False

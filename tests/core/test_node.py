@@ -102,7 +102,7 @@ REFUSALS = {
     ),
     "poison": (lambda m: changed(m, arrays=poisoned(m.content["arrays"])), INVALID, "not finite"),
     "other names": (lambda m: changed(m, arrays=renamed(m.content["arrays"])), INVALID, "received model: missing"),
-    "an unknown state": (lambda m: changed(m, config={"tag": "9.1"}), STALE, "client 0: state 9.1 is not here"),
+    "an unknown state": (lambda m: changed(m, config={"tag": "9.1"}), STALE, "state 9.1 is not here"),
     "a state elsewhere": (
         lambda m: changed(m, config={"tag": "../../../../etc/passwd"}),
         REFUSED,

@@ -81,7 +81,7 @@ def test_a_state_and_those_of_the_two_rounds_before_it_are_kept(tmp_path: Path) 
     assert store.load(3, "2.1")["rounds"] == 2
     assert store.load(3, "1.1")["rounds"] == 1  # the server may have lost its newest checkpoint
     store.save(3, "6.1", state(6), "5.1")
-    with pytest.raises(Stale, match=r"client 3: state 1\.1 is not here"):
+    with pytest.raises(Stale, match=r"^state 1\.1 is not here"):
         store.load(3, "1.1")
 
 
