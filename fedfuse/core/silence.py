@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TRANSFER = ("none", "server", "clients", "both")
 UNDEFINED = "undefined"  # a metric: of a client's training loss, or the share of a test set
 CONSTANT = "constant"  # a metric: all examples of a test set get one answer
+KEPT = "kept"  # a metric: nobody had an example in this round, so that all stays as it was
 
 
 def check_declared(kind: type[Any], known: Iterable[str]) -> None:
@@ -167,6 +168,25 @@ def constant(
     return [
         f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice}, may help"
         for one in who
+    ]
+
+
+def kept(rows: Iterable[tuple[int, str, int, str, str, float]], done: int) -> list[str]:
+    """Say in which rounds there was nothing to fuse.
+
+    Parameters
+    ----------
+    rows : iterable
+        As `metrics.parquet` has them.
+    done : int
+        Rounds so far.
+    """
+    rounds = sorted(round for round, scope, _, _, metric, *_ in rows if (scope, metric) == ("server", KEPT))
+    if not rounds:
+        return []
+    return [
+        f"nothing to fuse in {len(rounds)} of {done} rounds, first in round {rounds[0]}: no client of the cohort has a "
+        f"training example there, and what was published stays (participation)"
     ]
 
 

@@ -24,7 +24,7 @@ from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import plan_of
 from fedfuse.core.shares import Metrics, Records, Share, Shares, nobody
-from fedfuse.core.silence import check_declared
+from fedfuse.core.silence import KEPT, check_declared
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.models.in_place import variable
@@ -149,6 +149,7 @@ class FusionStrategy(Strategy):
         self.state: dict[str, Any] = {}
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
         self.place = 0  # of the phase among its round's
+        self._kept = -1  # the last round in which nobody had an example
         self.board = Board(self.topics)
         self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
@@ -435,23 +436,32 @@ class FusionStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, let the algorithm fuse what is valid, and count the rest.
 
+        Where nobody who answered has a training example, there is nothing to fuse: what is published stays, and the
+        round is noted. The noise of clients' privacy is drawn all the same: it hides who took part.
+
         Raises
         ------
         WorldError
-            If no client succeeded, or the algorithm failed.
+            If no client succeeded, the algorithm failed, or nobody has an example in a phase that others stand on.
         UserError
             If its `state` holds what no checkpoint can keep.
         """
         sums = dict(self.summed)
         totals, known = empty_totals(sums, self.outbox.request.said), len(self.inbox.left_out)
-        stream = self.inbox.shares(replies, sums, totals)
-        first = next(stream, None)
-        if first is None:
-            raise nobody(server_round, self.phase, self.inbox.left_out[known:])
+        stream, held = self.inbox.shares(replies, sums, totals), list[Share]()
+        for share in stream:
+            held.append(share)
+            if share.metrics["num-examples"] > 0 or self.scenario.config.privacy.by_client:
+                break
+        else:
+            if not held:
+                raise nobody(server_round, self.phase, self.inbox.left_out[known:])
+            self._keep(server_round)
+            return self._model_record(), MetricRecord()
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
         try:
-            getattr(self, verb)(self._handed(chain([first], stream), totals))
+            getattr(self, verb)(self._handed(chain(held, stream), totals))
         except (UserError, WorldError):
             raise
         except Exception as error:
@@ -464,8 +474,22 @@ class FusionStrategy(Strategy):
         self._check_state()
         for _ in stream:  # what fuse did not look at is still accepted and counted
             pass
+        return self._model_record(), MetricRecord()
+
+    def _model_record(self) -> ArrayRecord:
+        """What Flower's loop is told: the model common to all, where there is one."""
         item = self.board.items.get(("model", ""))
-        return (record(item.arrays) if item is not None else ArrayRecord()), MetricRecord()
+        return record(item.arrays) if item is not None else ArrayRecord()
+
+    def _keep(self, round: int) -> None:
+        """Leave all as it is: nobody who answered has a training example."""
+        if self.phase in self.setup or (self.place and self._kept != round):  # what comes next needs what this makes
+            raise WorldError(
+                f"round {round}, {self.phase}: no client that answered has a training example (clients, participation)"
+            )
+        if self._kept != round:
+            self.log(KEPT, 1)
+        self._kept = round
 
     def _handed(self, stream: Iterator[Share], totals: dict[str, Sum]) -> Shares:
         """A phase's shares as `fuse` sees them."""

@@ -18,7 +18,7 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
-from fedfuse.core.silence import CONSTANT, UNDEFINED, constant, shared, undefined, unheard
+from fedfuse.core.silence import CONSTANT, KEPT, UNDEFINED, constant, kept, shared, undefined, unheard
 from fedfuse.runs.further import ended_at, told
 from fedfuse.runs.own_code import code_notes
 from fedfuse.train.privacy import private_notes
@@ -87,6 +87,7 @@ def summary(
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
             *constant(_figures(path, CONSTANT), federation.scenario.clients, federation.done, strategy.distils),
             *fallen(strategy, _figures(path, "loss/global"), federation.done),
+            *kept(_figures(path, KEPT), federation.done),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),
             *remarks(strategy),
             *vectorized_notes(config, strategy.inbox.apart),

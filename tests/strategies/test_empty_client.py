@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from fedfuse.config import registry
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import Scenario
-from tests.federations import play
+from fedfuse.errors import WorldError
+from tests.federations import TINY, federation, play, scenario_of
 from tests.strategies.test_bad_input import DISTIL
 
 
@@ -41,8 +43,6 @@ MEANS = {
 @pytest.mark.parametrize("name", MEANS)
 def test_what_a_client_without_examples_says_enters_no_mean(name, monkeypatch):
     """Whatever it says, everybody else is taught the same."""
-    from fedfuse.config import registry
-
     whole, count = FusionClient.examples, Scenario.examples
 
     def examples(self, split):
@@ -109,3 +109,54 @@ def test_adapters_that_nobody_trained_enter_no_mean(name, monkeypatch):
     after = published()
     for topic, arrays in before.items():
         assert all(torch.equal(value, after[topic][key]) for key, value in arrays.items()), topic
+
+
+FEW = ("clients=4", "participation=0.25", "rounds=3", "++strategy.min_train_nodes=1")
+
+
+def without_examples(monkeypatch, *clients: int) -> None:
+    whole, count = FusionClient.examples, Scenario.examples
+
+    def examples(self, split):
+        found = whole(self, split)
+        return (found[0][:0], found[1][:0]) if split == "train" and self.client in clients else found
+
+    monkeypatch.setattr(FusionClient, "examples", examples)
+    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client in clients else count(self, client))
+
+
+@pytest.mark.parametrize("name", sorted(registry.listed()))
+def test_a_round_of_nobody_with_examples_leaves_all_as_it_is(name, monkeypatch):
+    words = FEW if name.startswith("flwr_") else FEW[:-1]
+    if name in ("flwr_krum", "flwr_multikrum", "flwr_bulyan"):
+        words = ("clients=4", "participation=0.75", "rounds=3")
+    if registry.entry(name).server.pooled:
+        pytest.skip("has everybody's examples at one place")
+    with federation(name, *words) as (built, _):
+        strategy = built.strategy
+        strategy.ensure_begun()
+        for phase in strategy.setup:
+            built.play(0, phase)
+        without_examples(monkeypatch, *built.scenario.sampled(1))
+        before = strategy.sha()
+        for place, phase in enumerate(strategy.phases(1)):
+            built.play(1, phase, place)
+        assert strategy.sha() == before
+        assert ("server", -1, "train", "kept", 1.0) in strategy.logged
+        assert strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}, strategy.inbox.left_out
+
+
+@pytest.mark.parametrize("words", [(), ("clock=devices",), ("clock=devices", "schedule=fedbuff", "schedule.buffer=1")])
+def test_a_run_goes_on_after_a_round_of_nobody_and_says_so(words, monkeypatch):
+    (able,) = scenario_of((*TINY, "strategy=fedavg", *FEW[:-1]))[1].sampled(2)
+    without_examples(monkeypatch, *({0, 1, 2, 3} - {able}))
+    played = play("fedavg", *FEW[:-1], "rounds=5", *words)
+    assert played.federation.done == 5
+    assert [note for note in played.notes if note.startswith("nothing to fuse in ")]
+    assert played.strategy.board.items["model", ""].version > 1
+
+
+def test_a_basis_of_nobodys_gradients_is_refused_in_a_line(monkeypatch):
+    without_examples(monkeypatch, 0, 1, 2)
+    with pytest.raises(WorldError, match="round 0, setup: no client that answered has a training example"):
+        play("fed_sb")
