@@ -81,13 +81,15 @@ def scored(
     """
     if y.ndim == 1:
         return scores(predict(x), y, classes)
-    right = count = exact = 0
+    right = count = exact = lost = 0
     loss = 0.0
     for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):  # logits over a vocabulary are large
         labels, part = trimmed(labels, part)
         logits, wanted = predict(part)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         loss += F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").item()
-        hits = logits.argmax(1) == wanted
+        defined = (logits < math.inf).all(1)  # a token that a model excludes may have -inf
+        hits = (logits.argmax(1) == wanted) & defined
+        lost += int((~defined & (wanted != IGNORED)).sum())
         right += int(hits.sum())
         exact += int((hits | (wanted == IGNORED)).view(labels.shape[0], labels.shape[1] - 1).all(1).sum())
         count += int((wanted != IGNORED).sum())
@@ -98,6 +100,8 @@ def scored(
         return dict.fromkeys(names, math.nan)
     accuracy, mean = right / count, loss / count
     found = {"accuracy": accuracy, "accuracy_macro": accuracy, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    if lost:
+        found["undefined"] = lost / count
     if byte_count is not None:
         found["bits_per_byte"] = loss / (byte_count * math.log(2)) if byte_count else math.nan
     return {**found, "exact_match": exact / len(y)} if prompted else found

@@ -47,6 +47,16 @@ def test_scoring_classes_is_as_it_was() -> None:
     assert scored(lambda x: logits, torch.zeros(6, 2), y, 3) == scores(logits, y, 3)
 
 
+def test_next_tokens_that_are_no_numbers_are_wrong_and_said() -> None:
+    """torch's argmax names the first NaN; -inf is a token that the model excludes, and a number."""
+    tokens = torch.zeros(4, 3, dtype=torch.int64)
+    logits = torch.tensor([0.0, -1.0, -torch.inf]).repeat(4, 3, 1)
+    logits[1, :2], logits[2, 0, 1], logits[3, 2] = torch.nan, torch.inf, torch.nan  # the last place predicts nothing
+    found = scored(lambda x: logits[: len(x)], tokens, tokens, 3)
+    assert (found["accuracy"], found["undefined"]) == (5 / 8, 3 / 8)
+    assert "undefined" not in scored(lambda x: logits[:1], tokens[:1], tokens[:1], 3)
+
+
 def test_small_models_and_their_shapes() -> None:
     x = torch.tensor([[3, 4, 5, 0], [6, 7, 0, 0]])
     causal = build("causal_lm", (4,), 20, ModelConfig())
