@@ -157,8 +157,9 @@ class VirtualClock:
             self._check_limit(close(flights, start, limit, wanted).end)
         for message in messages:  # not before it is known that this phase counts
             strategy.outbox.charge(message.metadata.dst_node_id - 1)
-        counted = None if wanted is None else {f.client for f in close(flights, start, None, wanted).counted}
-        anybody = self._fuse(self._counting(answers, start, limit, counted), round)
+        over = () if wanted is None else close(flights, start, None, wanted).ended
+        let_go = {flight.client for flight in over if flight.outcome == LATE}
+        anybody = self._fuse(self._counting(answers, start, limit, let_go), round)
         if all(flight.outcome == FAILED for flight in flights):  # no matter of time: it would happen again
             raise shares.nobody(round, phase, strategy.inbox.left_out[-1:])
         closed = close(flights, start, limit, wanted)
@@ -212,13 +213,13 @@ class VirtualClock:
         answers: Iterator[tuple[Flight, Message]],
         start: int,
         limit: int | None,
-        counted: set[int] | None,
+        let_go: set[int],
     ) -> Iterator[Message]:
         """Replies that count, and an error in place of each that does not."""
         for flight, reply in answers:
             late = limit is not None and not close([flight], start, limit).counted
-            if counted is not None and flight.outcome == ARRIVED and flight.client not in counted:
-                self.strategy.outbox.awaited.discard(flight.client)  # enough others came first: no failure
+            if flight.client in let_go and flight.outcome != FAILED:  # enough others came first: it is lost to nobody
+                self.strategy.outbox.awaited.discard(flight.client)
             elif (flight.outcome == ARRIVED and not late) or reply.has_error():
                 yield reply
             else:

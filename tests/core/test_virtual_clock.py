@@ -231,6 +231,17 @@ def test_whoever_is_lost_is_left_out_counted_and_goes_on_from_before() -> None:
     assert summary["clock"]["flights"]["arrived"] + lost == 30
 
 
+def test_who_would_have_been_lost_after_enough_came_is_no_failure() -> None:
+    """`failures` and the table of flights say the same: who was lost in time, and not who was let go before."""
+    words = ("clients=8", "rounds=6", "schedule=overcommit", "schedule.factor=3", "clock.dropout=0.3")
+    played = play(
+        "fedavg", *words, "participation=0.25", "clock=devices", "clock.down_kbps=1000", "clock.link_spread=2"
+    )
+    flights = played.federation.clock.book.summary(played.federation.clock.now)["flights"]
+    assert flights["late"] > 0 < flights["dropped"]
+    assert played.strategy.inbox.failures["replies"] == flights["dropped"]
+
+
 def test_nobody_for_a_whole_period_stops_resumably() -> None:
     words = ("clock.availability=markov", "clock.on_s=0.001", "clock.off_s=0.01", "clock.period_s=5")
     with pytest.raises(WorldError, match="a whole period"):
