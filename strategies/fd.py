@@ -141,6 +141,11 @@ class FD(FusionStrategy):
     records = {"labels": arrays(p=("classes", "classes"), held=("uint8", "classes"))}
     discloses = ("label sets",)
 
+    @property
+    def of_logits(self) -> bool:  # type: ignore[override]
+        """Whether raw outputs are averaged."""
+        return self.hyper.space == "logit"
+
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Rows of held labels are distributions, the others are 0."""

@@ -132,6 +132,11 @@ class FedDF(FusionStrategy):
             raise UserError(f"strategy.{what} needs labels at the server: set transfer.labelled=true")
 
     @property
+    def of_logits(self) -> bool:  # type: ignore[override]
+        """Whether logits are averaged."""
+        return self.hyper.ensemble != "prob"
+
+    @property
     def rows(self) -> tuple[Tensor, Tensor]:
         """Rows of D_t to distil on and to validate on; all and none if nothing reads a validation."""
         total = len(self.workspace.tensors("transfer")[0])

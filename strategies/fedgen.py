@@ -193,7 +193,7 @@ class FedGen(AveragingStrategy):
     topics = {"model": model_topic(), "generator": Topic("state", generator_arrays)}
     records = {"model": model_arrays, "counts": arrays(counts=("int64", "classes"))}
     sums = {}  # `fuse` looks at every model
-    needs_features = True
+    needs_features = of_logits = True
     discloses = ("class counts",)
 
     @classmethod

@@ -106,7 +106,7 @@ class FedGKT(SplitStrategy):
         )
     }
     same_features = True
-    distils = True
+    distils = of_logits = True
 
     def tail(self) -> nn.Module:
         """The server's network g, holding its newest weights."""

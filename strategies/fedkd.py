@@ -111,6 +111,7 @@ class FedKD(CompanionStrategy):
     topics = {"student": Topic("fold", pair.shared_arrays, fold=apply, increment=increments)}
     records = {"update": increments}
     sums = {}  # what is summed is unpacked first
+    of_logits = True
 
     @property
     def needs_features(self) -> bool:  # type: ignore[override]

@@ -94,7 +94,7 @@ class FedMD(FusionStrategy):
     sums = {"logits": None}
     of_classes = True
     transfer = "clients"
-    distils = whole = True
+    distils = whole = of_logits = True
     staleness = "newest"
 
     def __init__(self, hyper: FedMDHyper, workspace: Workspace) -> None:

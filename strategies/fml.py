@@ -59,4 +59,4 @@ class FML(CompanionStrategy):
     """Private models and a common one teach each other; the common one is averaged."""
 
     averaged = "meme"
-    of_classes = True
+    of_classes = of_logits = True

@@ -26,6 +26,8 @@ from fedfuse.errors import UserError
 from fedfuse.train import packed, privacy
 from fedfuse.train.losses import chosen
 from fedfuse.train.objective import Loss
+from fedfuse.train.transformed import DHKD
+from fedfuse.train.vocabularies import XToken
 
 
 def check_fit(strategy: FusionStrategy, entry: Entry) -> None:
@@ -67,7 +69,31 @@ def check_fit(strategy: FusionStrategy, entry: Entry) -> None:
             f"loss={scenario.config.loss.name} trains a second head where whole networks distil a transfer set, which "
             f"strategy={strategy.name} does not do; allowed there: +loss.options.heads=1"
         )
+    _check_options(strategy, objective)
     _check_models(strategy, objective, pool)
+
+
+def _check_options(strategy: FusionStrategy, objective: Loss) -> None:
+    """Refuse what is said to an objective that reads it elsewhere alone."""
+    config, who = strategy.scenario.config, f"strategy={strategy.name}"
+    told = f"loss={config.loss.name}"
+    if strategy.of_logits and not objective.softens_logits and objective.temperature != 1:
+        raise UserError(
+            f"loss.temperature={objective.temperature:g}: {told} softens probabilities, and {who} compares logits; "
+            "allowed: 1"
+        )
+    if isinstance(objective, DHKD) and objective.second_head and objective.gamma != 1 and not config.transfer.labelled:
+        raise UserError(
+            f"loss.options.gamma={objective.gamma:g}: {told} has no cross-entropy on an unlabelled transfer set; "
+            "set transfer.labelled=true, or gamma=1"
+        )
+    if isinstance(objective, XToken) and not strategy.aligns:
+        for name in ("pieces", "kept"):
+            if (value := getattr(objective, name)) != getattr(XToken, name):
+                raise UserError(
+                    f"loss.options.{name}={value:g}: {told} is kl where there is one vocabulary, as {who} has; "
+                    f"allowed: {getattr(XToken, name)}"
+                )
 
 
 def check_promises(entry: Entry, config: Config) -> None:

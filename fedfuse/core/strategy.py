@@ -104,6 +104,9 @@ class FusionStrategy(Strategy):
     distils : bool
         Whether soft labels are trained on by `distil`, so that the user's `distil.*` has something to say; a property
         where hyper-parameters decide.
+    of_logits : bool
+        Whether soft labels are compared as logits: a temperature of an objective that softens probabilities alone
+        (`mse`, `mae`, `rkd`, `nd`) is refused then; a property where hyper-parameters decide.
     whole : bool
         Whether `distil` teaches whole networks with every objective there is, so that one with a second head has place.
     staleness : {"", "updates", "newest", "wrong"}
@@ -134,6 +137,7 @@ class FusionStrategy(Strategy):
     aligns: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
+    of_logits: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     staleness: ClassVar[Literal["", "updates", "newest", "wrong"]] = ""
     bare: ClassVar[bool] = False

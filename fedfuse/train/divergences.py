@@ -79,6 +79,8 @@ class SoftCE(RowMean):
 class MSE(Loss):
     """Mean of (s − t)² over batch and classes; given probabilities, of (p_s − p_t)²."""
 
+    softens_logits = False
+
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""
         return F.mse_loss(student, teacher)
@@ -91,6 +93,8 @@ class MSE(Loss):
 
 class MAE(RowMean):
     """Mean of abs(s − t) over batch and classes; given probabilities, of abs(p_s − p_t)."""
+
+    softens_logits = False
 
     def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
         """abs(s − t)."""

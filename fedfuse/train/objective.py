@@ -36,6 +36,7 @@ class Loss:
     needs_labels: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     min_batch: ClassVar[int] = 1
+    softens_logits: ClassVar[bool] = True  # False: the temperature is of probabilities alone
     same_width: ClassVar[bool] = True  # False: student and teacher may have different numbers of columns
     positive: ClassVar[tuple[str, ...]] = ("temperature",)
 

@@ -62,6 +62,7 @@ class RKD(Loss):
 
     min_batch: ClassVar[int] = 3
     same_width: ClassVar[bool] = False
+    softens_logits: ClassVar[bool] = False
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""

@@ -91,6 +91,7 @@ class ND(Loss):
     """
 
     needs_labels: ClassVar[bool] = True
+    softens_logits: ClassVar[bool] = False
 
     def value(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss."""
@@ -132,6 +133,8 @@ class DHKD(Loss):
         super().__post_init__()
         if self.heads not in (1, 2):
             raise UserError(f"loss option heads={self.heads} must be 1 or 2")
+        if self.heads == 1 and self.gamma != 1:
+            raise UserError(f"loss option gamma={self.gamma:g}: heads=1 brings no cross-entropy; allowed: 1")
 
     @property
     def second_head(self) -> bool:

@@ -13,7 +13,7 @@ from fedfuse.config.idle import idle
 from fedfuse.core.build import build_strategy
 from fedfuse.core.fit import remarks
 from fedfuse.core.strategy import FusionStrategy
-from tests.federations import QUICK, TINY, scenario_of
+from tests.federations import QUICK, TINY, play, scenario_of
 from tests.halves import server
 
 
@@ -105,3 +105,58 @@ def test_delta_is_at_most_one_over_the_examples_of_the_largest_client() -> None:
     server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={0.99 / largest}")
     with pytest.raises(UserError, match=rf"client {most} has {largest} examples; allowed is at most 1/N"):
         server("fedavg", "privacy.noise=1", "partition=size", f"privacy.delta={1.01 / largest}")
+
+
+LOGITS = (
+    "fedgen",
+    "fedgkt",
+    "fedkd",
+    "fedmd",
+    "fml",
+    "fd with strategy.space=logit",
+    "feddf",
+)
+PROBABILITIES = (
+    "fd",
+    "feddf with strategy.ensemble=prob",
+    "fedhkd",
+    "dsfl",
+    "cfd",
+    "knfu",
+    "ktpfl",
+    "scarlet",
+    "fedet",
+    "fedov",
+)
+
+
+@pytest.mark.parametrize("told", LOGITS)
+def test_a_temperature_that_no_logits_are_softened_by_is_refused(told: str) -> None:
+    name, _, word = told.partition(" with ")
+    words = [word] * bool(word)
+    for loss in ("mae", "mse", "rkd"):
+        with pytest.raises(UserError, match=rf"loss.temperature=3: loss={loss} softens probabilities.*allowed: 1"):
+            play(name, f"loss={loss}", "loss.temperature=3", *words)
+
+
+@pytest.mark.parametrize("told", PROBABILITIES)
+def test_a_temperature_of_probabilities_is_heard(told: str) -> None:
+    name, _, word = told.partition(" with ")
+    words = ["clients=2", "loss=mse", *[word] * bool(word)]
+    digests = {play(name, *words, f"loss.temperature={T}").digest for T in (1, 3)}
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("loss=dhkd", "gamma=3"),
+        ("loss=dhkd", "gamma=3", "heads=1"),
+        ("loss=xtoken", "pieces=2"),
+        ("loss=xtoken", "kept=3"),
+    ],
+)
+def test_an_option_that_a_loss_reads_elsewhere_alone_is_refused(words) -> None:
+    option = words[1].partition("=")[0]
+    with pytest.raises(UserError, match=rf"loss.option.*{option}=.*1|{option}=.*allowed: (4|32)"):
+        play("fedmd", words[0], *(f"loss.options.{word}" for word in words[1:]))
