@@ -182,8 +182,6 @@ class Comet(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """Cluster, average, and send each client its own cluster's mean, or all of them to everyone."""
         h, everyone = self.hyper, [share for share in shares if share.examples]
-        if not everyone:
-            return
         clients = [share.client for share in everyone]
         s = torch.stack([share.records["soft"]["p"] for share in everyone])
         kappa = min(h.clusters, len(clients))

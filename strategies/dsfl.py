@@ -127,8 +127,6 @@ class DSFL(StudentStrategy):
     def fuse(self, shares: Shares) -> None:
         """Mean, ERA, and the server's own distillation."""
         total, clients = shares.total("labels")
-        if not clients:  # nobody had an example to learn from
-            return
         q = aggregate(total["p"] / clients, self.hyper).float()
         self.publish("labels", {"p": q})
         if self.hyper.server_model:

@@ -105,5 +105,4 @@ class FedMD(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """f̃ = (1/m) Σ_k f_k, over the m participants that have examples."""
         total, clients = shares.total("logits")
-        if clients:  # else nobody had an example to learn from
-            self.publish("consensus", {"logits": (total["logits"] / clients).float()})
+        self.publish("consensus", {"logits": (total["logits"] / clients).float()})

@@ -254,9 +254,8 @@ class FedNano(SteppedStrategy):
         if self.hyper.merge == "local":
             return
         (f, _), (scaled, weight) = shares.total("fisher"), shares.total("scaled")
-        if weight:  # else nobody has an example: what is published stays
-            mean = {name: total / (f[name] if f else weight) for name, total in scaled.items()}
-            self.publish("model", {name: value.to(self.model[name].dtype) for name, value in mean.items()})
+        mean = {name: total / (f[name] if f else weight) for name, total in scaled.items()}
+        self.publish("model", {name: value.to(self.model[name].dtype) for name, value in mean.items()})
 
     def activations(self, rows: int) -> Layout:
         """Layout of an evaluated set: its images' embeddings, and all questions'."""

@@ -118,9 +118,7 @@ class Fisher(MergingStrategy):
 
     def fuse(self, shares: Shares) -> None:
         """θ ← Σ λ F θ / Σ λ F."""
-        (f, weight), (scaled, _) = shares.total("fisher"), shares.total("scaled")
-        if not weight:  # nobody has an example: what is published stays
-            return
+        (f, _), (scaled, _) = shares.total("fisher"), shares.total("scaled")
         merged = {name: (scaled[name] / f[name]).to(self.model[name].dtype) for name in f}
         merged = parts.with_tied(self.workspace.model(self.architecture), merged)
         rest = shares.mean("rest") if len(merged) < len(self.model) else {}  # a model without buffers has none

@@ -210,8 +210,6 @@ class KTpFL(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """Learn the participants' coefficients, mix, send each its own."""
         everyone = [share for share in shares if share.examples]  # the others have learnt nothing of their own
-        if not everyone:
-            return
         if rule := another(self.hyper):
             rule.fuse(self, everyone, transfer_rows(self.scenario, self.hyper.subset, self.round))
             return

@@ -74,7 +74,7 @@ class MergingClient(AnchoredClient):
 class MergingStrategy(AveragingStrategy):
     """Server half: publishes θ₀ plus what `merge` makes of the task vectors; buffers are averaged by examples.
 
-    A client without examples has no task. Where nobody has any, what is published stays.
+    A client without examples has no task.
     """
 
     @property
@@ -110,7 +110,7 @@ class MergingStrategy(AveragingStrategy):
             end = share.records["model"]
             taught.append({name: end[name].double() - start[name].double() for name in names})
             rest.add(share.group, parts.without(end, parameters), share.examples)
-        return taught, rest.mean() if taught else {}
+        return taught, rest.mean()
 
     def merge(self, vectors: Sequence[Arrays]) -> Arrays:
         """One vector made of τ_1, …, τ_K, by name, in float64."""
@@ -119,8 +119,7 @@ class MergingStrategy(AveragingStrategy):
     def fuse(self, shares: Shares) -> None:
         """θ ← θ₀ + merge(τ_1, …, τ_K)."""
         vectors, buffers = self.vectors(shares)
-        if vectors:
-            self.publish("model", {**self.moved(self.merge(vectors)), **buffers})
+        self.publish("model", {**self.moved(self.merge(vectors)), **buffers})
 
     def fuse_sum(self, shares: Shares, factor: float | None) -> None:
         """θ ← θ₀ + λ Σ_k τ_k, of the record `model` summed with weight 1; λ of None is `REPEATED`/K."""

@@ -80,11 +80,9 @@ class OneShotStrategy(FusionStrategy):
         return ensemble
 
     def fuse(self, shares: Shares) -> None:
-        """Publish the students; where nobody has an example, what is published stays."""
-        ensemble = self.collected(shares)
-        if len(ensemble):
-            for name, arrays in self.students(ensemble).items():
-                self.publish("model", arrays, to=name if len(self.names) > 1 else None)
+        """Publish the students."""
+        for name, arrays in self.students(self.collected(shares)).items():
+            self.publish("model", arrays, to=name if len(self.names) > 1 else None)
 
     def server_models(self) -> dict[str, tuple[str, Arrays]]:
         """One student an architecture."""
