@@ -1,4 +1,4 @@
-"""What a data set lacks: classes that nobody trains on, and examples for a score on the global test set."""
+"""What a data set lacks: classes that nobody trains on, and examples for scores on the test sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedfuse.data.dataset import SCORED, SPLITS, Dataset
 
 
 def gaps(data: DataConfig, dataset: Dataset, rows: np.ndarray, counts: np.ndarray) -> list[str]:
-    """Say which classes nobody trains on, and why no score on the global test is to come.
+    """Say which classes nobody trains on, whom no score is to come of, and why none on the global test.
 
     Parameters
     ----------
@@ -23,6 +23,13 @@ def gaps(data: DataConfig, dataset: Dataset, rows: np.ndarray, counts: np.ndarra
     said, test, total = list[str](), dataset.test, len(dataset.classes)
     if test is None and data.test_fraction > 0:
         said.append(f"no global test set: data={dataset.name} brings none")
+    least = 1 if dataset.next_token else SCORED
+    few = int((counts[:, 2] < least).sum())
+    if 0 < few < len(counts):
+        said.append(
+            f"personal tests: {few} of {len(counts)} clients have fewer than {least} examples for one, and no part in "
+            f"the means over clients"
+        )
     if dataset.next_token:
         return said
     if test is not None and len(test) < SCORED:

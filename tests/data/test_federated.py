@@ -1,5 +1,6 @@
 """What is cut when: transfer set, clients, splits; nothing twice, the same for everyone."""
 
+import dataclasses
 import pickle
 import sys
 import time
@@ -255,3 +256,20 @@ def test_what_the_data_lack_is_told(monkeypatch):
     few = "no score on the global test set: it has 1 example, 2 are needed"
     assert told(Examples(x[:1], np.zeros(1)))[0].startswith(few)
     assert told(Examples(x[:2], np.zeros(2))) == ()
+
+
+def test_clients_that_no_score_is_of_are_counted(monkeypatch):
+    """A mean over one client of three is none over three."""
+    owner = np.array([0] * 30 + [1] * 5 + [2] * 2)  # a fifth: 6, 1 and 0 examples
+    train = Examples(np.ones((37, 3), dtype=np.float32), np.arange(37) % 2, owner)
+
+    def told(personal):
+        data = custom(monkeypatch, lambda: Dataset("d", train, train, ("a", "b"), "features"))
+        data = dataclasses.replace(data, personal_test=personal)
+        without = TransferConfig(size=0)
+        return [note for note in federation("natural", None, data=data, transfer=without).notes if "personal" in note]
+
+    assert [note.startswith("personal tests: 2 of 3 clients have fewer than 2 examples") for note in told(0.2)] == [
+        True
+    ]
+    assert told(0.0) == []
