@@ -4,8 +4,8 @@ A rule takes points x (n × b × d, float64): n clients, b rows (of soft labels,
 in all), d coordinates. Clients weigh alike: a count of examples is a client's word. With f liars reckoned with:
 
     median             each coordinate's; holds while liars are fewer than half
-    geometric_median   per row argmin_m Σ_k ‖x_k − m‖₂, Weiszfeld's steps from the mean, at most 100, until Σ falls by
-                       less than 1e-8 of itself; fewer than half
+    geometric_median   per row argmin_m Σ_k ‖x_k − m‖₂, Weiszfeld's steps from the coordinates' median, at most 100,
+                       until one is shorter than 1e-6 of the clients' median distance from m; fewer than half
     trimmed_mean       each coordinate's mean without the f least and the f greatest; n > 2f
     krum               the client whose n − f − 2 nearest are nearest; n ≥ 2f + 3
     multi_krum         the mean of the n − f best of these; n ≥ 2f + 3
@@ -28,7 +28,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 Rule = Callable[[Tensor, int], Tensor]  # (n × b × d, f) -> b × d
-STEPS, FTOL = 100, 1e-8
+STEPS, SHORT, HERE = 100, 1e-6, 1e-9  # Weiszfeld's most steps; a last step and no distance, over the usual one
 
 
 def mean(x: Tensor, f: int = 0) -> Tensor:
@@ -43,18 +43,25 @@ def median(x: Tensor, f: int = 0) -> Tensor:
 
 
 def geometric_median(x: Tensor, f: int = 0) -> Tensor:
-    """Weiszfeld's iteration, each row until it is done."""
-    centre = x.mean(0)
-    distance = (x - centre).norm(dim=-1)
-    total, active = distance.sum(0), torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    """Weiszfeld's iteration, each row until it is done.
+
+    It starts and ends by what a minority cannot move: from the mean, 100 steps do not come back from a liar who is far
+    enough off, and beside his distance no fall of the sum of all is seen. Clients that lie on the centre are taken as
+    Vardi and Zhang (2000) do.
+    """
+    centre, active = median(x), torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     for _ in range(STEPS):
-        weight = 1 / distance.clamp_min(1e-12)
-        moved = (weight[..., None] * x).sum(0) / weight.sum(0)[..., None]
-        centre = torch.where(active[:, None], moved, centre)
         distance = (x - centre).norm(dim=-1)
-        now = distance.sum(0)
-        active &= total - now > FTOL * total
-        total = now
+        usual = median(distance)
+        here = distance <= HERE * usual
+        weight = (1 / distance).masked_fill(here, 0.0)
+        others = (weight[..., None] * x).sum(0) / weight.sum(0).clamp_min(1e-300)[..., None]
+        pull = (weight[..., None] * (x - centre)).sum(0).norm(dim=-1)
+        stay = (here.sum(0) / pull.clamp_min(1e-300)).clamp_max(1.0)[:, None]
+        moved = stay * centre + (1 - stay) * others
+        step = (moved - centre).norm(dim=-1)
+        centre = torch.where(active[:, None], moved, centre)
+        active &= step > SHORT * usual
         if not bool(active.any()):
             break
     return centre

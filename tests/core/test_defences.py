@@ -88,9 +88,29 @@ def test_the_geometric_median_is_that_of_a_triangle_and_a_majority() -> None:
     """Of three corners 120° apart it is the centre (Fermat's point); where most agree, it is their point."""
     angles = torch.tensor([0.3, 0.3 + 2 * math.pi / 3, 0.3 + 4 * math.pi / 3], dtype=torch.float64)
     corners = torch.stack([5 + angles.cos(), -2 + angles.sin()], 1)
-    torch.testing.assert_close(geometric_median(corners[:, None])[0], torch.tensor([5.0, -2.0]).double())
+    torch.testing.assert_close(
+        geometric_median(corners[:, None])[0], torch.tensor([5.0, -2.0]).double(), rtol=0, atol=1e-5
+    )
     most = points(*[torch.zeros(2).double()] * 3, torch.tensor([9.0, 0.0]).double(), torch.tensor([0.0, 9.0]).double())
     assert geometric_median(most).norm() < 1e-6
+
+
+@pytest.mark.parametrize("far", [1e8, 1e15, 3e38])
+def test_how_far_off_liars_are_does_not_move_the_geometric_median(far: float) -> None:
+    """Three of seven a thousand off, or as far as float32 goes."""
+    lies = [torch.tensor([1.0, -1.0]).double() * 1e3] * 3
+    near = geometric_median(points(*HONEST[:4], *lies))
+    off = geometric_median(points(*HONEST[:4], *[lie * (far / 1e3) for lie in lies]))
+    torch.testing.assert_close(off, near, rtol=0, atol=1e-3)
+
+
+def test_a_client_on_the_centre_does_not_hold_the_geometric_median() -> None:
+    """Where the iteration begins, at the coordinates' median, may lie a client; the least sum is elsewhere."""
+    x = torch.tensor([[-4.0, 1, -7], [7, 1, -8], [9, 6, -7], [-4, 0, 7], [-4, 4, 9]]).double()[:, None]
+    assert (median(x) == x[0]).all()
+    found = geometric_median(x)
+    gradient = torch.nn.functional.normalize(found - x, dim=-1).sum(0)
+    assert gradient.norm() < 1e-4
 
 
 def test_weiszfeld_stops_row_by_row() -> None:
