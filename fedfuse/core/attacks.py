@@ -168,6 +168,18 @@ def check_attack(strategy: FusionStrategy) -> None:
     ):
         allowed = "label_flip, noise, sign_flip, scale"
         raise UserError(f"attack={attack.name} alters soft labels, and {who} shares none; allowed are {allowed}")
+    if attack.name not in OF_ROWS and attack.name != "hips" and not any(_shares_numbers(strategy, p) for p in phases):
+        raise UserError(f"attack={attack.name}: {who} shares whole numbers alone, which no attack alters; "
+                        f"allowed are off and label_flip")  # fmt: skip
+
+
+def _shares_numbers(strategy: FusionStrategy, phase: str) -> bool:
+    """Whether anything travels up in a phase that is no whole number, or may."""
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    return any(
+        spec is None or any(dtype.startswith("float") for dtype, _ in spec(scope).values())
+        for spec in declared(strategy, phase).values()
+    )
 
 
 def shares_soft_labels(strategy: FusionStrategy, phase: str) -> bool:

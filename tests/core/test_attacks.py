@@ -179,6 +179,7 @@ def test_the_run_says_who_lied_and_scores_the_others() -> None:
         (("strategy=fedavg", "attack=fdla"), "alters soft labels, and strategy=fedavg shares none"),
         (("strategy=fedproto", "attack=lma"), "alters soft labels, and strategy=fedproto shares none"),
         (("strategy=local", "attack=noise"), "strategy=local shares no arrays"),
+        (("strategy=cfd", "attack=sign_flip"), "strategy=cfd shares whole numbers alone"),
         (("strategy=centralized", "attack=label_flip"), "joins all examples"),
         (("strategy=fedavg", "attack=scale", "attack.clients=[3]"), "attack.clients=3: no such client"),
         (("strategy=fedavg", "attack=scale", "attack.clients=[1,1]"), "each once"),
