@@ -439,13 +439,24 @@ class FusionClient:
             noise = budget.noise([budget.steps(planned, size) for planned in self.trainings()])
             budget.spend(noise, rate, steps)
             train, privacy = self.training, self.scenario.config.privacy
+            before = self._unnoised()
             dp_sgd(
                 self.model, self.x, self.y, train, privacy, (noise, rate, steps), sampling, noising,
                 seed_parts=moment, rate_of=rate_of, **options,
             )  # fmt: skip
+            if moved := [name for name, value in self._unnoised().items() if not torch.equal(value, before[name])]:
+                raise UserError(
+                    f"privacy with model={self.architecture}: {moved[0]} changes with the examples that pass, which no "
+                    f"noise covers; allowed are models whose buffers training leaves as they are"
+                )
             if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
                 raise UserError(f"client {self.client}: what it trained privately is not finite, and stays with it")
             return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
+
+    def _unnoised(self) -> Arrays:
+        """A copy of what a model shares beside its parameters: buffers, as of a running mean."""
+        trained = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: value.clone() for name, value in variable(self.model).items() if name not in trained}
 
     def _keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         slots = optimizer.state_dict()["state"]

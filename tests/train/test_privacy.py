@@ -551,6 +551,32 @@ def test_who_tells_of_its_examples_is_refused_before_it_trains(name: str, what: 
         server(name, *NOISY)
 
 
+class Centred(nn.Module):
+    """Keeps a running mean of what it sees, as no layer of torch but the normalisations does."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, classes)
+        self.register_buffer("seen", torch.zeros(features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.seen += 0.1 * (x.flatten(1).mean(0) - self.seen)
+        out: torch.Tensor = self.layer(x.flatten(1) - self.seen)
+        return out
+
+
+def centred(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Centred(math.prod(shape), classes)
+
+
+def test_a_buffer_that_training_moves_is_refused() -> None:
+    """It would be shared as it is: one example of 100 moved a client's share by 0.3, at whatever ε."""
+    words = ("model=custom", f"model.build={__name__}:centred")
+    refused("seen changes with the examples that pass", "fedavg", *NOISY, *words)
+    play("fedavg", *words, "rounds=1")
+
+
 def test_without_opacus_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(UserError, match=r"fedfuse\[privacy\]"):
