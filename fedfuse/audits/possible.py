@@ -22,8 +22,19 @@ FEWEST = 3  # clients, where the others of one make a distribution
 
 def shares_models(strategy: FusionStrategy) -> bool:
     """Whether what a client sends, in the place of what it was sent, is the client's model."""
-    names = declared(strategy, "train").keys() & strategy.topics.keys()
-    return bool(names) and not registry.entry(strategy.name).client.personal
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    specs = [spec for name, spec in declared(strategy, "train").items() if name in strategy.topics]
+    layouts = [{} if spec is None else spec(scope) for spec in specs]  # codes are no model: whole numbers alone
+    numbers = any(not layout or any(t.startswith("float") for t, _ in layout.values()) for layout in layouts)
+    return numbers and not registry.entry(strategy.name).client.personal
+
+
+def _answers_row_by_row(strategy: FusionStrategy) -> bool:
+    """Whether clients say of each public row of a round what they make of it."""
+    scope = strategy.workspace.scope(0, strategy.hyper)
+    layouts = [spec(scope) for spec in declared(strategy, "train").values() if spec is not None]
+    sizes = [layout[n][1][0] for layout in layouts for n in soft_labels(layout, scope.model, strategy.classes)]
+    return strategy.transfer in ("clients", "both") and scope.dims["subset"] in sizes
 
 
 def _tells_counts(strategy: FusionStrategy) -> bool:
@@ -54,6 +65,8 @@ def reason(strategy: FusionStrategy, name: str) -> str:
         return f"{name} reads weights or adapters, and {who} shares none that make a client's model"
     if name not in OF_MODELS and not soft:
         return f"{name} reads soft labels, and {who} shares none"
+    if name in (*OF_ANSWERS, "pli") and not _answers_row_by_row(strategy):
+        return f"{name} reads soft labels of all the public rows, one each, and {who} shares those of others or of some"
     if name in OF_MEMBERS and scenario.data.dataset.next_token:
         return f"{name} asks about labelled examples, and data={config.data.name} predicts next tokens"
     if name in OF_MEMBERS and scenario.cohort_size < FEWEST:
