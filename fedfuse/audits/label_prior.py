@@ -30,6 +30,8 @@ class LabelDistributions:
     def see(self, sent: Sent) -> None:
         """Take a message in."""
         counts = self.adversary.counts(sent)
+        if counts is not None and not bool(counts.any()):  # of who has said all in an earlier round
+            return
         if counts is not None:  # the prior itself, not to be mixed with an older one
             self.estimates[sent.round, sent.client] = counts.double() / counts.sum().clamp_min(1)
             return

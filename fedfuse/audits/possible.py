@@ -24,9 +24,9 @@ def shares_models(strategy: FusionStrategy) -> bool:
     """Whether what a client sends, in the place of what it was sent, is the client's model."""
     scope = strategy.workspace.scope(0, strategy.hyper)
     specs = [spec for name, spec in declared(strategy, "train").items() if name in strategy.topics]
-    layouts = [{} if spec is None else spec(scope) for spec in specs]  # codes are no model: whole numbers alone
-    numbers = any(not layout or any(t.startswith("float") for t, _ in layout.values()) for layout in layouts)
-    return numbers and not registry.entry(strategy.name).client.personal
+    # neither a code nor a companion is what a client predicts with
+    own = any(spec is None or bool(spec(scope).keys() & scope.model.keys()) for spec in specs)
+    return own and not registry.entry(strategy.name).client.personal
 
 
 def _answers_row_by_row(strategy: FusionStrategy) -> bool:
@@ -102,7 +102,8 @@ def _reason_of_clients(strategy: FusionStrategy, name: str) -> str:
         return unplayed
     models, labels = shares_models(strategy), publishes_soft_labels(strategy)
     if not models and not labels:
-        return f"{name} reads soft labels of public rows or a common model, and {who} sends clients neither"
+        read = "soft labels of public rows or the common model that clients predict with"
+        return f"{name} reads {read}, and {who} sends neither"
     if name == "client_ldia" and not labels and scenario.data.transfer is None:
         return f"{name} asks the model that {who} sends about public rows; allowed is transfer.size above 0"
     if labels and config.secure.on:

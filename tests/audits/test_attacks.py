@@ -71,6 +71,8 @@ def test_ldia_is_the_mean_over_rows_and_rounds(alone) -> None:
     told = label_prior.LabelDistributions(adversary("fedproto"))
     told.see(message(1, 0, prototypes={"means": torch.zeros(10, 32), "counts": counts}))
     assert told.estimates[1, 0].tolist() == [0.75, 0.25, *[0.0] * 8]
+    told.see(message(2, 0, prototypes={"means": torch.zeros(10, 32), "counts": torch.zeros_like(counts)}))
+    assert set(told.estimates) == {(1, 0)}  # nothing more was said
 
 
 def test_errors_in_closed_form() -> None:
