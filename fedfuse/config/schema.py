@@ -441,7 +441,7 @@ class AttackConfig:
     clients: list[int] = key([], "who lies, by number; empty: drawn", only="attack!=off")
     scale: float | None = key(
         None,
-        "`noise`: σ over an array's root mean square (1); `sign_flip`: the flipped update's length (1); `scale`: an "
+        "`noise`: σ over an array's root mean square (3); `sign_flip`: the flipped update's length (1); `scale`: an "
         "update's factor (10); `pcfdla`: s (10); null: the number in brackets",
         only="attack=noise|sign_flip|scale|pcfdla",
     )

@@ -29,7 +29,7 @@ from fedfuse.wire.records import Arrays, Layout, layout_of, strays
 if TYPE_CHECKING:
     from fedfuse.core.strategy import FusionStrategy
 
-SCALES = {"noise": 1.0, "sign_flip": 1.0, "scale": 10.0, "pcfdla": 10.0}  # where the user says none
+SCALES = {"noise": 3.0, "sign_flip": 1.0, "scale": 10.0, "pcfdla": 10.0}  # where the user says none
 
 
 def flipped(y: Tensor, classes: int) -> Tensor:

@@ -96,6 +96,8 @@ def test_noise_is_as_large_as_it_says_and_seeded() -> None:
     first, second = (liar("noise", scale=0.5).altered("prototypes", x, {})["means"] for _ in range(2))
     assert torch.equal(first, second)
     assert float((first - x["means"]).std()) == pytest.approx(2.5, rel=0.05)
+    usual = liar("noise").altered("prototypes", x, {})["means"]
+    assert float((usual - x["means"]).std()) == pytest.approx(15.0, rel=0.05)  # less is averaged away by ten clients
 
 
 def test_labels_are_flipped_in_training_alone() -> None:
