@@ -380,7 +380,7 @@ class PrivacyConfig:
     trainings: int | None = key(
         None,
         "rounds of a client's training that σ is planned for; null: all",
-        only="privacy.epsilon",
+        only="privacy.epsilon with privacy.noise=null",
     )
     chunk: int | None = key(
         None,

@@ -11,6 +11,7 @@ from fedfuse import models
 from fedfuse.config import catalogue, hydra_words, registry
 from fedfuse.config.compose import compose, expand, strategy_of
 from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, presets
+from fedfuse.config.idle import idle
 from fedfuse.train.losses import loss
 
 DATA = Path(os.environ.get("FEDFUSE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -179,3 +180,10 @@ def test_letters_that_hydra_does_not_know_are_taken_in_values() -> None:
 def test_a_directory_that_a_sweep_made_can_be_said(name: str) -> None:
     assert [compose(job).out for job in expand([f"out={name}"])] == [name]
     assert compose([f"out='{name}'"]).out == name
+
+
+def test_how_long_a_given_sigma_lasts_is_nobodys_plan() -> None:
+    """`privacy.trainings` plans σ, and does nothing where σ is said."""
+    for words, told in (([], False), (["privacy.noise=1"], True)):
+        words = ["privacy.epsilon=3", "privacy.trainings=3", *words]
+        assert ("privacy.trainings=3" in str(idle(compose(words), typed=words))) == told
