@@ -368,13 +368,6 @@ def test_fisher_refuses_what_is_no_square() -> None:
             strategy.examine(scope, {"fisher": {"a": torch.tensor([1.0, bad])}})
 
 
-def test_fisher_where_nobody_has_an_example_publishes_nothing() -> None:
-    strategy = server("fisher")
-    like = {k: torch.ones_like(v) for k, v in strategy.model.items()}
-    strategy.fuse(shares(strategy, *[{"fisher": like, "scaled": like, "rest": {}}] * 2, examples=[0, 0]))
-    assert strategy.board.items["model", ""].version == 0
-
-
 def test_a_fisher_over_all_tokens_of_a_vocabulary_is_refused() -> None:
     for labels in ("expected", "data"):
         config, scenario = scenario_of((*TINY, "strategy=fisher", f"strategy.labels={labels}"))
