@@ -150,7 +150,11 @@ class Link:
             raise Lost(f"the server at {self.address} cannot be asked: {one_line(error)}{why}") from error
 
     def leave(self, path: str, content: bytes) -> bytes:
-        """Leave something at the operators' door; what it answers.
+        """Leave something at the operators' door; what it answers. See `ask`."""
+        return self.ask("POST", path, content)
+
+    def ask(self, method: str, path: str, content: bytes = b"", most: int = ANSWER) -> bytes:
+        """`request` something that every server has.
 
         Raises
         ------
@@ -159,7 +163,7 @@ class Link:
         WorldError
             If it cannot be asked, or fails.
         """
-        answer = self.request("POST", path, content)
+        answer = self.request(method, path, content, most=most)
         if answer is None:
             raise UserError(
                 f"--server {self.address}: is no operators' port of a FedFuse server (--control-port there)"

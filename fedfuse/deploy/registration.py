@@ -122,10 +122,7 @@ def sites(link: Link) -> list[dict[str, str]]:
     WorldError
         If it cannot be asked.
     """
-    answer = link.request("GET", "sites", most=MANY)
-    if answer is None:
-        raise UserError(f"--server {link.address}: is no operators' port of a FedFuse server (--control-port there)")
-    found = json.loads(json.loads(answer)["detail"])
+    found = json.loads(json.loads(link.ask("GET", "sites", most=MANY))["detail"])
     return [{name: one_line(value, 100) for name, value in one.items()} for one in found]
 
 

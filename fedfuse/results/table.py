@@ -347,7 +347,7 @@ def grid(rows: Sequence[Row], decimals: int = 2) -> tuple[list[str], list[list[s
     cells = []
     for one in rows:
         line = [one.strategy, *([one.setting] if settings else []), str(one.n)]
-        line += [*(one.share(name, decimals) for name in METRICS), *(number(one.final[name]) for name in texts)]
+        line += [*(one.share(name, decimals) for name in METRICS), *(decimal(one.final[name]) for name in texts)]
         line += [amount(one.up_mb), amount(one.down_mb), *([amount(one.setup_mb)] if setup else [])]
         line += [amount(one.seconds)]
         cells.append([*line, str(one.failures) + ("" if one.cohort_complete else "*")])
@@ -364,7 +364,7 @@ def any_texts(rows: Sequence[Row]) -> bool:
     return any(one.final[name].n for one in rows for name in TEXTS)
 
 
-def number(value: Interval) -> str:
+def decimal(value: Interval) -> str:
     """Write a mean with its half-width; the mean alone where there is no interval, a dash where there is no value."""
     if math.isnan(value.mean):
         return "–"

@@ -12,8 +12,7 @@ from fedfuse.results.run_data import SAMPLES, RunRecord
 from fedfuse.results.sections import Table, columns, number, word
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import mean_interval
-from fedfuse.results.table import TEXTS
-from fedfuse.results.table import number as plain
+from fedfuse.results.table import TEXTS, decimal
 
 FIGURES = {
     **TEXTS,
@@ -35,7 +34,7 @@ def scores(groups: Sequence[Group]) -> Table | None:
         for name in shown:
             scale = 100 if name.startswith("exact") else 1
             found = mean_interval([scale * run.final.get(name, math.nan) for run in one.runs])
-            cells.append(number(found.mean, plain(found)))
+            cells.append(number(found.mean, decimal(found)))
         lines.append(tuple(cells))
     note = (
         "Bits per byte: the loss of all predicted tokens over the UTF-8 bytes that they stand for, which no tokenizer "

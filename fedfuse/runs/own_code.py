@@ -42,6 +42,11 @@ def hashes_of(config: Config) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def changed(began: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What code is for that is not what it was; of what was not kept then, nobody knows."""
+    return [name for name, value in now.items() if began.get(name, value) != value]
+
+
 def check_code(path: Path, config: Config) -> None:
     """Refuse to take a finished run for one of today's code.
 
@@ -51,30 +56,29 @@ def check_code(path: Path, config: Config) -> None:
         Naming what has changed.
     """
     began, now = hashes_in(environment_in(path)), hashes_of(config)
-    for name, value in now.items():
-        if began.get(name, value) != value:
-            raise UserError(
-                f"out={path}: was run by other code of the {name} (sha256 {began[name]}, now {value}); remove that "
-                f"folder, choose another out, or say overwrite=true; or bring the code back"
-            )
+    for name in changed(began, now):
+        raise UserError(
+            f"out={path}: was run by other code of the {name} (sha256 {began[name]}, now {now[name]}); remove that "
+            f"folder, choose another out, or say overwrite=true; or bring the code back"
+        )
 
 
 def go_on_with(path: Path, config: Config, clients: ClientStore) -> None:
     """Keep with a run that goes on by which code it does, where that has changed since it began, or nobody knows."""
     began, now = hashes_in(environment_in(path)), hashes_of(config)
-    changed = {name: value for name, value in now.items() if began.get(name, value).split(THEN)[-1] != value}
-    if changed or not began:
+    other = changed({name: value.split(THEN)[-1] for name, value in began.items()}, now)
+    if other or not began:
         clients.forget_staged()
-    if changed:
-        code = {**began, **{name: f"{began[name]}{THEN}{value}" for name, value in changed.items()}}
+    if other:
+        code = {**began, **{name: f"{began[name]}{THEN}{now[name]}" for name in other}}
         write_text(path / "environment.json", json.dumps(environment_in(path) | {"code": code}, indent=1))
 
 
 def code_notes(path: Path) -> list[str]:
     """What whoever reads the result of a run has to know whose code changed on the way."""
-    changed = [name for name, value in hashes_in(environment_in(path)).items() if THEN in value]
-    return [f"the code of the {' and the '.join(changed)} changed while this run was interrupted: no code gives its "
-            f"digest from the start"] if changed else []  # fmt: skip
+    other = [name for name, value in hashes_in(environment_in(path)).items() if THEN in value]
+    return [f"the code of the {' and the '.join(other)} changed while this run was interrupted: no code gives its "
+            f"digest from the start"] if other else []  # fmt: skip
 
 
 def _of_strategies(kind: type) -> bool:

@@ -30,7 +30,7 @@ from fedfuse.errors import UserError, WorldError
 from fedfuse.results.run_data import load
 from fedfuse.results.setting import EDGE
 from fedfuse.runs.combinations import without_seed
-from fedfuse.runs.own_code import hashes_of
+from fedfuse.runs.own_code import changed, hashes_of
 from fedfuse.runs.parallel import Track, drive, shared_out
 
 if TYPE_CHECKING:
@@ -165,10 +165,9 @@ class _Plan:
             )
         self.study.set_user_attr("setting", setting)
         code = hashes_of(self.base)
-        began = self.study.user_attrs.get("code", code)
-        if changed := [name for name, value in code.items() if began.get(name, value) != value]:
+        if other := changed(self.study.user_attrs.get("code", code), code):
             raise UserError(
-                f"out={folder.parent}: holds a search by other code of the {' and the '.join(changed)}; "
+                f"out={folder.parent}: holds a search by other code of the {' and the '.join(other)}; "
                 f"remove {folder}, choose another out, or bring the code back"
             )
         self.study.set_user_attr("code", code)

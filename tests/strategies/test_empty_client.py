@@ -40,17 +40,21 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize("name", MEANS)
-def test_what_a_client_without_examples_says_enters_no_mean(name, monkeypatch):
-    """Whatever it says, everybody else is taught the same."""
+def without_examples(monkeypatch, *clients: int) -> None:
     whole, count = FusionClient.examples, Scenario.examples
 
     def examples(self, split):
         found = whole(self, split)
-        return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
+        return (found[0][:0], found[1][:0]) if split == "train" and self.client in clients else found
 
     monkeypatch.setattr(FusionClient, "examples", examples)
-    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
+    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client in clients else count(self, client))
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_what_a_client_without_examples_says_enters_no_mean(name, monkeypatch):
+    """Whatever it says, everybody else is taught the same."""
+    without_examples(monkeypatch, 1)
     client = registry.entry(name).client
     predict = client.predict
 
@@ -86,14 +90,7 @@ def test_adapters_that_nobody_trained_enter_no_mean(name, monkeypatch):
 
     words = ("strategy.weighting=uniform", *ADAPTERS[name]) if name in ADAPTERS else ()
     name = name.split()[0]
-    whole, count = FusionClient.examples, Scenario.examples
-
-    def examples(self, split):
-        found = whole(self, split)
-        return (found[0][:0], found[1][:0]) if split == "train" and self.client == 1 else found
-
-    monkeypatch.setattr(FusionClient, "examples", examples)
-    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client == 1 else count(self, client))
+    without_examples(monkeypatch, 1)
     parts = AdapterClient.parts
 
     def published():
@@ -112,17 +109,6 @@ def test_adapters_that_nobody_trained_enter_no_mean(name, monkeypatch):
 
 
 FEW = ("clients=4", "participation=0.25", "rounds=3", "++strategy.min_train_nodes=1")
-
-
-def without_examples(monkeypatch, *clients: int) -> None:
-    whole, count = FusionClient.examples, Scenario.examples
-
-    def examples(self, split):
-        found = whole(self, split)
-        return (found[0][:0], found[1][:0]) if split == "train" and self.client in clients else found
-
-    monkeypatch.setattr(FusionClient, "examples", examples)
-    monkeypatch.setattr(Scenario, "examples", lambda self, client: 0 if client in clients else count(self, client))
 
 
 @pytest.mark.parametrize("name", sorted(registry.listed()))
