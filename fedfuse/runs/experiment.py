@@ -30,6 +30,7 @@ from fedfuse.runs.configuration import address_of, known_config
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.runs.environment import check_content
 from fedfuse.runs.further import make_room
+from fedfuse.runs.interrupt import Interrupt
 from fedfuse.runs.listeners import callbacks
 from fedfuse.runs.own_code import go_on_with
 from fedfuse.runs.tracking import check as check_tracking
@@ -133,9 +134,9 @@ def play(
     scenario, onwards = strategy.scenario, f"fedfuse resume {directory.path} goes on"
     grid: LocalGrid | None = None
     try:
-        with directory.keeping_why(onwards):
+        with directory.keeping_why(onwards), Interrupt() as interrupt:
             grid = build_grid(entry, scenario, directory)
-            listeners = callbacks(scenario.config, directory, quiet)
+            listeners = [*callbacks(scenario.config, directory, quiet), interrupt]
             federation = Federation(strategy, grid, scenario.config.rounds, listeners, clock)
             if resumed:
                 directory.restore(federation)
