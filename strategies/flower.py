@@ -8,10 +8,10 @@ Travels: the model both ways, P·B_f bytes a client and round. Server learning r
 rate is `train.lr`. Readings of ours: integer buffers (BatchNorm's counters) never reach Flower's rules, which would
 turn them into floats or, in Krum, into distance; their mean is rounded. Nor do BatchNorm's running statistics reach the
 rules that step beyond the mean or short of it (FedAvgM, FedAdagrad, FedAdam, FedYogi, QFedAvg): these are averaged, as
-under FedAvgM's momentum a variance becomes negative. A client without examples has no say. Where Flower skips an
-aggregation (Bulyan with too few replies) the model stays, and `skipped` is logged. A cohort below the rule's minimum is
-refused before the run; Flower would wait for ever. The published model has the model's own dtypes: FedAdam computes in
-float64 and is rounded once a round.
+under FedAvgM's momentum a variance becomes negative. A client without examples has no say. Where fewer answer than
+Krum, multi-Krum or Bulyan need the model stays, and notes say so; Flower's Krum would go on. A cohort below the rule's
+minimum is refused before the run; Flower would wait for ever. The published model has the model's own dtypes: FedAdam
+computes in float64 and is rounded once a round.
 """
 
 from __future__ import annotations
@@ -165,9 +165,10 @@ class FlowerKrum(FlowerStrategy):
 
     rule = "Krum"
 
-    def minimum(self) -> int:
+    @property
+    def quorum(self) -> int:
         """2f + 3."""
-        return max(super().minimum(), 2 * self.hyper.num_malicious_nodes + 3)
+        return int(2 * self.hyper.num_malicious_nodes + 3)
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,11 @@ class FlowerMultiKrum(FlowerStrategy):
 
     rule = "MultiKrum"
 
-    def minimum(self) -> int:
+    @property
+    def quorum(self) -> int:
         """2f + 3, and m of those that are not malicious."""
         f = self.hyper.num_malicious_nodes
-        return max(super().minimum(), 2 * f + 3, self.hyper.num_nodes_to_select + f)
+        return int(max(2 * f + 3, self.hyper.num_nodes_to_select + f))
 
 
 @strategy("flwr_bulyan", client=FlowerClient, hyper=KrumHyper, paper="El Mhamdi et al. 2018, 1802.07927")
@@ -200,9 +202,10 @@ class FlowerBulyan(FlowerStrategy):
 
     rule = "Bulyan"
 
-    def minimum(self) -> int:
+    @property
+    def quorum(self) -> int:
         """4f + 3."""
-        return max(super().minimum(), 4 * self.hyper.num_malicious_nodes + 3)
+        return int(4 * self.hyper.num_malicious_nodes + 3)
 
 
 @dataclass(frozen=True)

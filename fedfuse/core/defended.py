@@ -199,6 +199,12 @@ def _alike(holds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield pattern.nonzero().flatten(), (holds == pattern[:, None]).all(0).nonzero().flatten()
 
 
+def quorum(strategy: FusionStrategy) -> int:
+    """Clients with examples that a phase needs: the rule's, of as many liars as are reckoned with among those asked."""
+    defence = strategy.scenario.config.defence
+    return max(FEWEST, least(defence.name, liars_among(len(strategy.outbox.awaited), defence.fraction)))
+
+
 def check_defence(strategy: FusionStrategy) -> None:
     """Refuse what no rule can stand in for.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRANSFER = ("none", "server", "clients", "both")
 UNDEFINED = "undefined"  # a metric: of a client's training loss, or the share of a test set
 CONSTANT = "constant"  # a metric: all examples of a test set get one answer
-KEPT = "kept"  # a metric: nobody had an example in this round, so that all stays as it was
+KEPT = "kept"  # a metric: how many with examples this round needed and did not get, so that all stayed as it was
 
 
 def check_declared(kind: type[Any], known: Iterable[str]) -> None:
@@ -181,13 +181,20 @@ def kept(rows: Iterable[tuple[int, str, int, str, str, float]], done: int) -> li
     done : int
         Rounds so far.
     """
-    rounds = sorted(round for round, scope, _, _, metric, *_ in rows if (scope, metric) == ("server", KEPT))
-    if not rounds:
+    found = {round: int(value) for round, scope, _, _, metric, value, *_ in rows if (scope, metric) == ("server", KEPT)}
+    if not found:
         return []
     return [
-        f"nothing to fuse in {len(rounds)} of {done} rounds, first in round {rounds[0]}: no client of the cohort has a "
-        f"training example there, and what was published stays (participation)"
+        f"nothing to fuse in {len(found)} of {done} rounds, first in round {min(found)}: "
+        f"{too_few(max(found.values()))} there, and what was published stays (participation)"
     ]
+
+
+def too_few(needed: int) -> str:
+    """Why a phase makes nothing of its shares: how many with examples it needs."""
+    if needed == 1:
+        return "no client that answered has a training example"
+    return f"fewer than the {needed} clients that the rule needs answered with training examples"
 
 
 def is_undefined(metrics: Mapping[str, Any], examples: float) -> bool:

@@ -19,12 +19,13 @@ from fedfuse.config import registry
 from fedfuse.core.client_level import Noised
 from fedfuse.core.collusion import added, agreed
 from fedfuse.core.defended import Defended
+from fedfuse.core.defended import quorum as defended_quorum
 from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import plan_of
 from fedfuse.core.shares import Metrics, Records, Share, Shares, nobody
-from fedfuse.core.silence import KEPT, check_declared
+from fedfuse.core.silence import KEPT, check_declared, too_few
 from fedfuse.core.workspace import Workspace
 from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.models.in_place import variable
@@ -153,7 +154,7 @@ class FusionStrategy(Strategy):
         self.state: dict[str, Any] = {}
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
         self.place = 0  # of the phase among its round's
-        self._kept = -1  # the last round in which nobody had an example
+        self._kept = -1  # the last round in which too few had examples
         self.board = Board(self.topics)
         self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
@@ -173,6 +174,11 @@ class FusionStrategy(Strategy):
     def means(self) -> Collection[str]:
         """Records of which `fuse` wants the mean and nothing else: a `defence` may stand in its place."""
         return self.sums.keys()
+
+    @property
+    def quorum(self) -> int:
+        """Clients with examples that a phase must hear, or all stays as it is: as many as a `defence` needs, or one."""
+        return defended_quorum(self) if self.scenario.config.defence.on else 1
 
     def begin(self) -> None:
         """Publish version 0: by default each architecture's initial model, if there is a topic `model`."""
@@ -440,27 +446,30 @@ class FusionStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, let the algorithm fuse what is valid, and count the rest.
 
-        Where nobody who answered has a training example, there is nothing to fuse: what is published stays, and the
-        round is noted. The noise of clients' privacy is drawn all the same: it hides who took part.
+        Where fewer than `quorum` of those who answered have training examples, there is nothing to fuse: what is
+        published stays, and the round is noted. The noise of clients' privacy is drawn all the same: it hides who took
+        part.
 
         Raises
         ------
         WorldError
-            If no client succeeded, the algorithm failed, or nobody has an example in a phase that others stand on.
+            If no client succeeded, the algorithm failed, or too few have examples in a phase that others stand on.
         UserError
             If its `state` holds what no checkpoint can keep.
         """
         sums = dict(self.summed)
         totals, known = empty_totals(sums, self.outbox.request.said), len(self.inbox.left_out)
         stream, held = self.inbox.shares(replies, sums, totals), list[Share]()
+        heard = 0
         for share in stream:
             held.append(share)
-            if share.metrics["num-examples"] > 0 or self.scenario.config.privacy.by_client:
+            heard += share.metrics["num-examples"] > 0 or self.scenario.config.privacy.by_client
+            if heard >= self.quorum:
                 break
-        else:
-            if not held:
-                raise nobody(server_round, self.phase, self.inbox.left_out[known:])
-            self._keep(server_round)
+        if not held:
+            raise nobody(server_round, self.phase, self.inbox.left_out[known:])
+        if heard < (needed := self.quorum):  # who is not needed of an overcommitted cohort is awaited no longer
+            self._keep(server_round, needed)
             return self._model_record(), MetricRecord()
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
@@ -485,14 +494,12 @@ class FusionStrategy(Strategy):
         item = self.board.items.get(("model", ""))
         return record(item.arrays) if item is not None else ArrayRecord()
 
-    def _keep(self, round: int) -> None:
-        """Leave all as it is: nobody who answered has a training example."""
+    def _keep(self, round: int, needed: int) -> None:
+        """Leave all as it is: fewer than needed of those who answered have training examples."""
         if self.phase in self.setup or (self.place and self._kept != round):  # what comes next needs what this makes
-            raise WorldError(
-                f"round {round}, {self.phase}: no client that answered has a training example (clients, participation)"
-            )
+            raise WorldError(f"round {round}, {self.phase}: {too_few(needed)} (clients, participation)")
         if self._kept != round:
-            self.log(KEPT, 1)
+            self.log(KEPT, needed)
         self._kept = round
 
     def _handed(self, stream: Iterator[Share], totals: dict[str, Sum]) -> Shares:

@@ -93,16 +93,13 @@ class FlowerStrategy(FusionStrategy):
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
-        if self.scenario.cohort_size < self.minimum():
+        least = max(self.hyper.min_train_nodes, self.quorum)
+        if self.scenario.cohort_size < least:
             raise UserError(
-                f"strategy=flwr_{self.rule.lower()} needs at least {self.minimum()} clients a round as it is set, "
+                f"strategy=flwr_{self.rule.lower()} needs at least {least} clients a round as it is set, "
                 f"clients={self.scenario.clients} with participation="
                 f"{self.scenario.config.participation} give {self.scenario.cohort_size}"
             )
-
-    def minimum(self) -> int:
-        """Least number of clients in a round."""
-        return int(self.hyper.min_train_nodes)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the rule."""
@@ -139,8 +136,7 @@ class FlowerStrategy(FusionStrategy):
         with quiet():
             arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
-            self.log("skipped", 1)
-            return
+            return self._keep(self.round, len(replies) + 1)
         new, old = tensors(arrays), self.model
         new = {name: value.reshape(old[name].shape).to(old[name].dtype) for name, value in new.items()}
         weight = sum(share.examples for share in everyone)

@@ -128,7 +128,7 @@ def test_a_round_of_nobody_with_examples_leaves_all_as_it_is(name, monkeypatch):
         for place, phase in enumerate(strategy.phases(1)):
             built.play(1, phase, place)
         assert strategy.sha() == before
-        assert ("server", -1, "train", "kept", 1.0) in strategy.logged
+        assert ("server", -1, "train", "kept", float(strategy.quorum)) in strategy.logged
         assert strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}, strategy.inbox.left_out
 
 
@@ -140,6 +140,38 @@ def test_a_run_goes_on_after_a_round_of_nobody_and_says_so(words, monkeypatch):
     assert played.federation.done == 5
     assert [note for note in played.notes if note.startswith("nothing to fuse in ")]
     assert played.strategy.board.items["model", ""].version > 1
+
+
+RULES = ("trimmed_mean", "krum", "multi_krum", "cronus", "median")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *(("fedavg", (f"defence={rule}",)) for rule in RULES),
+        ("fedmd", ("defence=trimmed_mean",)),
+        ("flwr_krum", ("strategy.num_malicious_nodes=1",)),
+        ("flwr_multikrum", ("strategy.num_malicious_nodes=1",)),
+        ("flwr_bulyan", ()),
+    ],
+)
+def test_a_round_of_too_few_for_its_rule_leaves_all_as_it_is(name, words, monkeypatch):
+    """One of three, or two of five, have examples: no rule holds against a liar among so few."""
+    many = 5 if "krum" in str((name, words)) else 3
+    without_examples(monkeypatch, *range(many // 2, many))
+    played = play(name, f"clients={many}", "rounds=2", *words)
+    assert played.federation.done == 2
+    items = played.strategy.board.items
+    assert all(item.version == 0 for item in items.values())
+    (note,) = [note for note in played.notes if note.startswith("nothing to fuse in 2 of 2 rounds")]
+    assert f"fewer than the {many} clients that the rule needs" in note or many == 3
+
+
+def test_who_an_overcommitted_cohort_does_without_is_not_missed_by_the_rule():
+    """Of four that are asked three count: the rule needs three, as it would not of four with two liars."""
+    words = ("clients=4", "participation=0.75", "clock=devices", "schedule=overcommit", "schedule.factor=1.3")
+    played = play("fedavg", *words, "defence=trimmed_mean", "defence.fraction=0.3")
+    assert played.strategy.board.items["model", ""].version == 2
 
 
 def test_a_basis_of_nobodys_gradients_is_refused_in_a_line(monkeypatch):

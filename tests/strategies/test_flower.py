@@ -100,8 +100,14 @@ def test_q_fedavgs_clients_say_the_loss_of_the_model_they_received(monkeypatch) 
     assert wake(server("flwr_qfedavg")).fit()["train_loss"] == 0.0
 
 
-def test_skipped_aggregation_keeps_the_model_and_says_so() -> None:
+@pytest.mark.parametrize("asked", ["by its quorum", "by Flower"])
+def test_skipped_aggregation_keeps_the_model_and_says_so(asked, monkeypatch) -> None:
     """Bulyan needs three replies; with two Flower skips, and so do we."""
+    kind = registry.entry("flwr_bulyan").server
+    if asked == "by Flower":
+        monkeypatch.setattr(kind, "quorum", 1)
+    logged = []
+    monkeypatch.setattr(kind, "log", lambda self, metric, value, *more, **named: logged.append((metric, value)))
 
     def lost(message, reply) -> bool:
         return reply.metadata.src_node_id == 2 and message.metadata.message_type == "train"
@@ -110,6 +116,7 @@ def test_skipped_aggregation_keeps_the_model_and_says_so() -> None:
         built.run()
         model = built.strategy.model
         assert all(torch.equal(v, model[k]) for k, v in built.strategy.workspace.initial("mlp_small").items())
+    assert [value for metric, value in logged if metric == "kept"] == [3, 3]
 
 
 def test_arrays_are_paired_by_name_whatever_order_they_come_in() -> None:
