@@ -170,7 +170,7 @@ class FedDF(FusionStrategy):
         for name in names:
             to = name if len(names) > 1 else None
             student = used.means[name].mean() if name in used.means else self.published("model", to)
-            if used.models and distils:
+            if distils:
                 student = self.distilled(name, student, x, y, used.outputs)
             self.publish("model", student, to=to)
 

@@ -146,8 +146,7 @@ class FedET(FusionStrategy):
             common.add(group, layer(arrays), share.examples)
             if distil.happens(self.scenario.config.distil, h.distill_epochs):
                 logits.append(self.predict(self.workspace.loaded(name, arrays), x, h.distill_batch).double())
-        if means:
-            self.state["large"] = {**self.state["large"], **common.mean()}
+        self.state["large"] = {**self.state["large"], **common.mean()}
         if logits:
             self.state["large"] = self._teach(x, *consensus(torch.stack(logits)))
         for name in self.names:

@@ -260,8 +260,6 @@ class FedKA(AveragingStrategy):
             total.add(share.group, sent, float(share.examples) if h.weighting == "examples" else 1.0)
             model = self.workspace.loaded(self.architecture, sent)
             said.append(training.predict(model, target, batch).softmax(1))
-        if not said:
-            return None
         mean = total.mean()
         labels, agreed = vote(said, self.classes)
         self.log("votes/agreement", agreed.mean().item())

@@ -184,8 +184,6 @@ class FedMKT(FusionStrategy):
         """Select by row, align, and send to each architecture; teach the server's model first, if there is one."""
         names = self.scenario.architectures
         said = [public_text.Said(names[s.client], s.records["said"], s.weight) for s in shares if s.examples]
-        if not said:
-            return
         if self.hyper.server is not None:
             said = [public_text.Said(self.hyper.server, self.taught(said))]
         for name in sorted(set(names)):

@@ -212,8 +212,6 @@ class SelectiveFD(FusionStrategy):
     def fuse(self, shares: Shares) -> None:
         """ȳ over senders that have examples; published unless nothing is left."""
         everyone = [share.records["soft"] for share in shares if share.examples]  # the others have learnt nothing
-        if not everyone:
-            return
         total = self.scenario.rows_of(self.hyper.subset)
         rows, soft = ensemble(
             [r["rows"] for r in everyone], [r["p"] for r in everyone], total, self.hyper.server_threshold

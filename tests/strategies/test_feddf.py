@@ -110,10 +110,13 @@ def test_distilling_moves_the_student_to_the_ensemble():
 
 
 def test_clients_without_examples_neither_count_nor_teach():
-    strategy = server("feddf")
-    before = strategy.model
-    strategy.fuse(shares(strategy, *variants(strategy, "mlp_small", 2), examples=0))
-    assert all(torch.equal(v, before[k]) for k, v in strategy.model.items())
+    fused = []
+    for place in (1, 2):
+        strategy = server("feddf")
+        said = variants(strategy, "mlp_small", 3)
+        strategy.fuse(shares(strategy, said[0], said[place], examples=(10, 0)))
+        fused.append(strategy.model)
+    assert all(torch.equal(v, fused[1][k]) for k, v in fused[0].items())
 
 
 def test_cosine():

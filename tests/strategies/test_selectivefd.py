@@ -84,9 +84,6 @@ def test_a_client_without_examples_knows_no_row_even_without_a_selector():
     built.fuse(shares(built, *everyone, examples=(10, 0, 30)))
     got = built.published("ensemble")
     torch.testing.assert_close(got["p"], (p[0] + p[2]) / 2)
-    built.round = 2
-    built.fuse(shares(built, *everyone, examples=0))
-    assert built.board.items["ensemble", ""].version == 1
 
 
 def test_selection_cuts_the_bytes_and_says_so():
