@@ -162,7 +162,8 @@ class FedMKT(FusionStrategy):
             raise UserError("strategy=fedmkt chooses whom to learn from by labels: set transfer.labelled=true")
         if hyper.server is not None:
             self.workspace.initial(hyper.server)  # refuses one that cannot be built
-        if hyper.mapping != "groups" and len({*map(workspace.texts.pieces, known(self.scenario, hyper))}) == 1:
+        self.several = len({*map(workspace.texts.pieces, known(self.scenario, hyper))}) > 1
+        if hyper.mapping != "groups" and not self.several:
             for key in ("mapping", "unmatched"):
                 without_effect(hyper, key, "where all models have one tokeniser")
         if hyper.mapping == "groups":
@@ -174,6 +175,11 @@ class FedMKT(FusionStrategy):
             for key, needed in (("select", "greater"), ("unmatched", "label")):
                 if getattr(hyper, key) != needed:
                     raise UserError(f"strategy.{key}={getattr(hyper, key)}: with mapping=groups allowed is {needed}")
+
+    @property
+    def across(self) -> bool:  # type: ignore[override]
+        """Whether groups of tokens of several tokenisers are compared."""
+        return self.hyper.mapping == "groups" and self.several
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

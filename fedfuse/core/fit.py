@@ -87,11 +87,11 @@ def _check_options(strategy: FusionStrategy, objective: Loss) -> None:
             f"loss.options.gamma={objective.gamma:g}: {told} has no cross-entropy on an unlabelled transfer set; "
             "set transfer.labelled=true, or gamma=1"
         )
-    if isinstance(objective, XToken) and not strategy.aligns:
+    if isinstance(objective, XToken) and not strategy.across:
         for name in ("pieces", "kept"):
             if (value := getattr(objective, name)) != getattr(XToken, name):
                 raise UserError(
-                    f"loss.options.{name}={value:g}: {told} is kl where there is one vocabulary, as {who} has; "
+                    f"loss.options.{name}={value:g}: {told} is kl where one vocabulary is compared, as by {who} here; "
                     f"allowed: {getattr(XToken, name)}"
                 )
 

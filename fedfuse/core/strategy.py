@@ -97,6 +97,9 @@ class FusionStrategy(Strategy):
         Whether `feature_dim` must be the same in all architectures.
     aligns : bool
         Whether architectures may read the transfer set by tokenizers of their own, as `workspace.texts` has them.
+    across : bool
+        Whether an objective is told two vocabularies, where tokens of several are compared; a property where
+        hyper-parameters or tokenizers decide. Options of `loss=xtoken` are refused without.
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "class counts"); said in the run's notes,
         and refused with privacy.
@@ -136,6 +139,7 @@ class FusionStrategy(Strategy):
     of_classes: ClassVar[bool] = False
     same_features: ClassVar[bool] = False
     aligns: ClassVar[bool] = False
+    across: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
     distils: ClassVar[bool] = False
     of_logits: ClassVar[bool] = False

@@ -150,13 +150,16 @@ def test_a_temperature_of_probabilities_is_heard(told: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("loss=dhkd", "gamma=3"),
-        ("loss=dhkd", "gamma=3", "heads=1"),
-        ("loss=xtoken", "pieces=2"),
-        ("loss=xtoken", "kept=3"),
+        ("fedmd", "loss=dhkd", "loss.options.gamma=3"),
+        ("fedmd", "loss=dhkd", "loss.options.gamma=3", "loss.options.heads=1"),
+        ("fedmd", "loss=xtoken", "loss.options.pieces=2"),
+        ("fedmd", "loss=xtoken", "loss.options.kept=3"),
+        ("knfu", "loss=xtoken", "loss.options.pieces=2"),
+        ("fedmkt", "loss=xtoken", "loss.options.pieces=2"),
+        ("fedmkt", "loss=xtoken", "loss.options.kept=3", "strategy.mapping=groups"),
     ],
 )
 def test_an_option_that_a_loss_reads_elsewhere_alone_is_refused(words) -> None:
-    option = words[1].partition("=")[0]
+    option = words[2].partition("=")[0].rpartition(".")[2]
     with pytest.raises(UserError, match=rf"loss.option.*{option}=.*1|{option}=.*allowed: (4|32)"):
-        play("fedmd", words[0], *(f"loss.options.{word}" for word in words[1:]))
+        play(*words)

@@ -120,12 +120,12 @@ def test_an_own_token_likelier_than_certain_is_refused() -> None:
 
 def test_each_loss_is_heard_between_tokenisers_and_every_byte_is_counted(words) -> None:  # noqa: F811
     base, digests = (*words, "rounds=1", GROUPS, "strategy.alpha=0.5"), set()
-    for name in ("gold", "uld", "xtoken"):
-        run = play("fedmkt", f"loss={name}", base=base)
+    for objective in (["loss=gold"], ["loss=uld"], ["loss=xtoken"], ["loss=xtoken", "loss.options.kept=1"]):
+        run = play("fedmkt", *objective, base=base)
         assert run.strategy.inbox.failures == {"replies": 0, "rejected": 0, "retried": 0}
         assert math.isfinite(run.federation.headline["bits_per_byte/personal"])
         digests.add(run.digest)
-    assert len(digests) == 3
+    assert len(digests) == 4
     default = play("fedmkt", base=base, grid="serial")
     assert default.digest in digests
     texts, names = default.strategy.workspace.texts, default.strategy.scenario.architectures
