@@ -42,29 +42,18 @@ from fedfuse import (
     inversion,
     strategy,
     synthesis,
-    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class CoBoostingHyper(InversionHyper):
-    """Hyper-parameters of Co-Boosting.
-
-    Raises
-    ------
-    UserError
-        If the step of the weights has a factor, and there is none.
-    """
+    """Hyper-parameters of Co-Boosting."""
 
     temperature: float = hyper(4.0, "T of the student's KL and of the perturbation (code: 4)", above=0)
     hardness: float = hyper(1.0, "h, exponent of 1 − p_y in the generator's cross-entropy", low=0)
     weight_step: float = hyper(0.01, "μ, step of the ensemble's weights (code: 0.01)", low=0, high=1)
-    weight_decay: float = hyper(0.99, "factor of that step an epoch (code: 0.99)", above=0, high=1)
+    weight_decay: float = hyper(0.99, "factor of that step an epoch (code: 0.99)", above=0, high=1, only="weight_step")
     perturbation: float = hyper(8 / 255, "δ, of the range of pixels (code: 8/255)", low=0)
-
-    def __post_init__(self) -> None:
-        if not self.weight_step:
-            without_effect(self, "weight_decay", "with strategy.weight_step=0, where weights stay as they are")
 
 
 def hard_loss(d: Tensor, y: Tensor, hardness: float) -> Tensor:

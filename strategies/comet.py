@@ -58,9 +58,11 @@ class CometHyper:
     clusters: int = hyper(2, "κ, number of clusters", low=1)
     lam: float = hyper(1.0, "λ, weight of the distance to the cluster's mean", low=0)
     cluster_by: str = hyper("client", "whole outputs of clients, or each sample's (port)", choices=("client", "sample"))
-    distill: str = hyper("joint", "beside private training, or before it (port)", choices=("joint", "separate"))
+    distill: str = hyper(
+        "joint", "beside private training, or before it (port)", choices=("joint", "separate"), only="lam"
+    )
     distill_epochs: int = hyper(1, "epochs over D_t, with distill=separate", low=0)
-    distill_batch: int = hyper(64, "batch size on D_t", low=1)
+    distill_batch: int = hyper(64, "batch size on D_t", low=1, only="lam")
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
 
     def __post_init__(self) -> None:

@@ -44,19 +44,12 @@ from fedfuse import (
     strategy,
     training,
     variable,
-    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class FedDFHyper:
-    """Hyper-parameters of FedDF.
-
-    Raises
-    ------
-    UserError
-        If a validation share is named and nothing reads one.
-    """
+    """Hyper-parameters of FedDF."""
 
     distill_epochs: int = hyper(10, "passes over D_t each round; 0: FedAvg (paper: up to 10⁴ steps)", low=0)
     distill_batch: int = hyper(128, "batch size of distillation", low=1)
@@ -69,11 +62,13 @@ class FedDFHyper:
     )
     drop_worst: bool = hyper(False, "leave out models that are near chance on validation: below 1.2/C (code)")
     clip: float | None = hyper(5.0, "largest norm of a distillation step's gradient (code: 5); null: off", above=0)
-    validation: float = hyper(0.1, "share of a labelled D_t that the two read; not distilled then", above=0, high=0.9)
-
-    def __post_init__(self) -> None:
-        if not (self.patience or self.drop_worst):
-            without_effect(self, "validation", "without strategy.patience or strategy.drop_worst=true, which read it")
+    validation: float = hyper(
+        0.1,
+        "share of a labelled D_t that the two read; not distilled then",
+        above=0,
+        high=0.9,
+        only="patience or drop_worst",
+    )
 
 
 NEAR_CHANCE = 1.2  # of the released code, times 1/C

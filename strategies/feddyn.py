@@ -31,7 +31,7 @@ class FedDynHyper:
     """Hyper-parameters of FedDyn."""
 
     alpha: float = hyper(0.01, "α, strength of the regulariser (paper: 0.1, 0.01, 0.001)", low=0)
-    scaled: bool = hyper(False, "divide a client's α by its share of the data (official code)")
+    scaled: bool = hyper(False, "divide a client's α by its share of the data (official code)", only="alpha")
     scored: str = hyper(
         "server",
         "whose accuracy/global it is: θ, or the participants' mean (official code)",

@@ -54,12 +54,14 @@ class FedFTGHyper:
     """Hyper-parameters of FedFTG."""
 
     iterations: int = hyper(10, "I, alternations of generator and model a round; 0: FedAvg (code: 10)", low=0)
-    distill_steps: int = hyper(5, "I_d, steps of the model an iteration (code: 5)", low=0)
-    generator_lr: float = hyper(0.01, "Adam's step size for the generator (code: 0.01)", above=0)
-    distill_lr: float = hyper(0.1, "SGD's step size for the model (code: 0.1)", above=0)
-    batch: int = hyper(128, "B, generated inputs a step", low=2)
-    adversarial: float = hyper(1.0, "λ, weight of disagreement (code: 1)", low=0)
-    diversity: float = hyper(1.0, "η, weight of the diversity term (code: 1)", low=0)
+    distill_steps: int = hyper(5, "I_d, steps of the model an iteration (code: 5)", low=0, only="iterations")
+    generator_lr: float = hyper(0.01, "Adam's step size for the generator (code: 0.01)", above=0, only="iterations")
+    distill_lr: float = hyper(
+        0.1, "SGD's step size for the model (code: 0.1)", above=0, only="iterations with distill_steps"
+    )
+    batch: int = hyper(128, "B, generated inputs a step", low=2, only="iterations")
+    adversarial: float = hyper(1.0, "λ, weight of disagreement (code: 1)", low=0, only="iterations")
+    diversity: float = hyper(1.0, "η, weight of the diversity term (code: 1)", low=0, only="iterations")
     noise_dim: int = hyper(64, "d_ε, size of the noise", low=1)
     width: int = hyper(16, "channels of the generator before its last layer; hidden units are 16 times that", low=1)
 
@@ -139,8 +141,6 @@ class FedFTG(AveragingStrategy):
                 total.add(share.group, share.records["model"], float(share.examples))
                 teachers.add(self.architecture, share.records["model"])
                 counts.append(share.records["counts"]["counts"])
-        if not counts:
-            return
         mean = total.mean()
         seen = torch.stack(counts)
         if self.hyper.iterations and bool(seen.any()):

@@ -60,16 +60,21 @@ class FedGenHyper:
 
     alpha: float = hyper(1.0, "α_0, weight of the cross-entropy on generated features (code: 10 at lr 0.01)", low=0)
     beta: float = hyper(1.0, "β_0, weight of the divergence from predictions on generated features (as α_0)", low=0)
-    decay: float = hyper(0.98, "factor of α and β a round", low=0, high=1)
-    diversity: float = hyper(1.0, "η, weight of the diversity term", low=0)
+    decay: float = hyper(0.98, "factor of α and β a round", low=0, high=1, only="alpha or beta")
+    diversity: float = hyper(1.0, "η, weight of the diversity term", low=0, only="generator_steps")
     regularised_steps: int | None = hyper(
-        20, "first mini-batches of a round with regularisers; null: all (code: 20, called epochs there)", low=0
+        20,
+        "first mini-batches of a round with regularisers; null: all (code: 20, called epochs there)",
+        low=0,
+        only="alpha or beta",
     )
     generator_steps: int = hyper(50, "steps of the generator a round", low=0)
     generator_batch: int = hyper(32, "B_G, generated samples a step, at server and clients", low=2)
-    generator_lr: float = hyper(3e-4, "Adam's step size for the generator", low=0)
-    generator_lr_decay: float = hyper(0.98, "factor of that step size a round (code: 0.98)", above=0, high=1)
-    generator_decay: float = hyper(1e-2, "weight decay of the generator", low=0)
+    generator_lr: float = hyper(3e-4, "Adam's step size for the generator", low=0, only="generator_steps")
+    generator_lr_decay: float = hyper(
+        0.98, "factor of that step size a round (code: 0.98)", above=0, high=1, only="generator_steps"
+    )
+    generator_decay: float = hyper(1e-2, "weight decay of the generator", low=0, only="generator_steps")
     hidden: int = hyper(256, "hidden units of the generator", low=1)
     noise_dim: int = hyper(32, "d_ε, size of the noise", low=1)
     noise: str = hyper("gaussian", "ε: N(0, I), or uniform on [0, 1] (code)", choices=("gaussian", "uniform"))

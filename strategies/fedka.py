@@ -50,49 +50,34 @@ from fedfuse import (
     strategy,
     training,
     transfer_rows,
-    without_effect,
 )
 
 
 @dataclass(frozen=True)
 class FedKAHyper:
-    """Hyper-parameters of FedKA.
-
-    Raises
-    ------
-    UserError
-        If a block has settings, and is left out.
-    """
+    """Hyper-parameters of FedKA."""
 
     adversarial: bool = hyper(True, "the feature disentangler: a domain head behind reversed gradients")
     matching: bool = hyper(True, "the embedding matching: MK-MMD to the global model's target features")
     voting: bool = hyper(True, "the federated voting: pseudo-labels of the target for the global model")
-    gamma: float = hyper(5.0, "γ of the schedule a(p) (code: 5)", low=0)
-    hidden: int = hyper(100, "hidden units of the domain head (code: 100)", low=1)
-    kernels: int = hyper(5, "Gaussian kernels of MK-MMD (code: 5)", low=1)
-    accumulate: int = hyper(8, "batches whose matching loss makes one step (code: 8)", low=1)
+    gamma: float = hyper(5.0, "γ of the schedule a(p) (code: 5)", low=0, only="adversarial or matching or voting")
+    hidden: int = hyper(100, "hidden units of the domain head (code: 100)", low=1, only="adversarial")
+    kernels: int = hyper(5, "Gaussian kernels of MK-MMD (code: 5)", low=1, only="matching")
+    accumulate: int = hyper(8, "batches whose matching loss makes one step (code: 8)", low=1, only="matching")
     majority: float = hyper(
-        0.5, "share of the votes above which a target row's label teaches; 0: every row does (code)", low=0, high=0.99
+        0.5,
+        "share of the votes above which a target row's label teaches; 0: every row does (code)",
+        low=0,
+        high=0.99,
+        only="voting with vote_epochs",
     )
-    vote_epochs: int = hyper(1, "passes of the global model over the voted target a round", low=0)
-    vote_batch: int = hyper(16, "target rows a step of that (code: 16)", low=1)
-    vote_lr: float | None = hyper(0.001, "rate of that (at 0.05 wrong votes collapse it); null: train.lr", above=0)
+    vote_epochs: int = hyper(1, "passes of the global model over the voted target a round", low=0, only="voting")
+    vote_batch: int = hyper(16, "target rows a step of that (code: 16)", low=1, only="voting with vote_epochs")
+    vote_lr: float | None = hyper(
+        0.001, "rate of that (at 0.05 wrong votes collapse it); null: train.lr", above=0, only="voting with vote_epochs"
+    )
     clip: float | None = hyper(1.0, "largest gradient norm of a step, against collapse (ours); null: none", above=0)
     weighting: str = hyper("uniform", "all alike (code), or weights n_k", choices=("uniform", "examples"))
-
-    def __post_init__(self) -> None:
-        for block, names in BLOCKS.items():
-            for name in () if getattr(self, block) else names:
-                without_effect(self, name, f"with strategy.{block}=false")
-        if not any(getattr(self, block) for block in BLOCKS):
-            without_effect(self, "gamma", "without one of its blocks")
-
-
-BLOCKS = {
-    "adversarial": ("hidden",),
-    "matching": ("kernels", "accumulate"),
-    "voting": ("majority", "vote_epochs", "vote_batch", "vote_lr"),
-}
 
 
 def schedule(p: float, gamma: float) -> float:

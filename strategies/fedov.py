@@ -42,7 +42,6 @@ from fedfuse import (
     one_shot,
     parts,
     strategy,
-    without_effect,
 )
 
 FAR = 1e4  # taken off the label's logit, so that the unknown is second
@@ -51,25 +50,17 @@ KINDS = ("crop", "blur", "erase", "cut", "rotate")
 
 @dataclass(frozen=True)
 class FedOVHyper:
-    """Hyper-parameters of FedOV.
-
-    Raises
-    ------
-    UserError
-        If a sign-gradient step has a size, and none is made.
-    """
+    """Hyper-parameters of FedOV."""
 
     voters: int = hyper(3, "m, clients that vote on a row (ours; the code tries 1 to 10 on test)", low=1)
     lam: float = hyper(0.01, "λ, weight of mixed features as unknown (code: 0.01)", low=0)
     adversarial_steps: int = hyper(5, "sign-gradient steps on destroyed images (code: 5)", low=0)
-    adversarial_step: float = hyper(0.002, "α, one such step, in units of the input (code: 0.002)", above=0)
+    adversarial_step: float = hyper(
+        0.002, "α, one such step, in units of the input (code: 0.002)", above=0, only="adversarial_steps"
+    )
     distill_epochs: int = hyper(100, "passes over D_t", low=0)
     distill_batch: int = hyper(64, "batch size of distillation", low=1)
     distill_lr: float = hyper(1e-3, "Adam's learning rate in distillation", above=0)
-
-    def __post_init__(self) -> None:
-        if not self.adversarial_steps:
-            without_effect(self, "adversarial_step", "with strategy.adversarial_steps=0, where none is made")
 
 
 def opened(model: Any, z: Tensor) -> Tensor:

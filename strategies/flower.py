@@ -213,7 +213,7 @@ class QFedAvgHyper(FlowerHyper):
     """Hyper-parameters of Flower's QFedAvg."""
 
     q: float = hyper(0.1, "q, degree of fairness; 0 takes every client alike", low=0)
-    client_learning_rate: float | None = hyper(None, "1/L of the paper; null: train.lr", above=0)
+    client_learning_rate: float | None = hyper(None, "1/L of the paper; null: train.lr", above=0, only="q")
 
 
 @strategy("flwr_qfedavg", client=QFedAvgClient, hyper=QFedAvgHyper, paper="Li et al. 2020, 1905.10497")

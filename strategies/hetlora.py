@@ -43,20 +43,20 @@ class HetLoRAHyper(RankedHyper):
     Raises
     ------
     UserError
-        If a share of the rank is given and nothing prunes, or weights and the norms weigh.
+        If weights are given and the norms weigh.
     """
 
     sparsity: bool = hyper(True, "weights p_i ∝ ‖B_i A_i‖; false: as `weighting` says")
     prune: float = hyper(0.0, "λ of the self-pruning term; 0: none", low=0)
-    gamma: float = hyper(0.85, "γ, share of the rank that is not decayed, with prune above 0", above=0, high=1)
+    gamma: float = hyper(
+        0.85, "γ, share of the rank that is not decayed, with prune above 0", above=0, high=1, only="prune"
+    )
     weighting: str = hyper(
         "examples", "weights n_k, or all alike, with sparsity=false", choices=("examples", "uniform")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prune:
-            without_effect(self, "gamma", "with strategy.prune=0, which keeps every rank")
         if self.sparsity:
             without_effect(self, "weighting", "with strategy.sparsity=true, where norms weigh")
 

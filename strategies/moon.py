@@ -33,7 +33,7 @@ class MoonHyper:
     """Hyper-parameters of MOON."""
 
     mu: float = hyper(5.0, "μ, weight of the contrastive term (official: 5; tune 0.001 to 10)", low=0)
-    temperature: float = hyper(0.5, "τ", above=0)
+    temperature: float = hyper(0.5, "τ", above=0, only="mu")
     projection: int = hyper(256, "size of the projection; 0: none", low=0)
     weighting: str = hyper("examples", "weights n_k, or all alike", choices=("examples", "uniform"))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedfuse.config.dotted import refuse_by_wire
-from fedfuse.config.keys import Key, allowed, keys_of
+from fedfuse.config.keys import Key, allowed, keys_of, said
 from fedfuse.errors import UserError, in_words, nearest
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def hyper(
     above: float | None = None,
     choices: tuple[Any, ...] | None = None,
     path: bool = False,
+    only: str = "",
 ) -> Any:
     """Declare a hyper-parameter: a dataclass field with its meaning (paper's symbol, unit) and what is allowed.
 
@@ -81,8 +82,13 @@ def hyper(
         Allowed values.
     path : bool
         It names a file or folder of the server's machine: whoever asks by wire may not say it, clients are not told it.
+    only : str
+        Its factors, other hyper-parameters: where one is 0, false or null this one does nothing, and is refused unless
+        at its default. "mu", "voting with vote_epochs" (both are needed), "mu or lam" (one of them is).
     """
-    metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices, "path": path}
+    metadata = {
+        "meaning": meaning, "low": low, "high": high, "above": above, "choices": choices, "path": path, "only": only,
+    }  # fmt: skip
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -226,6 +232,11 @@ def check(name: str, values: Any) -> None:
     for field in dataclasses.fields(values):
         value, rule = getattr(values, field.name), field.metadata
         where = f"strategy.{field.name}={value}"
+        ways = [way.split(" with ") for way in rule.get("only", "").split(" or ") if way]
+        if ways and not any(all(getattr(values, factor) for factor in way) for way in ways):
+            off = dict.fromkeys(factor for way in ways for factor in way if not getattr(values, factor))
+            told = " and ".join(f"strategy.{factor}={said(getattr(values, factor))}" for factor in off)
+            without_effect(values, field.name, f"with {told}")
         if value is None or not rule:
             continue
         if rule.get("path"):

@@ -207,6 +207,17 @@ def test_the_lists_name_what_there_is() -> None:
 SILENCED = [
     ("cfd", "strategy.bits_up=32 strategy.bits_down=32", ("delta=false",)),
     ("coboosting", "strategy.weight_step=0", ("weight_decay=0.5",)),
+    ("comet", "strategy.lam=0", ("distill=separate", "distill_batch=20")),
+    ("fedd2s", "strategy.mu=0 strategy.lam=0", ("temperature=2",)),
+    ("feddyn", "strategy.alpha=0", ("scaled=true",)),
+    ("fedftg", "strategy.iterations=0 strategy.batch=128", ("distill_steps=2", "diversity=2", "distill_lr=0.2")),
+    ("fedftg", "strategy.distill_steps=0", ("distill_lr=0.2",)),
+    ("fedgen", "strategy.alpha=0 strategy.beta=0", ("decay=0.5", "regularised_steps=3")),
+    ("fedgen", "strategy.generator_steps=0", ("diversity=2", "generator_lr=0.1", "generator_decay=0.1")),
+    ("fedka", "strategy.vote_epochs=0", ("majority=0", "vote_batch=8", "vote_lr=0.1")),
+    ("flwr_qfedavg", "strategy.q=0", ("client_learning_rate=0.2",)),
+    ("hetlora", "strategy.prune=0", ("gamma=0.5",)),
+    ("moon", "strategy.mu=0", ("temperature=0.2",)),
     ("dsfl", "strategy.aggregation=sa", ("temperature=0.5",)),
     ("fedka", "strategy.adversarial=false", ("hidden=7",)),
     ("fedka", "strategy.matching=false", ("kernels=3", "accumulate=2")),
@@ -225,6 +236,16 @@ SILENCED = [
 def test_a_key_that_another_silences_is_refused_beside_it(name: str, beside: str, key: str) -> None:
     with pytest.raises(UserError, match=f"strategy.{key.split('=')[0]}=.* does nothing with"):
         play(name, *beside.split(), f"strategy.{key}", base=BASE)
+
+
+@pytest.mark.parametrize("name", sorted(registry.listed()))
+def test_what_a_key_goes_with_is_a_key_that_can_be_off(name: str) -> None:
+    kinds = {field.name: field for field in fields(registry.entry(name).hyper)}
+    for field in kinds.values():
+        for factor in field.metadata.get("only", "").replace(" with ", " or ").split(" or "):
+            if factor:
+                known = kinds[factor]
+                assert known.metadata["low"] == 0 or known.default in (True, False, None), (name, field.name)
 
 
 @pytest.mark.parametrize(
