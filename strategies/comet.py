@@ -176,6 +176,11 @@ class Comet(FusionStrategy):
         """Whether there is a distillation apart from private training."""
         return bool(self.hyper.distill == "separate")
 
+    @property
+    def uncovered(self) -> str:  # type: ignore[override]
+        """The distance to the mean, beside private training."""
+        return "trains on private examples with a loss of its own" if self.hyper.lam and not self.distils else ""
+
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:
         """Soft labels are distributions."""

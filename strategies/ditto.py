@@ -58,3 +58,4 @@ class Ditto(AveragingStrategy):
     """FedAvg, and beside it a personal model a client, pulled towards the common one."""
 
     staleness = "updates"
+    uncovered = "looks at private examples outside of training"

@@ -190,6 +190,7 @@ class FedOV(OneShotStrategy):
     transfer = "server"
     distils = whole = True
     needs_features = True
+    uncovered = "trains on private examples with a loss of its own"
 
     def __init__(self, hyper: FedOVHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

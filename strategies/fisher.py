@@ -96,6 +96,7 @@ class Fisher(MergingStrategy):
     """Mean of each weight, weighted by the clients' Fisher information."""
 
     records = {"fisher": merging.parameter_arrays, "scaled": merging.parameter_arrays, "rest": merging.rest_arrays}
+    uncovered = "looks at private examples outside of training"
 
     def __init__(self, hyper: FisherHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

@@ -223,6 +223,7 @@ class FlowerQFedAvg(FlowerStrategy):
     rule = "QFedAvg"
     steps = True
     metrics = {"train_loss": (0, 1e30)}
+    uncovered = "looks at private examples outside of training"
 
     def options(self) -> dict[str, Any]:
         """The clients' learning rate unless another was given."""

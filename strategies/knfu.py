@@ -174,6 +174,13 @@ class KnFu(FusionStrategy):
     distils = whole = True
     staleness = "newest"
 
+    @property
+    def uncovered(self) -> str:  # type: ignore[override]
+        """The histogram of their labels."""
+        return (
+            "looks at private examples outside of training" if self.hyper.epd_source == "oracle_label_histogram" else ""
+        )
+
     def __init__(self, hyper: KnFuHyper, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)
         texts = self.scenario.data.dataset.next_token

@@ -106,6 +106,11 @@ class Moon(AveragingStrategy):
     staleness = "updates"
     needs_features = True
 
+    @property
+    def uncovered(self) -> str:  # type: ignore[override]
+        """Representations of them, with a contrastive term."""
+        return "looks at private examples outside of training" if self.hyper.mu else ""
+
     def notes(self) -> list[str]:
         """That a comparison with FedAvg is of two networks."""
         if not self.hyper.projection:

@@ -196,6 +196,7 @@ class SelectiveFD(FusionStrategy):
     of_classes = True
     transfer = "clients"
     distils = whole = True
+    uncovered = "looks at private examples outside of training"
 
     @classmethod
     def examine(cls, scope: Scope, records: Records) -> None:

@@ -111,6 +111,10 @@ def check_promises(entry: Entry, config: Config) -> None:
         if server.discloses:
             what = ", ".join(server.discloses)
             raise UserError(f"privacy: strategy={name} lets {what} of private examples leave the clients")
+        if config.privacy.by_example and (what := registry.declared(entry, config.strategy, "uncovered")):
+            raise UserError(
+                f"privacy: strategy={name} {what}; allowed are those that only train on them with the task's loss"
+            )
         if entry.client.partly_labelled:
             raise UserError(f"privacy: strategy={name} asks for labels as private examples say; N is not fixed there")
     if config.secure.on and not registry.sums_of(entry, config.strategy):
@@ -260,6 +264,11 @@ def remarks(strategy: FusionStrategy) -> list[str]:
     if scenario.config.train.epochs == 0 and scenario.config.train.max_steps is None:
         said.append("train.epochs=0: nobody trains on own examples")
     config = scenario.config
+    if _ends_early(scenario):
+        said.append(
+            f"privacy.trainings={config.privacy.trainings}: ε is planned for so many of rounds={config.rounds}, and "
+            f"every client is in all of them: once it is spent they refuse, and the run ends there"
+        )
     if registry.entry(config.strategy.name).client.partly_labelled and config.labels.initial < 1:
         said.append(
             f"strategy={strategy.name} trains on labels.initial={config.labels.initial:g} of a client's examples and "
@@ -288,6 +297,13 @@ def remarks(strategy: FusionStrategy) -> list[str]:
 
 
 FEW = 10  # rows a class
+
+
+def _ends_early(scenario: Scenario) -> bool:
+    """Whether ε is planned for fewer rounds than everybody takes part in."""
+    privacy, rounds = scenario.config.privacy, scenario.config.rounds
+    planned = privacy.epsilon is not None and privacy.noise is None and (privacy.trainings or rounds) < rounds
+    return planned and (privacy.by_client or scenario.cohort_size == scenario.clients)
 
 
 def _check_private(strategy: FusionStrategy, pool: list[str]) -> None:

@@ -77,7 +77,9 @@ def secure_notes(strategy: FusionStrategy, deployed: bool) -> list[str]:
     summed = ", ".join(sorted(strategy.sums))
     seen = sorted({name for phase in phases for name in declared(strategy, phase)} - set(strategy.sums))
     how = f"of {summed} the server got sums over a round's clients, {least} at least, and nothing else"
-    said = [f"secure: {how if deployed else f'{summed} quantised as in a deployment, where masks hide all but sums'}"]
+    if not deployed:
+        how = f"{summed} quantised as in a deployment, where masks hide all but sums; of {least} clients at least"
+    said = [f"secure: {how}"]
     if seen:
         said.append(f"secure: these records are still seen by the server: {', '.join(seen)}")
     return said

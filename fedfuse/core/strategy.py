@@ -103,6 +103,9 @@ class FusionStrategy(Strategy):
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "class counts"); said in the run's notes,
         and refused with privacy.
+    uncovered : str
+        What clients do with private examples that DP-SGD does not cover ("looks at private examples outside of
+        training"): refused with privacy before the run; a property where hyper-parameters decide.
     bare : bool
         Whether the server's models are networks as they are built, without what the client's `equip` adds.
     distils : bool
@@ -141,6 +144,7 @@ class FusionStrategy(Strategy):
     aligns: ClassVar[bool] = False
     across: ClassVar[bool] = False
     discloses: ClassVar[tuple[str, ...]] = ()
+    uncovered: ClassVar[str] = ""
     distils: ClassVar[bool] = False
     of_logits: ClassVar[bool] = False
     whole: ClassVar[bool] = False

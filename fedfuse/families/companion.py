@@ -63,6 +63,7 @@ class CompanionStrategy(AveragingStrategy):
 
     heterogeneous = True
     bare = True
+    uncovered = "trains on private examples with a loss of its own"
 
     def __init__(self, hyper: Any, workspace: Workspace) -> None:
         super().__init__(hyper, workspace)

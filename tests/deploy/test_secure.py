@@ -16,6 +16,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.config import registry
+from fedfuse.core.secure import secure_notes
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.exchange import Patience
 from fedfuse.network.policy import Policy, policy_from
@@ -251,6 +252,26 @@ def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:
     network.reply = first_is_lost
     built, _ = run(tiny("fedavg", *SECURE), network, tmp_path / "run")
     assert built.digest == play("fedavg", *SECURE).digest
+
+
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [((), 3), (("secure.reconstruction_threshold=1",), 4), (("secure.num_shares=3",), 2)],
+)
+def test_a_simulation_needs_as_many_for_a_sum_as_a_deployment(words: tuple[str, ...], least: int) -> None:
+    """Of four clients two fail: enough for shares among three, too few for the others."""
+
+    def lost(message: Any, reply: Any) -> bool:
+        return reply.metadata.src_node_id in (2, 3) and message.metadata.message_type == "train"
+
+    said = f"round 1, train: 2 clients answered, a secure sum needs {least}"
+    with federation("fedavg", *SECURE, "rounds=1", *words, grid="serial", drop=lost) as (built, _):
+        if least > 2:
+            with pytest.raises(WorldError, match=said):
+                built.run()
+        else:
+            built.run()
+        assert f"of {least} clients at least" in secure_notes(built.strategy, False)[0]
 
 
 def test_below_the_threshold_there_is_no_sum_and_one_line(tmp_path: Path) -> None:

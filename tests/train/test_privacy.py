@@ -21,6 +21,7 @@ from torch import nn
 pytest.importorskip("opacus", reason="the extra `privacy` is not installed")
 
 from fedfuse.config.schema import PrivacyConfig, TrainConfig
+from fedfuse.core.fit import remarks
 from fedfuse.errors import UserError, WorldError
 from fedfuse.train import privacy
 from fedfuse.train.adapters import LoRA, LoRASB, inject
@@ -549,6 +550,40 @@ def test_what_is_refused() -> None:
 def test_who_tells_of_its_examples_is_refused_before_it_trains(name: str, what: str) -> None:
     with pytest.raises(UserError, match=f"strategy={name} lets {what} of private examples leave the clients"):
         server(name, *NOISY)
+
+
+UNCOVERED = {
+    **dict.fromkeys(("fedkd", "fml", "fedov", "comet"), "trains on private examples with a loss of its own"),
+    **dict.fromkeys(
+        ("ditto", "fisher", "flwr_qfedavg", "moon", "selectivefd", "knfu strategy.epd_source=oracle_label_histogram"),
+        "looks at private examples outside of training",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNCOVERED)
+def test_what_dp_sgd_does_not_cover_is_refused_before_it_trains(words: str) -> None:
+    name, *more = words.split()
+    with pytest.raises(UserError, match=f"strategy={name} {UNCOVERED[words]}"):
+        server(name, *NOISY, *more)
+
+
+@pytest.mark.parametrize("words", ["moon strategy.mu=0", "comet strategy.lam=0"])
+def test_what_leaves_out_its_uncovered_part_trains_privately(words: str) -> None:
+    name, *more = words.split()
+    assert play(name, *NOISY, *more, "rounds=2", "data.limit=120").digest
+
+
+@pytest.mark.parametrize("level", ["example", "client"])
+def test_a_budget_that_ends_before_the_rounds_is_said_before_the_run(level: str) -> None:
+    def told(*words: str) -> bool:
+        strategy = server("fedavg", "privacy.epsilon=8", f"privacy.level={level}", "rounds=3", *words)
+        return any("ε is planned for so many of rounds=3" in remark for remark in remarks(strategy))
+
+    assert told("privacy.trainings=2")
+    assert not told("privacy.trainings=3")
+    assert not told()
+    assert told("privacy.trainings=2", "participation=0.6") == (level == "client")  # whose noise is of every round
 
 
 class Centred(nn.Module):
