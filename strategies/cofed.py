@@ -206,8 +206,9 @@ class CoFED(FusionStrategy):
             if voted is None or len(voted.arrays["rows"]):
                 return []
             return [
-                "cofed: the vote accepted no row, so that nobody learned from another: a lower strategy.margin or "
-                "strategy.threshold, or a later strategy.vote_round, lets some in"
+                "cofed: the vote accepted no row, so that nobody learned from another; what it has beyond local "
+                "training are class weights alone: more training before the vote (train.epochs, rounds), or a lower "
+                "strategy.margin or strategy.threshold, lets some in"
             ]
         return ["cofed: rounds=1 has no round after the vote, so that nobody learns from it: this is local training"]
 

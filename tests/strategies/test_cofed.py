@@ -72,6 +72,7 @@ def test_an_empty_vote_is_local_training_with_balanced_classes():
 def test_a_vote_that_accepted_nothing_is_told() -> None:
     (said,) = play("cofed", "strategy.margin=1", "strategy.vote_round=1").strategy.notes()
     assert "the vote accepted no row, so that nobody learned from another" in said
+    assert "class weights alone" in said  # the one thing that tells its headline from that of local training
     some = play("cofed", "strategy.margin=0", "strategy.threshold=0", "strategy.vote_round=1").strategy
     assert len(some.published("pseudo_labels")["rows"])
     assert some.notes() == []
