@@ -31,6 +31,7 @@ from fedfuse.train.abreast_batches import sent
 from fedfuse.train.abreast_layers import Forward, stacked
 from fedfuse.train.adapters import LoRA, inject
 from fedfuse.train.ledger import Ledger
+from fedfuse.train.task import check_order
 from fedfuse.train.training import training_mode
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
@@ -108,7 +109,7 @@ class Workspace:
                 f"model.quantize={config.model.quantize} needs a GPU, and here is {self.device.type}: set "
                 f"runtime.device=cuda and runtime.server_device=cuda"
             )
-        return models.build(
+        model = models.build(
             architecture,
             shape=dataset.shape,
             classes=self.scenario.classes,
@@ -117,6 +118,9 @@ class Workspace:
             pad=dataset.pad,
             vocabulary=dataset.vocabulary,
         )
+        if dataset.next_token:
+            check_order(model, architecture, dataset.shape[0], self.scenario.classes)
+        return model
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         """The model under LoRA, where `model.lora_rank` says so: its base then neither changes nor travels."""

@@ -33,7 +33,7 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
     Raises
     ------
     UserError
-        If there is none, or it cannot be read as that.
+        If there is none, it cannot be read as that, or it lacks weights (`transformers` would draw them and go on).
     """
     if not path.is_dir():
         raise UserError(f"model.path={path} is not a directory")
@@ -44,7 +44,9 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
         and (path / "config_tokenizer.json").exists()
     ):
         return _llama2c(transformers, found[0], path / "config_tokenizer.json")
+    # sizes that differ are told here: transformers' own line names no weight
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **more}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if more and not (path / "config.json").exists():
         raise UserError(f"model.quantize: model.path={path} has no config.json; allowed is a Hugging Face directory")
     if not (path / "config.json").exists():
@@ -55,16 +57,36 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
     try:
         _leads_nowhere(path)
         if name == "causal_lm":
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
         elif (path / "1_Pooling").is_dir():  # a sentence encoder: its pooler was never trained
-            return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
+            model, found = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
         else:
             kind = transformers.AutoModelForSequenceClassification
-            model = kind.from_pretrained(path, num_labels=classes, **options)
+            model, found = kind.from_pretrained(path, num_labels=classes, **options)
+        _whole(model, found, head=name != "causal_lm")
         return model if more else plain(model)
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path} cannot be loaded as {name}: {line}") from error
+
+
+def _whole(model: Any, found: dict[str, Any], head: bool) -> None:
+    """Refuse weights that are missing, of other sizes, or no numbers; with `head`, a classifier's own may be missing.
+
+    Raises
+    ------
+    ValueError
+        Naming the first.
+    """
+    for key, there, here in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{key} is {tuple(there)} there, and would be {tuple(here)}")
+    base = f"{model.base_model_prefix}."
+    lost = [key for key in found["missing_keys"] if not head or (key.startswith(base) and ".pooler." not in key)]
+    if lost:
+        raise ValueError(f"it lacks {len(lost)} of the model's weights, such as {min(lost)}")
+    for key, value in model.named_parameters():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{key} holds what is no number")
 
 
 def _leads_nowhere(path: Path) -> None:

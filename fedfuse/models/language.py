@@ -162,7 +162,10 @@ def build(
         )
     known = model.get_input_embeddings().num_embeddings
     if causal and classes > known:
-        raise UserError(f"model={name}: the data have {classes} tokens, the model knows {known}: use its tokenizer")
+        raise UserError(
+            f"model={name}: the data have {classes} tokens, the model knows {known}: use its tokenizer, or "
+            f"save it with more embeddings (resize_token_embeddings)"
+        )
     own = model.config.pad_token_id
     pad = int(pad) if pad is not None else PAD if own is None else int(own)
     if not 0 <= pad < known:

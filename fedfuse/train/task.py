@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfuse.data.dataset import IGNORED
+from fedfuse.errors import UserError
 
-__all__ = ["IGNORED", "task_loss", "task_losses", "trimmed"]
+__all__ = ["IGNORED", "check_order", "task_loss", "task_losses", "trimmed"]
+
+AHEAD = 1e-3  # of the greatest logit; less is what rounding may leave
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,3 +53,34 @@ def trimmed(labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     counted = (labels != IGNORED).any(0).nonzero()
     length = max(2, int(counted[-1]) + 1 if len(counted) else 0)
     return tuple(one[:, :length] for one in (labels, *others))
+
+
+@torch.no_grad()
+def check_order(model: nn.Module, architecture: str, length: int, vocabulary: int) -> None:
+    """Refuse a model of next tokens that reads the tokens it is asked for, as BERT does: its figures say nothing.
+
+    It is asked: what stands in the second half of a text must not change the logits of the first half.
+
+    Raises
+    ------
+    UserError
+        Naming the model.
+    """
+    x, half = torch.arange(1, min(length, 16) + 1) % vocabulary, min(length, 16) // 2
+    if not half:
+        return
+    texts = torch.stack([x, torch.cat([x[:half], (x[half:] + 1) % vocabulary])])
+    modes = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        first, second = model(texts.to(next(model.parameters()).device))[:, :half]
+    except Exception:  # it fails at the first batch as well, where that is told
+        return
+    finally:
+        for module in modes:
+            module.training = True
+    if bool((first - second).abs().max() > AHEAD * first.abs().max()):
+        raise UserError(
+            f"model={architecture} reads the tokens that it is to predict: its logits at a place change with the text "
+            f"after it; allowed is a causal model"
+        )

@@ -14,7 +14,7 @@ import torch
 from fedfuse.config.schema import ModelConfig
 from fedfuse.errors import UserError
 from fedfuse.train.scores import scored, scores
-from fedfuse.train.task import IGNORED, task_loss
+from fedfuse.train.task import IGNORED, check_order, task_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
@@ -102,6 +102,42 @@ def test_a_saved_model_comes_back_and_has_bounds(tmp_path: Path) -> None:
         build("causal_lm", (65,), 20, ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match="the model knows 20"):
         build("causal_lm", (8,), 21, ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "text_classifier"])
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda w: {k: v for k, v in w.items() if "layers.1." not in k}, "it lacks 9 of the model's weights"),
+    (lambda w: {f"module.{k}": v for k, v in w.items()}, "it lacks"),
+    (lambda w: w | {"model.norm.weight": w["model.norm.weight"][:5]}, r"model.norm.weight is \(5,\) there"),
+    (lambda w: w | {"model.norm.weight": w["model.norm.weight"] * float("nan")}, "model.norm.weight holds what is no"),
+])  # fmt: skip
+def test_a_directory_that_lacks_weights_is_refused_and_not_filled_by_chance(change, said, name, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    build("causal_lm", (8,), 20, ModelConfig()).model.save_pretrained(tmp_path)
+    build(name, (8,), 20, ModelConfig(path=str(tmp_path)))  # a classifier's own head may be missing
+    file = tmp_path / "model.safetensors"
+    changed = {key: value.contiguous() for key, value in change(load_file(file)).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"model\.path=.* cannot be loaded as {name}: {said}"):
+        build(name, (8,), 20, ModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_that_reads_what_it_is_to_predict_is_refused() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self, ahead: float) -> None:
+            super().__init__()
+            self.table, self.ahead = torch.nn.Embedding(20, 20), ahead
+
+        def forward(self, x):
+            z = self.table(x)
+            return z.cumsum(1) + self.ahead * z.mean(1, keepdim=True)
+
+    for length in (1, 2, 5, 64):
+        check_order(Both(0.0), "custom", length, 20)
+    for length in (2, 5, 64):
+        with pytest.raises(UserError, match="model=custom reads the tokens that it is to predict"):
+            check_order(Both(0.1), "custom", length, 20)
 
 
 @pytest.mark.parametrize(("file", "key", "value", "said"), [
