@@ -288,7 +288,7 @@ def remarks(strategy: FusionStrategy) -> list[str]:
         )
     if strategy.distils and strategy.transfer != "none" and scenario.data.transfer is not None:
         rows = strategy.rows_distilled
-        if rows < FEW * scenario.classes:
+        if rows < FEW * scenario.classes and not scenario.data.dataset.next_token:  # a text is many places
             said.append(
                 f"strategy={strategy.name} distils {rows} rows a round for {scenario.classes} classes, which is few: "
                 f"transfer.size and transfer.subset say how many there are, distil.steps how often they are used"

@@ -29,7 +29,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     """
     extra = options(config, OPTIONS)
     if not extra["tokenizer"]:
-        raise UserError(f"data={config.name} needs data.extra.tokenizer=<directory of the model>")
+        raise UserError(f"data={config.name} needs data.extra.tokenizer=<directory of the model>, or bytes")
     length, least = int(extra["length"]), max(1, int(extra["least"]))
     if length < 2:
         raise UserError(f"data.extra.length={length}: a next token needs at least 2")

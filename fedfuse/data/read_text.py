@@ -94,7 +94,7 @@ def tokenized(
         room for.
     """
     if not extra["tokenizer"]:
-        raise UserError(f"data={config.name} needs data.extra.tokenizer=<directory of the model>")
+        raise UserError(f"data={config.name} needs data.extra.tokenizer=<directory of the model>, or bytes")
     length = int(extra["length"])
     if length < 2:
         raise UserError(f"data.extra.length={length}: a next token needs at least 2")

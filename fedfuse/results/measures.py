@@ -13,7 +13,7 @@ from fedfuse.results.run_data import LARGEST, RunRecord
 if TYPE_CHECKING:
     import polars as pl
 
-CURVES = ("accuracy/global", "accuracy/personal", "loss/train")
+CURVES = ("accuracy/global", "accuracy/personal", "bits_per_byte/global", "bits_per_byte/personal", "loss/train")
 CHARGED = ("setup", "train")  # messages that training needs; evaluation and re-sending are apart
 
 

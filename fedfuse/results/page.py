@@ -18,7 +18,7 @@ from fedfuse.results.measures import Measures, gather, label_counts, similaritie
 from fedfuse.results.rerun import reproduce
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import Row, against_nothing_sent, notes, row
+from fedfuse.results.table import TEXTS, Row, against_nothing_sent, notes, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
@@ -153,6 +153,9 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
         if name == "Global":
             spread = figures.client_spread(series, f"f{k}c")
             shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
+    for metric in TEXTS:
+        title, tag = metric.replace("_", " ").replace("/", ", ").capitalize(), metric.partition("/")[2]
+        shown.append((f"{title}, by round", curves.by_round(series, metric, f"f{k}n{tag}"), wording.BAND, []))
     shown.append(("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]

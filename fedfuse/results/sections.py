@@ -15,7 +15,7 @@ from fedfuse.results.curves import Series
 from fedfuse.results.measures import Measures
 from fedfuse.results.setting import Group
 from fedfuse.results.statistics import Interval, all_pairs, average_ranks, few_seeds_note
-from fedfuse.results.table import BEST, METRICS, Row, amount, any_setup, foot, percent, scores
+from fedfuse.results.table import BEST, METRICS, TEXTS, Row, amount, any_setup, decimal, foot, percent, scores
 from fedfuse.results.target import reach, targets
 
 
@@ -220,29 +220,37 @@ def tests(groups: Sequence[Group]) -> Table | None:
 
 
 def verdicts(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
-    """Say in a sentence per test set who is highest, by how much, and whether the seeds can tell it apart."""
+    """Say in a sentence per test set who is best, by how much, and whether the seeds can tell it apart.
+
+    Of texts bits per byte come first: they compare models whose tokenizers differ, which shares of tokens do not.
+    """
     lines = []
-    for metric in BEST:
-        ranked = sorted((row for row in rows if not math.isnan(row.final[metric].mean)), key=_descending(metric))
+    for metric in (*TEXTS, *BEST):
+        of_bits = metric in TEXTS
+        scored = (row for row in rows if not math.isnan(row.final[metric].mean))
+        ranked = sorted(scored, key=_descending(metric), reverse=of_bits)
         if len(ranked) < 2:
             continue
         first, second = ranked[:2]
-        kind = metric.partition("/")[2]
+        what = metric.partition("/")[2].capitalize() + (" test, bits per byte" if of_bits else " test accuracy")
         names = {row.strategy for row in ranked}
         if lost := without_result([one for one in groups if one.label in names], metric):
-            lines.append(f"{kind.capitalize()} test accuracy: not compared, since {printable('; '.join(lost))}.")
+            lines.append(f"{what}: not compared, since {printable('; '.join(lost))}.")
             continue
         top = first.final[metric]
         tied = [row.strategy for row in ranked if math.isclose(row.final[metric].mean, top.mean, abs_tol=1e-12)]
         if len(tied) > 1:
-            shared, mean = printable(", ".join(tied)), percent(replace(top, low=None))
-            lines.append(f"{kind.capitalize()} test accuracy: {shared} share the highest mean, {mean} %.")
+            shared, mean = printable(", ".join(tied)), replace(top, low=None)
+            share = f"lowest mean, {decimal(mean)}" if of_bits else f"highest mean, {percent(mean)} %"
+            lines.append(f"{what}: {shared} share the {share}.")
             continue
-        text = f"{kind.capitalize()} test accuracy: {printable(first.strategy)} is highest with {percent(top)} %"
+        best = f"is lowest with {decimal(top)}" if of_bits else f"is highest with {percent(top)} %"
+        text = f"{what}: {printable(first.strategy)} {best}"
         pairs = all_pairs(scores([one for one in groups if one.runs], metric))
         pair = next(one for both, one in pairs.items() if set(both) == {first.strategy, second.strategy})
-        lead = 100 * abs(pair.difference.mean)  # of the same seeds, so it is the difference of the means too
-        text += f" (n = {top.n}), {lead:.2f} points above {printable(second.strategy)}"
+        lead = abs(pair.difference.mean)  # of the same seeds, so it is the difference of the means too
+        by = f"{lead:.3f} below" if of_bits else f"{100 * lead:.2f} points above"
+        text += f" (n = {top.n}), {by} {printable(second.strategy)}"
         if math.isnan(pair.t_holm):
             text += f"; not tested ({pair.note})"
         else:

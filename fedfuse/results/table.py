@@ -215,7 +215,8 @@ def _told(runs: Sequence[RunRecord], known: Collection[str], most: int = 20) -> 
 def foot(rows: Sequence[Row], texts: bool = True) -> str:
     """Explain what stands in the table of `rows`, and nothing else; without `texts`, bits per byte stand elsewhere."""
     shown = [(one, one.final[name]) for one in rows for name in METRICS]
-    accuracy = "Accuracy after the last round"
+    told = any_texts(rows)
+    accuracy = f"Accuracy{' of next tokens' if told else ''} after the last round"
     if any(value.half_width is not None for _, value in shown):
         accuracy += ", mean ± half-width of the 95 % t interval over n seeds"
     elif any(one.n > 1 for one in rows):
@@ -224,13 +225,13 @@ def foot(rows: Sequence[Row], texts: bool = True) -> str:
         accuracy += ", [n = …] where fewer gave a value"
     own = any(one.global_of == "clients" for one in rows)
     parts = [
-        "global: official test split, class-averaged, by the server's model"
+        f"global: {'all test texts' if told else 'official test split, class-averaged'}, by the server's model"
         + (" or, where it has none (†), the mean over clients' own" if own else ""),
         "personal: mean over clients on their own test examples"
         + (", of those that lie (attack=) too" if any(one.liars for one in rows) else ""),
         "worst 10 %: mean of the lowest ⌈N/10⌉ clients",
     ]
-    if texts and any_texts(rows):
+    if texts and told:
         parts.append("bits/byte: the loss of the tokens predicted over the UTF-8 bytes they stand for, less is better")
     if any(_cut(value) for _, value in shown):
         parts.append("x (low–high): that interval, where it was cut at 0 or 100 %")

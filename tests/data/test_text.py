@@ -113,7 +113,7 @@ def test_a_list_of_texts_is_as_many_and_small_clients_are_left_out(tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"extra": {"tokenizer": None}}, "needs data.extra.tokenizer"),
+        ({"extra": {"tokenizer": None}}, "needs data.extra.tokenizer=<directory of the model>, or bytes"),
         ({"extra": {"tokenizer": "nowhere"}}, "data.extra.tokenizer=nowhere is not a directory"),
         ({"extra": {"length": 1}}, "data.extra.length=1: a next token needs at least 2"),
         ({"extra": {"long": "wrap"}}, "data.extra.long=wrap; allowed: windows, cut"),

@@ -345,7 +345,29 @@ def test_texts_have_their_bits_per_byte_and_a_wide_table_keeps_its_names(tmp_pat
     first = list(csv.DictReader(io.StringIO(to_csv(compare(runs)))))[1]
     assert [first[f"bits_per_byte/{split}"] for split in ("global", "personal")] == ["2.25", "2.25"]
     assert float(first["bits_per_byte/global/t_high"]) == pytest.approx(2.25 + half)  # bits know no upper end
-    assert "bits" not in foot(compare([load(write_run(tmp_path / "classes"))]))
+    classes = foot(compare([load(write_run(tmp_path / "classes"))]))
+    assert "bits" not in classes
+    assert "class-averaged" in classes
+    assert "class-averaged" not in foot(compare(runs))  # tokens are no classes: each counts alike
+
+
+def test_of_texts_the_lowest_bits_per_byte_are_best_and_come_first(tmp_path):
+    """Shares of tokens do not compare tokenizers, and may say the opposite."""
+    runs = []
+    for strategy, bits, share in (("fedavg", (2.0, 2.5), 0.9), ("local", (3.0, 3.25), 0.99)):
+        for seed, found in enumerate(bits):
+            path = write_run(tmp_path / f"{strategy}{seed}", strategy, seed)
+            summary = json.loads((path / "summary.json").read_text())
+            summary["final"] |= {"bits_per_byte/global": found, "accuracy/global": share}
+            (path / "summary.json").write_text(json.dumps(summary))
+            runs.append(load(path))
+    first, second, *_ = sections.verdicts(compare(runs), group(runs)[0])
+    assert first.startswith("Global test, bits per byte: fedavg is lowest with 2.250 ± ")
+    assert "(n = 2), 0.875 below local; the seeds cannot tell them apart" in first
+    assert "Global test accuracy: local is highest" in second
+    for run in runs:
+        run.final["bits_per_byte/global"] = 2.25
+    assert "fedavg, local share the lowest mean, 2.250." in sections.verdicts(compare(runs), group(runs)[0])[0]
 
 
 def test_the_foot_explains_what_the_table_has(tmp_path):

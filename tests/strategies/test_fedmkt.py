@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
 from fedfuse.core.build import build_strategy  # noqa: E402
+from fedfuse.core.fit import remarks  # noqa: E402
 from fedfuse.core.texts import Places, Texts  # noqa: E402
 from fedfuse.errors import UserError  # noqa: E402
 from fedfuse.families.public_text import (  # noqa: E402
@@ -416,6 +417,11 @@ def test_it_runs_and_every_byte_is_counted(words, runs) -> None:
     total = strategy.outbox.traffic.summary()
     assert total["up_bytes"] == 2 * sum(runs.records.values())
     assert total["down_bytes"] == sum(runs.records.values())  # of round 2; the last lesson is for evaluation
+
+
+def test_texts_are_not_told_to_be_few_for_a_vocabulary(runs) -> None:
+    """12 rows of 16 places are no 12 examples of 256 classes."""
+    assert not [line for line in remarks(runs.plain.strategy) if "which is few" in line]
 
 
 def test_over_the_wire_it_is_the_same(words, runs) -> None:
