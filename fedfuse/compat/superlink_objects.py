@@ -63,11 +63,11 @@ def push_of(path: str, body: bytes, most: int) -> Push:
     if about.message_id != tree.object_id:
         raise UserError("these are another message's objects")
     found: dict[str, int] = {}
-    waiting = [tree]
+    waiting, seen = [tree], 0
     while waiting:
-        node = waiting.pop()
+        node, seen = waiting.pop(), seen + 1
         found[node.object_id] = 0
-        if len(found) + len(waiting) + len(node.children) > most:
+        if seen + len(waiting) + len(node.children) > most:  # each time it is named: so often the store looks it up
             raise UserError(f"a message of more than {most} objects")
         waiting += node.children
     return Push(asked, found)

@@ -21,12 +21,13 @@ from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Roster, fingerprint
 
 ROW = 4096  # bytes that an object takes beside its content
-TREE = 10_000  # objects of a message
+TREE = 2_000  # objects of a message: of an array, each 20 MB are one
 MANY = 20_000  # objects of a node
 LITTLE = 64 * 1024  # bytes of a request that anyone may send: to join, to ask for work
 AT_ONCE = 8  # larger requests of a node that are read at once: what is not read whole yet is in no quota
 Who = Callable[..., bytes | None]
 PAUSE = 30.0  # seconds between looks for what is gone, which asks for every object
+REST = 3.0  # times what an announcement took, before the node's next: the store takes them in for one node at a time
 
 
 class OverQuota(Exception):
@@ -109,6 +110,7 @@ class Sites(Door):
         self._noted: set[bytes] = set()
         self._turns: dict[bytes, threading.Lock] = {}
         self._read: dict[bytes, asyncio.Semaphore] = {}
+        self._announcing: dict[bytes, asyncio.Lock] = {}
 
     async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on, if what it leaves here is not too much; of strangers nothing large is read."""
@@ -126,7 +128,7 @@ class Sites(Door):
             return
         try:
             body = await whole(receive)
-            await asyncio.to_thread(self._take, scope, body)
+            node = await asyncio.to_thread(self._take, scope, body)
         except TooLarge:
             await answered(send, 413, f"a request is at most {LARGEST} bytes")
         except UserError as error:
@@ -134,12 +136,19 @@ class Sites(Door):
         except OverQuota as error:
             await answered(send, 507, str(error))
         else:
-            await self.app(scope, again(body, receive), send)
+            if node is None or scope["path"] != MESSAGES:
+                await self.app(scope, again(body, receive), send)
+                return
+            async with self._announcing.setdefault(node, asyncio.Lock()):
+                began = time.monotonic()
+                await self.app(scope, again(body, receive), send)
+                await asyncio.sleep(REST * (time.monotonic() - began))
 
-    def _take(self, scope: Scope, body: bytes) -> None:
+    def _take(self, scope: Scope, body: bytes) -> bytes | None:
+        """Count what is pushed; whose it is, None for a stranger's."""
         push = push_of(scope["path"], body, TREE)
         if (node := self.who(self.app, scope, push)) is None:
-            return
+            return None
         try:
             with self._turns.setdefault(node, threading.Lock()):
                 self.quota.take(node, push.objects)
@@ -148,6 +157,7 @@ class Sites(Door):
                 self._noted.add(node)
                 self.note(node, str(error))
             raise
+        return node
 
 
 def little(scope: Scope) -> bool:

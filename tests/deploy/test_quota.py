@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import hashlib
+import itertools
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +173,55 @@ def test_a_million_announced_objects_are_too_many(world: World) -> None:
     some = ObjectTree(object_id=digest(-1), children=[ObjectTree(object_id=digest(i)) for i in range(300)])
     assert world.ask(world.mallory, MESSAGES, announcing(some, NODE))[0] == 507  # 300 rows are more than a megabyte
     assert len(world.link.store) == 0
+
+
+def test_objects_that_are_named_again_and_again_are_too_many(world: World) -> None:
+    """A megabyte of two dozen hashes that stand below each other: the store would look each up 16,000 times."""
+
+    def below(level: int) -> list[ObjectTree]:
+        children = below(level + 1) if level < 12 else []
+        return [ObjectTree(object_id=digest(2 * level + i), children=children) for i in (0, 1)]
+
+    tree = ObjectTree(object_id=digest(-1), children=below(0))
+    assert len(tree.SerializeToString()) < 2**21
+    status, said = world.ask(world.mallory, MESSAGES, announcing(tree, NODE))
+    assert (status, f"more than {TREE} objects" in said) == (400, True)
+
+
+def test_a_node_that_announces_without_end_leaves_the_store_to_others(world: World) -> None:
+    """The attack: the same announcement over and over, each of which the store is busy with for seconds."""
+
+    class Slow(Link):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            assert not busy or scope["path"] != MESSAGES
+            busy.append(time.monotonic())
+            await asyncio.sleep(0.05)
+            spans.append((busy.pop(), time.monotonic()))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    busy: list[float] = []
+    spans: list[tuple[float, float]] = []
+    world.link.__class__ = Slow
+    body = announcing(ObjectTree(object_id=digest(0)), NODE).SerializeToString()
+
+    async def several() -> None:
+        await asyncio.gather(*(once() for _ in range(4)))
+
+    async def once() -> None:
+        scope = {"type": "http", "method": "POST", "path": MESSAGES, "query_string": b"", "state": {}}
+        scope["headers"] = [(b"content-length", str(len(body)).encode()), *world.mallory.headers()]
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body}
+
+        async def send(_: Any) -> None: ...
+
+        await world.door(scope, receive, send)
+
+    asyncio.run(several())
+    assert len(spans) == 4
+    assert all(later - ended >= 0.14 for (_, ended), (later, _) in itertools.pairwise(spans))
 
 
 def test_a_node_answers_in_its_own_name_and_with_its_own_objects(world: World) -> None:
