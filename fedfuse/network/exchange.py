@@ -17,6 +17,7 @@ from fedfuse.errors import WorldError, in_words, one_line
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
 POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
+SOON = 1.0  # seconds for which the look for one reply holds up the others
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,37 @@ class Sent:
     at: float = 0.0  # when it was last sent, by this machine's clock
     stamp: str = ""  # when its node was last activated, as of sending
     away_since: float | None = None
+
+
+class Look:
+    """A look for the reply to one message, beside others: Flower's waits for all parts that were announced.
+
+    Whoever announces a reply and sends its parts slowly, or never, would else keep the others' from being read, for
+    hours and past any deadline.
+    """
+
+    def __init__(self, grid: Grid, key: str) -> None:
+        self._found: list[Message] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._look, args=(grid, key), daemon=True)
+        self._thread.start()
+
+    def _look(self, grid: Grid, key: str) -> None:
+        try:
+            self._found = list(grid.pull_messages([key]))
+        except Exception as error:
+            self._error = error
+
+    def ended(self, within: float) -> bool:
+        """Whether it has come to its end, waited for as long."""
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def replies(self) -> list[Message]:
+        """What it found; raises what Flower did."""
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 class Exchange:
@@ -120,7 +152,7 @@ class Exchange:
     def send(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
         """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
         started = time.monotonic()
-        waiting = list(sent)
+        waiting, looks = list(sent), dict[str, Look]()
         while waiting:
             online = self.online()
             for item in waiting:
@@ -128,7 +160,7 @@ class Exchange:
             if due := [item for item in waiting if item.due and item.node in online]:
                 self._push(due, online)
             owner = {key: item for item in waiting for key in item.ids}
-            for key, reply in self._pulled(owner):
+            for key, reply in self._pulled(owner, looks):
                 found = owner[key]
                 if found not in waiting:
                     continue
@@ -157,20 +189,26 @@ class Exchange:
             if waiting:
                 self.pause()
 
-    def _pulled(self, owner: Mapping[str, Sent]) -> Iterable[tuple[str, Message]]:
+    def _pulled(self, owner: Mapping[str, Sent], looks: dict[str, Look]) -> Iterable[tuple[str, Message]]:
         """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.
 
         They are asked for one by one: Flower raises for all of a list if one of them is malformed, when it has signed
         for some of the others.
         """
         for key, item in owner.items():
+            within = 0.0 if key in looks else SOON
+            look = looks[key] = looks.get(key) or Look(self.grid, key)
+            if not look.ended(within):
+                continue
+            del looks[key]
             try:
-                for reply in self.grid.pull_messages([key]):
+                for reply in look.replies():
                     if reply.metadata.reply_to_message_id == key:
                         yield key, reply
-            except httpx.HTTPError:
-                raise
             except Exception as error:
+                broken = isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error  # by this reply
+                if isinstance(error, httpx.HTTPError) and not broken:
+                    raise
                 reason = f"its reply cannot be read: {in_words(error)}"
                 yield key, Message(Error(INVALID, one_line(reason)), reply_to=item.original)
 

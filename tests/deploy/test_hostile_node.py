@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
@@ -80,7 +83,15 @@ def rest(built: Federation, clients: Iterable[int] = (0, 1)) -> str:
 
 
 @pytest.mark.parametrize(
-    "broken", [KeyError("arraychunk_ids"), ValueError("x\nfedfuse: y"), MemoryError(), RecursionError()], ids=repr
+    "broken",
+    [
+        KeyError("arraychunk_ids"),
+        ValueError("x\nfedfuse: y"),
+        MemoryError(),
+        RecursionError(),
+        httpx.HTTPStatusError("500", request=httpx.Request("POST", "https://x"), response=httpx.Response(500)),
+    ],
+    ids=repr,
 )
 def test_a_reply_that_cannot_be_taken_from_the_wire_leaves_out_its_node_alone(
     broken: BaseException, tmp_path: Path
@@ -91,6 +102,25 @@ def test_a_reply_that_cannot_be_taken_from_the_wire_leaves_out_its_node_alone(
     assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train")
     assert built.strategy.inbox.failures["replies"] + built.strategy.inbox.failures["rejected"] == 2
     assert any("client 2: its reply cannot be read" in line for line in built.strategy.inbox.left_out)
+
+
+def test_a_reply_whose_parts_do_not_come_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announced and never sent: Flower waits for the parts for minutes, and hours where one comes now and then."""
+    monkeypatch.setattr("fedfuse.network.exchange.SOON", 0.1)
+
+    class Slow(Hostile):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            if self.bad & set(message_ids):
+                over.wait(60)
+                return []
+            return Network.pull_messages(self, message_ids)
+
+    network, over, began = Slow(seats(tmp_path, 3)), threading.Event(), time.monotonic()
+    built, said = run(tiny("fedavg"), network, tmp_path / "run", Patience(deadline=3.0))
+    assert time.monotonic() - began < 40
+    over.set()
+    assert rest(built) == honest(tmp_path, lambda m: m.metadata.message_type == "train")
+    assert "fedfuse: client 2: no reply within 3 s; left out" in said
 
 
 HELLOS: dict[str, Any] = {
