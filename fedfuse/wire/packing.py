@@ -62,4 +62,7 @@ def _unpacked(name: str, content: bytes) -> ArrayRecord:
         order = sorted(found, key=lambda numbered: int(numbered.partition("/")[0]))
     except Exception as error:
         raise InvalidArrays(f"{name}: is no safetensors ({' '.join(str(error).split())[:100]})") from error
-    return record({numbered.partition("/")[2]: found[numbered] for numbered in order})
+    arrays = {numbered.partition("/")[2]: found[numbered] for numbered in order}
+    if len(arrays) < len(found):
+        raise InvalidArrays(f"{name}: two arrays of one name")
+    return record(arrays)

@@ -303,14 +303,23 @@ def test_a_record_of_empty_arrays_is_counted_before_it_is_read(records: int, mon
     import safetensors.torch
 
     def sent(count: int) -> RecordDict:
-        head = json.dumps({f"{i}/a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)})
+        head = json.dumps({f"{i}/a{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)})
         content = np.frombuffer(len(head).to_bytes(8, "little") + head.encode(), np.uint8)
         return RecordDict({f"r{i}": ArrayRecord({PACKED: Array(content)}) for i in range(records)})
 
     monkeypatch.setattr("fedfuse.wire.packing.MOST", 100)
-    assert len(unpacked(sent(100 // records))["r0"]) == 1  # they have one name
+    assert len(unpacked(sent(100 // records))["r0"]) == 100 // records
     read, load = list[int](), safetensors.torch.load
     monkeypatch.setattr("safetensors.torch.load", lambda content: read.append(len(content)) or load(content))
     with pytest.raises(InvalidArrays, match="more arrays than a message may have; allowed are 100"):
         unpacked(sent(102 // records))
     assert len(read) < records
+
+
+def test_a_packed_record_has_no_two_arrays_of_one_name() -> None:
+    import safetensors.numpy
+
+    twice = safetensors.numpy.save({"0/w": np.zeros(2, np.float32), "7/w": np.ones(2, np.float32)})
+    content = RecordDict({"arrays": ArrayRecord({PACKED: Array(np.frombuffer(twice, np.uint8))})})
+    with pytest.raises(InvalidArrays, match="arrays: two arrays of one name"):
+        unpacked(content)
