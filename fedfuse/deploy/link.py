@@ -87,6 +87,12 @@ class Link:
         ca, pem, key = self._files()
         return [sys.executable, "-m", "fedfuse.deploy.as_operator", str(ca), str(pem), str(key)]
 
+    def context(self) -> ssl.SSLContext | None:
+        """What a connection trusts and shows; None without TLS."""
+        from fedfuse.deploy.as_operator import certified
+
+        return None if self.insecure else certified(*map(str, self._files()))
+
     def _files(self) -> tuple[Path, Path, Path]:
         """Certificates and key.
 
@@ -122,9 +128,7 @@ class Link:
         """
         import httpx
 
-        from fedfuse.deploy.as_operator import certified
-
-        verify: Any = False if self.insecure else certified(*map(str, self._files()))
+        verify: Any = self.context() or False
         url = f"http{'' if self.insecure else 's'}://{self.address}/fedfuse/{path}"
         try:
             plain = {"accept-encoding": "identity"}

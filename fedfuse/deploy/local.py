@@ -104,7 +104,7 @@ class Federation:
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
         if self.count >= MANY:
-            self.say(f"fedfuse: {self.count} nodes are registered, one after another, and started then")
+            self.say(f"fedfuse: {self.count} nodes are started")
         for i, name in enumerate(names):
             register(self.link, write_request(self.work / name, name, {"client": i, "every": self.count})[-1], {})
         for i, name in enumerate(names):  # not before: a node that starts takes a core from the next registration

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -22,7 +21,7 @@ from fedfuse.config.files import read
 from fedfuse.deploy.certs import node_keys
 from fedfuse.deploy.link import Link
 from fedfuse.deploy.passphrase import passphrase, private_key
-from fedfuse.errors import UserError, WorldError, one_line
+from fedfuse.errors import UserError, one_line
 from fedfuse.network.roster import Place, fingerprint, place_from
 
 SIGNED = ec.ECDSA(hashes.SHA384())
@@ -94,21 +93,22 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
     WorldError
         If the server cannot be asked.
     """
+    from fedfuse.compat.flower_control import registered
+
     public, asked = read_request(path)
+    try:
+        key = load_ssh_public_key(public)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UserError(f"{path}: neither a request nor a public key ({one_line(error)})") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise UserError(f"{path}: an elliptic-curve key is needed")
     if "client" in place:
         asked.pop("every", None)
     known: Place = _complete({**asked, **place}, path)
     answer = link.leave("roster", json.dumps({fingerprint(public): asdict(known)}).encode())
     also = one_line(json.loads(answer)["detail"]).removeprefix("entered")
-    with tempfile.TemporaryDirectory(prefix="fedfuse-") as folder:
-        file = Path(folder) / "site.pub"
-        file.write_bytes(public)
-        try:
-            said = link.flwr("supernode", "register", str(file), "fedfuse").strip()
-        except WorldError as error:
-            if "already" not in str(error):
-                raise
-            said = "registered already; its place was entered anew"
+    node = registered(link.address, link.context(), key)
+    said = "registered already; its place was entered anew" if node is None else f"registered as node {node}"
     return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}{also}"
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.proto.control_pb2 import RegisterNodeRequest, RegisterNodeResponse
 
-from fedfuse.compat import flower_apps, flower_arrays, flower_fleet, flower_identity, flower_records, flower_replies
+from fedfuse.compat import (
+    flower_apps,
+    flower_arrays,
+    flower_control,
+    flower_fleet,
+    flower_identity,
+    flower_records,
+    flower_replies,
+)
+from fedfuse.errors import WorldError
 
 flower_identity.claim_identity()
 
@@ -146,3 +160,42 @@ def test_what_flower_does_for_apps_and_nodes_is_there() -> None:
     assert flower_apps.flatten_dict({"a": {"b": 1}}) == {"a.b": 1}
     assert flower_apps.APP_RAISED > 0
     flower_fleet.DeactivateNodeRequest(node_id=1)
+
+
+class Control(BaseHTTPRequestHandler):
+    """A SuperLink that lets each key in once."""
+
+    known: set[bytes] = set()
+    refusal: bytes | None = None
+
+    def do_POST(self) -> None:
+        key = RegisterNodeRequest.FromString(self.rfile.read(int(self.headers["content-length"]))).public_key
+        status, said = 200, RegisterNodeResponse(node_id=2**63 + 5).SerializeToString()
+        if self.refusal is not None:
+            status, said = 403, self.refusal
+        elif key in self.known:
+            status, said = 412, b'{"code": 23, "detail": "Public key already in use."}'
+        self.known.add(key)
+        assert self.path == "/v1/control/register-node"
+        self.send_response(status)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_key_is_let_in_without_flowers_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, key = HTTPServer(("127.0.0.1", 0), Control), ec.generate_private_key(ec.SECP384R1()).public_key()
+    threading.Thread(target=link.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{link.server_port}"
+    monkeypatch.setattr(Control, "known", set())
+    assert flower_control.registered(address, None, key) == 2**63 + 5
+    assert flower_control.registered(address, None, key) is None
+    monkeypatch.setattr(Control, "refusal", b'{"detail": "ann may read; this\\nneeds register"}')
+    with pytest.raises(WorldError, match=r"ann may read; this needs register$"):
+        flower_control.registered(address, None, key)
+    link.shutdown()
+    link.server_close()
+    with pytest.raises(WorldError, match="cannot be asked"):
+        flower_control.registered(address, None, key)
