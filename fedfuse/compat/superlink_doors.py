@@ -3,8 +3,9 @@
 Internal names of Flower 1.41: `flower_superlink.uvicorn`, whose `run` is handed the SuperLink's application
 (`open_doors`), and `ProtobufClient.__init__` of `flwr.supercore.protobuf.client`, whose `verify` becomes a context
 with a certificate (`run_as`). Of uvicorn 0.49: `H11Protocol`, which is subclassed to tell the application who its
-peer is, and its `app_state`. They buy ports apart for sites and operators, and that strangers reach neither. Without
-them the server does not start, and the operator's commands fail, both by name. Guard: `tests/deploy/test_doors.py`.
+peer is and to close what nothing comes from, and its `app_state`, `cycle`, `loop` and `transport`. They buy ports apart
+for sites and operators, that strangers reach neither, and that they hold no connection. Without them the server does
+not start, and the operator's commands fail, both by name. Guard: `tests/deploy/test_doors.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from fedfuse.errors import WorldError
 
+HEAD = 30.0  # seconds between requests of a connection, and for the head of one
 LINK, CLIENT = "flwr.superlink.cli.flower_superlink", "flwr.supercore.protobuf.client"
 
 
@@ -29,16 +31,28 @@ def open_doors(serve: Callable[[Any, dict[str, Any]], None]) -> None:
     module.uvicorn = SimpleNamespace(run=lambda app, **settings: serve(app, settings))  # type: ignore[attr-defined]
 
 
-def naming_peers() -> Any:
-    """A protocol for uvicorn that puts the peer's certificate into `scope["state"]["peer"]`."""
+def patient(seconds: float = HEAD) -> Any:
+    """A protocol for uvicorn that puts the peer's certificate into `scope["state"]["peer"]`; its patience ends.
+
+    The one that uvicorn prefers reads a head without an end into memory, whoever sends it; neither ends its waiting.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Naming(H11Protocol):
+    class Patient(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.app_state = {**self.app_state, "peer": transport.get_extra_info("peercert") or {}}
+            self._look(self)
 
-    return Naming
+        def _look(self, before: Any) -> None:
+            if self.transport.is_closing():
+                return
+            if self.cycle is before and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()  # no request since, and none under way
+            else:
+                self.loop.call_later(seconds, self._look, self.cycle)
+
+    return Patient
 
 
 def run_as(context: ssl.SSLContext, words: list[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedfuse.compat.superlink_doors import naming_peers
+from fedfuse.compat.superlink_doors import patient
 from fedfuse.compat.superlink_objects import nodes
 from fedfuse.config.files import replaced
 from fedfuse.deploy.processes import RUNS
@@ -315,11 +315,11 @@ def serve(
 
     settings = {key: value for key, value in settings.items() if key not in ("reload", "workers")}
     first: Any = both if ca is None else sites(app, post, audit)
-    servers = [uvicorn.Server(uvicorn.Config(first, **settings))]
+    servers = [uvicorn.Server(uvicorn.Config(first, **settings, http=patient()))]
     inner = {**settings, "host": "127.0.0.1", "port": near, "lifespan": "off", "access_log": False}
     servers.append(Beside(uvicorn.Config(Door(app, ("/v1/runtime/",)), **inner)))
     if ca is not None:
-        outer = {**settings, "host": control[0], "port": control[1], "lifespan": "off", "http": naming_peers()}
+        outer = {**settings, "host": control[0], "port": control[1], "lifespan": "off", "http": patient()}
         outer |= {"ssl_ca_certs": str(ca), "ssl_cert_reqs": 2}  # ssl.CERT_REQUIRED: nobody without a certificate
         servers.append(Beside(uvicorn.Config(operators, **outer)))
 

@@ -24,6 +24,7 @@ ROW = 4096  # bytes that an object takes beside its content
 TREE = 2_000  # objects of a message: of an array, each 20 MB are one
 MANY = 20_000  # objects of a node
 LITTLE = 64 * 1024  # bytes of a request that anyone may send: to join, to ask for work
+BRIEF = 60.0  # seconds that such a request may take to come
 AT_ONCE = 8  # larger requests of a node that are read at once: what is not read whole yet is in no quota
 Who = Callable[..., bytes | None]
 PAUSE = 30.0  # seconds between looks for what is gone, which asks for every object
@@ -115,7 +116,7 @@ class Sites(Door):
     async def passed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on, if what it leaves here is not too much; of strangers nothing large is read."""
         if little(scope):
-            await self._passed(scope, receive, send)
+            await self._passed(scope, in_time(receive), send)
         elif (node := await asyncio.to_thread(self.who, self.app, scope)) is None:
             await answered(send, 401, f"more than {LITTLE} bytes are taken from registered nodes alone")
         else:
@@ -164,6 +165,24 @@ def little(scope: Scope) -> bool:
     """Whether a request says that it is small, which the listener then holds it to."""
     headers = dict(scope["headers"])
     return b"transfer-encoding" not in headers and int(headers.get(b"content-length", b"0")) <= LITTLE
+
+
+def in_time(receive: Receive, seconds: float = BRIEF) -> Receive:
+    """A small request, of which nothing more is waited for after a time: it may be a stranger's, who sends no end."""
+    until, over = time.monotonic() + seconds, False
+
+    async def receiving() -> Any:
+        nonlocal over
+        if over:
+            return await receive()  # an application waits for its peer to leave
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        over = not message.get("more_body")
+        return message
+
+    return receiving
 
 
 def again(body: bytes, receive: Receive) -> Receive:

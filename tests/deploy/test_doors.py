@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -27,11 +28,12 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedfuse.compat.flower_fleet import public_key_to_bytes
+from fedfuse.compat.superlink_doors import patient
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
 from fedfuse.deploy.commands import main as command
-from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators
+from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators, answered
 from fedfuse.deploy.link import Link, Lost, plain
 from fedfuse.deploy.orders import Outcome, carry_out, deployed, pack, unpack
 from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
@@ -752,3 +754,49 @@ def test_an_operators_certificate_says_its_roles(tmp_path: Path) -> None:
     for told in ("x=root", "../x", "=read", "x=read,"):
         with pytest.raises(UserError, match="--operator"):
             write_certificates(tmp_path, [], [], operators=[told])
+
+
+@pytest.mark.parametrize("said", [b"", b"POST / HTTP/1.1\r\nHost: x\r\nX: a"], ids=["nothing", "half a head"])
+def test_a_connection_that_sends_no_request_is_closed(said: bytes) -> None:
+    """The attack: whoever reaches the port held as many connections as the server could have, for ever."""
+    with listening(patient(0.5)) as port, socket.create_connection(("127.0.0.1", port), 20) as held:
+        held.sendall(said)
+        began = time.monotonic()
+        assert held.recv(10) == b""
+        assert time.monotonic() - began < 10
+
+
+def test_a_connection_that_asks_stays_open_and_a_head_has_an_end() -> None:
+    with listening(patient(0.5)) as port:
+        with socket.create_connection(("127.0.0.1", port), 20) as asking:
+            for _ in range(4):
+                asking.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b""
+                while part := b"" if answer.endswith(b"}") else asking.recv(1000):
+                    answer += part
+                assert answer.startswith(b"HTTP/1.1 200")
+        with socket.create_connection(("127.0.0.1", port), 20) as endless:  # one of 60 MB was read, in 16 s
+            endless.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: ")
+            with contextlib.suppress(OSError):
+                endless.sendall(b"a" * 2**22)
+            with contextlib.suppress(ConnectionResetError):
+                assert endless.recv(1000)[:12] in (b"", b"HTTP/1.1 400")
+
+
+@contextlib.contextmanager
+def listening(protocol: Any) -> Iterator[int]:
+    """A server of uvicorn's with a protocol of ours; it answers after longer than the protocol waits for a head."""
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.8)
+        await answered(send, 200, "here")
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=protocol))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(10)

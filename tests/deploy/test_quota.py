@@ -25,7 +25,8 @@ from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.compat.superlink_objects import MESSAGES, OBJECT, holds
 from fedfuse.deploy import quota as counted
 from fedfuse.deploy.certs import node_keys
-from fedfuse.deploy.quota import LITTLE, ROW, TREE, OverQuota, Quota, Sites, sites_door
+from fedfuse.deploy.doors import whole
+from fedfuse.deploy.quota import LITTLE, ROW, TREE, OverQuota, Quota, Sites, in_time, sites_door
 from fedfuse.network.audit import Audit
 from fedfuse.network.roster import Place, Roster, fingerprint
 from tests.deploy.test_doors import Inner
@@ -275,6 +276,30 @@ def test_of_strangers_nothing_large_is_read(world: World) -> None:
     mallory = world.mallory.headers()
     assert asked(signed, OBJECT, body=body, length=len(body))[0] == 400  # read, and no push
     assert read
+
+
+def test_a_small_request_that_does_not_end_is_not_waited_for() -> None:
+    """The attack: a stranger's request of some bytes, and no more of it for ever."""
+
+    async def never() -> Any:
+        await asyncio.sleep(60)
+
+    async def ended() -> None:
+        began = time.monotonic()
+        assert await whole(in_time(never, 0.1)) == b""
+        assert time.monotonic() - began < 10
+
+    async def here() -> None:
+        async def parts() -> Any:
+            return waiting.pop() if waiting else await asyncio.sleep(0.3, {"type": "http.disconnect"})
+
+        waiting = [{"body": b"b"}, {"body": b"a", "more_body": True}]
+        receive = in_time(parts, 0.1)
+        assert await whole(receive) == b"ab"
+        assert (await receive())["type"] == "http.disconnect"  # waited for as long as it takes
+
+    asyncio.run(ended())
+    asyncio.run(here())
 
 
 def test_junk_is_named(world: World) -> None:
