@@ -12,6 +12,7 @@ import io
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,10 @@ class Counted(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """See `io.RawIOBase`."""
-        part = self.file.read1(len(buffer))
+        try:
+            part = self.file.read1(len(buffer))
+        except zlib.error as error:  # what else is wrong with a gzip file is an OSError already
+            raise gzip.BadGzipFile(str(error)) from error
         self.taken += len(part)
         check_room(self.path, self.taken, self.most)
         buffer[: len(part)] = part

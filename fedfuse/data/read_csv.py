@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
                 found.append(cells)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is no CSV ({error})") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected CSV in UTF-8") from None
     if not found:
         raise UserError(f"{path} is empty; expected a header and one example per line")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ def read_array(path: Path, dimensions: int) -> np.ndarray:
             raise FileNotFoundError
     except FileNotFoundError:
         raise UserError(f"{path}(.gz) is missing; expected MNIST's IDX file") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected a gzipped IDX file") from None
     head = 4 + 4 * dimensions
     shape = tuple(int(size) for size in np.frombuffer(content[4:head], dtype=">u4")) if len(content) >= head else ()

@@ -157,3 +157,17 @@ def test_rows_take_more_than_their_letters(
     layout = name.split(".")[1]
     with pytest.raises(UserError, match=r"would inflate to \d+ bytes or more; allowed are"):
         load(DataConfig(name=layout, layout=layout, root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("a.txt.gz", "text"), ("a.jsonl.gz", "jsonl"), ("a.csv.gz", "csv"), ("train-images-idx3-ubyte.gz", "idx")],
+)
+def test_a_compressed_file_whose_middle_is_damaged_is_told(name: str, layout: str, tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(bytes(range(256)) * 64))
+    content[12:60] = b"\xff" * 48  # no blocks that a deflated stream may have
+    (tmp_path / name).write_bytes(content)
+    known = {"idx": "mnist"}.get(layout, layout)
+    extra = {"tokenizer": "bytes"} if layout == "text" else {}
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        load(DataConfig(name=known, root=str(tmp_path), extra=extra))
