@@ -35,9 +35,10 @@ def one_line(text: object, most: int = 500) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
-def printable(text: str) -> str:
-    """Replace control characters (terminal escapes among them) by the replacement character."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+def printable(text: str, most: int | None = None) -> str:
+    """Replace control characters (terminal escapes among them) by the replacement character, and cut at `most`."""
+    plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return plain if most is None or len(plain) <= most else plain[: most - 1] + "…"
 
 
 def in_words(error: BaseException) -> str:

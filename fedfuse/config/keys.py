@@ -23,7 +23,11 @@ def key(default: Any, meaning: str, *, only: str = "") -> Any:
     only : str
         With what it does anything, as `fedfuse.config.idle` reads it; empty: always.
     """
-    metadata = {"meaning": meaning, "only": only}
+    return field(default, meaning=meaning, only=only)
+
+
+def field(default: Any, **metadata: Any) -> Any:
+    """A dataclass field; a list or dict is copied for each instance."""
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -88,4 +92,6 @@ def said(value: Any) -> str:
     """A value as it is typed."""
     if value is None:
         return "null"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(said, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedfuse.config.dotted import refuse_by_wire
 from fedfuse.config.keys import Key, allowed, keys_of, said
+from fedfuse.config.keys import field as declare
 from fedfuse.errors import UserError, in_words, nearest
 
 if TYPE_CHECKING:
@@ -86,12 +87,7 @@ def hyper(
         Its factors, other hyper-parameters: where one is 0, false or null this one does nothing, and is refused unless
         at its default. "mu", "voting with vote_epochs" (both are needed), "mu or lam" (one of them is).
     """
-    metadata = {
-        "meaning": meaning, "low": low, "high": high, "above": above, "choices": choices, "path": path, "only": only,
-    }  # fmt: skip
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return declare(default, meaning=meaning, low=low, high=high, above=above, choices=choices, path=path, only=only)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedfuse.config.keys import said
+from fedfuse.errors import printable
 from fedfuse.results import svg
 from fedfuse.results.setting import Group, flatten, swept
 from fedfuse.results.statistics import Interval
@@ -84,7 +87,7 @@ def over_parameters(parts: Sequence[tuple[Group, int, Row]]) -> list[Swept]:
             if max((len(line.points) for line in lines), default=0) < 2:
                 continue
             named = [name for name in held if not _said_by(name, held, flats)]
-            told = ", ".join(f"{name.removesuffix('.name')}={inside[0][1].get(name)}" for name in named)
+            told = ", ".join(f"{name.removesuffix('.name')}={said(inside[0][1].get(name))}" for name in named)
             found.append(Swept(key.removesuffix(".name"), told, tuple(_ordered(values.values())), lines))
     return found
 
@@ -136,8 +139,6 @@ def _is_number(value: Any) -> bool:
 
 def draw(one: Swept, metric: str, prefix: str) -> str | None:
     """Draw a metric over a key's values: means over seeds with their 95 % t intervals; None where nobody has it."""
-    import math
-
     from matplotlib.transforms import ScaledTranslation
 
     if not any(math.isfinite(final[metric].mean) for line in one.lines for _, final in line.points):
@@ -170,13 +171,8 @@ def draw(one: Swept, metric: str, prefix: str) -> str | None:
             axes.update_datalim(list(zip(x, y, strict=True)))  # what is shifted moves no limit by itself
         axes.autoscale_view()
         if not numbers or len(one.values) <= MOST_TICKS:
-            axes.set_xticks(list(place.values()), [_short(value) for value in one.values])
+            axes.set_xticks(list(place.values()), [printable(said(value), 14) for value in one.values])
             axes.minorticks_off()
         axes.set_xlabel(one.key)
         axes.set_ylabel(f"{metric.replace('/', ', ')} (%)")
         return svg.to_svg(drawn, prefix)
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 14 else f"{text[:13]}…"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
+from fedfuse.config.keys import said
+from fedfuse.errors import printable
 from fedfuse.results.run_data import RunRecord
 
 # Keys that by the platform's promises cannot change a result, or only name places.
@@ -26,6 +29,7 @@ WITHOUT_EFFECT = (
 )
 # Of those, the ones that still change how long a run takes or at which rounds it is scored.
 RUNTIME = ("name", "workers", "device", "server_device", "address")
+LONGEST = 60  # letters of a value
 EDGE = " (an end of what was searched: a better value may lie beyond)"
 ON_THE_CLOCK = (*(f"runtime.{key}" for key in RUNTIME), "evaluate.every")
 
@@ -135,7 +139,7 @@ def group(runs: Iterable[RunRecord]) -> tuple[list[Group], list[str]]:
             if settings[place] == settings[key] and str(other.get("strategy.name", "?")) == name
         ]
         hyper = [part for part in _differing(peers) if part.startswith("strategy.") or part in tuned]
-        label = " ".join([name, *(f"{part.removeprefix('strategy.')}={flat.get(part)}" for part in hyper)])
+        label = " ".join([name, *(f"{part.removeprefix('strategy.')}={_value(flat, part)}" for part in hyper)])
         ordered = [run for _, run in sorted(by_config[key].items())]
         groups.append(
             Group(
@@ -167,7 +171,7 @@ def differences(runs: Sequence[RunRecord]) -> list[str]:
             continue
         counts: dict[str, int] = {}
         for flat in flats:
-            value = _value(flat[name]) if name in flat else "absent"
+            value = _value(flat, name)
             counts[value] = counts.get(value, 0) + 1
         shown = sorted(counts.items())
         listed = ", ".join(f"{value} ({count} runs)" for value, count in shown[:8])
@@ -187,7 +191,7 @@ def tuning(runs: Sequence[RunRecord]) -> list[str]:
             if name in flat and flat.get("search.keys"):
                 found = values.setdefault(str(flat.get("strategy.name", "?")), [])
                 edges = flat.get("search.edges")
-                value = _value(flat[name]) + (EDGE if isinstance(edges, list) and name in edges else "")
+                value = _value(flat, name) + (EDGE if isinstance(edges, list) and name in edges else "")
                 found += [value] if value not in found else []
         trials = sorted({str(flat.get("search.trials")) for flat in flats if flat.get("search.keys")})
         listed = "; ".join(f"{strategy} {', '.join(found)}" for strategy, found in values.items())
@@ -235,13 +239,17 @@ def _within(name: str, keys: Iterable[str]) -> bool:
 
 
 def _say(flat: Mapping[str, Any], names: Iterable[str]) -> str:
-    return ", ".join(f"{_key(name)}={_value(flat[name]) if name in flat else 'absent'}" for name in names)
+    return ", ".join(f"{_key(name)}={_value(flat, name)}" for name in names)
 
 
 def _key(name: str) -> str:
     return name.removesuffix(".name")
 
 
-def _value(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _value(flat: Mapping[str, Any], name: str) -> str:
+    if name not in flat:
+        return "absent"
+    text = printable(said(flat[name]))
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:20]}…{text[-30:]} #{sha256(text.encode()).hexdigest()[:6]}"  # two that are cut alike stay two

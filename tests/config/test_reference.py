@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fedfuse.cli import main
-from fedfuse.config import registry
+from fedfuse.config import keys, registry
 from fedfuse.config.compose import ELSEWHERE, meant
 from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.idle import CONDITIONS, holds
@@ -27,6 +27,12 @@ def test_every_key_means_something_and_its_condition_can_be_read() -> None:
         assert key.name in all_rows()
     named = " ".join(key.only for key in known().values())
     assert all(condition in named for condition in CONDITIONS)
+
+
+def test_a_default_that_help_shows_can_be_typed() -> None:
+    """Lists among them: quotes of Python's would be taken by a shell."""
+    assert " clock.tiers=[laptop,phone,board] " in all_rows()
+    assert keys.said([True, None, 0.5, ["a"]]) == "[true,null,0.5,[a]]"
 
 
 BOUND = re.compile(r"(more than|at least|below|at most) (-?[\d.,]*\d)|^(-?\d[\d.]*) to (\d[\d.]*)")

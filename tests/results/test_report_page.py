@@ -376,6 +376,11 @@ def test_accuracy_over_a_swept_key(tmp_path):
     assert drawn.count("series series-0") == 1 + 3  # a line, and an interval for each value
 
 
+def test_a_swept_list_is_no_part_of_a_lines_name(tmp_path):
+    (found,) = swept(tmp_path, [("knfu", 0, None, {"targets": value}) for value in (["q", "v"], ["q"])])
+    assert [line.label for line in found.lines] == ["knfu"]
+
+
 def test_two_swept_keys_and_one_that_follows_another(tmp_path):
     """Clients and α: each is drawn at each value of the other; what follows a data set's name is not drawn apart."""
     runs = [

@@ -66,8 +66,19 @@ def test_differences_are_named(tmp_path):
         "runtime.workers: 1 (3 runs), 9 (1 run) (changes times or scored rounds, not results)",
     ]
     assert [one.setting for one in compare(runs)] == ["partition.alpha=0.1"] + ["partition.alpha=0.3"] * 3
-    assert {one.strategy for one in compare(runs)} == {"fedavg", "knfu", "knfu beta=2.0", "knfu beta=None"}
+    assert {one.strategy for one in compare(runs)} == {"fedavg", "knfu", "knfu beta=2.0", "knfu beta=absent"}
     assert any("partition.alpha" in line for line in notes(runs))
+
+
+def test_values_that_are_long_and_alike_at_both_ends_stay_two(tmp_path):
+    long = ["/models/" + "x" * 80 + middle + "y" * 80 for middle in "ab"]
+    paths = [write_run(tmp_path / f"p{i}", "fedavg", 0, config={"model": {"path": long[i]}}) for i in range(2)]
+    assert len({one.setting for one in compare([load(path) for path in paths])}) == 2
+    assert len(differences([load(path) for path in paths])[0].split(" (1 run)")) == 3
+    hypers = [write_run(tmp_path / f"h{i}", "knfu", 0, hyper={"init_from": long[i]}) for i in range(2)]
+    labels = {one.strategy for one in compare([load(path) for path in hypers])}
+    assert len(labels) == 2
+    assert all(len(label) < 80 for label in labels)
 
 
 def test_same_configuration_twice_counts_once(tmp_path):
