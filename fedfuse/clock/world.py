@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedfuse.clock.availability import Intervals, availability
 from fedfuse.clock.devices import Device, devices
@@ -173,8 +173,3 @@ def world(config: ClockConfig, clients: int, seed: int) -> World:
         config.watts,
         config.joules_per_mb,
     )
-
-
-def flight_of(row: Sequence[Any]) -> Flight:
-    """A flight from the plain list that a checkpoint holds."""
-    return Flight(*row)

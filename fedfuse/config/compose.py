@@ -105,10 +105,8 @@ def compose(overrides: Sequence[str]) -> Config:
         raise UserError(_explain(error, overrides, chosen)) from error
     hand_on(config)
     if config.model.path and catalogue.layout_of(config.data.name, config.data.layout) in ("text", "instruct", "roles"):
-        config.data.extra = {
-            "tokenizer": config.model.path,
-            **config.data.extra,
-        }  # the model's own, unless another is said
+        # the model's own, unless another is said
+        config.data.extra = {"tokenizer": config.model.path, **config.data.extra}
     if config.until.seconds is not None and not any(text.lstrip("+~").startswith("rounds=") for text in overrides):
         config.rounds = MANY
     check(config)
@@ -139,7 +137,7 @@ def _check_keys(overrides: Sequence[str]) -> None:
     """Find an unknown key or group word before anything heavy is imported."""
     every = known()
     for text in overrides:
-        key, value = re.split("=", text.lstrip("+~"), maxsplit=1)
+        key, _, value = text.lstrip("+~").partition("=")
         value = value.strip("'\"")
         key = key.split("@")[0]
         if key.startswith("strategy."):

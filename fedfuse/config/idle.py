@@ -15,7 +15,7 @@ from typing import Any
 from fedfuse.config import registry
 from fedfuse.config.catalogue import layout_of
 from fedfuse.config.keys import Key, said
-from fedfuse.config.schema import Config, known
+from fedfuse.config.schema import Config, known, valued
 from fedfuse.errors import UserError
 
 
@@ -140,14 +140,6 @@ def _facts(config: Config, name: str) -> Iterator[set[str]]:
     else:
         value = valued(config, name)
         yield {said(getattr(value, "name", value) if dataclasses.is_dataclass(value) else value)}
-
-
-def valued(config: Config, name: str) -> Any:
-    """The value of a dotted key."""
-    node: Any = config
-    for part in name.split("."):
-        node = getattr(node, part)
-    return node
 
 
 def _declared(config: Config, name: str) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from fedfuse.config import catalogue
 from fedfuse.config.clock_rules import Rule, timed
-from fedfuse.config.schema import Config
+from fedfuse.config.schema import Config, valued
 from fedfuse.errors import UserError, nearest
 
 LEAST = {  # where they are not null
@@ -55,11 +54,11 @@ def check(config: Config) -> None:
         Naming the key, the value and what is allowed.
     """
     for key, low in LEAST.items():
-        value = _value(config, key)
+        value = valued(config, key)
         if value is not None and not low <= value < float("inf"):
             raise UserError(f"{key}={value}: allowed is at least {low}")
     for key, allowed_words in WORDS.items():
-        value = _value(config, key)
+        value = valued(config, key)
         if value not in allowed_words:
             raise UserError(f"{key}={value}: {nearest(str(value), allowed_words)}")
     for name in config.audit:
@@ -154,10 +153,3 @@ def _positive(text: str) -> bool:
         return 0 < float(text) < float("inf")
     except ValueError:
         return False
-
-
-def _value(config: Config, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node

@@ -535,3 +535,8 @@ def without_gone(values: Mapping[str, Any]) -> dict[str, Any]:
 def known() -> dict[str, Key]:
     """Every key of a run but the strategies' own, by name."""
     return {found.name: found for found in keys_of(Config)}
+
+
+def valued(config: Config, name: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, name.split("."), config)

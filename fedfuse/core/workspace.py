@@ -79,9 +79,8 @@ class Workspace:
         # by client (all: None), examples given out, and writes to them before
         self._handed: defaultdict[int | None, dict[tuple[Any, ...], tuple[Any, int]]] = defaultdict(dict)
         self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
-        self._sent: deque[tuple[Arrays, Arrays]] = deque(
-            maxlen=SENT
-        )  # what was given last, and the same on this device
+        # what was given last, and the same on this device
+        self._sent: deque[tuple[Arrays, Arrays]] = deque(maxlen=SENT)
         self.texts = Texts(self)
         budget = scenario.config.runtime.memory
         self._predicts = transfer and scenario.data.transfer is not None

@@ -85,21 +85,6 @@ def same_start(ends: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
     return real[mine], other_real[theirs]
 
 
-def ends_of_characters(offsets: Sequence[tuple[int, int]], text: str) -> np.ndarray:
-    """Ends in bytes of tokens whose places are told in characters, as a fast tokenizer does.
-
-    Of tokens that share a character none but the last is known to end within it: all of them end with it. A token
-    without a place, (0, 0), ends where the one before it does.
-    """
-    widths = [len(character.encode("utf-8")) for character in text]
-    bytes_before = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-    ends = bytes_before[[end for _, end in offsets]] if len(offsets) else np.zeros(0, dtype=np.int64)
-    ends = np.maximum.accumulate(ends) if len(ends) else ends
-    if len(ends) and len(text):
-        ends[ends == ends[-1]] = bytes_before[-1]
-    return ends.astype(np.int64)
-
-
 def nearest_piece(piece: bytes, others: Sequence[bytes], where: dict[bytes, int]) -> int:
     """The other vocabulary's token of the same bytes, else the one of least edit distance, the first of equals (MinED).
 

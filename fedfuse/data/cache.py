@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -35,6 +35,11 @@ def key_of(*parts: object) -> str:
     """Return a file name that depends on `parts` alone."""
     text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def stamps(paths: Iterable[Path]) -> list[list[object]]:
+    """What files are known by, as a part of a key: place, size and the time of their last change."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 @contextlib.contextmanager

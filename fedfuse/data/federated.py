@@ -187,8 +187,6 @@ def prepare(
             f"data.validation={data.validation} + data.personal_test={data.personal_test} leave nothing to "
             "train on; allowed: a sum < 1"
         )
-    if clients is not None and clients < 1:
-        raise UserError(f"clients={clients}; allowed: 1 or more")
     dataset = load(data)
     chosen: Examples | None
     if data.target is not None:

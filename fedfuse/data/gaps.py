@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.dataset import SCORED, SPLITS, Dataset
+from fedfuse.errors import listed
 
 
 def gaps(data: DataConfig, dataset: Dataset, rows: np.ndarray, counts: np.ndarray) -> list[str]:
@@ -41,12 +40,7 @@ def gaps(data: DataConfig, dataset: Dataset, rows: np.ndarray, counts: np.ndarra
     trained = np.bincount(dataset.train.targets[rows[split == 0]], minlength=total) > 0
     if not trained.all():
         tested = np.setdiff1d(test.targets, np.flatnonzero(trained)) if test is not None else ()
-        some = listed([dataset.classes[i] for i in np.flatnonzero(~trained)])
+        some = listed([dataset.classes[i] for i in np.flatnonzero(~trained)], 5)
         also = f"; {len(tested)} of them in the global test set" if len(tested) else ""
         said.append(f"no example to train on of {total - int(trained.sum())} of {total} classes: {some}{also}")
     return said
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, in words."""
-    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])

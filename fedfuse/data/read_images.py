@@ -8,7 +8,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
-from fedfuse.data.cache import key_of, stored_dataset
+from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import room
 from fedfuse.data.pixels import decode
@@ -34,20 +34,16 @@ def read(config: DataConfig, root: Path) -> Dataset:
     if train_root is root:
         test_root = None
     splits = [_listed(config, place) for place in (train_root, test_root) if place is not None]
+    paths = [path for split in splits for path, _, _ in split]
     key = key_of(
         "images",
         [config.name, config.groups, config.test_fraction, extra],
-        [
-            [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-            for split in splits
-            for path, _, _ in split
-        ],
+        stamps(paths),
     )
 
     def build() -> Dataset:
         tables = []
         # Both splits are decoded in one go, so that they agree on colour and size.
-        paths = [path for split in splits for path, _, _ in split]
         images = decode(paths, extra["size"], f"data={config.name}", room(*paths))
         start = 0
         for split in splits:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
-from fedfuse.data.cache import key_of, stored_dataset
+from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.columns import (
     INPUTS,
     TARGETS,
@@ -67,7 +66,7 @@ def read_rows(
     key = key_of(
         suffixes[0][1:],
         [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
-        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
+        stamps(used),
     )
     return stored_dataset(key, root, build)  # tokenised once
 
@@ -87,7 +86,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise UserError(f"{path}: line {number} is no JSON object")
                     rows.append(row)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected JSON lines") from None
     except (ValueError, RecursionError) as error:  # among them numbers, or lists in lists, longer than Python reads
         reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
-from fedfuse.data.cache import key_of, stored_dataset
+from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.columns import (
     INPUTS,
     TARGETS,
@@ -50,7 +50,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
     key = key_of(
         "parquet",
         [config.name, config.inputs, config.targets, config.groups, config.test_fraction, extra],
-        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in used],
+        stamps(used),
     )
     return stored_dataset(key, root, lambda: _build(config, files, extra))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import codes_of, cut_test, options
-from fedfuse.data.cache import key_of, stored_dataset
+from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
 from fedfuse.data.inflate import check_room, room
@@ -61,7 +61,7 @@ def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[
     key = key_of(
         config.name,
         [config.inputs, config.targets, config.groups, config.test_fraction, extra],
-        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        stamps(files),
     )
     return stored_dataset(key, root, build)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.config.files import checked
-from fedfuse.errors import UserError
+from fedfuse.config.keys import said
+from fedfuse.errors import UserError, printable
 from fedfuse.results.run_data import RunRecord, load
 from fedfuse.results.setting import WITHOUT_EFFECT, flatten, hashes_in
 
@@ -127,10 +128,7 @@ def _settings(found: Difference, one: dict[str, Any], other: dict[str, Any]) -> 
 
 
 def _said(values: dict[str, Any], key: str) -> str:
-    if key not in values:
-        return "nothing"
-    text = "null" if values[key] is None else str(values[key])
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return printable(said(values[key]), SHOWN) if key in values else "nothing"
 
 
 def _environment(found: Difference, *runs: RunRecord) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fedfuse.errors import printable
 from fedfuse.results import svg
 from fedfuse.results.curves import Series
+
+NAME = 22  # letters that fit beside a bar
 
 
 def client_spread(series: Sequence[Series], prefix: str) -> str | None:
@@ -36,7 +39,7 @@ def client_spread(series: Sequence[Series], prefix: str) -> str | None:
             axes.barh(y, q[4] - q[2], left=q[2], height=0.56, color=one.colour, alpha=0.6, gid=gid + "2")
             axes.vlines(q[3], y - 0.36, y + 0.36, color=svg.INK, lw=1.6)
             axes.plot([worst], [y], "|", ms=8, mew=1.4, color=one.colour, gid=gid + "3")
-        axes.set_yticks(range(len(pooled)), [short(one.label) for one, *_ in pooled])
+        axes.set_yticks(range(len(pooled)), [printable(one.label, NAME) for one, *_ in pooled])
         axes.set_ylim(len(pooled) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -67,7 +70,7 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
                 mean = sum(run.phases.get(name, 0.0) for run in runs for name in group) / len(runs)
                 axes.barh(y, mean, left=left, height=0.6, color=svg.phase_colour(k), edgecolor=svg.PAPER, lw=0.6)
                 left += mean
-        axes.set_yticks(range(len(rows)), [short(one.label) for one, _ in rows])
+        axes.set_yticks(range(len(rows)), [printable(one.label, NAME) for one, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -85,7 +88,7 @@ def label_map(clients: Sequence[int], labels: Sequence[Any], counts: np.ndarray,
         )
         axes.grid(False)
         _few_ticks(axes.yaxis, [str(client) for client in clients])
-        _few_ticks(axes.xaxis, [short(str(label), 12) for label in labels])
+        _few_ticks(axes.xaxis, [printable(str(label), 12) for label in labels])
         axes.set_xlabel("label")
         axes.set_ylabel("client")
         _scale(drawn, image, axes, "training examples")
@@ -119,9 +122,7 @@ def _scale(drawn: Any, image: Any, axes: Any, label: str) -> None:
     bar.set_label(label)
     bar.outline.set_visible(False)
     bar.ax.grid(False)
-    for solid in (bar.solids,):
-        if solid is not None:
-            solid.set_edgecolor("face")
+    bar.solids.set_edgecolor("face")
 
 
 def _few_ticks(axis: Any, names: Sequence[str], most: int = 11) -> None:
@@ -129,9 +130,3 @@ def _few_ticks(axis: Any, names: Sequence[str], most: int = 11) -> None:
     step = max(1, math.ceil(len(names) / most))
     axis.set_ticks(range(0, len(names), step), names[::step])
     axis.set_tick_params(length=0)
-
-
-def short(text: str, most: int = 22) -> str:
-    """Cut a name to what fits beside a bar."""
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"

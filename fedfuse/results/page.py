@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.clock_keys import MANY
+from fedfuse.config.keys import said
 from fedfuse.errors import UserError, printable
 from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
@@ -280,9 +281,7 @@ def _environment(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    plain = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = printable(plain)
-    return text if len(text) <= 500 else f"{text[:499]}…"
+    return printable(said(value), 500)
 
 
 def run_names(runs: Sequence[RunRecord]) -> dict[Path, str]:

@@ -19,8 +19,6 @@ from fedfuse.results.table import to_csv, to_latex, to_markdown
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MOST_SETTINGS = 6  # that get figures; a sweep over hundreds of settings would otherwise make a page nobody opens
-MOST_MAPS = 6
 _TEMPLATES = Path(__file__).parent / "template"
 
 

@@ -110,15 +110,19 @@ class RunRecord:
         return environment_in(self.dir)
 
     @cached_property
+    def _newest(self) -> dict[str, Any]:
+        """`summary.json`, else what the last committed round says; empty where neither can be read."""
+        if self.summary is not None:
+            return self.summary
+        try:
+            return _json(self.dir / "checkpoint" / "round.json")
+        except UserError:
+            return {}
+
+    @cached_property
     def failures(self) -> dict[str, int] | None:
         """Counts of failed and rejected replies and of retries; None where nothing tells."""
-        source = self.summary
-        if source is None:
-            try:
-                source = _json(self.dir / "checkpoint" / "round.json")
-            except UserError:
-                return None
-        found = source.get("failures")
+        found = self._newest.get("failures")
         if not isinstance(found, dict):
             return None
         return {str(key): value for key, value in found.items() if isinstance(value, int)}
@@ -126,13 +130,7 @@ class RunRecord:
     @cached_property
     def virtual_s(self) -> float | None:
         """Virtual seconds until the last committed round; None where no virtual time is kept."""
-        source = self.summary
-        if source is None:
-            try:
-                source = _json(self.dir / "checkpoint" / "round.json")
-            except UserError:
-                return None
-        found = source.get("virtual_s")
+        found = self._newest.get("virtual_s")
         return float(found) if isinstance(found, int | float) else None
 
     @property

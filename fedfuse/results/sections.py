@@ -55,7 +55,7 @@ def word(text: str, series: int | None = None) -> Cell:
 def number(value: float, text: str | None = None) -> Cell:
     """Return a cell of a number; NaN is shown as a dash and sorts last."""
     if math.isnan(value):
-        return Cell(text or "–")
+        return Cell("–")
     return Cell(amount(value) if text is None else text, repr(float(value)))
 
 
@@ -80,8 +80,8 @@ def comparison(rows: Sequence[Row], groups: Sequence[Group], series: Sequence[Se
                 word(row.strategy, one.index),
                 number(row.n, str(row.n)),
                 *(number(row.final[metric].mean, row.share(metric)) for metric in METRICS),
-                number(100 * float(np.mean(spreads)) if spreads else math.nan, None),
-                *(number(value, f"{value:.2f}" if not math.isnan(value) else None) for value in rank),
+                number(100 * float(np.mean(spreads)) if spreads else math.nan),
+                *(number(value, f"{value:.2f}") for value in rank),
                 number(row.up_mb),
                 number(row.down_mb),
                 *([number(row.setup_mb)] if setup else []),
@@ -162,7 +162,7 @@ def to_targets(series: Sequence[Series]) -> Table | None:
                         word(metric.partition("/")[2]),
                         number(target, f"{100 * target:.0f} %"),
                         number(cost.reached, f"{cost.reached} of {cost.n}"),
-                        number(cost.rounds, None),
+                        number(cost.rounds),
                         number(cost.seconds),
                         number(cost.megabytes),
                         *([number(cost.virtual)] if timed else []),
@@ -197,7 +197,7 @@ def tests(groups: Sequence[Group]) -> Table | None:
                     word(metric.partition("/")[2]),
                     word(f"{a} − {b}"),
                     number(one.n, str(one.n)),
-                    number(one.difference.mean, shown if not math.isnan(one.difference.mean) else None),
+                    number(one.difference.mean, shown),
                     *(number(p, probability(p)) for p in ps),
                     word("; ".join(part for part in (one.note, unused) if part)),
                 )
@@ -310,7 +310,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
                 number(run.seed, str(run.seed)),
                 word(run.status),
                 number(run.rounds_done, str(run.rounds_done) if run.until_s else run.stand),
-                *(number(value, f"{100 * value:.2f}" if not math.isnan(value) else None) for value in finals),
+                *(number(value, f"{100 * value:.2f}") for value in finals),
                 number(one.cumulative_bytes[-1] / 1e6),
                 number(float(seconds)),
                 word(str(summary.get("digest") or "")[:12]),

@@ -170,10 +170,7 @@ def _moments(groups: Sequence[Group]) -> list[str]:
     """Where clients have two models after a round: which of them is shown, and what the other scores."""
     lines = []
     for shown, other in (("received", "trained"), ("trained", "received")):
-        told = {one.name: [run.final.get(f"accuracy/personal_{other}", math.nan) for run in one.runs] for one in groups}
-        means = {name: mean_interval(values).mean for name, values in told.items() if values}
-        listed = "; ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items() if not math.isnan(mean))
-        if listed:
+        if listed := _means(groups, f"accuracy/personal_{other}"):
             lines.append(
                 f"evaluate.moment={shown}: clients are shown {WHEN[shown]}; personal accuracy {WHEN[other]}: {listed}"
             )
@@ -182,10 +179,14 @@ def _moments(groups: Sequence[Group]) -> list[str]:
 
 def _honest(groups: Sequence[Group]) -> list[str]:
     """Where clients lie: the personal accuracy of the others, which the table's column does not tell."""
-    told = {one.name: [run.final.get(HONEST, math.nan) for run in one.runs] for one in groups}
-    means = {name: mean_interval(values).mean for name, values in told.items() if values}
-    listed = "; ".join(f"{name} {100 * mean:.1f} %" for name, mean in means.items() if not math.isnan(mean))
+    listed = _means(groups, HONEST)
     return [f"personal accuracy without the clients that lie: {listed}"] if listed else []
+
+
+def _means(groups: Sequence[Group], metric: str) -> str:
+    """A metric's mean over seeds, of each group that has one."""
+    told = {one.name: mean_interval([run.final.get(metric, math.nan) for run in one.runs]) for one in groups}
+    return "; ".join(f"{name} {100 * found.mean:.1f} %" for name, found in told.items() if found.n)
 
 
 def _without_spread(groups: Sequence[Group]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedfuse.config.files import read_text
+from fedfuse.errors import printable
 from fedfuse.results.run_data import SAMPLES, RunRecord
 from fedfuse.results.sections import Table, columns, number, word
 from fedfuse.results.setting import Group
@@ -51,7 +52,7 @@ def answers(runs: Sequence[RunRecord], places: Mapping[Path, str]) -> Table | No
         for file in dict.fromkeys([*files[:1], *files[-1:]]):
             for row in _rows(file):
                 round = int(file.stem.removeprefix("round-"))
-                cells = (word(_short(str(row.get(name, "")))) for name in ("prompt", "wanted", "said"))
+                cells = (word(printable(str(row.get(name, "")), LONGEST)) for name in ("prompt", "wanted", "said"))
                 lines.append((word(places[run.dir]), number(round, str(round)), *cells))
     if not lines:
         return None
@@ -66,7 +67,3 @@ def _rows(file: Path) -> Iterator[Mapping[str, object]]:
     except (ValueError, OSError):
         return
     yield from (row for row in found if isinstance(row, dict))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfuse.config.files import checked
+from fedfuse.errors import printable
 from fedfuse.results import svg
 from fedfuse.results.curves import Series
-from fedfuse.results.figures import short
+from fedfuse.results.figures import NAME
 from fedfuse.results.measures import Measures
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.sections import Table, columns, number, word
@@ -160,7 +161,7 @@ def timeline(one: Series, prefix: str) -> str | None:
         axes.set_yticks(range(0, part.height, step), [str(c) for c in part["client"].to_list()[::step]])
         axes.grid(False, axis="y")
         axes.set_ylabel("client")
-        axes.set_xlabel(f"virtual seconds, {short(one.label)}, round {middle}")
+        axes.set_xlabel(f"virtual seconds, {printable(one.label, NAME)}, round {middle}")
         return svg.to_svg(drawn, prefix)
 
 

@@ -19,7 +19,7 @@ from fedfuse.core.shares import declared
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.timed import build_clock, shape
 from fedfuse.data.dataset import Dataset
-from fedfuse.data.gaps import listed
+from fedfuse.errors import listed
 from fedfuse.models.in_place import frozen
 from fedfuse.runs.configuration import as_yaml
 from fedfuse.runs.experiment import workers_of
@@ -76,9 +76,9 @@ def found(dataset: Dataset) -> str:
     if dataset.next_token:
         told.append(f"vocabulary: {len(dataset.classes)} tokens")
     else:
-        told.append(f"classes: {listed(dataset.classes)} ({len(dataset.classes)})")
+        told.append(f"classes: {listed(dataset.classes, 5)} ({len(dataset.classes)})")
     if dataset.group_names is not None:
-        told.append(f"groups: {listed(dataset.group_names)} ({len(dataset.group_names)})")
+        told.append(f"groups: {listed(dataset.group_names, 5)} ({len(dataset.group_names)})")
     return "; ".join([*told, f"global test: {0 if test is None else len(test)} examples"])
 
 

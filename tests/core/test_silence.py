@@ -13,9 +13,9 @@ import pytest
 
 from fedfuse.config import registry
 from fedfuse.config.compose import compose
-from fedfuse.config.idle import holds, idle, valued
+from fedfuse.config.idle import holds, idle
 from fedfuse.config.keys import Key
-from fedfuse.config.schema import Config, known
+from fedfuse.config.schema import Config, known, valued
 from fedfuse.core.client import FusionClient
 from fedfuse.core.scenario import prepare_scenario
 from fedfuse.core.silence import constant, unheard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 
 from fedfuse.data.alignment import (
     edit_distance,
-    ends_of_characters,
     groups,
     nearest_piece,
     same_start,
     vocabulary_map,
 )
+from fedfuse.data.tokenize import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra `lm` is not installed")
 
@@ -43,15 +44,21 @@ def wordpiece():
     return made
 
 
+@cache
+def read_back(how: str) -> Tokenizer:
+    """A tokenizer as the platform reads it from a directory."""
+    with TemporaryDirectory() as folder:
+        (byte_level() if how == "bpe" else wordpiece()).save(f"{folder}/tokenizer.json")
+        return Tokenizer(folder)
+
+
 def by(how: str, text: str) -> np.ndarray:
     raw = text.encode("utf-8")
     if how == "bytes":
         return np.arange(1, len(raw) + 1)
     if how == "characters":
-        return ends_of_characters([(i, i + 1) for i in range(len(text))], text)
-    found = (byte_level() if how == "bpe" else wordpiece()).encode(text)
-    ends = ends_of_characters(found.offsets, text)
-    return ends
+        return np.cumsum([len(character.encode("utf-8")) for character in text], dtype=np.int64)
+    return np.array(read_back(how).spans([text])[0][1], dtype=np.int64)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +140,6 @@ def test_what_cannot_be_aligned_is_refused():
         groups(np.array([5]), np.array([-1, 5]))
     assert len(groups(np.zeros(0, dtype=int), np.zeros(0, dtype=int)).ends) == 0
     assert len(groups(np.zeros(1, dtype=int), np.zeros(2, dtype=int)).ends) == 0
-
-
-def test_ends_of_characters_count_bytes():
-    text = "é 🙂x"  # 2 + 1 + 4 + 1 bytes
-    assert ends_of_characters([(0, 1), (2, 3), (2, 3), (3, 4)], text).tolist() == [2, 7, 7, 8]
-    assert ends_of_characters([(0, 0), (0, 1), (2, 3)], "a b  ").tolist() == [0, 1, 5]  # the last takes what is left
-    assert ends_of_characters([(0, 1), (0, 0), (1, 2)], "ab").tolist() == [1, 1, 2]
-    assert ends_of_characters([], "").tolist() == []
 
 
 @settings(max_examples=100, deadline=None)
