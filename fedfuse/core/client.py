@@ -25,7 +25,7 @@ from fedfuse.train import schedule, training
 from fedfuse.train.distil import Effort, plan
 from fedfuse.train.entropy import Source
 from fedfuse.train.losses import Loss, chosen
-from fedfuse.train.objective import followed
+from fedfuse.train.objective import followed, least_batch
 from fedfuse.train.privacy import PRIVATE, Budget, own_entropy
 from fedfuse.train.privacy import train as dp_sgd
 from fedfuse.train.scores import scored
@@ -402,9 +402,8 @@ class FusionClient:
         epochs, batch_size, lr, optimizer, steps
             The strategy's own effort (`fedfuse.train.distil.Effort`).
         """
-        least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
         own = Effort(epochs, batch_size, lr, optimizer, steps)
-        options = plan(self.scenario.config.distil, own, self.training, len(x), least)
+        options = plan(self.scenario.config.distil, own, self.training, len(x), least_batch(self._losses))
         with attached(self._losses, self.model, self.classes, self.seed, purpose or self._purpose) as more:
             return self.train(loss, x, y, purpose=purpose, **options, **more)
 

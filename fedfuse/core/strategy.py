@@ -33,7 +33,7 @@ from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
 from fedfuse.train.distil import Effort, plan
 from fedfuse.train.losses import Loss, chosen
-from fedfuse.train.objective import followed
+from fedfuse.train.objective import followed, least_batch
 from fedfuse.train.second_head import attached
 from fedfuse.wire.group_sums import asked, empty_totals
 from fedfuse.wire.knowledge import Board, Topic, address_of, model_topic
@@ -405,9 +405,8 @@ class FusionStrategy(Strategy):
         epochs, batch_size, lr, optimizer, steps
             The strategy's own effort (`fedfuse.train.distil.Effort`).
         """
-        least = max(2, *(one.min_batch for one in self._losses)) if self._losses else 2
         own, config = Effort(epochs, batch_size, lr, optimizer, steps), self.scenario.config
-        options = plan(config.distil, own, config.train, len(x), least)
+        options = plan(config.distil, own, config.train, len(x), least_batch(self._losses))
         with attached(self._losses, model, self.classes, config.seed, purpose) as more:
             return self.train(model, x, y, loss, purpose=purpose, **options, **more)
 

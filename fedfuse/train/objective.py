@@ -192,10 +192,14 @@ def followed(
                 loss.seen = None
         return then(done, steps) if then is not None else None
 
-    least = max(2, *(loss.min_batch for loss in losses)) if losses else 2
-    yield {"least": least, "after_step": after_step if stateful else then}
+    yield {"least": least_batch(losses), "after_step": after_step if stateful else then}
     if stateful:
         state["losses"] = {**kept, **{name: loss.state_dict() for name, loss in stateful.items()}}
+
+
+def least_batch(losses: Sequence[Loss]) -> int:
+    """Rows that a batch must have: two, or as many as an objective compares."""
+    return max([2, *(loss.min_batch for loss in losses)])
 
 
 class Outside(Loss):

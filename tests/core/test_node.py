@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedfuse import AveragingStrategy, FusionClient, Metrics
+from fedfuse import AveragingStrategy, FusionClient, Metrics, Topic, arrays
 from fedfuse.config import registry
 from fedfuse.config.registry import NoHyper
 from fedfuse.core.asked import parcels
@@ -224,6 +224,31 @@ def test_a_lesson_is_taken_in_once(tmp_path: Path, monkeypatch) -> None:
     with federation(name, "rounds=4", "evaluate.every=4", "strategy.every=9") as (built, _):
         built.run()
     assert sorted(taken) == sorted((c, v) for c in range(3) for v in (1, 2, 3, 4))
+
+
+def test_of_several_lessons_the_newest_tells_the_version(monkeypatch) -> None:
+    told: list[tuple[int, list[int]]] = []
+
+    class Hears(LedgerClient):
+        def receive(self, knowledge):
+            super().receive(knowledge)
+            told.append((self.version, [knowledge[name].version for name in ("advice", "news") if name in knowledge]))
+
+    class Both(Ledger):
+        topics = {**Ledger.topics, "news": Topic("lesson", arrays(v=(1,)))}
+
+        def begin(self):
+            super().begin()
+            self.publish("news", {"v": torch.zeros(1)})
+
+        def fuse(self, shares):
+            list(shares)
+            self.publish("advice", {"v": torch.ones(1)})
+
+    play(enter(monkeypatch, Both, Hears), "rounds=3", "evaluate.every=9")
+    play("ledger", "rounds=3", "participation=0.34", "evaluate.every=9")
+    assert all(version == max(versions, default=-1) for version, versions in told)
+    assert any(len(set(versions)) > 1 for _, versions in told)
 
 
 def test_what_is_distilled_for_an_evaluation_is_not_distilled_again(monkeypatch) -> None:
