@@ -84,7 +84,7 @@ class Workspace:
         self.texts = Texts(self)
         budget = scenario.config.runtime.memory
         self._predicts = transfer and scenario.data.transfer is not None
-        self._room = min(512, 512 if budget is None else budget // 32) * 2**20
+        self._room = (512 if budget is None else min(512, budget // 32)) * 2**20
 
     def build(self, architecture: str, draw: int = 0) -> nn.Module:
         """Build a fresh model of an architecture with its initial weights, without what a strategy adds.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from fedfuse.errors import UserError
 from tests.halves import client
 
 
@@ -27,3 +29,12 @@ def test_draws_depend_on_the_lesson_while_it_is_taken_in_and_on_the_round_else()
     assert not set(drawn("receive", 3, 2)) & set(drawn("receive", 3, 1))
     assert drawn("train", 3, 2) == drawn("train", 3, 1)
     assert not set(drawn("train", 3, 2)) & set(drawn("train", 5, 2))
+
+
+def test_private_examples_are_out_of_sight_again_once_the_budget_has_been_spent() -> None:
+    half = client("fedavg", "privacy.noise=1", "train.epochs=1")
+    half.begin("train")
+    for _ in range(2):
+        with pytest.raises(UserError, match="outside of training"):
+            half.examples("train")
+        half.train()
