@@ -62,10 +62,6 @@ def priors_for(
     count = groups if name == "clustered" else clients
     priors = np.zeros((count, classes))
     priors[:, present] = rng.dirichlet(np.full(present.sum(), alpha), size=count)
-    bad = ~np.isfinite(priors).all(axis=1) | (priors.sum(axis=1) < 0.5)
-    if bad.any():
-        # In floating point Dir(α) breaks down for tiny α, where its limit is one class per draw.
-        priors[bad] = np.eye(classes)[rng.choice(np.flatnonzero(present), size=bad.sum())]
     priors /= priors.sum(axis=1, keepdims=True)
     return priors[np.arange(clients) % groups] if name == "clustered" else priors
 

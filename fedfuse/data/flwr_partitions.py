@@ -147,8 +147,6 @@ def fewest_short(alpha: float, targets: np.ndarray, clients: int, least: int, se
         sizes = np.zeros(clients, dtype=np.int64)
         for count in counts:
             ends = np.cumsum(rng.dirichlet(np.full(clients, float(alpha)))) * count
-            if not np.isfinite(ends).all():
-                return 0  # Dir(α) broke down in floating point: what follows is for its owner to say
             ends = ends.astype(np.int64)
             ends[-1] = count
             sizes += np.diff(ends, prepend=0)

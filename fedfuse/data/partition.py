@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from fedfuse.data.flwr_partitions import deal_by_flower, refuse_impossible
 from fedfuse.errors import UserError, nearest
 from fedfuse.seeding import numpy_generator
 
+ALPHA = 1e300  # beyond, what NumPy draws by Dir(α) adds up to 0 or to nothing finite
 CLIENTS = 10  # where neither the user nor the data says how many
 
 
@@ -27,8 +27,8 @@ def clients_of(config: PartitionConfig, clients: int | None, group_count: int) -
     """
     if config.name not in PARTITIONS:
         raise UserError(f"partition={config.name} is unknown; {nearest(config.name, PARTITIONS)}")
-    if not (math.isfinite(config.alpha) and config.alpha > 0):
-        raise UserError(f"partition.alpha={config.alpha}; allowed: a finite number > 0")
+    if not 0 < config.alpha <= ALPHA:
+        raise UserError(f"partition.alpha={config.alpha}; allowed: more than 0 and at most {ALPHA:g}")
     if config.min_size < 0:
         raise UserError(f"partition.min_size={config.min_size}; allowed: 0 or more")
     if config.sizes not in ("dirichlet", "linear"):
@@ -117,9 +117,7 @@ def _by_group(
 def _by_size(config: PartitionConfig, examples: int, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     # Everyone has the least size; only what is above it is dealt unequally, so that any α can be met.
     least = max(config.min_size, 1)
-    shares = np.nan_to_num(rng.dirichlet(np.full(clients, config.alpha)))
-    if not shares.sum() > 0.5:  # Dir(α) breaks down in floating point; its limit is everything to one
-        shares = np.eye(clients)[rng.integers(clients)]
+    shares = rng.dirichlet(np.full(clients, config.alpha))
     sizes = least + largest_remainder(shares / shares.sum(), examples - least * clients)
     return np.split(rng.permutation(examples), np.cumsum(sizes)[:-1])
 

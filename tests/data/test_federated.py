@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from fedfuse.config.schema import DataConfig, PartitionConfig, TransferConfig
 from fedfuse.data import Dataset, Examples, prepare
+from fedfuse.data.build import stratified
 from fedfuse.data.dataset import SPLITS
+from fedfuse.data.federated import split_counts
 from fedfuse.errors import UserError
 
 
@@ -187,6 +189,19 @@ def test_refused(data, transfer, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_stratum_has_its_share_rounded_to_the_nearest():
+    strata = np.repeat([0, 1], [10, 90])
+    found = [np.bincount(strata[stratified(strata, count, "x")], minlength=2).tolist() for count in (4, 6, 14, 16)]
+    assert found == [[0, 4], [1, 5], [1, 13], [2, 14]]
+
+
+def test_splits_are_shares_and_something_is_always_left_to_train_on():
+    assert split_counts(np.array([0, 1, 2, 3, 10]), 0.5, 0.4).tolist() == [
+        [0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1], [1, 5, 4],
+    ]  # fmt: skip
+    assert split_counts(np.array([10]), 0.1, 0.2).tolist() == [[7, 1, 2]]
+
+
 def test_limit_is_stratified_and_ignores_the_seed():
     small = DataConfig(limit=100, test_limit=50)
     first, second = federation(data=small, seed=0), federation(data=small, seed=1)
@@ -273,3 +288,38 @@ def test_clients_that_no_score_is_of_are_counted(monkeypatch):
         True
     ]
     assert told(0.0) == []
+
+
+def archive(root, inputs, labels):
+    root.mkdir()
+    np.savez(root / "train.npz", x=inputs, y=labels)
+    return str(root)
+
+
+def public(own, source, **more):
+    """The transfer set of an archive's rows."""
+    data = DataConfig(name="npz", root=own, test_fraction=0.0)
+    return prepare(data, PartitionConfig(name="iid"), TransferConfig(source=source, size=4, **more), 1, 0).transfer
+
+
+def test_noise_is_of_the_kind_of_the_data(tmp_path):
+    tokens = archive(tmp_path / "tokens", np.arange(30).reshape(10, 3) % 7, np.arange(10) % 2)
+    noise = public(tokens, "noise").inputs
+    assert (noise.dtype, noise.shape) == (np.int64, (4, 3))
+    assert 0 <= noise.min() <= noise.max() < 7
+    assert len(np.unique(noise)) > 2
+    features = archive(tmp_path / "features", np.ones((10, 3)), np.arange(10) % 2)
+    noise = public(features, "noise").inputs
+    assert noise.dtype == np.float32
+    assert len(np.unique(noise)) == noise.size
+
+
+def test_another_sets_rows_must_be_as_those_of_the_data(tmp_path):
+    own = archive(tmp_path / "own", np.ones((10, 3)), np.arange(10) % 2)
+    same = archive(tmp_path / "same", np.full((5, 3), 2.0), np.arange(5) % 2)
+    assert public(own, "npz", root=same).inputs.tolist() == [[2.0] * 3] * 4
+    wide = archive(tmp_path / "wide", np.ones((5, 4)), np.arange(5) % 2)
+    whole = archive(tmp_path / "whole", np.ones((5, 3), dtype=np.int64), np.arange(5) % 2)
+    for other, form in ((wide, r"features float32 \(4,\)"), (whole, r"tokens int64 \(3,\)")):
+        with pytest.raises(UserError, match=f"gives {form}, data=npz is features float32"):
+            public(own, "npz", root=other)

@@ -198,6 +198,19 @@ def test_prior_tops_up_in_proportion_and_says_so():
     assert any("topped up" in note for note in notes)
 
 
+@pytest.mark.parametrize("name", ["prior", "clustered", "size"])
+def test_any_alpha_deals_towards_its_limit(name):
+    """One class, or nearly all to one client, for the least α that there is; alike for the largest."""
+    targets = np.arange(400) % 4
+    for alpha, even in ((5e-324, False), (1e300, True)):
+        parts, _ = dealt(name, targets, 4, 0, alpha=alpha)
+        if name == "size":
+            assert (np.ptp([len(part) for part in parts]) <= 1) == even
+        else:
+            kinds = [len(np.unique(targets[part])) for part in parts]
+            assert kinds == [4] * 4 if even else max(kinds) < 4
+
+
 def test_prior_without_shortage_is_silent_and_follows_the_prior():
     targets = np.repeat(np.arange(4), 1000)
     parts, notes = dealt("prior", targets, 5, 0, alpha=1e6, examples=400)
@@ -231,6 +244,7 @@ REFUSED = [
     ({"name": "dirichlet", "alpha": 0.0}, 5, "alpha=0.0"),
     ({"name": "dirichlet", "alpha": -1.0}, 5, "alpha=-1.0"),
     ({"name": "dirichlet", "alpha": float("nan")}, 5, "alpha=nan"),
+    ({"name": "prior", "alpha": 1e308}, 5, "alpha=1e.308; allowed: more than 0 and at most 1e.300"),
     ({"name": "dirichlett"}, 5, "did you mean 'dirichlet'"),
     ({"name": "natural"}, None, "natural ids"),
     ({"name": "shards", "shards_per_client": 0}, 5, "shards_per_client=0"),
