@@ -68,7 +68,7 @@ def strategy_of(overrides: Sequence[str]) -> str | None:
     """The strategy that overrides name, if they do."""
     for text in reversed(overrides):
         if text.startswith("strategy="):
-            return text.split("=", 1)[1].strip("'\"")
+            return text.partition("=")[2].strip("'\"")
     return None
 
 

@@ -177,5 +177,5 @@ def parsed(text: str) -> Override:
 
 def _asked(overrides: Iterable[str]) -> dict[str, Path]:
     """The files of the presets that are named."""
-    names = [text.split("=", 1)[1].strip("'\"") for text in overrides if text.startswith("experiment=")]
+    names = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("experiment=")]
     return {name: path for name, path in preset_files().items() if name in names} if names else {}

@@ -38,3 +38,13 @@ def test_private_examples_are_out_of_sight_again_once_the_budget_has_been_spent(
         with pytest.raises(UserError, match="outside of training"):
             half.examples("train")
         half.train()
+
+
+def test_a_pooled_client_trains_on_everybodys_examples_and_is_scored_on_its_own() -> None:
+    half = client("centralized")
+    half.pooled = True
+    every = [half.workspace.tensors(who, "train") for who in range(half.scenario.clients)]
+    assert torch.equal(half.x, torch.cat([x for x, _ in every]))
+    assert torch.equal(half.y, torch.cat([y for _, y in every]))
+    half.begin("evaluate")
+    assert torch.equal(half.examples("personal")[0], half.workspace.tensors(0, "personal")[0])
