@@ -116,12 +116,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(value)
     elif origin is dict and isinstance(value, dict):
         return {str(key): _value(inside[1], item, where) if inside else item for key, item in value.items()}
-    elif (origin is typing.Literal and value in inside) or (hint in (list, dict) and isinstance(value, hint)):
-        return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, bool):  # which is a whole number to Python
+        if hint is bool:
+            return value
+    elif hint is float and isinstance(value, int | float):
         return float(value)
-    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
-        hint in (str, bool) and isinstance(value, hint)
-    ):
+    elif hint in (int, str, list, dict) and isinstance(value, hint):
         return value
     raise UserError(f"{where}={value!r}: {getattr(hint, '__name__', hint)} is needed")

@@ -416,6 +416,7 @@ def test_a_policy_may_require_secure_sums(tmp_path: Path) -> None:
     (("fedavg", "secure=on", "clients=1"), "reconstruction_threshold=0.6: 2 of 1 clients"),
     (("fedavg", "secure=on", "participation=0.3"), "reconstruction_threshold=0.6: 2 of 1 clients"),
     (("fedavg", "secure=on", "secure.reconstruction_threshold=0.5"), "allowed is above 0.5 up to 1, or a whole"),
+    (("fedavg", "secure=on", "secure.reconstruction_threshold=2.5"), "allowed is above 0.5 up to 1, or a whole"),
     (("fedavg", "secure=on", "clients=6", "secure.reconstruction_threshold=3"), "3 of 6 clients; allowed is more than"),
     (("fedavg", "secure=on", "secure.quantization_range=4294967295"), "with 3 clients allowed is at most 1431655765"),
 ])  # fmt: skip
