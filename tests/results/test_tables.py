@@ -13,6 +13,7 @@ from synthetic import write_run, write_sweep
 
 from fedfuse.results import sections
 from fedfuse.results.curves import Series
+from fedfuse.results.measures import gather
 from fedfuse.results.run_data import find, load
 from fedfuse.results.setting import differences, flatten, group
 from fedfuse.results.statistics import mean_interval
@@ -257,6 +258,32 @@ def test_the_lead_is_that_of_shared_seeds_or_there_is_none(tmp_path):
     (verdict, _) = sections.verdicts(compare(same), group(same)[0])
     assert "local is highest with 90.00 % (n = 1), 10.00 points above fedavg" in verdict
     assert verdict.endswith("; not tested (one seed: no test); without a value: fedmd.")
+
+
+def test_a_verdict_says_whether_the_seeds_tell_the_two_highest_apart(tmp_path):
+    for place, local, fedavg, told in (
+        ("sure", (0.5, 0.51, 0.53), (0.8, 0.82, 0.81), "; the seeds tell them apart (paired t, Holm-adjusted p = 0.00"),
+        (
+            "open",
+            (0.5, 0.8, 0.2),
+            (0.6, 0.7, 0.5),
+            "; the seeds cannot tell them apart (paired t, Holm-adjusted p = 0.",
+        ),
+    ):
+        runs = _scored(tmp_path / place, local=local, fedavg=fedavg)
+        verdict = sections.verdicts(compare(runs), group(runs)[0])[0]
+        assert "fedavg is highest" in verdict
+        assert told in verdict
+
+
+def test_the_line_of_a_run_has_its_own_figures(tmp_path):
+    (run,) = _scored(tmp_path, fedavg=(0.8125,))
+    measured = gather(run)
+    table = sections.runs([(Series(0, "fedavg", (measured,)), "")], [measured], {run.dir: "here"})
+    (cells,) = table.rows
+    shown = {column.name: cell.text for column, cell in zip(table.columns, cells, strict=True)}
+    assert [shown[name] for name in ("run", "seed", "status", "global %")] == ["here", "0", "finished", "81.25"]
+    assert float(shown["MB"]) == pytest.approx(measured.cumulative_bytes[-1] / 1e6, rel=0.01)
 
 
 def test_nobody_is_highest_in_a_tie(tmp_path):
