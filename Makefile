@@ -19,7 +19,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile "$$(grep '^torch==' constraints.txt)" "$$(grep '^uv==' constraints.txt)"
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev,lm,privacy]'
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev,fast,lm,privacy]'
 	touch $@
 
 # local, FedAvg, FedMD and KnFu on digits: 10 clients, Dirichlet 0.3, two seeds, on the Ray runtime

@@ -19,6 +19,7 @@ from numpy.lib import format as npy
 
 from fedfuse.compat.flower_records import LiveArray, dtype_name, entries, live_tensor, trusted
 from fedfuse.errors import UserError, nearest
+from fedfuse.wire.one_pass import finite
 
 # tensors made of a message's memory are read, never written
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -243,9 +244,7 @@ def validate(name: str, got: Mapping[str, torch.Tensor], layout: Layout | None) 
     if got and next(iter(got.values())).is_cuda and _finite_together(got):
         return
     for key, tensor in got.items():
-        # one reduction instead of an elementwise mask: a sum is finite only if every term is (or it overflows,
-        # which the exact check then settles)
-        if tensor.is_floating_point() and not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise InvalidArrays(f"{name}/{key}: not finite")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from fedfuse.wire.fixed_point import BITS, FixedPoint
+from fedfuse.wire.one_pass import add_scaled, scaled
 from fedfuse.wire.records import Arrays, InvalidArrays, Layout, layout_of, nbytes
 from fedfuse.wire.rows import Row, sums_of
 
@@ -63,13 +64,13 @@ class Sum:
             if self.fixed is not None:
                 self._current[name].add_(self._scaled(value, weight))
             else:
-                _add_scaled(self._current[name], value, weight)
+                add_scaled(self._current[name], value, weight)
         self._weight += weight
 
     def _scaled(self, value: torch.Tensor, weight: float) -> torch.Tensor:
         if self.fixed is not None:
             return self.fixed.quantised(value.cpu(), weight)
-        return value.to(torch.float64, copy=True).mul_(weight)
+        return scaled(value, weight)
 
     def check(self, arrays: Arrays, weight: float) -> None:
         """Refuse what cannot be added: an addition would broadcast other shapes without a word."""
@@ -164,26 +165,3 @@ def settle(sums: Iterable[Sum]) -> None:
     for some in found.values():
         for one, arrays in zip(some, sums_of([one.pending for one in some]), strict=True):
             one.settled(arrays)
-
-
-_BLOCK = 32768  # elements; two blocks of float64 stay in a core's cache
-# what has at most 24 significant bits: times a whole number below 2²⁹ it is exact in float64's 53
-_SHORT = {torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8, torch.bool}
-
-
-def _add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
-    """Add float64(value)·weight in place, rounded after the product and after the sum, without large temporaries.
-
-    Weights are counts as a rule: then the product is exact, and torch's fused multiply-add rounds the same.
-    """
-    value = value.to(total.device)
-    if value.is_cuda or value.numel() <= _BLOCK or not (value.is_contiguous() and total.is_contiguous()):
-        pieces = [(total, value)]  # views of it would take longer than the sum
-    else:
-        pieces = list(zip(total.view(-1).split(_BLOCK), value.view(-1).split(_BLOCK), strict=True))
-    exact = value.dtype in _SHORT and weight < 2**29 and weight % 1 == 0
-    for part, piece in pieces:
-        if exact:
-            part.add_(piece, alpha=weight)
-        else:
-            part.add_(piece.double() * weight)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfuse.wire import rows
+from fedfuse.wire.one_pass import patience
 from fedfuse.wire.rows import Row, look_through, sums_of
 
 
@@ -48,6 +49,20 @@ def test_uneven_groups_are_summed_in_order(data: st.DataObject) -> None:
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("left", [0, 100, 2**60])
+def test_compiled_loops_add_rows_as_torch_does(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "left", left)
+    clients = stack(9, seed=5)
+    for row in clients:
+        del row["seen"]
+    groups = [[(clients[k], 0.3 + k) for k in part] for part in ((4, 0, 8), (2,), (3, 1, 7, 5))]
+    for _ in range(3):
+        for group, got in zip(groups, sums_of(groups), strict=True):
+            wanted = one_by_one(group)
+            assert got.keys() == wanted.keys()
+            assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
 def test_little_room_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
