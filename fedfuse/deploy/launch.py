@@ -20,7 +20,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
-from fedfuse.compat import flower_processes, superlink_doors, superlink_store
+from fedfuse.compat import flower_processes, superlink_doors
 from fedfuse.compat.flower_log import in_one_line
 from fedfuse.config.files import opened as opened_file
 from fedfuse.deploy.certs import _write as write_private
@@ -185,7 +185,9 @@ def run_server(
     sites = partial(sites_door, quota=quota)
     doors = partial(serve, control=operators, near=near, ca=None if insecure else ca, post=post, sites=sites)
     superlink_doors.open_doors(doors)
-    superlink_store.believe_contents()
+    from fedfuse.compat.superlink_store import believe_contents  # imports Flower: not where nodes are started
+
+    believe_contents()
     _executor("server", f"127.0.0.1:{near}", executor_tls, shared)
     words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(shared), "--disable-runtime-dependency-installation"]
