@@ -125,7 +125,7 @@ def compiled() -> Loops | None:
 
 def fits(value: torch.Tensor) -> bool:
     """Whether an array is one that the loops read."""
-    return value.dtype is torch.float32 and not value.is_cuda and value.is_contiguous() and value.numel() > 0
+    return value.dtype is torch.float32 and value.is_cpu and value.is_contiguous() and value.numel() > 0
 
 
 def add_scaled(total: torch.Tensor, value: torch.Tensor, weight: float) -> None:
