@@ -68,19 +68,24 @@ def read_request(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         content = read(path, 65536)
         if not content.lstrip().startswith(b"{"):
+            _curve(content)
             return content, {"name": path.stem}
         outer = json.loads(content)
         place = json.loads(outer["request"])
         public = place.pop("key").encode()
-        key = load_ssh_public_key(public)
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError("an elliptic-curve key is needed")
-        key.verify(base64.b64decode(outer["signature"]), outer["request"].encode(), SIGNED)
+        _curve(public).verify(base64.b64decode(outer["signature"]), outer["request"].encode(), SIGNED)
     except InvalidSignature as error:
         raise UserError(f"{path}: was changed since it was signed") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: neither a request nor a public key ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
+        raise UserError(f"{path}: neither a request nor a public key ({one_line(error)})") from error
     return public, place
+
+
+def _curve(public: bytes) -> ec.EllipticCurvePublicKey:
+    key = load_ssh_public_key(public)
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("an elliptic-curve key is needed")
+    return key
 
 
 def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
@@ -96,18 +101,12 @@ def register(link: Link, path: Path, place: Mapping[str, int]) -> str:
     from fedfuse.compat.flower_control import registered
 
     public, asked = read_request(path)
-    try:
-        key = load_ssh_public_key(public)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise UserError(f"{path}: neither a request nor a public key ({one_line(error)})") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise UserError(f"{path}: an elliptic-curve key is needed")
     if "client" in place:
         asked.pop("every", None)
     known: Place = _complete({**asked, **place}, path)
     answer = link.leave("roster", json.dumps({fingerprint(public): asdict(known)}).encode())
     also = one_line(json.loads(answer)["detail"]).removeprefix("entered")
-    node = registered(link.address, link.context(), key)
+    node = registered(link.address, link.context(), _curve(public))
     said = "registered already; its place was entered anew" if node is None else f"registered as node {node}"
     return f"{known.name}: {known.said}, {known.least} to {known.most} examples: {said}{also}"
 

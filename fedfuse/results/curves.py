@@ -10,6 +10,7 @@ import numpy as np
 
 from fedfuse.results import svg
 from fedfuse.results.measures import Measures
+from fedfuse.results.wording import worded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def by_virtual_time(series: Sequence[Series], metric: str, prefix: str) -> str |
             marker = "o" if len(moments) == 1 else None
             axes.plot(moments, values.mean(axis=0), marker=marker, ms=4, gid=f"series-{one.index}.mean", **look)
         axes.set_xlabel("virtual seconds")
-        axes.set_ylabel(f"{metric.replace('/', ', ').replace('_', ' ')}{' (%)' if scale == 100 else ''}")
+        axes.set_ylabel(f"{worded(metric)}{' (%)' if scale == 100 else ''}")
         return svg.to_svg(drawn, prefix)
 
 
@@ -196,7 +197,7 @@ def _curves(
                     gid = f"series-{one.index}.unfinished"
                     axes.plot(place(run, numbers), scale * values, lw=0.8, ls="--", color=one.colour, gid=gid)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(f"{metric.replace('/', ', ').replace('_', ' ')}{' (%)' if scale == 100 else ''}")
+        axes.set_ylabel(f"{worded(metric)}{' (%)' if scale == 100 else ''}")
         if xlabel == "round":
             from matplotlib.ticker import MaxNLocator
 

@@ -155,7 +155,7 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
             spread = figures.client_spread(series, f"f{k}c")
             shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
     for metric in TEXTS:
-        title, tag = metric.replace("_", " ").replace("/", ", ").capitalize(), metric.partition("/")[2]
+        title, tag = wording.worded(metric).capitalize(), metric.partition("/")[2]
         shown.append((f"{title}, by round", curves.by_round(series, metric, f"f{k}n{tag}"), wording.BAND, []))
     shown.append(("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")

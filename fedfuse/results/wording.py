@@ -45,6 +45,11 @@ TIME = "Of a run's rounds, without its start; mean over runs, on the machines na
 SIMILARITY = "Row i, column j: how much client i is given of client j."
 
 
+def worded(metric: str) -> str:
+    """A metric's name in words: `bits_per_byte/global` is "bits per byte, global"."""
+    return metric.replace("/", ", ").replace("_", " ")
+
+
 def digest_line(summary: Mapping[str, Any]) -> str:
     """Say a run's digest, or whose part of it is missing."""
     digest, missing = summary.get("digest"), summary.get("digest_missing")
