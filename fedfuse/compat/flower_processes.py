@@ -2,9 +2,10 @@
 
 Internal names of Flower 1.41. Imported only: the commands' entry points, `TaskType`, `LaunchResult`,
 `add_exit_handler`, `start_parent_process_monitor`. Replaced: `run_clientapp.install_from_fab` and
-`run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), and in `start_client_internal`
-and `fleet_http_connection` two habits of the SuperNode (`be_patient`). Each function says what it buys and what
-happens without the name. Guard: `tests/compat/test_processes.py`.
+`run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), the defaults of
+the pulls of `inflatable_utils` (`look_again_soon`), and in `start_client_internal` and `fleet_http_connection` two
+habits of the SuperNode (`be_patient`). Each function says what it buys and what happens without the name. Guard:
+`tests/compat/test_processes.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from fedfuse.errors import WorldError
 
 TASKS = {"client": "flwr.supernode.runtime.run_clientapp", "server": "flwr.superlink.runtime.run_serverapp"}
+ENTRIES = {"client": "flwr.supernode.cli.flwr_clientapp", "server": "flwr.superlink.cli.flwr_serverapp"}
 INSTALL = "install_from_fab"
 EXECUTORS, CHOICE = "flwr.supercore.superexec.run_superexec", "get_executor"
 NODE, CONNECTION, INVOKER = (
@@ -26,6 +27,8 @@ NODE, CONNECTION, INVOKER = (
     "flwr.supernode.fleet_http_connection",
     "make_simple_http_retry_invoker",
 )
+OBJECTS, PULLS = "flwr.supercore.inflatable.inflatable_utils", ("pull_objects", "pull_and_inflate_object_from_tree")
+SOON = 0.02  # seconds of the first wait for what may be there in a moment
 
 
 def _module_with(module: str, name: str, loss: str) -> Any:
@@ -48,14 +51,8 @@ def guard(kind: str, wrap: Callable[[Any], Any]) -> None:
 def run_task(kind: str, arguments: list[str]) -> None:
     """Be one task of Flower's in this process."""
     sys.argv = [f"flwr-{kind}app", *arguments]
-    if kind == "client":
-        from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-        flwr_clientapp()
-    else:
-        from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
-
-        flwr_serverapp()
+    entry: Callable[[], None] = getattr(importlib.import_module(ENTRIES[kind]), f"flwr_{kind}app")
+    entry()
 
 
 def serve(executor: Any) -> None:
@@ -114,21 +111,61 @@ def supernode() -> Callable[[], None]:
     return flower_supernode
 
 
-def be_patient(poll: float, broken_off: Callable[[BaseException], bool]) -> None:
-    """Change two habits of Flower's SuperNode, in the only places that have them.
+def look_again_soon() -> None:
+    """Have this process look again soon for parts of a message that are not there yet, and every second in the end.
 
-    It asks for work every 3 s, by its module's own `time`: here every `poll`. A message waits half of that on
-    average, so a round of two phases (training, evaluation) waits 3 s less at `--poll 0.3` and 2 s less at the
-    default of 1: of the 3.0 s that three clients on one machine need for a round (docs/deployment.md), most. And it
-    takes a connection that ends within TLS, as a killed server's or one behind a relay does, for a wrong
-    certificate, and gives up for good: here it tries on.
+    A task is begun while its message's parts are still on their way, and a reply is announced before its parts are
+    sent. Flower waits 1 s before it looks again, then 2, up to 10: most of a short task's time, on either side.
+    Without the names it does so still.
+    """
+    soon = {"initial_backoff": SOON, "backoff_cap": 1.0, "max_tries_per_object": None}  # the time ends it: two hours
+    for name in PULLS:
+        pull: Any = getattr(importlib.import_module(OBJECTS), name, None)
+        known = getattr(pull, "__kwdefaults__", None) or {}
+        if set(soon) <= set(known):
+            pull.__kwdefaults__ = {**known, **soon}
+
+
+class Rests:
+    """The waits of a node: for a message as long as it was told, for its own task a moment that gets longer.
+
+    Parameters
+    ----------
+    poll : float
+        Seconds between calls to the server, when nothing has happened for a while.
+    sleep : callable
+    """
+
+    LONG = 1.0  # Flower's node waits 3 s between its calls and 0.5 s for its task
+
+    def __init__(self, poll: float, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.poll, self._sleep, self._calls, self._looks = poll, sleep, SOON, SOON
+
+    def sleep(self, wait: float) -> None:
+        """Wait, in the place of Flower's `time.sleep(wait)`."""
+        if wait >= self.LONG:
+            self._sleep(min(self.poll, self._calls))
+            self._calls, self._looks = self._calls * 1.5, SOON
+        else:
+            self._sleep(min(wait, self._looks))
+            self._calls, self._looks = 5 * SOON, self._looks * 1.5
+
+
+def be_patient(poll: float, broken_off: Callable[[BaseException], bool]) -> None:
+    """Change three habits of Flower's SuperNode, in the only places that have them.
+
+    It looks again soon for parts of a message. It asks for work every 3 s and looks every 0.5 s whether its task has
+    ended, by its module's own `time`: here soon after it was busy, then less and less often, down to every `poll` and
+    every 0.5 s. And it takes a connection that ends within TLS, as a killed server's or one behind a relay does, for a
+    wrong certificate, and gives up for good: here it tries on.
 
     Without the names the node asks every 3 s, says so, and ends where a connection breaks off, to be started again.
     """
+    look_again_soon()
     worker = importlib.import_module(NODE)
     connection = importlib.import_module(CONNECTION)
     if hasattr(worker, "time"):
-        worker.time = SimpleNamespace(sleep=lambda wait: time.sleep(min(wait, poll)))  # type: ignore[attr-defined]
+        worker.time = Rests(poll)  # type: ignore[attr-defined]
     else:
         print(
             f"fedfuse: this Flower's node has no wait of its own to shorten; --poll {poll:g} is not heeded", flush=True

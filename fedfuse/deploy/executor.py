@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fedfuse.compat import flower_processes
-from fedfuse.compat.flower_processes import TASKS
+from fedfuse.compat.flower_processes import ENTRIES
 
 PRELOAD = {
-    "client": ["fedfuse.apps", "fedfuse.deploy.warm", TASKS["client"]],
-    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.orders", TASKS["server"]],
+    "client": ["fedfuse.apps", "fedfuse.deploy.warm", ENTRIES["client"]],
+    "server": ["fedfuse.apps", "fedfuse.deploy.warm", "fedfuse.deploy.orders", ENTRIES["server"]],
 }
 
 
@@ -39,6 +39,7 @@ def task(kind: str, arguments: list[str]) -> None:
     limit_memory()
     limit_arrays(UNKNOWN)
     flower_processes.guard(kind, guarded)
+    flower_processes.look_again_soon()
     flower_processes.run_task(kind, arguments)
 
 

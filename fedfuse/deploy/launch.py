@@ -33,7 +33,7 @@ from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
 
 SKEW = 240  # seconds between clocks; Flower refuses signatures that are 300 s old, without a word of why
-LOOK = "0.2"  # seconds between an executor's looks for a task, on its own machine; Flower's own: 1
+LOOK = {"client": "0.1", "server": "0.5"}  # seconds between an executor's looks for a task; Flower's own: 1
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
     """Start our executor; it ends when this process does, and this process when it does."""
     words = [sys.executable, "-m", "fedfuse.deploy.executor", kind, "--runtime-api-address", address, *tls]
     words += ["--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(secret)]
-    child = subprocess.Popen(words, env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK, **os.environ})
+    child = subprocess.Popen(words, env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": LOOK[kind], **os.environ})
 
     def watch() -> None:
         child.wait()

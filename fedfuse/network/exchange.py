@@ -16,7 +16,8 @@ from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.errors import WorldError, in_words, one_line
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
-POLL = 0.3  # seconds between looks for replies (Flower's own: 3)
+POLL = 0.3  # most seconds between looks for replies (Flower's own: 3)
+EACH, SHARE = 0.05, 0.05  # least seconds between looks, for each reply that is looked for; and of the time waited
 SOON = 1.0  # seconds for which the look for one reply holds up the others
 
 
@@ -145,9 +146,9 @@ class Exchange:
             self._looked = time.monotonic()
         return self._online
 
-    def pause(self) -> None:
-        """Wait a moment before looking again."""
-        time.sleep(POLL)
+    def pause(self, waited: float = math.inf, replies: int = 1) -> None:
+        """Wait a moment before looking again: the shorter, the less was waited and the fewer replies are looked for."""
+        time.sleep(min(POLL, max(EACH * replies, SHARE * waited)))
 
     def send(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
         """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
@@ -187,7 +188,7 @@ class Exchange:
                     self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
                 return
             if waiting:
-                self.pause()
+                self.pause(now - started, len(waiting))
 
     def _pulled(self, owner: Mapping[str, Sent], looks: dict[str, Look]) -> Iterable[tuple[str, Message]]:
         """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from fedfuse.compat import flower_processes
+from fedfuse.compat.flower_processes import OBJECTS, PULLS, Rests, look_again_soon
+from fedfuse.deploy.executor import PRELOAD
 from fedfuse.errors import WorldError
 
 
@@ -67,3 +73,74 @@ def test_what_is_only_imported_is_there() -> None:
         ("flwr.superlink.cli.flwr_serverapp", "flwr_serverapp"),
     ):
         assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("kind", ["client", "server"])
+def test_a_task_is_forked_from_a_process_that_has_imported_all_of_it(kind: str) -> None:
+    """What is imported in a task is imported for every message: three in four of its seconds, before it was looked."""
+    told = f"""
+import importlib, sys
+for name in {PRELOAD[kind]}: importlib.import_module(name)
+before = set(sys.modules)
+importlib.import_module("{flower_processes.ENTRIES[kind]}")
+importlib.import_module("{flower_processes.TASKS[kind]}")
+print(len(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "0"
+
+
+def test_parts_of_a_message_that_are_not_there_yet_are_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = importlib.import_module(OBJECTS)
+    for name in PULLS:
+        pull = getattr(objects, name)
+        monkeypatch.setattr(pull, "__kwdefaults__", dict(pull.__kwdefaults__))
+    waits: list[float] = []
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    monkeypatch.setattr(objects, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    left = {"a": 700}  # looks until it is there: more than Flower's 500
+
+    def pull_object(key: str) -> bytes:
+        left[key] -= 1
+        if left[key] >= 0:
+            raise objects.ObjectUnavailableError(key)
+        return b"it"
+
+    look_again_soon()
+    assert objects.pull_objects(["a"], pull_object) == {"a": b"it"}
+    assert waits[0] < 0.03
+    assert max(waits) < 1.3
+    inside = objects.pull_and_inflate_object_from_tree.__kwdefaults__  # it names them all when it calls the other
+    assert inside["initial_backoff"] < 0.03
+
+
+def test_a_node_looks_again_soon_after_it_was_busy_and_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    rests = Rests(1.0, slept.append)
+    for _ in range(30):
+        rests.sleep(3)  # nobody asks for anything
+    assert slept[-1] == 1.0
+    slept.clear()
+    for _ in range(30):
+        rests.sleep(0.5)  # its task works
+    assert slept[0] < 0.05
+    assert slept[-1] == 0.5
+    assert slept == sorted(slept)
+    slept.clear()
+    rests.sleep(3)  # it has answered: the next message may come at once
+    rests.sleep(3)
+    assert slept[0] < slept[1] < 0.2
+    for _ in range(30):
+        rests.sleep(3)
+    assert slept[-1] == 1.0
+    rests.sleep(0.5)
+    assert slept[-1] < 0.05  # a new task
+    rare = Rests(60.0, slept.append)
+    for _ in range(30):
+        rare.sleep(3)
+    assert slept[-1] == 60  # longer than Flower's own wait, where somebody wants that
