@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfuse.errors import UserError
 from fedfuse.network.app import SiteApp
+from fedfuse.network.joined import JoinedGrid, answered
 from fedfuse.network.site import Site
 from fedfuse.network.site_config import SiteConfig, site_config_from
 
@@ -29,12 +30,13 @@ def main(grid: Grid, context: Context) -> None:
     """Play one run on Flower's Deployment Runtime."""
     from fedfuse.deploy.orders import deployed
 
-    deployed(grid, dict(context.run_config))
+    deployed(JoinedGrid(grid), dict(context.run_config))
 
 
 def answer(message: Message, context: Context) -> Message:
     """Answer one message; a new process each time: what must survive is on the site's disk, or in Flower's memory."""
-    return Site(_seat(dict(context.node_config))).handle(message, context.state)
+    site = Site(_seat(dict(context.node_config)))
+    return answered(message, lambda parted: site.handle(parted, context.state))
 
 
 client = SiteApp(answer)

@@ -40,7 +40,7 @@ class Federation:
         Folder below which orders' data may lie.
     """
 
-    poll = "0.3"  # seconds between a node's calls; three nodes on one machine burden nobody
+    poll = "0.5"  # most seconds between a node's calls; soon after a message it calls more often
 
     def __init__(
         self,

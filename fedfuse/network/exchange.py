@@ -17,7 +17,7 @@ from fedfuse.errors import WorldError, in_words, one_line
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
 POLL = 0.3  # most seconds between looks for replies (Flower's own: 3)
-EACH, SHARE = 0.05, 0.05  # least seconds between looks, for each reply that is looked for; and of the time waited
+FIRST, SHARE = 0.05, 0.05  # least seconds between looks, and what part they are of the time waited so far
 SOON = 1.0  # seconds for which the look for one reply holds up the others
 
 
@@ -146,9 +146,9 @@ class Exchange:
             self._looked = time.monotonic()
         return self._online
 
-    def pause(self, waited: float = math.inf, replies: int = 1) -> None:
-        """Wait a moment before looking again: the shorter, the less was waited and the fewer replies are looked for."""
-        time.sleep(min(POLL, max(EACH * replies, SHARE * waited)))
+    def pause(self, waited: float = math.inf) -> None:
+        """Wait a moment before looking again: the shorter, the less was waited so far."""
+        time.sleep(min(POLL, max(FIRST, SHARE * waited)))
 
     def send(self, sent: list[Sent], limit: float | None, answered: list[tuple[Sent, Message]]) -> None:
         """Send until everything is answered, given up, or the limit is reached; repeats are harmless at a site."""
@@ -188,17 +188,23 @@ class Exchange:
                     self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
                 return
             if waiting:
-                self.pause(now - started, len(waiting))
+                self.pause(now - started)
 
     def _pulled(self, owner: Mapping[str, Sent], looks: dict[str, Look]) -> Iterable[tuple[str, Message]]:
         """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.
 
-        They are asked for one by one: Flower raises for all of a list if one of them is malformed, when it has signed
+        They are read one by one: Flower raises for all of a list if one of them is malformed, when it has signed
         for some of the others.
         """
+        announced = self._announced([key for key in owner if key not in looks])
         for key, item in owner.items():
-            within = 0.0 if key in looks else SOON
-            look = looks[key] = looks.get(key) or Look(self.grid, key)
+            if key in announced:
+                look, within = Look(announced[key], key), SOON
+                looks[key] = look
+            elif key in looks:
+                look, within = looks[key], 0.0
+            else:
+                continue
             if not look.ended(within):
                 continue
             del looks[key]
@@ -212,6 +218,12 @@ class Exchange:
                     raise
                 reason = f"its reply cannot be read: {in_words(error)}"
                 yield key, Message(Error(INVALID, one_line(reason)), reply_to=item.original)
+
+    def _announced(self, keys: list[str]) -> dict[str, Grid]:
+        """Which messages may have been answered, and the grid that reads the answer."""
+        ask = getattr(self.grid, "announced", None)
+        found: dict[str, Grid] | None = ask(keys) if ask is not None and keys else None
+        return dict.fromkeys(keys, self.grid) if found is None else found
 
     def _time(self, item: Sent, reply: Message) -> None:
         """Note where an answer's time went, if the client says how long it worked."""
