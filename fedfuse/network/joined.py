@@ -83,7 +83,9 @@ def _parted(content: RecordDict, entries: dict[str, Any]) -> RecordDict:
         if kind == "apart":
             out[name] = content.array_records[name]
         elif kind == "arrays":
-            out[name] = ArrayRecord({PACKED: Array(np.frombuffer(values.pop(""), np.uint8))})
+            if len(packed := values.pop("")) > SMALL:  # what is large comes in chunks, which are counted first
+                raise ValueError(f"record {name[:40]!r} is too large to go with the others")
+            out[name] = ArrayRecord({PACKED: Array(np.frombuffer(packed, np.uint8))})
         else:
             out[name], values = KINDS[kind](values), {}
         if values:

@@ -93,6 +93,7 @@ HOSTILE = {
     "arrays that are none": order(["arrays", "a"], **{"0/": "x"}),
     "arrays that are missing": order(["arrays", "a"]),
     "arrays with more": order(["arrays", "a"], **{"0/": b"x", "0/b": 1}),
+    "arrays that are large": order(["arrays", "a"], **{"0/": b"x" * (2**20 + 1)}),
     "apart and not there": order(["apart", "a"]),
     "apart and no arrays": with_(order(["apart", "a"]), a=ConfigRecord()),
     "apart with entries": with_(order(["apart", "a"], **{"0/b": 1}), a=ArrayRecord({"b": Array(np.ones(2))})),
