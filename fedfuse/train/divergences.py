@@ -85,11 +85,6 @@ class MSE(Loss):
         """Return the unweighted loss."""
         return F.mse_loss(student, teacher)
 
-    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss on probabilities."""
-        T = self.temperature
-        return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
-
 
 class MAE(RowMean):
     """Mean of abs(s − t) over batch and classes; given probabilities, of abs(p_s − p_t)."""
@@ -99,10 +94,6 @@ class MAE(RowMean):
     def terms(self, student: Tensor, teacher: Tensor) -> Tensor:
         """abs(s − t)."""
         return (student - teacher).abs()
-
-    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss on probabilities."""
-        return self.value((student / self.temperature).softmax(1), (teacher / self.temperature).softmax(1), labels)
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ class Loss:
     needs_labels: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     min_batch: ClassVar[int] = 1
-    softens_logits: ClassVar[bool] = True  # False: the temperature is of probabilities alone
+    softens_logits: ClassVar[bool] = True  # False: the temperature is of probabilities, which are then compared
     same_width: ClassVar[bool] = True  # False: student and teacher may have different numbers of columns
     positive: ClassVar[tuple[str, ...]] = ("temperature",)
 
@@ -126,7 +126,10 @@ class Loss:
 
     def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the unweighted loss where the teacher's logits are logarithms of given probabilities."""
-        return self.value(student, teacher, labels)
+        if self.softens_logits:
+            return self.value(student, teacher, labels)
+        T = self.temperature
+        return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
 
     def after_step(self, loss_value: Tensor | float, progress: float) -> None:
         """Tell a stateful loss its value after a step, and the share of training done, in [0, 1]."""

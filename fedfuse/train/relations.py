@@ -71,11 +71,6 @@ class RKD(Loss):
         distance, angle = F.smooth_l1_loss(distance_s, distance_t), F.smooth_l1_loss(cosine_s, cosine_t)
         return self.distance_weight * distance + self.angle_weight * angle
 
-    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss on probabilities."""
-        T = self.temperature
-        return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
-
 
 def _relations(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return distances over their mean between distinct rows, (B, B), and cosines at each row, (B, B, B)."""

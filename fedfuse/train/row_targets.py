@@ -43,6 +43,8 @@ def kind_of(loss: Any) -> Any:
     ways = ("__call__",) if loss.softened is None else ("from_probabilities", "value_of_probabilities")
     if any(getattr(kind, way) is not getattr(RowMean, way) for way in ("value", *ways)):  # it has one of its own
         return None
+    if loss.softened is not None and not kind.softens_logits:  # its terms are of probabilities, `ready` gives logits
+        return None
     settings = tuple(vars(loss.loss).items())
     if not all(value is None or isinstance(value, int | float | str) for _, value in settings):
         return None

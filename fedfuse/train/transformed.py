@@ -101,11 +101,6 @@ class ND(Loss):
         longest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp_min(torch.finfo(student.dtype).tiny)
         return (1 - (student * centres).sum(1) / longest).mean()
 
-    def value_of_probabilities(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the unweighted loss on probabilities."""
-        T = self.temperature
-        return self.value((student / T).softmax(1), (teacher / T).softmax(1), labels)
-
 
 @dataclass(eq=False)
 class DHKD(Loss):
