@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedfuse.audits.adversary import Adversary, Sent
 from fedfuse.audits.membership import FedMIA
-from fedfuse.models.in_place import frozen
+from fedfuse.models.in_place import evaluating, frozen
 
 ROOM = 2**23  # numbers in the gradients that are held at once
 
@@ -89,9 +89,8 @@ def pulls(model: nn.Module, values: dict[str, Tensor], x: Tensor, y: Tensor, upd
 
     slopes = torch.func.grad(loss)
     at_once = x.is_floating_point()  # models of tokens branch on what they read, which vmap cannot follow
-    out, mode = [], model.training
-    model.eval()
-    try:
+    out = []
+    with evaluating(model):
         for rows in torch.arange(len(x)).split(max(1, ROOM // updates.shape[1]) if at_once else 1):
             if at_once:
                 found = torch.func.vmap(slopes, (None, 0, 0))(values, x[rows], y[rows])
@@ -100,6 +99,4 @@ def pulls(model: nn.Module, values: dict[str, Tensor], x: Tensor, y: Tensor, upd
                 found = slopes(values, x[rows[0]], y[rows[0]])
                 down = flat({name: found[name] for name in values})[None]
             out.append(-F.normalize(down.double(), dim=1) @ F.normalize(updates.double(), dim=1).T)
-    finally:
-        model.train(mode)
     return torch.cat(out)

@@ -11,6 +11,7 @@ from torch import nn
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.data.dataset import Examples
 from fedfuse.data.tokenize import tokenizer_of
+from fedfuse.models.in_place import evaluating
 
 
 @torch.no_grad()
@@ -23,17 +24,12 @@ def greedy(model: nn.Module, prompt: list[int], ends: set[int], most: int) -> li
         Logits (B, T, V) of tokens (B, T), each place seeing those before it.
     """
     device = next(model.parameters()).device
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
     said: list[int] = []
-    try:
+    with evaluating(model):
         while len(said) < most:
             said.append(int(model(torch.tensor([prompt + said], device=device))[0, -1].argmax()))
             if said[-1] in ends:
                 break
-    finally:
-        for module in modes:
-            module.training = True
     return said
 
 

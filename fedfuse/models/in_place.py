@@ -1,7 +1,9 @@
-"""A model's weights in place: which of them never travel, what they hold, and how they are overwritten."""
+"""A model in place: which weights never travel, what they hold, how they are overwritten; its mode for a while."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import cast
 
 from torch import nn
@@ -46,3 +48,15 @@ def overlay(model: nn.Module, arrays: Arrays, strict: bool = True) -> None:
     missing = sorted(set(answer.missing_keys) - fixed) if strict else []
     if missing or answer.unexpected_keys:
         raise RuntimeError(f"state does not fit: missing {missing[:3]}, unexpected {answer.unexpected_keys[:3]}")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; what was training then goes on, one by one: a frozen BatchNorm stays as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedfuse.compat.torch_norms import KEEP_STATISTICS
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import evaluating
 from fedfuse.seeding import seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
 
@@ -103,18 +104,14 @@ def layers(model: Any) -> dict[str, int]:
         return lambda module, given, out: outputs.append((name, out))
 
     hooks = [unit.register_forward_hook(seen(name)) for name, unit in units.items()]
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             model(torch.zeros(2, *model.input_shape, requires_grad=True))
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{kind}: it does not take images or vectors ({str(error).splitlines()[0]})") from None
     finally:
         for hook in hooks:
             hook.remove()
-        for module in modes:
-            module.training = True
     times = [name for name, _ in outputs]
     for name in units:
         if times.count(name) != 1:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import evaluating
 from fedfuse.train.adapters import LoRASB, adapted, layer_names, orthonormal
 from fedfuse.train.svd import Factors, leading, of_factors, square_norm
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
@@ -141,24 +142,22 @@ def gradients(
     layers = adapted(model)
     weights = [module.stored for module in layers.values()]
     total = [torch.zeros_like(w, dtype=torch.float64) for w in weights]
-    training = model.training
-    model.eval()
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        for batch in rows.split(batch_size):
-            found = torch.autograd.grad(loss(batch) * len(batch), weights, allow_unused=True)
-            norm = torch.stack([g.double().norm() for g in found if g is not None]).norm().item() if clip else 0.0
-            if clip and not math.isfinite(norm):
-                continue  # 0 times infinity is none, and a sum that is none would tell of one example
-            factor = min(1.0, clip / norm) if clip and norm > 0 else 1.0
-            for kept, grad in zip(total, found, strict=True):
-                if grad is not None:
-                    kept.add_(grad.double(), alpha=factor)
+        with evaluating(model):
+            for batch in rows.split(batch_size):
+                found = torch.autograd.grad(loss(batch) * len(batch), weights, allow_unused=True)
+                norm = torch.stack([g.double().norm() for g in found if g is not None]).norm().item() if clip else 0.0
+                if clip and not math.isfinite(norm):
+                    continue  # 0 times infinity is none, and a sum that is none would tell of one example
+                factor = min(1.0, clip / norm) if clip and norm > 0 else 1.0
+                for kept, grad in zip(total, found, strict=True):
+                    if grad is not None:
+                        kept.add_(grad.double(), alpha=factor)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-        model.train(training)
     return {
         name: (g.T if module.transposed else g).float().contiguous()
         for (name, module), g in zip(layers.items(), total, strict=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import evaluating
 from fedfuse.train.task import task_loss
 from fedfuse.wire.records import Arrays
 
@@ -44,7 +44,7 @@ def fisher(model: nn.Module, x: Tensor, y: Tensor, *, expected: bool = True) -> 
         return log_p, log_p.detach().exp() if expected else torch.ones_like(log_p)
 
     slopes = torch.func.jacrev(answer, has_aux=True)
-    with _evaluating(model), warnings.catch_warnings():
+    with evaluating(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # attention, class by class: no faster by hand
         for rows in torch.arange(len(x)).split(_rows_at_once(model, x, total)) if len(x) else ():
             if x.is_floating_point():
@@ -137,17 +137,6 @@ def grams(
         for hook in hooks:
             hook.remove()
     return found
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def packed(gram: Tensor) -> Tensor:

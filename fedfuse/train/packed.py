@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import evaluating
 from fedfuse.train.task import IGNORED
 
 PROBE = (5, 3, 2)  # lengths of the texts by which a model shows that it keeps them apart
@@ -78,15 +79,10 @@ def check(model: nn.Module, architecture: str, vocabulary: int) -> None:
     if not getattr(model, "packs", False):
         raise UserError(f"data.packing=true: model={architecture} takes a row for one text; allowed: false")
     device = next(model.parameters()).device
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         texts = [(torch.arange(size) * 7 + 3 * size) % vocabulary for size in PROBE]
         x = torch.stack([torch.cat(texts), torch.cat([torch.arange(size) for size in PROBE])])
         together = model(x[None].to(device))[0]
         alone = torch.cat([model(text[None].to(device))[0] for text in texts])
-    finally:
-        for module in modes:
-            module.training = True
     if not bool((together - alone).abs().max() <= TOLERANCE * alone.abs().max()):
         raise UserError(f"data.packing=true: model={architecture} looks across the texts of a row; allowed: false")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedfuse.data.dataset import IGNORED
 from fedfuse.errors import UserError
+from fedfuse.models.in_place import evaluating
 
 __all__ = ["IGNORED", "check_order", "task_loss", "task_losses", "trimmed"]
 
@@ -70,15 +71,11 @@ def check_order(model: nn.Module, architecture: str, length: int, vocabulary: in
     if not half:
         return
     texts = torch.stack([x, torch.cat([x[:half], (x[half:] + 1) % vocabulary])])
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        logits = model(texts.to(next(model.parameters()).device))
+        with evaluating(model):
+            logits = model(texts.to(next(model.parameters()).device))
     except Exception:  # it fails at the first batch as well, where that is told
         return
-    finally:
-        for module in modes:
-            module.training = True
     if logits.ndim != 3:  # no model of next tokens at all
         return
     first, second = logits[:, :half]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedfuse.compat.torch_optimizers import bare
 from fedfuse.config.schema import TrainConfig
 from fedfuse.errors import UserError, nearest
+from fedfuse.models.in_place import evaluating
 from fedfuse.seeding import generator, seed_of
 from fedfuse.train import abreast, work
 from fedfuse.train.allowance import passes
@@ -237,14 +238,9 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512, *, features: boo
         raise UserError(f"{type(model).__name__} has no features(x): use a built-in model or add the method")
     call = cast(Callable[[Tensor], Tensor], model.features if features else model)
     work.note(model, x, len(x), False)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         parts = [call(batch) for batch in x.split(batch_size)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    finally:
-        for module in training:  # one by one: a frozen BatchNorm stays in evaluation mode
-            module.training = True
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def proximal(anchor: Mapping[str, Tensor], weight: float) -> Callable[[nn.Module], None]:

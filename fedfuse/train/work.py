@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fedfuse.models.in_place import evaluating
+
 
 @dataclass
 class Tally:
@@ -104,14 +106,13 @@ def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Ten
     """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are and wakes no hook."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [(module, name, vars(module)[name]) for module in model.modules() for name in HOOKS]
     for module, name, kept in hooks:  # a strategy's hooks add up what passes through a layer
         vars(module)[name] = type(kept)()
     counter = FlopCounterMode(display=False)
-    model.eval()
+    fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.set_grad_enabled(backward), counter:
+        with evaluating(model), fork, torch.set_grad_enabled(backward), counter:
             out = (forward or model)(x)
             if backward:
                 wanted = [p for p in model.parameters() if p.requires_grad]
@@ -119,8 +120,6 @@ def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Ten
     finally:
         for module, name, kept in hooks:
             vars(module)[name] = kept
-        for module, training in modes:
-            module.training = training
     return int(counter.get_total_flops())
 
 
