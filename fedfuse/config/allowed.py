@@ -10,11 +10,12 @@ is not allowed, `fedfuse.config.dotted.resolve` refuses to import whatever it is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedfuse.config import catalogue
+from fedfuse.config.keys import leaves
 from fedfuse.config.schema import Config
 from fedfuse.errors import Refused, UserError
 
@@ -170,15 +171,6 @@ def no_attack(config: Config) -> None:
         raise UserError(
             f"audit={','.join(config.audit)}: what is true of sites is theirs alone; allowed in a deployment is none"
         )
-
-
-def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested configuration with its dotted key; what is empty, too."""
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from leaves(value, f"{prefix}{key}.")
-    else:
-        yield prefix.rstrip("."), values
 
 
 def _allowed(key: str, value: Any) -> bool:

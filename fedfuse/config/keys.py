@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -64,6 +65,15 @@ def keys_of(kind: type[Any], prefix: str = "") -> list[Key]:
         name = f"{prefix}{field.name}"
         out.append(Key(name, kind_of(hint), default, about.get("meaning", ""), about.get("only", "")))
     return out
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested configuration with its dotted key; what is empty, too."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), values
 
 
 def allowed(kind: str, rule: typing.Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedfuse.config.allowed import leaves
+from fedfuse.config.keys import leaves
 from fedfuse.errors import UserError
 from fedfuse.models.parts import HEADS
 

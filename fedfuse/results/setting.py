@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from fedfuse.config.keys import said
+from fedfuse.config.keys import leaves, said
 from fedfuse.errors import printable
 from fedfuse.results.run_data import RunRecord
 
@@ -72,18 +72,9 @@ def with_setting(label: str, setting: str) -> str:
     return f"{label} at {setting}" if setting else label
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Turn nested groups into dotted keys; lists stay values. `strategy: x` reads as `strategy.name: x`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        elif name == "strategy":
-            flat["strategy.name"] = value
-        else:
-            flat[name] = value
-    return flat
+    return {"strategy.name" if key == "strategy" else key: value for key, value in leaves(config) if value != {}}
 
 
 def _flat(run: RunRecord) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from fedfuse.config.files import LOADER, checked, synced
+from fedfuse.config.keys import leaves
 from fedfuse.config.schema import without_gone
 from fedfuse.core.loop import Federation
 from fedfuse.core.waiting import listed, unlisted
@@ -201,18 +201,11 @@ def _entries(columns: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, floa
 
 def changed(begun: str, now: str, also: tuple[str, ...] = ()) -> str:
     """Say which setting that can change a result differs from the one a run began with; empty if none does."""
-    before, after = (dict(_flat(without_gone(yaml.load(text, Loader=LOADER) or {}))) for text in (begun, now))
+    before, after = (dict(leaves(without_gone(yaml.load(text, Loader=LOADER) or {}))) for text in (begun, now))
     # where and how it runs, and what is said of a search, changes no bit
     free = ("out", "overwrite", "runtime.", "tracking.", "audit", "search.edges", *also)
     for key, value in before.items():
         if not key.startswith(free) and after.get(key) != value:
-            return f"says {key}={after.get(key)}, the run began with {key}={value}"
+            inside = {name: found for name, found in after.items() if name.startswith(f"{key}.")}
+            return f"says {key}={after.get(key, inside or None)}, the run began with {key}={value}"
     return ""
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))

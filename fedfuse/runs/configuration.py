@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from fedfuse.config import registry
-from fedfuse.config.allowed import leaves
 from fedfuse.config.dotted import KEYS, hand_on
 from fedfuse.config.files import DUMPER, LOADER, read_text
+from fedfuse.config.keys import leaves
 from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, without_gone
 from fedfuse.errors import UserError

@@ -309,6 +309,16 @@ def test_a_value_at_an_end_of_its_choices_is_told(rates, space, edges, tmp_path:
     assert len(group([record, other])[0]) == 1
 
 
+@pytest.mark.parametrize("words", [["loss=kl", "loss.options.weight=2"], ["data=jsonl", "data.extra.length=32"]])
+def test_a_setting_in_a_mapping_that_was_empty_makes_another_run(words: list[str]) -> None:
+    """A run that began without it does not stand for one that has it."""
+    began, now = (as_yaml(compose(["strategy=knfu", *said])) for said in (words[:1], words))
+    key, _, value = words[1].partition("=")
+    assert key in changed(began, now)
+    assert value in changed(began, now)
+    assert key in changed(now, began)
+
+
 def test_a_sweep_with_more_rounds_goes_on(tmp_path: Path) -> None:
     from rich.console import Console
 
