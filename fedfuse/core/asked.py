@@ -16,7 +16,7 @@ from fedfuse.errors import Refused, UserError
 from fedfuse.wire.client_store import INITIAL
 from fedfuse.wire.fixed_point import FixedPoint
 from fedfuse.wire.group_sums import fixed_points
-from fedfuse.wire.knowledge import Cache, Parcel
+from fedfuse.wire.knowledge import ABOUT, Cache, Parcel
 from fedfuse.wire.records import InvalidArrays, tensors
 
 SPLITS = frozenset({"personal", "global", "validation"})  # that an evaluation may score
@@ -142,8 +142,7 @@ def parcels(content: RecordDict, config: Mapping[str, Any], cache: Cache | None 
     """Read the knowledge a message carries, but for what the cache holds already."""
     if not config.get("parcel.record"):
         return []
-    columns = ("record", "topic", "to", "version", "since", "sha")
-    lists = [config.get(f"parcel.{name}", []) for name in columns]
+    lists = [config.get(f"parcel.{name}", []) for name in ("record", *ABOUT)]
     out = []
     for name, topic, to, version, since, hashed in zip(*lists, strict=True):
         held = None if cache is None else cache.get((topic, to))

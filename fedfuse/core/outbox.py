@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedfuse.compat.flower_replies import like
 from fedfuse.core.scenario import Scenario
 from fedfuse.wire.client_store import INITIAL
-from fedfuse.wire.knowledge import Address, Board, Parcel
+from fedfuse.wire.knowledge import ABOUT, Address, Board, Parcel
 from fedfuse.wire.records import record, trusted
 from fedfuse.wire.sums import GROUP
 from fedfuse.wire.traffic import Traffic
@@ -210,11 +210,7 @@ class Outbox:
         columns: dict[str, list[Any]] = {}
         if parcels:
             columns["parcel.record"] = list(records)
-            columns["parcel.topic"] = [p.topic for p in parcels]
-            columns["parcel.to"] = [p.to for p in parcels]
-            columns["parcel.version"] = [p.version for p in parcels]
-            columns["parcel.since"] = [p.since for p in parcels]
-            columns["parcel.sha"] = [p.sha for p in parcels]
+            columns |= {f"parcel.{part}": [getattr(p, part) for p in parcels] for part in ABOUT}
         if needed:
             columns["needs.topic"] = [topic for topic, _ in needed]
             columns["needs.to"] = [to for _, to in needed]

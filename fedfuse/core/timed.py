@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from statistics import median_high
 
 import torch
 
@@ -110,9 +110,9 @@ def shape(strategy: FusionStrategy, clock: VirtualClock) -> list[str]:
     schedule = strategy.scenario.config.schedule
     lines = [
         f"schedule: {schedule.name}{_detail(clock)}",
-        f"  a client's round: {times[0]:.3g} s fastest, {_middle(times):.3g} s median, {times[-1]:.3g} s slowest "
+        f"  a client's round: {times[0]:.3g} s fastest, {median_high(times):.3g} s median, {times[-1]:.3g} s slowest "
         f"(train.epochs={strategy.scenario.config.train.epochs}, nobody away)",
-        f"  of which computing: {100 * _middle(computing):.0f} % (median); the rest is the network",
+        f"  of which computing: {100 * median_high(computing):.0f} % (median); the rest is the network",
         f"  slowest: {slow}",
     ]
     if schedule.name == "deadline":
@@ -122,7 +122,7 @@ def shape(strategy: FusionStrategy, clock: VirtualClock) -> list[str]:
     spans = [sum(b - a for a, b in one.spans) / one.period for one in clock.world.intervals if not one.always]
     if spans:
         lines.append(
-            f"  devices are on {100 * _middle(spans):.0f} % of the time (median), {len(spans)} of them by intervals"
+            f"  devices are on {100 * median_high(spans):.0f} % of the time (median), {len(spans)} of them by intervals"
         )
     if clock.world.dropout:
         lines.append(f"  {100 * clock.world.dropout:g} % of dispatches are lost")
@@ -138,8 +138,3 @@ def _detail(clock: VirtualClock) -> str:
         "fedbuff": f", K = {schedule.buffer}, {sky.concurrency} at work",
         "fedasync": f", α = {schedule.mixing:g}, {sky.concurrency} at work",
     }.get(schedule.name, "")
-
-
-def _middle(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message
@@ -180,7 +181,7 @@ class VirtualClock:
         inbox, nobody = self.strategy.inbox, list[Message]()
         for reply in replies:
             if not reply.has_error():
-                self.strategy.aggregate_train(round, _chained(nobody, reply, replies))
+                self.strategy.aggregate_train(round, chain(nobody, [reply], replies))
                 return True
             nobody.append(reply)
         for reply in nobody:
@@ -301,9 +302,3 @@ def why(flight: Flight) -> str:
     """What became of a flight that brought nothing."""
     what = {DROPPED: "dropped out", LATE: "late"}.get(flight.outcome, "went away")
     return f"{what} at virtual second {flight.end / SECOND:.3f}"
-
-
-def _chained(first: list[Message], then: Message, rest: Iterator[Message]) -> Iterator[Message]:
-    yield from first
-    yield then
-    yield from rest

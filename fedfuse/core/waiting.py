@@ -83,10 +83,7 @@ def newest(board: Board, topic: str, client: int, architecture: str) -> Arrays |
 
 def moved(arrays: Arrays, start: Arrays, scale: float) -> Arrays:
     """start + scale·(arrays − start), entry by entry; what `start` lacks, or has otherwise, as it is."""
-    return {
-        name: added(start[name], value - start[name], scale) if _alike(start.get(name), value) else value
-        for name, value in arrays.items()
-    }
+    return shifted(difference(arrays, start), start, scale)
 
 
 def difference(arrays: Arrays, start: Arrays) -> Arrays:

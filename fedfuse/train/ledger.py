@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedfuse.config.files import synced
 from fedfuse.errors import Refused
 from fedfuse.train.accounting import History, Release, epsilon, joined
 
@@ -115,6 +116,4 @@ def _append(path: Path, release: Release) -> None:
         file.flush()
         os.fsync(file.fileno())
     if fresh:
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        synced(path.parent)

@@ -64,6 +64,9 @@ class Item:
     sha: str = ""  # kept for fold topics
 
 
+ABOUT = ("topic", "to", "version", "since", "sha")  # what a message's config says of a parcel
+
+
 @dataclass(frozen=True)
 class Parcel:
     """One piece on the wire: a whole value (since = -1) or an increment that starts from version `since`."""
