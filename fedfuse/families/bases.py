@@ -76,7 +76,7 @@ class BasisClient(RankedClient):
     def equip(cls, model: nn.Module, hyper: Any, build: Callable[[str], nn.Module]) -> nn.Module:
         """Adapters in a random orthonormal basis from the run's seed, or in W₀'s leading directions."""
         folds = hyper.refresh is not None
-        model = lora.equip(model, hyper, lora.LoRASB, cls.trains, default_scale=1.0, delta=folds)
+        model = lora.equip(model, hyper, lora.LoRASB, cls.trains, delta=folds)
         if hyper.init == "weight_svd":
             model.load_state_dict(basis.public_basis(model, hyper.init, hyper.rank, way=hyper.svd), strict=False)
         return model

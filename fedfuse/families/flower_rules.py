@@ -17,7 +17,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
-from torch import nn
 
 from fedfuse.config.registry import hyper
 from fedfuse.core.shares import Metrics, Share, Shares
@@ -28,6 +27,7 @@ from fedfuse.errors import UserError
 from fedfuse.families.averaging import AnchoredClient
 from fedfuse.models import parts
 from fedfuse.seeding import seed_everything
+from fedfuse.train.training import proximal
 from fedfuse.wire.records import Arrays, LiveArray, record, tensors
 
 
@@ -37,13 +37,7 @@ class FlowerClient(AnchoredClient):
     def fit(self) -> Metrics:
         """Cross-entropy, with FedProx's (μ/2)‖w − w_t‖² where the server sent `proximal-mu`."""
         mu = float(self.config.get("proximal-mu", 0.0))
-
-        def pull(model: nn.Module) -> None:
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - self.start[name], alpha=mu)
-
-        return self.train(after_backward=pull) if mu else self.train()
+        return self.train(after_backward=proximal(self.start, mu)) if mu else self.train()
 
 
 class Cohort(LocalGrid):

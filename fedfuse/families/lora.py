@@ -27,11 +27,10 @@ def equip(
     hyper: Any,
     layer: type[Adapted] = LoRA,
     trains: tuple[str, ...] = ("lora_A", "lora_B"),
-    default_scale: float = 1.0,
     **options: Any,
 ) -> nn.Module:
     """Put adapters into a model; `trains` names their trained parts, the others are fixed."""
-    scale = default_scale if hyper.alpha is None else hyper.alpha / hyper.rank
+    scale = 1.0 if hyper.alpha is None else hyper.alpha / hyper.rank
     options |= {"rank": hyper.rank, "scale": scale, "dropout": hyper.dropout}
     model = inject(model, layer, hyper.targets, head=hyper.head != "frozen", **options)
     for name, parameter in model.named_parameters():

@@ -38,11 +38,6 @@ class RankedHyper(AdapterHyper):
 class RankedClient(AdapterClient):
     """Client half: its model has adapters of the largest rank, zero beyond its own; what is zero stays so."""
 
-    @property
-    def rank(self) -> int:
-        """r_i."""
-        return lora.rank_of(self.hyper, self.client)
-
     def receive(self, knowledge: Mapping[str, Item]) -> None:
         """Take the leading r_i of the common adapter, padded with zeros."""
         if self.averaged in knowledge:
