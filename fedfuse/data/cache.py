@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from fedfuse.data.dataset import PARTS, Dataset, Examples
 
 FORMAT = 4  # part of every key: old entries are never misread
+APART = ("train", "test", "provided", "content")  # of a data set: arrays, and what is made of it when it is read
 LAST = 32  # arrays of a kind (partitions, noise: small ones) that are kept at a site
 
 _few: ContextVar[bool] = ContextVar("few", default=False)
@@ -80,7 +82,7 @@ def stored_dataset(key: str, root: Path, build: Callable[[], Dataset]) -> Datase
         Where its files lie: of each root, a site keeps one data set.
     """
     folder = _folder("decoded") / (key_of(str(root.resolve())) if _few.get() else "") / key
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, TypeError):
         return _open(folder)
     dataset = build()
     with contextlib.suppress(OSError):
@@ -96,7 +98,7 @@ def stored_dataset(key: str, root: Path, build: Callable[[], Dataset]) -> Datase
             staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             return _open(folder)
     return dataset
 
@@ -108,19 +110,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
                 array = getattr(examples, part)
                 if array is not None:
                     np.save(folder / f"{split}_{part}.npy", array, allow_pickle=False)
-    meta = {
-        "name": dataset.name,
-        "classes": dataset.classes,
-        "kind": dataset.kind,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "group_names": dataset.group_names,
-        "next_token": dataset.next_token,
-        "pad": dataset.pad,
-        "vocabulary": dataset.vocabulary,
-        "utf8": dataset.utf8,
-        "notes": dataset.notes,
-    }
+    meta = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name not in APART}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -135,27 +125,11 @@ def _open(folder: Path) -> Dataset:
                 arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
         return Examples(**arrays) if arrays else None
 
-    def values(name: str) -> tuple | None:
-        return None if meta[name] is None else tuple(meta[name])
-
     train = examples("train")
     if train is None:
         raise KeyError("train")
-    return Dataset(
-        name=meta["name"],
-        train=train,
-        test=examples("test"),
-        classes=tuple(meta["classes"]),
-        kind=meta["kind"],
-        mean=values("mean"),
-        std=values("std"),
-        group_names=values("group_names"),
-        next_token=bool(meta.get("next_token", False)),
-        pad=meta.get("pad"),
-        vocabulary=meta.get("vocabulary"),
-        utf8=bool(meta.get("utf8", False)),
-        notes=tuple(meta.get("notes", ())),
-    )
+    about = {name: tuple(value) if isinstance(value, list) else value for name, value in meta.items()}
+    return Dataset(train=train, test=examples("test"), **about)
 
 
 def stored_arrays(kind: str, key: str) -> dict[str, np.ndarray] | None:
