@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST = 10**7  # rounds that a run has done at most
 LARGEST = 1e300  # of finite values; beyond, no axis can be laid out and no mean be taken
-FORMAT = 1  # of run directories that a report reads; another one is refused
+FORMAT = 1  # of summary.json and the tables beside it; another one is refused
 SAMPLES = "samples"  # a folder of what a language model answered, a file a round
 STOPPED = "stopped.json"  # why a run failed; not there while it goes on, nor once it has finished
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
@@ -178,7 +178,7 @@ class RunRecord:
         pieces = [checked(path) for round, path in _pieces(self.dir, kind) if round <= self.rounds_done]
         if pieces:
             return pl.scan_parquet(pieces, glob=False)
-        types = {name: _type(name) for name in COLUMNS.get(kind, SCHEDULE)}
+        types = {name: type_of(name) for name in COLUMNS.get(kind, SCHEDULE)}
         return pl.LazyFrame(schema=types)
 
 
@@ -369,10 +369,11 @@ def _check_parquet(file: Path, kind: str) -> None:
             continue
         numeric = name in _INTEGERS | _FLOATS
         if numeric != kind_of.is_numeric() or (name in _INTEGERS and not kind_of.is_integer()):
-            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}, expected {_type(name)}")
+            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}, expected {type_of(name)}")
 
 
-def _type(name: str) -> Any:
+def type_of(name: str) -> Any:
+    """The type of a column of a run's tables."""
     import polars as pl
 
     return pl.Int64 if name in _INTEGERS else pl.Float64 if name in _FLOATS else pl.String

@@ -19,11 +19,10 @@ from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
 from fedfuse.core.silence import CONSTANT, KEPT, UNDEFINED, constant, kept, shared, undefined, unheard
+from fedfuse.results.run_data import FORMAT
 from fedfuse.runs.further import ended_at, told
 from fedfuse.runs.own_code import code_notes
 from fedfuse.train.privacy import private_notes
-
-FORMAT = 1  # of summary.json and the tables beside it; the checkpoint has a number of its own
 
 
 def summary(

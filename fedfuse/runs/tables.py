@@ -8,18 +8,9 @@ from typing import Any
 import polars as pl
 
 from fedfuse.config.files import replaced
-from fedfuse.results.run_data import COLUMNS, SCHEDULE
+from fedfuse.results.run_data import COLUMNS, SCHEDULE, type_of
 
-_KINDS = {
-    **dict.fromkeys(("round", "client", "bytes", "examples"), pl.Int64),
-    **dict.fromkeys(("value", "seconds"), pl.Float64),
-}
-_WORDS = {"phase", "outcome"}
-SCHEMAS = {kind: {name: _KINDS.get(name, pl.String) for name in names} for kind, names in COLUMNS.items()}
-SCHEMAS["schedule"] = {
-    name: pl.String if name in _WORDS else pl.Float64 if name in ("weight", "joules") else pl.Int64 for name in SCHEDULE
-}
-
+SCHEMAS = {kind: {name: type_of(name) for name in names} for kind, names in {**COLUMNS, "schedule": SCHEDULE}.items()}
 KINDS = ("metrics", "traffic", "timing", "schedule")
 
 
