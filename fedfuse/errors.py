@@ -48,6 +48,11 @@ def in_words(error: BaseException) -> str:
     return f"{text} ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception that says something, else its type: what a library says goes on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, allowed: Iterable[str], all_by: str = "") -> str:
     """Say which of `allowed` was probably meant by `name`, as the tail of an error line.
 

@@ -14,7 +14,7 @@ from fedfuse.config.hydra_words import GROUPS, by_hydra, by_parts, options, pars
 from fedfuse.config.idle import refuse
 from fedfuse.config.rules import allowed, check
 from fedfuse.config.schema import Config, known
-from fedfuse.errors import UserError, nearest
+from fedfuse.errors import UserError, first_line, nearest
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -32,7 +32,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         try:
             one = parsed(text)
         except Exception as error:
-            raise UserError(f"{text!r}: not of the form key=value ({_first_line(error)})") from error
+            raise UserError(f"{text!r}: not of the form key=value ({first_line(error)})") from error
         if one.is_sweep_override():
             key = one.get_key_element()
             if isinstance(one.value(), IntervalSweep):
@@ -197,17 +197,13 @@ def _explain(error: Exception, overrides: Sequence[str], strategy: str) -> str:
     if match:
         key = match.group(1)
         return f"{key}: no such key; {nearest(key, own if key.startswith('strategy.') else known())}"
-    match = re.search(r"Error merging override (.+)", _first_line(error))
+    match = re.search(r"Error merging override (.+)", first_line(error))
     if match and error.__cause__ is not None:
         if (key := known().get(match.group(1).partition("=")[0].lstrip("+~"))) is not None:
             return f"{match.group(1)}: allowed is {', '.join(filter(None, (_a(key.kind), allowed(key.name))))}"
-        return f"{match.group(1)}: {_first_line(error.__cause__)}"
-    return _first_line(error)
+        return f"{match.group(1)}: {first_line(error.__cause__)}"
+    return first_line(error)
 
 
 def _a(kind: str) -> str:
     return f"a {kind}" if kind.split()[0] in ("whole", "number", "list", "mapping", "name") else kind
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,7 +16,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.documents import Document, documents
 from fedfuse.data.read_text import kept, tokenized
 from fedfuse.data.token_rows import Row
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 
 OPTIONS = {"tokenizer": None, "length": 256, "chat": False, "least": 1, "train": None, "test": None}
 CHATS = ("messages", "conversations")
@@ -147,8 +147,7 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, document: Document, extra
             answered = tokenizer.chat(turns[: i + 1], False)
             asked = tokenizer.chat(turns[:i], True) if i else answered[: max(0, answered.find(turn["content"]))]
         except Exception as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{document.where}: the chat template refuses it ({line})") from error
+            raise UserError(f"{document.where}: the chat template refuses it ({first_line(error)})") from error
         if not asked.startswith(done) or not answered.startswith(asked):
             raise UserError(f"{document.where}: the chat template changes earlier messages, so answers cannot be told")
         yield asked[len(done) :], False, False

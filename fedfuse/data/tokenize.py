@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 
 
 class Tokenizer:
@@ -65,7 +65,7 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"data.extra.tokenizer={path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"data.extra.tokenizer={path} cannot be read: {first_line(error)}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         size = self._tokenizer.get_vocab_size()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedfuse.config.keys import leaves
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 from fedfuse.models.parts import HEADS
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def load(transformers: Any, name: str, path: Path, classes: int, more: dict[str,
         _whole(model, found, head=name != "causal_lm")
         return model if more else plain(model)
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path} cannot be loaded as {name}: {line}") from error
+        raise UserError(f"model.path={path} cannot be loaded as {name}: {first_line(error)}") from error
 
 
 def _whole(model: Any, found: dict[str, Any], head: bool) -> None:

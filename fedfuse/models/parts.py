@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.compat.torch_norms import KEEP_STATISTICS
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 from fedfuse.models.in_place import evaluating
 from fedfuse.seeding import seed_of
 from fedfuse.wire.records import Arrays, Layout, Scope, sha_arrays
@@ -108,7 +108,7 @@ def layers(model: Any) -> dict[str, int]:
         with evaluating(model), torch.enable_grad():
             model(torch.zeros(2, *model.input_shape, requires_grad=True))
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{kind}: it does not take images or vectors ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{kind}: it does not take images or vectors ({first_line(error)})") from None
     finally:
         for hook in hooks:
             hook.remove()

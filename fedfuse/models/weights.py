@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(f"model.checkpoint={path} holds more than weights and is not loaded") from error
     except Exception as error:
-        raise UserError(f"model.checkpoint={path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.checkpoint={path} cannot be read: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -13,7 +13,7 @@ from fedfuse.config.files import DUMPER, LOADER, read_text
 from fedfuse.config.keys import leaves
 from fedfuse.config.rules import check
 from fedfuse.config.schema import Config, without_gone
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 
 ADDRESSES = frozenset({"tracking.uri", "runtime.address"})
 COLONS = frozenset(
@@ -57,7 +57,7 @@ def load_config(path: Path) -> Config:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{file}: not a configuration of this fedfuse ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file}: not a configuration of this fedfuse ({first_line(error)})") from error
     hand_on(config)
     check(config)
     return config

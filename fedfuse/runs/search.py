@@ -25,8 +25,9 @@ from rich.console import Console
 from fedfuse.config import registry
 from fedfuse.config.compose import compose, strategy_of
 from fedfuse.config.files import write_text
+from fedfuse.config.hydra_words import parsed
 from fedfuse.core.devices import device_of
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import UserError, WorldError, first_line
 from fedfuse.results.run_data import load
 from fedfuse.results.setting import EDGE
 from fedfuse.runs.combinations import without_seed
@@ -54,18 +55,17 @@ def space(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     UserError
         If there are trials but no space, or Optuna is not installed.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, Sweep
 
     if not any(word.startswith("search.trials=") and not word.endswith("=null") for word in overrides):
         return list(overrides), {}
-    words, found, parser = [], {}, OverridesParser.create()
+    words, found = [], {}
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = parser.parse_override(word).value()
+            value = parsed(word).value()
         except Exception as error:
-            raise UserError(f"{word!r}: not of the form key=value ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{word!r}: not of the form key=value ({first_line(error)})") from error
         if isinstance(value, Sweep) and not (isinstance(value, ChoiceSweep) and value.simple_form):
             found[key] = text
         else:
@@ -232,11 +232,10 @@ def distribution(name: str, text: str) -> optuna.distributions.BaseDistribution:
     UserError
         If it is none.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    value: Any = OverridesParser.create().parse_override(f"{name}={text}").value()
+    value: Any = parsed(f"{name}={text}").value()
     log = "log" in getattr(value, "tags", ())
     try:
         if isinstance(value, ChoiceSweep):

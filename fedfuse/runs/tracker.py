@@ -10,14 +10,9 @@ import polars as pl
 
 from fedfuse.core.evaluation import Row
 from fedfuse.core.loop import Callback, Federation
-from fedfuse.errors import UserError, WorldError
+from fedfuse.errors import UserError, WorldError, first_line
 from fedfuse.results.measures import CHARGED
 from fedfuse.results.run_data import COLUMNS
-
-
-def reason(error: Exception) -> str:
-    """The first line of an exception that says something, else its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def label(row: Row) -> str:
@@ -57,7 +52,7 @@ class Tracker(Callback):
         except UserError:
             raise
         except Exception as error:  # each tracker raises types of its own
-            raise UserError(f"tracking={type(self).__name__.lower()}: {reason(error)}") from error
+            raise UserError(f"tracking={type(self).__name__.lower()}: {first_line(error)}") from error
 
     def round(self, federation: Federation) -> None:
         """Tell of the rounds it does not have yet; one that fails is told again later, and the run goes on."""
@@ -67,7 +62,7 @@ class Tracker(Callback):
         except Exception as error:
             if not self._silent:
                 name = type(self).__name__.lower()
-                print(f"tracking={name}: {reason(error)}; the run goes on, tried again each round", file=sys.stderr)
+                print(f"tracking={name}: {first_line(error)}; the run goes on, tried again each round", file=sys.stderr)
             self._silent = True
 
     def end(self, federation: Federation) -> None:
@@ -83,7 +78,7 @@ class Tracker(Callback):
             self.close()
         except Exception as error:
             name = type(self).__name__.lower()
-            raise WorldError(f"tracking={name}: {reason(error)}; {self.path} is complete, {name} is not") from error
+            raise WorldError(f"tracking={name}: {first_line(error)}; {self.path} is complete, {name} is not") from error
 
     def _catch_up(self, done: int) -> None:
         while self.told < done:

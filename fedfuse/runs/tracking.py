@@ -19,10 +19,10 @@ import yaml
 
 from fedfuse.config.schema import TrackingConfig
 from fedfuse.core.evaluation import Row
-from fedfuse.errors import UserError
+from fedfuse.errors import UserError, first_line
 from fedfuse.results.run_data import COLUMNS
 from fedfuse.results.setting import flatten
-from fedfuse.runs.tracker import Tracker, label, reason
+from fedfuse.runs.tracker import Tracker, label
 from fedfuse.runs.weights_and_biases import Wandb
 
 NEEDS = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
@@ -176,7 +176,7 @@ def prepare(config: TrackingConfig) -> None:
         try:
             Mlflow(Path(), config.uri, config.experiment).connect()
         except Exception as error:
-            raise UserError(f"tracking=mlflow: {reason(error)}") from error
+            raise UserError(f"tracking=mlflow: {first_line(error)}") from error
 
 
 def tracker(config: TrackingConfig, path: Path) -> Tracker | None:
