@@ -16,6 +16,7 @@ from typing import Any
 
 from fedfuse.config import catalogue
 from fedfuse.config.keys import leaves
+from fedfuse.config.rules import WORDS
 from fedfuse.config.schema import Config
 from fedfuse.errors import Refused, UserError
 
@@ -47,6 +48,7 @@ def _nothing(value: Any) -> bool:
 
 # every key that can hold text: what it may say. A value of None is always allowed; a list, item by item.
 TEXTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(WORDS, _word),  # which of them is allowed is said by `fedfuse.config.rules`, of whoever asks
     "data.name": DATA.__contains__,
     "data.layout": LAYOUTS.__contains__,
     "data.inputs": _word,
@@ -64,46 +66,25 @@ TEXTS: dict[str, Callable[[Any], bool]] = {
     "model.pool": _architecture,
     "model.build": _nothing,
     "model.path": _nothing,
-    "model.dtype": _word,
-    "model.quantize": frozenset({"none", "8bit", "4bit"}).__contains__,
     "model.lora_targets": _word,
     "model.checkpoint": _nothing,
-    "train.optimizer": _word,
-    "train.optimizer_state": _word,
     "distil.optimizer": _word,
-    "train.precision": _word,
-    "train.schedule": _word,
     "train.pool": _word,
     "loss.name": frozenset(catalogue.LOSSES).__contains__,
     "loss.build": _nothing,
     "runtime.name": frozenset(catalogue.RUNTIMES).__contains__,
-    "runtime.device": _word,
     "runtime.server_device": lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", value) is not None,
-    "runtime.vectorize": frozenset({"off", "auto"}).__contains__,
     "runtime.address": _nothing,
     "runtime.state_dir": _nothing,
-    "secure.name": frozenset({"off", "on"}).__contains__,
-    "attack.name": frozenset(catalogue.GROUPS["attack"]).__contains__,
-    "attack.knows": frozenset({"own", "honest"}).__contains__,
-    "defence.name": frozenset(catalogue.GROUPS["defence"]).__contains__,
-    "defence.around": _word,
     "tracking.name": frozenset(catalogue.TRACKERS).__contains__,
     "tracking.uri": _nothing,
     "tracking.experiment": _word,
-    "privacy.clipping": _word,
-    "privacy.level": _word,
-    "evaluate.moment": _word,
     "search.keys": _word,
     "search.edges": _word,
     "clock.name": "off".__eq__,  # a deployment's clock is real
     "clock.devices": _nothing,
     "clock.intervals": _nothing,
-    "clock.speeds": _word,
     "clock.tiers": _word,
-    "clock.availability": _word,
-    "clock.policy": _word,
-    "schedule.name": frozenset(catalogue.SCHEDULES).__contains__,
-    "schedule.staleness": _word,
     "audit": frozenset(catalogue.AUDITS).__contains__,
     "out": _nothing,
 }
