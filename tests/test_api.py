@@ -10,6 +10,7 @@ from torch import nn
 
 import fedfuse
 from fedfuse.config import registry
+from fedfuse.config.compose import compose
 from fedfuse.core.client import FusionClient
 from fedfuse.core.strategy import FusionStrategy, Shares
 from fedfuse.data.from_python import dataset
@@ -237,3 +238,12 @@ def test_lists_are_swept_where_the_key_takes_none() -> None:
     )
     assert words == ["seed=0,1", "model.pool=[mlp,cnn]", "strategy=knfu", "strategy.beta=1,2"]
     assert overrides({"model.pool": [["mlp"], ["mlp", "cnn"]]}, swept=True) == ["model.pool=[mlp],[mlp,cnn]"]
+
+
+@pytest.mark.parametrize(
+    "text", ["data#1", "a;b", "a~b!", "back\\slash d", "c:\\x\\", "it's", "a\\'b", "x&y", "a,b=[c]", "Übung 1"]
+)
+def test_a_text_of_a_program_is_what_hydra_reads(text: str) -> None:
+    """Whatever letters a path has."""
+    (word,) = overrides({"data.root": text})
+    assert compose([word, "data=csv"]).data.root == text

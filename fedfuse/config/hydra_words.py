@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,16 @@ def parsed(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(text)
+
+
+PLAIN = re.compile(r"[A-Za-z0-9_./:%@+-]+")
+
+
+def quoted(text: str) -> str:
+    """A text as a word of the command line that Hydra reads as that text, whatever is in it."""
+    # backslashes escape a quote only just before it, where they must be doubled
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def _asked(overrides: Iterable[str]) -> dict[str, Path]:

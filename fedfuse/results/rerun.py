@@ -8,6 +8,7 @@ import re
 import shlex
 from typing import Any
 
+from fedfuse.config.hydra_words import PLAIN, quoted
 from fedfuse.config.idle import idle
 from fedfuse.config.message import from_json
 from fedfuse.config.schema import Config
@@ -17,7 +18,6 @@ from fedfuse.results.setting import flatten
 
 # what a search found is spelled out as plain keys
 LEFT_OUT = ("out", "overwrite", "search.trials", "search.keys", "search.edges")
-_WORD = re.compile(r"[A-Za-z0-9_./:%@+-]+")
 _SPECIAL = {"null", "true", "false", "nan", "inf"}
 
 
@@ -67,8 +67,5 @@ def _hydra(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_hydra(part)}" for key, part in value.items()) + "}"
     text = str(value)
-    if _WORD.fullmatch(text) and text.lower() not in _SPECIAL and not re.fullmatch(r"[-+0-9.eE_]+", text):
-        return text
-    # Backslashes escape a quote only just before it, where they must be doubled.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
+    plain = PLAIN.fullmatch(text) and text.lower() not in _SPECIAL and not re.fullmatch(r"[-+0-9.eE_]+", text)
+    return text if plain else quoted(text)

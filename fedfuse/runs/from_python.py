@@ -8,6 +8,7 @@ from typing import Any
 
 from fedfuse.config import registry
 from fedfuse.config.dotted import give
+from fedfuse.config.hydra_words import PLAIN, quoted
 from fedfuse.errors import UserError
 
 # keys that take a list
@@ -70,9 +71,7 @@ def _nested(value: Any) -> bool:
 def _is_handed_over(key: str, value: Any) -> bool:
     if value is None or isinstance(value, str):
         return False
-    if key == "strategy":
-        return callable(value)
-    if key in ("model", "loss"):
+    if key != "data":
         return callable(value)
     words = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return not words and not (isinstance(value, Mapping) and "train" not in value)
@@ -91,19 +90,19 @@ def _strategy(value: Any) -> list[str]:
 def _model(value: Any) -> list[str]:
     if hasattr(value, "state_dict") and not isinstance(value, type):
         raise UserError("model: is a module; hand over what makes one, for each run begins with its seed's own weights")
-    return ["model=custom", f"model.build={_quoted(give(value))}"]
+    return ["model=custom", f"model.build={quoted(give(value))}"]
 
 
 def _loss(value: Any) -> list[str]:
     if not isinstance(value, type):
         raise UserError(f"loss: is a {type(value).__name__}; hand over the class, of which each client makes one")
-    return ["loss=custom", f"loss.build={_quoted(give(value))}"]
+    return ["loss=custom", f"loss.build={quoted(give(value))}"]
 
 
 def _data(value: Any) -> list[str]:
     from fedfuse.data.from_python import dataset
 
-    return ["data=custom", f"data.load={_quoted(give(Held(dataset(value))))}"]
+    return ["data=custom", f"data.load={quoted(give(Held(dataset(value))))}"]
 
 
 class Held:
@@ -122,10 +121,6 @@ HANDED_OVER: dict[str, Callable[[Any], list[str]]] = {
 }  # fmt: skip
 
 
-def _quoted(text: str) -> str:
-    return f"'{text}'"
-
-
 def _word(value: Any) -> str:
     if value is None:
         return "null"
@@ -133,7 +128,5 @@ def _word(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ",".join(_word(v) for v in value) + "]"
-    if isinstance(value, str | Path) and any(c in str(value) for c in " ,:=[]{}()'\"$@\\"):
-        text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{text}'"
-    return str(value)
+    text = str(value)
+    return quoted(text) if isinstance(value, str | Path) and text and not PLAIN.fullmatch(text) else text
