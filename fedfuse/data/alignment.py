@@ -118,26 +118,16 @@ def edit_distance(a: bytes, b: bytes, most: int | None = None) -> int:
     return row[-1]
 
 
-def vocabulary_map(pieces: Sequence[bytes], others: Sequence[bytes], how: str) -> np.ndarray:
-    """For each token of one vocabulary its token in another, int64 (V,); -1 where it has none.
+def vocabulary_map(pieces: Sequence[bytes], others: Sequence[bytes]) -> np.ndarray:
+    """For each token of one vocabulary its `nearest_piece` in another, int64 (V,); -1 where it has none.
 
     Parameters
     ----------
     pieces, others : sequence of bytes
         What the tokens spell, by id; b"" for those that spell nothing, which have no partner.
-    how : {"equal", "edit", "first"}
-        *equal*: of the same bytes. *edit*: else of least edit distance. *first*: the single byte that it starts with.
     """
     where: dict[bytes, int] = {}
     for i, one in enumerate(others):
         if one:
             where.setdefault(one, i)
-    found = np.full(len(pieces), -1, dtype=np.int64)
-    for i, piece in enumerate(pieces):
-        if not piece:
-            continue
-        if how == "edit":
-            found[i] = nearest_piece(piece, others, where)
-        else:
-            found[i] = where.get(piece[:1] if how == "first" else piece, -1)
-    return found
+    return np.array([nearest_piece(piece, others, where) if piece else -1 for piece in pieces], dtype=np.int64)

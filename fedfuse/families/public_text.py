@@ -128,7 +128,7 @@ def partners(mine: Places, theirs: Places, row: int, coarse: bool) -> tuple[Tens
 
 @cache
 def _nearest(pieces: tuple[bytes, ...], others: tuple[bytes, ...]) -> Tensor:
-    return torch.from_numpy(alignment.vocabulary_map(pieces, others, "edit"))
+    return torch.from_numpy(alignment.vocabulary_map(pieces, others))
 
 
 @cache

@@ -78,7 +78,6 @@ class Adapted(nn.Module):
         self.delta: Tensor | None
         kept = torch.float32 if self.quantized else weight.dtype
         self.register_buffer("delta", torch.zeros(self.outputs, self.inputs, dtype=kept) if delta else None)
-        self._unmerged: Tensor | None = None
 
     linear = staticmethod(F.linear)  # by what x passes what the adapter holds; of many clients at once, by theirs
 
@@ -90,11 +89,13 @@ class Adapted(nn.Module):
         """s·B A or s·B R A (d × k)."""
         raise NotImplementedError
 
+    def update(self) -> Tensor:
+        """ΔW (d × k): Δ + s·B A."""
+        return self.product() if self.delta is None else self.product() + self.delta
+
     def forward(self, x: Tensor) -> Tensor:
         """x·(W₀ + Δ + s·B A)ᵀ + b, in the base's dtype."""
         out = self.base(x)
-        if self._unmerged is not None:
-            return out
         if self.delta is not None:
             out = out + self.linear(x.to(self.delta.dtype), self.delta).to(out.dtype)
         added = self.adapt(self.dropout(x).to(self.dtype))
@@ -121,26 +122,6 @@ class Adapted(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base holds the adapter's product now."""
-        return self._unmerged is not None
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add Δ + s·B A to the base, which then answers alone."""
-        if self._unmerged is None:
-            self._unmerged = self.weight.clone()
-            total = self.product() if self.delta is None else self.product() + self.delta
-            self.weight.add_(total.to(self.weight.dtype))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Give the base back its own weight, bit by bit."""
-        if self._unmerged is not None:
-            self.weight.copy_(self._unmerged)
-            self._unmerged = None
 
 
 class LoRA(Adapted):
@@ -273,30 +254,14 @@ def adapted(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def trained(model: nn.Module) -> Arrays:
-    """What is trained, and so what may travel: adapters and head, copied."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def products(model: nn.Module) -> Arrays:
-    """ΔW of each adapted layer (d × k): Δ + s·B A."""
-    with torch.no_grad():
-        return {n: m.product() if m.delta is None else m.product() + m.delta for n, m in adapted(model).items()}
-
-
+@torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its base and take it off: a plain model again, in place."""
     for name, module in adapted(model).items():
-        module.merge()
+        module.weight.add_(module.update().to(module.weight.dtype))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.base)
     return model
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `Adapted.merge` of every layer that is merged."""
-    for module in adapted(model).values():
-        module.unmerge()
 
 
 def peft_state(model: nn.Module, prefix: str = "base_model.model.") -> tuple[Arrays, dict[str, Any]]:

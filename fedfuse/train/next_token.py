@@ -68,11 +68,6 @@ def compress(log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return p, ids
 
 
-def record_bytes(rows: int, places: int, k: int, id_bytes: int, p_bytes: int = 4) -> int:
-    """Bytes of a compressed record with the bits of each row: rows·(places·k·(p_bytes + id_bytes) + 4)."""
-    return rows * (places * k * (p_bytes + id_bytes) + 4)
-
-
 def id_type(vocabulary: int) -> torch.dtype:
     """The smallest type that ids travel as: two bytes up to 2¹⁵ of them, else four."""
     return torch.int16 if vocabulary <= 2**15 else torch.int32

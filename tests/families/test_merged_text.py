@@ -14,7 +14,7 @@ from fedfuse.errors import UserError
 from fedfuse.families import merged_text
 from fedfuse.families.public_text import Said
 from fedfuse.train.losses import loss
-from fedfuse.train.next_token import chain, merged, record_bytes
+from fedfuse.train.next_token import chain, merged
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import play
 from tests.strategies.test_fedmkt import server, words  # noqa: F401  (a fixture)
@@ -131,7 +131,7 @@ def test_each_loss_is_heard_between_tokenisers_and_every_byte_is_counted(words) 
     texts, names = default.strategy.workspace.texts, default.strategy.scenario.architectures
     places = [texts.places(name).tokens.shape[1] for name in names]
     total = default.strategy.outbox.traffic.summary()
-    assert total["up_bytes"] == sum(record_bytes(12, P, 16, 2) + 4 * 12 * P for P in places)
+    assert total["up_bytes"] == sum(12 * (P * 16 * (4 + 2) + 4) + 4 * 12 * P for P in places)
     assert total["evaluate_down_bytes"] == sum(12 * (P * (8 * 16 + 4) + 6) for P in places)
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from fedfuse.core.strategy import FusionStrategy
-from fedfuse.train.adapters import adapted, products
+from fedfuse.train.adapters import adapted
 from fedfuse.wire.records import Arrays
 from tests import halves
 
@@ -39,7 +39,7 @@ def update(strategy: FusionStrategy) -> torch.Tensor:
     """ΔW of the server's model (d × k), float64."""
     model = copy.deepcopy(strategy.workspace.fresh(strategy.architecture)).double()
     model.load_state_dict(strategy.state_of_model(), strict=False)
-    return products(model)[LAYER].double()
+    return adapted(model)[LAYER].update().detach().double()
 
 
 def own_update(strategy: FusionStrategy, record: Arrays) -> torch.Tensor:

@@ -27,7 +27,7 @@ from fedfuse.families.public_text import (  # noqa: E402
 )
 from fedfuse.strategies.fedmkt import FedMKTHyper, lesson  # noqa: E402
 from fedfuse.train.losses import loss  # noqa: E402
-from fedfuse.train.next_token import bucketed, compress, record_bytes, with_rest  # noqa: E402
+from fedfuse.train.next_token import bucketed, compress, with_rest  # noqa: E402
 from fedfuse.train.scores import scored  # noqa: E402
 from fedfuse.wire.records import InvalidArrays  # noqa: E402
 from tests.data.test_alignment import byte_level  # noqa: E402
@@ -413,7 +413,7 @@ def test_it_runs_and_every_byte_is_counted(words, runs) -> None:
     texts = strategy.workspace.texts
     places = {name: texts.places(name).tokens.shape[1] for name in set(strategy.scenario.architectures)}
     for client, name in enumerate(strategy.scenario.architectures):
-        assert runs.records[client] == record_bytes(12, places[name], 16, 2)
+        assert runs.records[client] == 12 * (places[name] * 16 * (4 + 2) + 4)
     total = strategy.outbox.traffic.summary()
     assert total["up_bytes"] == 2 * sum(runs.records.values())
     assert total["down_bytes"] == sum(runs.records.values())  # of round 2; the last lesson is for evaluation

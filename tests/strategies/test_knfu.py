@@ -12,7 +12,6 @@ from fedfuse.errors import UserError
 from fedfuse.families.neighbours import distances, weights
 from fedfuse.families.public_text import Said, aligned, mixture
 from fedfuse.strategies.knfu import KnFu, KnFuHyper, estimate
-from fedfuse.train.next_token import record_bytes
 from fedfuse.wire.records import InvalidArrays
 from tests.federations import federation, intercept, play
 from tests.halves import client, server
@@ -254,7 +253,7 @@ def test_texts_are_fused_by_perplexity_between_tokenisers(words) -> None:  # noq
             assert torch.equal(got["ids"].long(), ids)
             assert torch.allclose(got["p"].double(), p, atol=1e-6)
             places = texts.places(name).tokens.shape[1]
-            assert sum(a.nbytes for a in share.records["soft_labels"].values()) == record_bytes(12, places, 16, 2)
+            assert sum(a.nbytes for a in share.records["soft_labels"].values()) == 12 * (places * 16 * (4 + 2) + 4)
         assert math.isfinite(built.headline["bits_per_byte/global"])
 
 

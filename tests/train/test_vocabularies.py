@@ -24,7 +24,6 @@ from fedfuse.train.next_token import (
     first_bytes,
     id_type,
     merged,
-    record_bytes,
     remapped,
     shifted,
     with_rest,
@@ -159,7 +158,7 @@ def test_equal_tokenisers_are_plain_top_k_to_the_bit() -> None:
     pieces = [bytes([i]) for i in range(97, 107)]
     t = logits(7, 10).float()
     p, ids = compress(t.log_softmax(1), 4)
-    mapped, new = remapped(p, ids, torch.from_numpy(vocabulary_map(pieces, pieces, "edit")))
+    mapped, new = remapped(p, ids, torch.from_numpy(vocabulary_map(pieces, pieces)))
     assert torch.equal(mapped, p)
     assert torch.equal(new, ids)
     ends = np.arange(1, 8)
@@ -208,12 +207,10 @@ def test_bits_compare_models_of_different_tokenisers() -> None:
 
 
 def test_bytes_by_closed_form() -> None:
-    assert record_bytes(64, 64, 16, 2) == 64 * 64 * 16 * 6 + 64 * 4  # 393 kB and a float a row
-    assert record_bytes(1000, 128, 128, 4) == 131_072_000 + 4000
     assert (id_type(512), id_type(2**15), id_type(49152)) == (torch.int16, torch.int16, torch.int32)
     p, ids = compress(logits(64, 20, 40).log_softmax(-1).float(), 16)
     sent = p.nbytes + ids.to(id_type(40)).nbytes + torch.zeros(64).nbytes
-    assert sent == record_bytes(64, 20, 16, 2)
+    assert sent == 64 * (20 * 16 * (4 + 2) + 4)
 
 
 # -- uld ---------------------------------------------------------------------------------------------------------
