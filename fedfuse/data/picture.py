@@ -15,7 +15,6 @@ def draw_partition(
     histogram_rows: Iterable[Mapping[str, Any]],
     path: str | Path,
     classes: tuple[str, ...] | None = None,
-    title: str | None = None,
 ) -> None:
     """Draw the examples per label and client, over all splits, as a heat map.
 
@@ -71,7 +70,5 @@ def draw_partition(
                 axes.text(client, label, str(value), ha="center", va="center", fontsize=7.5, color=colour)
         for side in axes.spines.values():
             side.set_visible(False)
-        if title:
-            axes.set_title(title, loc="left")
         # Matplotlib knows how to date only SVG and PDF.
         figure.savefig(path, dpi=150, metadata={"Date": None} if Path(path).suffix == ".svg" else None)

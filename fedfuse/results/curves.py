@@ -73,16 +73,19 @@ def by_virtual_time(series: Sequence[Series], metric: str, prefix: str) -> str |
             moments = moments[(moments >= start) & (moments <= end)]
             if not len(moments):
                 continue
-            values = scale * np.array([np.interp(moments, when, value) for when, value in curves])
-            if len(curves) > 1:
-                low, high, gid = values.min(axis=0), values.max(axis=0), f"series-{one.index}.band"
-                axes.fill_between(moments, low, high, color=one.colour, alpha=0.15, lw=0, gid=gid)
-            look: dict[str, Any] = {"color": one.colour, "linestyle": svg.series_dash(one.index)}
-            marker = "o" if len(moments) == 1 else None
-            axes.plot(moments, values.mean(axis=0), marker=marker, ms=4, gid=f"series-{one.index}.mean", **look)
+            _draw(axes, one, moments, scale * np.array([np.interp(moments, when, value) for when, value in curves]))
         axes.set_xlabel("virtual seconds")
         axes.set_ylabel(f"{worded(metric)}{' (%)' if scale == 100 else ''}")
         return svg.to_svg(drawn, prefix)
+
+
+def _draw(axes: Axes, one: Series, x: np.ndarray, values: np.ndarray) -> None:
+    """A series' mean over seeds (rows), and the band from the lowest to the highest."""
+    if len(values) > 1:
+        low, high, gid = values.min(axis=0), values.max(axis=0), f"series-{one.index}.band"
+        axes.fill_between(x, low, high, color=one.colour, alpha=0.15, lw=0, gid=gid)
+    look: Any = {"marker": "o" if len(x) == 1 else None, "ms": 4, "color": one.colour}
+    axes.plot(x, values.mean(axis=0), linestyle=svg.series_dash(one.index), gid=f"series-{one.index}.mean", **look)
 
 
 def _in_time(run: Measures, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -169,7 +172,6 @@ def _curves(
     with svg.figure() as drawn:
         axes = drawn.add_subplot()
         for one in series:
-            look: dict[str, Any] = {"color": one.colour, "linestyle": svg.series_dash(one.index)}
             runs = [run for run in one.finished if metric in run.curves]
             rounds = sorted({int(r) for run in runs for r in run.curves[metric][0]})
             if rounds:
@@ -184,13 +186,7 @@ def _curves(
                 seen = np.isfinite(grid).all(axis=0)  # a mean over changing seeds would jump
                 grid, middle = grid[:, seen], x[:, seen].mean(axis=0)
                 if middle.size and (xlabel == "round" or middle[-1] > 0):
-                    if len(runs) > 1:
-                        low, high = grid.min(axis=0), grid.max(axis=0)
-                        gid = f"series-{one.index}.band"
-                        axes.fill_between(middle, low, high, color=one.colour, alpha=0.15, lw=0, gid=gid)
-                    marker = "o" if len(middle) == 1 else None
-                    mean = grid.mean(axis=0)
-                    axes.plot(middle, mean, marker=marker, ms=4, gid=f"series-{one.index}.mean", **look)
+                    _draw(axes, one, middle, grid)
             for run in one.unfinished:
                 if metric in run.curves:
                     numbers, values = run.curves[metric]

@@ -286,7 +286,7 @@ def _descending(metric: str) -> Callable[[Row], float]:
 
 def probability(p: float) -> str:
     """Write a p-value."""
-    return "–" if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
 def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], places: Mapping[Path, str]) -> Table:

@@ -28,15 +28,12 @@ class Interval:
         Ends of the interval, in the unit of the values; None with fewer than two values.
     n
         Number of values it rests on.
-    method
-        `t` (Student) or `bootstrap` (percentile).
     """
 
     mean: float
     low: float | None
     high: float | None
     n: int
-    method: Method = "t"
 
     @property
     def half_width(self) -> float | None:
@@ -80,7 +77,7 @@ class Paired:
     signed_rank_holm: float = math.nan
 
 
-def mean_interval(values: Sequence[float], method: Method = "t", level: float = LEVEL) -> Interval:
+def mean_interval(values: Sequence[float], method: Method = "t") -> Interval:
     """Return mean and interval over seeds; values that are not finite are left out and not counted in n.
 
     Parameters
@@ -91,8 +88,6 @@ def mean_interval(values: Sequence[float], method: Method = "t", level: float = 
         `t`: Student's interval, n - 1 degrees of freedom. `bootstrap`: percentiles of 9,999 resampled means
         (`scipy.stats.bootstrap`, seeded). The bootstrap is too narrow with few seeds: with three it can never
         reach beyond the smallest and largest value.
-    level
-        Confidence level.
     """
     import numpy as np
 
@@ -100,12 +95,12 @@ def mean_interval(values: Sequence[float], method: Method = "t", level: float = 
     n = len(finite)
     mean = float(finite.mean()) if n else math.nan
     if n < 2:
-        return Interval(mean, None, None, n, method)
+        return Interval(mean, None, None, n)
     if np.ptp(finite) == 0:  # both methods are degenerate there, and both mean this
-        return Interval(float(finite[0]), float(finite[0]), float(finite[0]), n, method)
+        return Interval(float(finite[0]), float(finite[0]), float(finite[0]), n)
     if method == "t":
-        half = float(_quantile((1 + level) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
-        return Interval(mean, mean - half, mean + half, n, method)
+        half = float(_quantile((1 + LEVEL) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
+        return Interval(mean, mean - half, mean + half, n)
     if method != "bootstrap":
         raise ValueError(f"method {method!r}: allowed are 't', 'bootstrap'")
     from scipy import stats
@@ -113,12 +108,12 @@ def mean_interval(values: Sequence[float], method: Method = "t", level: float = 
     found = stats.bootstrap(
         (finite,),
         np.mean,
-        confidence_level=level,
+        confidence_level=LEVEL,
         n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), n, method)
+    return Interval(mean, float(found.low), float(found.high), n)
 
 
 def paired(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Paired:

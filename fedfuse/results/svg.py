@@ -28,6 +28,7 @@ _COLOUR = re.compile("|".join(_VARIABLES))
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
+WIDTH = 3.7  # inches of a figure
 _DRAWING = threading.Lock()  # matplotlib's rcParams are global, and `watch` draws in a thread
 
 STYLE: Any = {
@@ -75,8 +76,8 @@ def series_dash(k: int) -> str | tuple[int, tuple[float, ...]]:
 
 
 @contextmanager
-def figure(width: float = 3.7, height: float = 2.7) -> Iterator[Figure]:
-    """Give an empty figure to draw into, `width` × `height` inches, in the page's style.
+def figure(height: float = 2.7) -> Iterator[Figure]:
+    """Give an empty figure to draw into, `WIDTH` × `height` inches, in the page's style.
 
     Notes
     -----
@@ -86,7 +87,7 @@ def figure(width: float = 3.7, height: float = 2.7) -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     with _DRAWING, matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def to_svg(drawn: Figure, prefix: str) -> str:

@@ -25,7 +25,6 @@ class Reached:
         Virtual seconds, in the same way.
     """
 
-    target: float
     reached: int
     n: int
     rounds: float
@@ -59,4 +58,4 @@ def reach(evidence: Sequence[Measures], metric: str, target: float) -> Reached:
             virtual = one.virtual_seconds[i] if i < len(one.virtual_seconds) else math.nan
             costs.append((float(number), float(seconds), float(moved), float(virtual)))
     means = np.mean(costs, axis=0) if costs else [math.nan] * 4
-    return Reached(target, len(costs), len(evidence), *map(float, means))
+    return Reached(len(costs), len(evidence), *map(float, means))

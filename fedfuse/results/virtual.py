@@ -70,7 +70,7 @@ def table(series: Sequence[Series]) -> Table | None:
                 number(len(found), str(len(found))),
                 number(mean[0], amount(mean[0]) if mean[0] >= 10 else f"{mean[0]:.2f}"),
                 number(mean[1]),
-                *(number(v, _percent(v)) for v in mean[2:5]),
+                *(number(v, f"{100 * v:.1f}") for v in mean[2:5]),
                 number(mean[5], f"{mean[5]:.2f}"),
             )
         )
@@ -78,10 +78,6 @@ def table(series: Sequence[Series]) -> Table | None:
         return None
     names = (":strategy", "n", "virtual s", "versions", "idle %", "time wasted %", "bytes wasted %", "staleness")
     return Table("Virtual time", columns(*names), tuple(lines), TABLE, "virtual")
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _numbers(one: Kept) -> list[float]:
