@@ -69,7 +69,7 @@ class Groups:
                 self._check(answered)
                 keep_back(answered.records, entries(answered.metrics), answered.config, totals, sums)
             except InvalidArrays as error:
-                replies.append(self.node.error(INVALID, answered.who, str(error), message))
+                replies.append(self.node.error(INVALID, str(error), message))
                 continue
             replies.append(last := self.node.reply(answered))
         return totals, last, replies

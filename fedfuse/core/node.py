@@ -179,21 +179,21 @@ class Node:
                     answered.config["retried"] = attempt
                 return answered
             except Stale as error:
-                return self.error(STALE, who, str(error), message)
+                return self.error(STALE, str(error), message)
             except Refused as error:
-                return self.error(REFUSED, who, str(error), message)
+                return self.error(REFUSED, str(error), message)
             except Spoilt as error:
-                return self.error(SPOILT, who, str(error), message)
+                return self.error(SPOILT, str(error), message)
             except InvalidArrays as error:
-                return self.error(INVALID, who, f"received {error}", message)
+                return self.error(INVALID, f"received {error}", message)
             except (Exception, SystemExit) as error:  # a client's `exit` ends no run
                 if is_full(error):
-                    return self.error(FULL, who, f"its state cannot be kept: {in_words(error)}", message)
+                    return self.error(FULL, f"its state cannot be kept: {in_words(error)}", message)
                 if os.environ.get(TRACEBACK) and self.workspace.ledger is None:  # a site's screen is its operator's
                     print(f"client {who}:", file=sys.stderr)
                     traceback.print_exc()
                 if attempt == self.retries:
-                    return self.error(FAILED, who, in_words(error), message)
+                    return self.error(FAILED, in_words(error), message)
         raise AssertionError("unreachable")
 
     def client_of(self, message: Message) -> int:
@@ -203,7 +203,7 @@ class Node:
             return int(config["client"])
         return message.metadata.dst_node_id - 1
 
-    def error(self, code: int, client: int, reason: str, message: Message) -> Message:
+    def error(self, code: int, reason: str, message: Message) -> Message:
         """A reply that says what went wrong."""
         return Message(Error(code=code, reason=reason), reply_to=message)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,7 @@ def _open(folder: Path) -> Dataset:
     train = examples("train")
     if train is None:
         raise KeyError("train")
-    about = {name: tuple(value) if isinstance(value, list) else value for name, value in meta.items()}
+    about: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in meta.items()}
     return Dataset(train=train, test=examples("test"), **about)
 
 

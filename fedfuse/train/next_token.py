@@ -17,11 +17,6 @@ NOBODY = -1  # an id that is none
 TINY = 1e-30  # least probability whose logarithm is taken
 
 
-def shifted(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (…, L − 1, V) of tokens (…, L − 1), from a model's (…, L, V), where place i predicts token i + 1."""
-    return logits[..., :-1, :], tokens[..., 1:]
-
-
 def chain(log_p: Tensor, tokens: Tensor) -> Tensor:
     """log P_j(token_j) at each place, of (L, V) and (L,)."""
     return log_p.gather(-1, tokens[..., None])[..., 0]

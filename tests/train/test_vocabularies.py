@@ -25,7 +25,6 @@ from fedfuse.train.next_token import (
     id_type,
     merged,
     remapped,
-    shifted,
     with_rest,
 )
 from fedfuse.train.vocabularies import Vocabulary, projection, sorted_difference
@@ -60,15 +59,6 @@ LETTERS = vocabulary(b"c", b"b", b"a", b"")
 
 
 # -- next tokens -------------------------------------------------------------------------------------------------
-
-
-def test_place_j_is_of_token_j() -> None:
-    z, tokens = logits(2, 4, 5), torch.tensor([[0, 1, 2, 3], [4, 3, 2, 1]])
-    moved, wanted = shifted(z, tokens)
-    assert torch.equal(moved, z[:, :3])
-    assert wanted.tolist() == [[1, 2, 3], [3, 2, 1]]
-    log_p = moved.log_softmax(-1)
-    assert chain(log_p, wanted)[1, 2] == z[1, 2].log_softmax(0)[1]  # place 2 predicts what stands at place 3
 
 
 @settings(max_examples=40, deadline=None)
