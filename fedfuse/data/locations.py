@@ -78,6 +78,16 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def files_below(root: Path) -> list[Path]:
+    """List the files under a directory, sorted.
+
+    What vanishes or cannot be read meanwhile is passed over, where `Path.rglob` raises: a folder that is not one of
+    data (a home, /tmp) is named in words by whoever finds nothing in it.
+    """
+    found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return sorted(path for path in found if path.is_file())  # a pipe is waited for, for ever
+
+
 def split_files(root: Path, name: str, suffixes: tuple[str, ...], extra: dict) -> dict[str, list[Path]]:
     """Sort a directory's files into "train", "test" and, where the names say neither, "other".
 
@@ -90,7 +100,7 @@ def split_files(root: Path, name: str, suffixes: tuple[str, ...], extra: dict) -
     """
     if root.is_file():
         return {"train": [], "test": [], "other": [root]}
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name.endswith(suffixes))
+    files = [path for path in files_below(root) if path.name.endswith(suffixes)]
     found: dict[str, list[Path]] = {"train": [], "test": [], "other": []}
     if extra.get("train"):
         for split in ("train", "test"):

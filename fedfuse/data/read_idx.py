@@ -10,6 +10,7 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import gunzipped
+from fedfuse.data.locations import files_below
 from fedfuse.errors import UserError
 
 
@@ -22,7 +23,7 @@ def read(config: DataConfig, root: Path) -> Dataset:
         Where a file is missing or damaged.
     """
     folder = next((place for place in (root / "MNIST" / "raw", root / "raw", root) if any(place.glob("*ubyte*"))), None)
-    if folder is None and any(root.rglob("*.parquet")):
+    if folder is None and any(path.suffix == ".parquet" for path in files_below(root)):
         from fedfuse.data import read_parquet  # the hub's copy
 
         return read_parquet.read(config, root)

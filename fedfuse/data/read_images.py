@@ -11,6 +11,7 @@ from fedfuse.data.build import Table, assemble, options
 from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.inflate import room
+from fedfuse.data.locations import files_below
 from fedfuse.data.pixels import decode
 from fedfuse.errors import UserError
 
@@ -60,9 +61,9 @@ def _listed(config: DataConfig, root: Path) -> list[tuple[Path, str, str]]:
     """List (image, class, domain), sorted, so that order depends on names alone."""
     depth = 2 if config.groups else 1
     found = []
-    for path in sorted(root.rglob("*")):
+    for path in files_below(root):
         parts = path.relative_to(root).parts
-        if path.suffix.lower() in SUFFIXES and len(parts) > depth and path.is_file():  # a pipe is waited for, for ever
+        if path.suffix.lower() in SUFFIXES and len(parts) > depth:
             found.append((path, parts[depth - 1], parts[0]))
     if not found:
         layout = "<domain>/<class>/*.png" if config.groups else "<class>/*.png"

@@ -15,6 +15,7 @@ from fedfuse.data.cache import key_of, stamps, stored_dataset
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.documents import Document, documents
 from fedfuse.data.inflate import check_room, room
+from fedfuse.data.locations import files_below
 from fedfuse.data.token_rows import Row, padded, rows_of
 from fedfuse.data.tokenize import Bytes, tokenizer_of
 from fedfuse.errors import UserError
@@ -67,7 +68,7 @@ def kept(config: DataConfig, root: Path, extra: dict[str, Any], build: Callable[
 
 
 def _files(root: Path) -> list[Path]:
-    return [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return [root] if root.is_file() else files_below(root)
 
 
 def tokenized(

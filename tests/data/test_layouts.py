@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import os
+import re
 import struct
 
 import numpy as np
@@ -400,3 +402,18 @@ def test_places(tmp_path, monkeypatch):
         load(DataConfig(name="cifar10"))
     with pytest.raises(UserError, match=r"set data.hub"):
         load(DataConfig(name="parquet", download=True))
+
+
+@pytest.mark.parametrize("layout", ["images", "parquet", "text", "mnist"])
+def test_a_folder_in_which_things_come_and_go_is_told_in_a_line(tmp_path, monkeypatch, layout):
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def late(path="."):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        load(DataConfig(name="mnist", root=str(tmp_path)) if layout == "mnist" else config(layout, tmp_path))
