@@ -109,6 +109,8 @@ def by_bytes(series: Sequence[Series], metric: str, prefix: str) -> str | None:
     def megabytes(one: Measures, rounds: np.ndarray) -> np.ndarray:
         return one.cumulative_bytes[np.clip(rounds, 0, len(one.cumulative_bytes) - 1)] / 1e6
 
+    if not any(run.cumulative_bytes[-1] > 0 for one in series for run in one.everything if len(run.cumulative_bytes)):
+        return None  # nobody sends: an axis of bytes would say nothing
     ends: list[tuple[float, float]] = []
 
     def finish(axes: Axes) -> None:
@@ -191,7 +193,9 @@ def _curves(
                 if metric in run.curves:
                     numbers, values = run.curves[metric]
                     gid = f"series-{one.index}.unfinished"
-                    axes.plot(place(run, numbers), scale * values, lw=0.8, ls="--", color=one.colour, gid=gid)
+                    marker = "o" if len(numbers) == 1 else None
+                    look = {"lw": 0.8, "ls": "--", "marker": marker, "ms": 3}
+                    axes.plot(place(run, numbers), scale * values, color=one.colour, gid=gid, **look)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(f"{worded(metric)}{' (%)' if scale == 100 else ''}")
         if xlabel == "round":

@@ -13,6 +13,7 @@ from fedfuse.results import svg
 from fedfuse.results.curves import Series
 
 NAME = 22  # letters that fit beside a bar
+LETTERS = 34  # that fit below a map
 
 
 def client_spread(series: Sequence[Series], prefix: str) -> str | None:
@@ -39,7 +40,7 @@ def client_spread(series: Sequence[Series], prefix: str) -> str | None:
             axes.barh(y, q[4] - q[2], left=q[2], height=0.56, color=one.colour, alpha=0.6, gid=gid + "2")
             axes.vlines(q[3], y - 0.36, y + 0.36, color=svg.INK, lw=1.6)
             axes.plot([worst], [y], "|", ms=8, mew=1.4, color=one.colour, gid=gid + "3")
-        axes.set_yticks(range(len(pooled)), [printable(one.label, NAME) for one, *_ in pooled])
+        axes.set_yticks(range(len(pooled)), [_name(one) for one, *_ in pooled])
         axes.set_ylim(len(pooled) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -70,7 +71,7 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
                 mean = sum(run.phases.get(name, 0.0) for run in runs for name in group) / len(runs)
                 axes.barh(y, mean, left=left, height=0.6, color=svg.phase_colour(k), edgecolor=svg.PAPER, lw=0.6)
                 left += mean
-        axes.set_yticks(range(len(rows)), [printable(one.label, NAME) for one, _ in rows])
+        axes.set_yticks(range(len(rows)), [_name(one) for one, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -78,11 +79,23 @@ def time_breakdown(series: Sequence[Series], prefix: str) -> tuple[str | None, l
         return svg.to_svg(drawn, prefix), [*shown, *(["the rest"] if rest else [])]
 
 
+def _name(one: Series) -> str:
+    """What stands beside a bar; in brackets where no run is finished, so that its round is another one's."""
+    return printable(one.label, NAME) if one.finished else f"({printable(one.label, NAME - 2)})"
+
+
 def label_map(clients: Sequence[int], labels: Sequence[Any], counts: np.ndarray, prefix: str) -> str:
-    """Draw the number of training examples of each label (columns) at each client (rows)."""
+    """Draw training examples of each label (columns) at each client (rows); of one label, as of texts, bars."""
     height = min(4.2, max(1.6, 0.9 + 0.13 * len(clients)))
     with svg.figure(height=height) as drawn:
         axes = drawn.add_subplot()
+        if len(labels) == 1:
+            axes.barh(range(len(clients)), counts[:, 0], color=svg.phase_colour(1))
+            axes.set_ylim(len(clients) - 0.4, -0.6)
+            _few_ticks(axes.yaxis, [str(client) for client in clients])
+            axes.set_xlabel("training examples")
+            axes.set_ylabel("client")
+            return svg.to_svg(drawn, prefix)
         image = axes.imshow(
             np.where(counts > 0, counts, np.nan), aspect="auto", cmap="viridis", vmin=0, interpolation="none"
         )
@@ -126,7 +139,13 @@ def _scale(drawn: Any, image: Any, axes: Any, label: str) -> None:
 
 
 def _few_ticks(axis: Any, names: Sequence[str], most: int = 11) -> None:
-    """Label at most `most` evenly spaced places."""
+    """Label at most `most` evenly spaced places, along x fewer where names are long."""
+    longest = max(map(len, names), default=1)
+    if axis.axis_name == "x":
+        most = max(2, min(most, LETTERS // (longest + 1)))
     step = max(1, math.ceil(len(names) / most))
+    if step > 2:  # 0, 100, 200, … are read more easily than 0, 91, 182, …
+        power = 10 ** int(math.log10(step))
+        step = next(k * power for k in (1, 2, 5, 10) if k * power >= step)
     axis.set_ticks(range(0, len(names), step), names[::step])
     axis.set_tick_params(length=0)

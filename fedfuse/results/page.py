@@ -145,6 +145,7 @@ def _section(
 
 def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
     shown: list[tuple[str, str | None, str, list[dict[str, Any]]]] = []
+    brackets = wording.BRACKETS if any(not one.finished for one in series) else ""
     for name, metric in (("Global", "accuracy/global"), ("Personal", "accuracy/personal")):
         tag = metric.partition("/")[2]
         shown.append((f"{name} accuracy by round", curves.by_round(series, metric, f"f{k}r{tag}"), wording.BAND, []))
@@ -153,14 +154,14 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
         shown.append((f"{name} accuracy by virtual time", timed, wording.BAND, []))
         if name == "Global":
             spread = figures.client_spread(series, f"f{k}c")
-            shown.append(("Clients, one by one", spread, wording.CLIENTS, []))
+            shown.append(("Clients, one by one", spread, wording.CLIENTS + brackets, []))
     for metric in TEXTS:
         title, tag = wording.worded(metric).capitalize(), metric.partition("/")[2]
         shown.append((f"{title}, by round", curves.by_round(series, metric, f"f{k}n{tag}"), wording.BAND, []))
     shown.append(("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]
-    shown.append(("Where the time went", bars, wording.TIME, legend))
+    shown.append(("Where the time went", bars, wording.TIME + brackets, legend))
     shown.append(("Staleness", virtual.staleness(series, f"f{k}y"), virtual.STALE, []))
     shown.append(("Fairness by speed", virtual.fairness(series, f"f{k}g"), virtual.FAIR, []))
     for i, one in enumerate(series[:MOST_TIMELINES]):
@@ -212,8 +213,10 @@ def _maps(everywhere: Sequence[tuple[Group, Series]]) -> list[dict[str, Any]]:
             clients, labels, counts = label_counts(run.run)
             drawing = figures.label_map(clients, labels, counts, f"p{len(shown)}")
             total, least = int(counts.sum()), int(counts.sum(axis=1).min()) if len(clients) else 0
-            caption = f"Seed {run.run.seed}: {total} examples, the smallest client has {least}. Blank: none."
-            title = ", ".join(part for part in ("Training examples by client and label", one.setting) if part)
+            caption = f"Seed {run.run.seed}: {total} examples, the smallest client has {least}."
+            caption += " Blank: none." if len(labels) > 1 else ""
+            what = "Training examples by client" + (" and label" if len(labels) > 1 else "")
+            title = ", ".join(part for part in (what, one.setting) if part)
             shown[key] = _shown(title, drawing, caption)
     return list(shown.values())
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fedfuse.errors import printable
+from fedfuse.errors import listed, printable
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, differences, group, tuning, with_setting
 from fedfuse.results.statistics import Interval, all_pairs, few_seeds_note, mean_interval, paired
@@ -26,6 +26,7 @@ TEXTS = {"bits_per_byte/global": "bits/byte global", "bits_per_byte/personal": "
 BEST = ("accuracy/global", "accuracy/personal")
 NARROW = 100  # letters that a table takes where its numbers leave it the choice: settings wrap
 HONEST = "accuracy/personal_honest"  # of a run with clients that lie: the mean over the others
+MOST_AGAINST = 10  # strategies, of a sentence
 
 
 @dataclass(frozen=True)
@@ -287,8 +288,8 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None, known
             shares = " / ".join(percent(replace(one.best[name], low=None), 1) for name in BEST)
             bests.append(f"{with_setting(one.strategy, one.setting)} {shares}")
     if bests:
-        listed = "; ".join(printable(best) for best in bests)
-        console.print(Text(f"Best round, not the result (global / personal %): {listed}"), style="dim")
+        every = "; ".join(printable(best) for best in bests)
+        console.print(Text(f"Best round, not the result (global / personal %): {every}"), style="dim")
     for told in against_nothing_sent(runs):
         console.print(Text(printable(told)))
     for note in notes(runs, known):
@@ -315,16 +316,23 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
             if not pairs:
                 continue
             seeds = len({seed for _, pair in pairs for seed in pair.unpaired} | set(values[base.label]))
-            said = [
-                f"{name} {_points(pair.difference)}" + (f" ({pair.n} of {seeds} seeds)" if pair.n < seeds else "")
+            said = {
+                name: f"{name} {_points(pair.difference)}" + (f" ({pair.n} of {seeds} seeds)" if pair.n < seeds else "")
                 for name, pair in pairs
-            ]
+            }
             p_values = {name: adjusted[frozenset((name, base.label))] for name, _ in pairs}
             sure = [name for name, p in p_values.items() if p < 0.05]
             untested = [f"{name} ({pair.note})" for name, pair in pairs if math.isnan(p_values[name])]
-            line = f"Against {base.name}, {metric.partition('/')[2]} test, in points: {', '.join(said)}"
+            line = f"Against {base.name}, {metric.partition('/')[2]} test, in points: "
+            if len(pairs) > MOST_AGAINST:  # more is no sentence
+                largest = sorted(sure, key=lambda name: -abs(dict(pairs)[name].difference.mean))
+                line += f"the seeds tell {len(sure)} of {len(pairs)} strategies apart (paired t, Holm over all pairs)"
+                line += (": " if sure else "") + listed([said[name] for name in largest], MOST_AGAINST)
+                lines.append(f"{line}. The report's table of paired tests has every pair.")
+                continue
+            line += ", ".join(said.values())
             if len(untested) < len(pairs):
-                line += f"; the seeds tell apart: {', '.join(sure) or 'none'} (paired t, Holm over all pairs)"
+                line += f"; told apart by the seeds: {', '.join(sure) or 'none'} (paired t, Holm over all pairs)"
             if untested and seeds > 1:  # of a single seed a note says that there is no test
                 line += f"; not tested: {', '.join(untested)}"
             lines.append(f"{line}.")

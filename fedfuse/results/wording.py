@@ -42,6 +42,7 @@ CLIENTS = (
     "mean over seeds of each seed's lowest tenth."
 )
 TIME = "Of a run's rounds, without its start; mean over runs, on the machines named below."
+BRACKETS = " In brackets: of a strategy that has unfinished runs alone."
 SIMILARITY = "Row i, column j: how much client i is given of client j."
 
 

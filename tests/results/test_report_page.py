@@ -19,7 +19,7 @@ from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
 from fedfuse.results.curves import Series, by_bytes
-from fedfuse.results.figures import client_spread, time_breakdown
+from fedfuse.results.figures import client_spread, label_map, time_breakdown
 from fedfuse.results.measures import gather, label_counts, similarities
 from fedfuse.results.report import report
 from fedfuse.results.rerun import reproduce
@@ -207,6 +207,28 @@ def test_unfinished_only_and_no_rows(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         report([tmp_path / "a"], tmp_path / "file")
+
+
+def test_bars_of_unfinished_runs_are_told_apart(tmp_path):
+    """Of a strategy that has finished runs they are not in it; else its name is in brackets."""
+    done, late = write_run(tmp_path / "done"), write_run(tmp_path / "late", seed=1, done=2)
+    both = Series(0, "fedavg", (gather(load(done)),), (gather(load(late)),))
+    alone = Series(1, "fedmd", (), (gather(load(late)),))
+    for drawn in (client_spread([both, alone], "f"), time_breakdown([both, alone], "t")[0]):
+        names = re.findall(r">([^<>]*fed[^<>]*)<", drawn)
+        assert names == ["fedavg", "(fedmd)"]
+
+
+def test_labels_of_many_classes_stand_apart_and_of_one_are_no_map():
+    drawn = label_map(range(3), range(1000), np.ones((3, 1000)), "p")
+    told = [int(found) for found in re.findall(r">(\d+)</text>", drawn)]
+    ticks = [number for number in told if number >= 100]
+    assert ticks == list(range(200, 1000, 200))
+    assert "label" in drawn
+    names = label_map(range(3), [f"a long name {i}" for i in range(20)], np.ones((3, 20)), "p")
+    assert len(re.findall(r">a long name[^<]*<", names)) <= 4
+    of_texts = label_map(range(3), ["0"], np.ones((3, 1)), "p")
+    assert "label" not in re.sub(r"<[^>]*>", "", of_texts)
 
 
 def _stop(path, why):
@@ -426,6 +448,13 @@ def test_the_axis_of_bytes_can_be_read(tmp_path, span):
     axis = next(one for one in drawn.iter() if one.get("id", "").endswith("matplotlib.axis_1"))
     ticks = [one.text for one in axis.iter() if one.tag.endswith("text")]
     assert 3 <= len(ticks) <= 10  # the axis' name is one of them
+
+
+def test_nobody_sends_no_axis_of_bytes(tmp_path):
+    runs = {name: gather(load(write_run(tmp_path / name, name))) for name in ("local", "fedavg")}
+    alone, other = (Series(i, name, (run,)) for i, (name, run) in enumerate(runs.items()))
+    assert by_bytes([alone], "accuracy/global", "f") is None
+    assert by_bytes([alone, other], "accuracy/global", "f")
 
 
 def test_time_is_that_of_the_rounds_and_a_phase_keeps_its_tone(tmp_path):

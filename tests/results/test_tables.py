@@ -190,7 +190,7 @@ def test_what_is_added_to_training_alone(tmp_path):
         "Against alone, personal test",
     ]
     assert f"knfu {100 * mean:+.1f} ± " in told[0]
-    assert "the seeds tell apart: " in told[0]
+    assert "told apart by the seeds: " in told[0]
     assert against_nothing_sent([one for one in runs if one.strategy != "alone"]) == []
     single = against_nothing_sent([one for one in runs if one.seed == 0])
     assert [line.partition(": ")[2].count("seeds") for line in single] == [0, 0]  # nothing was tested
@@ -226,7 +226,7 @@ def test_p_values_of_a_sentence_are_those_of_the_table(tmp_path):
     runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.66), fedprox=(0.4, 0.7, 0.5))
     groups = group(runs)[0]
     line = against_nothing_sent(runs)[0]
-    assert line.endswith("the seeds tell apart: none (paired t, Holm over all pairs).")
+    assert line.endswith("told apart by the seeds: none (paired t, Holm over all pairs).")
     table = sections.tests(groups)
     p = {row[1].text: row[5].text for row in table.rows if row[0].text == "global"}
     assert p["fedavg − local"] == "0.052"
@@ -234,11 +234,23 @@ def test_p_values_of_a_sentence_are_those_of_the_table(tmp_path):
     assert f"Holm-adjusted p = {p['fedavg − fedprox']}" in verdict
 
 
+def test_of_many_strategies_a_sentence_names_those_that_the_seeds_tell_apart(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"local-{seed}", "local", seed)
+        for i in range(12):  # told apart: the first, by much
+            write_run(tmp_path / f"s{i}-{seed}", f"s{i}", seed, skill=0.95 if i == 0 else 0.55, hyper={"far": i == 0})
+    line = against_nothing_sent(find([tmp_path])[0])[0]
+    told = sum(f"s{i} " in line for i in range(12))
+    assert re.search(r"tell (\d+) of 12 strategies apart", line)[1] == str(told)
+    assert told < 12
+    assert "table of paired tests" in line
+
+
 def test_who_was_not_tested_is_not_among_those_that_seeds_cannot_tell_apart(tmp_path):
     runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.62), fedprox=(0.4,), knfu=(0.5, 0.5, 0.5))
     line = against_nothing_sent(runs)[0]
     assert "fedprox -10.0 (1 of 3 seeds)".replace("-", "−") in line
-    assert "the seeds tell apart: fedavg (paired t, Holm over all pairs)" in line
+    assert "told apart by the seeds: fedavg (paired t, Holm over all pairs)" in line
     untested = "fedprox (one seed: no test), knfu (identical in every seed: difference 0)"
     assert line.endswith(f"; not tested: {untested}.")
     alone = against_nothing_sent([run for run in runs if run.strategy in ("local", "fedprox")])[0]
