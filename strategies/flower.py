@@ -34,7 +34,7 @@ class QFedAvgClient(FlowerClient):
         return {**super().fit(), "train_loss": loss}
 
 
-@strategy("flwr_fedavg", client=FlowerClient, hyper=FlowerHyper, paper="McMahan et al. 2017, 1602.05629")
+@strategy("flwr_fedavg", client=FlowerClient, hyper=FlowerHyper, paper="McMahan et al. 2017, arXiv 1602.05629")
 class FlowerFedAvg(FlowerStrategy):
     """Flower's FedAvg: weighted mean of the clients' models."""
 
@@ -46,7 +46,7 @@ class FedProxHyper(FlowerHyper):
     proximal_mu: float = hyper(0.01, "μ, weight of the proximal term; 0 is FedAvg", low=0)
 
 
-@strategy("flwr_fedprox", client=FlowerClient, hyper=FedProxHyper, paper="Li et al. 2020, 1812.06127")
+@strategy("flwr_fedprox", client=FlowerClient, hyper=FedProxHyper, paper="Li et al. 2020, arXiv 1812.06127")
 class FlowerFedProx(FlowerStrategy):
     """Flower's FedProx: FedAvg with a proximal term at the clients."""
 
@@ -61,7 +61,7 @@ class FedAvgMHyper(FlowerHyper):
     server_momentum: float = hyper(0.9, "server momentum (Flower's default 0 is FedAvg)", low=0, high=1)
 
 
-@strategy("flwr_fedavgm", client=FlowerClient, hyper=FedAvgMHyper, paper="Hsu et al. 2019, 1909.06335")
+@strategy("flwr_fedavgm", client=FlowerClient, hyper=FedAvgMHyper, paper="Hsu et al. 2019, arXiv 1909.06335")
 class FlowerFedAvgM(FlowerStrategy):
     """Flower's FedAvgM: FedAvg with server momentum."""
 
@@ -84,7 +84,7 @@ class FedAdagradHyper(FlowerHyper):
     tau: float = hyper(1e-3, "τ, degree of adaptivity", above=0)
 
 
-@strategy("flwr_fedadagrad", client=FlowerClient, hyper=FedAdagradHyper, paper="Reddi et al. 2021, 2003.00295")
+@strategy("flwr_fedadagrad", client=FlowerClient, hyper=FedAdagradHyper, paper="Reddi et al. 2021, arXiv 2003.00295")
 class FlowerFedAdagrad(FlowerStrategy):
     """Flower's FedAdagrad: Adagrad on the mean update."""
 
@@ -101,7 +101,7 @@ class FedAdamHyper(FedAdagradHyper):
     beta_2: float = hyper(0.99, "β₂, second moment", low=0, high=0.9999)
 
 
-@strategy("flwr_fedadam", client=FlowerClient, hyper=FedAdamHyper, paper="Reddi et al. 2021, 2003.00295")
+@strategy("flwr_fedadam", client=FlowerClient, hyper=FedAdamHyper, paper="Reddi et al. 2021, arXiv 2003.00295")
 class FlowerFedAdam(FlowerStrategy):
     """Flower's FedAdam: Adam on the mean update."""
 
@@ -117,7 +117,7 @@ class FedYogiHyper(FedAdamHyper):
     eta: float = hyper(0.01, "η, server learning rate", above=0)
 
 
-@strategy("flwr_fedyogi", client=FlowerClient, hyper=FedYogiHyper, paper="Reddi et al. 2021, 2003.00295")
+@strategy("flwr_fedyogi", client=FlowerClient, hyper=FedYogiHyper, paper="Reddi et al. 2021, arXiv 2003.00295")
 class FlowerFedYogi(FlowerStrategy):
     """Flower's FedYogi: Yogi on the mean update."""
 
@@ -126,7 +126,7 @@ class FlowerFedYogi(FlowerStrategy):
     kept = ("m_t", "v_t")
 
 
-@strategy("flwr_fedmedian", client=FlowerClient, hyper=FlowerHyper, paper="Yin et al. 2018, 1803.01498")
+@strategy("flwr_fedmedian", client=FlowerClient, hyper=FlowerHyper, paper="Yin et al. 2018, arXiv 1803.01498")
 class FlowerFedMedian(FlowerStrategy):
     """Flower's FedMedian: coordinate-wise median."""
 
@@ -144,7 +144,7 @@ class FedTrimmedAvgHyper(FlowerHyper):
     "flwr_fedtrimmedavg",
     client=FlowerClient,
     hyper=FedTrimmedAvgHyper,
-    paper="Yin et al. 2018, 1803.01498",
+    paper="Yin et al. 2018, arXiv 1803.01498",
 )
 class FlowerFedTrimmedAvg(FlowerStrategy):
     """Flower's FedTrimmedAvg: coordinate-wise trimmed mean."""
@@ -159,7 +159,7 @@ class KrumHyper(FlowerHyper):
     num_malicious_nodes: int = hyper(0, "f, clients assumed malicious", low=0)
 
 
-@strategy("flwr_krum", client=FlowerClient, hyper=KrumHyper, paper="Blanchard et al. 2017, 1703.02757")
+@strategy("flwr_krum", client=FlowerClient, hyper=KrumHyper, paper="Blanchard et al. 2017, arXiv 1703.02757")
 class FlowerKrum(FlowerStrategy):
     """Flower's Krum: the one update nearest to its n − f − 2 neighbours; needs 2f + 3 clients."""
 
@@ -182,7 +182,7 @@ class MultiKrumHyper(KrumHyper):
     "flwr_multikrum",
     client=FlowerClient,
     hyper=MultiKrumHyper,
-    paper="Blanchard et al. 2017, 1703.02757",
+    paper="Blanchard et al. 2017, arXiv 1703.02757",
 )
 class FlowerMultiKrum(FlowerStrategy):
     """Flower's MultiKrum: mean of the m best updates by Krum's score; needs 2f + 3 and m + f clients."""
@@ -196,7 +196,7 @@ class FlowerMultiKrum(FlowerStrategy):
         return int(max(2 * f + 3, self.hyper.num_nodes_to_select + f))
 
 
-@strategy("flwr_bulyan", client=FlowerClient, hyper=KrumHyper, paper="El Mhamdi et al. 2018, 1802.07927")
+@strategy("flwr_bulyan", client=FlowerClient, hyper=KrumHyper, paper="El Mhamdi et al. 2018, arXiv 1802.07927")
 class FlowerBulyan(FlowerStrategy):
     """Flower's Bulyan: MultiKrum, then the mean of values nearest the median; needs 4f + 3 clients."""
 
@@ -216,7 +216,7 @@ class QFedAvgHyper(FlowerHyper):
     client_learning_rate: float | None = hyper(None, "1/L of the paper; null: train.lr", above=0, only="q")
 
 
-@strategy("flwr_qfedavg", client=QFedAvgClient, hyper=QFedAvgHyper, paper="Li et al. 2020, 1905.10497")
+@strategy("flwr_qfedavg", client=QFedAvgClient, hyper=QFedAvgHyper, paper="Li et al. 2020, arXiv 1905.10497")
 class FlowerQFedAvg(FlowerStrategy):
     """Flower's QFedAvg: clients with a higher loss weigh more."""
 
