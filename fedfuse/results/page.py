@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import Any
 
 from fedfuse.config.clock_keys import MANY
 from fedfuse.config.keys import said
+from fedfuse.config.schema import known
 from fedfuse.errors import UserError, printable
 from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
@@ -304,6 +306,10 @@ def _title(names: Sequence[str]) -> str:
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     flats = [flatten(run.config) for run in runs]
+    skewed = "|".join(re.findall(r"partition=([\w|]+)", known()["partition.alpha"].only)).split("|")
+    for flat in flats:  # an α that nothing was dealt by
+        if flat.get("partition.name") not in skewed:
+            flat.pop("partition.alpha", None)
     parts = []
     for key in (
         "data.name",

@@ -197,7 +197,7 @@ def _without_spread(groups: Sequence[Group]) -> list[str]:
         for name, head in METRICS.items():
             found = mean_interval([run.final.get(name, math.nan) for run in one.runs])
             if found.half_width == 0:
-                told.append(f"{one.name}, {head.removesuffix(' %')}")
+                told.append(f"{one.name}, {head.removesuffix(' %') if name in BEST else head}")
     why = "the same value in every seed, so an interval without length, which says nothing of other seeds"
     return [f"{why}: {'; '.join(told)}"] if told else []
 

@@ -209,6 +209,14 @@ def test_unfinished_only_and_no_rows(tmp_path):
         report([tmp_path / "a"], tmp_path / "file")
 
 
+@pytest.mark.parametrize(("name", "told"), [("dirichlet", True), ("size", True), ("iid", False), ("natural", False)])
+def test_the_head_names_an_alpha_only_where_something_was_dealt_by_it(tmp_path, name, told):
+    write_run(tmp_path / "a", config={"partition": {"name": name}})
+    head = report([tmp_path / "a"], tmp_path / "out").path.read_text(encoding="utf-8").split("Made ")[0]
+    assert f"partition {name}" in head
+    assert ("partition.alpha" in head) == told
+
+
 def test_bars_of_unfinished_runs_are_told_apart(tmp_path):
     """Of a strategy that has finished runs they are not in it; else its name is in brackets."""
     done, late = write_run(tmp_path / "done"), write_run(tmp_path / "late", seed=1, done=2)

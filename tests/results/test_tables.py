@@ -219,6 +219,13 @@ def test_an_interval_without_length_is_named(tmp_path):
     (line,) = [line for line in notes(runs) if "interval without length" in line]
     assert line.partition(": ")[2] == "fedavg, global; fedavg, personal"
     assert not any("without length" in line for line in notes(_scored(tmp_path / "b", fedavg=(0.9, 0.8))))
+    worst = [write_run(tmp_path / f"c{seed}", seed=seed) for seed in (0, 1)]
+    for path in worst:
+        summary = json.loads((path / "summary.json").read_text())
+        summary["final"]["accuracy/personal_worst10"] = 0.0
+        (path / "summary.json").write_text(json.dumps(summary))
+    (line,) = [line for line in notes([load(path) for path in worst]) if "interval without length" in line]
+    assert line.endswith(": fedavg, worst 10 %")
 
 
 def test_p_values_of_a_sentence_are_those_of_the_table(tmp_path):
