@@ -34,8 +34,8 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
 
 --traceback (or FEDFUSE_TRACEBACK=1) tells a failure's whole story, a client's in a worker too.
 
-Groups, chosen by one word: strategy= data= partition= model= loss= runtime= secure= attack= defence= audit=
-      tracking= experiment=
+Groups, chosen by one word: strategy= data= partition= model= loss= runtime= clock= schedule= secure= attack= defence=
+      audit= tracking= experiment=
 Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
@@ -88,6 +88,14 @@ def _end_ray() -> None:
         disconnect()
 
 
+def _as_key(name: str) -> str:
+    """How a key is written that was taken for an option."""
+    from fedfuse.config.hydra_words import GROUPS
+    from fedfuse.config.schema import known
+
+    return f"a key is written {name}=…; " if name in known() or name in (*GROUPS, "strategy") else ""
+
+
 def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
     """Split `--flag value` (or a bare flag) from the other words."""
     rest, found, i = [], {}, 0
@@ -96,7 +104,7 @@ def _flags(words: list[str], *flags: str) -> tuple[list[str], dict[str, str]]:
         name, _, value = word.partition("=")
         if word.startswith("-"):
             if name not in flags:
-                raise UserError(f"{name}: no such option; {nearest(name, flags)}")
+                raise UserError(f"{name}: no such option; {_as_key(name.lstrip('-'))}{nearest(name, flags)}")
             if name in BARE:
                 found[name] = "yes"
             elif "=" in word:
@@ -266,14 +274,14 @@ def _list(words: list[str], started: float) -> int:
 def _help(words: list[str], started: float) -> int:
     from fedfuse.config import reference
 
-    if words and words[0] in COMMANDS.keys() - {"run", "compare", "help"}:
+    if words and words[0] in COMMANDS.keys() - {"help"}:
         (part,) = re.findall(rf"^  (fedfuse {words[0]}\b.*(?:\n {{20,}}.*)*)", USAGE, re.MULTILINE)
         print(part)
+        if words[0] in ("run", "compare"):
+            print("\n" + USAGE[USAGE.index("Groups, ") :] + "\n" + reference.all_rows())
         return 0
     if not words or words[0] in COMMANDS:
         print(USAGE, end="")
-        if words and words[0] in ("run", "compare"):
-            print("\n" + reference.all_rows())
         return 0
     for word in words:
         print(reference.key_text(word))

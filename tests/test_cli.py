@@ -111,6 +111,8 @@ def test_quick_answers_import_nothing_heavy(words: str) -> None:
         ("diff nowhere elsewhere", "nowhere: no such directory"),
         ("list flavours", "unknown"),
         ("run --dry", "no such option"),
+        ("run --rounds 5", "--rounds: no such option; a key is written rounds=…"),
+        ("run --strategy fedavg", "a key is written strategy=…"),
     ],
 )
 def test_wrong_words_get_one_line_and_exit_2(words: str, said: str, tmp_path: Path) -> None:
@@ -144,6 +146,20 @@ def test_a_commands_help_is_its_own(name: str, capsys) -> None:
     assert told.count("fedfuse ") <= 2
     assert ("--allow-code" in told) == (name == "resume")
     assert ("--host" in told) == (name == "watch")
+
+
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_help_of_a_sweep_has_its_keys_and_groups_and_no_other_command(name: str, capsys) -> None:
+    from fedfuse.cli import main
+    from fedfuse.config.hydra_words import GROUPS
+
+    assert main([name, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"fedfuse {name} ")
+    assert "fedfuse export" not in told
+    assert "train.lr=0.05" in told
+    groups = told.partition("Groups, ")[2].partition("Keys: ")[0]
+    assert [group for group in ("strategy", *GROUPS) if f" {group}=" not in groups.replace("\n", " ")] == []
 
 
 def test_a_note_is_not_told_on_both_streams(tmp_path: Path, capsys) -> None:
