@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -28,6 +28,7 @@ def test_t_interval_by_hand():
     assert found.n == 3
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # beside other work
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8).filter(lambda v: np.ptp(v) > 1e-6))
 def test_t_interval_is_scipys(values):
     found = mean_interval(values)
@@ -105,6 +106,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_monotone_and_never_smaller(values):
     adjusted = holm(values)
