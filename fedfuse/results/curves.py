@@ -194,7 +194,7 @@ def _curves(
                     numbers, values = run.curves[metric]
                     gid = f"series-{one.index}.unfinished"
                     marker = "o" if len(numbers) == 1 else None
-                    look = {"lw": 0.8, "ls": "--", "marker": marker, "ms": 3}
+                    look: dict[str, Any] = {"lw": 0.8, "ls": "--", "marker": marker, "ms": 3}
                     axes.plot(place(run, numbers), scale * values, color=one.colour, gid=gid, **look)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(f"{worded(metric)}{' (%)' if scale == 100 else ''}")
