@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from fedfuse.core.client import FusionClient
 from fedfuse.core.client_level import clipped
 from fedfuse.core.labels import LEFT
 from fedfuse.core.scenario import Scenario
+from fedfuse.core.settings import Settings
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, SPOILT, STALE, Records
 from fedfuse.core.threads import single_thread
 from fedfuse.core.workspace import Workspace
@@ -140,6 +142,7 @@ class Node:
         self.desk = Abreast()
         self.workspace = Workspace(scenario, self._equip, device, ledger, self._transfer)
         self._equipped = self.phases.hyper
+        self._settings = Settings(scenario.config, self.phases.hyper)
         if scenario.config.clock.on:
             warm_up()
 
@@ -155,6 +158,7 @@ class Node:
     def _equip_anew(self) -> None:
         if self.phases.hyper is not self._equipped:
             old, self._equipped = self.workspace, self.phases.hyper
+            self._settings = Settings(old.scenario.config, self.phases.hyper)
             self.workspace = Workspace(old.scenario, self._equip, old.device, old.ledger, self._transfer)
 
     # -- messages in, messages out -------------------------------------------------------------------------
@@ -276,8 +280,9 @@ class Node:
         Raises
         ------
         Spoilt
-            Naming the topic, or the examples.
+            Naming the topic, the examples or the setting.
         """
+        changed = self._settings.changed()
         spoilt = [topic for topic, (arrays, before) in handed.items() if writes(arrays.values()) != before]
         model = self.workspace.model(self.workspace.scenario.architectures[who])
         if moved := {parameter.untyped_storage().data_ptr() for parameter in built_of(model).moved()}:
@@ -297,6 +302,11 @@ class Node:
             raise Spoilt(
                 f"{self.entry.client.__name__} wrote to knowledge[{spoilt[0]!r}] in place, and other clients are "
                 f"handed the same arrays: clone them first"
+            )
+        if changed:
+            raise Spoilt(
+                f"{self.entry.client.__name__} set {changed}, and all clients are handed the same settings: say what "
+                f"is this one's own in the call (self.train(lr=…))"
             )
 
     def _wake(
@@ -342,7 +352,7 @@ class Node:
             splits=phase.splits,
             pooled=phase.pooled,
         )
-        client.config, client.lends = phase.said, lends and phase.kind == "train"
+        client.config, client.lends = dict(phase.said), lends and phase.kind == "train"
         if client.personal and "model" in state:
             client.load(state["model"])
         client.version = max(new.values(), default=-1)
@@ -351,6 +361,8 @@ class Node:
         if knowledge:
             if not whole:  # copying weights draws nothing
                 client.begin("receive")
+                # a dict of its own, since a name set or taken out would be so for others too
+                knowledge = {topic: replace(item, arrays=dict(item.arrays)) for topic, item in knowledge.items()}
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
         if staging and staged is None and phase.kind == "evaluate" and client.keeps_all:

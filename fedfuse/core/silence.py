@@ -104,9 +104,9 @@ def unheard(strategy: FusionStrategy) -> list[str]:
 
 
 def shared(strategy: FusionStrategy) -> list[str]:
-    """Say what the halves wrote to their classes."""
+    """Say what the halves wrote to their classes and modules."""
     return [
-        f"{name} was written to: all clients and runs of a process share a class, so that bits may depend on the "
+        f"{name} was written to: all clients and runs of a process share it, so that bits may depend on the "
         f"runtime; what is to last belongs into self.state"
         for name in sorted(strategy.inbox.wrote)
     ]

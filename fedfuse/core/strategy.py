@@ -24,6 +24,7 @@ from fedfuse.core.inbox import Inbox
 from fedfuse.core.outbox import Outbox, Request
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.secure import plan_of
+from fedfuse.core.settings import Settings
 from fedfuse.core.shares import Metrics, Records, Share, Shares, nobody
 from fedfuse.core.silence import KEPT, check_declared, too_few
 from fedfuse.core.workspace import Workspace
@@ -163,6 +164,7 @@ class FusionStrategy(Strategy):
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
         self.place = 0  # of the phase among its round's
         self._kept = -1  # the last round in which too few had examples
+        self._settings = Settings(workspace.scenario.config, hyper)
         self.board = Board(self.topics)
         self.outbox = Outbox(workspace.scenario, self.board)
         self.inbox = Inbox(self, self.outbox)
@@ -490,6 +492,16 @@ class FusionStrategy(Strategy):
             raise UserError(
                 f"strategy={self.name}: {verb} wrote to {written} in place (or asked for their gradients), and they "
                 f"are kept for other rounds: clone them first"
+            )
+        if topic := self.board.written():
+            raise UserError(
+                f"strategy={self.name}: {verb} wrote to the published {topic!r} in place, and clients hold it as it "
+                f"was: clone it first, and publish what it becomes"
+            )
+        if changed := self._settings.changed():
+            raise UserError(
+                f"strategy={self.name}: {verb} set {changed}, and clients in its process are handed the same settings: "
+                f"what is to last belongs into self.state"
             )
         self._check_state()
         for _ in stream:  # what fuse did not look at is still accepted and counted

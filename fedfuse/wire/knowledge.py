@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from fedfuse.compat.torch_writes import writes
 from fedfuse.wire.records import Arrays, Spec, model_arrays, nbytes, sha_arrays
 
 Address = tuple[str, str]  # (topic, to); to is "" for all, "client:3" for one, "model:cnn" for an architecture
@@ -108,6 +109,7 @@ class Board:
     chains: dict[Address, list[Parcel]] = field(default_factory=dict)
     by_receiver: dict[str, list[Address]] = field(default_factory=dict)
     _wholes: dict[Address, Parcel] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _writes: dict[Address, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def publish(self, topic: str, arrays: Arrays, to: int | str | None, version: int) -> None:
         """Put a value (or, for a fold topic that has one, an increment) on the board.
@@ -137,7 +139,13 @@ class Board:
         if old is None:
             self.by_receiver.setdefault(address[1], []).append(address)
         self.items[address] = Item(arrays, version, hashed)
+        self._writes[address] = writes(arrays.values())
         self._wholes.pop(address, None)
+
+    def written(self) -> str:
+        """A topic whose value was written to in place since it was published; empty if there is none."""
+        told = (a[0] for a, item in self.items.items() if writes(item.arrays.values()) != self._writes[a])
+        return next(told, "")
 
     def addresses(self, client: int, architecture: str) -> Iterator[Address]:
         """Everything on the board that is for this client."""
@@ -163,6 +171,7 @@ class Board:
     def restore(self, items: dict[Address, Item], chains: dict[Address, list[Parcel]]) -> None:
         """Take over a checkpoint."""
         self.items, self.chains, self.by_receiver, self._wholes = items, chains, {}, {}
+        self._writes = {address: writes(item.arrays.values()) for address, item in items.items()}
         for address in items:
             self.by_receiver.setdefault(address[1], []).append(address)
 

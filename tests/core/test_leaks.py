@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -503,6 +506,165 @@ def test_what_a_server_leaves_on_its_class_is_named(monkeypatch: Any) -> None:
 
     notes = play(enter(monkeypatch, Counts, FusionClient, NoHyper, "counts")).notes
     assert [note.partition(" ")[0] for note in notes if "was written to" in note] == ["Counts.rounds_played"]
+
+
+COUNTED: dict[str, int] = {}
+LATEST = -1
+DRAWN = torch.Generator().manual_seed(1)
+NUMBERS = np.random.default_rng(1)
+SHUFFLED = random.Random(1)
+WEIGHED = torch.zeros(2)
+LEARNT = {"rate": 0.1}  # which is only read
+
+
+def _count(client: Any) -> None:
+    COUNTED["clients"] = COUNTED.get("clients", 0) + 1
+
+
+class Counting(FusionClient):
+    def fit(self):
+        _count(self)
+        return self.train(lr=LEARNT["rate"])
+
+
+class Latest(FusionClient):
+    def fit(self):
+        global LATEST
+        LATEST = self.client
+        return self.train()
+
+
+class Drawing(FusionClient):
+    def fit(self):
+        return self.train(lr=torch.rand(1, generator=DRAWN).item())
+
+
+class Shuffling(FusionClient):
+    def fit(self):
+        return self.train(lr=SHUFFLED.random())
+
+
+class Numbering(FusionClient):
+    @property
+    def rate(self) -> float:
+        return NUMBERS.random()
+
+    def fit(self):
+        return self.train(lr=self.rate)
+
+
+class Weighing(FusionClient):
+    def fit(self):
+        WEIGHED.add_(1)
+        return self.train()
+
+
+class Reading(FusionClient):
+    def fit(self):
+        return self.train(lr=LEARNT["rate"] + WEIGHED.sum().item() * 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Counting, "COUNTED"),
+        (Latest, "LATEST"),
+        (Drawing, "DRAWN"),
+        (Shuffling, "SHUFFLED"),
+        (Numbering, "NUMBERS"),
+        (Weighing, "WEIGHED"),
+        (Reading, ""),
+    ],
+)
+def test_what_is_left_in_a_global_that_a_client_uses_is_named(kind: Any, told: str, monkeypatch: Any) -> None:
+    name = enter(monkeypatch, AveragingStrategy, kind, NoHyper, "globals")
+    notes = [note for note in play(name).notes if "was written to" in note]
+    assert [note.partition(" ")[0] for note in notes] == ([f"{__name__}.{told}"] if told else [])
+
+
+def test_what_one_client_puts_among_what_it_is_handed_the_next_does_not_find(monkeypatch: Any) -> None:
+    found = set()
+
+    class Puts(FusionClient):
+        def receive(self, knowledge):
+            arrays = knowledge["model"].arrays
+            found.add("mine" in arrays)
+            self.load(arrays)
+            arrays["mine"] = arrays.pop("out.weight")
+
+    play(enter(monkeypatch, AveragingStrategy, Puts, NoHyper, "puts"), *OWN)
+    assert found == {False}
+
+
+def test_a_fuse_that_writes_to_what_clients_hold_is_named(monkeypatch: Any) -> None:
+    class Grows(AveragingStrategy):
+        topics = {**AveragingStrategy.topics, "pace": Topic("state", arrays(n=(1,)))}
+
+        def begin(self):
+            super().begin()
+            self.publish("pace", {"n": torch.ones(1)})
+
+        def fuse(self, shares):
+            super().fuse(shares)
+            self.published("pace")["n"].add_(1)
+
+    name = enter(monkeypatch, Grows, FusionClient, NoHyper, "grows")
+    with federation(name) as (built, _), pytest.raises(UserError, match="fuse wrote to the published 'pace' in place"):
+        built.run()
+
+
+@dataclass
+class Open:
+    """Hyper-parameters that are not frozen."""
+
+    pace: float = 1.0
+
+
+def _rate(half: Any) -> None:
+    half.scenario.config.train.lr *= 0.9
+
+
+def _pace(half: Any) -> None:
+    half.hyper.pace += 1
+
+
+@pytest.mark.parametrize("mode", ["'off'", "auto"])
+@pytest.mark.parametrize(("change", "told"), [(_rate, "train.lr"), (_pace, "strategy.pace")])
+def test_whoever_changes_the_settings_of_all_is_named(change: Any, told: str, mode: str, monkeypatch: Any) -> None:
+    class Decays(FusionClient):
+        def fit(self):
+            change(self)
+            return self.train()
+
+    class Slows(AveragingStrategy):
+        def fuse(self, shares):
+            super().fuse(shares)
+            change(self)
+
+    words = (f"runtime.vectorize={mode}", *OWN)
+    with federation(enter(monkeypatch, AveragingStrategy, Decays, Open, "decays"), *words) as (built, _):
+        before = built.scenario.config.train.lr
+        with pytest.raises(WorldError, match=f"client 0: Decays set {told}"):
+            built.run()
+        assert built.scenario.config.train.lr == before
+    with (
+        federation(enter(monkeypatch, Slows, FusionClient, Open, "slows"), *words) as (built, _),
+        pytest.raises(UserError, match=f"fuse set {told}"),
+    ):
+        built.run()
+
+
+def test_what_a_client_notes_beside_the_settings_it_was_sent_is_its_own(monkeypatch: Any) -> None:
+    found = set()
+
+    class Notes(FusionClient):
+        def fit(self):
+            found.add("noted" in self.config)
+            self.config["noted"] = self.client
+            return self.train()
+
+    play(enter(monkeypatch, AveragingStrategy, Notes, NoHyper, "notes"))
+    assert found == {False}
 
 
 def test_what_python_itself_notes_on_a_class_is_no_leak() -> None:
