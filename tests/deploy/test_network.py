@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from flwr.app import Array, ArrayRecord, Message
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.exchange import Exchange, Patience
 from fedfuse.network.policy import Policy
+from fedfuse.network.remote_grid import RemoteGrid
 from fedfuse.network.site import Site
 from fedfuse.results.run_data import load
 from fedfuse.runs.configuration import as_yaml
@@ -301,6 +304,23 @@ def test_nodes_must_agree_on_the_experiment(tmp_path: Path, monkeypatch: pytest.
 def test_a_client_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(WorldError, match=r"no node acts as client \[2\]"):
         run(tiny("fedavg"), Network(seats(tmp_path, 3)[:2]), tmp_path / "run", Patience(join=0.2))
+
+
+@pytest.mark.parametrize(("there", "least", "begins"), [(1, 1, True), (2, 2, True), (1, 2, False), (0, 0, False)])
+def test_a_run_begins_with_as_many_clients_as_it_was_told_and_with_one_at_least(
+    there: int, least: int, begins: bool
+) -> None:
+    class Present(RemoteGrid):
+        def _greeted(self, hellos: Any, *about: Any) -> Any:
+            return [(hello.metadata.dst_node_id, [hello.metadata.dst_node_id - 100], None) for hello in hellos]
+
+    network = Network([SimpleNamespace()] * there)  # type: ignore[list-item]
+    grid = Present(network, {}, Patience(join=0.05, clients=least), say=lambda line: None)
+    if begins:
+        assert len(grid.join(3, lambda hello: [])) == there
+        return
+    with pytest.raises(WorldError, match="no node acts as client"):
+        grid.join(3, lambda hello: [])
 
 
 def test_foreign_code_is_refused(tmp_path: Path) -> None:

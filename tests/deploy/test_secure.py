@@ -241,6 +241,22 @@ def test_a_site_started_again_in_a_phase_drops_out_of_it_alone(
     assert capsys.readouterr().out.count("refused: secure: this client's keys of this phase are gone") == 1
 
 
+def test_a_site_that_lost_what_it_held_is_sent_it_anew_and_stays_in_its_phases_sum(tmp_path: Path) -> None:
+    network, words = Network(seats(tmp_path, 4)), ("fedavg", *SECURE, "evaluate.every=1")
+    gone = list[Path]()
+
+    def forgets(message: Message) -> bool:
+        if _is(message, "train", 103) and message.content["run"]["round"] == 2 and not gone:
+            gone.extend((tmp_path / "site-3").rglob("cache"))
+            gone[0].unlink()
+        return True
+
+    network.before = forgets
+    built, _ = run(tiny(*words), network, tmp_path / "run")
+    assert built.digest == play(*words).digest
+    assert built.strategy.outbox.traffic.summary()["resent_bytes"] > 0
+
+
 def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:
     network, seen = Network(seats(tmp_path, 4)), dict[str, int]()
 
