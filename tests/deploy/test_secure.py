@@ -15,7 +15,9 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedfuse import AveragingStrategy, FusionClient, arrays
 from fedfuse.config import registry
+from fedfuse.config.registry import NoHyper
 from fedfuse.core.secure import secure_notes
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.exchange import Patience
@@ -26,6 +28,7 @@ from fedfuse.wire.fixed_point import FixedPoint
 from fedfuse.wire.records import record
 from tests.deploy.network import Network, lost, run, seats, tiny
 from tests.federations import federation, play
+from tests.ledger import enter
 
 SECURE = ("secure=on", "clients=4")
 
@@ -43,6 +46,26 @@ def test_sites_give_the_digest_of_the_same_sums_in_simulation(words: tuple[str, 
     built, _ = run(tiny(*words), Network(seats(tmp_path, int(words[2][-1]))), tmp_path / "run")
     plain = [word for word in words if not word.startswith("secure")]
     assert built.digest == play(*words).digest != play(*plain).digest
+
+
+def test_the_sums_of_a_phase_of_its_own_are_secure_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts(FusionClient):
+        def probe(self) -> dict[str, Any]:
+            return {"count": {"n": torch.tensor([1.0 + self.client])}}
+
+    class Counted(AveragingStrategy):
+        setup = ("probe",)
+        records_probe = {"count": arrays(n=(1,))}
+        sums = {"model": "num-examples", "count": None}  # type: ignore[assignment]
+
+        def fuse_probe(self, shares: Any) -> None:
+            self.state["mean"] = shares.mean("count")["n"]
+
+    words = (enter(monkeypatch, Counted, Counts, NoHyper, "counted"), *SECURE, "rounds=1")
+    network = Network(seats(tmp_path, 4))
+    built, _ = run(tiny(*words), network, tmp_path / "run")
+    assert built.strategy.state["mean"].item() == pytest.approx(2.5, abs=1e-3)
+    assert built.digest == play(*words).digest
 
 
 def test_the_quantised_sum_is_the_same_beside_workers_and_in_any_order() -> None:
