@@ -272,6 +272,9 @@ def test_json_lines_and_parquet_take_several_columns_as_csv_does(tmp_path):
     pq.write_table(pa.table({**columns, "site": [1, 2] * 4, "day": ["x"] * 8}), tmp_path / "dated/a.parquet")
     with pytest.raises(UserError, match="column 'day' holds no numbers"):
         load(config("parquet", tmp_path / "dated", inputs="*"))
+    pq.write_table(pa.table({**columns, "pair": [[1.0, 2.0]] * 8}), tmp_path / "dated/a.parquet")
+    with pytest.raises(UserError, match="column 'pair' holds no numbers"):
+        load(config("parquet", tmp_path / "dated", inputs="a,pair"))
 
 
 def test_columns_of_another_scale_are_told(tmp_path):
@@ -390,6 +393,7 @@ def test_mixed_sources_become_domains(tmp_path):
     assert dataset.shape == (3, 6, 6)
     assert dataset.group_names == ("usps", "mnist_m")
     assert np.bincount(dataset.train.groups).tolist() == [10, 10]
+    assert float(dataset.tensor(dataset.train.inputs).mean()) == pytest.approx(0, abs=1e-4)  # of all sources together
     with pytest.raises(UserError, match="two or more"):
         load(DataConfig(name="mixed"))
 
