@@ -49,12 +49,14 @@ def options(config: DataConfig, allowed: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     UserError
-        For a key that this layout does not know.
+        For a key that this layout does not know, or a value that is no whole number where the default is one.
     """
     given = dict(config.extra or {})
     for key in given:
         if key not in allowed:
             raise UserError(f"data.extra.{key} is unknown to data={config.name}; {nearest(key, allowed)}")
+        if type(allowed[key]) is int and (type(given[key]) is not int or given[key] < 1):
+            raise UserError(f"data.extra.{key}={given[key]!r:.40}: allowed is a whole number from 1 on")
     return {**allowed, **given}
 
 

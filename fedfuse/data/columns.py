@@ -101,6 +101,8 @@ def text_inputs(
     """
     if form not in ("counts", "tokens"):
         raise UserError(f"data.extra.text={form!r}; allowed: counts, tokens")
+    if size < 2:
+        raise UserError(f"data.extra.buckets={size}: the first is for no word; allowed is a whole number from 2 on")
     check_room(where, len(texts) * (8 * length if form == "tokens" else 4 * size), most)
     encoded(texts)
     hashed = [[1 + zlib.crc32(word.encode()) % (size - 1) for word in WORD.findall(text.lower())] for text in texts]

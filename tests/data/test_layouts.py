@@ -384,6 +384,25 @@ def test_leaf_text(tmp_path):
     assert dataset.train.inputs[:2].tolist() == [[0, 1, 2], [1, 2, 0]]
 
 
+@pytest.mark.parametrize("form", ["tokens", "counts"])
+def test_words_fill_the_buckets_that_there_are_but_the_first(form, tmp_path):
+    rows = [{"text": "one two three four five six", "label": i % 2} for i in range(10)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for size in (2, 3):
+        made = load(config("jsonl", tmp_path, extra={"text": form, "buckets": size, "length": 6})).train.inputs
+        buckets = {*made[0].tolist()} if form == "tokens" else {*np.flatnonzero(made[0]).tolist()}
+        assert buckets == {*range(1, size)}
+
+
+@pytest.mark.parametrize(
+    "extra", [{"buckets": 1}, {"buckets": "x"}, {"buckets": -5}, {"length": 0}, {"length": 1.5}, {"length": None}]
+)
+def test_what_is_no_number_of_buckets_or_words_is_refused(extra, tmp_path):
+    (tmp_path / "all.jsonl").write_text('{"text": "one", "label": 0}\n{"text": "two", "label": 1}\n' * 4)
+    with pytest.raises(UserError, match=rf"data.extra.{next(iter(extra))}=.*: .*allowed is a whole number from"):
+        load(config("jsonl", tmp_path, extra=extra))
+
+
 def test_mixed_sources_become_domains(tmp_path):
     for name, side, channels in (("usps", 4, ()), ("mnist_m", 6, (3,))):
         (tmp_path / name).mkdir()

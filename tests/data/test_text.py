@@ -110,6 +110,11 @@ def test_a_list_of_texts_is_as_many_and_small_clients_are_left_out(tmp_path: Pat
     assert len(found.train) == 2
 
 
+def test_two_tokens_are_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcd" * 9)
+    assert load(text(tmp_path, test_fraction=0.0, extra={"length": 2})).shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
