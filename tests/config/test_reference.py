@@ -113,6 +113,19 @@ def test_what_was_meant_is_said(words: str, said: str, capsys) -> None:
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("strategy.temperature", "say whose: fedfuse help strategy.<strategy>.temperature, or fedfuse list <strategy>"),
+        ("strategy.a.b.c", "no such key"),
+        ("nowhere.lr", "no such key"),
+    ],
+)
+def test_whose_setting_is_meant_has_to_be_said(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{name}: {said}")):
+        key_text(name)
+
+
 def test_listings_are_of_what_there_is() -> None:
     assert dict(listing("losses"))["kl"]
     assert {"smoke", "label_skew"} <= dict(listing("experiments")).keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,22 @@ from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
 def ledger(monkeypatch) -> str:
     """The name of the registered ledger."""
     return enter(monkeypatch)
+
+
+def test_the_seconds_of_all_phases_fit_into_the_time_that_a_run_took(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    with federation("fedavg", "evaluate.every=1") as (built, _):
+        kept = list[Any]()
+
+        class Keeps(Callback):
+            def round(self, federation: Any) -> None:
+                kept.extend(federation.timing)
+
+        built.callbacks.insert(0, Keeps())
+        built.run()
+    phases = [seconds for _, scope, what, seconds in kept if scope == "server"]
+    assert phases
+    assert 0 < sum(phases) < time.perf_counter() - began
 
 
 def check_books(built, sites: Path) -> None:
