@@ -37,6 +37,8 @@ def test_strip_and_body(client):
     assert "status-interrupted" in strip.text
     assert "3 of 9" in strip.text
     assert "Clients of late" in strip.text
+    # who is under way stands first, and once; then those that have finished
+    assert re.findall(r"status-(\w+)", strip.text) == ["interrupted"] + ["finished"] * 4
     body = client.get("/body")
     assert body.headers["X-Version"] == strip.headers["X-Version"]
     assert body.text.count("<svg") >= 7
