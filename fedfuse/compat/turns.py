@@ -1,6 +1,6 @@
 """Random numbers of clients that take turns in one process: each finds torch's, Python's and NumPy's as it left them.
 
-Likewise torch's modes: gradients, default dtype, threads, deterministic algorithms.
+Likewise torch's modes: gradients, default dtype, threads, deterministic algorithms, precision of products, autocast.
 
 Reading and writing NumPy's whole state takes 130 µs a turn, more than a small client's work. Nearly nobody draws from
 it: its state is looked at where it lies, by the address that NumPy's bit generators give for that (`ctypes`, in
@@ -80,17 +80,28 @@ def _go_on(state: Any) -> None:
     random._inst.gauss_next = state[1]  # type: ignore[attr-defined]
 
 
-Modes = tuple[bool, torch.dtype, int, int]
+Modes = tuple[bool, torch.dtype, int, int, str, bool, bool]
 
 
 def modes() -> Modes:
-    """Torch's grad mode, default dtype, threads, and what it does of algorithms that are not deterministic."""
+    """Torch's grad mode, default dtype, threads, its way with algorithms that are not deterministic, and precision."""
     return (
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.get_deterministic_debug_mode(),
+        _precision(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
     )
+
+
+def _precision() -> str:
+    """Of float32 products; empty where backends were told apart, which torch has no one word for."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return ""
 
 
 def set_modes(found: Modes) -> None:
@@ -100,6 +111,10 @@ def set_modes(found: Modes) -> None:
         torch.set_default_dtype(found[1])
         torch.set_num_threads(found[2])
         torch.set_deterministic_debug_mode(found[3])
+        if found[4]:
+            torch.set_float32_matmul_precision(found[4])
+        torch.set_autocast_enabled("cpu", found[5])
+        torch.set_autocast_enabled("cuda", found[6])
 
 
 class Turns:

@@ -150,9 +150,17 @@ def _deterministic(client: Any) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def _precision(client: Any) -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def _autocast(client: Any) -> None:
+    torch.set_autocast_enabled("cpu", True)
+
+
 LEFT: list[Callable[[Any], None]] = [
     _hook, _layer, _order, _setting, _attribute, _list, _deep, _buffer, _memory, _gone, _grad_mode, _dtype,
-    _threads, _deterministic,
+    _threads, _deterministic, _precision, _autocast,
     _parametrized, _pruned, _class, _gradient_hook, _after_gradients, _of_parameter, _part, _turned, _number,
     _unsaved, _plain,
 ]  # fmt: skip
@@ -176,7 +184,7 @@ def looks(model: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("leave", LEFT, ids=lambda one: one.__name__)
 def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, made: Any, monkeypatch: Any) -> None:
     found: dict[int, set[str]] = {}
-    plain, after = (True, torch.float32, 1, 0), dict[int, torch.dtype]()
+    plain, after = (True, torch.float32, 1, 0, "highest", False, False), dict[int, torch.dtype]()
     met = set[Modes]()
 
     class Leaves(FusionClient):
