@@ -71,9 +71,12 @@ class CFDHyper:
     reinit: bool = hyper(True, "clients start each round from the common θ_0 (paper; ports: false)")
     subset: int | None = hyper(None, "|X_pub|, drawn once; null: the whole transfer set", low=1)
     distill_epochs: int = hyper(
-        20, "epochs of distillation, at clients and server (ours; paper: few over up to 80,000 images)", low=0
+        20,
+        "epochs of distillation, at clients and server (ours; paper: few over up to 80,000 images)",
+        low=0,
+        effort="epochs",
     )
-    distill_batch: int = hyper(64, "batch size of distillation", low=1)
+    distill_batch: int = hyper(64, "batch size of distillation", low=1, only="distill_epochs", effort="batch_size")
 
     def __post_init__(self) -> None:
         if self.bits_up == self.bits_down == 32:

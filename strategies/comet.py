@@ -61,8 +61,8 @@ class CometHyper:
     distill: str = hyper(
         "joint", "beside private training, or before it (port)", choices=("joint", "separate"), only="lam"
     )
-    distill_epochs: int = hyper(1, "epochs over D_t, with distill=separate", low=0)
-    distill_batch: int = hyper(64, "batch size on D_t", low=1, only="lam")
+    distill_epochs: int = hyper(1, "epochs over D_t, with distill=separate", low=0, effort="epochs")
+    distill_batch: int = hyper(64, "batch size on D_t", low=1, only="lam with distill_epochs", effort="batch_size")
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
 
     def __post_init__(self) -> None:

@@ -60,8 +60,10 @@ class DSFLHyper:
     )
     aggregation: str = hyper("era", "ERA, or simple averaging", choices=("era", "sa"))
     subset: int | None = hyper(None, "|o_t|, rows redrawn each round; null: the whole set (paper: 1000)", low=1)
-    distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (a known port: 5)", low=0)
-    distill_batch: int = hyper(64, "batch size of distillation", low=1)
+    distill_epochs: int = hyper(
+        5, "epochs of distillation, at clients and server (a known port: 5)", low=0, effort="epochs"
+    )
+    distill_batch: int = hyper(64, "batch size of distillation", low=1, only="distill_epochs", effort="batch_size")
     server_model: bool = hyper(True, "the server keeps a model of its own and distils it too")
 
     def __post_init__(self) -> None:

@@ -57,11 +57,13 @@ class FedD2SHyper:
 
     tau: int = hyper(3, "τ, rounds after which the deepest active layer leaves the federation", low=1)
     mu: float = hyper(1.0, "μ, weight of the divergence from q at the client", low=0)
-    lam: float = hyper(1.0, "λ, weight of the divergence from the clients' soft labels at the server", low=0)
-    temperature: float = hyper(1.0, "T of both divergences", above=0, only="mu or lam")
-    head_epochs: int = hyper(20, "epochs of g on the pairs (n, c) a round", low=0)
-    head_batch: int = hyper(32, "pairs a step", low=1)
-    head_lr: float = hyper(0.05, "rate of g, with the optimiser of train.*", above=0)
+    lam: float = hyper(
+        1.0, "λ, weight of the divergence from the clients' soft labels at the server", low=0, only="head_epochs"
+    )
+    temperature: float = hyper(1.0, "T of both divergences", above=0, only="mu or lam with head_epochs")
+    head_epochs: int = hyper(20, "epochs of g on the pairs (n, c) a round", low=0, effort="epochs")
+    head_batch: int = hyper(32, "pairs a step", low=1, only="head_epochs", effort="batch_size")
+    head_lr: float = hyper(0.05, "rate of g, with the optimiser of train.*", above=0, only="head_epochs", effort="lr")
 
 
 def active(depth: int, round: int, tau: int) -> int:

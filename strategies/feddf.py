@@ -51,17 +51,29 @@ from fedfuse import (
 class FedDFHyper:
     """Hyper-parameters of FedDF."""
 
-    distill_epochs: int = hyper(10, "passes over D_t each round; 0: FedAvg (paper: up to 10⁴ steps)", low=0)
-    distill_batch: int = hyper(128, "batch size of distillation", low=1)
-    distill_lr: float = hyper(1e-3, "Adam's learning rate, annealed to 0 by a cosine", above=0)
+    distill_epochs: int = hyper(
+        10, "passes over D_t each round; 0: FedAvg (paper: up to 10⁴ steps)", low=0, effort="epochs"
+    )
+    distill_batch: int = hyper(128, "batch size of distillation", low=1, only="distill_epochs", effort="batch_size")
+    distill_lr: float = hyper(
+        1e-3, "Adam's learning rate, annealed to 0 by a cosine", above=0, only="distill_epochs", effort="lr"
+    )
     ensemble: str = hyper(
-        "logit", "what teachers are averaged in (paper: logits; code's default: prob)", choices=("logit", "prob")
+        "logit",
+        "what teachers are averaged in (paper: logits; code's default: prob)",
+        choices=("logit", "prob"),
+        only="distill_epochs",
     )
     patience: int | None = hyper(
-        None, "steps without a gain on validation that end a student's distillation (paper: 1000); null: off", low=1
+        None,
+        "steps without a gain on validation that end a student's distillation (paper: 1000); null: off",
+        low=1,
+        only="distill_epochs",
     )
     drop_worst: bool = hyper(False, "leave out models that are near chance on validation: below 1.2/C (code)")
-    clip: float | None = hyper(5.0, "largest norm of a distillation step's gradient (code: 5); null: off", above=0)
+    clip: float | None = hyper(
+        5.0, "largest norm of a distillation step's gradient (code: 5); null: off", above=0, only="distill_epochs"
+    )
     validation: float = hyper(
         0.1,
         "share of a labelled D_t that the two read; not distilled then",

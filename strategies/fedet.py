@@ -39,11 +39,13 @@ class FedETHyper:
     """Hyper-parameters of Fed-ET."""
 
     large: str | None = hyper(None, "architecture of the server's model; null: mlp_wide, or cnn_large for images")
-    lam: float = hyper(0.05, "λ, weight of the diversity term", low=0)
+    lam: float = hyper(0.05, "λ, weight of the diversity term", low=0, only="distill_epochs")
     representation: int = hyper(64, "units of the common layer", low=1)
-    distill_epochs: int = hyper(20, "passes over D_t each round (ours)", low=0)
-    distill_batch: int = hyper(64, "batch size at the server", low=1)
-    distill_lr: float = hyper(1e-3, "Adam's learning rate at the server (ours)", above=0)
+    distill_epochs: int = hyper(20, "passes over D_t each round (ours)", low=0, effort="epochs")
+    distill_batch: int = hyper(64, "batch size at the server", low=1, only="distill_epochs", effort="batch_size")
+    distill_lr: float = hyper(
+        1e-3, "Adam's learning rate at the server (ours)", above=0, only="distill_epochs", effort="lr"
+    )
 
 
 def weights_of(logits: Tensor) -> Tensor:

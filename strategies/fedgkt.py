@@ -55,10 +55,10 @@ class FedGKTHyper:
 
     temperature: float = hyper(3.0, "T of both divergences", above=0)
     alpha: float = hyper(1.0, "α, weight of KL to the server's logits at the client", low=0)
-    alpha_server: float = hyper(1.0, "α_s, weight of cross-entropy at the server", low=0)
+    alpha_server: float = hyper(1.0, "α_s, weight of cross-entropy at the server", low=0, only="server_epochs")
     tail: str = hyper("mlp_wide", "the server's network: an architecture that takes feature vectors")
-    server_epochs: int = hyper(1, "epochs of the tail on all clients' features each round", low=0)
-    server_batch: int = hyper(128, "batch size at the server", low=1)
+    server_epochs: int = hyper(1, "epochs of the tail on all clients' features each round", low=0, effort="epochs")
+    server_batch: int = hyper(128, "batch size at the server", low=1, only="server_epochs", effort="batch_size")
 
 
 class FedGKTClient(SplitClient):

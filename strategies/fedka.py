@@ -60,7 +60,7 @@ class FedKAHyper:
     adversarial: bool = hyper(True, "the feature disentangler: a domain head behind reversed gradients")
     matching: bool = hyper(True, "the embedding matching: MK-MMD to the global model's target features")
     voting: bool = hyper(True, "the federated voting: pseudo-labels of the target for the global model")
-    gamma: float = hyper(5.0, "γ of the schedule a(p) (code: 5)", low=0, only="adversarial or matching or voting")
+    gamma: float = hyper(5.0, "γ of the schedule a(p) (code: 5)", above=0, only="adversarial or matching or voting")
     hidden: int = hyper(100, "hidden units of the domain head (code: 100)", low=1, only="adversarial")
     kernels: int = hyper(5, "Gaussian kernels of MK-MMD (code: 5)", low=1, only="matching")
     accumulate: int = hyper(8, "batches whose matching loss makes one step (code: 8)", low=1, only="matching")

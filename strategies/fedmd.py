@@ -47,9 +47,12 @@ class FedMDHyper:
         None, "|D_t|, rows redrawn each round; null: the whole transfer set (paper: 5000)", low=1
     )
     digest_epochs: int | None = hyper(
-        None, "epochs of the digest; null: as many as make the paper's 40 steps, which are one of 5000 rows", low=0
+        None,
+        "epochs of the digest; null: as many as make the paper's 40 steps, which are one of 5000 rows",
+        low=0,
+        effort="epochs",
     )
-    digest_batch: int = hyper(128, "batch size of the digest", low=1)
+    digest_batch: int = hyper(128, "batch size of the digest", low=1, only="digest_epochs", effort="batch_size")
     public_epochs: int = hyper(0, "epochs on the labelled transfer set before round 1 (0: none)", low=0)
 
 

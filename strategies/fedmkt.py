@@ -73,7 +73,7 @@ class FedMKTHyper:
 
     subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set", low=1)
     k: int = hyper(16, "k, likeliest tokens of a place that travel (paper: 128)", low=1)
-    alpha: float = hyper(0.9, "α, weight of the labels beside what is taught", low=0, high=1)
+    alpha: float = hyper(0.9, "α, weight of the labels beside what is taught", low=0, high=1, only="epochs")
     select: str = hyper("greater", "the best row of all, or a mixture", choices=("greater", "weighted_mean"))
     tau: float = hyper(1.0, "τ of weighted_mean, in nats per byte", above=0)
     mapping: str = hyper(
@@ -83,8 +83,8 @@ class FedMKTHyper:
     )
     unmatched: str = hyper("label", "a place without a partner is taught", choices=("label", "nothing"))
     server: str | None = hyper(None, "architecture of the server's own model; null: it passes clients' knowledge on")
-    epochs: int = hyper(1, "passes over D_t each round", low=0)
-    batch: int = hyper(16, "rows a step on D_t", low=1)
+    epochs: int = hyper(1, "passes over D_t each round", low=0, effort="epochs")
+    batch: int = hyper(16, "rows a step on D_t", low=1, only="epochs", effort="batch_size")
 
     def __post_init__(self) -> None:
         if self.select != "weighted_mean":

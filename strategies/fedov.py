@@ -58,9 +58,9 @@ class FedOVHyper:
     adversarial_step: float = hyper(
         0.002, "α, one such step, in units of the input (code: 0.002)", above=0, only="adversarial_steps"
     )
-    distill_epochs: int = hyper(100, "passes over D_t", low=0)
-    distill_batch: int = hyper(64, "batch size of distillation", low=1)
-    distill_lr: float = hyper(1e-3, "Adam's learning rate in distillation", above=0)
+    distill_epochs: int = hyper(100, "passes over D_t", low=1, effort="epochs")
+    distill_batch: int = hyper(64, "batch size of distillation", low=1, effort="batch_size")
+    distill_lr: float = hyper(1e-3, "Adam's learning rate in distillation", above=0, effort="lr")
 
 
 def opened(model: Any, z: Tensor) -> Tensor:

@@ -84,10 +84,12 @@ class KnFuHyper:
     min_weight: float = hyper(0.0, "weights below this are dropped and the rest renormalised", low=0, high=1)
     fuse_space: str = hyper("logit", "what is mixed: probabilities or logits", choices=("prob", "logit"))
     k: int = hyper(16, "of texts: likeliest tokens of a place that travel", low=1)
-    finetune_loss: str = hyper("kl", "loss of step (d)", choices=("kl", "ce_soft", "kl+ce_hard"))
-    kd_temperature: float = hyper(1.0, "T of step (d)", above=0)
-    finetune_epochs: int = hyper(20, "epochs of step (d)", low=0)
-    finetune_batch: int = hyper(64, "batch size of step (d)", low=1)
+    finetune_loss: str = hyper(
+        "kl", "loss of step (d)", choices=("kl", "ce_soft", "kl+ce_hard"), only="finetune_epochs"
+    )
+    kd_temperature: float = hyper(1.0, "T of step (d)", above=0, only="finetune_epochs")
+    finetune_epochs: int = hyper(20, "epochs of step (d)", low=0, effort="epochs")
+    finetune_batch: int = hyper(64, "batch size of step (d)", low=1, only="finetune_epochs", effort="batch_size")
 
 
 # what mixes soft labels, and says nothing where mentors teach
@@ -190,6 +192,9 @@ class KnFu(FusionStrategy):
             raise UserError("strategy.finetune_loss=kl+ce_hard needs labels: set transfer.labelled=true")
         if not texts:
             without_effect(hyper, "k", "where data are no texts: whole class distributions travel")
+        if hyper.beta == 0 and hyper.top_k is None and rule is None:
+            for key in ("epd_source", "distance"):
+                without_effect(hyper, key, "with strategy.beta=0, where all weigh alike")
         if texts and hyper.distance != "perplexity":
             raise UserError(f"strategy.distance={hyper.distance}: of texts only perplexity says anything")
         for name, needed in (("fuse_space", "prob"), ("epd_source", "mean_soft")):

@@ -80,9 +80,14 @@ class KTpFLHyper:
     )
     subset: int | None = hyper(None, "T_s, rows redrawn each round; null: the whole transfer set", low=1)
     distill_epochs: int | None = hyper(
-        None, "epochs of the distillation; null: as many as make the code's 20 steps, which are one of 5000 rows", low=0
+        None,
+        "epochs of the distillation; null: as many as make the code's 20 steps, which are one of 5000 rows",
+        low=0,
+        effort="epochs",
     )
-    distill_batch: int = hyper(256, "batch size of the distillation (code: 256)", low=1)
+    distill_batch: int = hyper(
+        256, "batch size of the distillation (code: 256)", low=1, only="distill_epochs", effort="batch_size"
+    )
 
     def __post_init__(self) -> None:
         for frozen, other in (("coefficient_lr", "coefficient_steps"), ("coefficient_steps", "coefficient_lr")):

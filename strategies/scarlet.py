@@ -57,8 +57,8 @@ class ScarletHyper:
     subset: int | None = hyper(
         None, "|P_t|, redrawn each round; null: a tenth of the transfer set, as in the paper", low=1
     )
-    distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (paper: 5)", low=0)
-    distill_batch: int = hyper(64, "batch size of distillation", low=1)
+    distill_epochs: int = hyper(5, "epochs of distillation, at clients and server (paper: 5)", low=0, effort="epochs")
+    distill_batch: int = hyper(64, "batch size of distillation", low=1, only="distill_epochs", effort="batch_size")
     server_model: bool = hyper(True, "the server keeps a model of its own and distils it too")
 
 

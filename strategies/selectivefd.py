@@ -71,9 +71,14 @@ class SelectiveFDHyper:
     fit_share: float = hyper(0.05, "share of the private examples the ratio is fitted on", above=0, high=1)
     subset: int | None = hyper(None, "|D_t|, rows redrawn each round; null: the whole transfer set", low=1)
     distill_epochs: int | None = hyper(
-        None, "epochs of the distillation; null: as many as make the demonstration's 10 steps a round", low=0
+        None,
+        "epochs of the distillation; null: as many as make the demonstration's 10 steps a round",
+        low=0,
+        effort="epochs",
     )
-    distill_batch: int = hyper(512, "batch size of the distillation (paper: 512)", low=1)
+    distill_batch: int = hyper(
+        512, "batch size of the distillation (paper: 512)", low=1, only="distill_epochs", effort="batch_size"
+    )
 
     def __post_init__(self) -> None:
         if self.client_quantile is None:

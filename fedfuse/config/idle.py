@@ -75,7 +75,10 @@ def refuse(config: Config, typed: Iterable[str]) -> None:
     ------
     Idle
         One line for each.
+    UserError
+        As `check_effort`.
     """
+    check_effort(config)
     asked, every = _full(typed), known()
     found = {
         name: why
@@ -84,6 +87,35 @@ def refuse(config: Config, typed: Iterable[str]) -> None:
     }
     if found:
         raise Idle(found)
+
+
+def check_effort(config: Config) -> None:
+    """Refuse what a strategy's own word says of a distillation that `distil.*` says otherwise, or that is none.
+
+    Raises
+    ------
+    UserError
+        Naming both.
+    """
+    asked, hyper = config.distil, config.strategy
+    passes = "epochs" if asked.steps is None else "steps"
+    efforts = {field.name: field.metadata.get("effort") for field in dataclasses.fields(hyper)}
+    for own, part in efforts.items():
+        name = passes if part == "epochs" else part
+        if name and getattr(asked, name) is not None:
+            registry.without_effect(hyper, own, f"beside distil.{name}={getattr(asked, name)}, which goes before it")
+    if getattr(asked, passes) == 0:
+        registry.check_factors(hyper, {own: f"distil.{passes}=0" for own, part in efforts.items() if part == "epochs"})
+
+
+def distils(config: Config) -> bool:
+    """Whether the strategy trains on soft labels at all, by its own words and the user's."""
+    asked, hyper = config.distil, config.strategy
+    if not _declared(config, "distils"):
+        return False
+    said = asked.epochs if asked.steps is None else asked.steps
+    own = [getattr(hyper, f.name) for f in dataclasses.fields(hyper) if f.metadata.get("effort") == "epochs"]
+    return said != 0 if said is not None else 0 not in own
 
 
 def _full(typed: Iterable[str]) -> set[str]:
@@ -195,6 +227,7 @@ CONDITIONS: dict[str, Callable[[Config, bool], bool]] = {
     "a subset of the transfer set (transfer.subset, strategy.subset)": _subset,
     "a strategy that trains on soft labels": uses_loss,
     "a strategy that distils": lambda config, sweep: bool(_declared(config, "distils")),
+    "a distillation of some passes": lambda config, sweep: distils(config),
     "a strategy that asks for labels": lambda config, sweep: (
         registry.entry(config.strategy.name).client.partly_labelled
     ),

@@ -16,7 +16,7 @@ import math
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +66,7 @@ def hyper(
     choices: tuple[Any, ...] | None = None,
     path: bool = False,
     only: str = "",
+    effort: str = "",
 ) -> Any:
     """Declare a hyper-parameter: a dataclass field with its meaning (paper's symbol, unit) and what is allowed.
 
@@ -86,8 +87,12 @@ def hyper(
     only : str
         Its factors, other hyper-parameters: where one is 0, false or null this one does nothing, and is refused unless
         at its default. "mu", "voting with vote_epochs" (both are needed), "mu or lam" (one of them is).
+    effort : str
+        Which part of a distillation's effort it is, "epochs", "batch_size" or "lr": the user's `distil.*` of that name
+        goes before it, so that beside one it is refused unless at its default.
     """
-    return declare(default, meaning=meaning, low=low, high=high, above=above, choices=choices, path=path, only=only)
+    bounds = {"low": low, "high": high, "above": above}
+    return declare(default, meaning=meaning, **bounds, choices=choices, path=path, only=only, effort=effort)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,14 +230,10 @@ def check(name: str, values: Any) -> None:
     Refused
         If the values came by wire and name a path.
     """
+    check_factors(values, {})
     for field in dataclasses.fields(values):
         value, rule = getattr(values, field.name), field.metadata
         where = f"strategy.{field.name}={value}"
-        ways = [way.split(" with ") for way in rule.get("only", "").split(" or ") if way]
-        if ways and not any(all(getattr(values, factor) for factor in way) for way in ways):
-            off = dict.fromkeys(factor for way in ways for factor in way if not getattr(values, factor))
-            told = " and ".join(f"strategy.{factor}={said(getattr(values, factor))}" for factor in off)
-            without_effect(values, field.name, f"with {told}")
         if value is None or not rule:
             continue
         if rule.get("path"):
@@ -248,6 +249,33 @@ def check(name: str, values: Any) -> None:
                 raise UserError(f"{where}: {name} needs more than {rule['above']}")
             if rule.get("high") is not None and value > rule["high"]:
                 raise UserError(f"{where}: {name} needs at most {rule['high']}")
+
+
+def check_factors(values: Any, off: Mapping[str, str]) -> None:
+    """Refuse hyper-parameters whose factors (`hyper(only=)`) are 0, false or null; null epochs are as many as are due.
+
+    Parameters
+    ----------
+    values
+        The hyper-parameters.
+    off : mapping
+        Factors that something else switches off, and what that is.
+
+    Raises
+    ------
+    UserError
+        Naming the first of them, its value and its default.
+    """
+    none = dict(off)
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if not value and not (value is None and field.metadata.get("effort") == "epochs"):
+            none[field.name] = f"strategy.{field.name}={said(value)}"
+    for field in dataclasses.fields(values):
+        ways = [way.split(" with ") for way in field.metadata.get("only", "").split(" or ") if way]
+        if ways and all(any(factor in none for factor in way) for way in ways):
+            told = dict.fromkeys(none[factor] for way in ways for factor in way if factor in none)
+            without_effect(values, field.name, f"with {' and '.join(told)}")
 
 
 def schema(name: str) -> type[Any]:

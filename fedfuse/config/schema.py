@@ -320,13 +320,13 @@ class DistilConfig:
         "mini-batches in place of passes: the same effort whatever the set's size",
         only="a strategy that distils",
     )
-    batch_size: int | None = key(None, "rows of the transfer set a step", only="a strategy that distils")
+    batch_size: int | None = key(None, "rows of the transfer set a step", only="a distillation of some passes")
     lr: float | None = key(
         None,
         "null: the strategy's own, else train.lr; another optimiser than theirs: its usual rate",
-        only="a strategy that distils",
+        only="a distillation of some passes",
     )
-    optimizer: str | None = key(None, "sgd | adam | adamw", only="a strategy that distils")
+    optimizer: str | None = key(None, "sgd | adam | adamw", only="a distillation of some passes")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from fedfuse.wire.records import Arrays
 class InversionHyper:
     """Hyper-parameters of every strategy that fills a pool with generated inputs and teaches a student on it."""
 
-    epochs: int = hyper(20, "E, batches in the pool at the end; each epoch adds one (papers: 200 and more)", low=0)
+    epochs: int = hyper(20, "E, batches in the pool at the end; each epoch adds one (papers: 200 and more)", low=1)
     generator_steps: int = hyper(30, "Adam's steps for a batch (code: 30)", low=1)
     generator_lr: float = hyper(1e-3, "Adam's step size for generator and noise (code: 0.001)", above=0)
     batch: int = hyper(256, "B, inputs of a batch, and rows of a step of the student (code: 256)", low=2)

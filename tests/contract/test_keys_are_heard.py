@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedfuse.config import registry
+from fedfuse.config.compose import compose
 from fedfuse.errors import UserError
 from tests.federations import play
 
@@ -229,6 +230,26 @@ SILENCED = [
     ("ktpfl", "strategy.coefficient_lr=0", ("rho=2", "distance=mse", "rows=softmax", "coefficient_steps=2")),
     ("ktpfl", "strategy.coefficient_steps=0", ("rho=2", "distance=mse", "rows=softmax", "coefficient_lr=0.5")),
     ("selectivefd", "strategy.client_quantile=null", ("width=2", "auxiliary=20", "fit_share=0.5")),
+    *(
+        (name, "strategy.distill_epochs=0", ("distill_batch=20",))
+        for name in (
+            "cfd",
+            "dsfl",
+            "ktpfl",
+            "scarlet",
+            "selectivefd",
+        )
+    ),
+    ("comet", "strategy.distill=separate strategy.distill_epochs=0", ("distill_batch=20",)),
+    ("fedd2s", "strategy.head_epochs=0", ("lam=2", "head_batch=8", "head_lr=0.1")),
+    ("fedd2s", "strategy.head_epochs=0 strategy.mu=0", ("temperature=2",)),
+    ("feddf", "strategy.distill_epochs=0", ("distill_batch=20", "distill_lr=0.1", "ensemble=prob", "clip=1")),
+    ("fedet", "strategy.distill_epochs=0", ("lam=2", "distill_batch=20", "distill_lr=0.1")),
+    ("fedgkt", "strategy.server_epochs=0", ("alpha_server=2", "server_batch=20")),
+    ("fedmd", "strategy.digest_epochs=0", ("digest_batch=20",)),
+    ("fedmkt", "strategy.epochs=0", ("alpha=0.5", "batch=8")),
+    ("knfu", "strategy.beta=0", ("distance=l2", "epd_source=argmax_histogram")),
+    ("knfu", "strategy.finetune_epochs=0", ("finetune_loss=ce_soft", "kd_temperature=2", "finetune_batch=20")),
 ]
 
 
@@ -236,6 +257,37 @@ SILENCED = [
 def test_a_key_that_another_silences_is_refused_beside_it(name: str, beside: str, key: str) -> None:
     with pytest.raises(UserError, match=f"strategy.{key.split('=')[0]}=.* does nothing with"):
         play(name, *beside.split(), f"strategy.{key}", base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("strategy=fedmd strategy.digest_epochs=3 distil.epochs=2", "beside distil.epochs=2"),
+        ("strategy=fedmd strategy.digest_epochs=0 distil.steps=2", "beside distil.steps=2"),
+        ("strategy=dsfl strategy.distill_batch=20 distil.batch_size=30", "beside distil.batch_size=30"),
+        ("strategy=fedet strategy.distill_lr=0.1 distil.lr=0.2", "beside distil.lr=0.2"),
+        ("strategy=fedmd strategy.digest_batch=20 distil.steps=0", "with distil.steps=0"),
+        ("strategy=fedd2s strategy.mu=0 strategy.temperature=2 distil.epochs=0", "with .* and distil.epochs=0"),
+        ("strategy=fedmd distil.epochs=0 distil.lr=0.1", "here"),
+        ("strategy=fedmd strategy.digest_epochs=0 distil.batch_size=20", "here"),
+    ],
+)
+def test_a_strategys_own_word_that_distil_goes_before_is_refused(words: str, why: str) -> None:
+    with pytest.raises(UserError, match=f"does nothing {why}"):
+        compose(words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "strategy=fedmd strategy.digest_batch=20 distil.steps=3 distil.lr=0.1",
+        "strategy=fedmd strategy.digest_batch=20",  # null epochs are not none
+        "strategy=fedd2s strategy.temperature=2 distil.epochs=0",  # mu hears it
+        "strategy=knfu strategy.beta=0 strategy.top_k=2 strategy.distance=l2",  # the nearest two
+    ],
+)
+def test_a_distillations_words_go_together(words: str) -> None:
+    compose(words.split())
 
 
 @pytest.mark.parametrize("name", sorted(registry.listed()))
