@@ -151,8 +151,9 @@ def test_an_executor_ends_with_its_parent_though_nobody_waits_for_that() -> None
 import os, signal
 from fedfuse.deploy.executor import end_with
 signal.alarm(120)  # this test fails then
+parent = os.getppid()  # before it may end
 print("ready", flush=True)
-end_with(os.getppid(), lambda: print("over", flush=True), 0)
+end_with(parent, lambda: print("over", flush=True), 0)
 """
     words = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {ours!r}]); sys.stdin.read()"
     with subprocess.Popen(
