@@ -333,4 +333,5 @@ def serve(
             server.should_exit = True
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(all_of_them())
+    with asyncio.Runner(loop_factory=servers[0].config.get_loop_factory()) as runner:  # the loop that Flower would take
+        runner.run(all_of_them())

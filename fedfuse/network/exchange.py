@@ -171,7 +171,7 @@ class Exchange:
                         continue  # an older copy was lost; a newer one is under way
                     if found.tries <= self.patience.retries:
                         self.say(f"fedfuse: client {found.client}: {reply.error.reason}; sending again")
-                        found.due = True
+                        found.due, self._online = True, None  # whoever is away is waited for: tries are few
                         continue
                 waiting.remove(found)
                 if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal

@@ -81,6 +81,28 @@ def test_who_no_node_acts_as_is_sent_nothing_and_charged_nothing(tmp_path: Path)
     assert load(tmp_path / "run").traffic.collect()["client"].unique().sort().to_list() == [0, 1]
 
 
+def test_a_node_that_went_away_is_waited_for_and_costs_no_tries(tmp_path: Path) -> None:
+    """What was known of who is online may be a second old; three tries were over in less."""
+    network, asked = Network(seats(tmp_path, 3)), list[int]()
+
+    def gone(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 101 and len(asked) < 6:
+            network.away.add(101)
+        return lost(message) if message.metadata.dst_node_id in network.away else reply
+
+    def nodes() -> list[Any]:
+        if 101 in network.away:
+            asked.append(101)
+            if len(asked) == 6:
+                network.away.clear()
+        return Network.get_nodes(network)
+
+    network.reply, network.get_nodes = gone, nodes  # type: ignore[method-assign]
+    built, said = run(tiny("knfu"), network, tmp_path / "run")
+    assert built.digest == play("knfu").digest
+    assert sum("sending again" in line for line in said) == 1
+
+
 def test_lost_messages_and_replies_change_no_bit(tmp_path: Path) -> None:
     network, seen = Network(seats(tmp_path, 3)), dict[str, int]()
 
