@@ -2,9 +2,9 @@
 
 Internal names of Flower 1.41. Imported only: the commands' entry points, `TaskType`, `LaunchResult`,
 `add_exit_handler`, `start_parent_process_monitor`. Replaced: `run_clientapp.install_from_fab` and
-`run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), the defaults of
-the pulls of `inflatable_utils` (`look_again_soon`), and in `start_client_internal` and `fleet_http_connection` two
-habits of the SuperNode (`be_patient`). Each function says what it buys and what happens without the name. Guard:
+`run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), the defaults of two functions of
+`inflatable_utils` (`look_again_soon`), and a name each of `start_client_internal` and `fleet_http_connection`
+(`be_patient`). Each function says what it buys and what happens without the name. Guard:
 `tests/compat/test_processes.py`.
 """
 

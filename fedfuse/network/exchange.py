@@ -138,11 +138,7 @@ class Exchange:
         if self.over is not None and self.over.is_set():
             raise WorldError("Flower's simulator ended before the run did")
         if self._online is None or time.monotonic() - self._looked > 1.0:
-            get = getattr(self.grid, "get_nodes", None)
-            if get is None:
-                self._online = dict.fromkeys(self.grid.get_node_ids(), "")
-            else:
-                self._online = {node.node_id: node.last_activated_at for node in get()}
+            self._online = {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
             self._looked = time.monotonic()
         return self._online
 

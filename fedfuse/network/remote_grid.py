@@ -186,7 +186,7 @@ class RemoteGrid(FusionGrid):
         """What the roster has against a node that has proved its key."""
         if self.roster is None:
             return None
-        keys = [about.public_key for about in self.grid.get_nodes() if about.node_id == node]  # type: ignore[attr-defined]
+        keys = [about.public_key for about in self.grid.get_nodes() if about.node_id == node]
         place = self.roster.place(keys[0]) if keys else None
         if place is None:
             return "its key is not in the roster (fedfuse deploy register)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.config.clock_keys import MANY
+from fedfuse.config.idle import holds
 from fedfuse.config.keys import said
-from fedfuse.config.schema import known
+from fedfuse.config.schema import Config, PartitionConfig, known
 from fedfuse.errors import UserError, printable
 from fedfuse.results import curves, figures, leaks, parameters, sections, texts, virtual, wording
 from fedfuse.results.curves import Series
@@ -306,9 +306,8 @@ def _title(names: Sequence[str]) -> str:
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     flats = [flatten(run.config) for run in runs]
-    skewed = "|".join(re.findall(r"partition=([\w|]+)", known()["partition.alpha"].only)).split("|")
-    for flat in flats:  # an α that nothing was dealt by
-        if flat.get("partition.name") not in skewed:
+    for run, flat in zip(runs, flats, strict=True):
+        if not _by_alpha(run.config.get("partition", {})):
             flat.pop("partition.alpha", None)
     parts = []
     for key in (
@@ -326,6 +325,15 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
         if values:
             parts.append(f"{key.removesuffix('.name')} {' / '.join(values[:4])}{' / …' if len(values) > 4 else ''}")
     return ", ".join(parts)
+
+
+def _by_alpha(partition: Mapping[str, Any]) -> bool:
+    """Whether anything was dealt by α, as the schema says of it; where it cannot be told, of an older run, it was."""
+    try:
+        config = Config(partition=PartitionConfig(**partition))
+    except TypeError:
+        return True
+    return holds(known()["partition.alpha"].only, config)
 
 
 def _counts(runs: Sequence[RunRecord], skipped: Sequence[str]) -> str:
