@@ -36,7 +36,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
 
 Groups, chosen by one word: strategy= data= partition= model= loss= runtime= clock= schedule= secure= attack= defence=
       audit= tracking= experiment=
-Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=1 train.lr=0.05 partition.alpha=0.5
+Keys: strategy.<hyper>= clients=10 participation=1.0 rounds=10 seed=0 train.epochs=5 train.lr=0.05 partition.alpha=0.5
       evaluate.every=1 out=dir
 For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
 """

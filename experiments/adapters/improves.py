@@ -28,8 +28,8 @@ from fedfuse.train.task import task_loss
 RUNS = Path("runs/adapters/improves")
 STORIES = Path(os.environ.get("FEDFUSE_DATA", "../shared/data")).parent / "models" / "stories260K"
 COMMON = [
-    "strategy=fed_sb", "rounds=3", "evaluate.every=3", "transfer.size=4", "train.optimizer=adamw", "data.validation=0",
-    "data.personal_test=0", "runtime.workers=2",
+    "strategy=fed_sb", "rounds=3", "evaluate.every=3", "transfer.size=4", "train.epochs=1", "train.optimizer=adamw",
+    "data.validation=0", "data.personal_test=0", "runtime.workers=2",
 ]  # fmt: skip
 TASKS = {
     "shakespeare": [

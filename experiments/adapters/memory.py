@@ -22,7 +22,7 @@ WORDS = [
     f"data.extra.tokenizer={SMOLLM2}", "data.extra.length=16", "data.extra.roles=20", "partition=natural",
     "data.limit=44", "data.test_limit=4", "data.personal_test=0", "data.validation=0", "transfer.size=4",
     "model=causal_lm", f"model.path={SMOLLM2}", "runtime=ray", "runtime.workers=2", "rounds=1", "train.batch_size=2",
-    "train.lr=0.01", "out=runs/adapters/memory", "overwrite=true",
+    "train.epochs=1", "train.lr=0.01", "out=runs/adapters/memory", "overwrite=true",
 ]  # fmt: skip
 
 

@@ -54,7 +54,8 @@ CHOSEN = {  # by `rates`
 }  # fmt: skip
 
 COMMON = [
-    "data.personal_test=0", "data.validation=0", "transfer.size=4", "train.optimizer=adamw", "runtime=inline",
+    "data.personal_test=0", "data.validation=0", "transfer.size=4", "train.epochs=1", "train.optimizer=adamw",
+    "runtime=inline",
 ]  # fmt: skip
 TEXT = [*COMMON, "data=custom", "data.load=last_layer:texts", "model=custom", "model.build=last_layer:Last"]
 IID, SKEWED = ["partition=iid"], ["partition=dirichlet", "partition.alpha=0.3", "partition.min_size=2"]

@@ -20,7 +20,7 @@ WORDS = [
     "seed=0,1,2,3,4", f"strategy={STRATEGIES}",
     "data=cifar10", "data.limit=2000", "data.test_limit=1000", "model=cnn", "partition=dirichlet",
     "partition.alpha=0.3", "partition.min_size=20", "clients=10", "rounds=6", "transfer.size=100", "evaluate.every=3",
-    "train.batch_size=16", "train.lr=0.02",
+    "train.epochs=1", "train.batch_size=16", "train.lr=0.02",
 ]  # fmt: skip
 METRICS = ("accuracy/global", "accuracy/personal", "accuracy/personal_worst10")
 

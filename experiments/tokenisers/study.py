@@ -42,7 +42,7 @@ ARMS = {
 COMMON = [
     "data=text", "data.groups=role", "data.inputs=lines", "data.extra.tokenizer=bytes", "data.extra.length=65",
     "partition=natural", "transfer.size=128", "model.pool=[causal_lm@stories,causal_lm]", "rounds=5",
-    "train.pool=[adamw@0.001,adamw@0.01]", "evaluate.every=5", "runtime=inline", "seed=0,1,2",
+    "train.pool=[adamw@0.001,adamw@0.01]", "train.epochs=1", "evaluate.every=5", "runtime=inline", "seed=0,1,2",
 ]  # fmt: skip
 FEW = ("fedmkt 0.5 gold", "fedmkt 0.5 uld", "fedmkt 0.5 xtoken", "knfu")
 ONE_SEED = 0

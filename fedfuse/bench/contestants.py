@@ -108,8 +108,8 @@ def scenario_of(workload: Workload, clients: int, cohort: int = COHORT, *words: 
     from fedfuse.data.federated import FederatedData
 
     settings = [
-        "strategy=fedavg", f"clients={clients}", f"participation={cohort / clients}", "train.batch_size=10",
-        "train.lr=0.05", "train.momentum=0", "rounds=100000",
+        "strategy=fedavg", f"clients={clients}", f"participation={cohort / clients}", "train.epochs=1",
+        "train.batch_size=10", "train.lr=0.05", "train.momentum=0", "rounds=100000",
     ]  # fmt: skip
     x, y = pool(workload)
     kind = "image" if len(workload.shape) == 3 else "features"

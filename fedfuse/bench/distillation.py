@@ -27,7 +27,8 @@ def scenario_of(workload: Workload, clients: int, *more: str) -> Any:
     batch = {"fedmd": "digest_batch", "knfu": "finetune_batch", "dsfl": "distill_batch"}[workload.strategy]
     words = [
         f"strategy={workload.strategy}", f"strategy.{batch}={BATCH}", "distil.epochs=1", f"clients={clients}",
-        "rounds=100000", "train.batch_size=10", "train.lr=0.05", "train.momentum=0", "distil.optimizer=sgd",
+        "rounds=100000", "train.epochs=1", "train.batch_size=10", "train.lr=0.05", "train.momentum=0",
+        "distil.optimizer=sgd",
     ]  # fmt: skip
     x, y = pool(workload)
     kind = "image" if len(workload.shape) == 3 else "features"

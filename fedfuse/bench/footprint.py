@@ -21,7 +21,7 @@ from fedfuse.errors import WorldError
 MIB = 2**20
 LOGISTIC = (
     "strategy=fedavg", "data=digits", "model=custom", "model.build=fedfuse.bench.contestants:linear", "clients=100",
-    "participation=0.5", "partition=iid", "train.batch_size=10", "rounds=1",
+    "participation=0.5", "partition=iid", "train.epochs=1", "train.batch_size=10", "rounds=1",
 )  # fmt: skip
 BUDGET = 1000  # MiB, for 2,000 clients of three architectures with 1.0 to 1.1 MB of weights of their own
 STATEFUL = (

@@ -185,7 +185,7 @@ class ModelConfig:
 class TrainConfig:
     """Local training."""
 
-    epochs: int = key(1, "passes over a client's examples a round", only="train.max_steps=null")
+    epochs: int = key(5, "passes over a client's examples a round", only="train.max_steps=null")
     max_steps: int | None = key(None, "steps a round, in place of passes: as many passes as they take")
     batch_size: int = key(32, "examples a step")
     micro_batch: int | None = key(
