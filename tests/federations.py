@@ -44,7 +44,7 @@ claim_identity()
 
 TINY = (
     "data=digits", "data.limit=240", "data.test_limit=60", "partition=iid", "clients=3", "rounds=2",
-    "model=mlp_small", "transfer.size=24", "train.batch_size=16", "runtime=inline",
+    "model=mlp_small", "transfer.size=24", "train.epochs=1", "train.batch_size=16", "runtime=inline",
 )  # fmt: skip
 
 # generators train for minutes as they come: what a run does is the same in a few steps of small batches

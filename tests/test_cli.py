@@ -12,6 +12,7 @@ import pytest
 
 SMALL = (
     "data.limit=200",
+    "train.epochs=1",
     "data.test_limit=50",
     "partition=iid",
     "clients=2",

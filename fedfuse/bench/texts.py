@@ -37,7 +37,7 @@ def scenario_of(workload: Workload, clients: int, *more: str) -> Any:
     words = [
         f"strategy={workload.strategy}", f"strategy.rank={RANK}", "strategy.init=random_orthonormal",
         f"model={workload.model}", f"model.path={stories()}", f"clients={clients}", "rounds=100000",
-        "train.batch_size=10", "train.optimizer=adamw", f"train.lr={RATE}", "transfer.size=0",
+        "train.epochs=1", "train.batch_size=10", "train.optimizer=adamw", f"train.lr={RATE}", "transfer.size=0",
     ]  # fmt: skip
     x = pool()
     classes = tuple(map(str, range(VOCABULARY)))

@@ -15,8 +15,8 @@ from tests.federations import play
 # three clients of quite different sizes and classes, 40 transfer rows, two batches of them a pass
 BASE = (
     "data=digits", "data.limit=240", "data.test_limit=20", "partition=dirichlet", "partition.alpha=0.5",
-    "partition.min_size=5", "clients=3", "rounds=2", "model=mlp_small", "transfer.size=40", "train.batch_size=16",
-    "evaluate.every=2", "runtime=inline",
+    "partition.min_size=5", "clients=3", "rounds=2", "model=mlp_small", "transfer.size=40", "train.epochs=1",
+    "train.batch_size=16", "evaluate.every=2", "runtime=inline",
 )  # fmt: skip
 
 # values where neither the choices nor twice the default will do

@@ -19,8 +19,9 @@ pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
 ADAPTERS = [name for name in registry.listed() if "targets" in registry.entry(name).hyper.__dataclass_fields__]
 COMMON = (
-    "clients=2", "partition=iid", "rounds=2", "runtime.name=inline", "transfer.size=4", "train.batch_size=8",
-    "train.optimizer=adamw", "train.lr=0.02", "data.limit=24", "data.test_limit=6", "evaluate.every=2", "model=hf",
+    "clients=2", "partition=iid", "rounds=2", "runtime.name=inline", "transfer.size=4", "train.epochs=1",
+    "train.batch_size=8", "train.optimizer=adamw", "train.lr=0.02", "data.limit=24", "data.test_limit=6",
+    "evaluate.every=2", "model=hf",
 )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_a_pretrained_model_that_forgets_is_told(folder: Path, tmp_path: Path) -
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **size)).save_pretrained(tmp_path)
-    words = ("fedavg", f"model.path={tmp_path}", "rounds=1", "train.optimizer=sgd")
+    words = ("fedavg", f"model.path={tmp_path}", "rounds=1", "train.epochs=1", "train.optimizer=sgd")
 
     def told(rate: float) -> bool:
         done = play(*words, f"train.lr={rate}", base=base(folder, "causal"))

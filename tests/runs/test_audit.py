@@ -18,7 +18,8 @@ from fedfuse.runs.sweep import sweep
 
 SMALL = (
     "data=digits", "data.limit=400", "data.test_limit=60", "partition=dirichlet", "partition.alpha=0.1", "clients=4",
-    "partition.min_size=5", "rounds=2", "model=mlp_small", "transfer.size=60", "train.batch_size=16", "runtime=inline",
+    "partition.min_size=5", "rounds=2", "model=mlp_small", "transfer.size=60", "train.epochs=1",
+    "train.batch_size=16", "runtime=inline",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tests.federations import play
 
 BASE = (
     "data=digits", "data.limit=90", "data.test_limit=10", "partition=iid", "clients=3", "rounds=2", "model=mlp",
-    "transfer.size=0", "train.batch_size=16", "evaluate.every=2", "runtime.name=inline",
+    "transfer.size=0", "train.epochs=1", "train.batch_size=16", "evaluate.every=2", "runtime.name=inline",
 )  # fmt: skip
 LORA = ("model.lora_rank=4", "model.lora_alpha=8")
 

@@ -347,7 +347,7 @@ def test_the_least_noise_is_found_and_lasts_exactly_as_long_as_planned(tmp_path,
     state: dict = {}
     config = PrivacyConfig(epsilon=0.2, delta=0.01)
     for _ in range(2):  # state survives between rounds, the object does not
-        budget = Budget(config, TrainConfig(batch_size=25), 2, 100, state)
+        budget = Budget(config, TrainConfig(epochs=1, batch_size=25), 2, 100, state)
         rate, steps = budget.steps()
         assert (rate, steps) == (0.25, 4)
         budget.spend(budget.noise([(rate, steps)]), rate, steps)

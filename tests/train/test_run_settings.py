@@ -19,7 +19,7 @@ from tests.halves import client
 
 BASE = (
     "data=digits", "data.limit=90", "data.test_limit=10", "partition=iid", "clients=2", "rounds=2", "model=mlp_small",
-    "transfer.size=0", "train.batch_size=16", "evaluate.every=2", "runtime.name=inline",
+    "transfer.size=0", "train.epochs=1", "train.batch_size=16", "evaluate.every=2", "runtime.name=inline",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_the_step_is_as_long_as_the_clipped_gradient() -> None:
         model = Words().double()
         before = model.table.weight.detach().clone()
         whole = torch.autograd.grad(task_loss(model(x), y), model.table.weight)[0]
-        train(model, x, y, losses, TrainConfig(batch_size=6, lr=0.5, momentum=0), (0,), clip=clip)
+        train(model, x, y, losses, TrainConfig(epochs=1, batch_size=6, lr=0.5, momentum=0), (0,), clip=clip)
         step = (before - model.table.weight.detach()).norm() / 0.5
         assert torch.allclose(step, whole.norm().clamp(max=clip), rtol=1e-5)
 
@@ -127,7 +127,7 @@ def test_the_rate_is_put_back_and_never_kept() -> None:
     model = Words()
     made = optimizer(model.parameters(), TrainConfig(lr=0.5))
     rates: list[float] = []
-    config = TrainConfig(lr=0.5, batch_size=2)
+    config = TrainConfig(epochs=1, lr=0.5, batch_size=2)
     train(model, x, y, losses, config, (0,), optimizer=made, rate=lambda k, steps: (k + 1) / steps,
           after_step=lambda done, planned: rates.append(made.param_groups[0]["lr"]))  # fmt: skip
     assert rates == pytest.approx([0.5 / 3, 1 / 3, 0.5])
