@@ -20,7 +20,7 @@ from fedfuse.network.replies import MOST
 from fedfuse.wire.packing import PACKED
 from fedfuse.wire.records import InvalidArrays, plain_numpy
 
-JOINED, ORDER = "*", "*"  # the one record, by a name that no other can have; its entry that names them in order
+JOINED, ORDER = "*", "*"  # the one record, others beside it are named by their place; its entry that names all in order
 SMALL = 2**20  # bytes of a packed record that goes with the others; larger ones travel in Flower's chunks
 KINDS: dict[str, Any] = {"config": ConfigRecord, "metrics": MetricRecord}
 
@@ -35,7 +35,7 @@ def joined(content: RecordDict) -> RecordDict:
             entries[f"{i}/"] = small
         elif isinstance(value, ArrayRecord):
             order.append(["apart", name])
-            out[name] = value
+            out[str(i)] = value
         else:
             order.append(["metrics" if isinstance(value, MetricRecord) else "config", name])
             entries |= {f"{i}/{key}": entry for key, entry in value.items()}
@@ -75,13 +75,13 @@ def _parted(content: RecordDict, entries: dict[str, Any]) -> RecordDict:
     for key, value in entries.items():
         at, _, rest = key.partition("/")
         inside[int(at)][rest] = value
-    apart = [name for kind, name in order if kind == "apart"]
-    if set(apart) | {JOINED} != set(content):
+    apart = {str(i) for i, (kind, _) in enumerate(order) if kind == "apart"}
+    if apart | {JOINED} != set(content):
         raise ValueError("records beside it that it does not name")
     out = RecordDict()
-    for (kind, name), values in zip(order, inside, strict=True):
+    for i, ((kind, name), values) in enumerate(zip(order, inside, strict=True)):
         if kind == "apart":
-            out[name] = content.array_records[name]
+            out[name] = content.array_records[str(i)]
         elif kind == "arrays":
             if len(packed := values.pop("")) > SMALL:  # what is large comes in chunks, which are counted first
                 raise ValueError(f"record {name[:40]!r} is too large to go with the others")
