@@ -17,8 +17,9 @@ over classes twice, c and the entries of Q_c, without T² (a `loss=` of the user
 others, and it adds one noise vector to all classes: neither is reproduced. The paper's ν is not in its code, hence 0;
 its terms are norms, not squares, which is not reproduced. The noise is seeded, so it makes runs comparable, not
 private. One architecture, since models are averaged. At the code's λ, γ and scale the clipping is what is felt: ten
-rounds of digits at a run's defaults end at 59.9 and 62.1 % (seeds 0, 1), FedAvg with `train.clip=1.1` at 59.9 and 61.9;
-with `clip=null` at 75.8 and 77.9, FedAvg at 76.1 and 77.9.
+rounds of digits with train.epochs=1, else at a run's defaults, end at 59.9 and 62.1 % (seeds 0, 1), FedAvg with
+`train.clip=1.1` at 59.9 and 61.9; with `clip=null` at 75.8 and 77.9, FedAvg at 76.1 and 77.9. With five epochs it
+ends at 95.0 % in the mean of both seeds, FedAvg at 94.9.
 """
 
 from __future__ import annotations
