@@ -65,4 +65,5 @@ def server_fn(context: Context) -> ServerAppComponents:
     return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=int(run["rounds"])))
 
 
-client, server = ClientApp(client_fn=client_fn), ServerApp(server_fn=server_fn)
+client = ClientApp(client_fn=client_fn)  # each by itself: Flower looks for them in the syntax tree
+server = ServerApp(server_fn=server_fn)
