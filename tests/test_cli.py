@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +328,16 @@ def test_a_name_in_a_file_does_not_steer_the_terminal(tmp_path: Path, capsys: py
     said = capsys.readouterr().err
     assert "PWNED" in said
     assert said[:-1].isprintable()
+
+
+def test_the_defaults_that_help_names_are_the_defaults() -> None:
+    from omegaconf import OmegaConf
+
+    from fedfuse.cli import USAGE
+    from fedfuse.config.compose import compose
+
+    composed = OmegaConf.structured(compose([]))
+    told = re.findall(r"([a-z._]+)=([\d.]+)\b", USAGE[USAGE.index("Keys: ") : USAGE.index("For example")])
+    assert len(told) == 8
+    found = {key: str(OmegaConf.select(composed, key)) for key, _ in told}
+    assert found == {**dict(told), "clients": "None"}  # which the data may decide: 10 where they do not

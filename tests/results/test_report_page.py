@@ -209,9 +209,15 @@ def test_unfinished_only_and_no_rows(tmp_path):
         report([tmp_path / "a"], tmp_path / "file")
 
 
-@pytest.mark.parametrize(("name", "told"), [("dirichlet", True), ("size", True), ("iid", False), ("natural", False)])
-def test_the_head_names_an_alpha_only_where_something_was_dealt_by_it(tmp_path, name, told):
-    write_run(tmp_path / "a", config={"partition": {"name": name}})
+@pytest.mark.parametrize(
+    ("name", "sizes", "told"),
+    [
+        ("dirichlet", "linear", True), ("size", "dirichlet", True), ("size", "linear", False),
+        ("iid", "dirichlet", False), ("natural", "dirichlet", False),
+    ],
+)  # fmt: skip
+def test_the_head_names_an_alpha_only_where_something_was_dealt_by_it(tmp_path, name, sizes, told):
+    write_run(tmp_path / "a", config={"partition": {"name": name, "sizes": sizes}})
     head = report([tmp_path / "a"], tmp_path / "out").path.read_text(encoding="utf-8").split("Made ")[0]
     assert f"partition {name}" in head
     assert ("partition.alpha" in head) == told
