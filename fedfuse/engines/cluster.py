@@ -82,6 +82,11 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
                 raise WorldError(f"Ray did not start on this machine: {told} The same command goes on.") from error
 
 
+def own_folder() -> Path | None:
+    """The folder of the Ray that this process started, which only its user may enter and which ends with it."""
+    return _own[-1] if _own else None
+
+
 LAST_WORDS = 2.0  # seconds: what workers print comes by Ray's log monitor, which looks a few times a second
 
 

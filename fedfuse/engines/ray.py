@@ -1,8 +1,8 @@
 """`runtime=ray`: a fixed pool of actors, each holding resident models; whole lists of groups pushed at once.
 
-A large array sent to many clients enters the object store once a round, a small one travels with the calls. Groups are
-handed out longest first; replies are streamed back in client order. Committed client state lies outside the actors, so
-a dead actor costs one retry.
+A large array sent to many clients enters the object store once a round, a small one travels with the calls, and short
+calls have a line of their own. Groups are handed out longest first; replies are streamed back in client order.
+Committed client state lies outside the actors, so a dead actor costs one retry.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from fedfuse.core.asked import parcels
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED
 from fedfuse.core.threads import single_thread
-from fedfuse.engines.cluster import before_end, connect, disconnect
+from fedfuse.engines.cluster import before_end, connect, disconnect, own_folder
 from fedfuse.engines.grid import LocalGrid
-from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
+from fedfuse.engines.line import receive, send
+from fedfuse.engines.worker import Answer, Bare, Task, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
@@ -42,6 +44,7 @@ __all__ = ["RayGrid", "connect", "disconnect"]
 WINDOW = 48 * 2**20  # bytes of replies that may wait for their turn
 SMALL = 2**18  # bytes of knowledge up to which it travels with the calls: the object store costs some 5 ms a round
 LARGE = 2**20  # bytes of one group's replies above which groups are not batched into one call
+BRIEF = 2 * LARGE  # bytes of a call's reply up to which the line is quicker than Ray
 LEVEL = 16  # groups a worker: the longest is then a small part of what each does
 MOST = 512  # clients in one call
 SHORT = 0.2  # seconds of work that one call shall last at least, so that calls cost little
@@ -131,10 +134,6 @@ class RayGrid(LocalGrid):
         """Wait for workers to begin; who has died, or for whom a cluster has no room yet, is met with in the rounds."""
         ray.wait([member.ready for member in self.crew], num_returns=len(self.crew), timeout=PATIENCE)
 
-    def pids(self) -> list[int]:
-        """Process ids of the actors."""
-        return ray.get([member.actor.pid.remote() for member in self.crew])
-
     def exchange(self, groups: list[list[Message]]) -> Iterator[Message]:
         """Hand out groups longest first and stream the replies back in order."""
         if self._scenario.config.runtime.memory is not None:
@@ -187,10 +186,13 @@ class RayGrid(LocalGrid):
     def prepare(self, member: Member) -> None:
         """Let a worker take on the run, once; learn whether it sees the state directory."""
         if member.ready is None:
-            member.ready = member.actor.prepare.remote(*self._args)
+            folder = own_folder()  # none: Ray's, and perhaps the workers', are elsewhere
+            member.address = None if folder is None else str(folder / f"line-{uuid.uuid4().hex[:12]}")
+            member.ready = member.actor.prepare.remote(*self._args, member.address)
 
     def replace(self, member: Member) -> None:
         """End a worker that is dead, hung or at odds with itself, and start another in its place."""
+        member.hang_up()
         with contextlib.suppress(Exception):
             ray.kill(member.actor)
         member.actor, member.ready, member.shares_directory = self._start(again=True), None, None
@@ -213,6 +215,8 @@ class RayGrid(LocalGrid):
 
     def close(self) -> None:
         """Give the workers back for the next run of this process."""
+        for member in self.crew:
+            member.hang_up()
         _idle.setdefault(self._share, []).extend(member.actor for member in self.crew)
         self.crew, self._references, self._foreign = [], {}, None
         self._token.unlink(missing_ok=True)
@@ -226,6 +230,50 @@ class Member:
         self.ready: Any = None
         self.shares_directory: bool | None = None
         self.load = 0.0
+        self.address: str | None = None  # where it listens once it is ready
+        self.line: Connection | None = None
+        self.attending: Any = None
+
+    def ask(self, task: Task, brief: bool) -> Any:
+        """Hand over a call: by the line if it is brief and there may be one, else by Ray, whose reference it returns.
+
+        Raises
+        ------
+        OSError, RayError
+            If the worker is gone.
+        """
+        if not (brief and self.address and self.shares_directory):
+            self.hang_up()
+            return self.actor.work.remote(task)
+        if self.line is None:
+            self.attending = self.actor.attend.remote()
+            self.line = Client(self.address, "AF_UNIX")  # it listens since it is ready; what is sent waits for it
+        send(self.line, task)
+        return None
+
+    def answer(self, call: Call) -> Any:
+        """Wait for what a call returns.
+
+        Raises
+        ------
+        RayError, _Lost
+            If the worker died over it.
+        """
+        if not call.by_line:
+            return ray.get(call.reference)
+        assert self.line is not None, "nobody hangs up while a call is out"
+        try:
+            return receive(self.line)
+        except (EOFError, OSError) as error:
+            ray.get(self.attending)  # which knows what it died of
+            raise _Lost(f"its line broke: {error or 'end of file'}") from error
+
+    def hang_up(self) -> None:
+        """Let the worker take Ray's calls again."""
+        if self.line is not None:
+            with self.line, contextlib.suppress(OSError):
+                send(self.line, None)
+            self.line = self.attending = None
 
 
 @dataclass
@@ -235,12 +283,18 @@ class Call:
     parts: list[tuple[int, int]]  # (group, member); member -1: all
     sent: bool = False
     reference: Any = None
+    by_line: bool = False
     lost: str = ""
 
     @property
     def suspect(self) -> bool:
         """Whether a worker died over it before."""
         return self.parts[0][1] >= 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether no call may follow it before its reply is here."""
+        return self.suspect or self.by_line
 
 
 class Exchange:
@@ -308,12 +362,13 @@ class Exchange:
 
     def _send(self, member: Member) -> None:
         """Push what a worker owes, but nothing behind a suspect: a worker that dies over the next call may take the
-        reply before it along, and the suspect would be blamed again.
+        reply before it along, and the suspect would be blamed again. Nor behind a call on the line: who still writes
+        a reply does not read.
         """
         for call in member.calls:
             if not call.sent:
                 self._push(member, call)
-            if call.suspect:
+            if call.alone:
                 return
 
     def _push(self, member: Member, call: Call) -> None:
@@ -335,9 +390,16 @@ class Exchange:
             states = {} if member.shares_directory else grid.states(member, [b for group in bare for b in group])
             common = None if run is None else dict(run)
             # one argument: Ray's way to write one costs 0.1 ms, however small it is
-            call.reference = member.actor.work.remote((common, bare, needs, states, call.suspect))
-        except RayError as error:
+            brief = len(member.calls) == 1 and not call.suspect and self._is_brief(needs, len(parts))
+            call.reference = member.ask((common, bare, needs, states, call.suspect), brief)
+            call.by_line = call.reference is None
+        except (RayError, OSError) as error:
             call.lost = _cause(error)
+
+    def _is_brief(self, needs: dict[Address, tuple[int, Any]], groups: int) -> bool:
+        """Whether nothing lies in the object store, and the reply, by what the last ones were, will be small."""
+        _, size = self.grid.seen.get(self.kind, (0.0, BRIEF))
+        return size * groups < BRIEF and all(isinstance(value, tuple) for _, value in needs.values())
 
     # -- taking back ---------------------------------------------------------------------------------------
 
@@ -347,12 +409,12 @@ class Exchange:
         try:
             if call.lost:
                 raise _Lost(call.lost)
-            answers, kept, seconds = ray.get(call.reference)
+            answers, kept, seconds = member.answer(call)
         except (RayError, _Lost) as error:
             self._recover(member, _cause(error))
             return
         member.calls.popleft()
-        if call.suspect:
+        if call.alone:
             self._send(member)
         for verb, client, key, tree, previous in kept:
             self._keep(verb, client, key, tree, previous)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
-import os
 import time
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedfuse.core.groups import Groups
 from fedfuse.core.node import Answered, Node
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.threads import single_thread
+from fedfuse.engines.line import receive, send
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
 from fedfuse.wire.knowledge import Address, Cache, Item, Stale
@@ -107,6 +109,7 @@ class Worker:
         single_thread()
         claim_identity()
         self.cache = Cache()
+        self.listener: Listener | None = None
         gc.collect()
         gc.freeze()  # what was imported is never garbage: looking through it takes 0.1 s
 
@@ -119,8 +122,15 @@ class Worker:
         device: str,
         retries: int,
         limit: float | None,
+        line: str | None,
     ) -> bool:
-        """Take on a run: what it builds from here on is resident. Say whether the driver's directory is seen."""
+        """Take on a run: what it builds from here on is resident. Say whether the driver's directory is seen.
+
+        `line` is where `attend` is to listen, if the driver is on this machine.
+        """
+        if self.listener is not None:
+            self.listener.close()
+        self.listener = None if line is None else Listener(line, "AF_UNIX")
         self.cache = Cache()
         seen = Path(state_dir, token).exists()
         self.store: ClientStore = ClientStore(Path(state_dir)) if seen else CarriedStore()
@@ -129,9 +139,12 @@ class Worker:
         self.groups = Groups(self.node)
         return seen
 
-    def pid(self) -> int:
-        """Process id, for tests that kill."""
-        return os.getpid()
+    def attend(self) -> None:
+        """Work on calls that come by the line, until the driver says that Ray's go on or is gone."""
+        assert self.listener is not None, "prepared without a line"
+        with self.listener.accept() as line, contextlib.suppress(EOFError, ConnectionError):
+            while (task := receive(line)) is not None:
+                send(line, self.work(task))
 
     def work(self, task: Task) -> tuple[list[list[Answer]], list[Any], float]:
         """Run groups in the order given; return each group's answers, states to keep, and the seconds it took."""
