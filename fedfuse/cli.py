@@ -27,7 +27,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors; --peft DIR: its adapters for peft;
                                            --merged DIR: a Hugging Face directory, adapters merged
-  fedfuse audit RUN_DIR --audit ldia,pli   what a finished simulation's messages give away: fedfuse help audit
+  fedfuse audit RUN_DIR --audit ldia,pli   what a finished simulation's messages give away
   fedfuse deploy …                         real processes over TLS: fedfuse deploy --help
   fedfuse flower APP_DIR [--nodes N]       run an unmodified Flower app on FedFuse's engine
   fedfuse bench …                          the performance suite
@@ -279,6 +279,8 @@ def _help(words: list[str], started: float) -> int:
         print(part)
         if words[0] in ("run", "compare"):
             print("\n" + USAGE[USAGE.index("Groups, ") :] + "\n" + reference.all_rows())
+        if words[0] == "audit":  # a key as well, whose words are what a user asks for
+            print("\n" + reference.key_text("audit"))
         return 0
     if not words or words[0] in COMMANDS:
         print(USAGE, end="")

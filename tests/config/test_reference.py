@@ -86,6 +86,7 @@ def test_what_is_asked_for_is_found(capsys) -> None:
         (["help", "evaluate.moment"], "  may be: text: received, trained"),
         (["help", "model.path"], "  may be: text or null\n"),
         (["help", "partition"], "partition=dirichlet|prior|clustered"),
+        (["help", "audit"], "  coop_lira "),
         (["help", "knfu"], "T_s·C·B_f bytes each way"),
         (["run", "--help"], "train.weight_decay=0.0"),
         (["help"], "fedfuse help KEY"),
