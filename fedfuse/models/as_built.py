@@ -36,11 +36,11 @@ class AsBuilt:
         self._data = [parameter.data for parameter in self.own]
         self._graded = [parameter.requires_grad for parameter in self.own]
         self._unhooked = [parameter for parameter in self.own if not hooked([parameter])]
-        self._modules = list(model.modules())
-        self._kinds = [type(module) for module in self._modules]
+        self._layers = list(model.modules())
+        self._kinds = [type(module) for module in self._layers]
         # a class of one layer alone, which torch changes when its parametrization goes
         self._ways = [(kind, dict(vars(kind))) for kind in self._kinds if kind.__module__ == PARAMETRIZED]
-        held = [*(one.__dict__ for one in (*self._modules, *self.own)), *hooked(self.own)]
+        held = [*(one.__dict__ for one in (*self._layers, *self.own)), *hooked(self.own)]
         # dicts, lists and sets of the modules, and what was in them: two lists of them compare in 1 µs a module
         self._now = list({id(one): one for whole in held for one in inside(whole)}.values())
         self._then = [copy_of(one) for one in self._now]
@@ -88,7 +88,7 @@ class AsBuilt:
         for found in hooked(self._unhooked):
             found.clear()  # autograd goes by this very dict
         if not self._same():
-            for module, kind in zip(self._modules, self._kinds, strict=True):
+            for module, kind in zip(self._layers, self._kinds, strict=True):
                 module.__class__ = kind
             for kind, then in self._ways:
                 for name in then.keys() - vars(kind).keys():
@@ -110,7 +110,7 @@ class AsBuilt:
     def _same(self) -> bool:
         try:
             return (
-                list(map(type, self._modules)) == self._kinds
+                list(map(type, self._layers)) == self._kinds
                 and self._now == self._then
                 and (not self._numbers or all(one.get(name) is value for one, name, value in self._numbers))
                 and list(map(list, self._named)) == self._order

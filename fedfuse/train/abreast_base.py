@@ -40,6 +40,12 @@ class Base:
         self.layers = adapted(self.many)
         for layer in self.layers.values():
             layer.__dict__["linear"] = _by_client
+        # a layer's attribute by one of these names is found before the buffer that it has by that name
+        self.buffers = [
+            (vars(layer), kind, f"{name}.{kind}")
+            for name, layer in self.layers.items()
+            for kind, _ in layer.named_buffers(recurse=False, remove_duplicate=False)
+        ]
         for one in (self.alone, self.many):
             training.training_mode(one)
         self.alike: dict[Any, bool] = {}
@@ -55,10 +61,8 @@ class Base:
 
     def _together(self, weights: Weights, x: Tensor) -> Tensor:
         self.weights = weights
-        for name, layer in self.layers.items():
-            for kind in layer._buffers:
-                if layer._buffers[kind] is not None:
-                    layer._buffers[kind] = weights[f"{name}.{kind}"]
+        for attributes, kind, name in self.buffers:
+            attributes[kind] = weights[name]
         out: Tensor = self.many(x.flatten(0, 1))
         return out.unflatten(0, x.shape[:2])
 

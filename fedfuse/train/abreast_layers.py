@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedfuse.compat.torch_hooks import has_hooks
 from fedfuse.models.feedforward import Classifier, Convolutional, channels_last
 from fedfuse.train.abreast_images import convolution, pooling
 
@@ -21,7 +22,6 @@ Weights = Mapping[str, Tensor]  # by name, (K, *shape); what all clients share h
 Forward = Callable[[Weights, Tensor], Tensor]
 
 SMALL = 400  # multiplications of one product below which torch has a loop of its own for batched ones
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def stacked(module: nn.Module, prefix: str = "") -> Forward | None:
@@ -34,8 +34,7 @@ def stacked(module: nn.Module, prefix: str = "") -> Forward | None:
     prefix
         What its parameters' names begin with among the weights.
     """
-    own = vars(module)
-    if "forward" in own or any(own.get(name) for name in HOOKS):
+    if "forward" in vars(module) or has_hooks(module):
         return None
     build = KINDS.get(type(module))
     return None if build is None else build(module, prefix)

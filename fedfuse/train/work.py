@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fedfuse.compat.torch_hooks import without_hooks
 from fedfuse.models.in_place import evaluating
 
 
@@ -41,8 +42,6 @@ class Tally:
     unit: int = 0
     trained: bool = False
 
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)  # clients that take turns have one each
 _known: WeakKeyDictionary[nn.Module, dict[Any, int]] = WeakKeyDictionary()
@@ -103,23 +102,16 @@ def flops(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor
 
 
 def _counted(model: nn.Module, x: Tensor, backward: bool, forward: Callable[[Tensor], Any] | None) -> int:
-    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are and wakes no hook."""
+    """One pass in evaluation mode, which leaves buffers, gradients and random numbers as they are and calls no hook."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    hooks = [(module, name, vars(module)[name]) for module in model.modules() for name in HOOKS]
-    for module, name, kept in hooks:  # a strategy's hooks add up what passes through a layer
-        vars(module)[name] = type(kept)()
     counter = FlopCounterMode(display=False)
     fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
-    try:
-        with evaluating(model), fork, torch.set_grad_enabled(backward), counter:
-            out = (forward or model)(x)
-            if backward:
-                wanted = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(_scalar(out), wanted, allow_unused=True)
-    finally:
-        for module, name, kept in hooks:
-            vars(module)[name] = kept
+    with without_hooks(model), evaluating(model), fork, torch.set_grad_enabled(backward), counter:
+        out = (forward or model)(x)
+        if backward:
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(_scalar(out), wanted, allow_unused=True)
     return int(counter.get_total_flops())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfuse.compat import torch_draws, torch_lists, torch_norms, torch_optimizers, torch_state
+from fedfuse.compat import torch_draws, torch_hooks, torch_lists, torch_norms, torch_optimizers, torch_state
 from fedfuse.compat.torch_draws import first_of_permutation
 from fedfuse.compat.torch_writes import writes
 from fedfuse.models.in_place import overlay, variable
@@ -73,6 +73,33 @@ def test_hooks_on_gradients_are_found_emptied_and_carried_to_a_copy() -> None:
         assert one.grad.tolist() == [gradient, gradient]
     assert (called, made.rate) == (["after"], 0.5)  # type: ignore[attr-defined]
     assert torch_state.hooked([parameter]) == []
+
+
+PASSES = ("forward_pre", "forward", "full_backward_pre", "full_backward")
+
+
+@pytest.mark.parametrize("when", PASSES)
+def test_a_hook_on_a_pass_is_seen_and_can_be_taken_off_for_a_while(when: str) -> None:
+    assert torch_hooks.known()
+    made, called = nn.Sequential(nn.Linear(2, 2), nn.Tanh()), list[str]()
+    assert not torch_hooks.has_hooks(made[0])
+    getattr(made[0], f"register_{when}_hook")(lambda *_: called.append(when))
+    assert [torch_hooks.has_hooks(module) for module in (made, *made)] == [False, True, False]
+    with torch_hooks.without_hooks(made):
+        made(torch.ones(1, 2, requires_grad=True)).sum().backward()
+        assert called == []
+    made(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert called == [when]
+
+
+def test_without_the_names_every_module_is_taken_for_one_with_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_hooks, "known", lambda: False)
+    made, called = nn.Linear(2, 2), list[int]()
+    assert torch_hooks.has_hooks(made)
+    made.register_forward_hook(lambda *_: called.append(1))
+    with torch_hooks.without_hooks(made):
+        made(torch.ones(1, 2))
+    assert called == [1]
 
 
 def test_a_module_with_a_hook_or_a_way_of_its_own_is_left_to_torch() -> None:
