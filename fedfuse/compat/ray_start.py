@@ -1,28 +1,48 @@
 """Ray's start without the processes that serve nobody here.
 
 Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`,
-`.node.Node.start_api_server`, `.parameter.RayParams`, and of `ray._raylet` the port names and `persist_port`.
+`.node.Node.start_api_server`, `.parameter.RayParams`, of `ray._raylet` the port names and `persist_port`, and the
+options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
 
-It buys five Python processes, two thirds of the time of a start (docs/performance_history.md): the autoscaler, the log
-monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard and one builds
-runtime environments; our actors have none. If a name is gone, `lean_start` raises, and `engines.cluster.connect`
-says so and starts Ray as it is. Guard: `tests/compat/test_ray.py`.
+All but the options buy five Python processes, two thirds of the time of a start (docs/performance_history.md): the
+autoscaler, the log monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard
+and one builds runtime environments; our actors have none. If such a name is gone, `lean_start` raises, and
+`engines.cluster.connect` says so and starts Ray as it is. An option that is gone is not given. Guard:
+`tests/compat/test_ray.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import shlex
 from collections.abc import Iterator
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import ray
 
 AGENTS = {  # of a raylet: the option that starts one, and the ports it writes down
     "--dashboard_agent_command": ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"),
     "--runtime_env_agent_command": ("RUNTIME_ENV_AGENT",),
 }
+
+
+def private_options(folder: Path) -> dict[str, Any]:
+    """Options of `ray.init` that Ray may take away: where sockets and logs lie, how replies come, workers' priority.
+
+    Replies of a few small groups come with the call, without the object store's two extra turns. Workers are as
+    urgent as their driver: at Ray's niceness of 15, one busy process beside them leaves them a thirtieth of a core.
+    """
+    options = {
+        "_temp_dir": str(folder),
+        "_system_config": {"max_direct_call_object_size": 2 * 2**20, "worker_niceness": 0},
+    }
+    taken = inspect.unwrap(ray.init).__code__.co_consts  # it takes them out of its `**kwargs`, by these strings
+    return {name: value for name, value in options.items() if name in taken}
 
 
 @contextlib.contextmanager

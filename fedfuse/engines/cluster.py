@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from fedfuse.compat.quiet import QUIET
-from fedfuse.compat.ray_start import lean_start
+from fedfuse.compat.ray_start import lean_start, private_options
 from fedfuse.errors import TRACEBACK, UserError, WorldError
 
 log = logging.getLogger("fedfuse")
@@ -60,9 +60,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     folder = _directory()
     if memory is not None:
         options["object_store_memory"] = max(memory, 80 * 2**20)  # Ray starts with no less
-    # Replies of a few small groups come with the call, without the object store's two extra turns. Workers are as
-    # urgent as their driver: at Ray's niceness of 15, one busy process beside them leaves them a thirtieth of a core.
-    options["_system_config"] = {"max_direct_call_object_size": 2 * 2**20, "worker_niceness": 0}
+    options |= private_options(folder)
     atexit.register(disconnect)
     # a busy machine may need more than the half minute that Ray grants itself
     first: str | None = None
@@ -72,7 +70,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
             log.warning("fedfuse: Ray did not start without its helpers (%s); starting it with them", first)
         try:
             with lean_start() if lean else contextlib.nullcontext():
-                ray.init(num_cpus=workers, include_dashboard=False, address="local", _temp_dir=str(folder), **options)
+                ray.init(num_cpus=workers, include_dashboard=False, address="local", **options)
             return
         except Exception as error:  # Ray raises a bare one where it takes more than half a minute
             ray.shutdown()

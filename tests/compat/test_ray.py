@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,16 @@ def test_the_names_are_there_and_are_put_back() -> None:
         assert Node.start_api_server(None, include_dashboard=False, raise_on_failure=True) is None
         assert ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV is False
     assert (services.start_ray_process, Node.start_api_server, RayParams.__init__) == before
+
+
+def test_options_that_ray_does_not_know_are_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    known = ray_start.private_options(tmp_path)
+    assert known.keys() == {"_temp_dir", "_system_config"}
+    assert known["_temp_dir"] == str(tmp_path)
+    monkeypatch.setattr(ray, "init", lambda **options: options.pop("_temp_dir"))
+    assert ray_start.private_options(tmp_path).keys() == {"_temp_dir"}
 
 
 def test_a_start_that_falls_back_says_its_first_error(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
