@@ -69,7 +69,7 @@ def geometric_median(x: Tensor, f: int = 0) -> Tensor:
 
 def trimmed_mean(x: Tensor, f: int) -> Tensor:
     """Flower's `trim_mean`."""
-    from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
+    from fedfuse.compat.flower_robust import trim_mean
 
     # int(fraction·n) is how many Flower cuts; a quarter more, so that it is f whatever f/n rounds to
     return torch.from_numpy(trim_mean(x.cpu().numpy(), (f + 0.25) / len(x) if f else 0.0)).to(x.device)
@@ -77,7 +77,7 @@ def trimmed_mean(x: Tensor, f: int) -> Tensor:
 
 def chosen(x: Tensor, f: int, keep: int) -> list[int]:
     """The clients that Flower's multi-Krum keeps, best first."""
-    from flwr.serverapp.strategy.multikrum import select_multikrum
+    from fedfuse.compat.flower_robust import select_multikrum
 
     # Krum looks at differences alone; about the median, squares of what all have in common do not drown them
     near = (x - median(x)).flatten(1).cpu().numpy()
@@ -98,7 +98,7 @@ def multi_krum(x: Tensor, f: int) -> Tensor:
 
 def bulyan(x: Tensor, f: int) -> Tensor:
     """Flower's second step over its first."""
-    from flwr.serverapp.strategy.bulyan import aggregate_n_closest_weights
+    from fedfuse.compat.flower_robust import aggregate_n_closest_weights
 
     kept = x[sorted(chosen(x, f, len(x) - 2 * f))]
     rows = [[one.cpu().numpy()] for one in kept]

@@ -162,6 +162,19 @@ def test_what_flower_does_for_apps_and_nodes_is_there() -> None:
     flower_fleet.DeactivateNodeRequest(node_id=1)
 
 
+def test_flowers_robust_rules_take_arrays() -> None:
+    import numpy as np
+
+    from fedfuse.compat import flower_robust
+
+    rows = np.array([[0.0], [1.0], [2.0], [9.0]])
+    assert flower_robust.trim_mean(rows, 0.25).tolist() == [1.5]
+    (found,) = flower_robust.aggregate_n_closest_weights([np.array([1.5])], [[row] for row in rows], 2)
+    assert found.tolist() == [1.5]
+    contents = [RecordDict({"arrays": ArrayRecord([row])}) for row in (*rows, np.array([1.2]))]
+    assert flower_robust.select_multikrum(contents, 1, 1)[0] in contents[1:3] + contents[4:]
+
+
 class Control(BaseHTTPRequestHandler):
     """A SuperLink that lets each key in once."""
 
