@@ -33,11 +33,11 @@ from fedfuse.core.timed import build_clock
 from fedfuse.data import FederatedData, prepare
 from fedfuse.engines.grid import LocalGrid
 from fedfuse.engines.inline import InlineGrid
-from fedfuse.network.serial import SerialGrid
 from fedfuse.runs.directory import RunDirectory
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import Arrays, nbytes, tensors
 from tests.differences import Step, Witness
+from tests.serial_grid import SerialGrid
 
 single_thread()
 claim_identity()

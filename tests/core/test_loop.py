@@ -22,13 +22,13 @@ from fedfuse.core.loop import Callback
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Share
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, WorldError
-from fedfuse.network.serial import SerialGrid
 from fedfuse.seeding import seed_everything
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
 from tests.federations import answer, federation, intercept, play
 from tests.halves import server
 from tests.ledger import Ledger, LedgerClient, LedgerHyper, enter, losing
+from tests.serial_grid import SerialGrid
 
 
 @pytest.fixture
