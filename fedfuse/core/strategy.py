@@ -55,12 +55,12 @@ from fedfuse.wire.sums import Sum
 
 
 class Calendar(Protocol):
-    """Who can be invited, where virtual time is kept."""
+    """Which clients can be invited to a round, in a run that keeps virtual time."""
 
     apart: bool  # whether replies come one by one, since some of them may not count
 
     def sampled(self, round: int) -> list[int]:
-        """The clients drawn for a round, of those that are on."""
+        """The clients drawn for a round, among those that are available."""
 
     def there(self, client: int) -> bool:
         """Whether a client can be invited now."""
@@ -75,15 +75,17 @@ class FusionStrategy(Strategy):
     ----------------
     topics : dict of str to Topic
         Knowledge the server publishes.
-    records : dict of str to Spec
-        Layout of what clients share; a reply of another layout is rejected. None checks finiteness only.
+    records : dict of str to (Spec or None)
+        Layout of what clients share; a reply of another layout is rejected. Where it is None, numbers must be finite
+        and nothing else is checked.
     metrics : dict of str to (float, float)
         Metrics that `fuse` reads beside `num-examples`, with their least and greatest values; a reply without one, or
         with another value, is rejected.
     sums : dict of str to (str or None)
         Records of which `fuse` needs only the weighted sum, and the metric that weighs them (None: 1).
     setup : tuple of str
-        Phases before round 1; phase p pairs the client's method p with `fuse_p`.
+        Phases before round 1. In phase p the client's method p is called in place of `fit` and `share`, and the
+        server's `fuse_p` in place of `fuse`.
     transfer : {"none", "server", "clients", "both"}
         Who needs the transfer set.
     heterogeneous : bool
@@ -93,14 +95,14 @@ class FusionStrategy(Strategy):
     needs_features : bool
         Whether models must have `features(x)`, `head(z)` and `feature_dim`.
     of_classes : bool
-        Whether it computes with a class an example: data whose labels are the next tokens are refused.
+        Whether it needs one class for each example: data whose labels are the next tokens are refused.
     same_features : bool
         Whether `feature_dim` must be the same in all architectures.
     aligns : bool
         Whether architectures may read the transfer set by tokenizers of their own, as `workspace.texts` has them.
     across : bool
-        Whether an objective is told two vocabularies, where tokens of several are compared; a property where
-        hyper-parameters or tokenizers decide. Options of `loss=xtoken` are refused without.
+        Whether an objective compares tokens of two vocabularies and is told both; a property where hyper-parameters or
+        tokenizers decide. Where it is False, options of `loss=xtoken` are refused.
     discloses : tuple of str
         What of the private examples themselves leaves a client ("labels", "class counts"); said in the run's notes,
         and refused with privacy.
@@ -116,11 +118,13 @@ class FusionStrategy(Strategy):
         Whether soft labels are compared as logits: a temperature of an objective that softens probabilities alone
         (`mse`, `mae`, `rkd`, `nd`) is refused then; a property where hyper-parameters decide.
     whole : bool
-        Whether `distil` teaches whole networks with every objective there is, so that one with a second head has place.
+        Whether `distil` trains whole networks, never parts of one, whatever the objective: an objective that adds a
+        second head to the network needs that.
     staleness : {"", "updates", "newest", "wrong"}
-        What a share made from an older version is worth (`schedule=fedbuff|fedasync`). *updates*: what it moved; a
-        record named like a topic is that topic's value, moved. *newest*: it stands until its client sends another;
-        `Share.weight` says what for. *wrong*: nothing. Nothing said: refused, as *wrong* is.
+        What `fuse` does with a share that was made from an older version (`schedule=fedbuff|fedasync`). *updates*: it
+        counts how far the client moved since that version; a record named like a topic is that topic's value after it.
+        *newest*: the share stands until its client sends another, and `Share.weight` says how much it counts.
+        *wrong*: it cannot be used, and such a schedule is refused; so it is where nothing is said.
 
     Attributes
     ----------
@@ -218,7 +222,10 @@ class FusionStrategy(Strategy):
 
     @property
     def headline(self) -> str | None:
-        """Name of the server model whose score is the run's; None: all, weighted by clients of their architecture."""
+        """Name of the server model whose score is the run's.
+
+        None takes the mean of all of them, each weighted by the number of clients with its architecture.
+        """
         return None
 
     def server_halves(self) -> dict[str, tuple[str, Arrays, tuple[int, ...]]]:
@@ -288,16 +295,25 @@ class FusionStrategy(Strategy):
     def publish(
         self, topic: str, arrays: Arrays, to: SupportsIndex | str | None = None, *, version: int | None = None
     ) -> None:
-        """Put knowledge on the board for everyone, one client (int) or one architecture (str).
+        """Put knowledge on the board.
 
-        Its version is the round; what is published several times in a round says one of its own, which must grow.
+        Parameters
+        ----------
+        topic : str
+            One of `topics`.
+        arrays : dict of str to Tensor
+        to : int or str, optional
+            The client or the architecture that it is for; default everybody.
+        version : int, optional
+            Default the round. What is published several times in a round needs versions of its own, which must grow.
 
         Raises
         ------
         UserError
-            If there is no such client or architecture: nobody would ever get it.
+            If there is no such client or architecture, so that nobody would ever get it, or if one of the arrays is
+            no tensor.
         WorldError
-            If it is not finite: no client could take it, and the round before is what a run can go on from.
+            If a number in it is not finite: no client could take it. The run can be resumed from the round before.
         """
         to = self._receiver(topic, to)
         for name, value in arrays.items():
@@ -315,7 +331,15 @@ class FusionStrategy(Strategy):
         self.board.publish(topic, arrays, to, self.round if version is None else version)
 
     def published(self, topic: str, to: SupportsIndex | str | None = None) -> Arrays:
-        """The newest value of a topic."""
+        """The newest value of a topic, as it was published to everybody, one client (int) or one architecture (str).
+
+        Raises
+        ------
+        KeyError
+            If nothing was published there yet.
+        UserError
+            If there is no such client or architecture.
+        """
         return self.board.items[topic, address_of(self._receiver(topic, to))].arrays
 
     def _receiver(self, topic: str, to: SupportsIndex | str | None) -> int | str | None:
@@ -333,7 +357,11 @@ class FusionStrategy(Strategy):
 
     @property
     def summed(self) -> Mapping[str, str | None]:
-        """`sums`; where whole clients are hidden, all weigh alike; none where a defence or a liar looks at all."""
+        """The records that are summed beside the clients in this run, and the metric that weighs each.
+
+        These are `sums`, with two exceptions. Where privacy hides whole clients, all weigh alike. Where a defence or
+        liars look at each client's share, nothing is summed before.
+        """
         if self.scenario.config.defence.on or self.scenario.config.attack.colludes:
             return {}
         return dict.fromkeys(self.sums) if self.scenario.config.privacy.by_client else self.sums
@@ -420,11 +448,20 @@ class FusionStrategy(Strategy):
         self.inbox.exclude(share.client, reason)
 
     def log(self, metric: str, value: float, client: int = -1, scope: str = "server", split: str = "train") -> None:
-        """Keep a figure of this round in `metrics.parquet`."""
+        """Keep a figure of this round in `metrics.parquet`, by default one of the server's (client -1)."""
         self.logged.append((scope, client, split, metric, float(value)))
 
     def log_matrix(self, name: str, clients: list[int], matrix: torch.Tensor) -> None:
-        """Keep a client-by-client matrix of this round (similarities, fusion weights)."""
+        """Keep a matrix of this round (similarities, fusion weights) in `metrics.parquet`.
+
+        Parameters
+        ----------
+        name : str
+        clients : list of int
+            Whom rows and columns stand for.
+        matrix : Tensor
+            n × n, of the n clients.
+        """
         for i, row in zip(clients, matrix.tolist(), strict=True):
             for j, value in zip(clients, row, strict=True):
                 self.log(f"{name}/{i}/{j}", value, scope="matrix")
@@ -477,8 +514,9 @@ class FusionStrategy(Strategy):
                 break
         if not held:
             raise nobody(server_round, self.phase, self.inbox.left_out[known:])
-        if heard < (needed := self.quorum):  # who is not needed of an overcommitted cohort is awaited no longer
-            self._keep(server_round, needed)
+        # asked again: by now an overcommitted cohort awaits fewer clients, of whom a defence reckons with fewer liars
+        if heard < (needed := self.quorum):
+            self.keep_published(server_round, needed)
             return self._model_record(), MetricRecord()
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
@@ -488,6 +526,20 @@ class FusionStrategy(Strategy):
             raise
         except Exception as error:
             raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
+        self._refuse_writes(verb)
+        self._check_state()
+        for _ in stream:  # what fuse did not look at is still accepted and counted
+            pass
+        return self._model_record(), MetricRecord()
+
+    def _refuse_writes(self, verb: str) -> None:
+        """Refuse a fuse that wrote to what it shares with clients: examples, published knowledge, settings.
+
+        Raises
+        ------
+        UserError
+            Naming the method and what it wrote to.
+        """
         if written := self.workspace.written():
             raise UserError(
                 f"strategy={self.name}: {verb} wrote to {written} in place (or asked for their gradients), and they "
@@ -503,19 +555,21 @@ class FusionStrategy(Strategy):
                 f"strategy={self.name}: {verb} set {changed}, and clients in its process are handed the same settings: "
                 f"what is to last belongs into self.state"
             )
-        self._check_state()
-        for _ in stream:  # what fuse did not look at is still accepted and counted
-            pass
-        return self._model_record(), MetricRecord()
 
     def _model_record(self) -> ArrayRecord:
         """What Flower's loop is told: the model common to all, where there is one."""
         item = self.board.items.get(("model", ""))
         return record(item.arrays) if item is not None else ArrayRecord()
 
-    def _keep(self, round: int, needed: int) -> None:
-        """Leave all as it is: fewer than needed of those who answered have training examples."""
-        if self.phase in self.setup or (self.place and self._kept != round):  # what comes next needs what this makes
+    def keep_published(self, round: int, needed: int) -> None:
+        """Leave what is published as it is, and note it: too few of those who answered have training examples.
+
+        Raises
+        ------
+        WorldError
+            In a phase that makes what a later one needs.
+        """
+        if self.phase in self.setup or (self.place and self._kept != round):
             raise WorldError(f"round {round}, {self.phase}: {too_few(needed)} (clients, participation)")
         if self._kept != round:
             self.log(KEPT, needed)
@@ -555,7 +609,7 @@ class FusionStrategy(Strategy):
         """Flower asks for a log line; the run directory says it all."""
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
-        """Run under Flower's own loop, if the algorithm has one phase a round and no set-up.
+        """Run in Flower's own loop, if the algorithm has one phase a round and no set-up.
 
         Raises
         ------
@@ -583,7 +637,15 @@ class FusionStrategy(Strategy):
             raise UserError(f"strategy={self.name}, at the server: {error}") from error
 
     def messages(self, clients: Iterable[int], kind: str, extra: Mapping[str, Any]) -> list[Message]:
-        """Build the messages of this phase, in client order; `extra` reaches the clients' `config`."""
+        """Build the messages of this phase, in client order.
+
+        Parameters
+        ----------
+        clients : iterable of int
+        kind : {"train", "evaluate"}
+        extra : mapping
+            What else clients find in their `config`.
+        """
         in_setup, clients = self.phase in self.setup, list(clients)
         train = kind == "train"
         apart = self.calendar is not None and self.calendar.apart

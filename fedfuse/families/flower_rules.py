@@ -130,7 +130,7 @@ class FlowerStrategy(FusionStrategy):
         with quiet():
             arrays, _ = self.inner.aggregate_train(self.round, replies)
         if arrays is None:
-            return self._keep(self.round, len(replies) + 1)
+            return self.keep_published(self.round, len(replies) + 1)
         new, old = tensors(arrays), self.model
         new = {name: value.reshape(old[name].shape).to(old[name].dtype) for name, value in new.items()}
         weight = sum(share.examples for share in everyone)
