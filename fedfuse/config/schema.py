@@ -312,7 +312,7 @@ class DistilConfig:
 
     epochs: int | None = key(
         None,
-        "passes over the round's rows of the transfer set (FedGKT: over the clients' features)",
+        "passes over the round's rows of the transfer set, or over the features that clients send in their place",
         only="a strategy that distils",
     )
     steps: int | None = key(
@@ -445,7 +445,6 @@ class AttackConfig:
         "update's factor (10); `pcfdla`: s (10); null: the number in brackets",
         only="attack=noise|sign_flip|scale|pcfdla",
     )
-
     knows: str = key(
         "own",
         "what a liar knows: own (what it made itself) | honest (what the honest share; all liars tell one lie)",

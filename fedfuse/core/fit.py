@@ -150,7 +150,7 @@ def _check_tokenizers(strategy: FusionStrategy, pool: list[str]) -> None:
     if apart and strategy.transfer != "none" and not strategy.aligns:
         raise UserError(
             f"strategy={strategy.name} compares outputs token by token, and {apart[0]} has a tokenizer of its own: "
-            f"set data.extra.tokenizer to its directory for all, or choose a strategy that aligns, such as fedmkt"
+            f"set data.extra.tokenizer to its directory for all, or choose a strategy that aligns their tokens"
         )
 
 
