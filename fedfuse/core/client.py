@@ -34,7 +34,7 @@ from fedfuse.train.task import task_loss, task_step
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays
 
-# the platform's; one beside them is the strategy's own, and `fit` may look for it
+# A client's attributes that the platform sets. Any other is the strategy's own: `receive` may have left it for `fit`.
 FIELDS = frozenset((
     "hyper", "model", "workspace", "client", "state", "round", "phase", "splits", "pooled", "version", "config",
     "lends", "pools", "_purpose", "_losses", "_false_labels", "_private",
@@ -56,11 +56,12 @@ class FusionClient:
         The architecture's resident model, holding initial weights overlaid with the client's private state; in
         training mode, as a new PyTorch module is.
     state : dict
-        Private state: nested dicts of tensors and plain values; on the device, as is all that `receive` is given.
+        Private state: nested dicts of tensors and plain values. Its tensors are on the run's device, as is all that
+        `receive` is given.
     client, round, version : int
         This client, the current round, and the newest version of a lesson in this message.
     x, y : Tensor
-        Private training examples and labels, in index order; those with labels, where only a part has some.
+        Private training examples (n × …) and labels, in index order. Where only a part has labels, these alone.
 
     Class attributes
     ----------------
@@ -263,28 +264,35 @@ class FusionClient:
         return self.version if self._purpose == "receive" else self.round
 
     def begin(self, purpose: str) -> None:
-        """Enter a verb: global generators restart, so what came before does not matter (platform use)."""
+        """Enter a verb (platform use): the global generators restart, so that nothing drawn before matters."""
         self._purpose, self._losses = purpose, []
         seed_everything(self.seed, purpose, self.client, self._moment)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether all that was taken in is in state and model, so that it can be kept as a memo (platform use)."""
+        """Whether state and model hold all that `receive` left, so that they can stand in for it (platform use)."""
         resident = self.workspace.model(self.architecture)
         return vars(self).keys() <= FIELDS and self.model is resident and built_of(resident).untouched()
 
     def load(self, arrays: Arrays, strict: bool = True) -> None:
-        """Overwrite the model's parameters and buffers in place; if not strict, some of them."""
+        """Overwrite the model's parameters and buffers in place.
+
+        Raises
+        ------
+        RuntimeError
+            If `arrays` has a name or a shape that the model does not have; if strict, also if it lacks one.
+        """
         overlay(self.model, arrays, strict)
 
     def weights(self) -> Arrays:
-        """A copy of the model's parameters and buffers, without a frozen base."""
+        """A copy of the model's parameters and buffers by name, without those of a frozen base."""
         return {name: value.detach().clone() for name, value in variable(self.model).items()}
 
     def subset(self, size: int | None, version: int | None = None) -> Tensor:
-        """Rows of the transfer set used in a round: all, or `size` redrawn by that round's number.
+        """Indices of the rows of the transfer set that a round uses, in ascending order.
 
-        A lesson uses its own version's rows: pass `version=item.version` when taking one in.
+        These are all rows, or `size` of them, drawn by the round's number alike at all clients. A lesson stands on the
+        rows of its own version: pass `version=item.version` when taking one in.
         """
         return transfer_rows(self.scenario, size, self.round if version is None else version)
 
@@ -326,7 +334,13 @@ class FusionClient:
         Returns
         -------
         dict
-            num-examples, steps, loss (mean over steps).
+            `num-examples`, `steps` and `loss`, the mean over steps. Where differential privacy hides examples, what
+            was spent of the budget stands in place of the loss.
+
+        Raises
+        ------
+        UserError
+            If privacy or a setting of `train.*` or `data.packing` cannot be followed with this loss.
         """
         own = x is None
         private = own and self.scenario.config.privacy.by_example
@@ -371,7 +385,7 @@ class FusionClient:
         }
 
     def _packs(self, of_places: bool) -> bool:
-        """Whether texts stand together in rows, which a loss of whole rows cannot be asked of."""
+        """Whether several texts stand in one row (`data.packing`), of which no loss by rows can be asked."""
         asked = self.scenario.config.data.packing
         if asked and not of_places:
             raise UserError(
@@ -409,9 +423,13 @@ class FusionClient:
 
     @contextlib.contextmanager
     def inside_budget(self, moment: tuple[object, ...]) -> Iterator[tuple[Budget, Source, Source]]:
-        """Let private examples be used: the budget, and what to draw samples and noise from.
+        """Let private examples be used for a while.
 
-        In a simulation both come from the seed; at a deployed site from its own entropy.
+        Yields
+        ------
+        budget, sampling, noising
+            The privacy budget, and the sources that samples and noise are drawn from: generators seeded by `moment` in
+            a simulation, the site's own entropy in a deployment.
         """
         config, ledger = self.scenario.config, self.workspace.ledger
         who, examples = f"client {self.client}", self.scenario.examples(self.client)
@@ -425,7 +443,7 @@ class FusionClient:
             self._private = False
 
     def _train_privately(self, loss: Any, moment: tuple[object, ...], options: dict[str, Any]) -> Metrics:
-        """DP-SGD on the task's loss; the loss itself is not told, as it would be a release of its own."""
+        """DP-SGD on the task's loss. Its value is not returned: that would be a release that no noise covers."""
         if loss is not None or (unknown := set(options) - PRIVATE):
             what = "a loss of its own" if loss is not None else f"{sorted(unknown)[0]}= of its own"
             raise UserError(
@@ -453,7 +471,7 @@ class FusionClient:
             return {"num-examples": len(self.x), "steps": steps, **budget.metrics()}
 
     def _unnoised(self) -> Arrays:
-        """A copy of what a model shares beside its parameters: buffers, as of a running mean."""
+        """A copy of what the model shares beside its parameters: buffers, such as running means."""
         trained = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return {name: value.clone() for name, value in variable(self.model).items() if name not in trained}
 

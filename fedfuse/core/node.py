@@ -57,7 +57,9 @@ from fedfuse.wire.records import (
     validate,
 )
 
-TRIMMED = 512  # answers after which freed memory goes back to the system: kept examples hole it
+# After so many answers, freed memory is given back to the system: examples that are kept lie between what is freed,
+# and the allocator gives nothing back by itself.
+TRIMMED = 512
 
 
 class Spoilt(Exception):
@@ -65,7 +67,10 @@ class Spoilt(Exception):
 
 
 class Answered(NamedTuple):
-    """What a client answers, not yet put into records; nothing of it is the model's own memory but what is lent."""
+    """What a client answers, before it is put into Flower's records.
+
+    Arrays in it are copies, but for those of a client that lends: these are the resident model's own memory.
+    """
 
     message: Message
     who: int
@@ -134,7 +139,8 @@ class Node:
         self.digests = digests(entry)  # whether evaluations let clients learn before they are scored
         self.phases = Phases(entry)
         self._answered = 0
-        self._taken: tuple[Any, Any] = None, None  # into which cache, and which parcels: a list of their versions
+        # the cache that parcels were last put into, and the list of their versions, by which the same ones are known
+        self._taken: tuple[Any, Any] = None, None
         self._liars = scenario.liars
         self._classwide = ClassAttributes(entry.client, FusionClient)
         runtime = scenario.config.runtime
@@ -150,7 +156,10 @@ class Node:
         return self.entry.client.equip(model, self.phases.hyper, build)
 
     def hyper_of(self, run: Mapping[str, Any]) -> Any:
-        """The hyper-parameters that a message asks for; others than before make another workspace."""
+        """The hyper-parameters that a message asks for.
+
+        Where they differ from those before, the workspace is made anew: `equip` may build other models by them.
+        """
         hyper = self.phases.hyper_of(run)
         self._equip_anew()
         return hyper
@@ -168,9 +177,21 @@ class Node:
         return self.reply(self.answer(message, cache))
 
     def answer(self, message: Message, cache: Cache, lends: bool = False) -> Answered | Message:
-        """What `handle` puts into a reply, or the error reply.
+        """Answer one message; every failure becomes an error reply that names the client and the cause.
 
-        If the caller is done with the model's arrays before the next message, they may be lent, not copied.
+        Parameters
+        ----------
+        message : Message
+        cache : Cache
+            The knowledge that is held here; it is brought up to date with the message.
+        lends : bool
+            Whether arrays of the answer may be the model's own memory and not copies of it. The caller then has to be
+            done with them before the next message.
+
+        Returns
+        -------
+        Answered or Message
+            What `reply` puts into a reply; or the error reply.
         """
         who = self.client_of(message)
         self._answered += 1
@@ -226,7 +247,7 @@ class Node:
             finally:
                 set_modes(found)
                 self._look_after(who, handed, cache)
-        if phase.kind == "evaluate" and (name := self._classwide.written()):  # which ends every run
+        if phase.kind == "evaluate" and (name := self._classwide.written()):  # every run ends with an evaluation
             answer["wrote"] = name
         if why := self.desk.apart():
             answer["apart"] = why
@@ -312,7 +333,19 @@ class Node:
     def _wake(
         self, asked: Asked, cache: Cache, lends: bool, tally: Tally, handed: dict[str, tuple[Arrays, int]]
     ) -> Awake:
-        """Load the client's committed state, and let it receive what is new to it; note what it is handed."""
+        """Load the client's committed state, and let it receive what is new to it.
+
+        Parameters
+        ----------
+        asked : Asked
+        cache : Cache
+        lends : bool
+            See `answer`.
+        tally : Tally
+            Counts the work of `receive`, also where that was done before by an evaluation.
+        handed : dict
+            Is filled with the arrays of each topic that the client is handed, and how often they had been written to.
+        """
         who, topics, phase = asked.who, self.entry.server.topics, asked.phase
         architecture = self.workspace.scenario.architectures[who]
         knowledge = cache.for_client(who, architecture, topics)
@@ -329,14 +362,15 @@ class Node:
         trained = None
         if phase.kind == "evaluate" and self.digests:
             trained = (self.entry.client.personal and state.get("model")) or self.workspace.initial(architecture)
-        # an evaluation may have taken these lessons in already, and kept all of it: same bits, no second distillation
+        # An evaluation may have taken in these very lessons from this very state, and staged what came of it. That is
+        # used here: the bits are the same, and the client does not distil a second time.
         staging = self.entry.client.personal and bool(new) and len(new) == len(knowledge)
         key = json.dumps([str(phase.run.get("run", "")), asked.tag, sorted(new.items())]) if staging else ""
         staged = self.store.staged(who, key) if staging else None
         if staged is not None:
             state, knowledge = self.workspace.woken(staged), {}
             state.pop("seen", None)
-            # as if done now
+            # what it cost then is counted as if it were done now
             tally.flops, tally.unit, learned, tally.examples = (*state.pop("spent", ()), 0, 0, 0, 0)[:4]
             tally.trained = bool(learned)
 
@@ -357,11 +391,11 @@ class Node:
             client.load(state["model"])
         client.version = max(new.values(), default=-1)
         if whole and self.desk.filled(architecture, knowledge["model"].arrays):
-            knowledge = {}  # which is all that taking it in would do
+            knowledge = {}  # the model holds it already, and `receive` would do no more than load it
         if knowledge:
             if not whole:  # copying weights draws nothing
                 client.begin("receive")
-                # a dict of its own, since a name set or taken out would be so for others too
+                # dicts of its own: a name that it sets or deletes in them must not change what other clients are given
                 knowledge = {topic: replace(item, arrays=dict(item.arrays)) for topic, item in knowledge.items()}
             client.receive(knowledge)
         awake = Awake(client, {**seen, **new}, trained)
@@ -371,14 +405,25 @@ class Node:
         return awake
 
     def _replaces_all(self, knowledge: Mapping[str, Item], architecture: str) -> bool:
-        """Whether the platform is about to overwrite the whole model, which then need not be reset before."""
+        """Whether the knowledge overwrites the whole model, so that it need not be reset to initial weights before."""
         kind = self.entry.client
         if kind.receive is not FusionClient.receive or kind.personal or "model" not in knowledge:
             return False
         return knowledge["model"].arrays.keys() == self.workspace.initial(architecture).keys()
 
     def _play(self, asked: Asked, awake: Awake) -> tuple[Records, dict[str, Any], dict[str, Any]]:
-        """Let the client do what is asked, and commit its state if that is training."""
+        """Let the client do what is asked, and commit its state if that is training.
+
+        Returns
+        -------
+        records, metrics, answer
+            What the client shared and measured, and what the platform says of it in the reply's config.
+
+        Raises
+        ------
+        UserError
+            If one of the client's methods returns something else than a dict, or its state has a reserved name.
+        """
         client, who, phase = awake.client, asked.who, asked.phase
         client.begin(phase.kind if phase.kind == "evaluate" else phase.name)
         answer: dict[str, Any] = {"client": who, "phase": phase.name}
@@ -448,7 +493,7 @@ class Node:
         versions = config.get("parcel.version")
         if versions is not None and not (self._taken[0] is cache and self._taken[1] is versions):
             self._take_parcels(content, config, cache, who, hyper)
-            self._taken = cache, versions  # the very list: another client's message with the same parcels
+            self._taken = cache, versions  # messages with the same parcels share this very list
         for topic, to, version in zip(
             config.get("needs.topic", []),
             config.get("needs.to", []),
@@ -458,7 +503,8 @@ class Node:
             item = cache.get((topic, to))
             if item is None or item.version != version:
                 have = "nothing" if item is None else f"version {item.version}"
-                if item is not None and item.version > version:  # the server was put back: it will send the whole
+                # a server that went back to an earlier round asks for less than is held, and will send the whole
+                if item is not None and item.version > version:
                     del cache[topic, to]
                 raise Stale(f"{topic}: holds {have}, the server counts on version {version}")
 
@@ -476,7 +522,7 @@ class Node:
 
 
 def state_sha(private: dict[str, Any]) -> str:
-    """Hash a client's private state; an empty one hashes the empty record."""
+    """Hash a client's private state (sha256, hexadecimal); where it is empty, that is the hash of an empty record."""
     flat, rest = flatten(private)
     return sha({"state": flat, **plain_record({k: v for k, v in rest.items() if v != {}})})
 
@@ -502,7 +548,13 @@ def _detached(arrays: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Arr
 
 
 def place(entry: Entry, scenario: Scenario, store: ClientStore, **options: Any) -> Node:
-    """Build a node after making sure the two halves fit together."""
+    """Build a node; `options` are its further parameters.
+
+    Raises
+    ------
+    TypeError
+        If the strategy's client half does not extend `FusionClient`.
+    """
     if not issubclass(entry.client, FusionClient):
         raise TypeError(f"{entry.name}: the client half does not extend FusionClient")
     return Node(entry, scenario, store, **options)

@@ -36,8 +36,8 @@ from fedfuse.train.training import training_mode
 from fedfuse.wire.knowledge import Item
 from fedfuse.wire.records import Arrays, Layout, Scope, layout_of
 
-SCOPES = 256  # that are kept; what differs between clients of an architecture is how many examples they have
-SENT = 4  # values of knowledge that a GPU holds for the next client: few topics are for all
+SCOPES = 256  # scopes that are kept: one for each architecture and number of examples that a client may have
+SENT = 4  # values of knowledge that stay on a GPU for the next client: a strategy has few topics that are for all
 Equip = Callable[[nn.Module, Callable[[str], nn.Module]], nn.Module]
 
 
@@ -51,9 +51,10 @@ class Workspace:
         `equip(model, build) -> model`: what a strategy adds to every client's model (adapters, a second head).
     device : torch.device
     ledger : Ledger or None
-        At a deployed site, where it notes what its examples' privacy has been spent on; its noise is its own.
+        Where a deployed site notes what its examples' privacy has been spent on; it draws noise from its own entropy.
+        None in a simulation.
     transfer : bool
-        Whether the strategy says that it uses the transfer set here.
+        Whether the strategy says that it uses the transfer set here, at the server or at clients.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class Workspace:
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
         self._tensors: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._cached = 0
-        # by client (all: None), examples given out, and writes to them before
+        # by client (None: what all share), the examples that were given out, and how often they had been written to
         self._handed: defaultdict[int | None, dict[tuple[Any, ...], tuple[Any, int]]] = defaultdict(dict)
-        self._pool: tuple[torch.Tensor, ...] | None = None  # all training examples, on a GPU; empty: no room for them
-        # what was given last, and the same on this device
+        # all clients' training examples on a GPU; empty where it has no room for them, None before that was tried
+        self._pool: tuple[torch.Tensor, ...] | None = None
+        # the last values of knowledge as they were given, each with its copy on this device
         self._sent: deque[tuple[Arrays, Arrays]] = deque(maxlen=SENT)
         self.texts = Texts(self)
         budget = scenario.config.runtime.memory
@@ -91,9 +93,9 @@ class Workspace:
 
         Parameters
         ----------
-        architecture
-        draw
-            Another number draws other weights, where they are drawn and not loaded.
+        architecture : str
+        draw : int
+            Where weights are drawn at random and not loaded: which draw it is. 0 are the weights that clients have.
 
         Raises
         ------
@@ -122,7 +124,7 @@ class Workspace:
         return model
 
     def _adapted(self, model: nn.Module) -> nn.Module:
-        """The model under LoRA, where `model.lora_rank` says so: its base then neither changes nor travels."""
+        """The model with adapters where `model.lora_rank` asks for some: its base then neither changes nor travels."""
         config = self.scenario.config.model
         if config.lora_rank is None or adapts(self.scenario.config):
             return model
@@ -134,7 +136,10 @@ class Workspace:
             raise UserError(str(error).replace("strategy.", "model.lora_", 1)) from None
 
     def model(self, architecture: str) -> nn.Module:
-        """The resident model of an architecture, in whatever state it was left; of a client abreast, its replica."""
+        """The resident model of an architecture, in whatever state it was left.
+
+        For a client that is trained side by side with others (`runtime.vectorize`), it is that client's replica.
+        """
         if abreast.desk is not None and (own := abreast.desk.replica(self, architecture)) is not None:
             return own
         return self.resident(architecture)
@@ -161,21 +166,21 @@ class Workspace:
         found = self._replicas.get(architecture)
         if found is None or len(found) < count:
             model = self.resident(architecture)
-            built_of(model).restore()  # whatever a client of before left
+            built_of(model).restore()  # from whatever an earlier client left
             found = self._replicas[architecture] = Replicas(model, count)
         return found
 
     def forward(self, architecture: str) -> Forward | None:
-        """A forward pass of many replicas at once; None where there is none."""
+        """A forward pass of many replicas of an architecture at once; None where its layers have no such form."""
         if architecture not in self._forwards:
             model = self.resident(architecture)
             built_of(model).restore()
-            alone = hooked(parameters(model))  # which a gradient of many replicas at once would not meet
+            alone = hooked(parameters(model))  # hooks on gradients, which no gradient of a whole stack would call
             self._forwards[architecture] = None if alone else stacked(model) or common_base(model)
         return self._forwards[architecture]
 
     def initial(self, architecture: str) -> Arrays:
-        """The initial weights, equal for all clients of an architecture."""
+        """The initial weights by name, equal for all clients of an architecture; not to be written to."""
         self.resident(architecture)
         return self._initial[architecture]
 
@@ -186,12 +191,15 @@ class Workspace:
         return not (given or kind == "custom" or ":" in kind)
 
     def fresh(self, architecture: str) -> nn.Module:
-        """The resident model reset to its initial weights, poisoned first so that nothing leaks through."""
+        """The resident model reset to its initial weights.
+
+        Parameters that these do not hold become NaN, so that nothing of an earlier client can be used unseen.
+        """
         model, initial = self.unset(architecture), self._initial[architecture]
         fixed = frozen(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name not in fixed and name not in initial:  # the others are overwritten in the next line
+                if name not in fixed and name not in initial:  # all others are overwritten by `overlay`
                     parameter.fill_(float("nan"))
         overlay(model, initial)
         return model
@@ -252,7 +260,13 @@ class Workspace:
         return self._layouts[architecture]
 
     def transfer(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Inputs of rows of the transfer set, and their labels or None where it is unlabelled; all of it is no copy."""
+        """Inputs of rows of the transfer set, and their labels, or None where it is unlabelled.
+
+        Parameters
+        ----------
+        rows : Tensor
+            Indices (n,). Where they are all rows in order, what is returned is the set itself and not a copy.
+        """
         x, y = self.tensors("transfer")
         if len(rows) == len(x) and torch.equal(rows.cpu(), torch.arange(len(x))):
             return x, y
@@ -261,7 +275,13 @@ class Workspace:
     # -- data as tensors, kept while there is room ---------------------------------------------------------
 
     def tensors(self, *key: Any) -> Any:
-        """Tensors of (client, split), of "transfer" or of "test", cached in a process up to a limit."""
+        """Inputs and labels of (client, split), of "transfer" or of "test", cached in a process up to a limit.
+
+        Raises
+        ------
+        UserError
+            If the transfer set is asked for and the strategy does not declare that it uses it here.
+        """
         if key == ("transfer",) and not self.transfer_declared:
             raise UserError(
                 "the transfer set is used where the strategy does not say so: "
@@ -311,7 +331,7 @@ class Workspace:
         return replace(item, arrays=found)
 
     def woken(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A client's private state on this process's device."""
+        """A client's private state, its tensors on this process's device."""
         if self.device.type == "cpu":
             return state
         return {
@@ -332,7 +352,8 @@ class Workspace:
             self._cached += _size(value)
             while self._cached > self._room and len(self._tensors) > 1:
                 gone, freed = self._tensors.popitem(last=False)
-                if (handed := self._handed.get(_owner(gone))) is not None:  # no entry for each client that ever was
+                # `get`, since a look by index would make an entry for each client that ever was
+                if (handed := self._handed.get(_owner(gone))) is not None:
                     handed.pop(gone, None)
                 self._cached -= _size(freed)
         if value is not None:
@@ -342,13 +363,20 @@ class Workspace:
         return value
 
     def written(self, who: int | None = None) -> str:
-        """Examples that were written to since they were given out, of a client or of all; empty if none were."""
-        own = {} if who is None else self._handed.pop(who, {})  # another turn counts anew
+        """Which examples were written to since they were given out, in words; empty if none were.
+
+        Parameters
+        ----------
+        who : int, optional
+            The client whose own examples are looked at, beside those that all share.
+        """
+        own = {} if who is None else self._handed.pop(who, {})  # the client's next turn counts from there
         for handed in (own, self._handed[None]):
             for key, (value, before) in handed.items():
                 if _writes(value) == before:
                     continue
-                if self._tensors.pop(key, None) is not None:  # a site goes on without this client's reply
+                # read anew when they are next asked for: a deployed site goes on, without this client's reply
+                if self._tensors.pop(key, None) is not None:
                     self._cached -= _size(value)
                 del handed[key]
                 return f"the {key[0] if handed is not own else key[1]} examples"
@@ -360,7 +388,7 @@ class Workspace:
 
 
 def _whole(model: Any) -> nn.Module:
-    """What `equip` returned, if it is a model that has all its weights."""
+    """What `equip` returned; refused where it is no model, or a model with weights that have no shape yet."""
     if not isinstance(model, nn.Module):
         raise UserError(f"equip() of the strategy's client half returned {model!r:.40}; an nn.Module is needed")
     for name, parameter in model.named_parameters():
@@ -377,7 +405,7 @@ def _size(value: Any) -> int:
 
 
 def _writes(value: tuple[torch.Tensor | None, ...]) -> int:
-    """Writes in place so far, and whether gradients are asked for, which would be added up from round to round."""
+    """Writes in place so far; a tensor that asks for gradients counts as one: they would add up from round to round."""
     held = [tensor for tensor in value if tensor is not None]
     return writes(held) + sum([tensor.requires_grad for tensor in held])
 
