@@ -1,4 +1,7 @@
-"""The words of `fedfuse deploy`."""
+"""The commands of `fedfuse deploy`: their words, and what carries them out.
+
+Each command imports what it needs when it is carried out, so that `--help` and `health` are quick.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedfuse.deploy.processes import QUOTA
 from fedfuse.errors import UserError, WorldError
 from fedfuse.results.wording import digest_line
+
+if TYPE_CHECKING:
+    from fedfuse.deploy.link import Link
+    from fedfuse.deploy.submit import Order
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +53,6 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--state-dir", type=Path, default=Path("fedfuse-server"), help="database and Flower's home")
     server.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories lie")
     server.add_argument("--insecure", action="store_true", help="plain HTTP, no authentication: only for trying out")
-
     server.add_argument(
         "--memory", type=int, metavar="MB", help="that a run's process may take; default: the machine's"
     )
@@ -108,7 +115,6 @@ def parser() -> argparse.ArgumentParser:
     _reach(run, operator=True)
     _patience(run)
     run.add_argument("keys", nargs="*", metavar="key=value")
-
     run.add_argument("--own-data", action="store_true", help="clients are sites with data of their own, not partitions")
 
     resume = commands.add_parser("resume", help="continue a run whose server was lost")
@@ -158,7 +164,25 @@ def _patience(sub: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Carry out one command; returns the exit code."""
+    """Carry out one command.
+
+    Parameters
+    ----------
+    argv : list of str
+        What stands behind `fedfuse deploy`.
+
+    Returns
+    -------
+    int
+        The exit code.
+
+    Raises
+    ------
+    UserError
+        If a word or its value is wrong.
+    WorldError
+        If what was asked for fails.
+    """
     try:
         args, rest = parser().parse_known_args(argv)
     except SystemExit as end:
@@ -205,7 +229,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _memory(args: argparse.Namespace) -> int:
-    """MB that a task may take: as said, else what the machine has."""
+    """MB that a task's process may take: as said, else what the machine has."""
     if args.memory is not None and args.memory < 1024:
         raise UserError(f"--memory {args.memory}: at least 1024 MB are needed")
     return args.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
@@ -230,7 +254,7 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
         raise UserError(f"--data {args.data}: no such folder")
     policy = read_policy(args.policy)
     if clients is None:
-        _ = policy.classes  # what it lacks is said before anybody asks
+        _ = policy.classes  # a policy without them is refused now, and not at the first message
     seat = SiteConfig(client, args.state_dir, clients, args.data, policy, device=args.device)
     return run_node(
         seat,
@@ -253,7 +277,13 @@ def _partition(text: str) -> tuple[int, int]:
 
 
 def _place(args: argparse.Namespace) -> dict[str, int]:
-    """What a command says of a site's place."""
+    """Which clients a command says a site may be, and how many examples it may have.
+
+    Raises
+    ------
+    UserError
+        If a value has another form than its command shows.
+    """
     found: dict[str, int] = {}
     if args.partition is not None:
         found["client"], found["every"] = _partition(args.partition)
@@ -306,14 +336,21 @@ def _health(args: argparse.Namespace, keys: list[str]) -> int:
     raise WorldError(f"no server answers at {args.server}")
 
 
-def _link(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _link(args: argparse.Namespace) -> Link:
+    """The server's control address, as an operator reaches it."""
     from fedfuse.deploy.link import Link
 
     return Link(args.server, args.ca, args.insecure, args.operator)
 
 
-def _order(args: argparse.Namespace, keys: list[str]):  # type: ignore[no-untyped-def]
-    """Order and output directory from the command line."""
+def _order(args: argparse.Namespace, keys: list[str]) -> tuple[Order, Path]:
+    """The order of a run, and the directory that it will be written to.
+
+    Raises
+    ------
+    UserError
+        If a key is wrong, or the directory holds something that may not be overwritten.
+    """
     from fedfuse.config.compose import compose
     from fedfuse.deploy.submit import order_of
     from fedfuse.network.exchange import Patience
@@ -346,7 +383,7 @@ def _resume(args: argparse.Namespace, keys: list[str]) -> int:
 
 @contextmanager
 def _leaving(out: Path) -> Iterator[None]:
-    """Who stops watching is told that the run does not stop, and how to get at it."""
+    """Tell whoever stops watching by Ctrl-C that the run goes on, and how to fetch it."""
     try:
         yield
     except KeyboardInterrupt as end:
@@ -354,7 +391,8 @@ def _leaving(out: Path) -> Iterator[None]:
         raise KeyboardInterrupt(told) from end
 
 
-def _told(summary: dict | None, out: Path) -> int:  # type: ignore[type-arg]
+def _told(summary: dict[str, Any] | None, out: Path) -> int:
+    """Print how a run ended, and return the exit code: 1 where its end was not seen."""
     if summary is None:
         print(f"fedfuse: the log ended before the run did; go on with: fedfuse deploy resume {out}")
         return 1
@@ -370,7 +408,7 @@ def _status(args: argparse.Namespace, keys: list[str]) -> int:
     names = ("site", "clients", "node", "status", "since")
     lines = [names, *(tuple(one[name] or "–" for name in names) for one in sites(link))]
     wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:  # an id is for copying, so nothing is cut at the screen's edge
+    for line in lines:  # ids are there to be copied, so no line is cut at the screen's edge
         print("  ".join(word.ljust(width) for word, width in zip(line, wide, strict=True)).rstrip())
     return 0
 

@@ -19,11 +19,11 @@ from fedfuse.errors import UserError, one_line
 if TYPE_CHECKING:
     import polars as pl
 
-MOST = 10**7  # rounds that a run has done at most
-LARGEST = 1e300  # of finite values; beyond, no axis can be laid out and no mean be taken
-FORMAT = 1  # of summary.json and the tables beside it; another one is refused
-SAMPLES = "samples"  # a folder of what a language model answered, a file a round
-STOPPED = "stopped.json"  # why a run failed; not there while it goes on, nor once it has finished
+MOST = 10**7  # rounds; a directory that claims to have done more is corrupt
+LARGEST = 1e300  # a larger number is refused: no axis could be laid out to it and no mean be taken
+FORMAT = 1  # of summary.json and the tables beside it; a directory of another format is refused
+SAMPLES = "samples"  # a folder of what a language model answered, with one file a round
+STOPPED = "stopped.json"  # says why a run failed; it is not there while the run goes on, nor once it has finished
 LOCK = "lock"  # held with flock by the process that writes the run; the kernel lets go of it on any death
 RECENT = 60.0  # seconds; where there is no lock file, a younger checkpoint counts as a run that goes on
 
@@ -142,7 +142,7 @@ class RunRecord:
 
     @property
     def stand(self) -> str:
-        """How far it is, in words: `3 of 10`, or `12, 4.5 of 60 virtual s`."""
+        """How far the run is, in words: `3 of 10` rounds, or `12, 4.5 of 60 virtual s` where time is the limit."""
         if self.until_s is None:
             return f"{self.rounds_done} of {self.rounds}"
         return f"{self.rounds_done}, {self.virtual_s or 0:.3g} of {self.until_s:g} virtual s"
@@ -207,7 +207,7 @@ def load(directory: str | os.PathLike[str]) -> RunRecord:
         if kind != "partition" or (path / "partition.parquet").exists():
             _check_parquet(path / f"{kind}.parquet", kind)
     done, rounds = _count(path, summary, "rounds_done", MOST), _count(path, summary, "rounds")
-    return RunRecord(path, config, summary, "finished", done, rounds)  # fewer rounds than asked for: stopped early
+    return RunRecord(path, config, summary, "finished", done, rounds)  # early stop: fewer rounds than asked for
 
 
 def environment_in(path: Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord]
 
 
 def run_directories(root: Path) -> Iterator[Path]:
-    """Yield directories that are, or once were to be, run directories; never look inside one."""
+    """Yield directories that are run directories, or were to become one; what lies inside one is not looked at."""
     marks = {"config.yaml", "summary.json", "metrics.parquet"}
     for current, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))  # .hydra has a config.yaml too
@@ -362,14 +362,14 @@ def _check_parquet(file: Path, kind: str) -> None:
     for name in COLUMNS[kind]:
         if name not in schema:
             raise UserError(f"{file}: corrupt: it has no column {name!r}")
-        kind_of = schema[name]
-        if kind_of.is_nested():
-            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}")
+        dtype = schema[name]
+        if dtype.is_nested():
+            raise UserError(f"{file}: corrupt: column {name!r} is {dtype}")
         if name == "label":  # classes may be numbers or names
             continue
         numeric = name in _INTEGERS | _FLOATS
-        if numeric != kind_of.is_numeric() or (name in _INTEGERS and not kind_of.is_integer()):
-            raise UserError(f"{file}: corrupt: column {name!r} is {kind_of}, expected {type_of(name)}")
+        if numeric != dtype.is_numeric() or (name in _INTEGERS and not dtype.is_integer()):
+            raise UserError(f"{file}: corrupt: column {name!r} is {dtype}, expected {type_of(name)}")
 
 
 def type_of(name: str) -> Any:
