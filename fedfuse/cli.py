@@ -23,7 +23,7 @@ fedfuse: simulate, deploy and compare federated knowledge fusion
   fedfuse watch DIR… [--port N]            the same page, live on localhost; --host ADDRESS: for whoever has the token
   fedfuse resume RUN_DIR [rounds=N]        go on after the last complete round; --allow-code if its configuration
                                            names code or an address, and you know it (as of export and audit)
-  fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy: fedfuse list knfu
+  fedfuse list [strategies|datasets|partitions|models|losses|experiments]   or one strategy or preset: fedfuse list knfu
   fedfuse help KEY                         what a key means: fedfuse help train.lr; all of them: fedfuse help run
   fedfuse export RUN_DIR [--client i] [--out FILE]   the final model as safetensors; --peft DIR: its adapters for peft;
                                            --merged DIR: a Hugging Face directory, adapters merged
@@ -254,14 +254,18 @@ def _watch(words: list[str], started: float) -> int:
 
 def _list(words: list[str], started: float) -> int:
     from fedfuse.config import reference, registry
+    from fedfuse.config.hydra_words import presets
 
     rest, _ = _flags(words)
     named = [word for word in rest if word not in reference.KINDS]
     if named and set(rest) <= {*named, "strategies"} and set(named) <= registry.listed().keys():
         print("\n\n".join(map(reference.strategy_text, named)))
         return 0
+    if named and set(rest) <= {*named, "experiments"} and set(named) <= set(presets()):
+        print("\n\n".join(map(reference.preset_text, named)))
+        return 0
     if unknown := [w for w in rest if w not in reference.KINDS]:
-        known = [*reference.KINDS, *registry.listed()]
+        known = [*reference.KINDS, *presets(), *registry.listed()]
         raise UserError(f"fedfuse list {unknown[0]}: unknown; {nearest(unknown[0], known)}")
     for kind in rest or reference.KINDS:
         if len(rest) != 1:

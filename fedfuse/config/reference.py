@@ -57,6 +57,11 @@ def strategy_text(name: str) -> str:
     return "\n".join([*parts, *(_row(one) for one in found)] if found else [*parts[:-1], "No hyper-parameters."])
 
 
+def preset_text(name: str) -> str:
+    """One experiment preset: its file, which says what it is for, a command, and what it sets."""
+    return preset_files()[name].read_text(encoding="utf-8").rstrip()
+
+
 def asks(name: str) -> list[str]:
     """What a strategy asks of an experiment, and what stays with its clients."""
     entry = registry.entry(name)
@@ -91,6 +96,10 @@ def key_text(name: str) -> str:
     if name in GROUPS:
         words = [f"  {word:<18} {_words(name).get(word, '')}".rstrip() for word in options(name)]
         return "\n".join([f"{name}=<word>, one of:", *words, "", "Its keys:", *rows(name)])
+    if name == "experiment":
+        words = [f"  {word:<18} {line}" for word, line in listing("experiments")]
+        said = "What a preset sets: fedfuse list NAME. A key that is said beside it goes before the preset's."
+        return "\n".join(["experiment=<word>, one of:", *words, "", said])
     if any(key.startswith(f"{name}.") for key in keys):
         return "\n".join(rows(name))
     if name == "audit":

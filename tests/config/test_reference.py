@@ -11,7 +11,7 @@ from fedfuse.config import keys, registry
 from fedfuse.config.compose import ELSEWHERE, meant
 from fedfuse.config.hydra_words import GROUPS
 from fedfuse.config.idle import CONDITIONS, holds
-from fedfuse.config.reference import all_rows, key_text, listing, strategy_text
+from fedfuse.config.reference import all_rows, key_text, listing, preset_text, strategy_text
 from fedfuse.config.rules import allowed, check
 from fedfuse.config.schema import Config, known
 from fedfuse.errors import UserError
@@ -132,6 +132,11 @@ def test_listings_are_of_what_there_is() -> None:
     assert {"smoke", "label_skew"} <= dict(listing("experiments")).keys()
     with pytest.raises(UserError):
         key_text("nonsense")
+
+
+def test_presets_are_told_like_the_words_of_a_group() -> None:
+    assert "  label_skew         Clients hold few of the classes." in key_text("experiment")
+    assert "strategy=local,fedavg,fedmd,knfu seed=0,1,2" in preset_text("label_skew")
 
 
 def test_what_other_platforms_call_it_leads_to_keys_that_there_are() -> None:
