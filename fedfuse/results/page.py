@@ -21,7 +21,7 @@ from fedfuse.results.measures import Measures, gather, label_counts, similaritie
 from fedfuse.results.rerun import reproduce
 from fedfuse.results.run_data import RunRecord
 from fedfuse.results.setting import Group, flatten, group
-from fedfuse.results.table import TEXTS, Row, against_nothing_sent, notes, row
+from fedfuse.results.table import TEXTS, WHEN, Row, against_nothing_sent, notes, row
 
 MOST_SETTINGS = 6  # that get figures; hundreds of settings would otherwise make a page nobody opens
 MOST_MAPS = 6
@@ -163,7 +163,9 @@ def _figures(k: int, series: Sequence[Series]) -> list[dict[str, Any]]:
     shown.append(("Training loss by round", curves.by_round(series, "loss/train", f"f{k}l"), wording.BAND, []))
     bars, phases = figures.time_breakdown(series, f"f{k}t")
     legend = [{"index": i, "label": printable(name), "press": False} for i, name in enumerate(phases)]
-    shown.append(("Where the time went", bars, wording.TIME + brackets, legend))
+    finals = {metric for one in series for run in one.everything for metric in run.run.final}
+    learns = wording.LESSON if any(f"accuracy/personal_{moment}" in finals for moment in WHEN) else ""
+    shown.append(("Where the time went", bars, wording.TIME + learns + brackets, legend))
     shown.append(("Staleness", virtual.staleness(series, f"f{k}y"), virtual.STALE, []))
     shown.append(("Fairness by speed", virtual.fairness(series, f"f{k}g"), virtual.FAIR, []))
     for i, one in enumerate(series[:MOST_TIMELINES]):

@@ -258,12 +258,18 @@ def run_directories(root: Path) -> Iterator[Path]:
             yield Path(current)
 
 
+def not_a_run(path: Path) -> str:
+    """Say that a directory is no run's, and name a run in it where a sweep made it."""
+    one = next(run_directories(path), path)
+    return f"{path}: not a run directory (no config.yaml)" + (f"; a run in it: {one}" if one != path else "")
+
+
 def _config(path: Path) -> dict[str, Any]:
     import yaml
 
     file = path / "config.yaml"
     if not file.exists():
-        raise UserError(f"{path}: not a run directory, it has no config.yaml")
+        raise UserError(not_a_run(path))
     try:
         config = yaml.load(read(file, 1 << 20), Loader=LOADER)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

@@ -300,7 +300,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
         if owner is None:
             continue
         summary = run.summary or {}
-        seconds = one.cumulative_seconds[-1] if len(one.cumulative_seconds) else math.nan
+        seconds = sum(one.phases.values()) if one.phases else math.nan  # with checkpoints, as in the table of strategies
         finals = [run.final.get(metric, math.nan) for metric in METRICS]
         lines.append(
             (
@@ -312,7 +312,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
                 number(run.rounds_done, str(run.rounds_done) if run.until_s else run.stand),
                 *(number(value, f"{100 * value:.2f}") for value in finals),
                 number(one.cumulative_bytes[-1] / 1e6),
-                number(float(seconds)),
+                number(seconds),
                 word(str(summary.get("digest") or "")[:12]),
             )
         )

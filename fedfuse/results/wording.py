@@ -27,7 +27,7 @@ TESTS = (
     "Differences in points with the 95 % t interval of the paired differences; n counts seeds that both"
     " have. Holm's correction counts all pairs on one test set."
 )
-RUNS = "MB: set-up and training, up and down. Seconds: the rounds. Equal digests mean equal bits."
+RUNS = "MB: set-up and training, up and down. Seconds: the rounds, without the start. Equal digests mean equal bits."
 BAND = "Line: mean over seeds; band: lowest to highest seed; thin and dashed: an unfinished run."
 SWEPT = (
     "After the last round. Dot: mean over seeds; upright: its 95 % t interval, within 0 to 100 %; dotted "
@@ -42,6 +42,7 @@ CLIENTS = (
     "mean over seeds of each seed's lowest tenth."
 )
 TIME = "Of a run's rounds, without its start; mean over runs, on the machines named below."
+LESSON = " evaluate: with taking in the newest lesson, most often by training on it, before clients are scored."
 BRACKETS = " In brackets: of a strategy that has unfinished runs alone."
 SIMILARITY = "Row i, column j: how much client i is given of client j."
 

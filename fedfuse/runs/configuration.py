@@ -42,7 +42,9 @@ def load_config(path: Path) -> Config:
 
     file = path / "config.yaml"
     if not file.exists():
-        raise UserError(f"{path}: not a run directory (no config.yaml)")
+        from fedfuse.results.run_data import not_a_run
+
+        raise UserError(not_a_run(path))
     try:
         raw = without_gone(yaml.load(read_text(file, 1 << 20), Loader=LOADER))
         for key, value in leaves(raw):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.errors import UserError
+from fedfuse.results.run_data import not_a_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +22,7 @@ def final_file(path: Path, client: int | None, allow_code: bool = False) -> Path
         If the run is not finished, or has no such model.
     """
     if not (path / "config.yaml").exists():
-        raise UserError(f"{path}: not a finished run, nor any: it has no config.yaml")
+        raise UserError(not_a_run(path))
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: not a finished run; `fedfuse resume {path}` ends it")
     final = path / "final"

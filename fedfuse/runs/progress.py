@@ -53,7 +53,7 @@ class Progress(Callback):
                 parts.append(f"{head['bits_per_byte/global']:.4f} bits/byte")
         loss = head.get("loss/train", float("nan"))
         parts.append(f"loss {loss:.4f}" if abs(loss) < 1e6 else f"loss {loss:.3g}" if loss == loss else "loss –")
-        parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB")
+        parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB so far")
         parts.append(f"{now - self._clock:.2f} s")
         if clock is not None:
             most = f" of {clock.limit / SECOND:g}" if timed and clock.limit is not None else ""

@@ -108,7 +108,7 @@ BROKEN = {
         .with_columns(pl.col("seconds").cast(pl.String))
         .write_parquet(path / "timing.parquet")
     ),
-    "not a run directory": lambda path: (path / "config.yaml").unlink(),
+    "not a run directory (no config.yaml)": lambda path: (path / "config.yaml").unlink(),
     "names no strategy": lambda path: (path / "config.yaml").write_text("a: 1"),
     "seed is 'x'": lambda path: (path / "config.yaml").write_text("{strategy: a, seed: x}"),
     "could not": lambda path: (path / "config.yaml").write_text("strategy: !!python/object:os.system {}"),
@@ -117,6 +117,13 @@ BROKEN = {
         + "".join(f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     ),
 }
+
+
+def test_a_sweeps_directory_names_a_run_in_it(tmp_path, capsys):
+    one = write_run(tmp_path / "sweep" / "fedavg" / "seed=0")
+    for words in (["export"], ["diff", str(one)], ["audit", "--audit", "ldia"]):
+        assert main([words[0], str(tmp_path / "sweep"), *words[1:]]) == 2
+        assert capsys.readouterr().err.endswith(f"not a run directory (no config.yaml); a run in it: {one}\n")
 
 
 @pytest.mark.parametrize("why", BROKEN)

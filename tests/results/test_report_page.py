@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
+from fedfuse.results import sections
 from fedfuse.results.curves import Series, by_bytes
 from fedfuse.results.figures import client_spread, label_map, time_breakdown
 from fedfuse.results.measures import gather, label_counts, similarities
@@ -481,5 +482,20 @@ def test_time_is_that_of_the_rounds_and_a_phase_keeps_its_tone(tmp_path):
         (path / "summary.json").write_text(json.dumps(summary))
         run = gather(load(path))
         assert sum(run.phases.values()) == pytest.approx(100.0 + tail)
-        named.append(time_breakdown([Series(0, "fedavg", (run,))], "x")[1])
+        one = Series(0, "fedavg", (run,))
+        named.append(time_breakdown([one], "x")[1])
+        table = sections.runs([(one, "")], [run], {run.run.dir: name})
+        cell = table.rows[0][[column.name for column in table.columns].index("seconds")]
+        assert float(cell.sort) == pytest.approx(100.0 + tail)
     assert named[0] == named[1]
+
+
+def test_where_lessons_are_taken_in_to_be_scored_the_time_says_so(tmp_path):
+    """Otherwise distilling, most of such a run, would pass for the price of measuring."""
+    path = write_run(tmp_path / "fedmd", "fedmd")
+    said = "with taking in the newest lesson"
+    assert said not in report([path], tmp_path / "out").path.read_text(encoding="utf-8")
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"]["accuracy/personal_trained"] = 0.5
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert said in report([path], tmp_path / "out").path.read_text(encoding="utf-8")
