@@ -204,7 +204,7 @@ def entry(name: str) -> Entry:
             if f"{name}.py" in unreadable:
                 raise UserError(f"strategy={name}: {name}.py cannot be read ({unreadable[f'{name}.py']})")
             broken = "".join(f"; {file} cannot be read ({why})" for file, why in sorted(unreadable.items()))
-            where = f" (the files of packages with an entry point {GROUP})"
+            where = f" (looked in the packages with an entry point {GROUP})"
             raise UserError(
                 f"strategy={name}: unknown; {nearest(name, known, 'fedfuse list strategies')}{where}{broken}"
             )

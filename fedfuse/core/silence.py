@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.core.shares import declared
@@ -139,7 +139,11 @@ def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: in
 
 
 def constant(
-    rows: Iterable[tuple[int, str, int, str, str, float]], clients: int, last: int, distils: bool = False
+    rows: Iterable[tuple[int, str, int, str, str, float]],
+    clients: int,
+    last: int,
+    distils: bool = False,
+    alone: Collection[int] = (),
 ) -> list[str]:
     """Say whose answer to the whole global test is one class after the last round: dead units, or a collapse.
 
@@ -153,18 +157,22 @@ def constant(
         The last round.
     distils : bool
         Whether there is a distillation, which `distil.*` sets.
+    alone : collection of int
+        Clients whose training examples are of one class: what they train on themselves gives one answer.
     """
     # few steps leave one answer as much as too large ones do; what distils has an optimiser of its own: Adam, often
     smaller = "more training (train.epochs, rounds), or a smaller train.lr"
     advice = f"{smaller} or distil.lr, or distil.optimizer=adam where that is sgd" if distils else smaller
     found = [
-        (scope, metric.rpartition("/")[0])
-        for round, scope, _, split, metric, value, *_ in rows  # a clock adds a column
+        (scope, client, metric.rpartition("/")[0])
+        for round, scope, client, split, metric, value, *_ in rows  # a clock adds a column
         if (round, split) == (last, "global") and metric.endswith(CONSTANT) and value
     ]
-    who = [f"the server's {name}" for scope, name in found if scope == "server"]
-    if count := sum(scope == "client" for scope, _ in found):
-        who.append(f"{count} of {clients} clients' models")
+    who = [f"the server's {name}" for scope, _, name in found if scope == "server"]
+    if their := [client for scope, client, _ in found if scope == "client"]:
+        narrow = len(set(their).intersection(alone))
+        of_one = f" ({narrow} of them with training examples of one class alone)" if narrow else ""
+        who.append(f"{len(their)} of {clients} clients' models{of_one}")
     return [
         f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice}, may help"
         for one in who

@@ -84,7 +84,13 @@ def summary(
             *unheard(strategy),
             *shared(strategy),
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
-            *constant(_figures(path, CONSTANT), federation.scenario.clients, federation.done, strategy.distils),
+            *constant(
+                _figures(path, CONSTANT),
+                federation.scenario.clients,
+                federation.done,
+                strategy.distils,
+                _of_one_class(path),
+            ),
             *fallen(strategy, _figures(path, "loss/global"), federation.done),
             *kept(_figures(path, KEPT), federation.done),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),
@@ -107,6 +113,13 @@ def _figures(path: Path, ending: str) -> list[Any]:
     """Rows of the figures whose names end so."""
     rows = pl.scan_parquet(path / "metrics.parquet", glob=False)
     return rows.filter(pl.col("metric").str.ends_with(ending)).collect().rows()
+
+
+def _of_one_class(path: Path) -> list[int]:
+    """Clients whose training examples all have one label; none where labels are not told."""
+    rows = pl.scan_parquet(path / "partition.parquet", glob=False)
+    held = rows.filter((pl.col("split") == "train") & (pl.col("label") != "")).group_by("client")
+    return list(held.agg(pl.len().alias("labels")).filter(pl.col("labels") == 1).collect()["client"])
 
 
 def _numbers(values: dict[str, float]) -> dict[str, float | None]:

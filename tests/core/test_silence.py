@@ -430,6 +430,9 @@ def test_one_answer_for_everything_is_said_and_a_single_class_is_no_collapse() -
         "1 of 5 clients' models",
     ]
     assert constant([(*row, 3.5) for row in rows], clients=5, last=2) == said  # a clock adds a column
+    assert constant(rows, clients=5, last=2, alone=[1]) == said
+    told = constant(rows, clients=5, last=2, alone=[1, 4])[1]
+    assert "1 of 5 clients' models (1 of them with training examples of one class alone), no better" in told
     assert constant(rows, clients=5, last=3) == []  # it got over it
 
 
