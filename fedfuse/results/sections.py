@@ -300,7 +300,7 @@ def runs(series: Sequence[tuple[Series, str]], evidence: Sequence[Measures], pla
         if owner is None:
             continue
         summary = run.summary or {}
-        seconds = sum(one.phases.values()) if one.phases else math.nan  # with checkpoints, as in the table of strategies
+        seconds = sum(one.phases.values()) if one.phases else math.nan  # with checkpoints, as in the table above
         finals = [run.final.get(metric, math.nan) for metric in METRICS]
         lines.append(
             (
