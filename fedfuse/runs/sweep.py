@@ -197,7 +197,7 @@ class Tally:
             return f"[{self.over}/{self.runs}]"
         seconds = (time.monotonic() - self.started) / self.played * left
         told = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        return f"[{self.over}/{self.runs}; {told} left if the others take as long]"
+        return f"[{self.over}/{self.runs}, {told} left at this pace]"
 
 
 def _once(path: Path, config: Config, console: Console, failed: list[str], tally: Tally) -> Track:
