@@ -311,6 +311,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     for run, flat in zip(runs, flats, strict=True):
         if not _by_alpha(run.config.get("partition", {})):
             flat.pop("partition.alpha", None)
+        if isinstance(pool := flat.get("model.pool"), list) and pool:  # then `model.name` is nobody's
+            flat["model.name"] = " + ".join(map(str, pool[:4])) + (" + …" if len(pool) > 4 else "")
     parts = []
     for key in (
         "data.name",

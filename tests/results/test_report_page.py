@@ -224,6 +224,12 @@ def test_the_head_names_an_alpha_only_where_something_was_dealt_by_it(tmp_path, 
     assert ("partition.alpha" in head) == told
 
 
+def test_the_head_names_the_models_of_a_pool(tmp_path):
+    write_run(tmp_path / "a", config={"model": {"name": "auto", "pool": ["mlp", "cnn"]}})
+    head = report([tmp_path / "a"], tmp_path / "out").path.read_text(encoding="utf-8").split("Made ")[0]
+    assert "model mlp + cnn, clients" in head
+
+
 def test_bars_of_unfinished_runs_are_told_apart(tmp_path):
     """Of a strategy that has finished runs they are not in it; else its name is in brackets."""
     done, late = write_run(tmp_path / "done"), write_run(tmp_path / "late", seed=1, done=2)
