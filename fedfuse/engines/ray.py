@@ -99,7 +99,7 @@ class RayGrid(LocalGrid):
         self._share = share if device == "cuda" else 0.0
         self._scenario, self._topics = scenario, entry.server.topics
         self._references: dict[Address, tuple[int, Any]] = {}
-        self._foreign: tuple[Any, Any] | None = None
+        self._foreign: tuple[Any, tuple[int, Any]] | None = None
         self.seen: dict[str, tuple[float, int]] = {}  # seconds and bytes of a group, by what was asked: for the calls
         self.crew = [Member(self._start()) for _ in range(workers)]
         for member in self.crew:
@@ -169,9 +169,11 @@ class RayGrid(LocalGrid):
 
     def _broadcast(self, arrays: ArrayRecord) -> tuple[int, Any]:
         if self._foreign is None or self._foreign[0] is not arrays:
+            # counted: the `id` of a record that is gone is the next one's but one, and a worker may have slept between
+            version = 1 if self._foreign is None else self._foreign[1][0] + 1
             value = {k: v.numpy() for k, v in tensors(arrays).items()}
-            self._foreign = (arrays, _placed(value, id(arrays)))  # kept, so that its id stays taken
-        return id(arrays), self._foreign[1]
+            self._foreign = arrays, (version, _placed(value, version))
+        return self._foreign[1]
 
     def _reference(self, address: Address) -> tuple[int, Any]:
         item = self.cache[address]

@@ -6,8 +6,9 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.engines.grid import grouped
@@ -86,6 +87,20 @@ def test_calls_are_of_like_size_and_last_a_while(monkeypatch) -> None:
     assert [list(map(len, calls)) for calls in play(grid, 44, {})] == [[11, 11], [11, 11]]  # of at most 0.2 s
     grid.seen["train"] = 1.0, 1
     assert [list(map(len, calls)) for calls in play(grid, 32, {})] == [[8, 8], [8, 8]]  # so that some may sit abreast
+
+
+def test_each_record_of_flowers_is_a_version_of_its_own(monkeypatch) -> None:
+    """They were told apart by `id`, which Python gives again: who slept a round kept the arrays of the one before."""
+    grid = grid_of(monkeypatch, 1)
+    grid._foreign = None
+    asked = (
+        {"arrays": ArrayRecord({"w": Array(np.full(3, i, np.float32))}), "config": ConfigRecord()} for i in range(9)
+    )
+    needs = [RayGrid.needs(grid, Message(RecordDict(content), 1, "train"))["model", ""] for content in asked]
+    assert len({version for version, _ in needs}) == 9
+    assert [(arrays["w"][0], inner == version) for version, (arrays, inner) in needs] == [(i, True) for i in range(9)]
+    same = ArrayRecord({"w": Array(np.zeros(3))})
+    assert grid._broadcast(same) is grid._broadcast(same)  # one copy, whoever asks
 
 
 def test_workers_do_not_wait_for_the_cores_of_a_run_before(ray_session) -> None:
