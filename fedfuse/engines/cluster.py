@@ -7,7 +7,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
         try:
             with lean_start() if lean else contextlib.nullcontext():
                 ray.init(num_cpus=workers, include_dashboard=False, address="local", **options)
+            _end_by_python()
             return
         except Exception as error:  # Ray raises a bare one where it takes more than half a minute
             ray.shutdown()
@@ -78,6 +81,12 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
             first = first or told
             if not lean:
                 raise WorldError(f"Ray did not start on this machine: {told} The same command goes on.") from error
+
+
+def _end_by_python() -> None:
+    """Leave SIGTERM to Python, where Ray exits: its C++ half, asked first, prints a stack and may abort over it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def own_folder() -> Path | None:
@@ -112,5 +121,7 @@ def _directory() -> Path:
                 shutil.rmtree(old, ignore_errors=True)  # its driver was killed
     folder = root / f"{_PREFIX}{os.getpid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():  # who owns it could put sockets of their own in place of ours
+        raise WorldError(f"{folder} belongs to somebody else; remove it, or set TMPDIR to a folder of your own")
     _own.append(folder)
     return folder
