@@ -103,6 +103,32 @@ def test_each_record_of_flowers_is_a_version_of_its_own(monkeypatch) -> None:
     assert grid._broadcast(same) is grid._broadcast(same)  # one copy, whoever asks
 
 
+def test_nothing_is_pushed_behind_a_call_on_the_line(monkeypatch) -> None:
+    """Where a window lets a phase in bit by bit, what follows waits until the line's reply is here."""
+    ways: list[bool] = []
+
+    class Lined(Member):
+        out: Any = None
+
+        def ask(self, task: Any, brief: bool) -> Any:
+            assert self.out is None
+            ways.append(brief)
+            found = self.actor.push(task)
+            if brief:
+                self.out = found
+            return None if brief else found
+
+        def answer(self, call: Any) -> Any:
+            found, self.out = self.out if call.by_line else call.reference, None
+            return found
+
+    grid = grid_of(monkeypatch, 2, sizes=[1, 1, 1, 5, 1, 1])
+    grid.crew = [Lined(member.actor) for member in grid.crew]
+    grid.window, grid.seen = 1, {"train": (0.0, 1)}  # four clients at a time
+    assert play(grid, 6, {}) == [[[[3]], [[4]]], [[[0], [1], [2]], [[5]]]]
+    assert ways == [True] * 4
+
+
 def test_workers_do_not_wait_for_the_cores_of_a_run_before(ray_session) -> None:
     """Ray was started for two: a third waited for ever."""
     alone = federations.play("fedavg")
