@@ -194,7 +194,7 @@ class RayGrid(LocalGrid):
 
     def replace(self, member: Member) -> None:
         """End a worker that is dead, hung or at odds with itself, and start another in its place."""
-        member.hang_up()
+        member.drop_line()
         with contextlib.suppress(Exception):
             ray.kill(member.actor)
         member.actor, member.ready, member.shares_directory = self._start(again=True), None, None
@@ -273,8 +273,14 @@ class Member:
     def hang_up(self) -> None:
         """Let the worker take Ray's calls again."""
         if self.line is not None:
-            with self.line, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
                 send(self.line, None)
+            self.drop_line()
+
+    def drop_line(self) -> None:
+        """Close the line without a word, which would wait for a worker that is stopped."""
+        if self.line is not None:
+            self.line.close()
             self.line = self.attending = None
 
 

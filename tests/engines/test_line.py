@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from itertools import pairwise
 from multiprocessing import Pipe
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,3 +142,19 @@ def test_nothing_is_left_of_a_line(ray_session) -> None:
             crew = list(built.grid.crew)
             assert all(member.line is not None for member in crew)
         assert all(member.line is None for member in crew)
+
+
+def test_a_worker_that_reads_no_more_holds_nobody_up() -> None:
+    """It is stopped, and what was sent fills the line: a goodbye would wait for it."""
+    here, there = Pipe()
+    os.set_blocking(here.fileno(), False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(here.fileno(), bytes(4096))
+    os.set_blocking(here.fileno(), True)
+    grid: Any = SimpleNamespace(_start=lambda again: "another")
+    member = engine.Member("stopped")
+    member.line = here
+    engine.RayGrid.replace(grid, member)
+    assert (member.actor, member.line, here.closed) == ("another", None, True)
+    there.close()
