@@ -11,8 +11,6 @@ import contextlib
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,8 @@ from fedfuse.core.shares import FAILED
 from fedfuse.core.threads import single_thread
 from fedfuse.engines.cluster import before_end, connect, disconnect, own_folder
 from fedfuse.engines.grid import LocalGrid
-from fedfuse.engines.line import receive, send
-from fedfuse.engines.worker import Answer, Bare, Task, Tree, Worker, packed, unpacked
+from fedfuse.engines.member import Call, Lost, Member, cause
+from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back
 from fedfuse.wire.client_store import INITIAL, ClientStore
@@ -112,7 +110,7 @@ class RayGrid(LocalGrid):
             seen = ray.get([member.ready for member in self.crew])
         except RayError as error:
             self.crew = []
-            raise WorldError(f"a worker died before its first round ({_cause(error)})") from error
+            raise WorldError(f"a worker died before its first round ({cause(error)})") from error
         if not all(seen):
             self.close()
             raise UserError(f"runtime.state_dir={state_dir}: not every node sees it; a shared one is needed")
@@ -224,87 +222,6 @@ class RayGrid(LocalGrid):
         self._token.unlink(missing_ok=True)
 
 
-class Member:
-    """A worker and the calls it owes, in the order it works on them."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor, self.calls = actor, deque[Call]()
-        self.ready: Any = None
-        self.shares_directory: bool | None = None
-        self.load = 0.0
-        self.address: str | None = None  # where it listens once it is ready
-        self.line: Connection | None = None
-        self.attending: Any = None
-
-    def ask(self, task: Task, brief: bool) -> Any:
-        """Hand over a call: by the line if it is brief and there may be one, else by Ray, whose reference it returns.
-
-        Raises
-        ------
-        OSError, RayError
-            If the worker is gone.
-        """
-        if not (brief and self.address and self.shares_directory):
-            self.hang_up()
-            return self.actor.work.remote(task)
-        if self.line is None:
-            self.attending = self.actor.attend.remote()
-            self.line = Client(self.address, "AF_UNIX")  # it listens since it is ready; what is sent waits for it
-        send(self.line, task)
-        return None
-
-    def answer(self, call: Call) -> Any:
-        """Wait for what a call returns.
-
-        Raises
-        ------
-        RayError, _Lost
-            If the worker died over it.
-        """
-        if not call.by_line:
-            return ray.get(call.reference)
-        assert self.line is not None, "nobody hangs up while a call is out"
-        try:
-            return receive(self.line)
-        except (EOFError, OSError) as error:
-            ray.get(self.attending)  # which knows what it died of
-            raise _Lost(f"its line broke: {error or 'end of file'}") from error
-
-    def hang_up(self) -> None:
-        """Let the worker take Ray's calls again."""
-        if self.line is not None:
-            with contextlib.suppress(OSError):
-                send(self.line, None)
-            self.drop_line()
-
-    def drop_line(self) -> None:
-        """Close the line without a word, which would wait for a worker that is stopped."""
-        if self.line is not None:
-            self.line.close()
-            self.line = self.attending = None
-
-
-@dataclass
-class Call:
-    """One call to a worker: whole groups, or one message of a group whose worker died."""
-
-    parts: list[tuple[int, int]]  # (group, member); member -1: all
-    sent: bool = False
-    reference: Any = None
-    by_line: bool = False
-    lost: str = ""
-
-    @property
-    def suspect(self) -> bool:
-        """Whether a worker died over it before."""
-        return self.parts[0][1] >= 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether no call may follow it before its reply is here."""
-        return self.suspect or self.by_line
-
-
 class Exchange:
     """One phase: what is handed out, what is back, and what has to be tried again."""
 
@@ -402,7 +319,7 @@ class Exchange:
             call.reference = member.ask((common, bare, needs, states, call.suspect), brief)
             call.by_line = call.reference is None
         except (RayError, OSError) as error:
-            call.lost = _cause(error)
+            call.lost = cause(error)
 
     def _is_brief(self, needs: dict[Address, tuple[int, Any]], groups: int) -> bool:
         """Whether nothing lies in the object store, and the reply, by what the last ones were, will be small."""
@@ -416,10 +333,10 @@ class Exchange:
         call = member.calls[0]
         try:
             if call.lost:
-                raise _Lost(call.lost)
+                raise Lost(call.lost)
             answers, kept, seconds = member.answer(call)
-        except (RayError, _Lost) as error:
-            self._recover(member, _cause(error))
+        except (RayError, Lost) as error:
+            self._recover(member, cause(error))
             return
         member.calls.popleft()
         if call.alone:
@@ -473,15 +390,6 @@ def _placed(arrays: dict[str, Any], version: int) -> Any:
     """Knowledge as it goes to workers: itself if it is small, else where it lies in the object store."""
     value = arrays, version
     return value if sum(array.nbytes for array in arrays.values()) <= SMALL else ray.put(value)
-
-
-class _Lost(Exception):
-    """A call that could not even be made."""
-
-
-def _cause(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
 
 
 def _bare(message: Message) -> Bare:
