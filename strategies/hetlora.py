@@ -27,8 +27,8 @@ from fedfuse import (
     RankedClient,
     RankedHyper,
     RankedStrategy,
-    Share,
     Shares,
+    Sum,
     hyper,
     lora,
     strategy,
@@ -106,14 +106,13 @@ class HetLoRAClient(RankedClient):
 class HetLoRA(RankedStrategy):
     """Mean of zero-padded LoRA factors, weighted by the norm of each client's product."""
 
-    def weight_of(self, share: Share) -> float:
-        """‖B_i A_i‖_F over all layers."""
-        return self.weights[share.client]
-
     def fuse(self, shares: Shares) -> None:
         """Σ p_i pad(·), the mean over examples if nobody's product is different from zero."""
         everyone = list(shares)
-        by_count = {s.client: super(HetLoRA, self).weight_of(s) for s in everyone}
+        by_count = {s.client: self.weight_of(s) for s in everyone}
         by_norm = {s.client: norm(s.records["adapter"]) if s.examples else 0.0 for s in everyone}
-        self.weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
-        self.publish_whole(self.mean((share, self.padded(share)) for share in everyone))
+        weights = by_norm if self.hyper.sparsity and sum(by_norm.values()) > 0 else by_count
+        total = Sum()
+        for share in everyone:
+            total.add(share.group, self.padded(share), weights[share.client])
+        self.publish_whole(total.mean())

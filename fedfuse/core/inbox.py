@@ -67,6 +67,7 @@ class Inbox:
         self.losses: list[tuple[float, float]] = []
         self.apart: Counter[str] = Counter()
         self.wrote: set[str] = set()
+        self.unkept: set[str] = set()
         self.scored: dict[int, Metrics] = {}
         self.shas: dict[int, str] = {}
         self._told = -1  # the round that `left_out` is of

@@ -13,6 +13,7 @@ from fedfuse.core.buffered import play_version
 from fedfuse.core.class_attributes import ClassAttributes
 from fedfuse.core.evaluation import Row, of_clients, of_server, splits_of
 from fedfuse.core.scenario import Scenario
+from fedfuse.core.server_attributes import ServerAttributes
 from fedfuse.core.shares import SPOILT, STALE
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.core.virtual_clock import Over, VirtualClock
@@ -85,6 +86,7 @@ class Federation:
         self.digest_missing: list[int] = []
         self.set_up = False
         self._classwide = ClassAttributes(type(strategy), FusionStrategy)
+        self._beside = ServerAttributes(strategy, strategy.platforms)
         strategy.inbox.inside = bool(getattr(grid, "inside", False))
         strategy.inbox.unmask = getattr(grid, "unmask", None)
         strategy.outbox.reaches = getattr(grid, "reaches", strategy.outbox.reaches)
@@ -202,6 +204,7 @@ class Federation:
         strategy = self.strategy
         if name := self._classwide.written():
             strategy.inbox.wrote.add(name)
+        strategy.inbox.unkept.update(self._beside.changed())
         self.rows += [(round, *row) for row in strategy.logged]
         self.timing += [(round, *row) for row in strategy.inbox.timed]
         weight = sum(n for n, _ in strategy.inbox.losses)

@@ -103,13 +103,19 @@ def unheard(strategy: FusionStrategy) -> list[str]:
     ]
 
 
-def shared(strategy: FusionStrategy) -> list[str]:
-    """Say what the halves wrote to their classes and modules."""
-    return [
+def beside_state(strategy: FusionStrategy) -> list[str]:
+    """Say what the halves wrote to their classes and modules, and what the server's keeps as attributes."""
+    shared = [
         f"{name} was written to: all clients and runs of a process share it, so that bits may depend on the "
         f"runtime; what is to last belongs into self.state"
         for name in sorted(strategy.inbox.wrote)
     ]
+    unkept = [
+        f"{name} was set after the server's __init__, and a resumed run starts without it: what is to last belongs "
+        f"into self.state"
+        for name in sorted(strategy.inbox.unkept)
+    ]
+    return shared + unkept
 
 
 def undefined(rows: Iterable[tuple[int, str, int, str, str, float]], clients: int) -> list[str]:

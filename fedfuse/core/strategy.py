@@ -176,6 +176,7 @@ class FusionStrategy(Strategy):
         self.splits: tuple[str, ...] = ("personal",)  # what an evaluation scores
         self.logged: list[tuple[str, int, str, str, float]] = []  # rows: scope, client, split, metric, value
         self._losses: list[Loss] = []  # made for the next training at the server
+        self.platforms = {*vars(FusionStrategy), *vars(self), "platforms"}  # attributes that are not the algorithm's
 
     # -- what an algorithm writes --------------------------------------------------------------------------
 

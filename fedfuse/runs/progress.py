@@ -11,7 +11,7 @@ from fedfuse.config.clock_keys import MANY
 from fedfuse.core.fit import remarks
 from fedfuse.core.loop import Callback, Federation
 from fedfuse.core.scenario import counted
-from fedfuse.core.silence import shared, unheard
+from fedfuse.core.silence import beside_state, unheard
 
 said: set[str] = set()  # notes that this process has printed, so that a run's table does not say them again
 
@@ -60,7 +60,7 @@ class Progress(Callback):
             parts.append(f"virtual {clock.seconds:.3g}{most} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
-        told = [*unheard(federation.strategy), *shared(federation.strategy)] if federation.done == 1 else []
+        told = [*unheard(federation.strategy), *beside_state(federation.strategy)] if federation.done == 1 else []
         if lost := federation.strategy.inbox.undefined:
             told.append(f"training loss of {lost} clients is not a number")
         for line in told:

@@ -18,7 +18,7 @@ from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
 from fedfuse.core.secure import secure_notes
-from fedfuse.core.silence import CONSTANT, KEPT, UNDEFINED, constant, kept, shared, undefined, unheard
+from fedfuse.core.silence import CONSTANT, KEPT, UNDEFINED, beside_state, constant, kept, undefined, unheard
 from fedfuse.results.run_data import FORMAT
 from fedfuse.runs.further import ended_at, told
 from fedfuse.runs.own_code import code_notes
@@ -82,7 +82,7 @@ def summary(
             *federation.scenario.data.notes,
             *([fallen_back] if fallen_back else ()),
             *unheard(strategy),
-            *shared(strategy),
+            *beside_state(strategy),
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
             *constant(
                 _figures(path, CONSTANT),

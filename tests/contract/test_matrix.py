@@ -50,6 +50,11 @@ def test_every_figure_is_a_number(name: str, undisturbed) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_all_that_lasts_is_in_the_state(name: str, undisturbed) -> None:
+    assert [note for note in undisturbed(name).notes if "belongs into self.state" in note] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_another_seed_is_another_run(name: str, undisturbed) -> None:
     """Where a first round tells: what is sent, published and kept in it is other than with the first seed."""
     other, before = play(name, "seed=1", "rounds=1").steps, undisturbed(name).steps

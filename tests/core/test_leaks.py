@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -514,6 +515,45 @@ def test_what_a_server_leaves_on_its_class_is_named(monkeypatch: Any) -> None:
 
     notes = play(enter(monkeypatch, Counts, FusionClient, NoHyper, "counts")).notes
     assert [note.partition(" ")[0] for note in notes if "was written to" in note] == ["Counts.rounds_played"]
+
+
+class Heavy(AveragingStrategy):
+    """Keeps where it stands in ways that a subclass chooses; the mean is published all the same."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.told, self.table, self.speed, self.net = [], {"rates": [0.1, math.nan]}, torch.zeros(2), nn.Linear(2, 2)
+
+    def keep(self, mean):
+        """What a round leaves on the server."""
+
+    def fuse(self, shares):
+        self.keep(shares.mean("model"))
+        super().fuse(shares)
+
+
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        (lambda self, mean: setattr(self, "velocity", mean), ["velocity"]),
+        (lambda self, mean: setattr(self, "rounds", self.round), ["rounds"]),
+        (lambda self, mean: setattr(self, "best", (0.5, {"mean": mean})), ["best"]),
+        (lambda self, mean: setattr(self, "speed", self.speed + 1), ["speed"]),
+        (lambda self, mean: (self.told.append(mean), self.speed.add_(1)), ["speed", "told"]),
+        (lambda self, mean: self.table["rates"].append(1), ["table"]),
+        (lambda self, mean: setattr(self, "many", list(range(2000))), ["many"]),
+        # made anew in a round, or the platform's; read; the same again
+        (lambda self, mean: setattr(self, "other", nn.Linear(2, 2)), []),
+        (lambda self, mean: self.state.update(velocity=mean), []),
+        (lambda self, mean: (self.table["rates"], self.speed + 1, self.net(self.speed)), []),
+        (lambda self, mean: setattr(self, "table", {"rates": [0.1, self.table["rates"][1]]}), []),
+    ],
+)
+def test_what_a_server_keeps_beside_its_state_is_named(keep: Any, told: list[str], monkeypatch: Any) -> None:
+    """A resumed run would start without it, and go on to other bits."""
+    name = enter(monkeypatch, type("Keeps", (Heavy,), {"keep": keep}), FusionClient, NoHyper, "keeps")
+    notes = [note for note in play(name).notes if "starts without it" in note]
+    assert [note.partition(" ")[0] for note in notes] == [f"Keeps.{one}" for one in told]
 
 
 COUNTED: dict[str, int] = {}
