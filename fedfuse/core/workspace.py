@@ -72,6 +72,7 @@ class Workspace:
         self._replicas: dict[str, Replicas] = {}
         self._forwards: dict[str, Forward | None] = {}
         self._initial: dict[str, Arrays] = {}
+        self._unwritten: dict[str, int] = {}  # writes to these when they were made
         self._layouts: dict[str, Layout] = {}
         self._scopes: dict[tuple[str, int], Scope] = {}
         self._dims: dict[tuple[str, int | None], dict[str, int]] = {}
@@ -158,7 +159,8 @@ class Workspace:
             self._models[architecture] = model = model.to(self.device)
             training_mode(model)
             AsBuilt(model)
-            self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
+            initial = self._initial[architecture] = {k: v.detach().clone() for k, v in variable(model).items()}
+            self._unwritten[architecture] = writes(initial.values())
         return self._models[architecture]
 
     def replicas(self, architecture: str, count: int) -> Replicas:
@@ -363,7 +365,7 @@ class Workspace:
         return value
 
     def written(self, who: int | None = None) -> str:
-        """Which examples were written to since they were given out, in words; empty if none were.
+        """Which examples or initial weights were written to since they were given out, in words; empty if none were.
 
         Parameters
         ----------
@@ -380,6 +382,11 @@ class Workspace:
                     self._cached -= _size(value)
                 del handed[key]
                 return f"the {key[0] if handed is not own else key[1]} examples"
+        for architecture, initial in self._initial.items():
+            if writes(initial.values()) != self._unwritten[architecture]:
+                for made in (self._models, self._initial, self._replicas, self._forwards):  # anew, by the seed
+                    made.pop(architecture, None)
+                return f"the initial weights of {architecture}"
         return ""
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -409,6 +409,37 @@ def test_a_fuse_that_writes_to_the_transfer_set_is_named(monkeypatch: Any) -> No
         built.run()
 
 
+def _first(half: Any) -> None:
+    next(iter(half.workspace.initial(half.architecture).values())).mul_(0.9)
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_whoever_writes_to_the_initial_weights_is_named(mode: str, monkeypatch: Any) -> None:
+    """They are everybody's in a process, and a resumed run would have them as they were."""
+
+    class Fades(AveragingStrategy):
+        def fuse(self, shares):
+            super().fuse(shares)
+            _first(self)
+
+    class Writes(FusionClient):
+        def fit(self):
+            if self.client == 1:
+                _first(self)
+            return self.train()
+
+    told, vectorize = "wrote to the initial weights of mlp_small in place", f"runtime.vectorize={mode}"
+    with pytest.raises(UserError, match=f"fuse {told}"):
+        play(enter(monkeypatch, Fades, FusionClient, NoHyper, "fades"), vectorize)
+    with federation(enter(monkeypatch, AveragingStrategy, Writes, NoHyper, "writes"), vectorize) as (built, _):
+        workspace = built.grid.node.workspace
+        before = {name: value.clone() for name, value in workspace.initial("mlp_small").items()}
+        with pytest.raises(WorldError, match=f"Writes {told}"):
+            built.run()
+        assert workspace.written(1) == ""
+        assert all(torch.equal(value, before[name]) for name, value in workspace.initial("mlp_small").items())  # anew
+
+
 @pytest.mark.parametrize(
     ("made", "told"),
     [(lambda model: None, "returned None"), (lambda model: nn.LazyLinear(3), "'weight' without")],
