@@ -10,7 +10,7 @@ from fedfuse.config.schema import DataConfig
 from fedfuse.data.build import cut_test, options
 from fedfuse.data.dataset import Dataset, Examples
 from fedfuse.data.read_jsonl import lines
-from fedfuse.data.tokenize import Tokenizer
+from fedfuse.data.tokenize import Bytes, tokenizer_of, windows
 from fedfuse.errors import UserError
 
 OPTIONS = {"tokenizer": None, "length": 64, "roles": None, "least": 5}
@@ -19,8 +19,8 @@ OPTIONS = {"tokenizer": None, "length": 64, "roles": None, "least": 5}
 def read(config: DataConfig, root: Path) -> Dataset:
     """Return the roles as natural clients of a next-token task; a role's windows never mix with another's.
 
-    `data.extra`: `tokenizer` (a model directory, needed), `length` (tokens a window), `least` (windows a role must
-    have), `roles` (keep that many with the most to say; null: all).
+    `data.extra`: `tokenizer` (a model directory, or `bytes`; needed), `length` (tokens a window), `least` (windows a
+    role must have), `roles` (keep that many with the most to say; null: all).
 
     Raises
     ------
@@ -36,14 +36,14 @@ def read(config: DataConfig, root: Path) -> Dataset:
     path = root if root.is_file() else root / "roles.jsonl.gz"
     if not path.is_file():
         raise UserError(f"data={config.name}: no roles.jsonl.gz under {root}")
-    tokenizer = Tokenizer(str(extra["tokenizer"]))
+    tokenizer = tokenizer_of(str(extra["tokenizer"]))
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for number, row in enumerate(lines(path), start=1):
         if not isinstance(row.get("role"), str) or not isinstance(row.get("lines"), list):
             raise UserError(f"{path}: line {number} has no role with lines")
-        windows = tokenizer.windows((str(line) for line in row["lines"]), length)
-        if len(windows[0]) >= least:
-            found[row["role"]] = windows
+        spoken = windows(tokenizer, (str(line) for line in row["lines"]), length)
+        if len(spoken[0]) >= least:
+            found[row["role"]] = spoken
     if not found:
         raise UserError(f"data={config.name}: no role has {least} windows of {length} tokens; lower data.extra.least")
     names = sorted(found, key=lambda name: (-len(found[name][0]), name))[: extra["roles"]]
@@ -60,4 +60,5 @@ def read(config: DataConfig, root: Path) -> Dataset:
         group_names=tuple(names),
         next_token=True,
         pad=tokenizer.pad,
+        utf8=isinstance(tokenizer, Bytes),
     )

@@ -141,24 +141,6 @@ class Tokenizer:
             row[: len(kept)] = kept
         return out, sum(bool(found.overflowing) or len(found.ids) > length for found in rows)
 
-    def windows(self, texts: Iterable[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Consecutive windows of the joined texts; what is left over at the end is dropped.
-
-        Returns
-        -------
-        windows : ndarray of int64, shape (n, length)
-        byte_counts : ndarray of int64, shape (n,)
-            UTF-8 bytes that a window's tokens stand for, all but its first, which nothing predicts.
-        """
-        found = self.spans(list(texts))
-        joined = [i for ids, _ in found for i in ids]
-        sizes = [size for _, ends in found for size in np.diff(ends, prepend=0)]
-        count = len(joined) // length
-        windows, held = (
-            np.array(values[: count * length], dtype=np.int64).reshape(count, length) for values in (joined, sizes)
-        )
-        return windows, held[:, 1:].sum(1)
-
 
 class Bytes:
     """The tokenizer `bytes`: a text's UTF-8 bytes are its tokens; the byte 0, which texts do not have, is all else."""
@@ -195,6 +177,25 @@ def encoded(texts: Sequence[str]) -> list[bytes]:
 def tokenizer_of(name: str) -> Tokenizer | Bytes:
     """The tokenizer of a directory, or `bytes`."""
     return Bytes() if name == "bytes" else Tokenizer(name)
+
+
+def windows(tokenizer: Tokenizer | Bytes, texts: Iterable[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Consecutive windows of the joined texts; what is left over at the end is dropped.
+
+    Returns
+    -------
+    windows : ndarray of int64, shape (n, length)
+    byte_counts : ndarray of int64, shape (n,)
+        UTF-8 bytes that a window's tokens stand for, all but its first, which nothing predicts.
+    """
+    found = tokenizer.spans(list(texts))
+    joined = [i for ids, _ in found for i in ids]
+    sizes = [size for _, ends in found for size in np.diff(ends, prepend=0)]
+    count = len(joined) // length
+    windows, held = (
+        np.array(values[: count * length], dtype=np.int64).reshape(count, length) for values in (joined, sizes)
+    )
+    return windows, held[:, 1:].sum(1)
 
 
 def _special(path: Path) -> dict[str, str]:

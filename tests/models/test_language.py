@@ -18,7 +18,7 @@ from fedfuse.train.task import IGNORED, check_order, task_loss
 
 transformers = pytest.importorskip("transformers", reason="the extra `lm` is not installed")
 
-from fedfuse.data.tokenize import Tokenizer  # noqa: E402
+from fedfuse.data.tokenize import Tokenizer, windows  # noqa: E402
 from fedfuse.models.from_directory import halves  # noqa: E402
 from fedfuse.models.language import build  # noqa: E402
 
@@ -233,9 +233,9 @@ def lm(folder: Path, *more: str) -> tuple[str, ...]:
 def test_windows_of_roles_count_the_bytes_they_predict(tmp_path: Path) -> None:
     made = Tokenizer(str(tokenizer(tmp_path)))
     texts = ["the cat", "dög the", "a bird the dog"]
-    windows, counts = made.windows(texts, 3)
+    found, counts = windows(made, texts, 3)
     joined = [token for ids in made.ids(texts, special=False) for token in ids]
-    assert windows.ravel().tolist() == joined[: len(joined) // 3 * 3]
+    assert found.ravel().tolist() == joined[: len(joined) // 3 * 3]
     sizes = [after - before for _, ends in made.spans(texts) for before, after in zip([0, *ends], ends, strict=False)]
     assert sum(sizes) == sum(len(text.encode()) for text in texts)  # ö has two
     assert counts.tolist() == [sizes[i + 1] + sizes[i + 2] for i in range(0, len(joined) // 3 * 3, 3)]
@@ -244,6 +244,24 @@ def test_windows_of_roles_count_the_bytes_they_predict(tmp_path: Path) -> None:
     with federation("fedavg", base=lm(tmp_path)) as (built, _):
         data = built.scenario.data
     assert data.byte_count("train", 0) > 7 * len(data.dataset.train.inputs) / 3
+
+
+def test_roles_are_read_as_bytes_where_no_tokenizer_is_at_hand(tmp_path: Path) -> None:
+    from tests.federations import federation
+
+    base = (*lm(tmp_path), "data.extra.tokenizer=bytes")
+    with federation("fedavg", base=base) as (built, _):
+        data = built.scenario.data
+        assert data.dataset.utf8
+        assert len(data.dataset.classes) == 256
+        plays = gzip.decompress((tmp_path / "roles.jsonl.gz").read_bytes()).splitlines()
+        spoken = ["".join(json.loads(play)["lines"]).encode() for play in plays]
+        rows = [bytes(row) for row in data.dataset.train.inputs.tolist()]
+        assert rows
+        assert all(any(said[i : i + 8] == row for said in spoken for i in range(0, len(said), 8)) for row in rows)
+        assert data.byte_count("train", 0) == 7 * len(data.rows_of(0, "train"))
+        built.run()
+    assert math.isfinite(built.history[-1]["accuracy/global"])
 
 
 @pytest.mark.parametrize("name", ["fed_sb", "fedex_lora", "fedavg"])
