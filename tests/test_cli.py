@@ -30,12 +30,12 @@ def command(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 
 def test_a_terminal_without_the_signs_of_a_table_gets_the_result_all_the_same(tmp_path: Path) -> None:
-    words = "strategy=local data=digits clients=2 rounds=1 train.epochs=1 runtime=inline".split()
+    words = ["strategy=local", "data=digits", "clients=2", "rounds=1", "train.epochs=1", "runtime=inline"]
     line = [sys.executable, "-m", "fedfuse", "run", *words, f"out={tmp_path / 'run'}"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "mean of the lowest ?N/10? clients" in done.stdout
+    assert "?N/10?" in done.stdout
     assert "digest" in done.stdout
 
 
