@@ -1,6 +1,6 @@
 """Ray's start without the processes that serve nobody here.
 
-Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`,
+Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`, `.services.ConsolePopen`,
 `.node.Node.start_api_server`, `.parameter.RayParams`, of `ray._raylet` the port names and `persist_port`, and the
 options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
 
@@ -18,7 +18,7 @@ import importlib
 import inspect
 import shlex
 from collections.abc import Iterator
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,6 +51,9 @@ def lean_start() -> Iterator[None]:
 
     A raylet must have its agents, and waits for the ports they write down. So the ports of "no service" are written
     here, and `cat`, which ends with the pipe from the raylet, stands in. Ray has no option for any of it.
+
+    What is started has a process group of its own: batch systems send SIGTERM to a whole group, and a driver whose
+    Ray is gone before it waits for it, for a minute. The kernel ends these processes with the driver.
     """
     from ray._private import ray_constants, services
     from ray._private.node import Node
@@ -75,6 +78,7 @@ def lean_start() -> Iterator[None]:
         patch.object(RayParams, "__init__", settings),
         patch.object(Node, "start_api_server", lambda node, **options: None),
         patch.object(services, "start_ray_process", without_agents),
+        patch.object(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
         # under `uv run` or with a hook, Ray would give every actor a runtime environment
         patch.object(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
         patch.object(ray_constants, "RAY_RUNTIME_ENV_HOOK", "FEDFUSE_NO_HOOK"),
