@@ -1,6 +1,6 @@
 """Ray's start without the processes that serve nobody here.
 
-Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process`, `.services.ConsolePopen`,
+Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process` and `.ConsolePopen`,
 `.node.Node.start_api_server`, `.parameter.RayParams`, of `ray._raylet` the port names and `persist_port`, and the
 options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_the_names_are_there_and_are_put_back() -> None:
     assert {"no_monitor", "include_log_monitor"} <= set(inspect.signature(RayParams.__init__).parameters)
     source = inspect.getsource(services)
     assert all(flag.removeprefix("--") in source for flag in ray_start.AGENTS)
+    assert "process = ConsolePopen(" in inspect.getsource(services.start_ray_process)
+    assert issubclass(services.ConsolePopen, subprocess.Popen)
     before = (services.start_ray_process, Node.start_api_server, RayParams.__init__)
     with ray_start.lean_start():
         assert services.start_ray_process is not before[0]
