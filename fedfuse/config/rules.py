@@ -13,6 +13,7 @@ LEAST = {  # where they are not null
     "clients": 1, "rounds": 1, "seed": 0, "train.epochs": 0, "train.max_steps": 1, "train.batch_size": 1,
     "train.micro_batch": 1, "train.weight_decay": 0, "model.lora_rank": 1, "labels.rounds": 1, "stop.patience": 1,
     "evaluate.every": 1, "evaluate.batch_size": 1, "evaluate.samples": 0, "evaluate.max_tokens": 1,
+    "evaluate.panel": 1,
     "transfer.size": 0, "transfer.subset": 1, "distil.epochs": 0, "distil.steps": 0, "distil.batch_size": 1,
     "runtime.workers": 1, "runtime.retries": 0, "runtime.parallel": 1, "search.trials": 1,
     "runtime.memory": 320,  # MB: a quarter is Ray's object store, which takes no less than 80

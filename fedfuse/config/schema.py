@@ -245,6 +245,10 @@ class EvaluateConfig:
         only="data.layout=text|instruct|roles",
     )
     max_tokens: int = key(32, "tokens of such an answer, at most", only="evaluate.samples!=0")
+    panel: int | None = key(
+        None,
+        "clients, drawn once, that score their own models on the global test, where the server has none; null: all",
+    )
     validation: bool = key(False, "also score the clients' validation split (early stop and tuning turn it on)")
     seconds: float | None = key(None, "virtual seconds between evaluations, in place of `every`", only=ON)
 

@@ -29,6 +29,20 @@ def splits_of(strategy: FusionStrategy) -> tuple[str, ...]:
     return tuple(splits)
 
 
+def panel_notes(strategy: FusionStrategy) -> list[str]:
+    """Say whose models `evaluate.panel` has scored on the global test, and where it chose nobody."""
+    scenario = strategy.scenario
+    count = scenario.config.evaluate.panel
+    if count is None or scenario.data.dataset.test is None:
+        return []
+    if strategy.server_models():
+        return [f"evaluate.panel={count} does nothing here: accuracy/global is of the server's model"]
+    return [
+        f"accuracy/global is the mean over the models of {len(scenario.panel)} of {scenario.clients} clients, "
+        "drawn once (evaluate.panel)"
+    ]
+
+
 def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The clients' scores in one line.
 

@@ -77,6 +77,7 @@ class Federation:
         self.clock, self.again = clock, False
         self.done = 0
         self.evaluated = -1
+        self.evaluating = 0.0  # seconds that the last evaluation took
         self.headline: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.rows: list[Row] = []
@@ -251,7 +252,7 @@ class Federation:
         self.headline = {"loss/train": self.headline.get("loss/train", math.nan), **headline}
         virtual = {} if self.clock is None else {"virtual_s": self.clock.seconds}
         self.history.append({"round": float(round), **virtual, **headline})
-        self.evaluated = round
+        self.evaluated, self.evaluating = round, time.perf_counter() - started
         self._time(round, "evaluate", started)
         if final:
             self._seal()

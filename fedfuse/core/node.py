@@ -383,7 +383,7 @@ class Node:
             state=state,
             round=phase.round,
             phase=phase.name,
-            splits=phase.splits,
+            splits=self.workspace.scenario.scored_by(who, phase.splits),
             pooled=phase.pooled,
         )
         client.config, client.lends = dict(phase.said), lends and phase.kind == "train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -77,6 +78,18 @@ class Scenario:
             return frozenset(attack.clients)
         count = max(1, int(self.clients * attack.fraction + 0.5))
         return frozenset(torch.randperm(self.clients, generator=generator(self.seed, "liars"))[:count].tolist())
+
+    @cached_property
+    def panel(self) -> Collection[int]:
+        """Clients whose own models are scored on the global test, where the server has none (`evaluate.panel`)."""
+        count = self.config.evaluate.panel
+        if count is None or count >= self.clients:
+            return range(self.clients)
+        return frozenset(first_of_permutation(self.clients, count, generator(self.seed, "panel")))
+
+    def scored_by(self, client: int, splits: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the sets that an evaluation scores, those that a client does."""
+        return splits if client in self.panel else tuple(split for split in splits if split != "global")
 
     @property
     def cohort_size(self) -> int:

@@ -54,13 +54,16 @@ class Progress(Callback):
         loss = head.get("loss/train", float("nan"))
         parts.append(f"loss {loss:.4f}" if abs(loss) < 1e6 else f"loss {loss:.3g}" if loss == loss else "loss –")
         parts.append(f"up {traffic['up_bytes'] / 1e6:.3g} MB, down {traffic['down_bytes'] / 1e6:.3g} MB so far")
-        parts.append(f"{now - self._clock:.2f} s")
+        spent = now - self._clock
+        parts.append(f"{spent:.2f} s")
         if clock is not None:
             most = f" of {clock.limit / SECOND:g}" if timed and clock.limit is not None else ""
             parts.append(f"virtual {clock.seconds:.3g}{most} s")
         self._clock = now
         self.console.print("  ".join(parts), markup=False)
         told = [*unheard(federation.strategy), *beside_state(federation.strategy)] if federation.done == 1 else []
+        if federation.done == 1 < federation.rounds and (slow := _mostly_evaluated(federation, spent)):
+            told.append(slow)
         if lost := federation.strategy.inbox.undefined:
             told.append(f"training loss of {lost} clients is not a number")
         for line in told:
@@ -76,3 +79,20 @@ class Progress(Callback):
     def _note(self, line: str) -> None:
         said.add(line)
         self.console.print(f"  note: {line}", markup=False)
+
+
+LONG = 5.0  # seconds of an evaluation from which on it is told how to ask for less
+
+
+def _mostly_evaluated(federation: Federation, seconds: float) -> str:
+    """What to do about a round that was evaluated for longer than it was played; empty if it was not."""
+    scenario, test = federation.scenario, federation.scenario.data.dataset.test
+    if federation.evaluated != federation.done or not max(LONG, seconds / 2) < federation.evaluating:
+        return ""
+    own = "global" in federation.strategy.splits and test is not None
+    whose = f", and {len(scenario.panel)} predict {len(test)} test examples" if own and test is not None else ""
+    less = "evaluate.every=<rounds>" + (" or evaluate.panel=<clients>" if whose else "")
+    return (
+        f"evaluating took {federation.evaluating:.0f} of these {seconds:.0f} s: "
+        f"{counted(scenario.clients)} are scored{whose}; {less} asks for less"
+    )

@@ -13,7 +13,7 @@ from fedfuse.core import client_level
 from fedfuse.core.abreast_notes import vectorized_notes
 from fedfuse.core.attacks import attack_notes
 from fedfuse.core.defended import defence_notes
-from fedfuse.core.evaluation import fallen
+from fedfuse.core.evaluation import fallen, panel_notes
 from fedfuse.core.fit import remarks
 from fedfuse.core.labels import LEFT, exhausted
 from fedfuse.core.loop import Federation
@@ -91,6 +91,7 @@ def summary(
                 strategy.distils,
                 _of_one_class(path),
             ),
+            *panel_notes(strategy),
             *fallen(strategy, _figures(path, "loss/global"), federation.done),
             *kept(_figures(path, KEPT), federation.done),
             *exhausted(_figures(path, LEFT), federation.scenario.clients),

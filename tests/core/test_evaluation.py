@@ -1,15 +1,19 @@
 """Clients' scores in one line, in numbers of which no two are alike."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import nn
 
-from fedfuse.core.evaluation import of_clients, of_server, splits_of
+from fedfuse.core.evaluation import of_clients, of_server, panel_notes, splits_of
 from fedfuse.errors import UserError
-from tests.federations import federation
+from fedfuse.runs import progress
+from tests.federations import federation, play
 from tests.halves import client
 
 
@@ -147,3 +151,72 @@ def test_a_rounds_loss_is_weighted_by_examples() -> None:
         assert built.rows == [(4, "server", -1, "train", "loss/train", 1.625)]
         built.collect(5)
         assert math.isnan(built.headline["loss/train"])
+
+
+@pytest.mark.parametrize("grid", ["inline", "serial"])
+def test_a_panel_scores_the_global_test_and_nothing_else_changes(grid: str, tmp_path: Path) -> None:
+    """It is drawn by the seed, the same in all rounds, and its mean is of the very scores that all would have given."""
+
+    def scores(*words: str) -> Any:
+        path = tmp_path / "-".join(words or ("all",))
+        played = play("fd", "clients=6", "seed=3", *words, grid=grid, path=path)
+        rows = pl.read_parquet(path / "metrics.parquet").filter(pl.col("scope") == "client").rows()
+        found = {(round, client, split, metric): value for round, _, client, split, metric, value, *_ in rows}
+        return found, played.federation.history, played.digest
+
+    whole, line, digest = scores()
+    some, short, same = scores("evaluate.panel=2")
+    asked = {client for _, client, split, _ in some if split == "global"}
+    assert len(asked) == 2
+    assert some == {key: value for key, value in whole.items() if key[2] != "global" or key[1] in asked}
+    for round, (one, all_of_them) in enumerate(zip(short, line, strict=True), start=1):
+        wanted = [whole[round, client, "global", "accuracy_macro"] for client in sorted(asked)]
+        assert one["accuracy/global"] == pytest.approx(sum(wanted) / 2)
+        assert one["accuracy/personal"] == all_of_them["accuracy/personal"]
+    assert same == digest
+    assert scores("evaluate.panel=6") == (whole, line, digest)
+
+
+def test_a_panel_is_said_and_where_the_server_has_a_model_that_it_does_nothing() -> None:
+    with federation("fd", "evaluate.panel=2") as (built, _):
+        assert panel_notes(built.strategy) == [
+            "accuracy/global is the mean over the models of 2 of 3 clients, drawn once (evaluate.panel)"
+        ]
+    assert play("fedavg", "evaluate.panel=2").federation.headline["accuracy/global"] > 0
+    with federation("fedavg", "evaluate.panel=2") as (built, _):
+        built.strategy.ensure_begun()
+        assert panel_notes(built.strategy) == [
+            "evaluate.panel=2 does nothing here: accuracy/global is of the server's model"
+        ]
+    with federation("fd") as (built, _):
+        assert panel_notes(built.strategy) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "took", "seconds", "said"),
+    [
+        (
+            "fd",
+            6.0,
+            10.0,
+            "3 clients are scored, and 2 predict 60 test examples; evaluate.every=<rounds> or evaluate.panel",
+        ),
+        (
+            "fedavg",
+            6.0,
+            10.0,
+            "evaluating took 6 of these 10 s: 3 clients are scored; evaluate.every=<rounds> asks for less",
+        ),
+        ("fd", 4.0, 5.0, ""),
+        ("fd", 6.0, 13.0, ""),
+    ],
+)
+def test_a_round_that_is_mostly_evaluated_says_how_to_ask_for_less(name, took, seconds, said) -> None:
+    with federation(name, "evaluate.panel=2") as (built, _):
+        built.run()
+        built.evaluating = took
+        found = progress._mostly_evaluated(built, seconds)
+        assert said in found
+        assert bool(said) == bool(found)
+        built.evaluated -= 1
+        assert progress._mostly_evaluated(built, seconds) == ""
