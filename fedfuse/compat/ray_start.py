@@ -4,7 +4,7 @@ Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.star
 `.node.Node.start_api_server`, `.parameter.RayParams`, of `ray._raylet` the port names and `persist_port`, and the
 options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
 
-All but the options buy five Python processes, two thirds of the time of a start (docs/performance_history.md): the
+All but the options save five Python processes, most of the time of `ray.init` (docs/performance_history.md): the
 autoscaler, the log monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard
 and one builds runtime environments; our actors have none. If such a name is gone, `lean_start` raises, and
 `engines.cluster.connect` says so and starts Ray as it is. An option that is gone is not given. Guard:

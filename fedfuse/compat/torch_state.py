@@ -3,10 +3,9 @@
 Private names of torch 2.7 to 2.13: a module's `_parameters`, `_buffers`, `_modules`, `_non_persistent_buffers_set`,
 its four lists of state hooks, and `_load_from_state_dict`; a parameter's `_backward_hooks` and
 `_post_accumulate_grad_hooks`, which `copy.deepcopy` leaves out. Reading takes 17 µs in place of 25 for an mlp and 45 in
-place of 74 for ResNet-8, and overwriting 112 in place of 446; a no-op round inline takes 1.08 times as long without
-(docs/performance_history.md). If a name is gone, or a module has a hook or its own way to save or load,
-`contents` says None and the caller takes torch's `state_dict` and `load_state_dict`. Guard:
-`tests/compat/test_torch.py`.
+place of 74 for ResNet-8, and overwriting 112 in place of 446; a no-op round inline takes 1.08 times as long without.
+If a name is gone, or a module has a hook or its own way to save or load, `contents` says None and the caller takes
+torch's `state_dict` and `load_state_dict`. Guard: `tests/compat/test_torch.py`.
 """
 
 from __future__ import annotations
