@@ -6,7 +6,8 @@ import contextlib
 import faulthandler
 import gc
 import time
-from multiprocessing.connection import Listener
+from collections.abc import Iterable
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ class CarriedStore(ClientStore):
 
 def packed(state: dict[str, Any]) -> Tree:
     """A client's state as arrays and plain values."""
-    return {k: _bare(v) if isinstance(v, torch.Tensor) else v for k, v in leaves(state).items()}
+    return {k: _array(v) if isinstance(v, torch.Tensor) else v for k, v in leaves(state).items()}
 
 
-def _bare(value: torch.Tensor) -> Any:
+def _array(value: torch.Tensor) -> Any:
     value = value.detach().cpu().contiguous()
     return value.numpy().copy() if value.dtype in NUMBERS else value.clone()  # NumPy has no bfloat16
 
@@ -142,9 +143,11 @@ class Worker:
     def attend(self) -> None:
         """Work on calls that come by the line, until the driver says that Ray's go on or is gone."""
         assert self.listener is not None, "prepared without a line"
-        with self.listener.accept() as line, contextlib.suppress(EOFError, ConnectionError):
-            while (task := receive(line)) is not None:
-                send(line, self.work(task))
+        with self.listener.accept() as line:
+            while (task := _asked(line)) is not None:
+                answer = self.work(task)  # what it raises is the driver's to know
+                with contextlib.suppress(ConnectionError):  # gone meanwhile, as the next look will find
+                    send(line, answer)
 
     def work(self, task: Task) -> tuple[list[list[Answer]], list[Any], float]:
         """Run groups in the order given; return each group's answers, states to keep, and the seconds it took."""
@@ -154,13 +157,10 @@ class Worker:
         if isinstance(self.store, CarriedStore):
             self.store.given, self.store.kept = states, []
         common = None if run is None else trusted(ConfigRecord, run)
-        out = []
         asked = [[self._message(bare, common) for bare in group] for group in groups]
-        if alone:
-            for messages in asked:
-                out.append([answer_of(reply) for reply in self.groups.each(messages, self.cache)])
-        else:
-            out = [[answer_of(reply) for reply in replies] for replies in self.groups.all(asked, self.cache)]
+        one_by_one = (self.groups.each(messages, self.cache) for messages in asked)
+        replied: Iterable[Iterable[Message]] = one_by_one if alone else self.groups.all(asked, self.cache)
+        out = [[answer_of(reply) for reply in replies] for replies in replied]
         for address in needs:  # what was meant for one client is not kept in every actor
             if address[1].startswith("client:"):
                 self.cache.pop(address, None)
@@ -187,6 +187,15 @@ class Worker:
             missing |= zip(lying, ray.get(list(lying.values())), strict=True)
         for address, (arrays, version) in missing.items():
             self.cache[address] = Item({k: torch.from_numpy(v) for k, v in arrays.items()}, version)
+
+
+def _asked(line: Connection) -> Task | None:
+    """The next call that comes by a line; None where the driver says that Ray's go on, or is gone."""
+    try:
+        task: Task | None = receive(line)
+        return task
+    except (EOFError, ConnectionError):
+        return None
 
 
 def answer_of(reply: Message) -> Answer:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fedfuse.engines import ray as engine
+from fedfuse.engines import worker as engine_worker
 from fedfuse.engines.line import receive, send
 from tests.engines.processes import workers
 from tests.federations import federation, play
@@ -142,6 +143,30 @@ def test_nothing_is_left_of_a_line(ray_session) -> None:
             crew = list(built.grid.crew)
             assert all(member.line is not None for member in crew)
         assert all(member.line is None for member in crew)
+
+
+def attended(work: Any, hear: bool) -> Any:
+    """What comes of a worker that is asked once, by a driver that hears its answer or is gone before."""
+    here, there = Pipe()
+    attending = SimpleNamespace(listener=SimpleNamespace(accept=lambda: there), work=work)
+    with here:
+        send(here, "task")
+        if hear:
+            send(here, None)
+        else:
+            here.close()
+        return engine_worker.Worker.attend(attending), receive(here) if hear else None
+
+
+def test_what_fails_over_the_work_is_told_and_a_driver_that_is_gone_is_not() -> None:
+    assert attended(lambda task: f"{task} done", hear=True) == (None, "task done")
+    assert attended(lambda task: np.zeros(10**6), hear=False) == (None, None)
+
+    def refused(task: str) -> None:
+        raise ConnectionResetError("the object store is gone")
+
+    with pytest.raises(ConnectionResetError, match="object store"):
+        attended(refused, hear=True)
 
 
 def test_a_worker_that_reads_no_more_holds_nobody_up() -> None:
