@@ -65,8 +65,6 @@ class RayGrid(LocalGrid):
         How often a client, or a group whose actor died, is tried again.
     address : str, optional
         Ray cluster to join; default starts one on this machine.
-    gpu_fraction : float, optional
-        Share of a GPU each actor takes on `cuda`; default `runtime.gpu_fraction`.
     """
 
     def __init__(
@@ -78,7 +76,6 @@ class RayGrid(LocalGrid):
         device: str = "cpu",
         retries: int = 2,
         address: str | None = None,
-        gpu_fraction: float | None = None,
     ) -> None:
         super().__init__(scenario.clients)
         single_thread()
@@ -93,8 +90,7 @@ class RayGrid(LocalGrid):
         self._token = self.store.directory / token
         self._token.touch()
         self._args = (ray.put(entry), ray.put(scenario), str(state_dir), token, device, retries, self.limit)
-        share = runtime.gpu_fraction if gpu_fraction is None else gpu_fraction
-        self._share = share if device == "cuda" else 0.0
+        self._share = runtime.gpu_fraction if device == "cuda" else 0.0
         self._scenario, self._topics = scenario, entry.server.topics
         self._references: dict[Address, tuple[int, Any]] = {}
         self._foreign: tuple[Any, tuple[int, Any]] | None = None
@@ -162,8 +158,8 @@ class RayGrid(LocalGrid):
                 for parcel in parcels(content, config):
                     self.cache.take(parcel, self._topics)
                 break
-        wanted = zip(config.get("needs.topic", ()), config.get("needs.to", ()), strict=True)
-        return {address: self._reference(address) for address in wanted}
+        addresses = zip(config.get("needs.topic", ()), config.get("needs.to", ()), strict=True)
+        return {address: self._reference(address) for address in addresses}
 
     def _broadcast(self, arrays: ArrayRecord) -> tuple[int, Any]:
         if self._foreign is None or self._foreign[0] is not arrays:
@@ -233,7 +229,6 @@ class Exchange:
         self.answers: dict[tuple[int, int], list[Answer]] = {}
         self.split: dict[int, str] = {}  # groups run member by member, and why
         self.attempts: dict[tuple[int, int], int] = {}
-        self.run = None
         for member in grid.crew:
             member.load = 0.0
             member.calls.clear()
@@ -259,15 +254,15 @@ class Exchange:
 
     # -- handing out ---------------------------------------------------------------------------------------
 
-    def _hand_out(self, next: int) -> None:
-        """Push whole lists, longest first, within a window that bounds what waits for its turn."""
+    def _hand_out(self, due: int) -> None:
+        """Push whole lists, longest first, within a window from the group that is due: it bounds what waits."""
         grid = self.grid
         seconds, size = grid.seen.get(self.kind, (0.0, LARGE))
         window = max(2 * len(grid.crew), min(4096, grid.window // max(size, 1)))
-        if not self.todo or (self.todo[0] > next and self.todo[0] - next > window // 2):
+        if not self.todo or self.todo[0] - due > window // 2:
             return
         chosen = []
-        while self.todo and self.todo[0] < next + window:
+        while self.todo and self.todo[0] < due + window:
             chosen.append(self.todo.popleft())
         lists: dict[int, list[int]] = {}
         for i in sorted(chosen, key=lambda i: -self.cost[i]):
@@ -353,7 +348,7 @@ class Exchange:
         else:
             self.grid.store.stage(client, key, unpacked(tree))
 
-    def _recover(self, member: Member, cause: str) -> None:
+    def _recover(self, member: Member, why: str) -> None:
         """Replace a dead worker and hand its calls out again. Only what it was working on is suspect: that is
         run member by member, so that one client that kills its worker takes nobody with it.
         """
@@ -365,13 +360,13 @@ class Exchange:
         for i, j in suspect.parts:
             members = range(len(self.groups[i])) if j < 0 else [j]
             if j < 0:
-                self.split[i] = cause
+                self.split[i] = why
             for k in members:
                 self.attempts[i, k] = self.attempts.get((i, k), 0) + 1
                 if self.attempts[i, k] > max(self.grid.retries, 1):
                     limit = self.grid.limit
                     hint = f"; runtime.client_timeout={limit} s" if limit is not None else ""
-                    text = f"its worker died {self.attempts[i, k]} times ({cause}{hint})"
+                    text = f"its worker died {self.attempts[i, k]} times ({why}{hint})"
                     self.answers[i, k] = [(FAILED, text)]
                 else:
                     again.append([(i, k)])
