@@ -67,3 +67,23 @@ def test_numpys_generator_is_where_we_look():
     assert not turns.fresh(1235)
     np.random.rand()
     assert not turns.fresh(1234)
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_default_device_is_set_back(looked, monkeypatch):
+    if not looked:
+        monkeypatch.setattr(turns, "_any_mode", lambda: 1)
+    found = turns.modes()
+    try:
+        torch.set_default_device("meta")
+        assert turns.modes() != found
+        turns.set_modes(found)
+        assert torch.zeros(1).device.type == "cpu"
+        assert turns.modes() == found
+        torch.set_default_device("meta")  # as a user may, before a run
+        mine = turns.modes()
+        torch.set_default_device("cpu")
+        turns.set_modes(mine)
+        assert torch.zeros(1).device.type == "meta"
+    finally:
+        torch.set_default_device(None)

@@ -159,9 +159,13 @@ def _autocast(client: Any) -> None:
     torch.set_autocast_enabled("cpu", True)
 
 
+def _device(client: Any) -> None:
+    torch.set_default_device("meta")
+
+
 LEFT: list[Callable[[Any], None]] = [
     _hook, _layer, _order, _setting, _attribute, _list, _deep, _buffer, _memory, _gone, _grad_mode, _dtype,
-    _threads, _deterministic, _precision, _autocast,
+    _device, _threads, _deterministic, _precision, _autocast,
     _parametrized, _pruned, _class, _gradient_hook, _after_gradients, _of_parameter, _part, _turned, _number,
     _unsaved, _plain,
 ]  # fmt: skip
@@ -185,7 +189,7 @@ def looks(model: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("leave", LEFT, ids=lambda one: one.__name__)
 def test_the_next_client_does_not_find_what_one_leaves(leave: Any, mode: str, made: Any, monkeypatch: Any) -> None:
     found: dict[int, set[str]] = {}
-    plain, after = (True, torch.float32, 1, 0, "highest", False, False), dict[int, torch.dtype]()
+    plain, after = (True, torch.float32, 1, 0, "highest", False, False, None), dict[int, torch.dtype]()
     met = set[Modes]()
 
     class Leaves(FusionClient):
