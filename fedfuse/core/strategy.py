@@ -341,15 +341,18 @@ class FusionStrategy(Strategy):
         UserError
             If there is no such client or architecture.
         """
-        return self.board.items[topic, address_of(self._receiver(topic, to))].arrays
+        item = self.board.items.get((topic, address_of(self._receiver(topic, to))))
+        if item is None:
+            there = ", ".join(sorted({known for known, _ in self.board.items})) or "none yet"
+            raise KeyError(f"{self.name}: nothing of topic {topic!r} was published to={to!r:.40}; published: {there}")
+        return item.arrays
 
     def _receiver(self, topic: str, to: SupportsIndex | str | None) -> int | str | None:
         """Whom something is for: a client of any integer type as a plain number, which its address is made of."""
         if to is None or (isinstance(to, str) and to in self.scenario.architectures):
             return to
-        with contextlib.suppress(TypeError):  # text, or no whole number
-            if 0 <= (client := operator.index(to)) < self.scenario.clients:  # type: ignore[arg-type]
-                return client
+        if (client := self._client(to)) is not None:
+            return client
         names = ", ".join(sorted(set(self.scenario.architectures)))
         raise UserError(
             f"{self.name} publishes {topic!r} to={to!r:.40}: nobody gets that; allowed are clients 0 to "
@@ -475,10 +478,28 @@ class FusionStrategy(Strategy):
             return [0]
         calendar = self.calendar
         sampled = self.scenario.sampled(round) if calendar is None else calendar.sampled(round)
-        chosen = sorted(set(self.cohort(round, sampled)))
-        if not set(sampled) <= set(chosen):
-            raise ValueError("cohort() may only add clients to the sample")
+        cohort = set[int]()
+        for named in self.cohort(round, sampled):
+            if (client := self._client(named)) is None:
+                raise UserError(
+                    f"strategy={self.name}: cohort() of round {round} names {named!r:.40}; allowed are clients 0 to "
+                    f"{self.scenario.clients - 1}"
+                )
+            cohort.add(client)
+        if dropped := set(sampled) - cohort:
+            raise UserError(
+                f"strategy={self.name}: cohort() of round {round} leaves client {min(dropped)} out, which was sampled; "
+                f"it may only add clients"
+            )
+        chosen = sorted(cohort)
         return chosen if calendar is None else [client for client in chosen if calendar.there(client)]
+
+    def _client(self, named: SupportsIndex | str | None) -> int | None:
+        """A client of any integer type as a plain number; None where there is no such client."""
+        with contextlib.suppress(TypeError):  # text, or no whole number
+            if 0 <= (client := operator.index(named)) < self.scenario.clients:  # type: ignore[arg-type]
+                return client
+        return None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -601,8 +601,33 @@ def test_a_cohort_may_only_grow(monkeypatch) -> None:
 
     with federation(enter(monkeypatch, Grows), "participation=0.34") as (built, _):
         assert all(0 in built.strategy.plan(r) for r in range(1, 9))
-    with federation(enter(monkeypatch, Shrinks)) as (built, _), pytest.raises(ValueError, match="only add"):
+    with (
+        federation(enter(monkeypatch, Shrinks)) as (built, _),
+        pytest.raises(UserError, match=r"client 0 out.*only add"),
+    ):
         built.run()
+
+
+@pytest.mark.parametrize("named", [3, -1, "a", 0.5, [0], np.int64(2)], ids=repr)
+def test_a_cohort_names_clients_that_there_are(named, monkeypatch) -> None:
+    class Strays(Ledger):
+        def cohort(self, round, sampled):
+            return [*sampled, named]
+
+    with federation(enter(monkeypatch, Strays), "participation=0.34") as (built, _):
+        if named == 2:
+            assert all(built.strategy.plan(r)[-1] == 2 for r in range(1, 9))
+            return
+        with pytest.raises(UserError) as told:
+            built.run()
+    assert str(told.value).endswith(f"cohort() of round 1 names {named!r}; allowed are clients 0 to 2")
+
+
+def test_what_was_never_published_is_named(monkeypatch) -> None:
+    with federation(enter(monkeypatch, Ledger)) as (built, _):
+        built.strategy.ensure_begun()
+        with pytest.raises(KeyError, match="ledger: nothing of topic 'bsae' was published to=None; published: base"):
+            built.strategy.published("bsae")
 
 
 def test_cohorts_do_not_depend_on_the_strategy() -> None:
