@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedfuse.compat.quiet import QUIET
@@ -44,7 +47,7 @@ For example:  fedfuse run strategy=knfu data=digits partition.alpha=0.3 rounds=5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 1 the world failed (resumable), 2 the command was wrong, 130 interrupted."""
+    """Run a command; 0 done, 1 the world failed (resumable), 2 the command was wrong, 130 interrupted, 143 SIGTERM."""
     started = time.time()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -63,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(version("fedfuse"))
         return 0
+    with contextlib.nullcontext() if words[0] == "deploy" else _terminable():  # Flower's processes listen themselves
+        return _carried_out(words, started)
+
+
+def _carried_out(words: list[str], started: float) -> int:
     command = COMMANDS.get(words[0])
     try:
         if command is None:
@@ -74,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
-            print(": ".join(["fedfuse: interrupted", *map(str, error.args)]), file=sys.stderr)
-            return 130
+            how, code = ("ended by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            print(": ".join([f"fedfuse: {how}", *map(str, error.args)]), file=sys.stderr)
+            return code
         # a file's or a column's name may be in it
         print(f"fedfuse: {one_line(error, LONGEST)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -83,6 +92,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         _end_ray()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems and containers send it before they kill."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: what it started ends too, and how to go on is said."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if free:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_ray() -> None:

@@ -51,11 +51,13 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", QUIET["RAY_USAGE_STATS_ENABLED"])
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": bool(os.environ.get(TRACEBACK)), "logging_level": "ERROR"}
+    listening = signal.getsignal(signal.SIGTERM)
     if address is not None:
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise UserError(f"runtime.address={address}: no Ray cluster answers there ({error})") from error
+        _end_by_python(listening)
         return
     # thread limits reach the actors before they import anything
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
@@ -73,7 +75,7 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
         try:
             with lean_start() if lean else contextlib.nullcontext():
                 ray.init(num_cpus=workers, include_dashboard=False, address="local", **options)
-            _end_by_python()
+            _end_by_python(listening)
             return
         except Exception as error:  # Ray raises a bare one where it takes more than half a minute
             ray.shutdown()
@@ -83,10 +85,14 @@ def connect(workers: int, address: str | None = None, memory: int | None = None)
                 raise WorldError(f"Ray did not start on this machine: {told} The same command goes on.") from error
 
 
-def _end_by_python() -> None:
-    """Leave SIGTERM to Python, where Ray exits: its C++ half, asked first, prints a stack and may abort over it."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+def _end_by_python(listening: Any) -> None:
+    """Leave SIGTERM to Python: Ray's C++ half, asked first, prints a stack and may abort over it.
+
+    Who was `listening` before Ray began goes on; where nobody was, Ray's handler in Python exits.
+    """
+    handler = listening if callable(listening) else signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def own_folder() -> Path | None:

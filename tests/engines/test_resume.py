@@ -131,15 +131,27 @@ def test_nothing_is_left_after_a_failure_whose_traceback_reaches_the_screen(tmp_
     assert not shared_blocks() - before
 
 
-def test_nothing_is_left_after_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "which", "code", "said"),
+    [
+        ("ray", signal.SIGINT, 130, "interrupted"),
+        ("ray", signal.SIGTERM, 143, "ended by SIGTERM"),
+        ("inline", signal.SIGTERM, 143, "ended by SIGTERM"),
+    ],
+)
+def test_nothing_is_left_after_ctrl_c_and_sigterm(runtime, which, code, said, tmp_path: Path) -> None:
     before, mark, where = shared_blocks(), uuid.uuid4().hex, tmp_path / "run"
-    process = fedfuse(["run", *WORDS, "rounds=400", "runtime=ray", f"out={where}"], mark)
+    process = fedfuse(["run", *WORDS, "rounds=400", f"runtime={runtime}", f"out={where}"], mark)
     end = time.monotonic() + 300
     while round_of(where) < 1 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to everyone in the foreground
+    if which == signal.SIGINT:  # the terminal sends it to everyone in the foreground
+        os.killpg(process.pid, which)
+    else:
+        process.send_signal(which)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, text
+    assert process.returncode == code, text
+    assert f"fedfuse: {said}: fedfuse resume {where} goes on" in text
     assert not gone(mark)
     assert not shared_blocks() - before
     assert not Path(f"/tmp/fedfuse-ray-{process.pid}").exists()
