@@ -95,11 +95,6 @@ class Row:
         """Number of seeds."""
         return len(self.seeds)
 
-    @property
-    def silent(self) -> bool:
-        """Whether nothing was sent, set-up included."""
-        return not (self.up_mb or self.down_mb or self.setup_mb)
-
 
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
     """Return one row per strategy (and setting, where runs differ in more than strategy and seed)."""
@@ -304,10 +299,10 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     groups = [one for one in group(runs)[0] if one.runs]
     for base in groups:
-        if not row(base).silent:
+        if not _silent(base):
             continue
         peers = [one for one in groups if one.setting == base.setting]
-        others = [one.label for one in peers if not row(one).silent]
+        others = [one.label for one in peers if not _silent(one)]
         for metric in BEST:
             values = scores(peers, metric)
             adjusted = {frozenset(names): one.t_holm for names, one in all_pairs(values).items()}
@@ -337,6 +332,11 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
                 line += f"; not tested: {', '.join(untested)}"
             lines.append(f"{line}.")
     return lines
+
+
+def _silent(one: Group) -> bool:
+    """Whether nothing was sent, set-up included."""
+    return not any(_mean(one.runs, "traffic", f"{way}_bytes") for way in ("up", "down", "setup"))
 
 
 def scores(groups: Sequence[Group], metric: str) -> dict[str, dict[Hashable, float]]:
