@@ -193,7 +193,7 @@ def resume(
         )
     config.runtime = runtime or config.runtime
     with code(allowed):
-        return _resumed(path, config, quiet, started, rounds or config.rounds)
+        return _resumed(path, config, quiet, started, config.rounds if rounds is None else rounds)
 
 
 def _resumed(path: Path, config: Config, quiet: bool, started: float, rounds: int) -> Path:

@@ -611,6 +611,7 @@ def test_killed_while_it_is_given_more_rounds(tmp_path: Path, monkeypatch: pytes
     ("words", "rounds", "said"),
     [
         ((), 1, "was to have 2; allowed is that or more"),
+        ((), 0, "rounds=0: .* was to have 2"),
         (("privacy.epsilon=50", "privacy.delta=0.01"), 4, "privacy.trainings or privacy.noise"),
     ],
 )
