@@ -230,7 +230,7 @@ def _resume(words: list[str], started: float) -> int:
         key, _, value = word.partition("=")
         if key != "rounds":
             raise UserError(f"{word}: a run goes on with what it began with; only rounds=<more> may be said")
-        if not value.isdigit():
+        if not value.isdecimal():
             raise UserError(f"{word}: a number of rounds is needed")
         rounds = int(value)
     path = Path(rest[0])
@@ -333,7 +333,7 @@ def _export(words: list[str], started: float) -> int:
     if len(rest) != 1:
         raise UserError("fedfuse export: needs one run directory")
     asked = flags.get("--client")
-    if asked is not None and not asked.isdigit():
+    if asked is not None and not asked.isdecimal():
         raise UserError(f"--client={asked}: a client's number is needed")
     run, client = Path(rest[0]), None if asked is None else int(asked)
     allowed = "--allow-code" in flags

@@ -237,7 +237,7 @@ def _job(word: str) -> tuple[str, int]:
     if name not in WORKLOADS:
         raise UserError(f"{name}: no such workload; {nearest(name, [*WORKLOADS, *MEASURES])}")
     least = WORKLOADS[name].cohort(20)
-    if count and (not count.isdigit() or int(count) < least):
+    if count and (not count.isdecimal() or int(count) < least):
         raise UserError(f"{word}: at least {least} clients are needed")
     return name, int(count or (1000 if least == COHORT else least))
 
@@ -264,7 +264,7 @@ def command(argv: Sequence[str]) -> int:
                 out = Path(value)
             elif name == "--against":
                 chosen = ["fedfuse", *(side for side in value.split(",") if side != "fedfuse")]
-            elif value.isdigit() and int(value) >= 1:
+            elif value.isdecimal() and int(value) >= 1:
                 rounds = int(value)
             else:
                 raise UserError(f"--rounds={value}: a number of at least 1 is needed")

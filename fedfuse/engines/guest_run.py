@@ -100,6 +100,6 @@ def _read(words: list[str]) -> tuple[str, dict[str, list[str]]]:
 
 def _count(given: dict[str, list[str]], name: str, default: int, least: int) -> int:
     text = given[name][-1] if given[name] else str(default)
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise UserError(f"{name}={text}: a number of at least {least} is needed")
     return int(text)

@@ -350,7 +350,7 @@ def _pieces(path: Path, kind: str) -> list[tuple[int, Path]]:
     found = []
     for piece in sorted((path / "checkpoint" / "rows").glob(f"{kind}-*.parquet")):
         number = piece.stem.rpartition("-")[2]
-        if number.isdigit():
+        if number.isdecimal():
             found.append((int(number), piece))
     return found
 

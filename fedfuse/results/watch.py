@@ -91,7 +91,7 @@ def arguments(words: Sequence[str]) -> tuple[list[Path], str, int]:
     for path in directories:
         if not path.is_dir():
             raise UserError(f"{path}: no such directory")
-    if not flags["--port"].isdigit() or int(flags["--port"]) > 65535:
+    if not flags["--port"].isdecimal() or int(flags["--port"]) > 65535:
         raise UserError(f"fedfuse watch --port {flags['--port']}: allowed are 0 to 65535")
     return directories, flags["--host"], int(flags["--port"])
 

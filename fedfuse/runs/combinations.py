@@ -59,10 +59,10 @@ def composed(job: Sequence[str], known: dict[tuple[str, ...], Config]) -> Config
     """
     seeds = [word.removeprefix("seed=") for word in job if word.startswith("seed=")]
     key = without_seed(job)
-    if key not in known or not all(seed.isdigit() for seed in seeds):
+    if key not in known or not all(seed.isdecimal() for seed in seeds):
         known[key] = compose(job)
     config = copy.deepcopy(known[key])
-    config.seed = int(seeds[-1]) if seeds and seeds[-1].isdigit() else config.seed
+    config.seed = int(seeds[-1]) if seeds and seeds[-1].isdecimal() else config.seed
     return config
 
 

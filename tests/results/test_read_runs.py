@@ -28,6 +28,7 @@ def test_interrupted_reads_committed_rounds_only(tmp_path):
     path = write_run(tmp_path / "a", rounds=9, done=3)
     extra = path / "checkpoint" / "rows" / "metrics-000004.parquet"
     pl.read_parquet(path / "checkpoint/rows/metrics-000003.parquet").with_columns(round=4).write_parquet(extra)
+    extra.with_name("metrics-².parquet").write_text("a digit, but no number: not a round's")
     run = load(path)
     assert (run.status, run.summary, run.rounds_done, run.rounds) == ("interrupted", None, 3, 9)
     assert run.metrics.select(pl.col("round").max()).collect().item() == 3
