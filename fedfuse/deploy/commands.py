@@ -6,6 +6,7 @@ Each command imports what it needs when it is carried out, so that `--help` and 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,6 +199,7 @@ def main(argv: list[str]) -> int:
 def _certs(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.certs import hand_out, write_certificates
 
+    _at_least(0, args, "nodes")
     names = [*args.node, *(f"node-{i}" for i in range(args.nodes))]
     for path in write_certificates(args.directory, args.name, names, args.days, args.operator):
         print(path)
@@ -209,8 +211,7 @@ def _server(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.launch import follow, run_server
 
     follow(args.follow)
-    if args.quota < 1:
-        raise UserError(f"--quota {args.quota}: at least 1 MB is needed")
+    _at_least(1, args, "quota")
     shared = os.environ.get("FEDFUSE_DATA")
     data = args.data if args.data is not None else [Path(shared)] if shared else []
     return run_server(
@@ -241,6 +242,7 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.network.site_config import SiteConfig
 
     follow(args.follow)
+    _at_least(0, args, "client_id")
     if (args.partition is None) == (args.client_id is None):
         raise UserError("deploy node: one of --client-id I (own data) and --partition I/N (simulated) is needed")
     if not 0.05 <= args.poll <= 60:
@@ -269,6 +271,14 @@ def _node(args: argparse.Namespace, keys: list[str]) -> int:
     )
 
 
+def _at_least(least: int, args: argparse.Namespace, *words: str) -> None:
+    """Refuse numbers below the least; a word that was not said has none."""
+    for word in words:
+        value = getattr(args, word)
+        if value is not None and not least <= value < math.inf:  # nor NaN
+            raise UserError(f"--{word.replace('_', '-')} {value}: allowed is {least} or more")
+
+
 def _partition(text: str) -> tuple[int, int]:
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
@@ -285,6 +295,7 @@ def _place(args: argparse.Namespace) -> dict[str, int]:
         If a value has another form than its command shows.
     """
     found: dict[str, int] = {}
+    _at_least(0, args, "client_id")
     if args.partition is not None:
         found["client"], found["every"] = _partition(args.partition)
     elif args.client_id is not None:
@@ -356,6 +367,8 @@ def _order(args: argparse.Namespace, keys: list[str]) -> tuple[Order, Path]:
     from fedfuse.network.exchange import Patience
     from fedfuse.runs.experiment import default_out
 
+    _at_least(0, args, "join", "deadline", "absence", "min_replies")
+    _at_least(1, args, "min_clients")
     config = compose(keys)
     out = Path(config.out) if config.out else default_out(config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.overwrite:
@@ -428,8 +441,7 @@ def _local(args: argparse.Namespace, keys: list[str]) -> int:
 def _bench(args: argparse.Namespace, keys: list[str]) -> int:
     from fedfuse.deploy.bench import bench
 
-    if min(args.rounds, args.blocks) < 1:
-        raise UserError(f"--rounds {args.rounds} --blocks {args.blocks}: at least 1 is needed")
+    _at_least(1, args, "rounds", "blocks")
     return bench(args.rounds, args.blocks, args.out)
 
 

@@ -184,6 +184,11 @@ def test_a_folder_is_one_processes_at_a_time(tmp_path: Path, monkeypatch: pytest
         (["run", "--ca", "{}", "nothing=2"], "nothing"),
         (["resume", "{}"], "not the directory of a run"),
         (["local", "--nodes", "0", "rounds=1"], "--nodes 0"),
+        (["local", "--join", "-1", "rounds=1"], "--join -1.0: allowed is 0 or more"),
+        (["local", "--absence", "nan", "rounds=1"], "--absence nan"),
+        (["local", "--min-clients", "0", "rounds=1"], "--min-clients 0: allowed is 1 or more"),
+        (["certs", "{}", "--nodes", "-1"], "--nodes -1: allowed is 0 or more"),
+        (["request", "{}", "a", "--client-id", "-3"], "--client-id -3: allowed is 0 or more"),
         (["status", "--what"], "--what"),
     ],
 )
