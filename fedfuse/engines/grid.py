@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -65,6 +65,7 @@ class LocalGrid(FusionGrid):
         super().__init__()
         self.clients = clients
         self.cache = Cache()  # one copy a machine: what one client was sent, no other needs a copy of
+        self._ids = count()
         self._pushed: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
@@ -73,12 +74,9 @@ class LocalGrid(FusionGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Take messages; they run when they are pulled."""
-        ids = []
-        for message in messages:
-            key = f"m{len(self._pushed)}"
-            self._pushed[key] = message
-            ids.append(key)
-        return ids
+        pushed = {f"m{next(self._ids)}": message for message in messages}
+        self._pushed |= pushed
+        return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run what was pushed and return the replies."""
