@@ -50,9 +50,9 @@ def of_clients(scored: Iterable[Mapping[str, float]]) -> dict[str, float]:
     -------
     dict
         accuracy/personal (mean over clients), accuracy/personal_worst10 (mean of the lowest ⌈N/10⌉), and the
-        clients' means on the global test set; NaN where nobody has such a score. Where clients have two models,
-        bits_per_byte and exact_match of texts, likewise;
-        accuracy/personal_received or accuracy/personal_trained too: the mean at the moment that was not asked for.
+        clients' means on the global test set; NaN where nobody has such a score. Of texts, bits_per_byte and
+        exact_match on both sets too. Where clients have two models, accuracy/personal_received or
+        accuracy/personal_trained too: the mean at the moment that was not asked for.
     """
     scored = list(scored)
 

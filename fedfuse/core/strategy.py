@@ -32,7 +32,8 @@ from fedfuse.errors import UserError, WorldError, in_words
 from fedfuse.models.in_place import variable
 from fedfuse.seeding import generator, seed_everything
 from fedfuse.train import training
-from fedfuse.train.distil import Effort, plan
+from fedfuse.train.distil import Effort
+from fedfuse.train.distil import plan as as_options
 from fedfuse.train.losses import Loss, chosen
 from fedfuse.train.objective import followed, least_batch
 from fedfuse.train.second_head import attached
@@ -440,7 +441,7 @@ class FusionStrategy(Strategy):
             The strategy's own effort (`fedfuse.train.distil.Effort`).
         """
         own, config = Effort(epochs, batch_size, lr, optimizer, steps), self.scenario.config
-        options = plan(config.distil, own, config.train, len(x), least_batch(self._losses))
+        options = as_options(config.distil, own, config.train, len(x), least_batch(self._losses))
         with attached(self._losses, model, self.classes, config.seed, purpose) as more:
             return self.train(model, x, y, loss, purpose=purpose, **options, **more)
 
@@ -542,17 +543,23 @@ class FusionStrategy(Strategy):
             return self._model_record(), MetricRecord()
         seed_everything(self.scenario.seed, "fuse", self.phase, server_round)
         verb = "fuse" if self.phase == "train" else f"fuse_{self.phase}"
-        try:
+        with self._named(verb):
             getattr(self, verb)(self._handed(chain(held, stream), totals))
-        except (UserError, WorldError):
-            raise
-        except Exception as error:
-            raise WorldError(f"round {server_round}, {verb} of {self.name} failed: {in_words(error)}") from error
         self._refuse_writes(verb)
         self._check_state()
         for _ in stream:  # what fuse did not look at is still accepted and counted
             pass
         return self._model_record(), MetricRecord()
+
+    @contextlib.contextmanager
+    def _named(self, verb: str) -> Iterator[None]:
+        """Name the method that fails; one that calls `exit` would else end the command as if all were done."""
+        try:
+            yield
+        except (UserError, WorldError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise WorldError(f"round {self.round}, {verb} of {self.name} failed: {in_words(error)}") from error
 
     def _refuse_writes(self, verb: str) -> None:
         """Refuse a fuse that wrote to what it shares with clients: examples, published knowledge, settings.
@@ -622,7 +629,9 @@ class FusionStrategy(Strategy):
         for share in (shares := list(inbox.shares(replies, {}, {}))):
             numbers = {k: v for k, v in share.metrics.items() if "/" in k and isinstance(v, int | float)}
             inbox.scored[share.client] = numbers
-        for client, metrics in self.judge(shares):
+        with self._named("judge"):
+            judged = self.judge(shares)
+        for client, metrics in judged:
             inbox.scored.setdefault(client, {}).update(metrics)
         values = [m["personal/accuracy"] for m in inbox.scored.values() if "personal/accuracy" in m]
         return MetricRecord({"accuracy": sum(values) / len(values)}) if values else MetricRecord()
@@ -648,7 +657,8 @@ class FusionStrategy(Strategy):
         """Publish version 0 once."""
         if not self.begun:
             self.begun = True
-            self.begin()
+            with self._named("begin"):
+                self.begin()
             self._check_state()
 
     def _check_state(self) -> None:
