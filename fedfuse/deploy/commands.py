@@ -340,9 +340,9 @@ def _audit(args: argparse.Namespace, keys: list[str]) -> int:
 
 
 def _health(args: argparse.Namespace, keys: list[str]) -> int:
-    from fedfuse.deploy.launch import greet
+    from fedfuse.deploy.launch import greet, there
 
-    if greet(args.server, None if args.insecure else args.ca):
+    if greet(args.server, None if args.insecure else there(args.ca, "--ca")):
         return 0
     raise WorldError(f"no server answers at {args.server}")
 

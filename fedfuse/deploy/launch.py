@@ -130,7 +130,14 @@ def unused(flag: str, host: str, port: int) -> None:
         raise UserError(f"{flag} {port}: cannot be listened at on {host} ({error.strerror or error})") from error
 
 
-def _there(path: Path | None, flag: str) -> Path:
+def there(path: Path | None, flag: str) -> Path:
+    """A file that a flag names, in full.
+
+    Raises
+    ------
+    UserError
+        If the flag was not said, or no such file is there.
+    """
     if path is None or not path.is_file():
         raise UserError(f"{flag} is needed" if path is None else f"{flag} {path}: no such file")
     return path.resolve()
@@ -163,7 +170,7 @@ def run_server(
     elif certs is None:
         raise UserError("--certs DIR is needed (fedfuse deploy certs DIR makes them), or an explicit --insecure")
     else:
-        ca, pem, key = (_there(certs / name, "--certs") for name in ("ca.crt", "server.pem", "server.key"))
+        ca, pem, key = (there(certs / name, "--certs") for name in ("ca.crt", "server.pem", "server.key"))
         tls = ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(pem), "--ssl-keyfile", str(key)]
         tls.append("--enable-supernode-auth")
         executor_tls = ["--root-certificates", str(ca)]
@@ -263,18 +270,19 @@ def run_node(
     UserError
         If certificates are missing, the port is in use, or a directory cannot be written or is in use.
     """
-    if not greet(server, None if insecure else _there(ca, "--ca")):
+    ca = None if insecure else there(ca, "--ca")
+    if not greet(server, ca):
         print(f"fedfuse: nobody answers at {server} yet; trying on", flush=True)
-    elif not insecure and abs(ahead := skew(server, _there(ca, "--ca"))) > SKEW:
+    elif ca is not None and abs(ahead := skew(server, ca)) > SKEW:
         side = "ahead of" if ahead > 0 else "behind"
         raise WorldError(
             f"this machine's clock is {abs(ahead):.0f} s {side} the server's at {server}; over {SKEW} s are refused "
             "there: set it (NTP), then start again"
         )
-    if insecure:
+    if ca is None:
         words = ["--insecure"]
     else:
-        words = ["--root-certificates", str(_there(ca, "--ca"))]
+        words = ["--root-certificates", str(ca)]
         if key is not None:
             key = opened(key, "--key")
             words += ["--auth-supernode-private-key", str(key)]
@@ -288,21 +296,20 @@ def run_node(
     seat = replace(seat, state=state.resolve() / "runs")
     with _writing(state):
         write_private(state / "seat.json", seat.as_json().encode(), secret=True)
-    known = key if not insecure else None
-    if known is not None:
+    if ca is not None and key is not None:
         from fedfuse.deploy.successor import succeed
 
-        succeed(server, _there(ca, "--ca"), known, state)
+        succeed(server, ca, key, state)
     shared = _secret(state)
     flower_processes.be_patient(poll, broken_off)
     _executor("client", f"127.0.0.1:{port}", ["--insecure"], shared)
     words += ["--superlink", server, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(shared)]
     code = _become("flower-supernode", words, flower_processes.supernode())
-    if known is not None and code == 0:
+    if ca is not None and key is not None and code == 0:
         from fedfuse.deploy.successor import revoked
 
-        if revoked(server, _there(ca, "--ca"), known, state):
+        if revoked(server, ca, key, state):
             print("fedfuse: the server does not know this node's key any more: it was revoked", flush=True)
             return 1
     return code

@@ -190,6 +190,8 @@ def test_a_folder_is_one_processes_at_a_time(tmp_path: Path, monkeypatch: pytest
         (["certs", "{}", "--nodes", "-1"], "--nodes -1: allowed is 0 or more"),
         (["request", "{}", "a", "--client-id", "-3"], "--client-id -3: allowed is 0 or more"),
         (["status", "--what"], "--what"),
+        (["health"], "--ca is needed"),
+        (["health", "--ca", "{}"], "--ca"),
     ],
 )
 def test_a_wrong_command_is_one_line(
