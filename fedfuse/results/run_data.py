@@ -213,10 +213,9 @@ def load(directory: str | os.PathLike[str]) -> RunRecord:
 def environment_in(path: Path) -> dict[str, Any]:
     """A run directory's `environment.json`; empty where there is none that can be read."""
     try:
-        value = json.loads(read_text(path / "environment.json"))
-    except (OSError, ValueError, UserError):
+        return _json(path / "environment.json")
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[RunRecord], list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedfuse.config.files import read_text
-from fedfuse.errors import printable
+from fedfuse.errors import UserError, printable
 from fedfuse.results.run_data import SAMPLES, RunRecord
 from fedfuse.results.sections import Table, columns, number, word
 from fedfuse.results.setting import Group
@@ -48,11 +48,12 @@ def answers(runs: Sequence[RunRecord], places: Mapping[Path, str]) -> Table | No
     """Return what the models answered after their first and their last evaluated round; None where none did."""
     lines = []
     for run in runs:
-        files = sorted((run.dir / SAMPLES).glob("round-*.jsonl"))
-        for file in dict.fromkeys([*files[:1], *files[-1:]]):
-            for row in _rows(file):
-                round = int(file.stem.removeprefix("round-"))
-                cells = (word(printable(str(row.get(name, "")), LONGEST)) for name in ("prompt", "wanted", "said"))
+        named = {file.stem.removeprefix("round-"): file for file in (run.dir / SAMPLES).glob("round-*.jsonl")}
+        rounds = sorted(name for name in named if name.isdecimal())
+        for name in dict.fromkeys([*rounds[:1], *rounds[-1:]]):
+            round = int(name)
+            for row in _rows(named[name]):
+                cells = (word(printable(str(row.get(part, "")), LONGEST)) for part in ("prompt", "wanted", "said"))
                 lines.append((word(places[run.dir]), number(round, str(round)), *cells))
     if not lines:
         return None
@@ -64,6 +65,6 @@ def answers(runs: Sequence[RunRecord], places: Mapping[Path, str]) -> Table | No
 def _rows(file: Path) -> Iterator[Mapping[str, object]]:
     try:
         found = [json.loads(line) for line in read_text(file).splitlines() if line.strip()]
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError, UserError):  # a stranger's
         return
     yield from (row for row in found if isinstance(row, dict))

@@ -175,6 +175,24 @@ def test_a_hostile_directory_costs_a_report_itself_alone(tmp_path, capsys, why):
     assert len(err.splitlines()) == 1
 
 
+def test_what_stands_beside_a_run_and_cannot_be_read_costs_nothing_else(tmp_path, capsys):
+    path = write_run(tmp_path / "a")
+    (path / "environment.json").write_text("[" * 100_000)
+    (path / "samples").mkdir()
+    (path / "samples" / "round-000001.jsonl").symlink_to(path / "config.yaml")
+    (path / "samples" / "round-000002.jsonl").write_text('{"prompt": "1 + 1", "said": "2"}\n')
+    (path / "samples" / "round-000003.jsonl").write_text("[" * 100_000)
+    (path / "samples" / "round-last.jsonl").write_text('{"prompt": "none"}\n')
+    assert load(path).environment == {}
+    assert main(["report", str(path)]) == 0
+    (path / "samples" / "round-000003.jsonl").unlink()
+    assert main(["report", str(path)]) == 0
+    page = (path / "report.html").read_text()
+    assert "1 + 1" in page
+    assert "none" not in page.partition("What models answered")[2].partition("</table>")[0]
+    assert "skipped" not in capsys.readouterr().out
+
+
 def test_find(tmp_path):
     write_run(tmp_path / "sweep" / "b")
     write_run(tmp_path / "sweep" / "deep" / "a")
