@@ -44,11 +44,11 @@ def area(members: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
     return found
 
 
-def area_interval(members: np.ndarray, others: np.ndarray, resamples: int = 999) -> tuple[float, float, float]:
+def area_interval(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     """The area and its bootstrap interval (`scipy.stats.bootstrap`, percentiles, seeded)."""
     value = float(area(members, others))
     found = stats.bootstrap(
-        (members, others), area, n_resamples=resamples, batch=100, vectorized=True, confidence_level=LEVEL,
+        (members, others), area, n_resamples=999, batch=100, vectorized=True, confidence_level=LEVEL,
         method="percentile", rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return value, float(found.low), float(found.high)

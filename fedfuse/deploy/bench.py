@@ -22,6 +22,7 @@ from fedfuse.deploy.submit import order_of
 from fedfuse.errors import WorldError
 from fedfuse.network.exchange import Patience
 
+NODES = 3
 KEYS = ("strategy=fedavg", "data=digits", "seed=0", "train.epochs=1")
 APP = """\
 [build-system]
@@ -105,14 +106,14 @@ def ours(federation: Federation, rounds: int, out: Path, *keys: str) -> tuple[li
     return each.group_by("round").agg(pl.col("seconds").sum()).sort("round")["seconds"].to_list(), summary
 
 
-def in_turns(rounds: int, blocks: int, nodes: int = 3) -> dict[str, Any]:
+def in_turns(rounds: int, blocks: int) -> dict[str, Any]:
     """Rounds of both sides, block by block in turns; each block's first round warms up and is left out."""
     found: dict[str, list[float]] = {"fedfuse": [], "plain": []}
     for _ in range(blocks):
         for side in found:
             with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
                 work = Path(folder)
-                there: Federation = (Federation if side == "fedfuse" else Plain)(nodes, work / "w")
+                there: Federation = (Federation if side == "fedfuse" else Plain)(NODES, work / "w")
                 there.poll = "1.0"  # as `deploy node` comes
                 with there as federation:
                     if side == "fedfuse":
@@ -126,12 +127,12 @@ def in_turns(rounds: int, blocks: int, nodes: int = 3) -> dict[str, Any]:
     return {"seconds": found, "medians": medians, "ratio": medians["fedfuse"] / medians["plain"]}
 
 
-def framing(rounds: int, nodes: int = 3) -> list[dict[str, Any]]:
+def framing(rounds: int) -> list[dict[str, Any]]:
     """Payload bytes of TCP between nodes and server against the array bytes that runs report, per model size."""
     out = []
     with tempfile.TemporaryDirectory(prefix="fedfuse-bench-") as folder:
         work = Path(folder)
-        federation = Federation(nodes, work / "w")
+        federation = Federation(NODES, work / "w")
         relay = Relay(federation.port)
         federation.door = relay.address
         with federation:
@@ -140,7 +141,7 @@ def framing(rounds: int, nodes: int = 3) -> list[dict[str, Any]]:
                 seconds, summary = ours(federation, rounds, work / f"out-{i}", *keys)
                 traffic = summary["traffic"]
                 shared = traffic["setup_bytes"] + traffic["resent_bytes"]
-                row = {"model": keys[0], "rounds": rounds, "messages": nodes * (2 * rounds + 1)}
+                row = {"model": keys[0], "rounds": rounds, "messages": NODES * (2 * rounds + 1)}
                 row |= {"seconds": sum(seconds), "summary_down": traffic["down_bytes"] + shared}
                 row |= {"summary_up": traffic["up_bytes"]}
                 row["summary_down"] += traffic["evaluate_down_bytes"]

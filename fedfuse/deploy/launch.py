@@ -151,7 +151,6 @@ def run_server(
     state: Path,
     runs: Path,
     insecure: bool,
-    database: Path | None = None,
     allow_code: bool = False,
     memory: int | None = None,
     control: tuple[str, int] | None = None,
@@ -198,7 +197,7 @@ def run_server(
     _executor("server", f"127.0.0.1:{near}", executor_tls, shared)
     words = [*tls, "--host", host, "--port", str(port), "--isolation", "process"]
     words += ["--superexec-auth-secret-file", str(shared), "--disable-runtime-dependency-installation"]
-    words += ["--database", str(database or state.resolve() / "link.db")]
+    words += ["--database", str(state.resolve() / "link.db")]
     return _become("flower-superlink", words, flower_processes.superlink())
 
 

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +34,7 @@ class Federation:
     work : Path
         Gets certificates, logs, states and run directories.
     policy : Path, optional
-        SiteMemory policy of every node.
+        Site policy of every node.
     data : str, optional
         Folder below which orders' data may lie.
     """
@@ -47,12 +46,11 @@ class Federation:
         nodes: int,
         work: Path,
         policy: Path | None = None,
-        say: Callable[[str], None] = print,
         data: str | None = None,
     ) -> None:
         if nodes < 1:
             raise UserError(f"--nodes {nodes}: at least 1")
-        self.count, self.work, self.policy, self.say, self.data = nodes, work, policy, say, data
+        self.count, self.work, self.policy, self.data = nodes, work, policy, data
         self.port = free_port()
         self.control, certs = free_port(), work / "certs"
         self.link = Link(f"127.0.0.1:{self.control}", certs / "ca.crt", operator=certs / "operator-local.pem")
@@ -104,7 +102,7 @@ class Federation:
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
         if self.count >= MANY:
-            self.say(f"fedfuse: {self.count} nodes are started")
+            print(f"fedfuse: {self.count} nodes are started")
         for i, name in enumerate(names):
             register(self.link, write_request(self.work / name, name, {"client": i, "every": self.count})[-1], {})
         for i, name in enumerate(names):  # not before: a node that starts takes a core from the next registration
@@ -127,7 +125,7 @@ class Federation:
         while not self._ending.wait(0.5):
             for process in self.processes:
                 if not process.alive and process.starts <= RESTARTS:
-                    self.say(f"fedfuse: {process.name} ended (exit code {process.child.returncode}); started again")
+                    print(f"fedfuse: {process.name} ended (exit code {process.child.returncode}); started again")
                     process.stop()
                     process.start()
 
@@ -148,14 +146,14 @@ class Federation:
         for _ in range(RESTARTS + 1):
             before = self.server.starts
             try:
-                summary = submit(self.link, order, out, resume, self.say)
+                summary = submit(self.link, order, out, resume)
             except WorldError:
                 if self.server.alive and self.server.starts == before:
                     raise
                 summary = None
             if summary is not None:
                 return summary
-            self.say("fedfuse: the server was lost; the run is resumed")
+            print("fedfuse: the server was lost; the run is resumed")
             resume = True
             self.await_server(before)
         raise WorldError("the server died again and again; see its log")
@@ -184,21 +182,19 @@ class Federation:
             process.stop()
 
 
-def play_locally(
-    order: Order, nodes: int, out: Path, work: Path | None, policy: Path | None, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def play_locally(order: Order, nodes: int, out: Path, work: Path | None, policy: Path | None) -> dict[str, Any]:
     """Run an order on a federation of this machine; returns its summary. Logs are kept in `work`, if it is given."""
     folder = work or Path(tempfile.mkdtemp(prefix="fedfuse-local-"))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # asked to end: everything that was started ends too
     try:
-        with Federation(nodes, folder, policy, say, order.config.data.root) as federation:
+        with Federation(nodes, folder, policy, order.config.data.root) as federation:
             return federation.play(order, out)
     except WorldError:
         logs = out / "logs"
         if (folder / "logs").is_dir() and work is None:
             shutil.copytree(folder / "logs", logs, dirs_exist_ok=True)
-            say(f"fedfuse: logs of server and nodes: {logs}")
+            print(f"fedfuse: logs of server and nodes: {logs}")
         raise
     finally:
         if work is None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 CURVES = ("accuracy/global", "accuracy/personal", "bits_per_byte/global", "bits_per_byte/personal", "loss/train")
+MATRICES = 4  # similarity matrices that a report shows of a run, at most
 CHARGED = ("setup", "train")  # messages that training needs; evaluation and re-sending are apart
 
 
@@ -169,8 +170,8 @@ def label_counts(run: RunRecord) -> tuple[list[int], list[Any], np.ndarray]:
     return clients, labels, table
 
 
-def similarities(run: RunRecord, most: int = 4) -> list[tuple[int, np.ndarray]]:
-    """Return up to `most` logged similarity matrices as (round, shape (clients, clients)), in round order.
+def similarities(run: RunRecord) -> list[tuple[int, np.ndarray]]:
+    """Return up to `MATRICES` logged similarity matrices as (round, shape (clients, clients)), in round order.
 
     Notes
     -----
@@ -183,7 +184,7 @@ def similarities(run: RunRecord, most: int = 4) -> list[tuple[int, np.ndarray]]:
     logged = rows.select(pl.col("round").unique().sort()).collect()["round"].to_list()
     if not logged:
         return []
-    picked = sorted({logged[round(k * (len(logged) - 1) / max(1, most - 1))] for k in range(most)})
+    picked = sorted({logged[round(k * (len(logged) - 1) / (MATRICES - 1))] for k in range(MATRICES)})
     place = pl.col("metric").str.split("/")
     cells = (
         rows.filter(pl.col("round").is_in(picked))

@@ -51,6 +51,8 @@ class Row:
         Mean number of examples a run, each as often as it passed forward and backward, at clients and at the server.
     failures
         Replies that failed or were rejected, over all seeds.
+    cohort_complete
+        Whether no client was left out of any round.
     unfinished
         Runs without a last round; they enter no figure of this row.
     global_of

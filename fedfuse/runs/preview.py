@@ -26,12 +26,12 @@ from fedfuse.runs.experiment import workers_of
 from fedfuse.wire.records import layout_nbytes
 
 
-def preview(config: Config, console: Console | None = None) -> None:
+def preview(config: Config) -> None:
     """Print the resolved configuration, partition sizes, parameters, bytes per round and memory.
 
     Bytes are upper bounds where a strategy's records have an open size.
     """
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     scenario = prepare_scenario(config)
     entry = registry.entry(config.strategy.name)
     strategy = build_strategy(entry, scenario, server_device_of(config))

@@ -19,8 +19,8 @@ said: set[str] = set()  # notes that this process has printed, so that a run's t
 class Progress(Callback):
     """Prints a line per round: scores, loss, bytes so far, seconds, and whoever was left out."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
 
     def start(self, federation: Federation) -> None:
         """Say what begins."""

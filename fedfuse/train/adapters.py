@@ -21,6 +21,7 @@ from fedfuse.errors import UserError
 from fedfuse.models.parts import HEADS
 from fedfuse.wire.records import Arrays
 
+PEFT = "base_model.model."  # what peft puts before every name
 VOCABULARY = ("lm_head", "embed_out", "cls")  # output layers over a vocabulary: neither adapted nor trained
 
 
@@ -264,7 +265,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft_state(model: nn.Module, prefix: str = "base_model.model.") -> tuple[Arrays, dict[str, Any]]:
+def peft_state(model: nn.Module) -> tuple[Arrays, dict[str, Any]]:
     """Adapters, and heads that are trained beside them, as peft's LoRA has them: a state dict, and its `LoraConfig`.
 
     s·B R A is written as lora_B = B R, lora_A = A; with `lora_alpha` = s·r the scale is the same.
@@ -286,13 +287,13 @@ def peft_state(model: nn.Module, prefix: str = "base_model.model.") -> tuple[Arr
                 f"{name} holds a folded update that no LoRA of rank {module.rank} can carry: merge it instead"
             )
         b, a = factors(module)
-        state[f"{prefix}{name}.lora_A.weight"] = a.detach().clone()
-        state[f"{prefix}{name}.lora_B.weight"] = b.detach().clone().contiguous()
+        state[f"{PEFT}{name}.lora_A.weight"] = a.detach().clone()
+        state[f"{PEFT}{name}.lora_B.weight"] = b.detach().clone().contiguous()
     one = next(iter(found.values()))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and in_parts(n, HEADS)}
     trained = {n: p for n, p in trained.items() if ".lora_" not in n}
     heads = sorted({n.split(".")[0] for n in trained})
-    state |= {f"{prefix}{n}": p.detach().clone() for n, p in trained.items()}
+    state |= {f"{PEFT}{n}": p.detach().clone() for n, p in trained.items()}
     leaves = {name.rpartition(".")[2] for name in found}
     meant = {n.removesuffix(".base") for n, m in model.named_modules() if is_projection(m) and ".lora_" not in n}
     short = {name for name in meant if name.rpartition(".")[2] in leaves} == set(found)
