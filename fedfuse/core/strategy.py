@@ -479,21 +479,31 @@ class FusionStrategy(Strategy):
             return [0]
         calendar = self.calendar
         sampled = self.scenario.sampled(round) if calendar is None else calendar.sampled(round)
-        cohort = set[int]()
-        for named in self.cohort(round, sampled):
+        chosen = sampled if type(self).cohort is FusionStrategy.cohort else self._grown(round, sampled)
+        return chosen if calendar is None else [client for client in chosen if calendar.there(client)]
+
+    def _grown(self, round: int, sampled: list[int]) -> list[int]:
+        """What `cohort` makes of the sample, in order.
+
+        Raises
+        ------
+        UserError
+            If it names a client that there is not, or leaves one of the sample out.
+        """
+        chosen = set[int]()
+        for named in self.cohort(round, list(sampled)):
             if (client := self._client(named)) is None:
                 raise UserError(
                     f"strategy={self.name}: cohort() of round {round} names {named!r:.40}; allowed are clients 0 to "
                     f"{self.scenario.clients - 1}"
                 )
-            cohort.add(client)
-        if dropped := set(sampled) - cohort:
+            chosen.add(client)
+        if dropped := set(sampled) - chosen:
             raise UserError(
                 f"strategy={self.name}: cohort() of round {round} leaves client {min(dropped)} out, which was sampled; "
                 f"it may only add clients"
             )
-        chosen = sorted(cohort)
-        return chosen if calendar is None else [client for client in chosen if calendar.there(client)]
+        return sorted(chosen)
 
     def _client(self, named: SupportsIndex | str | None) -> int | None:
         """A client of any integer type as a plain number; None where there is no such client."""
