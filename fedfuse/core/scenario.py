@@ -14,6 +14,7 @@ from fedfuse.config.idle import idle
 from fedfuse.config.schema import Config, TrainConfig
 from fedfuse.data import FederatedData, prepare
 from fedfuse.data.transfer import cut_transfer
+from fedfuse.errors import UserError
 from fedfuse.seeding import generator
 
 
@@ -51,6 +52,8 @@ class Scenario:
 
     def rows_of(self, subset: int | None) -> int:
         """Rows of the transfer set a lesson stands on: the user's `transfer.subset`, else the strategy's, else all."""
+        if subset is not None and subset < 0:
+            raise UserError(f"a subset of {subset} rows of the transfer set: allowed are 1 or more, or None (all)")
         total = 0 if self.data.transfer is None else len(self.data.transfer)
         return min(total, self.config.transfer.subset or subset or total)
 

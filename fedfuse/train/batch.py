@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedfuse.errors import UserError
 from fedfuse.train.packed import packed
 from fedfuse.train.task import IGNORED, trimmed
 
@@ -53,6 +54,11 @@ def backward(
         Leave out the last places that count in no row; `loss` must not look at `rows`.
     pack
         Put texts together in rows (`fedfuse.train.packed`), those that pass at once; `loss` must not look at `rows`.
+
+    Raises
+    ------
+    UserError
+        If the loss is no scalar tensor with gradients.
     """
     x, y, rows = batch
     if trim and y is not None:
@@ -65,17 +71,45 @@ def backward(
 
     if micro_batch is None or micro_batch >= len(rows):
         value = lost(x, y, rows)
-        cast(Any, value).backward()
+        try:
+            cast(Any, value).backward()
+        except (AttributeError, RuntimeError) as error:
+            check_loss(value, error)
+            raise
         return value.detach()
     parts = sizes_of(len(rows), micro_batch)
     labels = [None] * len(parts) if y is None else y.split(parts)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part, own, some, share in zip(x.split(parts), labels, rows.split(parts), _shares(parts, labels), strict=True):
         if share:  # there may be no token that counts
-            value = share * lost(part, own, some)
-            cast(Any, value).backward()
+            value = lost(part, own, some)
+            try:
+                value = share * value
+                cast(Any, value).backward()
+            except (AttributeError, RuntimeError, TypeError) as error:
+                check_loss(value, error)
+                raise
             total += value.detach()
     return total
+
+
+def check_loss(value: Any, error: Exception) -> None:
+    """Say what is wrong with a loss that gave no gradients, if it is the loss.
+
+    Raises
+    ------
+    UserError
+        Naming what it is and what is needed.
+    """
+    if not isinstance(value, Tensor):
+        what = f"{value!r:.40}"
+    elif value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}"
+    elif not value.requires_grad:
+        what = "a tensor that depends on nothing that is trained"
+    else:
+        return
+    raise UserError(f"the loss of a batch is {what}; a scalar tensor with gradients is needed") from error
 
 
 def _shares(sizes: Sequence[int], labels: Sequence[Tensor | None]) -> list[float]:

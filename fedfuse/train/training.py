@@ -156,8 +156,10 @@ def train(
     Raises
     ------
     UserError
-        If an option is out of range.
+        If an option is out of range, labels are not as many as examples, or the loss has no gradients.
     """
+    if y is not None and len(y) != len(x):
+        raise UserError(f"{len(x)} examples and {len(y)} labels to train on: as many labels as examples are needed")
     if len(x) == 0:
         return {"steps": 0, "loss": float("nan")}
     epochs = config.epochs if epochs is None else epochs

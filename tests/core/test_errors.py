@@ -156,12 +156,17 @@ def test_halves_that_return_nothing_or_name_an_unknown_size_are_told(monkeypatch
         def begin(self) -> None:
             self.published("model")
 
+    class Counts(FusionClient):
+        def fit(self) -> Any:
+            return {"rows": len(self.subset(-1))}
+
     class Exits(Mean):
         def fuse(self, shares: Shares) -> None:
             sys.exit(0)
 
     for name, server, client, said in (
         ("early", Early, FusionClient, r"round 0, begin of early failed: KeyError: .*published: none yet"),
+        ("counts", Mean, Counts, "a subset of -1 rows of the transfer set: allowed are 1 or more, or None"),
         ("exits", Exits, FusionClient, r"round 1, fuse of exits failed: SystemExit: 0 \(fuse, test_errors.py"),
         ("loose", Loose, FusionClient, "loose publishes 'model' with '.*', which is int; what is published are torch"),
         ("undeclared", Undeclared, FusionClient, "record 'model' is no sum: declare sums = {'model': 'num-examples'}"),

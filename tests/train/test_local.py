@@ -265,6 +265,42 @@ def test_nothing_trainable_is_refused():
         fit(make().requires_grad_(False))
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda logits, y, rows: None, "is None; a scalar tensor with gradients is needed"),
+        (lambda logits, y, rows: 1.5, "is "),  # a part of a batch weighs its share of it
+        (lambda logits, y, rows: (logits.sum(),), "is "),
+        (lambda logits, y, rows: logits, r"a tensor of shape \(., 3\)"),
+        (lambda logits, y, rows: logits.detach().sum(), "depends on nothing that is trained"),
+    ],
+)
+def test_a_loss_that_has_no_gradients_is_named(loss, said, micro_batch):
+    with pytest.raises(UserError, match=f"the loss of a batch .*{said}"):
+        train(make(), X, Y, loss, CONFIG, (1,), micro_batch=micro_batch)
+
+
+def test_other_errors_on_the_way_back_stay_what_they_are():
+    def loss(logits, y, rows):
+        logits.register_hook(lambda gradient: 1 / 0)
+        return logits.sum()
+
+    with pytest.raises(ZeroDivisionError):
+        train(make(), X, Y, loss, CONFIG, (1,))
+    weight = torch.ones(3, requires_grad=True)
+    once = weight.sum() ** 2
+    once.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        train(make(), X, Y, lambda logits, y, rows: once, CONFIG, (1,))
+
+
+def test_labels_are_as_many_as_examples():
+    for labels in (Y[:-1], torch.cat([Y, Y])):
+        with pytest.raises(UserError, match=f"{len(X)} examples and {len(labels)} labels"):
+            train(make(), X, labels, cross_entropy, CONFIG, (1,))
+
+
 def test_predict_changes_nothing():
     model = make("resnet8_bn", (1, 8, 8)).train()
     model.layer1.eval()  # a part frozen on purpose
