@@ -27,7 +27,7 @@ from fedfuse.deploy.certs import _write as write_private
 from fedfuse.deploy.certs import check_server, secret
 from fedfuse.deploy.doors import serve
 from fedfuse.deploy.passphrase import opened
-from fedfuse.deploy.processes import ALLOW_CODE, FOLDERS, KEYED, POST, QUOTA, RUNS, SURROUNDINGS, free_port
+from fedfuse.deploy.processes import ALLOW_CODE, FOLDERS, KEYED, POST, RUNS, SURROUNDINGS, free_port
 from fedfuse.deploy.quota import sites_door
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
@@ -151,11 +151,11 @@ def run_server(
     state: Path,
     runs: Path,
     insecure: bool,
-    allow_code: bool = False,
-    memory: int | None = None,
-    control: tuple[str, int] | None = None,
-    quota: int = QUOTA,
-    data: Sequence[Path] = (),
+    allow_code: bool,
+    memory: int,
+    control: tuple[str, int],
+    quota: int,
+    data: Sequence[Path],
 ) -> int:
     """Be the SuperLink, with TLS, node authentication and a port of their own for operators unless `insecure`.
 
@@ -175,21 +175,20 @@ def run_server(
         executor_tls = ["--root-certificates", str(ca)]
         secret(key, "--certs")
         check_server(ca, pem, key)
-    operators = control or (host, port + 1)
     unused("--port", host, port)
     if not insecure:
-        if operators[1] == port:
+        if control[1] == port:
             raise UserError(f"--control-port {port}: is --port too; sites and operators need one each")
-        unused("--control-port", *operators)
+        unused("--control-port", *control)
     post = state.resolve() / "post"
     told = {POST: str(post), KEYED: str(int(not insecure)), RUNS: str(runs.resolve())}
     told[FOLDERS] = json.dumps([str(folder.expanduser().resolve()) for folder in data])
-    _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory or "")})
+    _home(state, **told, **{ALLOW_CODE: str(int(allow_code)), MEMORY: str(memory)})
     with _writing(state):
         post.mkdir(mode=0o700, exist_ok=True)
     near, shared = free_port(), _secret(state)
     sites = partial(sites_door, quota=quota)
-    doors = partial(serve, control=operators, near=near, ca=None if insecure else ca, post=post, sites=sites)
+    doors = partial(serve, control=control, near=near, ca=None if insecure else ca, post=post, sites=sites)
     superlink_doors.open_doors(doors)
     from fedfuse.compat.superlink_store import believe_contents  # imports Flower: not where nodes are started
 
