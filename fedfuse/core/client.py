@@ -358,7 +358,7 @@ class FusionClient:
         span = self.scenario.span(self._moment)
         config = options.pop("config", self.training)
         if own or (not self.scenario.config.privacy.by_example and x is self.x):
-            options = {**self._settings(config, options, span, losses), "trim": loss is None, **options}
+            options = {**self._steps_of(config, options, span, losses), "trim": loss is None, **options}
             options["pack"] = self._packs(options["trim"])
         with followed(losses, self.state, self._purpose, span, options.pop("after_step", None)) as more:
             result = training.train(
@@ -368,7 +368,7 @@ class FusionClient:
             self._keep_optimizer(options["optimizer"])
         return {"num-examples": len(inputs), "steps": result["steps"], "loss": result["loss"]}
 
-    def _settings(
+    def _steps_of(
         self, config: TrainConfig, options: dict[str, Any], span: tuple[float, float], losses: list[Loss]
     ) -> dict[str, Any]:
         """What `train.*` says of training on private examples, beside the optimiser's own settings."""

@@ -167,7 +167,7 @@ class FusionStrategy(Strategy):
         self.hyper, self.workspace = hyper, workspace
         self.state: dict[str, Any] = {}
         self.round, self.phase, self.begun, self.run_id = 0, "train", False, ""
-        self.place = 0  # of the phase among its round's
+        self.place = 0  # which of its round's phases this is, from 0
         self._kept = -1  # the last round in which too few had examples
         self._settings = Settings(workspace.scenario.config, hyper)
         self.board = Board(self.topics)
