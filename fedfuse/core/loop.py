@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -21,12 +21,17 @@ from fedfuse.errors import WorldError
 from fedfuse.train.work import counting
 from fedfuse.wire.records import digest_of
 
+PACE = 30.0  # seconds of a phase after which callbacks hear how far it is, and again
+
 
 class Callback:
     """Something that happens beside the loop. Callbacks run in the order they are given."""
 
     def start(self, federation: Federation) -> None:
         """Before the first round (or the first after a resume)."""
+
+    def heard(self, federation: Federation, answers: int, asked: int) -> None:
+        """Twice a minute, while a phase goes on: so many of the clients that were asked have answered."""
 
     def round(self, federation: Federation) -> None:
         """After a round's fuse."""
@@ -186,9 +191,20 @@ class Federation:
 
     def exchange(self, messages: Iterable[Message]) -> Iterable[Message]:
         """Send messages; a node that cannot follow gets the whole values and is asked again, in its turn."""
+        messages = list(messages)
         replies = self.grid.send_and_receive(messages)
         answers = map(self._followed, replies)
-        return list(answers) if isinstance(replies, Sequence) else answers  # ours stream
+        return list(answers) if isinstance(replies, Sequence) else self._told(answers, len(messages))  # ours stream
+
+    def _told(self, answers: Iterable[Message], asked: int) -> Iterator[Message]:
+        """Answers as they come; of a phase that takes long, callbacks are told how far it is."""
+        looked = time.monotonic()
+        for count, answer in enumerate(answers, start=1):
+            yield answer
+            if (now := time.monotonic()) - looked > PACE:
+                looked = now
+                for callback in self.callbacks:
+                    callback.heard(self, count, asked)
 
     def _followed(self, reply: Message) -> Message:
         if reply.has_error() and reply.error.code == SPOILT and self.strategy.inbox.inside:

@@ -34,6 +34,12 @@ class Progress(Callback):
             self._note(note)
         self._clock = time.perf_counter()
 
+    def heard(self, federation: Federation, answers: int, asked: int) -> None:
+        """Say how far a long phase is."""
+        seconds = time.perf_counter() - self._clock
+        what = federation.strategy.outbox.request.label
+        self.console.print(f"  {what}: {answers} of {counted(asked)} after {seconds:.0f} s", markup=False)
+
     def round(self, federation: Federation) -> None:
         """Say how it stands."""
         if not federation.done:

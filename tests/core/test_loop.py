@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import time
@@ -15,13 +16,16 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
+from rich.console import Console
 
 from fedfuse.config.registry import NoHyper
+from fedfuse.core import loop
 from fedfuse.core.client import FusionClient
 from fedfuse.core.loop import Callback
 from fedfuse.core.shares import FAILED, FULL, INVALID, REFUSED, STALE, Share
 from fedfuse.core.strategy import FusionStrategy
 from fedfuse.errors import UserError, WorldError
+from fedfuse.runs.progress import Progress
 from fedfuse.seeding import seed_everything
 from fedfuse.wire.client_store import ClientStore
 from fedfuse.wire.records import record, tensors
@@ -806,3 +810,26 @@ def test_server_state_that_cannot_be_kept_is_told(
     enter(monkeypatch, Keeping)
     with pytest.raises(UserError, match=f"strategy=ledger, at the server: .*{words}"):
         play("ledger", path=tmp_path / "run")
+
+
+def test_a_phase_that_takes_long_says_how_far_it_is(monkeypatch) -> None:
+    """Without a pace callbacks hear of each answer, in the phase that it belongs to; by default, of none here."""
+
+    class Listens(Callback):
+        def __init__(self):
+            self.told = []
+
+        def heard(self, federation, answers, asked):
+            self.told.append((federation.strategy.outbox.request.label, answers, asked))
+
+    quiet, often, console = Listens(), Listens(), Console(file=io.StringIO(), width=200)
+    play("fedavg", "rounds=1", callbacks=(quiet,))
+    monkeypatch.setattr(loop, "PACE", -1.0)
+    progress = Progress()
+    progress.console = console
+    played = play("fedavg", "rounds=1", callbacks=(often, progress))
+    assert quiet.told == []
+    assert often.told == [(phase, k, 3) for phase in ("train", "evaluate") for k in (1, 2, 3)]
+    lines = [line.split(" after ")[0] for line in console.file.getvalue().splitlines() if " after " in line]
+    assert lines == [f"  {phase}: {k} of 3 clients" for phase in ("train", "evaluate") for k in (1, 2, 3)]
+    assert played.digest == play("fedavg", "rounds=1").digest
