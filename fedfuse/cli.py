@@ -82,7 +82,7 @@ def _carried_out(words: list[str], started: float) -> int:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
-            how, code = ("ended by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            how, code = ("ended by SIGTERM", 143) if _terminated.is_set() else ("interrupted", 130)
             print(": ".join([f"fedfuse: {how}", *map(str, error.args)]), file=sys.stderr)
             return code
         # a file's or a column's name may be in it
@@ -94,16 +94,17 @@ def _carried_out(words: list[str], started: float) -> int:
         _end_ray()
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as batch systems and containers send it before they kill."""
+_terminated = threading.Event()  # which signal it was: Ray's calls raise a KeyboardInterrupt of their own
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: what it started ends too, and how to go on is said."""
+    """Let SIGTERM, as batch systems and containers send it, end a command as Ctrl-C does: what it started ends too."""
+    _terminated.clear()
 
     def terminate(number: int, frame: object) -> None:
-        raise Terminated
+        _terminated.set()
+        raise KeyboardInterrupt
 
     free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if free:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fedfuse import cli
 
 SMALL = (
     "data.limit=200",
@@ -352,3 +355,22 @@ def test_the_defaults_that_help_names_are_the_defaults() -> None:
     assert len(told) == 8
     found = {key: str(OmegaConf.select(composed, key)) for key, _ in told}
     assert found == {**dict(told), "clients": "None"}  # which the data may decide: 10 where they do not
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "said"), [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_what_ended_a_command_is_told_whoever_raises_it(which, code, said, monkeypatch, capsys) -> None:
+    """Ray's calls raise an interrupt of their own in the place of the one that the signal raised."""
+
+    def command(words: list[str], started: float) -> int:
+        try:
+            signal.raise_signal(which)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("fedfuse resume run goes on") from None
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "list", command)
+    assert cli.main(["list"]) == code
+    assert capsys.readouterr().err == f"fedfuse: {said}: fedfuse resume run goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -148,7 +148,7 @@ def play(
             directory.discard()
         raise
     except KeyboardInterrupt as error:
-        raise type(error)(onwards) from error
+        raise KeyboardInterrupt(onwards) from error
     finally:
         if grid is not None:
             grid.close()

@@ -121,7 +121,7 @@ def _interruptible(root: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise type(error)(f"the same command with out={root} goes on") from error
+        raise KeyboardInterrupt(f"the same command with out={root} goes on") from error
 
 
 def _check_root(root: Path) -> None:
