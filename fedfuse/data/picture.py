@@ -16,7 +16,7 @@ def draw_partition(
     path: str | Path,
     classes: tuple[str, ...] | None = None,
 ) -> None:
-    """Draw the examples per label and client, over all splits, as a heat map.
+    """Draw the examples per label and client, over all splits, as a heat map; per client, where there is one label.
 
     Parameters
     ----------
@@ -54,8 +54,11 @@ def draw_partition(
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("examples")
         axes.set_xlabel("client")
-        axes.set_ylabel("label")
-        if labels <= 40:
+        if labels == 1:  # texts to model have no labels: what is told is how many rows a client has
+            axes.set_yticks([])
+        else:
+            axes.set_ylabel("label")
+        if 1 < labels <= 40:
             axes.set_yticks(range(labels), classes or [str(label) for label in range(labels)])
         if written:
             axes.set_xticks(range(clients))

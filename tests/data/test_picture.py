@@ -29,3 +29,13 @@ def test_png_and_svg(tmp_path):
 def test_none_and_many(tmp_path, rows):
     draw_partition(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_texts_to_model_have_rows_and_no_label(tmp_path):
+    rows = [{"client": client, "split": "train", "label": 0, "examples": 10 + client} for client in range(3)]
+    draw_partition(rows, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert ">12<" in text
+    assert ">label<" not in text
+    draw_partition([*rows, {**rows[0], "label": 1}], tmp_path / "b.svg")
+    assert ">label<" in (tmp_path / "b.svg").read_text()
