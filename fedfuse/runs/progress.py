@@ -97,7 +97,8 @@ def _mostly_evaluated(federation: Federation, seconds: float) -> str:
         return ""
     own = "global" in federation.strategy.splits and test is not None
     whose = f", and {len(scenario.panel)} predict {len(test)} test examples" if own and test is not None else ""
-    less = "evaluate.every=<rounds>" + (" or evaluate.panel=<clients>" if whose else "")
+    all_of_them = len(scenario.panel) == scenario.clients
+    less = "evaluate.every=<rounds>" + (" or evaluate.panel=<clients>" if whose and all_of_them else "")
     return (
         f"evaluating took {federation.evaluating:.0f} of these {seconds:.0f} s: "
         f"{counted(scenario.clients)} are scored{whose}; {less} asks for less"

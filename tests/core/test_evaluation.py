@@ -192,27 +192,23 @@ def test_a_panel_is_said_and_where_the_server_has_a_model_that_it_does_nothing()
         assert panel_notes(built.strategy) == []
 
 
+ALL = "3 clients are scored, and 3 predict 60 test examples; evaluate.every=<rounds> or evaluate.panel=<clients>"
+SOME = "3 clients are scored, and 2 predict 60 test examples; evaluate.every=<rounds> asks for less"
+NONE = "took 6 of these 10 s: 3 clients are scored; evaluate.every=<rounds> asks for less"
+
+
 @pytest.mark.parametrize(
-    ("name", "took", "seconds", "said"),
+    ("name", "panel", "took", "seconds", "said"),
     [
-        (
-            "fd",
-            6.0,
-            10.0,
-            "3 clients are scored, and 2 predict 60 test examples; evaluate.every=<rounds> or evaluate.panel",
-        ),
-        (
-            "fedavg",
-            6.0,
-            10.0,
-            "evaluating took 6 of these 10 s: 3 clients are scored; evaluate.every=<rounds> asks for less",
-        ),
-        ("fd", 4.0, 5.0, ""),
-        ("fd", 6.0, 13.0, ""),
+        ("fd", "null", 6.0, 10.0, ALL),
+        ("fd", "2", 6.0, 10.0, SOME),
+        ("fedavg", "null", 6.0, 10.0, NONE),
+        ("fd", "null", 4.0, 5.0, ""),
+        ("fd", "null", 6.0, 13.0, ""),
     ],
 )
-def test_a_round_that_is_mostly_evaluated_says_how_to_ask_for_less(name, took, seconds, said) -> None:
-    with federation(name, "evaluate.panel=2") as (built, _):
+def test_a_round_that_is_mostly_evaluated_says_how_to_ask_for_less(name, panel, took, seconds, said) -> None:
+    with federation(name, f"evaluate.panel={panel}") as (built, _):
         built.run()
         built.evaluating = took
         found = progress._mostly_evaluated(built, seconds)
