@@ -168,7 +168,8 @@ def constant(
     """
     # few steps leave one answer as much as too large ones do; what distils has an optimiser of its own: Adam, often
     smaller = "more training (train.epochs, rounds), or a smaller train.lr"
-    advice = f"{smaller} or distil.lr, or distil.optimizer=adam where that is sgd" if distils else smaller
+    lesson = " or distil.lr, distil.optimizer=adam where that is sgd, or clients with more classes to teach each other"
+    advice = smaller + (lesson if distils else "")
     found = [
         (scope, client, metric.rpartition("/")[0])
         for round, scope, client, split, metric, value, *_ in rows  # a clock adds a column
@@ -180,7 +181,7 @@ def constant(
         of_one = f" ({narrow} of them with training examples of one class alone)" if narrow else ""
         who.append(f"{len(their)} of {clients} clients' models{of_one}")
     return [
-        f"one answer for all of the global test: {one}, no better there than naming a class unseen: {advice}, may help"
+        f"one answer for all of the global test: {one}, no better there than guessing: {advice}, may help"
         for one in who
     ]
 

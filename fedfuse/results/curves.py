@@ -201,7 +201,7 @@ def _curves(
         if xlabel == "round":
             from matplotlib.ticker import MaxNLocator
 
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))  # of one round too
         if finish:
             finish(axes)
         return svg.to_svg(drawn, prefix)

@@ -323,8 +323,10 @@ def against_nothing_sent(runs: Sequence[RunRecord]) -> list[str]:
             line = f"Against {base.name}, {metric.partition('/')[2]} test, in points: "
             if len(pairs) > MOST_AGAINST:  # more is no sentence
                 largest = sorted(sure, key=lambda name: -abs(dict(pairs)[name].difference.mean))
-                line += f"the seeds tell {len(sure)} of {len(pairs)} strategies apart (paired t, Holm over all pairs)"
-                line += (": " if sure else "") + listed([said[name] for name in largest], MOST_AGAINST)
+                told = f"the seeds tell {len(sure)} of {len(pairs)} strategies apart (paired t, Holm over all pairs)"
+                if len(untested) == len(pairs):  # that none is told apart would be a finding
+                    told = f"none of {len(pairs)} strategies tested ({'; '.join(sorted({p.note for _, p in pairs}))})"
+                line += told + (": " if sure else "") + listed([said[name] for name in largest], MOST_AGAINST)
                 lines.append(f"{line}. The report's table of paired tests has every pair.")
                 continue
             line += ", ".join(said.values())

@@ -19,7 +19,7 @@ from synthetic import write_run, write_sweep
 
 from fedfuse.errors import UserError
 from fedfuse.results import sections
-from fedfuse.results.curves import Series, by_bytes
+from fedfuse.results.curves import Series, by_bytes, by_round
 from fedfuse.results.figures import client_spread, label_map, time_breakdown
 from fedfuse.results.measures import gather, label_counts, similarities
 from fedfuse.results.report import report
@@ -469,6 +469,15 @@ def test_the_axis_of_bytes_can_be_read(tmp_path, span):
     axis = next(one for one in drawn.iter() if one.get("id", "").endswith("matplotlib.axis_1"))
     ticks = [one.text for one in axis.iter() if one.tag.endswith("text")]
     assert 3 <= len(ticks) <= 10  # the axis' name is one of them
+
+
+def test_rounds_are_whole_where_one_was_scored(tmp_path):
+    run = gather(load(write_run(tmp_path / "a")))
+    for metric, (rounds, values) in run.curves.items():
+        run.curves[metric] = (rounds[-1:], values[-1:])
+    drawn = ElementTree.fromstring(by_round([Series(0, "fedavg", (run,))], "accuracy/global", "x"))
+    axis = next(one for one in drawn.iter() if one.get("id", "").endswith("matplotlib.axis_1"))
+    assert [one.text for one in axis.iter() if one.tag.endswith("text")] == ["5", "round"]
 
 
 def test_nobody_sends_no_axis_of_bytes(tmp_path):

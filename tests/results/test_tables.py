@@ -253,6 +253,13 @@ def test_of_many_strategies_a_sentence_names_those_that_the_seeds_tell_apart(tmp
     assert "table of paired tests" in line
 
 
+def test_of_many_strategies_with_one_seed_a_sentence_does_not_say_that_none_is_told_apart(tmp_path):
+    for name in ("local", *(f"s{i}" for i in range(12))):
+        write_run(tmp_path / name, name, 0)
+    (line, _) = against_nothing_sent(find([tmp_path])[0])
+    assert ": none of 12 strategies tested (one seed: no test). The report's table" in line
+
+
 def test_who_was_not_tested_is_not_among_those_that_seeds_cannot_tell_apart(tmp_path):
     runs = _scored(tmp_path, local=(0.5, 0.5, 0.5), fedavg=(0.60, 0.63, 0.62), fedprox=(0.4,), knfu=(0.5, 0.5, 0.5))
     line = against_nothing_sent(runs)[0]
