@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -140,7 +141,8 @@ def notes(runs: Sequence[RunRecord], known: Collection[str] = ()) -> list[str]:
         for run in one.unfinished:
             why = f": {run.failure}" if run.failure else ""
             lines.append(f"{run.dir} left out: {run.status} after round {run.stand}{why}")
-    lines += _trained(groups) + _moments(groups) + _honest(groups) + _without_spread(groups) + _told(runs, known)
+    lines += _trained(groups) + _moments(groups) + _honest(groups) + _without_spread(groups)
+    lines += _told(runs, groups, known)
     counts = {len(one.runs) for one in groups if one.runs}
     if len(counts) > 1:
         lines.append(f"Strategies have between {min(counts)} and {max(counts)} seeds; tests pair shared seeds only.")
@@ -199,15 +201,23 @@ def _without_spread(groups: Sequence[Group]) -> list[str]:
     return [f"{why}: {'; '.join(told)}"] if told else []
 
 
-def _told(runs: Sequence[RunRecord], known: Collection[str], most: int = 20) -> list[str]:
-    """What runs say of themselves, each line once, with the runs that say it."""
-    found: dict[str, dict[str, None]] = {}  # in order, each once: settings differ, and say the same
+def _told(runs: Sequence[RunRecord], groups: Sequence[Group], known: Collection[str], most: int = 20) -> list[str]:
+    """What runs say of themselves, each line once, with the runs that say it; a setting where not all of them do."""
+    names = {run.dir: one.name for one in groups for run in one.runs}
+    alike = Counter((run.strategy, run.seed) for run in runs if run.summary)
+    found: dict[str, list[RunRecord]] = {}
     for run in runs:
-        for note in (run.summary or {}).get("notes") or ():
-            if note in known:
-                continue
-            found.setdefault(str(note), {})[f"{run.strategy}, seed {run.seed}"] = None
-    lines = [f"{note} [{'; '.join(list(who)[:4])}{'; …' if len(who) > 4 else ''}]" for note, who in found.items()]
+        for note in dict.fromkeys((run.summary or {}).get("notes") or ()):
+            if note not in known:
+                found.setdefault(str(note), []).append(run)
+    lines = []
+    for note, tellers in found.items():
+        told = Counter((run.strategy, run.seed) for run in tellers)
+        who = {}  # in order, each once
+        for run in tellers:
+            all_do = told[run.strategy, run.seed] == alike[run.strategy, run.seed]
+            who[f"{run.strategy if all_do else names.get(run.dir, run.strategy)}, seed {run.seed}"] = None
+        lines.append(f"{note} [{'; '.join(list(who)[:4])}{'; …' if len(who) > 4 else ''}]")
     return lines[:most] + ([f"… and {len(lines) - most} notes more, in summary.json"] if len(lines) > most else [])
 
 

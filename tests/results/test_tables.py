@@ -464,6 +464,18 @@ def test_what_was_printed_while_it_ran_is_not_said_again(tmp_path):
     assert any("another" in line for line in told)
 
 
+def test_a_note_names_the_setting_where_not_all_say_it(tmp_path):
+    for alpha in (0.1, 0.2):
+        for seed in (0, 1):
+            path = write_run(tmp_path / f"{alpha}-{seed}", "fedavg", seed, config={"partition": {"alpha": alpha}})
+            summary = json.loads((path / "summary.json").read_text())
+            said = ["by all", *(["by few"] if (alpha, seed) == (0.2, 1) else [])]
+            (path / "summary.json").write_text(json.dumps({**summary, "notes": said}))
+    told = notes(find([tmp_path])[0])
+    assert "by all [fedavg, seed 0; fedavg, seed 1]" in told
+    assert "by few [fedavg at partition.alpha=0.2, seed 1]" in told
+
+
 def test_long_settings_go_on_below(tmp_path):
     for name, alpha in (("a", 0.1), ("b", 0.2)):
         keys = {
