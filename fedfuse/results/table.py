@@ -213,7 +213,7 @@ def _told(runs: Sequence[RunRecord], groups: Sequence[Group], known: Collection[
     lines = []
     for note, tellers in found.items():
         told = Counter((run.strategy, run.seed) for run in tellers)
-        who = {}  # in order, each once
+        who: dict[str, None] = {}  # in order, each once
         for run in tellers:
             all_do = told[run.strategy, run.seed] == alike[run.strategy, run.seed]
             who[f"{run.strategy if all_do else names.get(run.dir, run.strategy)}, seed {run.seed}"] = None
