@@ -1,12 +1,13 @@
 """Ray's start without the processes that serve nobody here.
 
 Private names of Ray 2.50 to 2.5x: `ray._private.ray_constants`, `.services.start_ray_process` and `.ConsolePopen`,
-`.node.Node.start_api_server`, `.parameter.RayParams`, of `ray._raylet` the port names and `persist_port`, and the
-options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
+`.node.Node.start_api_server`, `.parameter.RayParams`, `.worker.listen_error_messages`, of `ray._raylet` the port names
+and `persist_port`, and the options `_temp_dir` and `_system_config` of `ray.init` (see `private_options`).
 
 All but the options save five Python processes, most of the time of `ray.init` (docs/performance_history.md): the
 autoscaler, the log monitor, the dashboard's server, and the raylet's two agents, of which one reports to the dashboard
-and one builds runtime environments; our actors have none. If such a name is gone, `lean_start` raises, and
+and one builds runtime environments; our actors have none. And a worker that dies is told of by us in a line, where
+Ray prints a paragraph on standard output. If such a name is gone, `lean_start` raises, and
 `engines.cluster.connect` says so and starts Ray as it is. An option that is gone is not given. Guard:
 `tests/compat/test_ray.py`.
 """
@@ -55,7 +56,7 @@ def lean_start() -> Iterator[None]:
     What is started has a process group of its own: batch systems send SIGTERM to a whole group, and a driver whose
     Ray is gone before it waits for it, for a minute. The kernel ends these processes with the driver.
     """
-    from ray._private import ray_constants, services
+    from ray._private import ray_constants, services, worker
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
@@ -79,6 +80,7 @@ def lean_start() -> Iterator[None]:
         patch.object(Node, "start_api_server", lambda node, **options: None),
         patch.object(services, "start_ray_process", without_agents),
         patch.object(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
+        patch.object(worker, "listen_error_messages", lambda *given: None),
         # under `uv run` or with a hook, Ray would give every actor a runtime environment
         patch.object(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False),
         patch.object(ray_constants, "RAY_RUNTIME_ENV_HOOK", "FEDFUSE_NO_HOOK"),

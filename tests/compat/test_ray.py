@@ -15,7 +15,7 @@ from fedfuse.compat import ray_start
 
 
 def test_the_names_are_there_and_are_put_back() -> None:
-    from ray._private import ray_constants, services
+    from ray._private import ray_constants, services, worker
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
@@ -29,12 +29,14 @@ def test_the_names_are_there_and_are_put_back() -> None:
     assert all(flag.removeprefix("--") in source for flag in ray_start.AGENTS)
     assert "process = ConsolePopen(" in inspect.getsource(services.start_ray_process)
     assert issubclass(services.ConsolePopen, subprocess.Popen)
-    before = (services.start_ray_process, Node.start_api_server, RayParams.__init__)
+    assert "target=listen_error_messages" in inspect.getsource(worker)
+    before = (services.start_ray_process, Node.start_api_server, RayParams.__init__, worker.listen_error_messages)
     with ray_start.lean_start():
         assert services.start_ray_process is not before[0]
         assert Node.start_api_server(None, include_dashboard=False, raise_on_failure=True) is None
         assert ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV is False
-    assert (services.start_ray_process, Node.start_api_server, RayParams.__init__) == before
+    after = (services.start_ray_process, Node.start_api_server, RayParams.__init__, worker.listen_error_messages)
+    assert after == before
 
 
 def test_options_that_ray_does_not_know_are_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
