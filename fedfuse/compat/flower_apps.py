@@ -10,6 +10,7 @@ FedFuse's strategies need none of it. Guard: `tests/compat/test_flower.py`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -18,11 +19,17 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.object_ref import load_app
 
 APP_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+MESSAGE_GONE = ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def name_message(message: Message, key: str) -> None:
     """Give a message the id under which its sender will look for the reply."""
     message.metadata.__dict__["_message_id"] = key
+
+
+def pushed(message: Message) -> Message:
+    """A message as it was when it was pushed: who pushes it a second time gives it another id."""
+    return as_received(copy.copy(message.metadata), message.content)
 
 
 def as_received(metadata: Any, content: RecordDict) -> Message:
@@ -46,6 +53,7 @@ def build_bundle(directory: Any) -> bytes:
 
 __all__ = [
     "APP_RAISED",
+    "MESSAGE_GONE",
     "as_received",
     "build_bundle",
     "flatten_dict",
@@ -55,4 +63,5 @@ __all__ = [
     "name_message",
     "new_run",
     "parse_config_args",
+    "pushed",
 ]

@@ -21,13 +21,17 @@ import ray
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from ray.exceptions import RayError
 
-from fedfuse.compat.flower_apps import APP_RAISED, name_message
+from fedfuse.compat.flower_apps import APP_RAISED, MESSAGE_GONE, name_message, pushed
+from fedfuse.engines.cluster import own_folder
 from fedfuse.engines.grid import FusionGrid
+from fedfuse.engines.guest_words import Words
 from fedfuse.engines.guest_worker import Answer, GuestWorker
+from fedfuse.engines.member import cause
 from fedfuse.errors import UserError, WorldError
 
 LIST = 64  # messages in one call at most, so that replies flow while others work
 ASIDE = 8  # processes that may stand aside with a node that waits before the next such node is waited for
+LOOK = 0.2  # seconds: how often a thread of ours looks for answers and for what clients print
 LARGE = 32 * 1024  # bytes of arrays from which on a record is put into the object store once, not into each message
 
 log = logging.getLogger("fedfuse")
@@ -37,7 +41,8 @@ class GuestGrid(FusionGrid):
     """A Flower grid for apps that know nothing of FedFuse: node i + 1 has `partition-id` i.
 
     Replies come back in the order of the messages. A node's `Context.state` is kept here, by the driver: it is
-    replaced only when the reply is in, so a node that failed or whose actor died starts from what it had before.
+    replaced only when the reply is in, so a node that failed or whose actor died starts from what it had before; and a
+    node is handed its next message only then. A thread takes answers in while the app is busy elsewhere.
     Flower's older servers ask for each client in a thread of its own: what is kept here changes under one lock, and
     nobody waits while holding it.
 
@@ -59,6 +64,7 @@ class GuestGrid(FusionGrid):
         super().__init__()
         self._args = (reference, directory, run_config, nodes)
         self.nodes, self.retries, self.workers = nodes, retries, workers
+        self.words = Words(own_folder())
         self.actors = [self._start() for _ in range(workers)]
         self.spare: list[_Process] = []  # beyond the workers, free again
         self.states: dict[int, RecordDict] = {}
@@ -66,22 +72,44 @@ class GuestGrid(FusionGrid):
         self.told = ""  # by the last that failed
         self._ids = itertools.count(1)
         self._pending: dict[str, _Sent] = {}
-        self._behind: dict[int, list[_Sent]] = {}  # by node that waits: what it is asked next
+        self._behind: dict[int, list[_Sent]] = {}  # by node that has not answered yet: what it is asked next
         self._ready: dict[str, Message] = {}
         self._calls: dict[Any, _Call] = {}
         self._puts: dict[int, tuple[Any, Any]] = {}
-        self._lock = threading.Lock()
+        self._aside = 0  # processes that wait for their node
+        self._loads = False  # whether a process has loaded the app
+        self._born_dead = 0  # processes that died before they had
+        self._trouble: Exception | None = None
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._attendant = threading.Thread(target=self._attend, daemon=True)
+        self._attendant.start()
 
     def _start(self, aside: bool = False) -> _Process:
-        actor: Any = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1).remote(*self._args)
+        options: Any = ray.remote(GuestWorker).options(num_cpus=0 if aside else 1)
+        actor = options.remote(*self._args, self.words.of_another())
         return _Process(actor, actor.loaded.remote())
 
     def _able(self) -> list[_Process]:
         """The processes that have loaded the app; all if none has yet."""
         loading = {p.loading: p for p in self.actors if p.loading is not None}
         for reference in ray.wait(list(loading), num_returns=len(loading), timeout=0)[0] if loading else ():
-            loading[reference].loading = None
+            self._loaded(loading[reference])
         return [p for p in self.actors if p.loading is None] or self.actors
+
+    def _loaded(self, process: _Process) -> None:
+        """A process has tried to load the app.
+
+        Raises
+        ------
+        UserError
+            If there is a fault in it.
+        """
+        reference, process.loading = process.loading, None
+        with contextlib.suppress(RayError):  # it died meanwhile, as its next call says
+            fault = ray.get(reference)
+            if fault:
+                raise UserError(fault)
+            self._loads = True
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes."""
@@ -97,28 +125,38 @@ class GuestGrid(FusionGrid):
         for message in messages:
             node = message.metadata.dst_node_id
             if not 1 <= node <= self.nodes:
-                raise ValueError(f"there is no node {node}")
+                log.error("there is no node %d: a message to it is left out", node)
+                continue
             key = f"m{next(self._ids)}"
             name_message(message, key)
-            sent.append(_Sent(key, message))
-        self._puts = {k: v for k, v in self._puts.items() if any(v[0] is s.message for s in self._pending.values())}
-        self._hand_out(sent, min(LIST, -(-len(sent) // len(self._able())) or 1))
+            sent.append(_Sent(key, pushed(message)))
+        self._puts = {}
+        self._pending.update((item.key, item) for item in sent)
+        self._hand_out(self._next(sent), min(LIST, -(-len(sent) // len(self._able())) or 1))
         return [item.key for item in sent]
 
+    def _next(self, sent: list[_Sent]) -> list[_Sent]:
+        """Those of some messages whose nodes have answered all before; the others stay behind them."""
+        free = []
+        for item in sent:
+            node = item.message.metadata.dst_node_id
+            if node in self._behind:
+                self._behind[node].append(item)
+            elif not item.expired():
+                self._behind[node] = []
+                free.append(item)
+        return free
+
     def _hand_out(self, sent: list[_Sent], size: int) -> None:
-        self._pending.update((item.key, item) for item in sent)
-        free: list[_Sent] = []
-        for item in sent:  # a node answers one message after another
-            self._behind.get(item.message.metadata.dst_node_id, free).append(item)
-        able, patient = self._able(), len(self._behind) >= ASIDE
-        for k, start in enumerate(range(0, len(free), size)):
-            chosen, jobs = free[start : start + size], []
+        able = self._able()
+        for k, start in enumerate(range(0, len(sent), size)):
+            chosen, jobs = sent[start : start + size], []
             shared: dict[int, Any] = {}
             for item in chosen:
                 content = {name: self._shared(value, shared) for name, value in item.message.content.items()}
                 jobs.append((item.message.metadata, content, self.states.get(item.message.metadata.dst_node_id)))
             process = able[k % len(able)]
-            call = _Call(process, process.actor.work.remote(jobs, shared, patient), chosen)
+            call = _Call(process, process.actor.work.remote(jobs, shared, self._aside >= ASIDE), chosen)
             self._calls[call.reference] = call
 
     def _shared(self, record: Any, shared: dict[int, Any]) -> Any:
@@ -132,45 +170,83 @@ class GuestGrid(FusionGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are in; wait a moment for the first if none is."""
-        keys = list(message_ids)
-        return self._pull(keys, 0.5)
+        return list(self._pull(list(message_ids), 0.5).values())
 
-    def _pull(self, keys: list[str], patience: float | None) -> list[Message]:
+    def _pull(self, keys: list[str], patience: float | None) -> dict[str, Message]:
         with self._lock:
-            waits = not any(key in self._ready for key in keys) and any(key in self._pending for key in keys)
-            calls = list(self._calls) if waits else []
+            ready = any(key in self._ready for key in keys)
+            waits = [self._pending[key].until for key in keys if key in self._pending]
+        if ready or not waits:
+            self._take_in(0)
+        else:
+            left = max(0.0, min(waits) - time.time())
+            self._take_in(left if patience is None else min(left, patience))
+        if self._trouble is not None:
+            raise self._trouble
+        with self._lock:
+            for key in keys:
+                if key in self._pending and self._pending[key].expired():
+                    self._expire(self._pending.pop(key))
+            return {key: self._ready.pop(key) for key in keys if key in self._ready}
+
+    def _expire(self, item: _Sent) -> None:
+        """Answer in place of a node that has not in the time that the message was given."""
+        reason = f"the message was given {item.message.metadata.ttl:g} s, which are over"
+        self._ready[item.key] = reply = Message(Error(MESSAGE_GONE, reason), reply_to=item.message)
+        name_message(reply, f"r{item.key}")
+
+    def _attend(self) -> None:
+        """While the app is busy elsewhere, take answers in, so that nodes go on, and say what clients print."""
+        while self._trouble is None and not self._over.wait(LOOK):
+            try:
+                self._take_in(0)
+            except Exception as error:
+                self._trouble = error
+
+    def _take_in(self, patience: float | None) -> None:
+        """Take in what calls have answered; wait for the first if none has."""
+        with self._lock:
+            calls = list(self._calls)
         done = ray.wait(calls, num_returns=1, timeout=patience)[0] if calls else []
+        if done and len(calls) > 1:
+            done = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+        self.words.pass_on()  # before the app goes on
         with self._lock:
             for reference in done:
                 if (call := self._calls.pop(reference, None)) is not None:  # else another thread has taken it in
                     self._take(call)
-            return [self._ready.pop(key) for key in keys if key in self._ready]
 
     def _take(self, call: _Call) -> None:
         """Take one call's answers in; what failed is handed out again, one message a call, and what was not begun."""
         answers: list[Answer]
+        if call.process.loading is not None:
+            self._loaded(call.process)
         try:
             answers, waits = ray.get(call.reference)
         except RayError as error:
+            self._born_dead += not (self._loads or call.process.dead)
+            if self._born_dead > self.retries:
+                raise WorldError(f"{self._args[0]}: {self._born_dead} processes died as they loaded it") from error
             self._replace(call.process)
-            cause = str(error).strip().splitlines()
-            told = f"its worker failed: {cause[-1] if cause else type(error).__name__}"
-            answers, waits = [(told, None)] * len(call.sent), False
-        behind = self._behind.pop(call.sent[0].message.metadata.dst_node_id, []) if call.aside else []
+            if len(call.sent) > 1:  # which of them it died of, each will show by itself
+                self._hand_out(call.sent, 1)
+                return
+            answers, waits = [(f"its worker died ({cause(error)})", None)], False
         if call.aside:
+            self._aside -= 1
             self._return(call.process)
         rest = call.sent[len(answers) :]
         if waits:
             self._set_aside(call.process, rest.pop(0))
-        self._keep(call.sent, answers)
-        if rest or behind:
-            self._hand_out(rest + behind, max(1, -(-len(rest + behind) // len(self._able()))))
+        rest += self._keep(call.sent, answers)
+        if rest:
+            self._hand_out(rest, max(1, -(-len(rest) // len(self._able()))))
 
     def _set_aside(self, process: _Process, item: _Sent) -> None:
         """Let a process wait for its node; another takes its place, which computes while the node does not."""
         call = _Call(process, process.actor.finish.remote(), [item], aside=True)
         self._calls[call.reference] = call
-        self._behind[item.message.metadata.dst_node_id] = []
+        self._aside += 1
         if process in self.actors:  # else it died since, and was replaced
             self.actors.remove(process)
             self.actors.append(self.spare.pop() if self.spare else self._start(aside=True))
@@ -197,9 +273,9 @@ class GuestGrid(FusionGrid):
         if process in self.actors:
             self.actors[self.actors.index(process)] = self._start()
 
-    def _keep(self, sent: list[_Sent], answers: list[Answer]) -> None:
-        """Keep replies and states; hand out again what failed."""
-        again = []
+    def _keep(self, sent: list[_Sent], answers: list[Answer]) -> list[_Sent]:
+        """Keep replies and states; hand out again what failed; return what the nodes are asked next."""
+        again, behind = [], []
         for item, (reply, state) in zip(sent, answers, strict=False):
             node = item.message.metadata.dst_node_id
             if isinstance(reply, str):
@@ -215,11 +291,13 @@ class GuestGrid(FusionGrid):
                 self.states.pop(node, None)
                 if state is not None:
                     self.states[node] = state
-            name_message(reply, f"r{item.key}")
-            del self._pending[item.key]
-            self._ready[item.key] = reply
+            behind += self._behind.pop(node)
+            if self._pending.pop(item.key, None) is not None:  # else its time was over
+                name_message(reply, f"r{item.key}")
+                self._ready[item.key] = reply
         if again:
             self._hand_out(again, 1)
+        return self._next(behind)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Run messages and return the replies in their order.
@@ -229,14 +307,12 @@ class GuestGrid(FusionGrid):
         WorldError
             If no node ever succeeded: Flower would go on and end untrained.
         """
-        keys = list(self.push_messages(messages))
+        keys = left = list(self.push_messages(messages))
         end = None if timeout is None else time.monotonic() + timeout
         found: dict[str, Message] = {}
-        while len(found) < len(keys) and (end is None or time.monotonic() < end):
-            left = [key for key in keys if key not in found]
-            rest = None if end is None else max(0.0, end - time.monotonic())
-            for reply in self._pull(left, rest):
-                found[reply.metadata.reply_to_message_id] = reply
+        while left and (end is None or time.monotonic() < end):
+            found |= self._pull(left, None if end is None else max(0.0, end - time.monotonic()))
+            left = [key for key in left if key not in found]
         replies = [found[key] for key in keys if key in found]
         if replies and not self.succeeded:
             raise WorldError(f"no node succeeded: {replies[0].error.reason}")
@@ -244,11 +320,14 @@ class GuestGrid(FusionGrid):
 
     def close(self) -> None:
         """End the actors."""
+        self._over.set()
+        self._attendant.join()
         aside = [call.process for call in self._calls.values()]
         for process in {*self.actors, *self.spare, *aside}:
             with contextlib.suppress(Exception):
                 ray.kill(process.actor)
         self.actors, self.spare = [], []
+        self.words.close()
 
 
 @dataclass(eq=False)
@@ -271,6 +350,15 @@ class _Sent:
     key: str
     message: Message
     tries: int = 0
+
+    @property
+    def until(self) -> float:
+        """When the time that the message was given is over."""
+        return self.message.metadata.created_at + self.message.metadata.ttl
+
+    def expired(self) -> bool:
+        """Whether it is."""
+        return self.until <= time.time()
 
 
 def read_app(directory: Path, overrides: list[str]) -> tuple[str, str, dict[str, Any], dict[str, Any]]:

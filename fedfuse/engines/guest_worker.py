@@ -2,12 +2,14 @@
 
 A node that sleeps uses no processor, so nothing is gained when others stand behind it. The app therefore works on a
 thread of its own; if that is idle for a while, the actor hands back the answers it has and the messages it has not
-begun, which then go to other actors, and the waiting node's answer is asked for apart.
+begun, which then go to other actors, and the waiting node's answer is asked for apart. It is the same thread from the
+import to the last message: what belongs to a thread (a connection to SQLite, a mode of torch) is there for every node.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 import traceback
@@ -21,13 +23,18 @@ from fedfuse.compat.flower_apps import as_received, load_app
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.compat.flower_records import trusted
 from fedfuse.core.threads import single_thread
-from fedfuse.errors import UserError
+from fedfuse.engines.guest_words import begin, speak_into
+from fedfuse.errors import TRACEBACK, UserError, first_line, in_words
 
 WINDOW = 0.5  # seconds: a node that computed for less than IDLE of them waits
 IDLE = 0.1
 
 Job = tuple[Any, dict[str, Any], RecordDict | None]  # a message's metadata, its content, its node's state
 Answer = tuple[Any, Any]  # the reply, or why there is none; the node's new state
+
+
+class Unnamed(Exception):
+    """There is nothing of that name in a Flower app."""
 
 
 def load(reference: str, directory: str, kind: type) -> Any:
@@ -39,9 +46,11 @@ def load(reference: str, directory: str, kind: type) -> Any:
         If there is none, or it is something else.
     """
     try:
-        found = load_app(reference, ImportError, directory)
-    except ImportError as error:
-        raise UserError(f"{reference}: cannot be loaded ({error})") from error
+        found = load_app(reference, Unnamed, directory)
+    except Unnamed as error:
+        raise UserError(f"{reference}: cannot be loaded ({first_line(error)})") from error
+    except Exception as error:
+        raise UserError(f"{reference}: cannot be loaded ({in_words(error)})") from error
     if not isinstance(found, kind):
         raise UserError(f"{reference}: is a {type(found).__name__}; a {kind.__name__} is needed")
     return found
@@ -50,19 +59,24 @@ def load(reference: str, directory: str, kind: type) -> Any:
 class GuestWorker:
     """An actor that has loaded a ClientApp once and answers lists of messages with it."""
 
-    def __init__(self, reference: str, directory: str, run_config: dict[str, Any], nodes: int) -> None:
+    def __init__(self, reference: str, directory: str, run_config: dict[str, Any], nodes: int, words: str) -> None:
+        speak_into(words)
         single_thread()
         claim_identity()
-        self.app: ClientApp = load(reference, directory, ClientApp)
+        self.fault = ""
         self.run_config, self.nodes = run_config, nodes
         self.held: dict[Any, Any] = {}
         self._jobs: list[Job] = []  # not begun
         self._answers: list[Answer] = []
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None  # of a node that waits
+        self._begin, self._idle = threading.Semaphore(0), threading.Event()
+        self._waits = False  # for a node that waits
+        threading.Thread(target=self._live, args=(reference, directory), daemon=True).start()
+        self._idle.wait()
 
-    def loaded(self) -> None:
-        """Do nothing: who has an answer knows that the app is loaded."""
+    def loaded(self) -> str:
+        """Say why the app cannot be loaded, if it cannot."""
+        return self.fault
 
     def work(self, jobs: list[Job], shared: dict[int, Any], patient: bool) -> tuple[list[Answer], bool]:
         """Answer messages in the order given.
@@ -82,44 +96,58 @@ class GuestWorker:
         bool
             Whether the first message without an answer is begun: `finish` returns its answer.
         """
-        if self._thread is not None:
+        if self._waits or self.fault:
             return [], False
         self.held = {key: self.held.get(key) for key in shared}
         missing = [key for key in shared if self.held[key] is None]
         self.held.update(zip(missing, ray.get([shared[key] for key in missing]), strict=True))
         self._jobs, self._answers = jobs[::-1], []
-        thread = threading.Thread(target=self._go, daemon=True)
-        thread.start()
+        self._idle.clear()
+        self._begin.release()
         before, used = 0, time.process_time()
         while True:
-            thread.join(WINDOW)
-            if not thread.is_alive():
+            if self._idle.wait(WINDOW):
                 return self._answers, False
             spent = time.process_time() - used
             with self._lock:
                 done = len(self._answers)
-                if done == before and spent < IDLE * WINDOW and not patient:
-                    self._jobs, self._thread = [], thread
+                if done == before and spent < IDLE * WINDOW and not patient and not self._idle.is_set():
+                    self._jobs, self._waits = [], True
                     return self._answers[:done], True
             before, used = done, time.process_time()
 
     def finish(self) -> tuple[list[Answer], bool]:
         """Wait for the node that waits, and return its answer as `work` does."""
-        assert self._thread is not None
-        self._thread.join()
-        self._thread = None
+        self._idle.wait()
+        self._waits = False
         return self._answers[-1:], False
+
+    def _live(self, reference: str, directory: str) -> None:
+        try:
+            self.app: ClientApp = load(reference, directory, ClientApp)
+        except UserError as error:
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            self.fault = str(error)
+        except BaseException as error:  # an app that ends its process while it is imported
+            self.fault = f"{reference}: cannot be loaded ({in_words(error)})"
+        while True:
+            self._idle.set()
+            self._begin.acquire()
+            self._go()
 
     def _go(self) -> None:
         while True:
             with self._lock:
-                if not self._jobs:
-                    return
-                job = self._jobs.pop()
+                job = self._jobs.pop() if self._jobs else None
+            if job is None:
+                begin(None)
+                return
+            begin(job[0].dst_node_id - 1)
             try:
                 answer = self._answer(*job)
             except BaseException as error:  # an app that ends its process included: this thread has to answer
-                answer = f"{type(error).__name__}: {error}", None
+                answer = in_words(error), None
             with self._lock:
                 self._answers.append(answer)
 
@@ -136,12 +164,14 @@ class GuestWorker:
         )
         try:
             reply = self.app(message, context)
-            if not isinstance(reply, Message):
-                raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
         except Exception as error:
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             return f"{text} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})", None
+        if not isinstance(reply, Message):
+            return f"the ClientApp returned a {type(reply).__name__}, not a Message", None
         return reply, context.state if len(context.state) else None
 
 

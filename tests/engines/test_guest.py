@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedfuse.engines.guest_run import command
+from fedfuse.engines.guest_words import Words
 from fedfuse.errors import UserError
 from tests.engines.processes import MARK, gone
 
@@ -187,6 +188,119 @@ def test_an_app_goes_on_where_all_nodes_fail_unless_none_ever_answered(kinds, co
     assert done.returncode == code, done.stderr
     assert done.stdout.strip() == said
     assert ("fedfuse: no node succeeded: ValueError: No evaluate function" in done.stderr) == bool(code)
+
+
+HAND = """
+import logging, os, sqlite3, time
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client, server = ClientApp(), ServerApp()
+kept = sqlite3.connect(":memory:")
+
+@client.query("count")
+def count(message, context):
+    kept.execute("select 1")
+    state = context.state["own"]["n"] if "own" in context.state else 0
+    context.state["own"] = ConfigRecord({"n": state + 1})
+    return Message(RecordDict({"m": MetricRecord({"n": state + 1})}), reply_to=message)
+
+@client.query("say")
+def say(message, context):
+    if context.node_config["partition-id"] == 1:
+        print("one line\\nand half a line", end="")
+        logging.getLogger("flwr").warning("a warning")
+    elif context.node_config["partition-id"] == 2:
+        os.system("echo not by Python")
+        os.kill(os.getpid(), 9)
+    return Message(RecordDict(), reply_to=message)
+
+@client.query("sleep")
+def sleep(message, context):
+    time.sleep(3)
+    return Message(RecordDict(), reply_to=message)
+
+def counted(replies):
+    return sorted((r.metadata.src_node_id, r.content["m"]["n"]) for r in replies)
+
+@server.main()
+def main(grid, context):
+    def asked(kind, nodes=(1, 2, 3), ttl=None):
+        return [Message(RecordDict(), n, f"query.{kind}", ttl=ttl) for n in nodes]
+
+    each = [(n, k) for n in (1, 2, 3) for k in (1, 2, 3)]
+    assert counted(grid.send_and_receive(asked("count") + asked("count") + asked("count"))) == each
+    keys = [*grid.push_messages(asked("count")), *grid.push_messages(asked("count"))]
+    time.sleep(3)
+    assert counted(grid.pull_messages(keys)) == [(n, k) for n in (1, 2, 3) for k in (4, 5)]
+    again = asked("count", [1])
+    assert counted(grid.send_and_receive(again + again)) == [(1, 6), (1, 7)]
+    assert counted(grid.send_and_receive(asked("count", [9, 1]))) == [(1, 8)]
+    begun = time.monotonic()
+    late, = grid.send_and_receive(asked("sleep", [1], ttl=1.0))
+    assert late.has_error() and late.error.code == 3 and time.monotonic() - begun < 2.5
+    replies = list(grid.send_and_receive(asked("say")))
+    assert [reply.has_error() for reply in replies] == [False, False, True]
+    print("the server goes on")
+"""
+
+
+def test_an_app_that_pushes_and_pulls_by_hand(tmp_path: Path) -> None:
+    """All as in Flower's simulator; and what clients print is told with their partition, last words included."""
+    table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app", "hand_app")
+    (tmp_path / "pyproject.toml").write_text(table)
+    (tmp_path / "hand_app.py").write_text(HAND)
+    words = ["flower", str(tmp_path), "--nodes", "3", "--workers", "2", "--retries", "0"]
+    done = subprocess.run([sys.executable, "-m", "fedfuse.cli", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    assert last == "the server goes on"
+    # what shared a process with node 3 is asked, and heard, once more
+    assert set(said) == {"(partition 1) and half a line", "(partition 1) one line", "(partition 2) not by Python"}
+    heard = {line for line in done.stderr.splitlines() if line.startswith("(")}
+    assert heard == {"(partition 1) \x1b[93mWARNING \x1b[0m:   a warning"}
+    assert "there is no node 9" in done.stderr
+    assert "node 3 (partition 2) failed: its worker died" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("import nowhere", 2, "half_app:client: cannot be loaded (ModuleNotFoundError: No module named 'nowhere'"),
+        ("client = 3", 2, "half_app:client: is a int; a ClientApp is needed"),
+        ("import os; os._exit(1)", 1, "half_app:client: 3 processes died as they loaded it"),
+    ],
+)
+def test_a_client_app_that_cannot_be_loaded_ends_the_run(source: str, code: int, said: str, tmp_path: Path) -> None:
+    table = (APPS / "stateful" / "pyproject.toml").read_text().replace("stateful_app:client", "half_app:client")
+    (tmp_path / "pyproject.toml").write_text(table.replace("stateful_app:server", "server_app:server"))
+    (tmp_path / "server_app.py").write_text(HALF.replace('@client.query("known")', "").replace('["kinds"]', '["out"]'))
+    (tmp_path / "half_app.py").write_text(source + "\n")
+    words = ["flower", str(tmp_path), "--nodes", "2", "--run-config", "out='query'"]
+    done = subprocess.run([sys.executable, "-m", "fedfuse.cli", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fedfuse: {said}")
+
+
+def test_words_are_passed_on_in_lines_with_their_partition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = Words(tmp_path)
+    one, other = words.of_another(), words.of_another()
+    with open(f"{one}.out", "ab", buffering=0) as out, open(f"{other}.err", "ab", buffering=0) as err:
+        out.write(b"at import\n\x1e3\nof three, ")
+        words.pass_on()
+        assert capsys.readouterr().out == "(ClientApp) at import\n"
+        out.write(b"whole\n\nunfinished\x1e\n\x1e12\nof twelve")
+        err.write(b"\x1e4\n\xff\n")
+        words.pass_on()
+        told = capsys.readouterr()
+        assert told.out == "(partition 3) of three, whole\n(partition 3) \n(partition 3) unfinished\n"
+        assert told.err == "(partition 4) \ufffd\n"
+    words.close()
+    assert capsys.readouterr().out == "(partition 12) of twelve\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
