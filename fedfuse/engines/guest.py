@@ -313,6 +313,10 @@ class GuestGrid(FusionGrid):
         while left and (end is None or time.monotonic() < end):
             found |= self._pull(left, None if end is None else max(0.0, end - time.monotonic()))
             left = [key for key in left if key not in found]
+        with self._lock:
+            for key in left:  # which nobody can ask for: a late reply leaves its node's state, and is dropped
+                self._pending.pop(key, None)
+                self._ready.pop(key, None)
         replies = [found[key] for key in keys if key in found]
         if replies and not self.succeeded:
             raise WorldError(f"no node succeeded: {replies[0].error.reason}")
@@ -378,6 +382,9 @@ def read_app(directory: Path, overrides: list[str]) -> tuple[str, str, dict[str,
         config = flatten_dict(app.get("config", {}))
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: is not a Flower app ({' '.join(str(error).split())})") from error
+    vain = next((words for words in overrides if words.strip() and "=" not in words and words[-5:] != ".toml"), None)
+    if vain is not None:  # Flower takes it for nothing
+        raise UserError(f"--run-config {vain}: a key and its value are needed (key=value), or a .toml file")
     try:
         given = parse_config_args(overrides or None)
         config = fuse_dicts(config, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def command(argv: Sequence[str]) -> int:
     except Exception as error:
         import traceback
 
+        if isinstance(error, BrokenPipeError) and _unread():
+            raise
         traceback.print_exc()
         raise WorldError(f"{server} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
     finally:
@@ -73,6 +76,13 @@ def command(argv: Sequence[str]) -> int:
     if grid.failed:
         print(f"fedfuse: {grid.failed} messages were left out because their node failed", file=sys.stderr)
     return 0
+
+
+def _unread() -> bool:
+    """Whether nobody reads what we print any more (`| head`), rather than what the app writes to."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return bool(output.poll(0))
 
 
 def _read(words: list[str]) -> tuple[str, dict[str, list[str]]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedfuse.engines import guest_run
 from fedfuse.engines.guest_run import command
 from fedfuse.engines.guest_words import Words
 from fedfuse.errors import UserError
@@ -310,6 +311,7 @@ def test_words_are_passed_on_in_lines_with_their_partition(tmp_path: Path, capsy
         ([str(APPS)], "is not a Flower app"),
         ([str(APPS / "custom"), "--nodes", "none"], "--nodes=none"),
         ([str(APPS / "custom"), "--run-config", "nothing=1"], "method.clip"),
+        ([str(APPS / "custom"), "--run-config", "rounds"], "a key and its value are needed"),
         ([str(APPS / "custom"), "--speed", "1"], "no such option"),
     ],
 )
@@ -317,6 +319,15 @@ def test_mistakes_are_one_line(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         command(words)
     assert "\n" not in str(caught.value)
+
+
+def test_who_reads_no_more_is_told_apart_from_a_pipe_of_the_apps(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert not guest_run._unread()
+        os.close(reader)
+        assert guest_run._unread()
 
 
 def test_a_node_that_sleeps_holds_back_nobody(tmp_path: Path) -> None:
