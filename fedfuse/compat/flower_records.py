@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from functools import cache
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+if TYPE_CHECKING:  # an app of Flower's may do without torch, whose import takes longer than all else
+    import torch
 
 Kind = TypeVar("Kind", RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
 CONTENT = "_data"
@@ -85,10 +87,10 @@ class LiveArray(Array):
     def numpy(self) -> np.ndarray:
         """Return the ndarray itself, or one that shares the tensor's memory."""
         live: np.ndarray | torch.Tensor = self.__dict__["live"]
-        return live.cpu().numpy() if isinstance(live, torch.Tensor) else live
+        return live if isinstance(live, np.ndarray) else live.cpu().numpy()
 
 
 def live_tensor(array: Array) -> torch.Tensor | None:
     """The tensor that an array holds, if it has not left the machine and is one."""
-    live = array.__dict__.get("live")
-    return live if isinstance(live, torch.Tensor) else None
+    live: np.ndarray | torch.Tensor | None = array.__dict__.get("live")
+    return None if isinstance(live, np.ndarray) else live

@@ -100,6 +100,12 @@ def own_folder() -> Path | None:
     return _own[-1] if _own else None
 
 
+def cause(error: BaseException) -> str:
+    """What an error is, in one line: its class and its last line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
+
+
 LAST_WORDS = 2.0  # seconds: what workers print comes by Ray's log monitor, which looks a few times a second
 
 

@@ -1,56 +1,15 @@
-"""What grids share: Flower's interface, and what the simulated ones do alike."""
+"""What the grids of simulated clients do alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
-from typing import Any
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
-from fedfuse.compat.flower_identity import claim_identity
+from fedfuse.engines.fusion_grid import FusionGrid
 from fedfuse.wire.knowledge import Cache
 from fedfuse.wire.records import config_in
-
-
-class FusionGrid(Grid):
-    """What all grids of ours share.
-
-    Attributes
-    ----------
-    inside : bool
-        Whether nodes are processes of this run, whose sums of a group are believed.
-    timed : list
-        Rows that the loop takes after each phase: scope, what, seconds.
-    """
-
-    inside = False
-
-    def __init__(self) -> None:
-        claim_identity()
-        self.timed: list[tuple[str, str, float]] = []
-        self._run: Any = None
-
-    def set_run(self, run: Any) -> None:
-        """Remember the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """The run, if one was set."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message (Flower's older spelling)."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
 
 class LocalGrid(FusionGrid):

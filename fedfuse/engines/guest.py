@@ -22,11 +22,10 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from ray.exceptions import RayError
 
 from fedfuse.compat.flower_apps import APP_RAISED, MESSAGE_GONE, name_message, pushed
-from fedfuse.engines.cluster import own_folder
-from fedfuse.engines.grid import FusionGrid
+from fedfuse.engines.cluster import cause, own_folder
+from fedfuse.engines.fusion_grid import FusionGrid
 from fedfuse.engines.guest_words import Words
 from fedfuse.engines.guest_worker import Answer, GuestWorker
-from fedfuse.engines.member import cause
 from fedfuse.errors import UserError, WorldError
 
 LIST = 64  # messages in one call at most, so that replies flow while others work

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 import time
 import traceback
@@ -61,7 +62,6 @@ class GuestWorker:
 
     def __init__(self, reference: str, directory: str, run_config: dict[str, Any], nodes: int, words: str) -> None:
         speak_into(words)
-        single_thread()
         claim_identity()
         self.fault = ""
         self.run_config, self.nodes = run_config, nodes
@@ -125,6 +125,8 @@ class GuestWorker:
     def _live(self, reference: str, directory: str) -> None:
         try:
             self.app: ClientApp = load(reference, directory, ClientApp)
+            if "torch" in sys.modules:  # imported later, it finds one thread in the environment
+                single_thread()
         except UserError as error:
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()

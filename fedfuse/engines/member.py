@@ -18,12 +18,6 @@ class Lost(Exception):
     """A call that could not even be made, or whose line broke."""
 
 
-def cause(error: BaseException) -> str:
-    """What an error is, in one line: its class and its last line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__
-
-
 class Member:
     """A worker and the calls it owes, in the order it works on them."""
 

@@ -25,9 +25,9 @@ from fedfuse.core.asked import parcels
 from fedfuse.core.scenario import Scenario
 from fedfuse.core.shares import FAILED
 from fedfuse.core.threads import single_thread
-from fedfuse.engines.cluster import before_end, connect, disconnect, own_folder
+from fedfuse.engines.cluster import before_end, cause, connect, disconnect, own_folder
 from fedfuse.engines.grid import LocalGrid
-from fedfuse.engines.member import Call, Lost, Member, cause
+from fedfuse.engines.member import Call, Lost, Member
 from fedfuse.engines.worker import Answer, Bare, Tree, Worker, packed, unpacked
 from fedfuse.errors import UserError, WorldError
 from fedfuse.models.shared_memory import give_back

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, STALE
-from fedfuse.engines.grid import FusionGrid
+from fedfuse.engines.fusion_grid import FusionGrid
 from fedfuse.errors import WorldError, one_line
 from fedfuse.network.exchange import OURS, Exchange, Patience, Sent
 from fedfuse.network.replies import fault_of

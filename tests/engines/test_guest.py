@@ -286,6 +286,12 @@ def test_a_client_app_that_cannot_be_loaded_ends_the_run(source: str, code: int,
     assert line.startswith(f"fedfuse: {said}")
 
 
+def test_an_app_without_torch_waits_for_no_torch() -> None:
+    """Its import takes a process 1.5 s of a processor; Flower has none."""
+    code = "import sys, fedfuse.engines.guest, fedfuse.engines.guest_run; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
 def test_words_are_passed_on_in_lines_with_their_partition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = Words(tmp_path)
     one, other = words.of_another(), words.of_another()
