@@ -64,7 +64,7 @@ class GuestWorker:
         speak_into(words)
         claim_identity()
         self.fault = ""
-        self.run_config, self.nodes = run_config, nodes
+        self.directory, self.run_config, self.nodes = directory, run_config, nodes
         self.held: dict[Any, Any] = {}
         self._jobs: list[Job] = []  # not begun
         self._answers: list[Answer] = []
@@ -169,7 +169,9 @@ class GuestWorker:
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            own_frames = [frame for frame in frames if frame.filename.startswith(self.directory)]
+            where = (own_frames or frames)[-1]  # in the app, if it was a library that raised
             text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             return f"{text} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})", None
         if not isinstance(reply, Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -209,7 +210,9 @@ def count(message, context):
 
 @client.query("say")
 def say(message, context):
-    if context.node_config["partition-id"] == 1:
+    if context.node_config["partition-id"] == 0:
+        MetricRecord({"n": "no number"})
+    elif context.node_config["partition-id"] == 1:
         print("one line\\nand half a line", end="")
         logging.getLogger("flwr").warning("a warning")
     elif context.node_config["partition-id"] == 2:
@@ -242,7 +245,7 @@ def main(grid, context):
     late, = grid.send_and_receive(asked("sleep", [1], ttl=1.0))
     assert late.has_error() and late.error.code == 3 and time.monotonic() - begun < 2.5
     replies = list(grid.send_and_receive(asked("say")))
-    assert [reply.has_error() for reply in replies] == [False, False, True]
+    assert [reply.has_error() for reply in replies] == [True, False, True]
     print("the server goes on")
 """
 
@@ -262,6 +265,7 @@ def test_an_app_that_pushes_and_pulls_by_hand(tmp_path: Path) -> None:
     heard = {line for line in done.stderr.splitlines() if line.startswith("(")}
     assert heard == {"(partition 1) \x1b[93mWARNING \x1b[0m:   a warning"}
     assert "there is no node 9" in done.stderr
+    assert re.search(r"node 1 \(partition 0\) failed: TypeError: .*\(hand_app.py:\d+\)", done.stderr)
     assert "node 3 (partition 2) failed: its worker died" in done.stderr
 
 
