@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -72,6 +73,7 @@ class GuestGrid(FusionGrid):
         self._ids = itertools.count(1)
         self._pending: dict[str, _Sent] = {}
         self._behind: dict[int, list[_Sent]] = {}  # by node that has not answered yet: what it is asked next
+        self._until = math.inf  # when the first of them has no time left
         self._ready: dict[str, Message] = {}
         self._calls: dict[Any, _Call] = {}
         self._puts: dict[int, tuple[Any, Any]] = {}
@@ -131,6 +133,7 @@ class GuestGrid(FusionGrid):
             sent.append(_Sent(key, pushed(message)))
         self._puts = {}
         self._pending.update((item.key, item) for item in sent)
+        self._until = min([self._until, *(item.until for item in sent)])
         self._hand_out(self._next(sent), min(LIST, -(-len(sent) // len(self._able())) or 1))
         return [item.key for item in sent]
 
@@ -174,25 +177,24 @@ class GuestGrid(FusionGrid):
     def _pull(self, keys: list[str], patience: float | None) -> dict[str, Message]:
         with self._lock:
             ready = any(key in self._ready for key in keys)
-            waits = [self._pending[key].until for key in keys if key in self._pending]
-        if ready or not waits:
-            self._take_in(0)
-        else:
-            left = max(0.0, min(waits) - time.time())
-            self._take_in(left if patience is None else min(left, patience))
+            waits = not ready and any(key in self._pending for key in keys)
+            left = max(0.0, self._until - time.time())
+        self._take_in((left if patience is None else min(left, patience)) if waits else 0)
         if self._trouble is not None:
             raise self._trouble
         with self._lock:
-            for key in keys:
-                if key in self._pending and self._pending[key].expired():
-                    self._expire(self._pending.pop(key))
+            if self._until <= time.time():
+                self._expire()
             return {key: self._ready.pop(key) for key in keys if key in self._ready}
 
-    def _expire(self, item: _Sent) -> None:
-        """Answer in place of a node that has not in the time that the message was given."""
-        reason = f"the message was given {item.message.metadata.ttl:g} s, which are over"
-        self._ready[item.key] = reply = Message(Error(MESSAGE_GONE, reason), reply_to=item.message)
-        name_message(reply, f"r{item.key}")
+    def _expire(self) -> None:
+        """Answer in place of nodes that have not in the time that their message was given."""
+        for item in [item for item in self._pending.values() if item.expired()]:
+            reason = f"the message was given {item.message.metadata.ttl:g} s, which are over"
+            self._ready[item.key] = reply = Message(Error(MESSAGE_GONE, reason), reply_to=item.message)
+            name_message(reply, f"r{item.key}")
+            del self._pending[item.key]
+        self._until = min((item.until for item in self._pending.values()), default=math.inf)
 
     def _attend(self) -> None:
         """While the app is busy elsewhere, take answers in, so that nodes go on, and say what clients print."""

@@ -9,6 +9,7 @@ import to the last message: what belongs to a thread (a connection to SQLite, a 
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 import threading
@@ -127,6 +128,7 @@ class GuestWorker:
             self.app: ClientApp = load(reference, directory, ClientApp)
             if "torch" in sys.modules:  # imported later, it finds one thread in the environment
                 single_thread()
+            gc.freeze()  # what was imported is never garbage
         except UserError as error:
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
