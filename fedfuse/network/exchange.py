@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedfuse.core.shares import FAILED, INVALID, REFUSED, STALE
 from fedfuse.errors import WorldError, in_words, one_line
+from fedfuse.network.replies import LONGEST
 
 OURS = {STALE, REFUSED, FAILED, INVALID}  # a node has spoken; anything else is the transport's failure
 POLL = 0.3  # most seconds between looks for replies (Flower's own: 3)
@@ -60,6 +61,11 @@ class Sent:
     at: float = 0.0  # when it was last sent, by this machine's clock
     stamp: str = ""  # when its node was last activated, as of sending
     away_since: float | None = None
+
+    @property
+    def who(self) -> str:
+        """Whom it is for, in words; a node that was not greeted yet is no client."""
+        return f"client {self.client}" if self.client >= 0 else f"node {self.node}"
 
 
 class Look:
@@ -151,40 +157,45 @@ class Exchange:
         started = time.monotonic()
         waiting, looks = list(sent), dict[str, Look]()
         while waiting:
-            online = self.online()
-            for item in waiting:
-                self._watch(item, online)
-            if due := [item for item in waiting if item.due and item.node in online]:
-                self._push(due, online)
-            owner = {key: item for item in waiting for key in item.ids}
-            for key, reply in self._pulled(owner, looks):
-                found = owner[key]
-                if found not in waiting:
-                    continue
-                if reply.has_error() and reply.error.code not in OURS:
-                    found.ids.discard(key)
-                    if found.ids or found.due:
-                        continue  # an older copy was lost; a newer one is under way
-                    if found.tries <= self.patience.retries:
-                        self.say(f"fedfuse: client {found.client}: {reply.error.reason}; sending again")
-                        found.due, self._online = True, None  # whoever is away is waited for: tries are few
-                        continue
-                waiting.remove(found)
-                if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal
-                    reply = Message(Error(reply.error.code, one_line(reply.error.reason)), reply_to=found.original)
-                answered.append((found, reply))
-                self._time(found, reply)
+            self.look(waiting, looks, answered)
             now = time.monotonic()
-            for item in list(waiting):
-                if why := self._given_up(item, online, now):
-                    waiting.remove(item)
-                    answered.append((item, Message(Error(FAILED, why), reply_to=item.original)))
             if limit is not None and now - started > limit:
                 for item in waiting:
-                    self.say(f"fedfuse: client {item.client}: no reply within {limit:g} s; left out")
+                    self.say(f"fedfuse: {item.who}: no reply within {limit:g} s; left out")
                 return
             if waiting:
                 self.pause(now - started)
+
+    def look(self, waiting: list[Sent], looks: dict[str, Look], answered: list[tuple[Sent, Message]]) -> None:
+        """Send what is due, and move what is answered or given up from `waiting` to `answered`."""
+        online = self.online()
+        for item in waiting:
+            self._watch(item, online)
+        if due := [item for item in waiting if item.due and item.node in online]:
+            self._push(due, online)
+        owner = {key: item for item in waiting for key in item.ids}
+        for key, reply in self._pulled(owner, looks):
+            found = owner[key]
+            if found not in waiting:
+                continue
+            if reply.has_error() and reply.error.code not in OURS:
+                found.ids.discard(key)
+                if found.ids or found.due:
+                    continue  # an older copy was lost; a newer one is under way
+                if found.tries <= self.patience.retries:
+                    self.say(f"fedfuse: {found.who}: {reply.error.reason}; sending again")
+                    found.due, self._online = True, None  # whoever is away is waited for: tries are few
+                    continue
+            waiting.remove(found)
+            if reply.has_error():  # a node's words are printed and kept: one line, nothing that steers a terminal
+                reply = Message(Error(reply.error.code, one_line(reply.error.reason)), reply_to=found.original)
+            answered.append((found, reply))
+            self._time(found, reply)
+        now = time.monotonic()
+        for item in list(waiting):
+            if why := self._given_up(item, online, now):
+                waiting.remove(item)
+                answered.append((item, Message(Error(FAILED, why), reply_to=item.original)))
 
     def _pulled(self, owner: Mapping[str, Sent], looks: dict[str, Look]) -> Iterable[tuple[str, Message]]:
         """Take replies that are there, by the message they answer; one that cannot be read is its sender's failure.
@@ -228,7 +239,7 @@ class Exchange:
             who, (verb, _, phase) = f"wire:{item.client}", item.original.metadata.message_type.partition(".")
             parts = {"out": reply.metadata.created_at - seconds - item.at, "work": seconds}
             parts["back"] = time.time() - reply.metadata.created_at
-            if all(math.isfinite(value) for value in parts.values()):  # a node says when it answered
+            if all(abs(value) < LONGEST for value in parts.values()):  # a node says when it answered
                 self.timed += [(who, f"{phase or verb}/{part}", float(value)) for part, value in parts.items()]
 
     def _watch(self, item: Sent, online: Mapping[int, str]) -> None:
@@ -238,7 +249,7 @@ class Exchange:
         else:
             item.away_since = None
             if self._restarted(item, online) and item.tries <= self.patience.retries:
-                self.say(f"fedfuse: client {item.client}: its node was started again; sending again")
+                self.say(f"fedfuse: {item.who}: its node was started again; sending again")
                 item.due = True
 
     def _restarted(self, item: Sent, online: Mapping[int, str]) -> bool:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedfuse.core.shares import FAILED, INVALID, STALE
 from fedfuse.engines.fusion_grid import FusionGrid
 from fedfuse.errors import WorldError, one_line
-from fedfuse.network.exchange import OURS, Exchange, Patience, Sent
+from fedfuse.network.exchange import OURS, Exchange, Look, Patience, Sent
 from fedfuse.network.replies import fault_of
 from fedfuse.network.roster import Roster
 from fedfuse.network.secure_sums import SecureSums, TooFew, size_of
@@ -117,48 +117,47 @@ class RemoteGrid(FusionGrid):
         WorldError
             If in time not every client is there; it says who refused and why.
         """
-        until, reasons = time.monotonic() + self.patience.join, dict[int, str]()
-        asked: dict[int, str] = {}
+        since = time.monotonic()
+        until, reasons = since + self.patience.join, dict[int, str]()
+        asked, waiting, looks = dict[int, str](), list[Sent](), dict[str, Look]()
         while len(self.nodes) < clients:
-            taken, online = set(self.nodes.values()), self.exchange.online()
-            new = sorted(n for n, stamp in online.items() if n not in taken and asked.get(n) != stamp)
-            if new:
+            online = self.exchange.online()
+            known = {*self.nodes.values(), *(item.node for item in waiting)}
+            if new := sorted(n for n, stamp in online.items() if n not in known and asked.get(n) != stamp):
                 asked |= {node: online[node] for node in new}
-                left = max(1.0, until - time.monotonic())
-                hellos = [Message(RecordDict(), node, "query.hello") for node in new]
-                for node, found, reason in self._greeted(hellos, left, clients, check):
-                    if reason is None:
-                        self.nodes |= dict.fromkeys(found, node)
-                        self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
-                    else:
-                        reasons[node] = one_line(reason)
-                        self.say(f"fedfuse: node {node} is not taken: {reason}")
-            elif time.monotonic() > until:
-                missing = sorted(set(range(clients)) - set(self.nodes))
-                if self._enough(clients):
-                    break
-                why = f"; turned away: {'; '.join(reasons.values())}" if reasons else ""
-                raise WorldError(f"after {self.patience.join:g} s no node acts as client {missing}{why}")
-            else:
-                if len(set(self.exchange.online())) >= clients and reasons:
-                    missing = sorted(set(range(clients)) - set(self.nodes))
-                    if self._enough(clients):
-                        break
-                    raise WorldError(f"no node acts as client {missing}; turned away: {'; '.join(reasons.values())}")
-                self.exchange.pause()
-        if len(self.nodes) < clients:
-            self.say(f"fedfuse: begins without client {missing}: no node acts as it")
+                waiting += [Sent(Message(RecordDict(), node, "query.hello"), -1, node) for node in new]
+                since = time.monotonic()
+            answered: list[tuple[Sent, Message]] = []
+            self.exchange.look(waiting, looks, answered)  # who does not answer keeps out nobody who comes later
+            for node, found, reason in self._greeted(answered, clients, check):
+                if reason is None:
+                    self.nodes |= dict.fromkeys(found, node)
+                    self.say(f"fedfuse: node {node} acts as client {', '.join(map(str, found))}")
+                else:
+                    reasons[node] = one_line(reason)
+                    self.say(f"fedfuse: node {node} is not taken: {reason}")
+            missing, now = sorted(set(range(clients)) - set(self.nodes)), time.monotonic()
+            settled = not waiting and reasons and len(online) >= clients  # whoever is there was turned away
+            if missing and (now > until or settled):
+                for item in waiting:
+                    reasons[item.node] = f"node {item.node} does not answer"
+                    self.say(f"fedfuse: {reasons[item.node]}")
+                if not self._enough(clients):
+                    after = f"after {self.patience.join:g} s " if now > until else ""
+                    why = f"; turned away: {'; '.join(reasons.values())}" if reasons else ""
+                    raise WorldError(f"{after}no node acts as client {missing}{why}")
+                self.say(f"fedfuse: begins without client {missing}: no node acts as it")
+                break
+            if missing:
+                self.exchange.pause(now - since)
         return self.nodes
 
     def _enough(self, clients: int) -> bool:
         return len(self.nodes) >= (clients if self.patience.clients is None else max(1, self.patience.clients))
 
     def _greeted(
-        self, hellos: list[Message], timeout: float, clients: int, check: Callable[[Mapping[str, Any]], list[str]]
+        self, answered: list[tuple[Sent, Message]], clients: int, check: Callable[[Mapping[str, Any]], list[str]]
     ) -> Iterable[tuple[int, list[int], str | None]]:
-        sent = [Sent(message, -1, message.metadata.dst_node_id) for message in hellos]
-        answered: list[tuple[Sent, Message]] = []
-        self.exchange.send(sent, timeout, answered)
         for item, reply in answered:
             if reply.has_error():
                 yield item.node, [], reply.error.reason

@@ -16,6 +16,8 @@ FORMS = {  # of these texts, which the server keeps: a method's name, a state's,
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/ +-]{0,99}", re.ASCII)  # of a metric or record: tables and logs have it
 SHARES = frozenset({"accuracy", "accuracy_macro", "exact_match"})  # what stops a run early, and what pages are drawn by
 MOST = 64  # records and metrics of a reply
+LARGEST = 1e100  # of a metric: beyond any loss, and whatever is added up or squared of it stays a number
+LONGEST = 1e9  # seconds that a client may say it worked
 
 
 def fault_of(reply: Message, client: int, examples: int | None = None) -> str | None:
@@ -78,6 +80,8 @@ def _metrics_fault(metrics: Any, examples: int | None) -> str | None:
         for number in value if isinstance(value, list) else [value]:
             if abs(number) == float("inf") or (isinstance(number, int) and abs(number) >= 2**63):
                 return f"metric {key!r} is not finite"
+            if abs(number) > (most := LONGEST if key == "seconds" else LARGEST):
+                return f"metric {key!r} is {number:.3g}; allowed is {-most:g} to {most:g}"
             if key.rpartition("/")[2] in SHARES and (number < 0 or number > 1):
                 return f"metric {key!r} is {number:.3g}; it is a share, from 0 to 1"
     return None

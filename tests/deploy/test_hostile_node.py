@@ -167,6 +167,26 @@ def test_a_bad_hello_names_its_node_and_leaves_it_out(kind: str, own: bool, tmp_
     assert built.digest_missing == [2]
 
 
+def test_a_node_that_does_not_answer_its_hello_keeps_out_nobody_who_comes_later(tmp_path: Path) -> None:
+    """The attack: hellos were waited for together, until joining was over; who came meanwhile had a second left."""
+    network = Network([*seats(tmp_path, 3), seats(tmp_path, 3)[0]])  # one more node that was let in, and is silent
+    network.away, silent, began = {101, 102}, 103, time.monotonic()
+
+    def silence(message: Message) -> bool:
+        network.away -= {101} if network.log.count("query.hello>103") else set()
+        network.away -= {102} if network.log.count("query.hello>101") else set()
+        return message.metadata.dst_node_id != silent
+
+    network.before = silence
+    built, said = run(tiny("fedavg", "rounds=1"), network, tmp_path / "run", Patience(join=60))
+    assert time.monotonic() - began < 30
+    assert built.strategy.inbox.left_out == []
+    assert [line for line in said if "acts as client 2" in line] == ["fedfuse: node 102 acts as client 2"]
+    network.away, network.before = {101}, lambda message: message.metadata.dst_node_id != silent
+    with pytest.raises(WorldError, match=r"^after 1 s no node acts as client \[1\]; turned away: node 103 does not "):
+        run(tiny("fedavg", "rounds=1"), network, tmp_path / "again", Patience(join=1))
+
+
 # --- one of each kind at once -----------------------------------------------------------------------------
 
 
@@ -458,16 +478,42 @@ def test_a_score_is_a_share(value: float, split: str, tmp_path: Path) -> None:
     assert 0 <= built.headline["accuracy/personal"] <= 1
 
 
+@pytest.mark.parametrize(("kind", "metric", "value"), [
+    ("train", "loss", 1.7e308), ("train", "loss", -2e100), ("train", "more", 1e308), ("train", "seconds", 1e10),
+    ("evaluate", "personal/loss", 1.7e308), ("train", "answered", 1e300), ("train", "answered", -1e300),
+])  # fmt: skip
+def test_no_number_of_a_site_makes_a_run_that_nobody_can_read(
+    kind: str, metric: str, value: float, tmp_path: Path
+) -> None:
+    """The attack: a loss of 1.7e308 was added up to infinity, and everybody's results were corrupt for every reader."""
+    network = Network(seats(tmp_path, 3))
+
+    def huge(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102 and message.metadata.message_type == kind:
+            if metric == "answered":
+                reply.metadata.__dict__["_created_at"] = value
+            else:
+                reply.content["metrics"][metric] = value
+        return reply
+
+    network.reply = huge
+    built, _ = run(tiny("fedavg", "rounds=1"), network, tmp_path / "run")
+    json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=float.fromhex)  # no Infinity, no NaN
+    assert load(tmp_path / "run").timing.collect()["seconds"].abs().max() < 1e9
+    assert load(tmp_path / "run").metrics.collect()["value"].abs().max() < 1e9
+    assert bool(built.strategy.inbox.left_out) == (metric != "answered")
+
+
 @pytest.mark.parametrize(("strategy", "metric", "value", "said"), [
     ("fednova", "progress", None, "metric progress is None"),
     ("fednova", "progress", [1.0], r"metric progress is \[1.0\]"),
-    ("fednova", "progress", 1e300, r"metric progress is 1e\+300; a number from 0 to 9.0072e\+15"),
+    ("fednova", "progress", 1e99, r"metric progress is 1e\+99; a number from 0 to 9.0072e\+15"),
     ("fednova", "progress", -1.0, "metric progress is -1.0"),
     ("dare", "drawn", None, "metric drawn is None"),
     ("dare", "drawn", [1, 2], r"metric drawn is \[1, 2\]"),
     ("flwr_qfedavg", "train_loss", None, "metric train_loss is None"),
     ("flwr_qfedavg", "train_loss", [1.0], r"metric train_loss is \[1.0\]"),
-    ("flwr_qfedavg", "train_loss", 1e300, r"metric train_loss is 1e\+300"),
+    ("flwr_qfedavg", "train_loss", 1e99, r"metric train_loss is 1e\+99"),
 ])  # fmt: skip
 def test_a_metric_that_fuse_reads_leaves_out_its_sender_alone(
     strategy: str, metric: str, value: Any, said: str, tmp_path: Path

@@ -333,10 +333,10 @@ def test_a_run_begins_with_as_many_clients_as_it_was_told_and_with_one_at_least(
     there: int, least: int, begins: bool
 ) -> None:
     class Present(RemoteGrid):
-        def _greeted(self, hellos: Any, *about: Any) -> Any:
-            return [(hello.metadata.dst_node_id, [hello.metadata.dst_node_id - 100], None) for hello in hellos]
+        def _greeted(self, answered: Any, *about: Any) -> Any:
+            return [(item.node, [item.node - 100], None) for item, _ in answered]
 
-    network = Network([SimpleNamespace()] * there)  # type: ignore[list-item]
+    network = Network([SimpleNamespace(data=None, state="here")] * there)  # type: ignore[list-item]
     grid = Present(network, {}, Patience(join=0.05, clients=least), say=lambda line: None)
     if begins:
         assert len(grid.join(3, lambda hello: [])) == there
