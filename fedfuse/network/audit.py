@@ -7,6 +7,7 @@ write another history: note the printed head somewhere else, and `audit --head` 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,9 +45,12 @@ class Audit:
         ------
         WorldError
             If the log ends otherwise than it did: nothing goes on over a log that was changed.
+        OSError
+            If the disk does not take it; the log then ends as it did.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600), "rb+") as file:
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        with open(handle, "rb+", buffering=0) as file:  # what a full disk did not take is tried once, not at closing
             fcntl.flock(file, fcntl.LOCK_EX)
             count, head = self._head()
             file.seek(0)
@@ -62,11 +66,17 @@ class Audit:
             line = json.dumps(entry, sort_keys=True, default=str).encode() + b"\n"
             if content and not content.endswith(b"\n"):  # cut short by a loss of power
                 file.truncate(file.seek(0, 2) - len(content.splitlines(True)[-1]))
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            with replaced(self.head_path, durable=True) as partial:
-                partial.write_text(f"{count + 1} {_sha(line)}\n")
+            end = file.seek(0, 2)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+                with replaced(self.head_path, durable=True) as partial:
+                    partial.write_text(f"{count + 1} {_sha(line)}\n")
+            except BaseException:
+                if self._head() == (count, head):  # two lines beyond the head would be another's writing
+                    file.truncate(end)
+                raise
 
     def _head(self) -> tuple[int, str]:
         if not self.head_path.exists():

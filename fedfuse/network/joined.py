@@ -71,17 +71,17 @@ def _parted(content: RecordDict, entries: dict[str, Any]) -> RecordDict:
     order: list[list[str]] = json.loads(entries.pop(ORDER))
     if not 0 < len(order) <= 2 * MOST or len({name for _, name in order}) < len(order):
         raise ValueError("it has no records, too many, or two of one name")
-    inside: list[dict[str, Any]] = [{} for _ in order]
+    inside: dict[str, dict[str, Any]] = {str(i): {} for i in range(len(order))}
     for key, value in entries.items():
         at, _, rest = key.partition("/")
-        inside[int(at)][rest] = value
+        inside[at][rest] = value
     apart = {str(i) for i, (kind, _) in enumerate(order) if kind == "apart"}
     if apart | {JOINED} != set(content):
         raise ValueError("records beside it that it does not name")
     out = RecordDict()
-    for i, ((kind, name), values) in enumerate(zip(order, inside, strict=True)):
+    for (kind, name), (at, values) in zip(order, inside.items(), strict=True):
         if kind == "apart":
-            out[name] = content.array_records[str(i)]
+            out[name] = content.array_records[at]
         elif kind == "arrays":
             if len(packed := values.pop("")) > SMALL:  # what is large comes in chunks, which are counted first
                 raise ValueError(f"record {name[:40]!r} is too large to go with the others")

@@ -80,7 +80,10 @@ class Site:
         """Note a refusal, where the site has a folder already: strangers' messages make none."""
         if self.seat.state.exists() and self.seat.store is None:  # Flower's simulator is no deployment
             setting: Any = message.content.config_records.get("setting", {}) if message.has_content() else {}
-            self._note_failure("refused", message, one_line(setting.get("run", ""), 40), None, None, reason)
+            try:
+                self._note_failure("refused", message, one_line(setting.get("run", ""), 40), None, None, reason)
+            except (OSError, ValueError) as error:  # a full disk: nothing leaves, so what is refused stays refused
+                print(f"fedfuse: a refusal could not be noted: {one_line(error)}", flush=True)
 
     def _error(self, code: int, reason: str, message: Message, at_home: bool = False) -> Message:
         reason = one_line(reason)  # what it quotes of the message is the server's words, in this site's log

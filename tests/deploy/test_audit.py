@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,34 @@ def test_a_loss_of_power_while_writing_leaves_a_whole_log(cut: int, tmp_path: Pa
     log.add("again")
     assert [entry["n"] for entry in log.verify()[0]] == [1, 2, 3, 4, 5, 6]
     assert log.path.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("what", ["line", "head", "name"])
+def test_a_full_disk_leaves_a_whole_log(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on a full disk: two lines went into the log's last page, for which no head could be written, and the log
+    was taken for changed ever after."""
+    log, limits = written(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if what == "line":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 30, limits[1]))
+    elif what == "head":
+        monkeypatch.setattr("fedfuse.network.audit.replaced", full)
+    else:
+        monkeypatch.setattr("fedfuse.config.files.synced", lambda path: full(path) if path.is_dir() else None)
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left on device|File too large"):
+                log.add("not noted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    noted = 3 + 3 * (what == "name")  # the head has its name, which may not have survived a loss of power
+    assert len(log.verify()[0]) == noted
+    log.add("after")
+    assert len(log.verify()[0]) == noted + 1
+
+
+def full(path: Path, durable: bool = False) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def test_a_site_notes_what_was_asked_and_what_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,8 @@ HOSTILE = {
     "two kinds of one name": order(["config", "a"], ["metrics", "a"]),
     "too many": order(*[["config", str(i)] for i in range(200)]),
     "an entry of no record": order(["config", "a"], **{"1/b": 1}),
+    "an entry of the last record but one": order(["config", "a"], **{"-1/b": 1}),
+    "an entry of a record in other digits": order(["config", "a"], **{"00/b": 1}),
     "an entry without a record": order(["config", "a"], **{"b": 1}),
     "text as metric": order(["metrics", "a"], **{"0/b": "x"}),
     "arrays that are none": order(["arrays", "a"], **{"0/": "x"}),
