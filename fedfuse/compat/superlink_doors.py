@@ -3,9 +3,11 @@
 Internal names of Flower 1.41: `flower_superlink.uvicorn`, whose `run` is handed the SuperLink's application
 (`open_doors`), and `ProtobufClient.__init__` of `flwr.supercore.protobuf.client`, whose `verify` becomes a context
 with a certificate (`run_as`). Of uvicorn 0.49: `H11Protocol`, which is subclassed to tell the application who its
-peer is and to close what nothing comes from, and its `app_state`, `cycle`, `loop` and `transport`. They buy ports apart
-for sites and operators, that strangers reach neither, and that they hold no connection. Without them the server does
-not start, and the operator's commands fail, both by name. Guard: `tests/deploy/test_doors.py`.
+peer is and to close what nothing comes from, and its `app_state`, `cycle`, `loop` and `transport`; a started `Server`'s
+`config`, `server_state` and `lifespan.state`, of which it makes a connection's protocol (`protocol_of`), and that it
+listens nowhere where it is given no sockets. They buy ports apart for sites and operators, that strangers reach
+neither, and that they hold no connection. Without them the server does not start, and the operator's commands fail,
+both by name. Guards: `tests/deploy/test_doors.py`, `tests/deploy/test_callers.py`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ def patient(seconds: float = HEAD) -> Any:
                 self.loop.call_later(seconds, self._look, self.cycle)
 
     return Patient
+
+
+def protocol_of(server: Any) -> Callable[[], Any]:
+    """What makes the protocol of one connection to a server of uvicorn's that was started."""
+    config, state = server.config, server.server_state
+    return lambda: config.http_protocol_class(config=config, server_state=state, app_state=server.lifespan.state)
 
 
 def run_as(context: ssl.SSLContext, words: list[str]) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedfuse.compat.superlink_doors import patient
+from fedfuse.compat.superlink_doors import patient, protocol_of
 from fedfuse.compat.superlink_objects import nodes
 from fedfuse.config.files import replaced
+from fedfuse.deploy.callers import MOST, Callers, descriptors, listeners
 from fedfuse.deploy.processes import RUNS
 from fedfuse.errors import UserError, one_line
 from fedfuse.network.audit import Audit
@@ -317,21 +318,33 @@ def serve(
     first: Any = both if ca is None else sites(app, post, audit)
     servers = [uvicorn.Server(uvicorn.Config(first, **settings, http=patient()))]
     inner = {**settings, "host": "127.0.0.1", "port": near, "lifespan": "off", "access_log": False}
-    servers.append(Beside(uvicorn.Config(Door(app, ("/v1/runtime/",)), **inner)))
+    beside = Beside(uvicorn.Config(Door(app, ("/v1/runtime/",)), **inner))
+    servers.append(beside)
     if ca is not None:
         outer = {**settings, "host": control[0], "port": control[1], "lifespan": "off", "http": patient()}
         outer |= {"ssl_ca_certs": str(ca), "ssl_cert_reqs": 2}  # ssl.CERT_REQUIRED: nobody without a certificate
         servers.append(Beside(uvicorn.Config(operators, **outer)))
 
+    callers = Callers(min(MOST, descriptors() // 2))
+    outside = {server: listeners(server.config.host, server.config.port) for server in servers if server is not beside}
+
     async def all_of_them() -> None:
-        tasks = [asyncio.create_task(server.serve()) for server in servers]
+        tasks = [asyncio.create_task(server.serve([] if server in outside else None)) for server in servers]
         while not all(server.started for server in servers) and not any(task.done() for task in tasks):
             await asyncio.sleep(0.05)
+        taking = [
+            asyncio.create_task(callers.take(listener, protocol_of(server), server.config.ssl))
+            for server, places in outside.items()
+            for listener in places
+            if server.started
+        ]
         print(READY, flush=True)
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for server in servers:
             server.should_exit = True
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in taking:
+            task.cancel()
+        await asyncio.gather(*tasks, *taking, return_exceptions=True)
 
     with asyncio.Runner(loop_factory=servers[0].config.get_loop_factory()) as runner:  # the loop that Flower would take
         runner.run(all_of_them())

@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_a_whole_log(what: str, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr("fedfuse.config.files.synced", lambda path: full(path) if path.is_dir() else None)
     try:
         for _ in range(3):
-            with pytest.raises(OSError, match="No space left on device|File too large"):
+            with pytest.raises(OSError, match=r"No space left on device|File too large"):
                 log.add("not noted")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

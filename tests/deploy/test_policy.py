@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import uuid
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from fedfuse.compat import opacus_clipping
 from fedfuse.compat.flower_identity import claim_identity
 from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
+from fedfuse.core.shares import REFUSED
 from fedfuse.errors import Refused, UserError, WorldError
 from fedfuse.network.audit import NAME, Audit
 from fedfuse.network.exchange import Patience
@@ -325,6 +328,23 @@ def test_refusals_do_not_fill_a_sites_log(tmp_path: Path, monkeypatch: pytest.Mo
     Site(seat).handle(Message(RecordDict(), 100, "query.hello"))
     last = Audit(seat.state / NAME).verify()[0][-1]
     assert (last["event"], last["not_noted_before"]) == ("refused", 50)
+
+
+def test_a_refusal_that_cannot_be_noted_stays_a_refusal_without_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attack: on a full disk the site's code raised, which Flower tells the server with the name of the file."""
+    seat = seats(tmp_path, 1)[0]
+    seat.state.mkdir()
+
+    def full(path: Path, durable: bool = False) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("fedfuse.network.site.replaced", full)
+    reply = Site(seat).handle(Message(RecordDict(), 100, "query.hello"))
+    said = "refused: a message without a setting: not from a FedFuse server"
+    assert (reply.error.code, reply.error.reason) == (REFUSED, said)
+    assert "a refusal could not be noted: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
 def test_a_policy_file_with_limits_is_read_and_checked(tmp_path: Path) -> None:
