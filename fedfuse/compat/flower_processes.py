@@ -3,9 +3,9 @@
 Internal names of Flower 1.41. Imported only: the commands' entry points, `TaskType`, `LaunchResult`,
 `add_exit_handler`, `start_parent_process_monitor`. Replaced: `run_clientapp.install_from_fab` and
 `run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), the defaults of two functions of
-`inflatable_utils` (`look_again_soon`), and a name each of `start_client_internal` and `fleet_http_connection`
-(`be_patient`). Each function says what it buys and what happens without the name. Guard:
-`tests/compat/test_processes.py`.
+`inflatable_utils` (`look_again_soon`), a name each of `start_client_internal` and `fleet_http_connection`
+(`be_patient`), and a second one of `run_superexec` (`serve`). Each function says what it buys and what happens without
+the name. Guard: `tests/compat/test_processes.py`.
 """
 
 from __future__ import annotations
@@ -59,14 +59,38 @@ def serve(executor: Any) -> None:
     """Be Flower's executor process, with our executor in the place of the one it would choose.
 
     It buys a task in 0.28 s in place of 14.3 (forked from a process that has imported torch: docs/deployment.md),
-    and the guard above. Without the name the process ends, and with it the server or node that started it.
+    and the guard above. Without the name the process ends, and with it the server or node that started it. So it did
+    where the server said once that it failed, as it does on a full disk: here it asks on.
     """
     from flwr.supercore.cli import flower_superexec
 
     module = _module_with(EXECUTORS, CHOICE, "our executor cannot take its place")
     setattr(module, CHOICE, lambda *_, **__: executor)
+    _try_on(module, _failed)
     sys.argv[0] = "flower-superexec"
     flower_superexec()
+
+
+def _failed(error: BaseException) -> bool:
+    """Whether a server said that it failed: its disk is full, say, or its database waited for too long."""
+    import httpx  # not where processes are only started
+
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.INTERNAL_SERVER_ERROR
+
+
+def _try_on(module: Any, hopeful: Callable[[BaseException], bool]) -> None:
+    """Have a module's connections try on after errors for which Flower's give up; without the name they give up."""
+    make = getattr(module, INVOKER, None)
+    if make is None:
+        return
+
+    def invoker() -> Any:
+        made = make()
+        give_up = made.should_giveup
+        made.should_giveup = lambda error: not hopeful(error) and give_up(error)
+        return made
+
+    setattr(module, INVOKER, invoker)
 
 
 def task_type(kind: str) -> Any:
@@ -170,14 +194,4 @@ def be_patient(poll: float, broken_off: Callable[[BaseException], bool]) -> None
         print(
             f"fedfuse: this Flower's node has no wait of its own to shorten; --poll {poll:g} is not heeded", flush=True
         )
-    make = getattr(connection, INVOKER, None)
-    if make is None:
-        return
-
-    def invoker() -> Any:
-        made = make()
-        give_up = made.should_giveup
-        made.should_giveup = lambda error: not broken_off(error) and give_up(error)
-        return made
-
-    setattr(connection, INVOKER, invoker)
+    _try_on(connection, broken_off)

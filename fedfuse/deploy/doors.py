@@ -31,6 +31,7 @@ Send = Callable[[Any], Awaitable[None]]
 READY = "fedfuse: the server is ready"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**20  # bytes of a request: objects travel in pieces of 20 MB at most
+LEAVE = 5  # seconds that a server which ends waits for what it is asked; a log is streamed without end
 ORDER = 2**18  # bytes of a request of our own: an order, or the places of a few keys
 WAITING = 100  # orders of one operator that lie here and were not carried out yet
 ROLES = ("read", "submit", "register")
@@ -315,6 +316,7 @@ def serve(
             yield  # the first of them listens for signals
 
     settings = {key: value for key, value in settings.items() if key not in ("reload", "workers")}
+    settings["timeout_graceful_shutdown"] = LEAVE
     first: Any = both if ca is None else sites(app, post, audit)
     servers = [uvicorn.Server(uvicorn.Config(first, **settings, http=patient()))]
     inner = {**settings, "host": "127.0.0.1", "port": near, "lifespan": "off", "access_log": False}
@@ -339,11 +341,14 @@ def serve(
             if server.started
         ]
         print(READY, flush=True)
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        while not any(server.should_exit for server in servers) and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.1)
         for server in servers:
             server.should_exit = True
-        for task in taking:
+        for task in taking:  # at once: a server that ends waits until nobody is connected
             task.cancel()
+        for listener in (listener for places in outside.values() for listener in places):
+            listener.close()
         await asyncio.gather(*tasks, *taking, return_exceptions=True)
 
     with asyncio.Runner(loop_factory=servers[0].config.get_loop_factory()) as runner:  # the loop that Flower would take

@@ -32,6 +32,7 @@ from fedfuse.deploy.quota import sites_door
 from fedfuse.errors import UserError, WorldError
 from fedfuse.network.site_config import MEMORY, SiteConfig
 
+END = 20.0  # seconds that a process has to end by itself when its executor has
 SKEW = 240  # seconds between clocks; Flower refuses signatures that are 300 s old, without a word of why
 LOOK = {"client": "0.1", "server": "0.5"}  # seconds between an executor's looks for a task; Flower's own: 1
 
@@ -95,6 +96,8 @@ def _executor(kind: str, address: str, tls: list[str], secret: Path) -> None:
         child.wait()
         print(f"fedfuse: the executor ended (exit code {child.returncode}); so does this process", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END)
+        os._exit(1)  # nothing here does any work without it: to be started again
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -52,6 +52,15 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     WorldError
         If the run failed; it can be resumed.
     """
+    try:
+        _by_order(grid, orders)
+    except OSError as error:  # what is told of a run, and its log, could not be written
+        why = f"the server's disk: {one_line(error.strerror or error)}; once there is room, the run can be resumed"
+        say(f"fedfuse: failed: {why}")
+        raise WorldError(why) from error
+
+
+def _by_order(grid: Grid, orders: Mapping[str, Any]) -> None:
     name, post = str(orders.get("name", "")), Path(os.environ.get(POST, "post"))
     if not NAME.fullmatch(name):
         raise UserError(f"name={name[:100]!r}: letters, digits, '.', '_' and '-' are allowed")
@@ -60,7 +69,12 @@ def deployed(grid: Grid, orders: Mapping[str, Any]) -> None:
     if hashlib.sha256(content).hexdigest() != orders.get("order"):
         raise UserError(f"{name}: no such order was left here")
     path.unlink(missing_ok=True)  # an order is carried out once; who resumes a run leaves another
-    values = json.loads(content)
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: the order is not JSON ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: the order is no JSON object")
     outcome = Outcome(post / "results", name, str(values.get("nonce", "")))
     audit = Audit(post / "audit.jsonl")
     audit.add("run begins", run=name, order=orders["order"], resume=bool(values.get("resume")))

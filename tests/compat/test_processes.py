@@ -9,6 +9,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from fedfuse.compat import flower_processes
@@ -33,6 +34,7 @@ def test_a_bundle_passes_our_check_before_it_is_unpacked(kind: str, monkeypatch:
 def test_our_executor_is_the_one_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(flower_processes.EXECUTORS)
     monkeypatch.setattr(module, "get_executor", module.get_executor)
+    monkeypatch.setattr(module, flower_processes.INVOKER, getattr(module, flower_processes.INVOKER))
     started: list[object] = []
     monkeypatch.setattr("flwr.supercore.cli.flower_superexec", lambda: started.append(module.get_executor("any")))
     monkeypatch.setattr("sys.argv", ["x"])
@@ -43,6 +45,22 @@ def test_our_executor_is_the_one_that_is_chosen(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(module, "get_executor")
     with pytest.raises(WorldError, match="our executor"):
         flower_processes.serve(executor)
+
+
+@pytest.mark.parametrize(("status", "ends"), [(500, False), (503, False), (404, True), (400, True)])
+def test_an_executor_asks_on_where_its_server_has_failed_once(
+    status: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on a full disk: one failure ended the executor, and the server took orders that nobody carried out."""
+    module = importlib.import_module(flower_processes.EXECUTORS)
+    for name in (flower_processes.CHOICE, flower_processes.INVOKER):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr("flwr.supercore.cli.flower_superexec", lambda: None)
+    monkeypatch.setattr("sys.argv", ["x"])
+    assert f"{flower_processes.INVOKER}()" in inspect.getsource(module.run_superexec)
+    flower_processes.serve(object())
+    said = httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(status))
+    assert getattr(module, flower_processes.INVOKER)().should_giveup(said) == ends
 
 
 def test_a_node_waits_by_its_modules_own_time_and_asks_by_its_own_invoker() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
+import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from fedfuse.compat.superlink_doors import patient, protocol_of
 from fedfuse.deploy import callers
 from fedfuse.deploy.callers import Callers, descriptors, listeners
 from fedfuse.deploy.certs import write_certificates
-from fedfuse.deploy.doors import answered
+from fedfuse.deploy.doors import READY, answered
+from fedfuse.deploy.processes import Process, free_port, surroundings
 from fedfuse.errors import UserError
 
 MANY = 64
@@ -149,3 +153,43 @@ def test_a_port_that_is_taken_is_told_in_a_line() -> None:
     port = first.getsockname()[1]
     with first, pytest.raises(UserError, match=rf"^port {port} cannot be listened at on 127.0.0.1 \(Address already"):
         listeners("127.0.0.1", port)
+
+
+ENDLESS = """
+import asyncio, sys
+from pathlib import Path
+from fedfuse.deploy.doors import Door, answered, serve
+
+async def app(scope, receive, send):
+    if scope["type"] == "http" and scope["path"].endswith("endless"):
+        print("asked", flush=True)
+        await asyncio.sleep(600)
+    elif scope["type"] == "http":
+        await answered(send, 200, "here")
+
+settings = {"host": "127.0.0.1", "port": int(sys.argv[1]), "log_level": "critical", "lifespan": "off"}
+post = Path(sys.argv[2])
+serve(app, settings, control=("127.0.0.1", 0), near=int(sys.argv[3]), ca=None, post=post, sites=lambda *about: app)
+"""
+
+
+def test_a_server_that_is_ended_takes_in_nobody_and_waits_for_no_stream(tmp_path: Path) -> None:
+    """A server whose executor had ended was told to end, and waited for nodes that called again and again."""
+    port = free_port()
+    words = [sys.executable, "-c", ENDLESS, str(port), str(tmp_path), str(free_port())]
+    server = Process("server", words, surroundings(tmp_path), tmp_path / "log")
+    try:
+        assert server.wait_for(READY, 100), server.text()
+        with socket.create_connection(("127.0.0.1", port), 20) as stream:
+            stream.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert server.wait_for("asked", 20)
+            os.kill(server.child.pid, signal.SIGTERM)
+            until = time.monotonic() + 60
+            while server.alive and time.monotonic() < until:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as node:
+                    node.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    node.recv(1000)
+                time.sleep(0.05)
+        assert not server.alive
+    finally:
+        server.stop()

@@ -438,6 +438,49 @@ def test_an_order_nobody_left_is_not_carried_out(tmp_path: Path, monkeypatch: py
             deployed(None, told)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"[" * 200_000, b"\xff"], ids=lambda content: repr(content[:3]))
+def test_an_order_that_is_none_is_told_in_a_line(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDFUSE_POST", str(tmp_path))
+    (tmp_path / "orders").mkdir()
+    (tmp_path / "orders" / "a").write_bytes(content)
+    with pytest.raises(UserError, match=r"^a: the order is (not JSON \(.+\)|no JSON object)$"):
+        deployed(None, {"name": "a", "order": hashlib.sha256(content).hexdigest()})  # type: ignore[arg-type]
+
+
+def test_a_full_disk_at_the_end_is_told_in_a_line_and_loses_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen on a full disk: sixty lines of how the archive, the outcome and the log could not be written."""
+    monkeypatch.setenv("FEDFUSE_POST", str(tmp_path / "post"))
+    monkeypatch.setenv("FEDFUSE_RUNS", str(tmp_path / "runs"))
+    order = order_of(compose(["strategy=fedavg", "data=digits"]), Patience())
+    directory = RunDirectory(tmp_path / "runs" / order.name, order.config, 0.0)
+    directory.create(False)
+    (directory.path / "summary.json").write_text('{"digest": "abc"}')
+    directory.close()
+
+    def resumed(nonce: str) -> None:
+        content = json.dumps({**order.values, "resume": True, "nonce": nonce}).encode()
+        (tmp_path / "post" / "orders").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "post" / "orders" / order.name).write_bytes(content)
+        deployed(None, {"name": order.name, "order": hashlib.sha256(content).hexdigest()})  # type: ignore[arg-type]
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    with monkeypatch.context() as disk:
+        disk.setattr("fedfuse.deploy.orders.replaced", full)
+        disk.setattr("fedfuse.network.audit.replaced", full)
+        why = "the server's disk: No space left on device; once there is room, the run can be resumed"
+        with pytest.raises(WorldError, match=f"^{why}$"):
+            resumed("1" * 32)
+    assert f"fedfuse: failed: {why}" in capsys.readouterr().out.splitlines()
+    resumed("2" * 32)
+    assert fetched(Post(str(tmp_path / "post")), order.name, "2" * 32, tmp_path / "out") == {"digest": "abc"}
+
+
 def test_who_resumes_a_run_that_has_ended_gets_its_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
