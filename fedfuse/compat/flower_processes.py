@@ -2,9 +2,9 @@
 
 Internal names of Flower 1.41. Imported only: the commands' entry points, `TaskType`, `LaunchResult`,
 `add_exit_handler`, `start_parent_process_monitor`. Replaced: `run_clientapp.install_from_fab` and
-`run_serverapp.install_from_fab` (`guard`), `run_superexec.get_executor` (`serve`), the defaults of two functions of
+`run_serverapp.install_from_fab` (`guard`), two names of `run_superexec` (`serve`), the defaults of two functions of
 `inflatable_utils` (`look_again_soon`), a name each of `start_client_internal` and `fleet_http_connection`
-(`be_patient`), and a second one of `run_superexec` (`serve`). Each function says what it buys and what happens without
+(`be_patient`), and `HeartbeatSender._heartbeat` (`beat_on`). Each function says what it buys and what happens without
 the name. Guard: `tests/compat/test_processes.py`.
 """
 
@@ -27,6 +27,7 @@ NODE, CONNECTION, INVOKER = (
     "flwr.supernode.fleet_http_connection",
     "make_simple_http_retry_invoker",
 )
+HEARTBEAT = "flwr.supercore.heartbeat"
 OBJECTS, PULLS = "flwr.supercore.inflatable.inflatable_utils", ("pull_objects", "pull_and_inflate_object_from_tree")
 SOON = 0.02  # seconds of the first wait for what may be there in a moment
 
@@ -51,6 +52,7 @@ def guard(kind: str, wrap: Callable[[Any], Any]) -> None:
 def run_task(kind: str, arguments: list[str]) -> None:
     """Be one task of Flower's in this process."""
     sys.argv = [f"flwr-{kind}app", *arguments]
+    beat_on()
     entry: Callable[[], None] = getattr(importlib.import_module(ENTRIES[kind]), f"flwr_{kind}app")
     entry()
 
@@ -69,6 +71,29 @@ def serve(executor: Any) -> None:
     _try_on(module, _failed)
     sys.argv[0] = "flower-superexec"
     flower_superexec()
+
+
+def beat_on() -> None:
+    """Have this process's heartbeats go on where the server says that it failed, of a node and of a task.
+
+    In Flower one such answer ends them for good: the node lives on and is offline for ever, and a run's task is given
+    up. Without the names that is so still.
+    """
+    module = importlib.import_module(HEARTBEAT)
+    sender, failure = getattr(module, "HeartbeatSender", None), getattr(module, "HeartbeatFailure", None)
+    usual: Any = getattr(sender, "_heartbeat", None)
+    if usual is None or failure is None:
+        return
+
+    def beat(self: Any) -> None:
+        try:
+            usual(self)
+        except Exception as error:
+            if _failed(error):
+                raise failure from error  # which is tried again
+            raise
+
+    sender._heartbeat = beat  # type: ignore[union-attr]
 
 
 def _failed(error: BaseException) -> bool:
@@ -176,7 +201,7 @@ class Rests:
 
 
 def be_patient(poll: float, broken_off: Callable[[BaseException], bool]) -> None:
-    """Change three habits of Flower's SuperNode, in the only places that have them.
+    """Change habits of Flower's SuperNode, in the only places that have them; its heartbeats go on too (`beat_on`).
 
     It looks again soon for parts of a message. It asks for work every 3 s and looks every 0.5 s whether its task has
     ended, by its module's own `time`: here soon after it was busy, then less and less often, down to every `poll` and
@@ -195,3 +220,4 @@ def be_patient(poll: float, broken_off: Callable[[BaseException], bool]) -> None
             f"fedfuse: this Flower's node has no wait of its own to shorten; --poll {poll:g} is not heeded", flush=True
         )
     _try_on(connection, broken_off)
+    beat_on()

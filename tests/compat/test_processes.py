@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -61,6 +62,27 @@ def test_an_executor_asks_on_where_its_server_has_failed_once(
     flower_processes.serve(object())
     said = httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(status))
     assert getattr(module, flower_processes.INVOKER)().should_giveup(said) == ends
+
+
+def test_a_heart_beats_on_where_its_server_has_failed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on a full disk: one failure, and the node was offline for ever though it lived."""
+    sender: Any = importlib.import_module(flower_processes.HEARTBEAT).HeartbeatSender
+    monkeypatch.setattr(sender, "_heartbeat", sender._heartbeat)
+    for beats_on in (False, True):
+        answers, beaten = [500, 404], threading.Event()
+
+        def beat(answers: list[int] = answers, beaten: threading.Event = beaten) -> bool:
+            status = answers.pop(0)
+            beaten.set() if status == 404 else None
+            raise httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(status))
+
+        if beats_on:
+            flower_processes.beat_on()
+        heart = sender(beat)
+        monkeypatch.setattr(heart._retry_invoker, "wait_function", lambda seconds: None)
+        with pytest.raises(httpx.HTTPStatusError):
+            heart._run()
+        assert beaten.is_set() == beats_on
 
 
 def test_a_node_waits_by_its_modules_own_time_and_asks_by_its_own_invoker() -> None:
