@@ -31,6 +31,7 @@ Send = Callable[[Any], Awaitable[None]]
 READY = "fedfuse: the server is ready"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST = 64 * 2**20  # bytes of a request: objects travel in pieces of 20 MB at most
+PATH = 200  # characters of a path, or of what is asked of it: a line of the log has them
 LEAVE = 5  # seconds that a server which ends waits for what it is asked; a log is streamed without end
 ORDER = 2**18  # bytes of a request of our own: an order, or the places of a few keys
 WAITING = 100  # orders of one operator that lie here and were not carried out yet
@@ -70,6 +71,7 @@ class Door:
         elif scope["type"] != "http":
             return
         elif refusal := self.refusal(scope):
+            scope["path"], scope["query_string"] = scope["path"][:PATH], b""  # what the log has of it
             await answered(send, *refusal)
         else:
             await self.passed(scope, _capped(receive, _most(scope)), send)
@@ -79,7 +81,12 @@ class Door:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > _most(scope):
             return 413, f"a request is at most {_most(scope)} bytes"
-        if not scope["path"].startswith(self.prefix) or scope["path"] != scope["path"].replace("..", ""):
+        path = scope["path"]
+        if (
+            not path.startswith(self.prefix)
+            or ".." in path
+            or max(len(path), len(scope.get("query_string", b""))) > PATH
+        ):
             return 404, "not here"
         return None
 

@@ -33,7 +33,7 @@ from fedfuse.config.compose import compose
 from fedfuse.config.message import as_json
 from fedfuse.deploy.certs import node_keys, secret, write_certificates
 from fedfuse.deploy.commands import main as command
-from fedfuse.deploy.doors import LARGEST, ORDER, WAITING, Door, Operators, answered
+from fedfuse.deploy.doors import LARGEST, ORDER, PATH, WAITING, Door, Operators, answered
 from fedfuse.deploy.link import Link, Lost, plain
 from fedfuse.deploy.orders import Outcome, carry_out, deployed, pack, unpack
 from fedfuse.deploy.passphrase import ENCRYPTED, PASSPHRASE, opened
@@ -107,6 +107,22 @@ def test_sites_reach_their_own_part_alone() -> None:
     assert {ask(site, path)[0] for path in FLEET} == {200}
     assert {ask(site, path)[0] for path in (*CONTROL, *REST, "/fedfuse/results/x.json")} == {404}
     assert inner.paths == list(FLEET)
+
+
+@pytest.mark.parametrize(("path", "query"), [("/" + "x" * 60_000, b""), ("/health", b"y" * 60_000)])
+def test_what_the_log_has_of_a_strangers_request_is_short(path: str, query: bytes) -> None:
+    """The attack: a line of 64 KiB for every request of anybody's."""
+    from uvicorn.protocols.utils import get_path_with_query_string
+
+    inner, said = Inner(), []
+    scope: Any = {"type": "http", "path": path, "method": "GET", "headers": [], "state": {}, "query_string": query}
+
+    async def send(message: Any) -> None:
+        said.append(message.get("status"))
+
+    asyncio.run(Door(inner, ("/v1/fleet/", "/health"))(scope, None, send))  # type: ignore[arg-type]
+    assert (said[0], inner.paths) == (404, [])
+    assert len(get_path_with_query_string(scope)) <= PATH  # uvicorn's access log, of the same scope
 
 
 def test_a_stranger_reaches_nothing_of_the_operators(door: Operators) -> None:
