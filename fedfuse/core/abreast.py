@@ -23,7 +23,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from fedfuse.compat.turns import Turns, modes, set_modes
+from fedfuse.compat.turns import Modes, Turns, modes, set_modes
 from fedfuse.config.schema import TrainConfig
 from fedfuse.core.abreast_room import Room
 from fedfuse.core.abreast_trial import PART, Trials
@@ -184,8 +184,9 @@ class Abreast:
         try:
             ready, waiting = list(seats), list[Seat]()
             while ready:
+                found = modes()
                 for seat in ready:
-                    value = self._turn(seat)
+                    value = self._turn(seat, found)
                     if seat.green.dead:
                         out[seat.place], seat.green = value, None
                     else:
@@ -212,8 +213,8 @@ class Abreast:
                 if not error.smaller:
                     seat.alone, seat.off = True, seat.alone
 
-    def _turn(self, seat: Seat) -> Any:
-        found = modes()
+    def _turn(self, seat: Seat, found: Modes) -> Any:
+        """Let a client go on until it asks or is done; torch's modes are then as they were found."""
         seat.turns.take()
         if seat.left:
             seat.away += time.perf_counter() - seat.left

@@ -26,7 +26,7 @@ class Member:
 
     def __init__(self, asked: Training, slot: int) -> None:
         self.asked, self.slot = asked, slot
-        self.sizes = sizes_of(len(asked.x), asked.batch_size, asked.least)
+        self.sizes = sizes_of(asked.x.shape[0], asked.batch_size, asked.least)
         self.planned = asked.epochs * len(self.sizes) if asked.max_steps is None else asked.max_steps
         self.own = asked.loss is not task_step  # a loss of the client's own, which is asked client by client
         self.kind = kind_of(asked.loss)
@@ -50,7 +50,7 @@ class Member:
 
     def order(self, epoch: int) -> Tensor:
         """Rows of an epoch."""
-        return torch.randperm(len(self.asked.x), generator=generator(*self.asked.seed_parts, epoch))
+        return torch.randperm(self.asked.x.shape[0], generator=generator(*self.asked.seed_parts, epoch))
 
 
 class Feed:
@@ -63,7 +63,7 @@ class Feed:
         first = members[0].asked
         self.alike = all(member.sizes == members[0].sizes for member in members)
         self.device = first.x.device
-        longest = max(len(member.asked.x) for member in members)
+        longest = max(member.asked.x.shape[0] for member in members)
         size = sum(t[:1].numel() * t.element_size() for t in (first.x, first.y) if t is not None)
         self.x = self.y = None
         self.starts: Tensor | None = None  # where each member's examples begin in `pool`, on a GPU
@@ -143,9 +143,10 @@ class Feed:
         order = self.members[k].order(epoch)
         self.rows[k], self.at[k] = order.to(self.device), (0, 0)
         if self.x is not None:
-            torch.index_select(asked.x, 0, self.rows[k], out=self.x[k, : len(order)])
+            count = order.shape[0]
+            torch.index_select(asked.x, 0, self.rows[k], out=self.x[k, :count])
             if self.y is not None and asked.y is not None:
-                torch.index_select(asked.y, 0, self.rows[k], out=self.y[k, : len(order)])
+                torch.index_select(asked.y, 0, self.rows[k], out=self.y[k, :count])
 
     def named(self, k: int, size: int) -> Tensor:
         """Rows of a member's batch."""

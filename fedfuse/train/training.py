@@ -158,13 +158,14 @@ def train(
     UserError
         If an option is out of range, labels are not as many as examples, or the loss has no gradients.
     """
-    if y is not None and len(y) != len(x):
-        raise UserError(f"{len(x)} examples and {len(y)} labels to train on: as many labels as examples are needed")
-    if len(x) == 0:
+    count = x.shape[0]  # torch's `len` is a function in Python
+    if y is not None and y.shape[0] != count:
+        raise UserError(f"{count} examples and {len(y)} labels to train on: as many labels as examples are needed")
+    if count == 0:
         return {"steps": 0, "loss": float("nan")}
     epochs = config.epochs if epochs is None else epochs
     batch_size = config.batch_size if batch_size is None else batch_size
-    each = len(sizes_of(len(x), batch_size, least)) if batch_size > 0 else 1
+    each = len(sizes_of(count, batch_size, least)) if batch_size > 0 else 1
     if max_steps is not None:
         epochs = -(-max_steps // each)
     passes(epochs if max_steps is None else max_steps / each)
@@ -195,7 +196,7 @@ def train(
     try:
         with only(model, chosen), rates(optimizer, rate) as put, fork:
             seed(x.device, *seed_parts, "layers")
-            for rows in batches(len(x), batch_size, epochs, *seed_parts, least=least):
+            for rows in batches(count, batch_size, epochs, *seed_parts, least=least):
                 rows = rows.to(x.device)
                 optimizer.zero_grad()
                 put(steps, planned)
