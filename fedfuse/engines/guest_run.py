@@ -77,7 +77,8 @@ def command(argv: Sequence[str]) -> int:
     if grid.failed and not grid.succeeded:
         raise WorldError(f"no node succeeded: {grid.told}")
     if grid.failed:
-        print(f"fedfuse: {grid.failed} messages were left out because their node failed", file=sys.stderr)
+        left_out = "1 message was" if grid.failed == 1 else f"{grid.failed} messages were"
+        print(f"fedfuse: {left_out} left out because their node failed", file=sys.stderr)
     return 0
 
 

@@ -154,7 +154,7 @@ def test_failed_nodes_are_tried_again_and_named(tmp_path: Path) -> None:
     words = ["-m", "fedfuse.cli", "flower", str(app), "--nodes", "5", "--run-config", f"marks='{tmp_path}'"]
     said = started(words, uuid.uuid4().hex, tmp_path)
     assert "partition 3" in said
-    assert "1 messages were left out" in said
+    assert "1 message was left out" in said
 
 
 HALF = """
