@@ -158,7 +158,7 @@ def constant(
     rows : iterable
         As `metrics.parquet` has them.
     clients : int
-        How many there are.
+        How many score the global test.
     last : int
         The last round.
     distils : bool

@@ -86,7 +86,7 @@ def summary(
             *undefined(_figures(path, UNDEFINED), federation.scenario.clients),
             *constant(
                 _figures(path, CONSTANT),
-                federation.scenario.clients,
+                len(federation.scenario.panel),
                 federation.done,
                 strategy.distils,
                 _of_one_class(path),

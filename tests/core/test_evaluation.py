@@ -177,6 +177,12 @@ def test_a_panel_scores_the_global_test_and_nothing_else_changes(grid: str, tmp_
     assert scores("evaluate.panel=6") == (whole, line, digest)
 
 
+def test_of_a_panel_those_are_counted_that_give_one_answer() -> None:
+    notes = play("local", "clients=4", "evaluate.panel=2", "train.lr=50", "train.clip=null").notes
+    (told,) = [note for note in notes if note.startswith("one answer")]
+    assert "2 of 2 clients' models" in told
+
+
 def test_a_panel_is_said_and_where_the_server_has_a_model_that_it_does_nothing() -> None:
     with federation("fd", "evaluate.panel=2") as (built, _):
         assert panel_notes(built.strategy) == [
