@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +52,7 @@ class Federation:
         if nodes < 1:
             raise UserError(f"--nodes {nodes}: at least 1")
         self.count, self.work, self.policy, self.data = nodes, work, policy, data
+        self.say: Callable[[str], None] = print  # whom a run's lines are told
         self.port = free_port()
         self.control, certs = free_port(), work / "certs"
         self.link = Link(f"127.0.0.1:{self.control}", certs / "ca.crt", operator=certs / "operator-local.pem")
@@ -102,7 +104,7 @@ class Federation:
         if not server.wait_for(READY, 120):
             raise WorldError(f"the server did not start; see {server.log}")
         if self.count >= MANY:
-            print(f"fedfuse: {self.count} nodes are started")
+            self.say(f"fedfuse: {self.count} nodes are started")
         for i, name in enumerate(names):
             register(self.link, write_request(self.work / name, name, {"client": i, "every": self.count})[-1], {})
         for i, name in enumerate(names):  # not before: a node that starts takes a core from the next registration
@@ -125,7 +127,7 @@ class Federation:
         while not self._ending.wait(0.5):
             for process in self.processes:
                 if not process.alive and process.starts <= RESTARTS:
-                    print(f"fedfuse: {process.name} ended (exit code {process.child.returncode}); started again")
+                    self.say(f"fedfuse: {process.name} ended (exit code {process.child.returncode}); started again")
                     process.stop()
                     process.start()
 
@@ -146,14 +148,14 @@ class Federation:
         for _ in range(RESTARTS + 1):
             before = self.server.starts
             try:
-                summary = submit(self.link, order, out, resume)
+                summary = submit(self.link, order, out, resume, self.say)
             except WorldError:
                 if self.server.alive and self.server.starts == before:
                     raise
                 summary = None
             if summary is not None:
                 return summary
-            print("fedfuse: the server was lost; the run is resumed")
+            self.say("fedfuse: the server was lost; the run is resumed")
             resume = True
             self.await_server(before)
         raise WorldError("the server died again and again; see its log")
