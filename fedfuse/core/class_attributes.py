@@ -40,9 +40,9 @@ class ClassAttributes:
         """The class and an attribute, or a module and a global, written to since, told once; empty if none is."""
         found = ""
         for kind, then in self._then:
-            if not _equal(vars(kind), then):
+            if not equal(vars(kind), then):
                 found = found or _differing(vars(kind), then)
-        found = found or next((name for name, now, then in self._inside if not _equal(now, then)), "")
+        found = found or next((name for name, now, then in self._inside if not equal(now, then)), "")
         found = found or next((n for n, tensor in self._tensors.items() if writes([tensor]) != self._writes[n]), "")
         found = (
             f"{self._kind.__name__}.{found}" if found else next(filter(None, (g.written() for g in self._globals)), "")
@@ -72,7 +72,7 @@ class Globals:
         """The module and a global that has been written to since; empty if there is none."""
         module, names = self._module, list[str]()
         names += [name for name, then in self._then.items() if module.get(name, ABSENT) is not then]
-        names += [name for name, now, then in self._inside if not _equal(now, then)]
+        names += [name for name, now, then in self._inside if not equal(now, then)]
         names += [name for name, one, at in self._moving if _at(one) != at]
         return f"{self._name}.{names[0]}" if names else ""
 
@@ -125,7 +125,8 @@ def _differing(now: Any, then: dict[str, Any]) -> str:
 ABSENT = object()
 
 
-def _equal(now: Any, then: Any) -> bool:
+def equal(now: Any, then: Any) -> bool:
+    """Whether two values are the same; those that do not compare are not."""
     try:
         return bool(now == then)
     except Exception:  # tensors that were put in place of others do not compare

@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from fedfuse.compat.torch_writes import writes
-from fedfuse.models.as_built import PLAIN
+from fedfuse.core.class_attributes import equal
+from fedfuse.models.as_built import PLAIN, copy_of, inside
 
-VALUES = (bool, int, float, complex, str, bytes, type(None), Tensor, np.ndarray, np.generic)
-MOST = 1000  # entries of what is looked into: who kept a million numbers has added to them, and their count says so
+VALUES = (bool, int, float, complex, str, bytes, tuple, type(None), Tensor, np.ndarray, np.generic)
 
 
 class ServerAttributes:
@@ -35,42 +35,15 @@ class ServerAttributes:
     def changed(self) -> list[str]:
         """The class and each attribute that was set, or written to, since this was asked last."""
         then, self._then = self._then, self._look()
-        names = [name for name, now in self._then.items() if name not in then or then[name] != now]
+        names = [name for name, now in self._then.items() if name not in then or not equal(now, then[name])]
         return [f"{type(self._half).__name__}.{name}" for name in sorted(names)]
 
     def _look(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self._half).items() if name not in self._platforms}
-        return {name: _seen(value) for name, value in own.items() if _holds_values(value)}
-
-
-class Same:
-    """An array that is told from others by being itself, and by how often it was written to."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self._writes = writes([value]) if isinstance(value, Tensor) else 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self._value is other._value and self._writes == other._writes
-
-
-def _holds_values(value: Any) -> bool:
-    if isinstance(value, VALUES):
-        return True
-    if type(value) not in (*PLAIN, tuple):
-        return False
-    inside = value.values() if isinstance(value, dict) else value
-    return len(value) > MOST or all(map(_holds_values, inside))
-
-
-def _seen(value: Any) -> Any:
-    """What tells a value from another one: compared, it is equal only to itself unchanged."""
-    if isinstance(value, Tensor | np.ndarray):
-        return Same(value)
-    if type(value) not in (*PLAIN, tuple):
-        return type(value), value
-    if len(value) > MOST:
-        return type(value), len(value)
-    if isinstance(value, dict):
-        return type(value), [(key, _seen(one)) for key, one in value.items()]
-    return type(value), set(value) if isinstance(value, set) else [_seen(one) for one in value]
+        """Each attribute's containers, copied, and how often the tensors in them were written to."""
+        found = {}
+        for name, value in vars(self._half).items():
+            held = inside([value])
+            leaves = [one for each in held for one in (each.values() if isinstance(each, dict) else each)]
+            if name not in self._platforms and all(isinstance(one, (*VALUES, *PLAIN)) for one in leaves):
+                found[name] = [copy_of(each) for each in held], writes(v for v in leaves if isinstance(v, Tensor))
+        return found

@@ -577,6 +577,7 @@ class Heavy(AveragingStrategy):
         (lambda self, mean: (self.told.append(mean), self.speed.add_(1)), ["speed", "told"]),
         (lambda self, mean: self.table["rates"].append(1), ["table"]),
         (lambda self, mean: setattr(self, "many", list(range(2000))), ["many"]),
+        (lambda self, mean: self.told.append(self.told), ["told"]),
         # made anew in a round, or the platform's; read; the same again
         (lambda self, mean: setattr(self, "other", nn.Linear(2, 2)), []),
         (lambda self, mean: self.state.update(velocity=mean), []),
