@@ -95,10 +95,11 @@ def _mostly_evaluated(federation: Federation, seconds: float) -> str:
     scenario, test = federation.scenario, federation.scenario.data.dataset.test
     if federation.evaluated != federation.done or not max(LONG, seconds / 2) < federation.evaluating:
         return ""
-    own = "global" in federation.strategy.splits and test is not None
-    whose = f", and {len(scenario.panel)} predict {len(test)} test examples" if own and test is not None else ""
-    all_of_them = len(scenario.panel) == scenario.clients
-    less = "evaluate.every=<rounds>" + (" or evaluate.panel=<clients>" if whose and all_of_them else "")
+    whose, less = "", "evaluate.every=<rounds>"
+    if test is not None and "global" in federation.strategy.splits:
+        whose = f", and {len(scenario.panel)} predict {len(test)} test examples"
+        if len(scenario.panel) == scenario.clients:
+            less += " or evaluate.panel=<clients>"
     return (
         f"evaluating took {federation.evaluating:.0f} of these {seconds:.0f} s: "
         f"{counted(scenario.clients)} are scored{whose}; {less} asks for less"
